@@ -1,0 +1,1 @@
+"""The headless engine: checkpoints, formats, plan, streaming, stages. Knows nothing of ComfyUI."""

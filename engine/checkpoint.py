@@ -1,0 +1,174 @@
+"""Index every tensor of a model file or folder from headers alone. Never loads a tensor."""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointError, DamagedFile, MissingFile
+
+logger = logging.getLogger(__name__)
+
+# safetensors' own limit on a header: https://github.com/huggingface/safetensors (MAX_HEADER_SIZE)
+MAX_HEADER_BYTES = 100_000_000
+
+BITS_PER_ELEMENT = {
+    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8,
+    "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor's bytes lie: `nbytes` bytes at `offset` of `file`, in safetensors' name for the dtype."""
+
+    file: Path
+    offset: int
+    nbytes: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One model (transformer, text encoder or VAE) as it lies on disk.
+
+    `identity` changes whenever a header, a size or a modification time does; it keys every cache made from the
+    weights. `config` is the folder's config.json, or the JSON under the metadata key "config" of a single file.
+    """
+
+    path: Path
+    tensors: Mapping[str, TensorEntry] = field(repr=False)
+    metadata: Mapping[str, str] = field(repr=False)
+    config: Mapping[str, Any] | None = field(repr=False)
+    identity: str
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.tensors.values())
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Index a .safetensors file, or a folder of them (one file, or shards with a `*.safetensors.index.json`).
+
+    Raises MissingFile where there is nothing to read or no permission, DamagedFile where a header is not one or
+    promises more bytes than the file has.
+    """
+    files, config = _files_of(path)
+    tensors: dict[str, TensorEntry] = {}
+    metadata: dict[str, str] = {}
+    digest = hashlib.sha256()
+    for file in files:
+        header, data_start, size, mtime_ns = _read_header(file)
+        digest.update(json.dumps(header, sort_keys=True).encode())
+        digest.update(f"{file.name} {size} {mtime_ns}".encode())
+        metadata.update(header.pop("__metadata__", {}) or {})
+        for name, info in header.items():
+            if name in tensors:
+                raise DamagedFile(
+                    f"{path}: tensor {name!r} stands in two files, {tensors[name].file.name} and {file.name}. "
+                    "Remove the file that does not belong to the folder."
+                )
+            tensors[name] = _entry(file, name, info, data_start, size)
+    if config is None and "config" in metadata:
+        config = _parse_json(metadata["config"], f"{path}: metadata key 'config'")
+    return Checkpoint(path, tensors, metadata, config, digest.hexdigest()[:16])
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON file's object. Raises MissingFile or DamagedFile."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise _unreadable(file, error) from error
+    return _parse_json(text, str(file))
+
+
+def _files_of(path: Path) -> tuple[list[Path], dict[str, Any] | None]:
+    if not _exists(path):
+        raise MissingFile(f"{path} does not exist. Check the name, or download the model again.")
+    if path.is_file():
+        return [path], None
+    config_file = path / "config.json"
+    config = read_json(config_file) if _exists(config_file) else None
+    try:
+        indexes = sorted(path.glob("*.safetensors.index.json"))
+        singles = sorted(path.glob("*.safetensors"))
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if indexes:
+        names = sorted(set(read_json(indexes[0]).get("weight_map", {}).values()))
+        missing = [name for name in names if not _exists(path / name)]
+        if missing or not names:
+            raise MissingFile(
+                f"{path}: {indexes[0].name} names {len(names)} files, {len(missing)} of them are not there "
+                f"({', '.join(missing[:3])}). Download them again."
+            )
+        return [path / name for name in names], config
+    if len(singles) != 1:
+        raise MissingFile(
+            f"{path} holds {len(singles)} .safetensors files and no index. A model folder has one file, or shards "
+            "with a *.safetensors.index.json."
+        )
+    return singles, config
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:  # a folder above it may not be entered
+        raise _unreadable(path, error) from error
+
+
+def _read_header(file: Path) -> tuple[dict[str, Any], int, int, int]:
+    try:
+        with file.open("rb") as stream:
+            stat = os.fstat(stream.fileno())
+            prefix = stream.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, stat.st_size - 8):
+                raise DamagedFile(
+                    f"{file} is not a safetensors file, or is cut off: it has {stat.st_size} bytes, its first 8 "
+                    f"announce a header of {length}. Download it again."
+                )
+            raw = stream.read(length)
+    except OSError as error:
+        raise _unreadable(file, error) from error
+    header = _parse_json(raw, f"{file}: its header")
+    return header, 8 + length, stat.st_size, stat.st_mtime_ns
+
+
+def _parse_json(raw: str | bytes, what: str) -> dict[str, Any]:
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise DamagedFile(f"{what} is not valid JSON ({error}). Download it again.") from error
+    if not isinstance(value, dict):
+        raise DamagedFile(f"{what} is a JSON {type(value).__name__}, not an object. Download it again.")
+    return value
+
+
+def _entry(file: Path, name: str, info: Any, data_start: int, file_size: int) -> TensorEntry:
+    try:
+        dtype, shape, (begin, end) = str(info["dtype"]), tuple(info["shape"]), info["data_offsets"]
+        if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
+            raise ValueError("negative or fractional numbers")
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedFile(f"{file}: the header entry of {name!r} is damaged ({error}). Download it again.") from error
+    if data_start + end > file_size:
+        raise DamagedFile(
+            f"{file} is cut off: {name!r} ends at byte {data_start + end}, the file has {file_size}. Download it again."
+        )
+    bits = BITS_PER_ELEMENT.get(dtype)
+    if bits is not None and prod(shape) * bits != (end - begin) * 8:
+        raise DamagedFile(f"{file}: {name!r} {dtype}{list(shape)} cannot have {end - begin} bytes. Download it again.")
+    return TensorEntry(file, data_start + begin, end - begin, dtype, shape)
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    return MissingFile(f"{path} cannot be read ({error}). Check that this user may read it.")

@@ -1,0 +1,232 @@
+"""What a checkpoint is: family member, configuration, prompt template, names of its tensors. Never touches weights."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from .checkpoint import Checkpoint, TensorEntry
+from .errors import WrongModel
+
+# Qwen-Image's prompt template, and how many of its tokens are dropped from the embeddings
+# (diffusers pipeline_qwenimage.py: prompt_template_encode, prompt_template_encode_start_idx).
+PROMPT_TEMPLATE = (
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
+    "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+)
+PROMPT_TEMPLATE_TOKENS = 34
+# the longest prompt that the reference pipelines allow, template not counted
+MAX_PROMPT_TOKENS = 1024
+
+# per-channel statistics of the latents (diffusers AutoencoderKLQwenImage.config, equal to Wan 2.1's)
+LATENTS_MEAN = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)  # fmt: skip
+LATENTS_STD = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)  # fmt: skip
+
+# the reference's share of a head's dimensions for the time axis; the rest is split evenly over height and width
+_ROPE_AXES_OF_128 = (16, 56, 56)
+_TEXT_HEAD_DIM = 128  # of Qwen2.5-VL-7B; no tensor's shape tells it
+
+
+class Component(Enum):
+    """What kind of model a file holds, worded for messages."""
+
+    TRANSFORMER = "a Qwen-Image transformer"
+    TRANSFORMER_2_1 = "a Qwen-Image-2.1 transformer"
+    TEXT_ENCODER = "a Qwen2.5-VL text encoder"
+    VAE = "a VAE"
+    LORA = "a LoRA"
+    FLUX = "a Flux transformer"
+    WAN = "a Wan video transformer"
+    STABLE_DIFFUSION = "a Stable Diffusion checkpoint"
+    UNKNOWN = "a model that is not recognised"
+
+
+_FOLDER_OF = {
+    Component.TRANSFORMER: "diffusion_models",
+    Component.TEXT_ENCODER: "text_encoders",
+    Component.VAE: "vae",
+    Component.LORA: "loras",
+}
+
+# the first pattern that matches any key decides, so the telling ones stand first
+_SIGNS: tuple[tuple[str, Component], ...] = (
+    (r"lora_(up|down|A|B)\b|\.lora\.(up|down)\.|lokr_w|hada_w", Component.LORA),
+    (r"transformer_blocks\.\d+\.attn\.add_q_proj\.weight", Component.TRANSFORMER),
+    (r"layers\.\d+\.self_attn\.q_proj\.weight", Component.TEXT_ENCODER),
+    (r"model\.diffusion_model\.input_blocks\.|(^|\.)down_blocks\.\d+\.attentions\.", Component.STABLE_DIFFUSION),
+    (r"double_blocks\.\d+\.img_attn\.|single_transformer_blocks\.", Component.FLUX),
+    (r"blocks\.\d+\.cross_attn\.q\.weight", Component.WAN),
+    (r"^(decoder|encoder)\.(conv_in|conv1|up_blocks|upsamples|downsamples)\.", Component.VAE),
+)
+
+
+def identify(tensors: Mapping[str, TensorEntry]) -> Component:
+    """What kind of model these tensor names belong to."""
+    for pattern, component in _SIGNS:
+        search = re.compile(pattern).search
+        if any(search(name) for name in tensors):
+            if component is Component.TRANSFORMER and not any(".img_mod.1." in name for name in tensors):
+                return Component.TRANSFORMER_2_1
+            return component
+    return Component.UNKNOWN
+
+
+def require(checkpoint: Checkpoint, wanted: Component) -> None:
+    """Raise WrongModel, saying what the file is and where it belongs, unless it is `wanted`."""
+    found = identify(checkpoint.tensors)
+    if found is wanted:
+        return
+    belongs = f" It belongs in models/{_FOLDER_OF[found]}." if found in _FOLDER_OF else ""
+    raise WrongModel(
+        f"{checkpoint.path} is {found.value} ({len(checkpoint.tensors)} tensors); {wanted.value} is needed here."
+        f"{belongs} Choose a file from models/{_FOLDER_OF[wanted]}."
+    )
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The arguments of diffusers' QwenImageTransformer2DModel that differ between family members."""
+
+    num_layers: int
+    num_attention_heads: int
+    attention_head_dim: int
+    joint_attention_dim: int
+    axes_dims_rope: tuple[int, int, int]
+    in_channels: int = 64
+    out_channels: int = 16
+    zero_cond_t: bool = False
+    use_additional_t_cond: bool = False
+    use_layer3d_rope: bool = False
+
+    @property
+    def inner_dim(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def member(self) -> str:
+        """The family member's name, as far as the weights tell it."""
+        if self.use_additional_t_cond or self.use_layer3d_rope:
+            return "Qwen-Image-Layered"
+        return "Qwen-Image-Edit-2511" if self.zero_cond_t else "Qwen-Image"
+
+
+@dataclass(frozen=True)
+class TransformerTensors:
+    """A transformer's tensors sorted by where they are used: outside the blocks, or in block i, without prefixes."""
+
+    config: TransformerConfig
+    outside: Mapping[str, TensorEntry]
+    blocks: tuple[Mapping[str, TensorEntry], ...]
+
+
+def sort_transformer(checkpoint: Checkpoint) -> TransformerTensors:
+    """Raises WrongModel where the file is no 20 B Qwen-Image transformer, or lacks tensors."""
+    require(checkpoint, Component.TRANSFORMER)
+    tensors = {_transformer_name(name): entry for name, entry in checkpoint.tensors.items()}
+    outside, blocks = _split(tensors, "transformer_blocks.")
+    config = _transformer_config(checkpoint, tensors, len(blocks))
+    return TransformerTensors(config, outside, blocks)
+
+
+@dataclass(frozen=True)
+class TextEncoderTensors:
+    """A text encoder's language model: `config` holds transformers' Qwen2_5_VLTextConfig arguments."""
+
+    config: Mapping[str, Any]
+    outside: Mapping[str, TensorEntry]
+    layers: tuple[Mapping[str, TensorEntry], ...]
+
+
+def sort_text_encoder(checkpoint: Checkpoint) -> TextEncoderTensors:
+    """Raises WrongModel where the file is no Qwen2.5-VL, or lacks tensors."""
+    require(checkpoint, Component.TEXT_ENCODER)
+    tensors = {}
+    for name, entry in checkpoint.tensors.items():
+        bare = re.sub(r"^(model\.)?(language_model\.)?(model\.)?", "", name)
+        if bare.startswith(("layers.", "embed_tokens.", "norm.")):
+            tensors[bare] = entry
+    outside, layers = _split(tensors, "layers.")
+    missing = [n for n in ("embed_tokens.weight", "norm.weight") if n not in outside]
+    if missing:
+        raise WrongModel(f"{checkpoint.path} lacks {', '.join(missing)}: not a whole text encoder. Download it again.")
+    return TextEncoderTensors(_text_config(checkpoint, outside, layers), outside, layers)
+
+
+def _transformer_name(name: str) -> str:
+    return name.removeprefix("model.").removeprefix("diffusion_model.")
+
+
+def _split(
+    tensors: Mapping[str, TensorEntry], prefix: str
+) -> tuple[dict[str, TensorEntry], tuple[dict[str, TensorEntry], ...]]:
+    outside: dict[str, TensorEntry] = {}
+    blocks: dict[int, dict[str, TensorEntry]] = {}
+    for name, entry in tensors.items():
+        if name.startswith(prefix):
+            index, rest = name.removeprefix(prefix).split(".", 1)
+            blocks.setdefault(int(index), {})[rest] = entry
+        else:
+            outside[name] = entry
+    if sorted(blocks) != list(range(len(blocks))):
+        raise WrongModel(f"Of blocks 0..{max(blocks)} only {len(blocks)} are in the file. Download it again.")
+    return outside, tuple(blocks[i] for i in range(len(blocks)))
+
+
+def _transformer_config(checkpoint: Checkpoint, tensors: Mapping[str, TensorEntry], layers: int) -> TransformerConfig:
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in tensors:
+            raise WrongModel(f"{checkpoint.path} lacks {name}: not a whole Qwen-Image transformer. Download it again.")
+        return tensors[name].shape
+
+    head_dim = shape("transformer_blocks.0.attn.norm_q.weight")[0]
+    given = checkpoint.config or {}
+    if "axes_dims_rope" in given:
+        axes = tuple(given["axes_dims_rope"])
+    else:
+        axes = tuple(axis * head_dim // 128 for axis in _ROPE_AXES_OF_128)
+    if sum(axes) != head_dim or any(axis % 2 for axis in axes):
+        raise WrongModel(f"{checkpoint.path}: heads of {head_dim} dimensions do not split into even rotary axes.")
+    return TransformerConfig(
+        num_layers=layers,
+        num_attention_heads=shape("img_in.weight")[0] // head_dim,
+        attention_head_dim=head_dim,
+        joint_attention_dim=shape("txt_in.weight")[1],
+        axes_dims_rope=axes,
+        in_channels=shape("img_in.weight")[1],
+        out_channels=shape("proj_out.weight")[0] // 4,
+        # ComfyUI marks 2511 by an empty tensor, diffusers by its configuration
+        zero_cond_t=bool(given.get("zero_cond_t", "__index_timestep_zero__" in tensors)),
+        use_additional_t_cond="time_text_embed.addition_t_embedding.weight" in tensors,
+        use_layer3d_rope=bool(given.get("use_layer3d_rope", "time_text_embed.addition_t_embedding.weight" in tensors)),
+    )
+
+
+def _text_config(
+    checkpoint: Checkpoint, outside: Mapping[str, TensorEntry], layers: tuple[Mapping[str, TensorEntry], ...]
+) -> dict[str, Any]:
+    given = checkpoint.config or {}
+    text = given.get("text_config", given)
+    vocab_size, hidden_size = outside["embed_tokens.weight"].shape
+    first = layers[0]
+    head_dim = hidden_size // text["num_attention_heads"] if "num_attention_heads" in text else _TEXT_HEAD_DIM
+    if hidden_size % head_dim:
+        raise WrongModel(f"{checkpoint.path}: {hidden_size} hidden dimensions are no multiple of {head_dim} per head.")
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    return {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "intermediate_size": first["mlp.gate_proj.weight"].shape[0],
+        "num_hidden_layers": len(layers),
+        "num_attention_heads": hidden_size // head_dim,
+        "num_key_value_heads": first["self_attn.k_proj.weight"].shape[0] // head_dim,
+        "rms_norm_eps": text.get("rms_norm_eps", 1e-6),
+        "rope_theta": rope.get("rope_theta", text.get("rope_theta", 1_000_000.0)),
+        "mrope_section": tuple(rope.get("mrope_section", (16, 24, 24))),
+    }

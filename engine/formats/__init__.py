@@ -1,0 +1,95 @@
+"""How weights are stored: a table from format name to codec, and which codec a file's tensors call for.
+
+A codec turns a parameter's stored parts (its data, then its scales) into one tensor of the compute dtype.
+Formats never move memory between devices: parts and destination lie on the same one.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from ..checkpoint import TensorEntry
+from ..errors import WrongModel
+from .plain import PLAIN, TORCH_DTYPES
+from .scaled_fp8 import SCALED_FP8
+
+__all__ = ["CODECS", "TORCH_DTYPES", "Codec", "StoredParam", "is_native", "stored_param"]
+
+
+class Codec(Protocol):
+    """One storage format. `bits_per_weight` leaves out scales, which are under 0.1 % in the formats here."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def bits_per_weight(self) -> float: ...
+
+    def encode(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """The parts that store `weight`."""
+
+    def decode_into(self, out: Tensor, parts: Sequence[Tensor]) -> None:
+        """Write the weight that `parts` store into `out` (same shape, compute dtype)."""
+
+
+CODECS: Mapping[str, Codec] = {codec.name: codec for codec in (*PLAIN, *SCALED_FP8)}
+
+_PLAIN_OF_DTYPE = {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "F8_E4M3": "fp8_e4m3fn", "F8_E5M2": "fp8_e5m2"}
+_SCALED_OF_DTYPE = {"F8_E4M3": "fp8_e4m3fn_scaled", "F8_E5M2": "fp8_e5m2_scaled"}
+# what a scale is called beside `<layer>.weight`: older and newer ComfyUI files
+_SCALE_NAMES = ("scale_weight", "weight_scale")
+
+
+@dataclass(frozen=True)
+class StoredParam:
+    """A parameter as a file stores it: the codec's name and its parts, the data first."""
+
+    name: str
+    shape: tuple[int, ...]
+    codec: str
+    parts: tuple[TensorEntry, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+
+def is_native(param: StoredParam, compute: str) -> bool:
+    """True where the stored bytes are the compute dtype's (`compute` is a format name such as "bf16")."""
+    return param.codec == compute
+
+
+def stored_param(name: str, tensors: Mapping[str, TensorEntry], where: str) -> StoredParam:
+    """The parameter `name` of `tensors` with the codec that its dtype and its neighbours' names call for.
+
+    Raises WrongModel for a dtype or a quantization that no codec here reads; `where` names the file.
+    """
+    data = tensors[name]
+    layer = name.removesuffix(".weight")
+    scales = [tensors[f"{layer}.{scale}"] for scale in _SCALE_NAMES if f"{layer}.{scale}" in tensors]
+    if f"{layer}.comfy_quant" in tensors and data.dtype not in _SCALED_OF_DTYPE:
+        raise _unknown_format(where, name, data)
+    if name.endswith(".weight") and scales:
+        if data.dtype not in _SCALED_OF_DTYPE or len(scales) != 1:
+            raise _unknown_format(where, name, data)
+        return StoredParam(name, data.shape, _SCALED_OF_DTYPE[data.dtype], (data, scales[0]))
+    if data.dtype not in _PLAIN_OF_DTYPE:
+        raise _unknown_format(where, name, data)
+    return StoredParam(name, data.shape, _PLAIN_OF_DTYPE[data.dtype], (data,))
+
+
+def declared_quantization(metadata: Mapping[str, str]) -> Mapping[str, str]:
+    """Layer -> format of ComfyUI's `_quantization_metadata`, empty where a file has none."""
+    raw = metadata.get("_quantization_metadata")
+    layers = json.loads(raw).get("layers", {}) if raw else {}
+    return {layer: str(config.get("format")) for layer, config in layers.items()}
+
+
+def _unknown_format(where: str, name: str, data: TensorEntry) -> WrongModel:
+    return WrongModel(
+        f"{where}: {name} is stored as {data.dtype}{list(data.shape)} in a quantization that is not supported. "
+        f"Use a bf16, fp16, fp32, fp8 or fp8-scaled file (formats read: {', '.join(CODECS)})."
+    )

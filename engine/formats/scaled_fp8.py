@@ -1,0 +1,34 @@
+"""fp8 weights with an fp32 scale per tensor or per output row: weight = data * scale."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ScaledFp8Codec:
+    """Two parts: fp8 data (N, K), and a scale of one element or of N elements."""
+
+    name: str
+    dtype: torch.dtype
+    bits_per_weight: float = 8.0
+
+    def encode(self, weight: Tensor, *, per_row: bool = False) -> tuple[Tensor, Tensor]:
+        largest = torch.finfo(self.dtype).max
+        amax = weight.float().abs().amax(dim=1, keepdim=True) if per_row else weight.float().abs().max()
+        scale = (amax / largest).clamp_min(torch.finfo(torch.float32).tiny)
+        return (weight.float() / scale).to(self.dtype), scale
+
+    def decode_into(self, out: Tensor, parts: Sequence[Tensor]) -> None:
+        data, scale = parts
+        # every fp8 value is exact in bf16 and fp16; the product is rounded once, without an fp32 copy of the weight
+        out.copy_(data)
+        out.mul_(scale.reshape(()) if scale.numel() == 1 else scale.reshape(-1, 1))
+
+
+SCALED_FP8 = (
+    ScaledFp8Codec("fp8_e4m3fn_scaled", torch.float8_e4m3fn),
+    ScaledFp8Codec("fp8_e5m2_scaled", torch.float8_e5m2),
+)

@@ -1,0 +1,95 @@
+"""The table of modulation: every block's scale, shift and gate vectors at every timestep of a run.
+
+A third of the transformer's weights see nothing but the timestep embedding. Their outputs are computed in one pass
+over those weights and kept in host memory; after that the weights are neither held nor read again.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .streaming import BlockStore, BlockStreamer
+
+# rows kept beyond those of the present run; a row of the 20 B model has 4.4 MB
+KEPT_ROWS = 64
+
+
+@dataclass(frozen=True)
+class ModulationRow:
+    """One timestep's outputs of all blocks: `img` (blocks, rows, 6 * dim), `txt` (blocks, 1, 6 * dim).
+
+    rows is 1, or 2 where the model modulates reference tokens as at timestep zero.
+    """
+
+    img: Tensor
+    txt: Tensor
+
+    def to(self, device: torch.device) -> "ModulationRow":
+        return ModulationRow(self.img.to(device), self.txt.to(device))
+
+
+class ModulationTable:
+    """Rows by timestep, for one set of weights.
+
+    Each timestep is embedded and projected in a call of its own, as a plain forward does it, on the compute device:
+    rows are bit-equal to what the blocks would have computed.
+    """
+
+    def __init__(self, store: BlockStore, embed: Callable[[float], Tensor]) -> None:
+        """`store` streams the modulation weights (img_mod, txt_mod per block); `embed` maps a timestep in 0..1 to its
+        embedding (rows, dim) on the device."""
+        self._store = store
+        self._embed = embed
+        self._rows: dict[float, ModulationRow] = {}
+        self._current: tuple[float, ModulationRow] | None = None
+
+    @property
+    def fetched_bytes(self) -> int:
+        """Bytes of modulation weights read so far."""
+        return self._store.fetched_bytes
+
+    def announce(
+        self, timesteps: Iterable[float], *, slots: int = 2, on_block: Callable[[int], None] | None = None
+    ) -> None:
+        """Compute the rows that are missing, in one pass over the weights; none where all are known.
+
+        `on_block` is called before each block of the pass with its index, and may raise to end it.
+        """
+        wanted = dict.fromkeys(timesteps)
+        missing = [t for t in wanted if t not in self._rows]
+        self._forget_all_but(wanted)
+        if not missing:
+            return
+        embedded = [self._embed(t) for t in missing]
+        img: list[Tensor] = []
+        txt: list[Tensor] = []
+        with BlockStreamer(self._store, slots=slots) as streamer:
+            for index, block in streamer.visit():
+                if on_block is not None:
+                    on_block(index)
+                img.append(torch.stack([block.img_mod(temb) for temb in embedded]).cpu())
+                txt.append(torch.stack([block.txt_mod(temb[:1]) for temb in embedded]).cpu())
+        for position, timestep in enumerate(missing):
+            self._rows[timestep] = ModulationRow(
+                torch.stack([block[position] for block in img]), torch.stack([block[position] for block in txt])
+            )
+
+    def row(self, timestep: float, *, on_block: Callable[[int], None] | None = None) -> ModulationRow:
+        """The row of `timestep` on the device. One that was not announced costs a pass over the weights."""
+        if self._current is None or self._current[0] != timestep:
+            if timestep not in self._rows:
+                self.announce([*self._rows, timestep], slots=1, on_block=on_block)
+            self._current = timestep, self._rows[timestep].to(self._store.hardware.device)
+        return self._current[1]
+
+    def leave_device(self) -> None:
+        """Give back what lies on the device and close the files; the rows stay in host memory."""
+        self._current = None
+        self._store.release()
+
+    def _forget_all_but(self, wanted: dict[float, None]) -> None:
+        spare = [t for t in self._rows if t not in wanted]
+        for timestep in spare[: max(0, len(spare) - KEPT_ROWS)]:
+            del self._rows[timestep]

@@ -1,0 +1,22 @@
+"""Bring blocks of weights to the device just in time: tiers, slots, the reader thread, the copy stream.
+
+Knows how a block is stored and where it is to lie, and nothing of what a block computes.
+"""
+
+from .layout import FlatLayout, StoredBlock, bind, store_block
+from .source import BlockSource, FileSource, TensorReader, read_params
+from .store import BlockStore
+from .streamer import BlockStreamer
+
+__all__ = [
+    "BlockSource",
+    "BlockStore",
+    "BlockStreamer",
+    "FileSource",
+    "FlatLayout",
+    "StoredBlock",
+    "TensorReader",
+    "bind",
+    "read_params",
+    "store_block",
+]

@@ -1,0 +1,59 @@
+"""Order work between the compute stream and a copy stream, where the hardware has streams; elsewhere do nothing."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from ..hardware import Hardware
+
+
+class Mark:
+    """A point in a stream's work that others can wait for. Unrecorded, it holds nobody up."""
+
+    def __init__(self, event: Any) -> None:
+        self.event = event
+
+
+class StreamOrder:
+    """One copy stream beside the compute stream. Every method returns at once where there are no streams."""
+
+    def __init__(self, hardware: Hardware) -> None:
+        self._torch: Any = hardware.accelerator if hardware.streams else None
+        self._device = hardware.device
+        self._stream: Any = self._torch.Stream(hardware.device) if self._torch else None
+
+    def mark(self) -> Mark:
+        return Mark(self._torch.Event() if self._torch else None)
+
+    def copying(self) -> AbstractContextManager[Any]:
+        """Within it, work goes to the copy stream (thread-local, as torch's current stream is)."""
+        return self._torch.stream(self._stream) if self._torch else nullcontext()
+
+    def after_compute(self) -> None:
+        """The copy stream waits for what the compute stream has been given so far."""
+        if self._torch:
+            self._stream.wait_stream(self._torch.current_stream(self._device))
+
+    def record_compute(self, mark: Mark) -> None:
+        if self._torch:
+            mark.event.record(self._torch.current_stream(self._device))
+
+    def record_copy(self, mark: Mark) -> None:
+        if self._torch:
+            mark.event.record(self._stream)
+
+    def compute_waits(self, mark: Mark) -> None:
+        if self._torch:
+            self._torch.current_stream(self._device).wait_event(mark.event)
+
+    def copy_waits(self, mark: Mark) -> None:
+        if self._torch:
+            self._stream.wait_event(mark.event)
+
+    def host_waits(self, mark: Mark) -> None:
+        if self._torch:
+            mark.event.synchronize()
+
+    def finish(self) -> None:
+        """The host waits until the copy stream has done everything it was given."""
+        if self._torch:
+            self._stream.synchronize()

@@ -1,0 +1,196 @@
+"""Qwen2.5-VL as text encoder: tokens to embeddings, layer by layer from the file. Keeps nothing after it answers."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Qwen2_5_VLTextConfig
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+    Qwen2_5_VLDecoderLayer,
+    Qwen2_5_VLRMSNorm,
+    Qwen2_5_VLRotaryEmbedding,
+)
+
+from .checkpoint import Checkpoint, TensorEntry
+from .chunking import ChunkedTokens
+from .errors import InvalidRequest
+from .families import sort_text_encoder
+from .footprint import TextEncoderFootprint
+from .formats import CODECS, TORCH_DTYPES, stored_param
+from .hardware import Hardware
+from .streaming import (
+    BlockSource,
+    BlockStore,
+    BlockStreamer,
+    FileSource,
+    StoredBlock,
+    TensorReader,
+    read_params,
+    store_block,
+)
+
+MLP_CHUNK_TOKENS = 512
+
+
+class TextEncoder:
+    """The language model of Qwen2.5-VL without its head and its vision tower.
+
+    Guarantees: all prompts are encoded in one visit of each layer; on the device lie at most `slots` layers and the
+    prompts' activations; of the embedding matrix only the rows of the tokens at hand are read; nothing stays on the
+    device, and no file open, when `encode` returns or raises.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        dtype: torch.dtype,
+        hardware: Hardware,
+        source: Callable[[Sequence[StoredBlock]], BlockSource] = FileSource,
+    ) -> None:
+        """Reads headers and the final norm only. Raises WrongModel, DamagedFile or MissingFile."""
+        tensors = sort_text_encoder(checkpoint)
+        self.dtype = dtype
+        self.hardware = hardware
+        self._where = str(checkpoint.path)
+        self._config = _hf_config(tensors.config)
+        self._embedding = stored_param("embed_tokens.weight", tensors.outside, self._where)
+        norm_shape = {"norm.weight": (self._config.hidden_size,)}
+        self._norm_weight = read_params(tensors.outside, norm_shape, dtype, self._where, source)["norm.weight"]
+        shapes = {name: tuple(p.shape) for name, p in self._empty_layer().named_parameters()}
+        layers = [
+            store_block(shapes, entries, dtype, f"{self._where}, layer {i}") for i, entries in enumerate(tensors.layers)
+        ]
+        self._store = BlockStore(layers, source(layers), self._empty_layer, hardware)
+        self.footprint = TextEncoderFootprint(
+            layers=len(layers),
+            slot_bytes=self._store.slot_bytes,
+            staging_bytes=self._store.staging_bytes,
+            hidden_size=self._config.hidden_size,
+            intermediate_size=self._config.intermediate_size,
+            chunk_tokens=MLP_CHUNK_TOKENS,
+            head_dim=self._config.hidden_size // self._config.num_attention_heads,
+            element_bytes=dtype.itemsize,
+        )
+
+    @property
+    def fetched_bytes(self) -> int:
+        """Bytes of layers read so far."""
+        return self._store.fetched_bytes
+
+    @property
+    def hidden_size(self) -> int:
+        return self._config.hidden_size
+
+    @torch.no_grad()
+    def encode(
+        self, prompts: Sequence[Sequence[int]], *, slots: int = 2, on_layer: Callable[[int], None] | None = None
+    ) -> list[Tensor]:
+        """Token ids of each prompt -> its last hidden states after the final norm, (1, length, hidden), float32 on
+        the host.
+
+        `on_layer` is called before each layer with its index, and may raise. Raises InvalidRequest for an empty list
+        of tokens or an id that the vocabulary does not have.
+        """
+        states = self._embed(prompts)
+        try:
+            rotary = Qwen2_5_VLRotaryEmbedding(self._config).to(self.hardware.device)
+            positions = [self._rotary(rotary, state) for state in states]
+            with BlockStreamer(self._store, slots=slots) as streamer:
+                for index, layer in streamer.visit():
+                    if on_layer is not None:
+                        on_layer(index)
+                    for i, position in enumerate(positions):
+                        states[i] = _hidden_states(
+                            layer(states[i], attention_mask=None, position_embeddings=position, use_cache=False)
+                        )
+            return [self._norm(state).float().cpu() for state in states]
+        finally:
+            self._store.release()
+
+    def _rotary(self, rotary: nn.Module, state: Tensor) -> tuple[Tensor, Tensor]:
+        # text alone: time, height and width positions are the same
+        positions = torch.arange(state.shape[1], device=state.device).view(1, 1, -1).expand(3, 1, -1)
+        return rotary(state, positions)
+
+    def _embed(self, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
+        vocab, _ = self._embedding.shape
+        for ids in prompts:
+            if not ids:
+                raise InvalidRequest("A prompt has no tokens. Write something, or leave the template on.")
+            if max(ids) >= vocab or min(ids) < 0:
+                raise InvalidRequest(
+                    f"Token {max(ids)} is beyond the {vocab} rows of {self._where}: the tokenizer belongs to another "
+                    "model. Use the pipeline's own tokenizer."
+                )
+        rows = _EmbeddingRows(self._embedding.parts, self._embedding.codec, self.dtype)
+        try:
+            return [rows.gather(ids).unsqueeze(0).to(self.hardware.device) for ids in prompts]
+        finally:
+            rows.close()
+
+    def _norm(self, state: Tensor) -> Tensor:
+        norm = Qwen2_5_VLRMSNorm(self._config.hidden_size, eps=self._config.rms_norm_eps)
+        norm.weight = nn.Parameter(self._norm_weight.to(state.device), requires_grad=False)
+        return norm(state)
+
+    def _empty_layer(self) -> nn.Module:
+        with torch.device("meta"):
+            layer = Qwen2_5_VLDecoderLayer(self._config, 0).eval()
+        layer.mlp = ChunkedTokens(layer.mlp, MLP_CHUNK_TOKENS)
+        return layer
+
+
+def _hidden_states(output: Any) -> Tensor:
+    """transformers 4 returns a tuple from a layer, transformers 5 the tensor."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _hf_config(config: Any) -> Qwen2_5_VLTextConfig:
+    rope = {"type": "default", "rope_type": "default", "mrope_section": list(config["mrope_section"])}
+    own = ("rope_theta", "mrope_section")
+    result = Qwen2_5_VLTextConfig(
+        **{key: value for key, value in config.items() if key not in own},
+        bos_token_id=None,
+        eos_token_id=None,
+        rope_theta=config["rope_theta"],
+        rope_scaling={**rope, "rope_theta": config["rope_theta"]},
+    )
+    result._attn_implementation = "sdpa"
+    return result
+
+
+class _EmbeddingRows:
+    """Reads single rows of an embedding matrix from its file."""
+
+    def __init__(self, parts: Sequence[TensorEntry], codec: str, dtype: torch.dtype) -> None:
+        self._reader = TensorReader()
+        self._parts, self._codec, self._dtype = parts, CODECS[codec], dtype
+
+    def gather(self, ids: Sequence[int]) -> Tensor:
+        """(len(ids), hidden) in the compute dtype, on the host."""
+        unique = sorted(set(ids))
+        stored = [self._rows(self._parts[0], unique)]
+        for scale in self._parts[1:]:
+            per_row = len(scale.shape) > 0 and scale.shape[0] == self._parts[0].shape[0] > 1
+            stored.append(self._rows(scale, unique) if per_row else self._whole(scale))
+        out = torch.empty(len(unique), self._parts[0].shape[1], dtype=self._dtype)
+        self._codec.decode_into(out, stored)
+        position = {token: i for i, token in enumerate(unique)}
+        return out[[position[token] for token in ids]]
+
+    def close(self) -> None:
+        self._reader.close()
+
+    def _rows(self, entry: TensorEntry, rows: Sequence[int]) -> Tensor:
+        width = entry.nbytes // entry.shape[0]
+        out = torch.empty(len(rows), width, dtype=torch.uint8)
+        for i, row in enumerate(rows):
+            self._reader.read_into(entry, memoryview(out[i].numpy()), skip=row * width)
+        return out.view(TORCH_DTYPES[entry.dtype]).view(len(rows), *entry.shape[1:])
+
+    def _whole(self, entry: TensorEntry) -> Tensor:
+        out = torch.empty(entry.nbytes, dtype=torch.uint8)
+        self._reader.read_into(entry, memoryview(out.numpy()))
+        return out.view(TORCH_DTYPES[entry.dtype]).view(entry.shape)

@@ -1,0 +1,67 @@
+"""Qwen-Image at its real size without its weights: checkpoints that are headers only, and a source that reads nothing.
+
+Under torch's FakeTensorMode the full model then runs on any machine, and its memory can be counted.
+"""
+
+from math import prod
+from pathlib import Path
+
+import torch
+from diffusers import QwenImageTransformer2DModel
+from qwenimage_lowvram.engine.checkpoint import Checkpoint, TensorEntry
+from qwenimage_lowvram.engine.hardware import Hardware
+from transformers import Qwen2_5_VLTextConfig
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer
+
+NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float8_e4m3fn: "F8_E4M3"}
+
+
+class EmptySource:
+    """Leaves the buffers as they are."""
+
+    def __init__(self, blocks: object) -> None:
+        pass
+
+    def read(self, index: int, out: torch.Tensor) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def fake_gpu() -> Hardware:
+    """A CUDA device of which fake tensors can be made: no streams, no pinning, no threads."""
+    return Hardware(torch.device("cuda"), streams=False, pinned=False, prefetch=False, host_device=False)
+
+
+def transformer_checkpoint(dtype: torch.dtype = torch.bfloat16, *, layers: int = 60) -> Checkpoint:
+    """The 20 B transformer: every Linear weight inside the blocks in `dtype`, the rest in bf16 where dtype is fp8."""
+    with torch.device("meta"):
+        model = QwenImageTransformer2DModel(num_layers=1)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    for name in [name for name in shapes if name.startswith("transformer_blocks.0.")]:
+        for i in range(1, layers):
+            shapes[name.replace(".0.", f".{i}.", 1)] = shapes[name]
+    return _checkpoint("transformer", shapes, dtype)
+
+
+def text_encoder_checkpoint(dtype: torch.dtype = torch.bfloat16, *, layers: int = 28) -> Checkpoint:
+    """Qwen2.5-VL-7B's language model."""
+    config = Qwen2_5_VLTextConfig(
+        hidden_size=3584, intermediate_size=18944, num_attention_heads=28, num_key_value_heads=4, num_hidden_layers=1
+    )
+    with torch.device("meta"):
+        layer = Qwen2_5_VLDecoderLayer(config, 0)
+    shapes = {f"model.layers.{i}.{name}": tuple(p.shape) for i in range(layers) for name, p in layer.named_parameters()}
+    shapes["model.embed_tokens.weight"] = (152064, 3584)
+    shapes["model.norm.weight"] = (3584,)
+    return _checkpoint("text_encoder", shapes, dtype)
+
+
+def _checkpoint(name: str, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> Checkpoint:
+    tensors = {}
+    for key, shape in shapes.items():
+        in_block = key.startswith(("transformer_blocks.", "model.layers."))
+        stored = dtype if dtype.itemsize > 1 or (in_block and len(shape) == 2) else torch.bfloat16
+        tensors[key] = TensorEntry(Path(name), 0, prod(shape) * stored.itemsize, NAMES[stored], shape)
+    return Checkpoint(Path(name), tensors, {}, None, name)

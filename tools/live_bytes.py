@@ -1,0 +1,57 @@
+"""Count the bytes of live tensor storages on one device, with real, meta or fake tensors. For tests and benchmarks."""
+
+import weakref
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+_ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+
+
+class LiveBytes(TorchDispatchMode):
+    """`with LiveBytes("cuda") as live: ...` then `live.peak` and `live.now`, in bytes.
+
+    Counts each storage once, from the operation that made it until it is freed. Storages that were there before are
+    counted when an operation first returns them. What a kernel allocates inside itself is not seen.
+
+    Fused attention counts as one kernel: its output, and while it runs one fp32 number per query and head (the
+    log-sum-exp that flash and memory-efficient kernels keep). Only inference mode hands it over as one operation.
+    """
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self._device = device
+        self._sizes: dict[int, int] = {}
+        self.now = 0
+        self.peak = 0
+
+    def reset_peak(self) -> None:
+        self.peak = self.now
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _ATTENTION and args[0].device.type == self._device != "cpu":
+            query, value = args[0], args[2]
+            self.peak = max(self.peak, self.now + query.shape[:-1].numel() * 4)
+            out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        else:
+            out = func(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self._count, out)
+        return out
+
+    def _count(self, tensor: torch.Tensor) -> None:
+        if tensor.device.type != self._device:
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._sizes:
+            return
+        self._sizes[key] = nbytes = storage.nbytes()
+        self.now += nbytes
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._free, key, nbytes)
+
+    def _free(self, key: int, nbytes: int) -> None:
+        self._sizes.pop(key, None)
+        self.now -= nbytes
