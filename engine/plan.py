@@ -84,9 +84,9 @@ class MemoryPlan:
         slots = f"{self.slots} slot{'s' if self.slots != 1 else ''}"
         return (
             f"MemoryPlan({self.request}: {len(self.resident)} of {self.blocks} blocks resident, {self.streamed} "
-            f"streamed through {slots}, {gib(self.streamed_bytes_per_step)} per step{chunk}; "
-            f"peak {gib(self.peak_bytes)} of {gib(self.limit_bytes)}: weights {gib(self.resident_bytes)}, "
-            f"activations {gib(self.activation_bytes)})"
+            f"streamed through {slots}, {size_text(self.streamed_bytes_per_step)} per step{chunk}; "
+            f"peak {size_text(self.peak_bytes)} of {size_text(self.limit_bytes)}: "
+            f"weights {size_text(self.resident_bytes)}, activations {size_text(self.activation_bytes)})"
         )
 
 
@@ -155,13 +155,14 @@ def plan_text_encoder(footprint: TextEncoderFootprint, prompt_tokens: Sequence[i
             return slots
     need = text_encoder_peak_bytes(footprint, prompt_tokens, 1)
     raise DoesNotFit(
-        f"Encoding prompts of {', '.join(map(str, prompt_tokens))} tokens needs {gib(need)}, the limit is "
-        f"{gib(limit_bytes)}.\nUse shorter prompts, or a VRAM limit of {need / GIB + 0.01:.2f} GB or more."
+        f"Encoding prompts of {', '.join(map(str, prompt_tokens))} tokens needs {size_text(need)}, the limit is "
+        f"{size_text(limit_bytes)}.\nUse shorter prompts, or a VRAM limit of {need / GIB + 0.01:.2f} GB or more."
     )
 
 
-def gib(nbytes: int) -> str:
-    return f"{nbytes / GIB:.2f} GiB"
+def size_text(nbytes: int) -> str:
+    """Bytes as a person reads them: 1.58 GiB, 81.0 MiB."""
+    return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB / 10 else f"{nbytes / 1024**2:.1f} MiB"
 
 
 def _most_resident(
@@ -227,11 +228,12 @@ def _refusal(footprint: TransformerFootprint, request: SamplingRequest, limit_by
     for width, height in SUGGESTED_SIZES:
         smaller = replace(request, width=width, height=height)
         if width * height < request.width * request.height and _fits(footprint, smaller, limit_bytes):
-            ways.append(f"{width}x{height} ({gib(least_bytes(footprint, smaller))})")
+            ways.append(f"{width}x{height} ({size_text(least_bytes(footprint, smaller))})")
             break
     ways.append(f"a VRAM limit of {need / GIB + 0.01:.2f} GB or more")
     return (
-        f"Sampling needs {gib(need)} at least, the limit is {gib(limit_bytes)} ({request}).\nUse {', or '.join(ways)}."
+        f"Sampling needs {size_text(need)} at least, the limit is {size_text(limit_bytes)} ({request}).\n"
+        f"Use {', or '.join(ways)}."
     )
 
 

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .plan import MemoryPlan, gib
+from .plan import MemoryPlan, size_text
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,17 @@ class MemoryReport:
         return {**asdict(self), "plan_text": str(self.plan), "text": str(self)}
 
     def __str__(self) -> str:
-        vram = "the device is the host" if self.peak_vram_bytes is None else f"{gib(self.peak_vram_bytes)} measured"
+        vram = (
+            "the device is the host" if self.peak_vram_bytes is None else f"{size_text(self.peak_vram_bytes)} measured"
+        )
         lines = [
-            f"MemoryReport: {self.steps} steps in {self.seconds:.1f} s ({self.seconds / max(1, self.steps):.2f} s/step), {self.passes} "
-            f"passes on {self.device}, weights {self.weight_format}",
-            f"  device memory: {gib(self.plan.peak_bytes)} planned of {gib(self.plan.limit_bytes)}, {vram}",
-            f"  process memory: {gib(self.peak_ram_bytes)} at its peak",
+            f"MemoryReport: {self.steps} steps in {self.seconds:.1f} s ({self.seconds / max(1, self.steps):.2f} "
+            f"s/step), {self.passes} passes on {self.device}, weights {self.weight_format}",
+            f"  device memory: {size_text(self.plan.peak_bytes)} planned of {size_text(self.plan.limit_bytes)}, {vram}",
+            f"  process memory: {size_text(self.peak_ram_bytes)} at its peak",
             f"  blocks: {len(self.plan.resident)} of {self.plan.blocks} resident, {self.fetched_blocks} fetched "
-            f"({gib(self.fetched_bytes)}), modulation {gib(self.modulation_bytes)}, {self.waited_seconds:.1f} s waited",
+            f"({size_text(self.fetched_bytes)}), modulation {size_text(self.modulation_bytes)}, "
+            f"{self.waited_seconds:.1f} s waited",
         ]
         if self.one_by_one:
             lines.append(f"  prompts ran one after another, each block was visited for each: {self.one_by_one}")

@@ -124,6 +124,20 @@ class QwenImageTransformer:
         self.store.release()
         self.modulation.leave_device()
 
+    def shrink(self, nbytes: int) -> int:
+        """Give back resident blocks until `nbytes` are free or none is left; returns the bytes given back."""
+        before = self.store.resident_bytes
+        kept = sorted(self.store.resident)
+        while kept and (len(self.store.resident) - len(kept)) * self.footprint.resident_block_bytes < nbytes:
+            kept.pop()
+        self.store.set_resident(kept)
+        return before - self.store.resident_bytes
+
+    @property
+    def weight_format(self) -> str:
+        """The format of the blocks' largest weights, as a name of `formats.CODECS`."""
+        return max(self.store.blocks[0].params, key=lambda param: param.nbytes).codec
+
     @property
     def loaded_bytes(self) -> int:
         """Bytes that stay on the device between runs."""

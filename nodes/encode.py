@@ -1,0 +1,40 @@
+"""The node that encodes the positive and the negative prompt in one visit of the text encoder."""
+
+from typing import Any
+
+from .clip import LowVRAMCLIP
+from .words import CATEGORY
+
+
+class QwenLowVRAMEncodePrompts:
+    """Encode Prompts."""
+
+    CATEGORY = CATEGORY
+    DESCRIPTION = "Encodes both prompts while each layer of the text encoder passes through the card, once."
+    RETURN_TYPES = ("CONDITIONING", "CONDITIONING")
+    RETURN_NAMES = ("positive", "negative")
+    OUTPUT_TOOLTIPS = ("What the picture should show.", "What it should not; used only where cfg is above 1.")
+    SEARCH_ALIASES = ("prompt", "text encode", "clip text encode", "qwen")
+    FUNCTION = "encode"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        text = {"multiline": True, "dynamicPrompts": True}
+        return {
+            "required": {
+                "clip": ("CLIP", {"tooltip": "The text encoder: this pack's, or ComfyUI's own."}),
+                "positive": (
+                    "STRING",
+                    {**text, "default": "", "tooltip": "What the picture should show. Text to be written: in quotes."},
+                ),
+                "negative": (
+                    "STRING",
+                    {**text, "default": " ", "tooltip": "What it should not show. A space is the model's own default."},
+                ),
+            }
+        }
+
+    def encode(self, clip: Any, positive: str, negative: str) -> tuple[Any, Any]:
+        if isinstance(clip, LowVRAMCLIP):
+            return tuple(clip.encode_prompts([positive, negative]))
+        return tuple(clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (positive, negative))

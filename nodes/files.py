@@ -1,0 +1,61 @@
+"""The model files that a person can choose, from ComfyUI's own folders; nothing outside them can be reached."""
+
+import os
+from pathlib import Path
+
+import folder_paths
+
+from ..engine.errors import MissingFile
+
+FOLDER_SUFFIX = " (folder)"
+FROM_FOLDER = "from the pipeline folder"
+MODEL_SUFFIXES = (".safetensors", ".sft")
+
+
+def transformer_choices() -> list[str]:
+    """Files of models/diffusion_models, then pipeline folders of models/diffusers."""
+    return _files("diffusion_models") + [name + FOLDER_SUFFIX for name in _pipelines()]
+
+
+def component_choices(kind: str) -> list[str]:
+    """Files of models/<kind>, then the choice of the pipeline folder's own."""
+    return [*_files(kind), FROM_FOLDER]
+
+
+def is_folder(choice: str) -> bool:
+    return choice.endswith(FOLDER_SUFFIX)
+
+
+def pipeline_folder(choice: str) -> Path:
+    """Raises MissingFile unless `choice` is a pipeline folder in models/diffusers."""
+    folders = _pipelines()
+    name = choice.removesuffix(FOLDER_SUFFIX)
+    if name not in folders:
+        raise MissingFile(
+            f"There is no pipeline folder {name!r} in models/diffusers (found: {', '.join(folders) or 'none'}).\n\n"
+            "What to do: put the folder that holds model_index.json there, and press R."
+        )
+    return folders[name]
+
+
+def model_file(kind: str, choice: str) -> Path:
+    """Raises MissingFile unless `choice` is a file of models/<kind>."""
+    if choice not in _files(kind):
+        raise MissingFile(
+            f"There is no {choice!r} in models/{kind}.\n\nWhat to do: put it there and press R, or choose another."
+        )
+    return Path(folder_paths.get_full_path_or_raise(kind, choice))
+
+
+def _files(kind: str) -> list[str]:
+    return [name for name in folder_paths.get_filename_list(kind) if name.lower().endswith(MODEL_SUFFIXES)]
+
+
+def _pipelines() -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for root in folder_paths.get_folder_paths("diffusers"):
+        for folder, subfolders, files in os.walk(root, followlinks=True):
+            if "model_index.json" in files:
+                found.setdefault(os.path.relpath(folder, root).replace(os.sep, "/"), Path(folder))
+                subfolders.clear()
+    return dict(sorted(found.items()))

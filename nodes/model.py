@@ -1,0 +1,222 @@
+"""Our transformer as ComfyUI's MODEL: what native samplers call, translated to branches."""
+
+import logging
+from typing import Any
+
+import comfy.model_base
+import comfy.model_management
+import comfy.supported_models
+import torch
+from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
+from torch import Tensor, nn
+
+from ..engine.errors import Unsupported
+from ..engine.latents import pack, require_even, shape_in_patches, unpack
+from ..engine.plan import MemoryPlan
+from ..engine.report import MemoryReport
+from ..engine.transformer import Branch, QwenImageTransformer
+from .lockstep import KEY, Lockstep
+from .patcher import LowVRAMPatcher
+from .run import SamplingRun, plan_run, request_of
+from .unsupported import check_graph, refuse, why_one_by_one
+
+logger = logging.getLogger(__name__)
+
+
+class LowVRAMModel(comfy.model_base.QwenImage):
+    """ComfyUI's Qwen-Image with our transformer in the place of its own.
+
+    Latent format, model sampling and conditions are ComfyUI's. The weights lie outside of every nn.Module.
+    """
+
+    def __init__(self, transformer: QwenImageTransformer, limit_bytes: int | None) -> None:
+        config = comfy.supported_models.QwenImage({"image_model": "qwen_image", "disable_unet_model_creation": True})
+        config.set_inference_dtype(transformer.dtype, None)
+        super().__init__(config, device=comfy.model_management.unet_offload_device())
+        self.transformer = transformer
+        self.limit_bytes = limit_bytes
+        self.calls = _Calls(transformer)
+        self.diffusion_model = _DiffusionModel(self.calls)
+        self.plan: MemoryPlan | None = None
+        self.last_report: MemoryReport | None = None
+
+    @property
+    def planned_bytes(self) -> int:
+        """What the present plan keeps on the device between steps."""
+        return self.plan.resident_bytes if self.plan else self.transformer.footprint.outside_bytes
+
+    def load_planned(self) -> None:
+        self.transformer.load(self.plan.resident if self.plan else ())
+
+    def begin_run(self) -> None:
+        if self.calls.run is not None:
+            self.calls.run.begin(self.model_sampling)
+
+    def memory_required(self, input_shape: Any, cond_shapes: Any = None) -> float:
+        """What a run takes on the device beside the resident weights."""
+        return self.plan.peak_bytes - self.plan.resident_bytes if self.plan else 0
+
+    def state_dict_for_saving(self, *args: Any, **kwargs: Any) -> Any:
+        refuse("Saving the model (ModelSave, CheckpointSave)", "copy the file it was loaded from.")
+
+
+def make_model(transformer: QwenImageTransformer, limit_bytes: int | None) -> LowVRAMPatcher:
+    """A MODEL around `transformer`; `limit_bytes` None uses what is free on the device."""
+    model = LowVRAMModel(transformer, limit_bytes)
+    patcher = LowVRAMPatcher(
+        model, load_device=transformer.hardware.device, offload_device=comfy.model_management.unet_offload_device()
+    )
+    patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _outer_sample)
+    patcher.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, _calc_cond_batch)
+    return patcher
+
+
+def _outer_sample(
+    executor: Any, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    """Around a whole run of any native sampler: plan and refuse before anything is loaded, report afterwards."""
+    guider = executor.class_obj
+    patcher = guider.model_patcher
+    model: LowVRAMModel = patcher.model
+    check_graph(guider.model_options, guider.conds)
+    require_even(noise, "The picture")
+    own = [loaded for loaded in comfy.model_management.current_loaded_models if patcher.is_clone(loaded.model)]
+    model.plan = plan_run(model.transformer, request_of(guider, noise.shape), model.limit_bytes, own)
+    run = SamplingRun(model.transformer, model.plan, sigmas.cpu(), why_one_by_one(guider.model_options, KEY))
+    model.calls.run = run
+    try:
+        return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+    finally:
+        model.calls.run = None
+        model.last_report = run.end()
+
+
+def _calc_cond_batch(
+    executor: Any, model: LowVRAMModel, conds: Any, x_in: Tensor, timestep: Tensor, model_options: Any
+) -> Any:
+    """Around the calls of one evaluation: all of them in one visit of the blocks, unless a foreign wrapper watches."""
+    if why_one_by_one(model_options, KEY):
+        return executor(model, conds, x_in, timestep, model_options)
+    calls = model.calls
+    return calls.lockstep.together(lambda: executor(model, conds, x_in, timestep, model_options), calls.run_together)
+
+
+class _Calls:
+    """What ComfyUI's calls of the model need: the transformer and the present run. Refers to no module of ComfyUI's,
+    which would be a circle that keeps an unloaded model alive."""
+
+    def __init__(self, transformer: QwenImageTransformer) -> None:
+        self.transformer = transformer
+        self.lockstep = Lockstep()
+        self.run: SamplingRun | None = None
+
+    def run_together(self, calls: list["_Call"]) -> list[Tensor]:
+        """Velocities of several calls, each (B, 16, 1, H, W), in one visit of the blocks."""
+        if self.run is None:
+            raise Unsupported("The model was called outside of a sampler. Use a sampler node.")
+        branches = [branch for call in calls for branch in call.branches()]
+        tokens = iter(self.run.forward(branches))
+        return [torch.cat([unpack(next(tokens), *call.size) for _ in range(call.batch)]) for call in calls]
+
+
+class _DiffusionModel(nn.Module):
+    """What BaseModel.apply_model calls. Has no parameters: nothing here is ComfyUI's to move, cast or patch."""
+
+    def __init__(self, calls: _Calls) -> None:
+        super().__init__()
+        self._calls = calls
+        self.dtype = calls.transformer.dtype
+
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        attention_mask: Tensor | None = None,
+        ref_latents: list[Tensor] | None = None,
+        additional_t_cond: Tensor | None = None,
+        transformer_options: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """x (B, 16, 1, H, W) normalised, timestep (B,) sigma in 0..1, context (B, L, dim) -> velocity like x."""
+        options = transformer_options or {}
+        wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, options)
+        executor = WrapperExecutor.new_class_executor(self._forward, self, wrappers)
+        return executor.execute(x, timestep, context, attention_mask, ref_latents, additional_t_cond, options, **kwargs)
+
+    def _forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        attention_mask: Tensor | None,
+        ref_latents: list[Tensor] | None,
+        additional_t_cond: Tensor | None,
+        transformer_options: dict[str, Any],
+        control: Any = None,
+        ref_latents_method: str | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        calls = self._calls
+        if control is not None:
+            refuse("ControlNet (Apply ControlNet)", "remove the ControlNet, or use ComfyUI's own loader with it.")
+        if additional_t_cond is not None:
+            refuse("Additional time conditioning (Qwen-Image-Layered)", "use a Qwen-Image model.")
+        own_method = "index_timestep_zero" if calls.transformer.config.zero_cond_t else "index"
+        if ref_latents and ref_latents_method not in (None, own_method):
+            refuse(f"The reference method '{ref_latents_method}'", f"set it to '{own_method}', or remove that node.")
+        call = _Call(x, timestep, context, attention_mask, ref_latents or [], self.dtype)
+        return calls.lockstep.call(call, calls.run_together, lambda: torch.zeros_like(x))
+
+
+class _Call:
+    """One call of the diffusion model by ComfyUI: a batch of pictures, each a branch."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        attention_mask: Tensor | None,
+        references: list[Tensor],
+        dtype: torch.dtype,
+    ) -> None:
+        for reference in references:
+            require_even(reference, "A reference picture")
+            if reference.ndim == 5 and reference.shape[2] != 1:
+                refuse("A reference of several frames", "encode one picture at a time.")
+        if attention_mask is not None and attention_mask.is_floating_point():
+            refuse("A fractional or additive attention mask", "use the conditioning of a text encode node as it is.")
+        self._x = x.to(dtype)
+        self._timesteps = timestep.tolist()
+        self._context = context.to(dtype)
+        self._mask = None if attention_mask is None else attention_mask.bool()
+        self._references = [r.to(dtype) if r.ndim == 5 else r.unsqueeze(2).to(dtype) for r in references]
+
+    @property
+    def batch(self) -> int:
+        return self._x.shape[0]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self._x.shape[3], self._x.shape[4]
+
+    def branches(self) -> list[Branch]:
+        images = [self._x, *self._references]
+        shapes = tuple(shape_in_patches(image) for image in images)
+        return [
+            Branch(
+                tokens=torch.cat([pack(_sample(image, i)) for image in images], dim=1),
+                shapes=shapes,
+                prompt_embeds=_sample(self._context, i),
+                prompt_mask=None if self._mask is None else _sample(self._mask, i),
+                timestep=self._timesteps[i],
+            )
+            for i in range(self.batch)
+        ]
+
+
+def _sample(batch: Tensor, index: int) -> Tensor:
+    """Sample `index` of a batch, or the only one there is, with its batch dimension."""
+    index = min(index, batch.shape[0] - 1)
+    return batch[index : index + 1]

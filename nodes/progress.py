@@ -1,0 +1,105 @@
+"""Tell the page what a run does, block by block, and let the person interrupt it between two blocks."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.model_management
+import psutil
+import torch
+from comfy_execution.utils import get_executing_context
+from server import PromptServer
+
+EVENT = "qwen_lowvram.progress"
+SECONDS_BETWEEN_EVENTS = 0.2
+
+
+def executing_node_id() -> str | None:
+    """The id of the node that runs in this thread; composite inside subgraphs, so never a number."""
+    context = get_executing_context()
+    return None if context is None else context.node_id
+
+
+def send(event: str, data: dict[str, Any]) -> None:
+    """Send to the page that queued the prompt; nothing where no server runs."""
+    server = getattr(PromptServer, "instance", None)
+    if server is not None:
+        server.send_sync(event, data, server.client_id)
+
+
+@dataclass
+class MemoryWatch:
+    """Present and peak memory of this process, in bytes. VRAM is None where the device has none of its own."""
+
+    device: torch.device
+    peak_ram: int = 0
+    _process: psutil.Process = field(default_factory=psutil.Process)
+
+    def start(self) -> None:
+        self.peak_ram = 0
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self.ram()
+
+    def ram(self) -> int:
+        now = self._process.memory_info().rss
+        self.peak_ram = max(self.peak_ram, now)
+        return now
+
+    def vram(self) -> int | None:
+        return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else None
+
+    def peak_vram(self) -> int | None:
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
+
+
+class RunProgress:
+    """Counts passes and blocks of one run, and sends at most five events a second."""
+
+    def __init__(self, watch: MemoryWatch, *, blocks: int, steps: int, limit_bytes: int, plan: str) -> None:
+        self._watch = watch
+        self._node = executing_node_id()
+        self._facts = {"blocks": blocks, "steps": steps, "limit_bytes": limit_bytes, "plan": plan}
+        self._start = time.perf_counter()
+        self._sampling_start: float | None = None
+        self._last = 0.0
+        self.step = 0
+
+    def modulation(self, block: int) -> None:
+        self._report("modulation", block)
+
+    def sampling(self, block: int) -> None:
+        if self._sampling_start is None:
+            self._sampling_start = time.perf_counter()
+        self._report("sampling", block)
+
+    def done(self) -> None:
+        self._last = 0.0
+        self._report("done", self._facts["blocks"] - 1)
+
+    def _report(self, stage: str, block: int) -> None:
+        if stage != "done":
+            comfy.model_management.throw_exception_if_processing_interrupted()
+        now = time.perf_counter()
+        ram = self._watch.ram()
+        if now - self._last < SECONDS_BETWEEN_EVENTS:
+            return
+        self._last = now
+        done = self.step + (block + 1) / self._facts["blocks"]
+        sampling = now - self._sampling_start if self._sampling_start is not None else 0.0
+        send(
+            EVENT,
+            {
+                **self._facts,
+                "node": self._node,
+                "stage": stage,
+                "step": min(self.step + 1, self._facts["steps"]),
+                "block": block + 1,
+                "ram_bytes": ram,
+                "peak_ram_bytes": self._watch.peak_ram,
+                "vram_bytes": self._watch.vram(),
+                "peak_vram_bytes": self._watch.peak_vram(),
+                "seconds": now - self._start,
+                "seconds_per_step": sampling / done if done else 0.0,
+            },
+        )

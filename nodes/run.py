@@ -1,0 +1,142 @@
+"""One sampling run: what it asks for, the plan for it, its passes, and the report of it."""
+
+import logging
+import math
+import time
+from contextlib import ExitStack
+from typing import Any
+
+import comfy.model_management
+import torch
+from torch import Tensor
+
+from ..engine.errors import Unsupported
+from ..engine.latents import LATENT_PX
+from ..engine.plan import MemoryPlan, SamplingRequest, most_bytes, plan_memory
+from ..engine.report import MemoryReport
+from ..engine.transformer import Branch, QwenImageTransformer, TransformerSession
+from .progress import MemoryWatch, RunProgress
+
+logger = logging.getLogger(__name__)
+
+# of what is free: fragments of torch's allocator, cuBLAS and attention workspaces
+HEADROOM_BYTES = 384 * 1024**2
+
+
+def request_of(guider: Any, noise_shape: torch.Size) -> SamplingRequest:
+    """What ComfyUI is about to sample: `noise_shape` is (B, 16, 1, H, W), the guider holds the conditions."""
+    if len(noise_shape) != 5 or noise_shape[2] != 1:
+        raise Unsupported(
+            f"A latent of shape {list(noise_shape)} is not one picture per sample. Use EmptySD3LatentImage, or "
+            "encode pictures with this pack's VAE."
+        )
+    entries = [(name, entry) for name, conds in guider.conds.items() for entry in conds or ()]
+    cfg = getattr(guider, "cfg", None)
+    if cfg is not None and math.isclose(cfg, 1.0) and not guider.model_options.get("disable_cfg1_optimization"):
+        entries = [(name, entry) for name, entry in entries if name != "negative"]
+    references = [
+        sum(math.prod(latent.shape[-2:]) // 4 for latent in entry.get("reference_latents") or ())
+        for _, entry in entries
+    ]
+    return SamplingRequest(
+        width=noise_shape[4] * LATENT_PX,
+        height=noise_shape[3] * LATENT_PX,
+        branches=max(1, len(entries)) * noise_shape[0],
+        prompt_tokens=max((entry["cross_attn"].shape[1] for _, entry in entries if "cross_attn" in entry), default=0),
+        reference_tokens=max(references, default=0),
+    )
+
+
+def free_bytes(device: torch.device, limit_bytes: int | None, wanted_bytes: int, own: list[Any]) -> int:
+    """How much of the device may be used, up to the limit. Models of others are asked to leave first where they lie
+    in the way of `wanted_bytes`; `own` are the loaded models that stay, and count as free."""
+    management = comfy.model_management
+    held = sum(loaded.model_loaded_memory() for loaded in own)
+    wanted = min(wanted_bytes, limit_bytes or wanted_bytes)
+    if device.type != "cpu":
+        management.free_memory(wanted + HEADROOM_BYTES - held, device, keep_loaded=own)
+    free = int(management.get_free_memory(device)) + held - HEADROOM_BYTES
+    return max(0, min(free, limit_bytes or free))
+
+
+def plan_run(
+    transformer: QwenImageTransformer, request: SamplingRequest, limit: int | None, own: list[Any]
+) -> MemoryPlan:
+    """Raises DoesNotFit before anything is loaded."""
+    wanted = most_bytes(transformer.footprint, request)
+    return plan_memory(transformer.footprint, request, free_bytes(transformer.hardware.device, limit, wanted, own))
+
+
+class SamplingRun:
+    """Owns what one run holds on the device, from `begin` to `end`."""
+
+    def __init__(self, transformer: QwenImageTransformer, plan: MemoryPlan, sigmas: Tensor, one_by_one: str) -> None:
+        self._transformer = transformer
+        self._plan = plan
+        self._sigmas = sigmas
+        self._one_by_one = one_by_one
+        self._watch = MemoryWatch(transformer.hardware.device)
+        self._stack = ExitStack()
+        self._session: TransformerSession | None = None
+        self._last_timestep = 0.0
+        self._seen: set[float] = set()
+        self._passes = 0
+        self._start = time.perf_counter()
+        store, table = transformer.store, transformer.modulation
+        self._before = (store.fetched_blocks, store.fetched_bytes, table.fetched_bytes)
+        self._progress = RunProgress(
+            self._watch,
+            blocks=plan.blocks,
+            steps=len(sigmas) - 1,
+            limit_bytes=plan.limit_bytes,
+            plan=str(plan),
+        )
+
+    def begin(self, model_sampling: Any) -> None:
+        """The resident weights are on the device: compute the modulation table, then open the slots."""
+        self._watch.start()
+        logger.info("%s", self._plan)
+        timesteps = [float(t) for t in model_sampling.timestep(self._sigmas[self._sigmas > 0]).float()]
+        self._last_timestep = min(timesteps, default=0.0)
+        self._transformer.modulation.announce(timesteps, on_block=self._progress.modulation)
+        self._session = self._stack.enter_context(
+            self._transformer.session(slots=self._plan.slots, mlp_chunk_tokens=self._plan.mlp_chunk_tokens)
+        )
+
+    def forward(self, branches: list[Branch]) -> list[Tensor]:
+        """One pass over the blocks for all branches."""
+        if self._session is None:
+            raise RuntimeError("forward() before begin()")
+        timestep = min(branch.timestep for branch in branches)
+        if timestep not in self._seen:
+            self._seen.add(timestep)
+            self._progress.step = len(self._seen) - 1
+        result = self._session.forward(branches, more=timestep > self._last_timestep, on_block=self._progress.sampling)
+        self._passes += 1
+        return result
+
+    def end(self) -> MemoryReport:
+        """Give back what the run held on the device; also after an error or an interruption."""
+        waited = self._session.waited_seconds if self._session is not None else 0.0
+        self._session = None
+        self._stack.close()
+        self._watch.ram()
+        store, table = self._transformer.store, self._transformer.modulation
+        report = MemoryReport(
+            plan=self._plan,
+            device=str(self._transformer.hardware.device),
+            weight_format=self._transformer.weight_format,
+            steps=len(self._sigmas) - 1,
+            passes=self._passes,
+            seconds=time.perf_counter() - self._start,
+            fetched_blocks=store.fetched_blocks - self._before[0],
+            fetched_bytes=store.fetched_bytes - self._before[1],
+            modulation_bytes=table.fetched_bytes - self._before[2],
+            waited_seconds=waited,
+            peak_vram_bytes=self._watch.peak_vram(),
+            peak_ram_bytes=self._watch.peak_ram,
+            one_by_one=self._one_by_one,
+        )
+        self._progress.done()
+        logger.info("%s", report)
+        return report

@@ -1,0 +1,162 @@
+"""The node that samples as the reference pipeline does, through ComfyUI's own samplers."""
+
+from typing import Any
+
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import torch
+from torch import Tensor
+
+from ..engine.latents import PATCH, require_even
+from ..engine.sampling import qwen_sigmas, true_cfg
+from .model import LowVRAMModel
+from .words import CATEGORY
+
+QWEN_SCHEDULER = "qwen_image"
+REPORT_KEY = "qwen_lowvram_report"
+
+
+class QwenLowVRAMSample:
+    """Sample."""
+
+    CATEGORY = CATEGORY
+    DESCRIPTION = (
+        "Makes the latent picture: Qwen-Image's own noise schedule for the picture's size, and true guidance with "
+        "both prompts in one visit of each block. Shows step, block and memory while it runs."
+    )
+    RETURN_TYPES = ("LATENT",)
+    OUTPUT_TOOLTIPS = ("The latent picture, for Decode (tiled) or ComfyUI's VAE Decode.",)
+    SEARCH_ALIASES = ("ksampler", "sampler", "qwen", "true cfg")
+    FUNCTION = "sample"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "model": ("MODEL", {"tooltip": "From Load Qwen-Image (low VRAM)."}),
+                "positive": ("CONDITIONING", {"tooltip": "What the picture should show."}),
+                "negative": ("CONDITIONING", {"tooltip": "What it should not; not computed where cfg is 1."}),
+                "latent_image": ("LATENT", {"tooltip": "Size and batch: from EmptySD3LatentImage, or a VAE Encode."}),
+                "seed": (
+                    "INT",
+                    {
+                        "default": 0,
+                        "min": 0,
+                        "max": 0xFFFFFFFFFFFFFFFF,
+                        "control_after_generate": True,
+                        "tooltip": "The noise that the picture grows from.",
+                    },
+                ),
+                "steps": (
+                    "INT",
+                    {
+                        "default": 20,
+                        "min": 1,
+                        "max": 1000,
+                        "tooltip": "The reference takes 50; 20 are good; 8 or 4 need a Lightning model.",
+                    },
+                ),
+                "cfg": (
+                    "FLOAT",
+                    {
+                        "default": 4.0,
+                        "min": 1.0,
+                        "max": 30.0,
+                        "step": 0.1,
+                        "tooltip": "How far from the negative prompt. 1 leaves that out and halves the work.",
+                    },
+                ),
+                "sampler": (
+                    list(comfy.samplers.SAMPLER_NAMES),
+                    {"default": "euler", "tooltip": "euler is the reference; all of ComfyUI's samplers work."},
+                ),
+                "scheduler": (
+                    [QWEN_SCHEDULER, *comfy.samplers.SCHEDULER_NAMES],
+                    {
+                        "default": QWEN_SCHEDULER,
+                        "tooltip": "qwen_image: the reference schedule, shifted by picture size. Others are ComfyUI's.",
+                    },
+                ),
+                "denoise": (
+                    "FLOAT",
+                    {
+                        "default": 1.0,
+                        "min": 0.01,
+                        "max": 1.0,
+                        "step": 0.01,
+                        "tooltip": "Below 1 starts from the latent picture instead of pure noise (image to image).",
+                    },
+                ),
+                "norm_rescale": (
+                    "BOOLEAN",
+                    {
+                        "default": True,
+                        "advanced": True,
+                        "tooltip": "Give the guided prediction the norm of the positive one, as the reference does.",
+                    },
+                ),
+            }
+        }
+
+    def sample(
+        self,
+        model: Any,
+        positive: Any,
+        negative: Any,
+        latent_image: dict[str, Any],
+        seed: int,
+        steps: int,
+        cfg: float,
+        sampler: str,
+        scheduler: str,
+        denoise: float,
+        norm_rescale: bool,
+    ) -> dict[str, Any]:
+        latents = comfy.sample.fix_empty_latent_channels(
+            model,
+            latent_image["samples"],
+            latent_image.get("downscale_ratio_spacial"),
+            latent_image.get("downscale_ratio_temporal"),
+        )
+        require_even(latents, "The picture")
+        noise = comfy.sample.prepare_noise(latents, seed, latent_image.get("batch_index"))
+        guided = model.clone()
+        guided.set_model_sampler_cfg_function(_guidance(norm_rescale))
+        samples = comfy.sample.sample(
+            guided,
+            noise,
+            steps,
+            cfg,
+            sampler,
+            comfy.samplers.SCHEDULER_NAMES[0] if scheduler == QWEN_SCHEDULER else scheduler,
+            positive,
+            negative,
+            latents,
+            denoise=denoise,
+            noise_mask=latent_image.get("noise_mask"),
+            sigmas=_sigmas(latents, steps, denoise) if scheduler == QWEN_SCHEDULER else None,
+            callback=latent_preview.prepare_callback(guided, steps),
+            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+            seed=seed,
+        )
+        dropped = ("downscale_ratio_spacial", "downscale_ratio_temporal")
+        out = {key: value for key, value in latent_image.items() if key not in dropped}
+        ui = {}
+        if isinstance(model.model, LowVRAMModel) and model.model.last_report is not None:
+            ui[REPORT_KEY] = [model.model.last_report.as_dict()]
+        return {"ui": ui, "result": ({**out, "samples": samples},)}
+
+
+def _sigmas(latents: Tensor, steps: int, denoise: float) -> Tensor:
+    height, width = latents.shape[-2:]
+    return qwen_sigmas(steps, (height // PATCH) * (width // PATCH), denoise=denoise)
+
+
+def _guidance(norm_rescale: bool) -> Any:
+    def guide(args: dict[str, Any]) -> torch.Tensor:
+        # cond and uncond are sigma times the velocities, which changes no ratio of norms
+        return true_cfg(args["cond"], args["uncond"], args["cond_scale"], rescale=norm_rescale)
+
+    return guide
