@@ -78,6 +78,7 @@ class QwenImageTransformer:
         self.dtype = dtype
         self.hardware = hardware
         self._rounding = rounding
+        self._loaded = False
         self._outside = self._empty_model()
         shapes = {name: tuple(p.shape) for name, p in self._outside.named_parameters()}
         where = str(checkpoint.path)
@@ -115,12 +116,14 @@ class QwenImageTransformer:
                 module = self._outside.get_submodule(owner)
                 moved = nn.Parameter(parameter.data.to(self.hardware.device), requires_grad=False)
                 module._parameters[attribute] = moved
+        self._loaded = True
         self.store.set_resident(resident)
 
     def unload(self) -> None:
         """Leave the device: what `load` brought there is given back. The modulation table stays in host memory."""
         with torch.inference_mode(False):
             self._outside.to("cpu")
+        self._loaded = False
         self.store.release()
         self.modulation.leave_device()
 
@@ -141,8 +144,7 @@ class QwenImageTransformer:
     @property
     def loaded_bytes(self) -> int:
         """Bytes that stay on the device between runs."""
-        here = next(self._outside.parameters()).device.type == self.hardware.device.type
-        return self.store.resident_bytes + (self.footprint.outside_bytes if here else 0)
+        return self.store.resident_bytes + (self.footprint.outside_bytes if self._loaded else 0)
 
     @contextmanager
     def session(self, *, slots: int, mlp_chunk_tokens: int | None = None) -> Iterator["TransformerSession"]:

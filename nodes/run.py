@@ -10,7 +10,7 @@ import comfy.model_management
 import torch
 from torch import Tensor
 
-from ..engine.errors import Unsupported
+from ..engine.errors import InvalidRequest, Unsupported
 from ..engine.latents import LATENT_PX
 from ..engine.plan import MemoryPlan, SamplingRequest, most_bytes, plan_memory
 from ..engine.report import MemoryReport
@@ -23,8 +23,11 @@ logger = logging.getLogger(__name__)
 HEADROOM_BYTES = 384 * 1024**2
 
 
-def request_of(guider: Any, noise_shape: torch.Size) -> SamplingRequest:
-    """What ComfyUI is about to sample: `noise_shape` is (B, 16, 1, H, W), the guider holds the conditions."""
+def request_of(guider: Any, noise_shape: torch.Size, joint_attention_dim: int) -> SamplingRequest:
+    """What ComfyUI is about to sample: `noise_shape` is (B, 16, 1, H, W), the guider holds the conditions.
+
+    Raises Unsupported or InvalidRequest for latents and prompts of other models.
+    """
     if len(noise_shape) != 5 or noise_shape[2] != 1:
         raise Unsupported(
             f"A latent of shape {list(noise_shape)} is not one picture per sample. Use EmptySD3LatentImage, or "
@@ -34,6 +37,13 @@ def request_of(guider: Any, noise_shape: torch.Size) -> SamplingRequest:
     cfg = getattr(guider, "cfg", None)
     if cfg is not None and math.isclose(cfg, 1.0) and not guider.model_options.get("disable_cfg1_optimization"):
         entries = [(name, entry) for name, entry in entries if name != "negative"]
+    prompts = [entry["cross_attn"] for _, entry in entries if entry.get("cross_attn") is not None]
+    for prompt in prompts:
+        if prompt.shape[-1] != joint_attention_dim:
+            raise InvalidRequest(
+                f"The prompt's embeddings have {prompt.shape[-1]} dimensions, {joint_attention_dim} are needed.\n\n"
+                "What to do: encode the prompt with Qwen-Image's own text encoder, Qwen2.5-VL-7B."
+            )
     references = [
         sum(math.prod(latent.shape[-2:]) // 4 for latent in entry.get("reference_latents") or ())
         for _, entry in entries
@@ -42,7 +52,7 @@ def request_of(guider: Any, noise_shape: torch.Size) -> SamplingRequest:
         width=noise_shape[4] * LATENT_PX,
         height=noise_shape[3] * LATENT_PX,
         branches=max(1, len(entries)) * noise_shape[0],
-        prompt_tokens=max((entry["cross_attn"].shape[1] for _, entry in entries if "cross_attn" in entry), default=0),
+        prompt_tokens=max((prompt.shape[1] for prompt in prompts), default=0),
         reference_tokens=max(references, default=0),
     )
 

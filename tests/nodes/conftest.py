@@ -1,0 +1,61 @@
+"""Our MODEL and CLIP inside this process, on small random weights."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from qwenimage_lowvram.engine.checkpoint import open_checkpoint
+from qwenimage_lowvram.engine.hardware import Hardware
+from qwenimage_lowvram.engine.transformer import QwenImageTransformer
+
+DIM = 64  # of the small text encoder's embeddings
+MiB = 1024**2
+
+
+@pytest.fixture(autouse=True)
+def _as_nodes_run(comfy: ModuleType) -> Iterator[None]:
+    """Nodes run in inference mode; nothing that one test loads is left in ComfyUI's list for the next."""
+    import comfy.model_management as management
+
+    with torch.inference_mode():
+        yield
+    management.unload_all_models()
+
+
+@pytest.fixture(scope="session")
+def make_transformer(small_pipeline: Path) -> Callable[..., QwenImageTransformer]:
+    def make(dtype: torch.dtype = torch.float32, **options: Any) -> QwenImageTransformer:
+        hardware = Hardware.detect(torch.device("cpu"))
+        return QwenImageTransformer(
+            open_checkpoint(small_pipeline / "transformer"), dtype=dtype, hardware=hardware, **options
+        )
+
+    return make
+
+
+@pytest.fixture
+def transformer(make_transformer: Callable[..., QwenImageTransformer]) -> QwenImageTransformer:
+    return make_transformer()
+
+
+@pytest.fixture
+def model(transformer: QwenImageTransformer) -> Any:
+    """A MODEL that may use all memory."""
+    from qwenimage_lowvram.nodes.model import make_model
+
+    return make_model(transformer, None)
+
+
+def embeds(length: int, seed: int) -> torch.Tensor:
+    return torch.randn(1, length, DIM, generator=torch.Generator().manual_seed(seed))
+
+
+def cond(length: int = 9, seed: int = 1, **extra: Any) -> list[Any]:
+    return [[embeds(length, seed), extra]]
+
+
+def empty_latent(width: int = 96, height: int = 64, batch: int = 1) -> dict[str, torch.Tensor]:
+    return {"samples": torch.zeros(batch, 16, 1, height // 8, width // 8)}
