@@ -67,7 +67,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         header, data_start, size, mtime_ns = _read_header(file)
         digest.update(json.dumps(header, sort_keys=True).encode())
         digest.update(f"{file.name} {size} {mtime_ns}".encode())
-        metadata.update(header.pop("__metadata__", {}) or {})
+        metadata.update(_metadata(file, header.pop("__metadata__", None) or {}))
         for name, info in header.items():
             if name in tensors:
                 raise DamagedFile(
@@ -97,12 +97,13 @@ def _files_of(path: Path) -> tuple[list[Path], dict[str, Any] | None]:
     config_file = path / "config.json"
     config = read_json(config_file) if _exists(config_file) else None
     try:
-        indexes = sorted(path.glob("*.safetensors.index.json"))
-        singles = sorted(path.glob("*.safetensors"))
+        listed = sorted(path.iterdir())  # glob would take a folder without permission for an empty one
     except OSError as error:
         raise _unreadable(path, error) from error
+    indexes = [file for file in listed if file.name.endswith(".safetensors.index.json")]
+    singles = [file for file in listed if file.name.endswith(".safetensors")]
     if indexes:
-        names = sorted(set(read_json(indexes[0]).get("weight_map", {}).values()))
+        names = _shard_names(indexes[0])
         missing = [name for name in names if not _exists(path / name)]
         if missing or not names:
             raise MissingFile(
@@ -118,11 +119,21 @@ def _files_of(path: Path) -> tuple[list[Path], dict[str, Any] | None]:
     return singles, config
 
 
+def _shard_names(index: Path) -> list[str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise DamagedFile(f"{index} has no 'weight_map' of tensors to file names. Download it again.")
+    return sorted(set(weight_map.values()))
+
+
 def _exists(path: Path) -> bool:
     try:
-        return path.exists()
-    except OSError as error:  # a folder above it may not be entered
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:  # a folder above it may not be entered; Path.exists() of Python 3.14 hides that
         raise _unreadable(path, error) from error
+    return True
 
 
 def _read_header(file: Path) -> tuple[dict[str, Any], int, int, int]:
@@ -153,11 +164,17 @@ def _parse_json(raw: str | bytes, what: str) -> dict[str, Any]:
     return value
 
 
+def _metadata(file: Path, given: Any) -> dict[str, str]:
+    if not isinstance(given, dict) or not all(isinstance(value, str) for value in given.values()):
+        raise DamagedFile(f"{file}: '__metadata__' in its header is no table of texts. Download it again.")
+    return given
+
+
 def _entry(file: Path, name: str, info: Any, data_start: int, file_size: int) -> TensorEntry:
     try:
         dtype, shape, (begin, end) = str(info["dtype"]), tuple(info["shape"]), info["data_offsets"]
-        if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
-            raise ValueError("negative or fractional numbers")
+        if not all(isinstance(n, int) and 0 <= n < 2**63 for n in (*shape, begin, end)) or begin > end:
+            raise ValueError(f"shape {info['shape']!s:.99}, bytes {info['data_offsets']!s:.99}")
     except (KeyError, TypeError, ValueError) as error:
         raise DamagedFile(f"{file}: the header entry of {name!r} is damaged ({error}). Download it again.") from error
     if data_start + end > file_size:

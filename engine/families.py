@@ -40,6 +40,7 @@ class Component(Enum):
     TRANSFORMER = "a Qwen-Image transformer"
     TRANSFORMER_2_1 = "a Qwen-Image-2.1 transformer"
     TEXT_ENCODER = "a Qwen2.5-VL text encoder"
+    OTHER_TEXT_ENCODER = "the text encoder of another model"
     VAE = "a VAE"
     LORA = "a LoRA"
     FLUX = "a Flux transformer"
@@ -51,6 +52,7 @@ class Component(Enum):
 _FOLDER_OF = {
     Component.TRANSFORMER: "diffusion_models",
     Component.TEXT_ENCODER: "text_encoders",
+    Component.OTHER_TEXT_ENCODER: "text_encoders",
     Component.VAE: "vae",
     Component.LORA: "loras",
 }
@@ -59,6 +61,7 @@ _FOLDER_OF = {
 _SIGNS: tuple[tuple[str, Component], ...] = (
     (r"lora_(up|down|A|B)\b|\.lora\.(up|down)\.|lokr_w|hada_w", Component.LORA),
     (r"transformer_blocks\.\d+\.attn\.add_q_proj\.weight", Component.TRANSFORMER),
+    (r"text_model\.encoder\.layers\.|encoder\.block\.\d+\.layer\.", Component.OTHER_TEXT_ENCODER),
     (r"layers\.\d+\.self_attn\.q_proj\.weight", Component.TEXT_ENCODER),
     (r"model\.diffusion_model\.input_blocks\.|(^|\.)down_blocks\.\d+\.attentions\.", Component.STABLE_DIFFUSION),
     (r"double_blocks\.\d+\.img_attn\.|single_transformer_blocks\.", Component.FLUX),
@@ -74,6 +77,9 @@ def identify(tensors: Mapping[str, TensorEntry]) -> Component:
         if any(search(name) for name in tensors):
             if component is Component.TRANSFORMER and not any(".img_mod.1." in name for name in tensors):
                 return Component.TRANSFORMER_2_1
+            # Qwen2 alone among the language models in use has biases there
+            if component is Component.TEXT_ENCODER and not any(".q_proj.bias" in name for name in tensors):
+                return Component.OTHER_TEXT_ENCODER
             return component
     return Component.UNKNOWN
 
@@ -83,7 +89,8 @@ def require(checkpoint: Checkpoint, wanted: Component) -> None:
     found = identify(checkpoint.tensors)
     if found is wanted:
         return
-    belongs = f" It belongs in models/{_FOLDER_OF[found]}." if found in _FOLDER_OF else ""
+    folder = _FOLDER_OF.get(found)
+    belongs = f" It belongs in models/{folder}." if folder not in (None, _FOLDER_OF[wanted]) else ""
     raise WrongModel(
         f"{checkpoint.path} is {found.value} ({len(checkpoint.tensors)} tensors); {wanted.value} is needed here."
         f"{belongs} Choose a file from models/{_FOLDER_OF[wanted]}."
@@ -170,7 +177,9 @@ def _split(
     blocks: dict[int, dict[str, TensorEntry]] = {}
     for name, entry in tensors.items():
         if name.startswith(prefix):
-            index, rest = name.removeprefix(prefix).split(".", 1)
+            index, _, rest = name.removeprefix(prefix).partition(".")
+            if not (index.isascii() and index.isdigit() and rest):
+                raise WrongModel(f"{name!r} is no tensor of a numbered block. Download the file again.")
             blocks.setdefault(int(index), {})[rest] = entry
         else:
             outside[name] = entry
@@ -180,27 +189,27 @@ def _split(
 
 
 def _transformer_config(checkpoint: Checkpoint, tensors: Mapping[str, TensorEntry], layers: int) -> TransformerConfig:
-    def shape(name: str) -> tuple[int, ...]:
-        if name not in tensors:
-            raise WrongModel(f"{checkpoint.path} lacks {name}: not a whole Qwen-Image transformer. Download it again.")
-        return tensors[name].shape
+    def shape(name: str, dimensions: int) -> tuple[int, ...]:
+        return _shape(checkpoint, tensors, name, dimensions)
 
-    head_dim = shape("transformer_blocks.0.attn.norm_q.weight")[0]
+    (head_dim,) = shape("transformer_blocks.0.attn.norm_q.weight", 1)
+    inner_dim, in_channels = shape("img_in.weight", 2)
     given = checkpoint.config or {}
-    if "axes_dims_rope" in given:
-        axes = tuple(given["axes_dims_rope"])
-    else:
-        axes = tuple(axis * head_dim // 128 for axis in _ROPE_AXES_OF_128)
-    if sum(axes) != head_dim or any(axis % 2 for axis in axes):
-        raise WrongModel(f"{checkpoint.path}: heads of {head_dim} dimensions do not split into even rotary axes.")
+    axes = given.get("axes_dims_rope", [axis * head_dim // 128 for axis in _ROPE_AXES_OF_128])
+    even = isinstance(axes, list) and len(axes) == 3 and all(isinstance(n, int) and n > 0 and n % 2 == 0 for n in axes)
+    if not even or sum(axes) != head_dim or inner_dim % head_dim:
+        raise WrongModel(
+            f"{checkpoint.path}: {inner_dim} dimensions in heads of {head_dim} do not split into even rotary axes "
+            f"({axes!s:.99})."
+        )
     return TransformerConfig(
         num_layers=layers,
-        num_attention_heads=shape("img_in.weight")[0] // head_dim,
+        num_attention_heads=inner_dim // head_dim,
         attention_head_dim=head_dim,
-        joint_attention_dim=shape("txt_in.weight")[1],
-        axes_dims_rope=axes,
-        in_channels=shape("img_in.weight")[1],
-        out_channels=shape("proj_out.weight")[0] // 4,
+        joint_attention_dim=shape("txt_in.weight", 2)[1],
+        axes_dims_rope=(axes[0], axes[1], axes[2]),
+        in_channels=in_channels,
+        out_channels=shape("proj_out.weight", 2)[0] // 4,
         # ComfyUI marks 2511 by an empty tensor, diffusers by its configuration
         zero_cond_t=bool(given.get("zero_cond_t", "__index_timestep_zero__" in tensors)),
         use_additional_t_cond="time_text_embed.addition_t_embedding.weight" in tensors,
@@ -211,22 +220,39 @@ def _transformer_config(checkpoint: Checkpoint, tensors: Mapping[str, TensorEntr
 def _text_config(
     checkpoint: Checkpoint, outside: Mapping[str, TensorEntry], layers: tuple[Mapping[str, TensorEntry], ...]
 ) -> dict[str, Any]:
+    def setting(config: Mapping[str, Any], key: str, kind: type | tuple[type, ...], default: Any) -> Any:
+        value = config.get(key)
+        if value is not None and not isinstance(value, kind):
+            raise WrongModel(f"{checkpoint.path}: {key} of its configuration is {value!r:.99}. Download it again.")
+        return default if value is None else value
+
     given = checkpoint.config or {}
-    text = given.get("text_config", given)
-    vocab_size, hidden_size = outside["embed_tokens.weight"].shape
-    first = layers[0]
-    head_dim = hidden_size // text["num_attention_heads"] if "num_attention_heads" in text else _TEXT_HEAD_DIM
-    if hidden_size % head_dim:
-        raise WrongModel(f"{checkpoint.path}: {hidden_size} hidden dimensions are no multiple of {head_dim} per head.")
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    text = setting(given, "text_config", dict, given)
+    rope = setting(text, "rope_parameters", dict, None) or setting(text, "rope_scaling", dict, {})
+    first = layers[0] if layers else {}
+    vocab_size, hidden_size = _shape(checkpoint, outside, "embed_tokens.weight", 2)
+    key_dim = _shape(checkpoint, first, "self_attn.k_proj.weight", 2)[0]
+    heads = setting(text, "num_attention_heads", int, hidden_size // _TEXT_HEAD_DIM)
+    if heads < 1 or hidden_size % heads or key_dim % (hidden_size // heads):
+        raise WrongModel(f"{checkpoint.path}: {hidden_size} and {key_dim} dimensions do not split into {heads} heads.")
     return {
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
-        "intermediate_size": first["mlp.gate_proj.weight"].shape[0],
+        "intermediate_size": _shape(checkpoint, first, "mlp.gate_proj.weight", 2)[0],
         "num_hidden_layers": len(layers),
-        "num_attention_heads": hidden_size // head_dim,
-        "num_key_value_heads": first["self_attn.k_proj.weight"].shape[0] // head_dim,
-        "rms_norm_eps": text.get("rms_norm_eps", 1e-6),
-        "rope_theta": rope.get("rope_theta", text.get("rope_theta", 1_000_000.0)),
-        "mrope_section": tuple(rope.get("mrope_section", (16, 24, 24))),
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_dim // (hidden_size // heads),
+        "rms_norm_eps": setting(text, "rms_norm_eps", (int, float), 1e-6),
+        "rope_theta": setting(rope, "rope_theta", (int, float), setting(text, "rope_theta", (int, float), 1_000_000.0)),
+        "mrope_section": tuple(setting(rope, "mrope_section", list, (16, 24, 24))),
     }
+
+
+def _shape(checkpoint: Checkpoint, tensors: Mapping[str, TensorEntry], name: str, dimensions: int) -> tuple[int, ...]:
+    """Of a tensor that has to be there, with that many dimensions, none of them empty."""
+    if name not in tensors:
+        raise WrongModel(f"{checkpoint.path} lacks {name}: the model is not whole. Download it again.")
+    shape = tensors[name].shape
+    if len(shape) != dimensions or 0 in shape:
+        raise WrongModel(f"{checkpoint.path}: {name} has shape {list(shape)}, which no Qwen-Image has.")
+    return shape

@@ -8,7 +8,7 @@ import folder_paths
 from ..engine.errors import MissingFile
 
 FOLDER_SUFFIX = " (folder)"
-FROM_FOLDER = "from the pipeline folder"
+FROM_FOLDER = "from the folder"
 MODEL_SUFFIXES = (".safetensors", ".sft")
 
 

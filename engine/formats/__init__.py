@@ -4,9 +4,9 @@ A codec turns a parameter's stored parts (its data, then its scales) into one te
 Formats never move memory between devices: parts and destination lie on the same one.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Protocol
 
 from torch import Tensor
@@ -70,10 +70,11 @@ def stored_param(name: str, tensors: Mapping[str, TensorEntry], where: str) -> S
     data = tensors[name]
     layer = name.removesuffix(".weight")
     scales = [tensors[f"{layer}.{scale}"] for scale in _SCALE_NAMES if f"{layer}.{scale}" in tensors]
-    if f"{layer}.comfy_quant" in tensors and data.dtype not in _SCALED_OF_DTYPE:
-        raise _unknown_format(where, name, data)
-    if name.endswith(".weight") and scales:
-        if data.dtype not in _SCALED_OF_DTYPE or len(scales) != 1:
+    others = (n.removeprefix(f"{layer}.") for n in tensors if n.startswith(f"{layer}.")) if name != layer else ()
+    if any(other.startswith("weight_") and other not in _SCALE_NAMES for other in others):
+        raise _unknown_format(where, name, data)  # a second scale, or one of another meaning
+    if name != layer and (scales or f"{layer}.comfy_quant" in tensors):
+        if data.dtype not in _SCALED_OF_DTYPE or len(scales) != 1 or not _is_scale(scales[0], data):
             raise _unknown_format(where, name, data)
         return StoredParam(name, data.shape, _SCALED_OF_DTYPE[data.dtype], (data, scales[0]))
     if data.dtype not in _PLAIN_OF_DTYPE:
@@ -81,11 +82,10 @@ def stored_param(name: str, tensors: Mapping[str, TensorEntry], where: str) -> S
     return StoredParam(name, data.shape, _PLAIN_OF_DTYPE[data.dtype], (data,))
 
 
-def declared_quantization(metadata: Mapping[str, str]) -> Mapping[str, str]:
-    """Layer -> format of ComfyUI's `_quantization_metadata`, empty where a file has none."""
-    raw = metadata.get("_quantization_metadata")
-    layers = json.loads(raw).get("layers", {}) if raw else {}
-    return {layer: str(config.get("format")) for layer, config in layers.items()}
+def _is_scale(scale: TensorEntry, data: TensorEntry) -> bool:
+    """Whether the scale of a matrix is one number, or one for each row."""
+    floating = scale.dtype in ("F32", "F16", "BF16")
+    return floating and len(data.shape) == 2 and prod(scale.shape) in (1, data.shape[0])
 
 
 def _unknown_format(where: str, name: str, data: TensorEntry) -> WrongModel:

@@ -25,7 +25,8 @@ class ScaledFp8Codec:
         data, scale = parts
         # every fp8 value is exact in bf16 and fp16; the product is rounded once, without an fp32 copy of the weight
         out.copy_(data)
-        out.mul_(scale.reshape(()) if scale.numel() == 1 else scale.reshape(-1, 1))
+        # (1, 1), not (): on a GPU a scale without dimensions would itself be rounded to the compute dtype first
+        out.mul_(scale.reshape(-1, 1))
 
 
 SCALED_FP8 = (

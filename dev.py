@@ -1,0 +1,44 @@
+"""Two commands for people and one for numbers: demo, test, bench. Python 3.10 or newer, nothing else installed.
+
+python dev.py demo [--model PATH] [--ui]        the 4 GB workflow on a real ComfyUI, to the picture
+python dev.py test [pytest arguments]           lint, types and all tests, the real page included
+python dev.py bench NAME [--quick] [--json F]   a benchmark of benchmarks/
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent
+
+
+def main(arguments: list[str]) -> int:
+    if sys.version_info < (3, 10):  # noqa: UP036 - older Pythons get this far
+        print(f"Python 3.10 or newer is needed; this is {sys.version.split()[0]}.", file=sys.stderr)
+        return 2
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    if command not in ("demo", "test", "bench"):
+        print(__doc__)
+        return 0 if command in ("-h", "--help") else 2
+    sys.path.insert(0, str(REPOSITORY / "tools"))
+    from devtools.cache import SetupError
+    from devtools.prepare import child_environment, prepare
+
+    try:
+        prepared = prepare(page=command == "test")
+    except SetupError as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 1
+    if command == "test":
+        from devtools.check import run_checks
+
+        return run_checks(prepared, rest)
+    inside = [prepared.python, REPOSITORY / "tools" / "inside.py", command, *rest]
+    try:
+        return subprocess.run(inside, env=child_environment(prepared)).returncode
+    except KeyboardInterrupt:  # the child has had it too and ended its server
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

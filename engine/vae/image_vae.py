@@ -1,0 +1,263 @@
+"""Latents to pictures and back, within a memory limit; owns the loop over tiles and the retries."""
+
+import logging
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+
+from ..errors import InvalidRequest
+from .keys import IMAGE_CHANNELS, check_is_image_vae, to_diffusers_names
+from .network import Half, build_decoder, build_encoder
+from .tiles import Span, TilePlan, plan_tiles
+
+OnTile = Callable[[int, int], None]
+
+logger = logging.getLogger(__name__)
+
+
+class ImageVAE(nn.Module):
+    """Qwen-Image's VAE for still images: what diffusers computes, without its video cache.
+
+    * Tiles change memory, never pixels: the tiled result equals the untiled one up to the rounding of convolutions.
+    * Live bytes beside the weights stay within `limit_bytes`, as the plan says beforehand.
+    * Not one activation is copied to a wider dtype as a whole; attention scores never exist as a whole.
+    """
+
+    def __init__(self, encoder: Half, decoder: Half, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+        self.dtype = dtype
+
+    @classmethod
+    def from_state_dict(cls, state_dict: Mapping[str, torch.Tensor], *, dtype: torch.dtype) -> "ImageVAE":
+        """Build from diffusers' or ComfyUI's tensors, which are copied; raises WrongModel for any other VAE."""
+        tensors = to_diffusers_names(state_dict)
+        check_is_image_vae(tensors)
+        return cls(build_encoder(tensors, dtype), build_decoder(tensors, dtype), dtype).eval()
+
+    @property
+    def scale(self) -> int:
+        """Pixels per latent along one axis: 8."""
+        return self.decoder.network.scale
+
+    @property
+    def latent_channels(self) -> int:
+        return self.decoder.whole[0].weight.shape[1]
+
+    @property
+    def weights_device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def plan_decode(
+        self, height: int, width: int, limit_bytes: int | None = None, tile_px: int = 0, *, result_bytes: int = 0
+    ) -> TilePlan:
+        """The tiles and the live bytes of decoding one picture of height x width pixels; moves nothing."""
+        return self._plan(self.decoder, "decode", (height, width), limit_bytes, tile_px, self.dtype, result_bytes)
+
+    def plan_encode(
+        self, height: int, width: int, limit_bytes: int | None = None, tile_px: int = 0, *, result_bytes: int = 0
+    ) -> TilePlan:
+        """The tiles and the live bytes of encoding one picture of height x width pixels; moves nothing."""
+        return self._plan(self.encoder, "encode", (height, width), limit_bytes, tile_px, self.dtype, result_bytes)
+
+    @torch.no_grad()
+    def decode(
+        self,
+        latents: torch.Tensor,
+        *,
+        limit_bytes: int | None = None,
+        tile_px: int = 0,
+        on_tile: OnTile | None = None,
+        out_device: torch.device | str = "cpu",
+    ) -> torch.Tensor:
+        """Raw latents (B, 16, 1, h, w) or (B, 16, h, w) -> pictures (B, H, W, 3), fp32 in 0..1, one after another.
+
+        `tile_px` is the most that an inner tile writes along an axis (0: as large as fits the limit).
+        `on_tile(done, total)` is called after each tile; what it raises ends the decode.
+        Raises InvalidRequest for other shapes, DoesNotFit before anything is computed.
+        """
+        if latents.ndim == 5 and latents.shape[2] == 1:
+            latents = latents[:, :, 0]
+        if latents.ndim != 4 or latents.shape[1] != self.latent_channels or 0 in latents.shape:
+            raise InvalidRequest(
+                f"The VAE decodes latents (B, {self.latent_channels}, 1, h, w) of still images, "
+                f"got {tuple(latents.shape)}."
+            )
+        b, _, h, w = latents.shape
+        size = (h * self.scale, w * self.scale)
+        images = torch.empty(b, *size, IMAGE_CHANNELS, device=out_device)
+
+        def run(plan: TilePlan, dtype: torch.dtype) -> bool:
+            for index in range(b):
+                tick = _ticker(on_tile, index * len(plan), b * len(plan))
+                latent = latents[index : index + 1].to(self.weights_device)
+                if not self._decode_one(latent.to(dtype), images[index], plan, tick):
+                    return False
+            return True
+
+        self._run(run, self.decoder, "decode", size, limit_bytes, tile_px, self._result_bytes(images))
+        return images
+
+    @torch.no_grad()
+    def encode(
+        self,
+        images: torch.Tensor,
+        *,
+        limit_bytes: int | None = None,
+        tile_px: int = 0,
+        on_tile: OnTile | None = None,
+        out_device: torch.device | str = "cpu",
+    ) -> torch.Tensor:
+        """Pictures (B, H, W, 3) in 0..1 -> raw latents (B, 16, 1, H/8, W/8), fp32: the posterior's mean.
+
+        Options and errors as in `decode`; H and W must be multiples of 8.
+        """
+        if images.ndim != 4 or images.shape[-1] != IMAGE_CHANNELS or 0 in images.shape:
+            raise InvalidRequest(f"The VAE encodes pictures (B, H, W, {IMAGE_CHANNELS}), got {tuple(images.shape)}.")
+        b, height, width, _ = images.shape
+        self._check_size(height, width)
+        shape = (b, self.latent_channels, 1, height // self.scale, width // self.scale)
+        latents = torch.empty(shape, device=out_device)
+
+        def run(plan: TilePlan, dtype: torch.dtype) -> bool:
+            for index in range(b):
+                tick = _ticker(on_tile, index * len(plan), b * len(plan))
+                latent = self._encode_one(images[index : index + 1], plan, dtype, tick)
+                if not _is_finite(latent):
+                    return False
+                latents[index, :, 0] = latent[0]
+            return True
+
+        self._run(run, self.encoder, "encode", (height, width), limit_bytes, tile_px, self._result_bytes(latents))
+        return latents
+
+    def _decode_one(self, latent: torch.Tensor, image: torch.Tensor, plan: TilePlan, tick: OnTile) -> bool:
+        """Fill image (H, W, 3) from latent (1, 16, h, w); False as soon as a tile is not finite."""
+        features = [_apply(self.decoder.whole, latent.contiguous(memory_format=torch.channels_last))]
+        for done, (row, column) in enumerate(plan, start=1):
+            # a whole picture's features are freed as soon as the first layer has read them
+            tile = features.pop() if plan.is_whole else _cut(features[0], row, column, 1)
+            tile = _apply(self.decoder.local, tile)
+            if not _is_finite(tile):
+                return False
+            pixels = _core(tile, row, column, self.scale)[0].permute(1, 2, 0).float()  # (h, w, 3)
+            target = image[_pixels(row, self.scale), _pixels(column, self.scale)]
+            target.copy_(pixels.mul_(0.5).add_(0.5).clamp_(0, 1))
+            tick(done, len(plan))
+        return True
+
+    def _encode_one(self, image: torch.Tensor, plan: TilePlan, dtype: torch.dtype, tick: OnTile) -> torch.Tensor:
+        """(1, H, W, 3) -> (1, 16, h, w)."""
+        device, features = self.weights_device, None
+        for done, (row, column) in enumerate(plan, start=1):
+            pixels = _cut(image.permute(0, 3, 1, 2), row, column, self.scale).to(device)
+            tile = _apply(self.encoder.local, (pixels * 2 - 1).to(dtype, memory_format=torch.channels_last))
+            if plan.is_whole:
+                features = tile
+            else:
+                if features is None:
+                    shape = (1, tile.shape[1], plan.rows[-1].stop, plan.columns[-1].stop)
+                    features = torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
+                features[:, :, _pixels(row, 1), _pixels(column, 1)] = _core(tile, row, column, 1)
+            del tile
+            tick(done, len(plan))
+        return _apply(self.encoder.whole, features)
+
+    def _run(
+        self,
+        run: Callable[[TilePlan, torch.dtype], bool],
+        half: Half,
+        task: str,
+        size: tuple[int, int],
+        limit_bytes: int | None,
+        tile_px: int,
+        result_bytes: int,
+    ) -> None:
+        """Plan and run, again in fp32 if fp16 overflowed, again in smaller tiles if memory ran out all the same."""
+        dtype = self.dtype
+        while True:
+            plan = self._plan(half, task, size, limit_bytes, tile_px, dtype, result_bytes)
+            logger.info("%r", plan)
+            try:
+                if run(plan, dtype):
+                    return
+                out_of_memory = False
+            except torch.OutOfMemoryError:
+                out_of_memory = True
+            # retry after the except block: the traceback keeps the failed attempt's tensors alive
+            if out_of_memory:
+                limit_bytes = plan.peak_bytes // 2
+                logger.warning("Out of memory in %r: trying again with %d MiB.", plan, limit_bytes // 2**20)
+            else:
+                logger.warning("The VAE overflowed in %s: the whole %s runs again in float32.", dtype, task)
+                dtype = torch.float32
+
+    def _plan(
+        self,
+        half: Half,
+        task: str,
+        size: tuple[int, int],
+        limit_bytes: int | None,
+        tile_px: int,
+        dtype: torch.dtype,
+        result_bytes: int,
+    ) -> TilePlan:
+        self._check_size(*size)
+        return plan_tiles(
+            half.network,
+            task=task,
+            size=(size[0] // self.scale, size[1] // self.scale),
+            itemsize=dtype.itemsize,
+            result_bytes=result_bytes,
+            limit_bytes=limit_bytes,
+            tile_latents=max(1, tile_px // self.scale) if tile_px else 0,
+        )
+
+    def _check_size(self, height: int, width: int) -> None:
+        if height < self.scale or width < self.scale or height % self.scale or width % self.scale:
+            raise InvalidRequest(
+                f"The VAE works on multiples of {self.scale} pixels, got {width}x{height}. Crop or resize the image."
+            )
+
+    def _result_bytes(self, result: torch.Tensor) -> int:
+        shares_device = result.device.type == self.weights_device.type
+        return result.numel() * result.element_size() if shares_device else 0
+
+
+def _apply(layers: nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
+def _cut(x: torch.Tensor, row: Span, column: Span, unit: int) -> torch.Tensor:
+    """What a tile reads of (1, C, h, w), in memory of its own."""
+    rows = slice(row.read_start * unit, row.read_stop * unit)
+    columns = slice(column.read_start * unit, column.read_stop * unit)
+    return x[:, :, rows, columns].contiguous(memory_format=torch.channels_last)
+
+
+def _core(x: torch.Tensor, row: Span, column: Span, unit: int) -> torch.Tensor:
+    """What a tile writes, without its halo."""
+    rows = slice((row.start - row.read_start) * unit, (row.stop - row.read_start) * unit)
+    columns = slice((column.start - column.read_start) * unit, (column.stop - column.read_start) * unit)
+    return x[:, :, rows, columns]
+
+
+def _pixels(span: Span, unit: int) -> slice:
+    return slice(span.start * unit, span.stop * unit)
+
+
+def _is_finite(x: torch.Tensor) -> bool:
+    # bf16 and fp32 have the range; asking them would only make the device wait
+    return x.dtype != torch.float16 or bool(torch.isfinite(x).all())
+
+
+def _ticker(on_tile: OnTile | None, before: int, total: int) -> OnTile:
+    def tick(done: int, _: int) -> None:
+        if on_tile is not None:
+            on_tile(before + done, total)
+
+    return tick

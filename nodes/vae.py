@@ -1,0 +1,144 @@
+"""The exact VAE as ComfyUI's VAE object: native nodes decode and encode with it. Translates; decides nothing."""
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import comfy.utils
+import torch
+
+from ..engine.checkpoint import Checkpoint
+from ..engine.errors import InvalidRequest, Unsupported
+from ..engine.streaming import read_params
+from ..engine.vae import ImageVAE, TilePlan
+
+# left free on a card whose limit nobody set: workspaces of convolutions, and what other programs grow by
+HEADROOM_BYTES = 400 * 1024**2
+
+
+def make_vae(checkpoint: Checkpoint, *, dtype: torch.dtype, limit_bytes: int | None) -> "LowVRAMVAE":
+    """Read a VAE in diffusers' or ComfyUI's names; raises WrongModel for any but the family's RGB VAE."""
+    shapes = {name: entry.shape for name, entry in checkpoint.tensors.items()}
+    # outside the node's inference mode, so that the weights may be used in any thread
+    with torch.inference_mode(False):
+        tensors = read_params(checkpoint.tensors, shapes, dtype, str(checkpoint.path))
+        return LowVRAMVAE(ImageVAE.from_state_dict(tensors, dtype=dtype), limit_bytes=limit_bytes)
+
+
+class LowVRAMVAE(comfy.sd.VAE):
+    """ComfyUI's VAE with our engine inside.
+
+    Guarantees beyond the native VAE: tiles never change the picture; a batch of images is a batch, not a video;
+    weights and activations on the device stay within `limit_bytes` (None: what is free when the work starts).
+    """
+
+    def __init__(self, image_vae: ImageVAE, *, limit_bytes: int | None = None) -> None:
+        # the native __init__ detects and builds a network from a state dict; ours is built already
+        self.first_stage_model = image_vae
+        self.limit_bytes = limit_bytes
+        self.device = comfy.model_management.vae_device()
+        self.output_device = comfy.model_management.intermediate_device()
+        self.vae_dtype = image_vae.dtype
+        self.working_dtypes = [image_vae.dtype]
+        self.patcher = comfy.model_patcher.ModelPatcher(
+            image_vae, load_device=self.device, offload_device=comfy.model_management.vae_offload_device()
+        )
+        self.size = comfy.model_management.module_size(image_vae)
+        self.downscale_ratio = self.upscale_ratio = image_vae.scale
+        self.downscale_index_formula = self.upscale_index_formula = None
+        self.latent_channels = image_vae.latent_channels
+        self.latent_dim = 3
+        self.output_channels = 3
+        self.pad_channel_value = 1.0
+        self.extra_1d_channel = None
+        self.crop_input = True
+        self.not_video = True
+        self.disable_offload = True
+        self.handles_tiling = False
+        self.format_encoded = None
+
+    def decode(self, samples_in: torch.Tensor, vae_options: dict[str, Any] | None = None) -> torch.Tensor:
+        """(B, 16, 1, h, w) -> (B, H, W, 3)."""
+        return self.decode_tiled(samples_in)
+
+    def decode_tiled(
+        self,
+        samples: torch.Tensor,
+        tile_x: int | None = None,
+        tile_y: int | None = None,
+        overlap: int | None = None,
+        tile_t: int | None = None,
+        overlap_t: int | None = None,
+    ) -> torch.Tensor:
+        """As `decode`. Tile sizes are in latents; the overlap is what exactness needs, whatever is asked for."""
+        vae = self.first_stage_model
+        size = (samples.shape[-2] * vae.scale, samples.shape[-1] * vae.scale)
+        return self._run(vae.decode, vae.plan_decode, samples, size, max(tile_x or 0, tile_y or 0) * vae.scale)
+
+    def encode(self, pixel_samples: torch.Tensor) -> torch.Tensor:
+        """(B, H, W, C) -> (B, 16, 1, H/8, W/8)."""
+        return self.encode_tiled(pixel_samples)
+
+    def encode_tiled(
+        self,
+        pixel_samples: torch.Tensor,
+        tile_x: int | None = None,
+        tile_y: int | None = None,
+        overlap: int | None = None,
+        tile_t: int | None = None,
+        overlap_t: int | None = None,
+    ) -> torch.Tensor:
+        """As `encode`. Tile sizes are in pixels; borders beyond multiples of 8 pixels are cropped, alpha is dropped."""
+        vae = self.first_stage_model
+        if pixel_samples.ndim != 4 or min(pixel_samples.shape[1:3]) < vae.scale:
+            raise InvalidRequest(
+                f"The VAE encodes images (B, H, W, C) of at least {vae.scale}x{vae.scale} pixels, "
+                f"got {tuple(pixel_samples.shape)}."
+            )
+        pixels = self.vae_encode_crop_pixels(pixel_samples)
+        size = (pixels.shape[1], pixels.shape[2])
+        return self._run(vae.encode, vae.plan_encode, pixels, size, max(tile_x or 0, tile_y or 0))
+
+    def memory_used_decode(self, shape: torch.Size, dtype: torch.dtype) -> int:
+        """Live bytes of decoding latents (..., h, w) whole, one picture at a time."""
+        scale = self.first_stage_model.scale
+        return self.first_stage_model.plan_decode(shape[-2] * scale, shape[-1] * scale).peak_bytes
+
+    def memory_used_encode(self, shape: torch.Size, dtype: torch.dtype) -> int:
+        """Live bytes of encoding pixels (..., H, W) whole, one picture at a time."""
+        scale = self.first_stage_model.scale
+        return self.first_stage_model.plan_encode(shape[-2] // scale * scale, shape[-1] // scale * scale).peak_bytes
+
+    def get_sd(self) -> NoReturn:
+        raise Unsupported(
+            "VAESave does not work with this VAE: in memory it is folded to one frame.\n\n"
+            "What to do: copy the file that it was loaded from."
+        )
+
+    def _run(
+        self,
+        work: Callable[..., torch.Tensor],
+        plan: Callable[..., TilePlan],
+        data: torch.Tensor,
+        size: tuple[int, int],
+        tile_px: int,
+    ) -> torch.Tensor:
+        """Make room for the plan, then work within what there is; progress and interruption after each tile."""
+        limit = None if self.limit_bytes is None else self.limit_bytes - self.size
+        # of a picture larger than any card, ask for half the card: tiles need no more
+        half = comfy.model_management.get_total_memory(self.device) // 2
+        room = min(plan(*size, limit, tile_px).peak_bytes, half)
+        comfy.model_management.load_models_gpu([self.patcher], memory_required=room, force_full_load=True)
+        if limit is None:
+            limit = comfy.model_management.get_free_memory(self.device) - HEADROOM_BYTES
+        progress = comfy.utils.ProgressBar(1)
+
+        def on_tile(done: int, total: int) -> None:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            progress.update_absolute(done, total)
+
+        with comfy.model_management.cuda_device_context(self.device):
+            result = work(data, limit_bytes=limit, tile_px=tile_px, on_tile=on_tile, out_device=self.output_device)
+        return result.to(comfy.model_management.intermediate_dtype())

@@ -1,0 +1,239 @@
+"""What a file is, is told from its names; a file in the wrong place is told where it belongs."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from qwenimage_lowvram.engine.checkpoint import open_checkpoint
+from qwenimage_lowvram.engine.errors import Unsupported, WrongModel
+from qwenimage_lowvram.engine.families import Component, identify, require, sort_text_encoder, sort_transformer
+from qwenimage_lowvram.engine.hardware import Hardware
+from qwenimage_lowvram.engine.transformer import QwenImageTransformer
+
+Shapes = dict[str, tuple[int, ...]]
+
+TEXT_LAYER = {
+    "self_attn.q_proj.weight": (256, 256),
+    "self_attn.q_proj.bias": (256,),
+    "self_attn.k_proj.weight": (128, 256),
+    "mlp.gate_proj.weight": (512, 256),
+}
+TEXT: Shapes = {
+    **{f"model.layers.{i}.{name}": shape for i in range(3) for name, shape in TEXT_LAYER.items()},
+    "model.embed_tokens.weight": (300, 256),
+    "model.norm.weight": (256,),
+    "lm_head.weight": (300, 256),
+    "visual.blocks.0.attn.qkv.weight": (96, 32),
+}
+
+# a few telling names of each, as their files have them
+OTHERS = {
+    "lora of diffusers": ("transformer_blocks.0.attn.to_q.lora_A.weight", Component.LORA),
+    "lora of kohya": ("lora_unet_transformer_blocks_0_attn_to_q.lora_down.weight", Component.LORA),
+    "lora of peft": ("transformer.transformer_blocks.0.attn.add_q_proj.lora_B.default.weight", Component.LORA),
+    "lokr": ("lycoris_transformer_blocks_0_attn_to_q.lokr_w1", Component.LORA),
+    "flux of the authors": ("double_blocks.0.img_attn.qkv.weight", Component.FLUX),
+    "flux of ComfyUI": ("model.diffusion_model.double_blocks.0.img_attn.qkv.weight", Component.FLUX),
+    "flux of diffusers": ("single_transformer_blocks.0.attn.to_q.weight", Component.FLUX),
+    "wan": ("blocks.0.cross_attn.q.weight", Component.WAN),
+    "sdxl": ("model.diffusion_model.input_blocks.0.0.weight", Component.STABLE_DIFFUSION),
+    "sdxl of diffusers": ("down_blocks.1.attentions.0.proj_in.weight", Component.STABLE_DIFFUSION),
+    "vae of diffusers": ("decoder.conv_in.weight", Component.VAE),
+    "vae of Wan": ("decoder.conv1.weight", Component.VAE),
+    "2.1": ("transformer_blocks.0.attn.add_q_proj.weight", Component.TRANSFORMER_2_1),
+    "something": ("weight", Component.UNKNOWN),
+}
+FOLDERS = {Component.LORA: "loras", Component.VAE: "vae", Component.TEXT_ENCODER: "text_encoders"}
+
+
+@pytest.mark.parametrize(("name", "component"), OTHERS.values(), ids=OTHERS.keys())
+def test_another_model_in_the_transformers_place_is_named(
+    name: str, component: Component, tmp_path: Path, write_model: Callable[..., Path]
+) -> None:
+    checkpoint = open_checkpoint(write_model(tmp_path / "m.safetensors", {name: (4, 4)}))
+    assert identify(checkpoint.tensors) is component
+    with pytest.raises(WrongModel) as caught:
+        sort_transformer(checkpoint)
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path / 'm.safetensors'} is {component.value} (1 tensors); a Qwen-Image transformer")
+    assert ("It belongs in models/" in message) == (component in FOLDERS)
+    if component in FOLDERS:
+        assert f"It belongs in models/{FOLDERS[component]}." in message
+    assert message.endswith("Choose a file from models/diffusion_models.")
+
+
+@pytest.mark.parametrize("wanted", [Component.TRANSFORMER, Component.TEXT_ENCODER, Component.VAE])
+@pytest.mark.parametrize("given", [Component.TRANSFORMER, Component.TEXT_ENCODER, Component.VAE])
+def test_each_file_passes_in_its_own_place_only(
+    wanted: Component,
+    given: Component,
+    transformer_shapes: Shapes,
+    tmp_path: Path,
+    write_model: Callable[..., Path],
+) -> None:
+    shapes = {
+        Component.TRANSFORMER: transformer_shapes,
+        Component.TEXT_ENCODER: TEXT,
+        Component.VAE: {"decoder.conv_in.weight": (4, 4), "encoder.conv_in.weight": (4, 4)},
+    }[given]
+    checkpoint = open_checkpoint(write_model(tmp_path / "m.safetensors", shapes))
+    if wanted is given:
+        require(checkpoint, wanted)
+    else:
+        with pytest.raises(WrongModel, match=f"is {given.value} .*; {wanted.value} is needed here"):
+            require(checkpoint, wanted)
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])
+def test_a_transformer_is_sorted_alike_under_every_prefix(
+    prefix: str, transformer_shapes: Shapes, tmp_path: Path, write_model: Callable[..., Path]
+) -> None:
+    file = write_model(tmp_path / "m.safetensors", {prefix + name: shape for name, shape in transformer_shapes.items()})
+    sorted_ = sort_transformer(open_checkpoint(file))
+    config = sorted_.config
+    assert (config.num_layers, config.num_attention_heads, config.attention_head_dim) == (2, 1, 128)
+    assert (config.joint_attention_dim, config.in_channels, config.out_channels) == (16, 64, 16)
+    assert config.axes_dims_rope == (16, 56, 56)
+    assert not config.zero_cond_t
+    assert config.member == "Qwen-Image"
+    assert len(sorted_.outside) + sum(map(len, sorted_.blocks)) == len(transformer_shapes)
+    assert "img_mod.1.weight" in sorted_.blocks[1]
+
+
+@pytest.mark.parametrize("marked", ["tensor", "configuration"])
+def test_edit_2511_is_known_by_its_marker(
+    marked: str, transformer_shapes: Shapes, tmp_path: Path, write_model: Callable[..., Path]
+) -> None:
+    shapes = dict(transformer_shapes)
+    metadata = None
+    if marked == "tensor":
+        shapes["__index_timestep_zero__"] = (0,)
+    else:
+        metadata = {"config": json.dumps({"zero_cond_t": True})}
+    config = sort_transformer(open_checkpoint(write_model(tmp_path / "m", shapes, metadata=metadata))).config
+    assert config.zero_cond_t
+    assert config.member == "Qwen-Image-Edit-2511"
+
+
+def test_a_layered_model_is_named_as_unsupported(
+    transformer_shapes: Shapes, tmp_path: Path, write_model: Callable[..., Path], cpu: Hardware
+) -> None:
+    shapes = {**transformer_shapes, "time_text_embed.addition_t_embedding.weight": (2, 128)}
+    checkpoint = open_checkpoint(write_model(tmp_path / "m.safetensors", shapes))
+    with pytest.raises(Unsupported, match="is Qwen-Image-Layered, which is not supported yet"):
+        QwenImageTransformer(checkpoint, dtype=cpu_dtype(), hardware=cpu)
+
+
+def cpu_dtype() -> Any:
+    import torch
+
+    return torch.bfloat16
+
+
+def test_a_missing_block_is_counted(
+    transformer_shapes: Shapes, tmp_path: Path, write_model: Callable[..., Path]
+) -> None:
+    shapes = {n.replace("blocks.1.", "blocks.3."): s for n, s in transformer_shapes.items()}
+    with pytest.raises(WrongModel, match=r"Of blocks 0\.\.3 only 2 are in the file"):
+        sort_transformer(open_checkpoint(write_model(tmp_path / "m.safetensors", shapes)))
+
+
+@pytest.mark.parametrize("name", ["img_in.weight", "txt_in.weight", "proj_out.weight"])
+def test_a_missing_tensor_outside_the_blocks_is_named(
+    name: str, transformer_shapes: Shapes, tmp_path: Path, write_model: Callable[..., Path]
+) -> None:
+    shapes = {n: s for n, s in transformer_shapes.items() if n != name}
+    with pytest.raises(WrongModel, match=rf"lacks {name}"):
+        sort_transformer(open_checkpoint(write_model(tmp_path / "m.safetensors", shapes)))
+
+
+@pytest.mark.parametrize("name", ["attn.to_q.weight", "img_mod.1.bias", "txt_mlp.net.2.weight"])
+@pytest.mark.parametrize("damage", ["missing", "wrong shape"])
+def test_a_block_that_is_not_whole_is_named(
+    name: str, damage: str, transformer_shapes: Shapes, tmp_path: Path, write_model: Callable[..., Path], cpu: Hardware
+) -> None:
+    shapes = dict(transformer_shapes)
+    shape = shapes.pop(f"transformer_blocks.1.{name}")
+    if damage == "wrong shape":
+        shapes[f"transformer_blocks.1.{name}"] = (7, *shape[1:])
+    checkpoint = open_checkpoint(write_model(tmp_path / "m.safetensors", shapes))
+    wanted = rf"block 1 lacks {name}" if damage == "missing" else rf"block 1: {name} has shape \[7.*\[{shape[0]}"
+    with pytest.raises(WrongModel, match=wanted):
+        QwenImageTransformer(checkpoint, dtype=cpu_dtype(), hardware=cpu)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("transformer_blocks.0.attn.norm_q.weight", ()),
+        ("transformer_blocks.0.attn.norm_q.weight", (0,)),
+        ("img_in.weight", (64,)),
+        ("txt_in.weight", (64,)),
+        ("transformer_blocks.x.attn.to_q.weight", (4, 4)),
+        ("transformer_blocks.0", (4, 4)),
+    ],
+)
+def test_shapes_that_no_transformer_has_are_a_wrong_model(
+    name: str, shape: tuple[int, ...], transformer_shapes: Shapes, tmp_path: Path, write_model: Callable[..., Path]
+) -> None:
+    shapes = {**transformer_shapes, name: shape}
+    with pytest.raises(WrongModel):
+        sort_transformer(open_checkpoint(write_model(tmp_path / "m.safetensors", shapes)))
+
+
+@pytest.mark.parametrize("axes", [[16, 56, 58], [15, 56, 57], 3, "abc", [None] * 3])
+def test_rotary_axes_that_do_not_add_up_are_refused(
+    axes: Any, transformer_shapes: Shapes, tmp_path: Path, write_model: Callable[..., Path]
+) -> None:
+    metadata = {"config": json.dumps({"axes_dims_rope": axes})}
+    with pytest.raises(WrongModel, match="rotary axes"):
+        sort_transformer(open_checkpoint(write_model(tmp_path / "m", transformer_shapes, metadata=metadata)))
+
+
+@pytest.mark.parametrize("prefix", ["model.", "model.language_model.", "language_model.model.", ""])
+def test_a_text_encoder_is_sorted_alike_under_every_prefix(
+    prefix: str, tmp_path: Path, write_model: Callable[..., Path]
+) -> None:
+    shapes = {prefix + n.removeprefix("model.") if n.startswith("model.") else n: s for n, s in TEXT.items()}
+    sorted_ = sort_text_encoder(open_checkpoint(write_model(tmp_path / "m.safetensors", shapes)))
+    assert sorted(sorted_.outside) == ["embed_tokens.weight", "norm.weight"]
+    assert [sorted(layer) for layer in sorted_.layers] == [sorted(TEXT_LAYER)] * 3
+    config = sorted_.config
+    assert (config["hidden_size"], config["intermediate_size"], config["vocab_size"]) == (256, 512, 300)
+    assert (config["num_attention_heads"], config["num_key_value_heads"]) == (2, 1)
+    assert config["mrope_section"] == (16, 24, 24)
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight"])
+def test_a_text_encoder_that_is_not_whole_is_named(
+    name: str, tmp_path: Path, write_model: Callable[..., Path]
+) -> None:
+    shapes = {n: s for n, s in TEXT.items() if n != name}
+    with pytest.raises(WrongModel, match=name.removeprefix("model.")):
+        sort_text_encoder(open_checkpoint(write_model(tmp_path / "m.safetensors", shapes)))
+
+
+@pytest.mark.parametrize("name", ["self_attn.k_proj.weight", "mlp.gate_proj.weight"])
+def test_a_layer_that_is_not_whole_is_named(name: str, tmp_path: Path, write_model: Callable[..., Path]) -> None:
+    shapes = {n: s for n, s in TEXT.items() if n != f"model.layers.0.{name}"}
+    with pytest.raises(WrongModel, match=name):
+        sort_text_encoder(open_checkpoint(write_model(tmp_path / "m.safetensors", shapes)))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        # CLIP-L, T5, and the language model of another text encoder (Qwen3), as their files name them
+        ["text_model.encoder.layers.0.self_attn.q_proj.weight", "text_model.encoder.layers.0.self_attn.q_proj.bias"],
+        ["encoder.block.0.layer.0.SelfAttention.q.weight"],
+        ["model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.q_norm.weight"],
+    ],
+)
+def test_the_text_encoder_of_another_model_is_not_taken_for_a_damaged_one(
+    names: list[str], tmp_path: Path, write_model: Callable[..., Path]
+) -> None:
+    shapes = {**{name: (128, 128) for name in names}, "model.embed_tokens.weight": (9, 128), "model.norm.weight": (128,)}
+    with pytest.raises(WrongModel, match="is the text encoder of another model.*a Qwen2.5-VL text encoder is needed"):
+        sort_text_encoder(open_checkpoint(write_model(tmp_path / "m.safetensors", shapes)))

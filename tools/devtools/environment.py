@@ -1,0 +1,107 @@
+"""The virtual environment that everything runs in: ComfyUI's requirements, ours, and the test tools."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .cache import REPOSITORY, SetupError
+from .comfyui import BUNDLED_VERSION
+
+# torch and its companions, pinned together: the resolver tries many combinations otherwise
+TORCH = ("torch==2.14.1", "torchvision==0.29.1", "torchaudio==2.11.0")
+TOOLS = ("ruff", "mypy", "pytest", "pytest-asyncio", "hypothesis")
+# PyPI's torch for Windows has no CUDA
+_WINDOWS_CUDA_INDEX = "https://download.pytorch.org/whl/cu130"
+_STAMP = "installed-requirements.txt"
+
+# run by the environment's own Python: which of the lines on stdin are not satisfied
+_CHECK = """
+import json, sys
+from importlib.metadata import PackageNotFoundError, version
+from pip._vendor.packaging.requirements import Requirement
+missing = []
+for line in json.load(sys.stdin):
+    requirement = Requirement(line)
+    if requirement.marker and not requirement.marker.evaluate():
+        continue
+    try:
+        satisfied = requirement.specifier.contains(version(requirement.name), prereleases=True)
+    except PackageNotFoundError:
+        satisfied = False
+    if not satisfied:
+        missing.append(line)
+json.dump(missing, sys.stdout)
+"""
+
+
+def venv_folder(cache: Path, comfyui_version: str) -> Path:
+    """One environment per ComfyUI version, because each pins its own frontend."""
+    return cache / ("venv" if comfyui_version == BUNDLED_VERSION else f"venv-{comfyui_version}")
+
+
+def venv_bin(venv: Path) -> Path:
+    return venv / ("Scripts" if sys.platform == "win32" else "bin")
+
+
+def venv_python(venv: Path) -> Path:
+    return venv_bin(venv) / ("python.exe" if sys.platform == "win32" else "python")
+
+
+def requirement_lines(comfyui: Path, pack: Path = REPOSITORY) -> list[str]:
+    """Every requirement, torch pinned, without comments."""
+    lines = [*TORCH, *TOOLS]
+    for file in (comfyui / "requirements.txt", pack / "requirements.txt"):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            line = re.sub(r"(^|\s)#.*", "", line).strip()
+            if line and line not in ("torch", "torchvision", "torchaudio"):
+                lines.append(line)
+    return lines
+
+
+def unsatisfied(venv: Path, requirements: Sequence[str]) -> list[str]:
+    """The requirements that the environment lacks; all of them where there is no environment."""
+    python, stamp = venv_python(venv), venv / _STAMP
+    if not python.exists():
+        return list(requirements)
+    if stamp.exists() and stamp.read_text(encoding="utf-8").splitlines() == list(requirements):
+        return []
+    check = subprocess.run(
+        [python, "-c", _CHECK], input=json.dumps(requirements), capture_output=True, text=True, encoding="utf-8"
+    )
+    if check.returncode:
+        return list(requirements)
+    missing: list[str] = json.loads(check.stdout)
+    if not missing:
+        _write_stamp(venv, requirements)
+    return missing
+
+
+def create_venv(venv: Path) -> None:
+    """Raises SetupError where this Python cannot make one."""
+    if venv_python(venv).exists():
+        return
+    result = subprocess.run([sys.executable, "-m", "venv", "--clear", venv], capture_output=True, text=True)
+    if result.returncode:
+        shutil.rmtree(venv, ignore_errors=True)
+        raise SetupError(
+            f"{sys.executable} cannot make a virtual environment:\n{result.stdout}{result.stderr}\n"
+            "On Debian and Ubuntu install the package python3-venv."
+        )
+
+
+def install(venv: Path, requirements: Sequence[str]) -> None:
+    """Run pip over the requirements, all together. Raises SetupError where it fails."""
+    command: list[str | Path] = [venv_python(venv), "-m", "pip", "install", *requirements]
+    if sys.platform == "win32" and shutil.which("nvidia-smi"):
+        command += ["--extra-index-url", _WINDOWS_CUDA_INDEX]
+    if subprocess.run(command).returncode:
+        raise SetupError(f"pip could not install the packages into {venv}. Its message stands above.")
+    _write_stamp(venv, requirements)
+
+
+def _write_stamp(venv: Path, requirements: Sequence[str]) -> None:
+    (venv / _STAMP).write_text("\n".join(requirements) + "\n", encoding="utf-8")

@@ -1,0 +1,122 @@
+"""Turn a graph as the page saves it into a prompt as the server takes it. Pure: graph and node descriptions in."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Graph = Mapping[str, Any]
+ObjectInfo = Mapping[str, Any]
+
+_NOTES = ("Note", "MarkdownNote")
+_WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+_MUTED, _BYPASSED = 2, 4  # LiteGraph's modes "never" and "bypass"
+
+
+class CannotConvert(ValueError):
+    """The graph has something that this converter does not do; the message names the node."""
+
+
+@dataclass(frozen=True)
+class _Link:
+    source: int
+    slot: int
+    kind: str
+
+
+def to_prompt(graph: Graph, object_info: ObjectInfo) -> dict[str, dict[str, Any]]:
+    """The prompt of a flat graph (format 0.4): what the page's graphToPrompt sends, without titles.
+
+    Notes are left out, muted nodes too; bypassed nodes hand their input of the same type through.
+    Raises CannotConvert for subgraphs, group nodes, primitives and nodes that the server does not have.
+    """
+    if (graph.get("definitions") or {}).get("subgraphs"):
+        raise CannotConvert("The graph has subgraphs. Unpack them in the page (right click) and save again.")
+    nodes = {node["id"]: node for node in graph["nodes"]}
+    links = {link[0]: _Link(link[1], link[2], str(link[5])) for link in graph["links"]}
+    prompt = {}
+    for node in sorted(graph["nodes"], key=lambda node: node.get("order", 0)):
+        if node["type"] in _NOTES or node["type"] == "Reroute" or node.get("mode", 0) in (_MUTED, _BYPASSED):
+            continue
+        if node["type"] not in object_info:
+            raise CannotConvert(f"The server has no node {node['type']!r} (node {node['id']}).")
+        values: dict[str, Any] = _widget_values(node, object_info[node["type"]])
+        for entry in node.get("inputs") or ():
+            source = _follow(entry.get("link"), nodes, links)
+            if source is not None:
+                values[entry["name"]] = [str(source.source), source.slot]
+        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": values}
+    return prompt
+
+
+def set_widgets(graph: Graph, object_info: ObjectInfo, class_type: str, **values: Any) -> dict[str, Any]:
+    """A copy of the graph in which every node of `class_type` has these widget values."""
+    changed: dict[str, Any] = copy.deepcopy(dict(graph))
+    names = list(widget_names(object_info[class_type]))
+    unknown = [name for name in values if name not in names]
+    if unknown:
+        raise CannotConvert(
+            f"{class_type} has no widget {', '.join(unknown)}; it has {', '.join(filter(None, names))}."
+        )
+    for node in changed["nodes"]:
+        if node["type"] == class_type:
+            for name, value in values.items():
+                node["widgets_values"][names.index(name)] = value
+    return changed
+
+
+def widget_names(node_info: Mapping[str, Any]) -> Iterator[str | None]:
+    """Names of a node's widgets in the order of `widgets_values`; None for a control_after_generate entry."""
+    for group in ("required", "optional"):
+        inputs = node_info["input"].get(group) or {}
+        for name in (node_info.get("input_order") or {}).get(group) or inputs:
+            kind, options = _spec(inputs[name])
+            if options.get("forceInput") or not (isinstance(kind, list) or kind in _WIDGET_TYPES):
+                continue
+            yield name
+            if options.get("control_after_generate") or (kind == "INT" and name in ("seed", "noise_seed")):
+                yield None
+
+
+def choices(object_info: ObjectInfo, class_type: str, name: str) -> list[str]:
+    """What a combo input offers."""
+    groups = object_info[class_type]["input"]
+    kind, options = _spec(next(group[name] for group in groups.values() if name in group))
+    return list(kind) if isinstance(kind, list) else list(options.get("options") or ())
+
+
+def _widget_values(node: Mapping[str, Any], node_info: Mapping[str, Any]) -> dict[str, Any]:
+    saved = node.get("widgets_values") or []
+    if isinstance(saved, Mapping):
+        return {name: saved[name] for name in widget_names(node_info) if name in saved}
+    return {name: value for name, value in zip(widget_names(node_info), saved, strict=False) if name is not None}
+
+
+def _follow(link_id: int | None, nodes: Mapping[Any, Any], links: Mapping[int, _Link]) -> _Link | None:
+    """The link that really feeds an input, through reroutes and bypassed nodes; None where nothing does."""
+    while link_id is not None:
+        link = links[link_id]
+        node = nodes[link.source]
+        if node["type"] == "PrimitiveNode":
+            raise CannotConvert(f"Node {node['id']} is a primitive. Type its value into the widget instead.")
+        if node.get("mode", 0) == _MUTED:
+            return None
+        if node["type"] == "Reroute":
+            link_id = node["inputs"][0].get("link")
+        elif node.get("mode", 0) == _BYPASSED:
+            link_id = _bypass(node, link)
+        else:
+            return link
+    return None
+
+
+def _bypass(node: Mapping[str, Any], link: _Link) -> int | None:
+    """Which of a bypassed node's input links stands for its output: the same position first, then the same type."""
+    inputs = list(node.get("inputs") or ())
+    kind = node["outputs"][link.slot]["type"]
+    ordered = inputs[link.slot : link.slot + 1] + inputs
+    return next((entry.get("link") for entry in ordered if entry["type"] == kind), None)
+
+
+def _spec(spec: Any) -> tuple[Any, Mapping[str, Any]]:
+    return spec[0], (spec[1] if len(spec) > 1 and isinstance(spec[1], Mapping) else {})

@@ -1,0 +1,163 @@
+"""Write a pipeline folder's weights the way ComfyUI's users have them: one file each, in its key names and formats."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SplitFiles:
+    """Names of the split files, as ComfyUI's loaders list them."""
+
+    transformer: str
+    text_encoder: str
+    vae: str
+
+
+def write_split_files(
+    pipeline: Path,
+    models: Path,
+    *,
+    dtype: str = "bf16",
+    text_dtype: str | None = None,
+    vae_dtype: str | None = None,
+    prefix: str = "",
+    name: str = "small_qwen_image",
+) -> SplitFiles:
+    """Write the three components below `models` (diffusion_models, text_encoders, vae) and return the file names.
+
+    dtype, text_dtype: bf16, fp16, fp32; fp8 (a plain cast of the blocks' matrices, the rest bf16); fp8_scaled (with
+    `scale_weight` and the marker `scaled_fp8`); fp8_quant, fp8_quant_row, fp8_quant_row_flat (with `weight_scale` of
+    shape (), (N, 1), (N,) and `comfy_quant`, ComfyUI's newer files). text_dtype defaults to fp8_scaled beside any fp8,
+    vae_dtype to bf16 (fp32 beside fp32). `prefix` stands before the transformer's keys ("model.diffusion_model.").
+    Configurations lie in the metadata under "config", because a small model's heads cannot be told from shapes.
+    """
+    text_dtype = text_dtype or ("fp8_scaled" if dtype.startswith("fp8") else dtype)
+    vae_dtype = vae_dtype or ("fp32" if dtype == "fp32" else "bf16")
+    names = SplitFiles(
+        transformer=f"{name}_{'prefixed_' if prefix else ''}{dtype}.safetensors",
+        text_encoder=f"{name}_text_encoder_{text_dtype}.safetensors",
+        vae=f"{name}_vae_{vae_dtype}.safetensors",
+    )
+    transformer = _store(_load_weights(pipeline / "transformer"), dtype, "transformer_blocks.")
+    text_encoder = _store(_load_weights(pipeline / "text_encoder"), text_dtype, "model.layers.", "visual.blocks.")
+    vae = {wan_vae_name(key): value for key, value in _load_weights(pipeline / "vae").items()}
+    _save(models / "diffusion_models" / names.transformer, transformer, pipeline / "transformer", prefix)
+    _save(models / "text_encoders" / names.text_encoder, text_encoder, pipeline / "text_encoder")
+    _save(models / "vae" / names.vae, _store(vae, vae_dtype), pipeline / "vae")
+    return names
+
+
+def _store(weights: Mapping[str, Tensor], dtype: str, *quantized: str) -> dict[str, Tensor]:
+    """The weights in a storage format; matrices below a prefix of `quantized` in fp8, where the format is one."""
+    if not dtype.startswith("fp8"):
+        return {key: value.to(_DTYPES[dtype]) for key, value in weights.items()}
+    stored: dict[str, Tensor] = {}
+    for key, value in weights.items():
+        if not (key.endswith(".weight") and value.ndim == 2 and key.startswith(quantized)):
+            stored[key] = value.to(torch.bfloat16)
+            continue
+        layer = key.removesuffix(".weight")
+        for part, tensor in _FP8_PARTS[dtype](value.float()).items():
+            stored[f"{layer}.{part}"] = tensor
+    if dtype == "fp8_scaled":
+        stored["scaled_fp8"] = torch.empty(0, dtype=torch.float8_e4m3fn)
+    return stored
+
+
+def _fp8_plain(weight: Tensor) -> dict[str, Tensor]:
+    return {"weight": weight.to(torch.float8_e4m3fn)}
+
+
+def _fp8_scaled(weight: Tensor) -> dict[str, Tensor]:
+    scale = weight.abs().max() / torch.finfo(torch.float8_e4m3fn).max
+    return {"weight": (weight / scale).to(torch.float8_e4m3fn), "scale_weight": scale}
+
+
+def _fp8_quant(weight: Tensor) -> dict[str, Tensor]:
+    parts = _fp8_scaled(weight)
+    return {"weight": parts["weight"], "weight_scale": parts["scale_weight"], "comfy_quant": _comfy_quant()}
+
+
+def _fp8_quant_row(weight: Tensor) -> dict[str, Tensor]:
+    scale = weight.abs().amax(dim=1, keepdim=True) / torch.finfo(torch.float8_e4m3fn).max  # (N, 1)
+    return {"weight": (weight / scale).to(torch.float8_e4m3fn), "weight_scale": scale, "comfy_quant": _comfy_quant()}
+
+
+def _fp8_quant_row_flat(weight: Tensor) -> dict[str, Tensor]:
+    parts = _fp8_quant_row(weight)
+    return parts | {"weight_scale": parts["weight_scale"].flatten()}
+
+
+def _comfy_quant() -> Tensor:
+    # JSON as bytes, read by comfy/ops.py _load_quantized_module
+    return torch.tensor(list(json.dumps({"format": "float8_e4m3fn"}).encode()), dtype=torch.uint8)
+
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_FP8_PARTS = {
+    "fp8": _fp8_plain,
+    "fp8_scaled": _fp8_scaled,
+    "fp8_quant": _fp8_quant,
+    "fp8_quant_row": _fp8_quant_row,
+    "fp8_quant_row_flat": _fp8_quant_row_flat,
+}
+
+
+def _load_weights(folder: Path) -> dict[str, Tensor]:
+    return {key: value for file in sorted(folder.glob("*.safetensors")) for key, value in load_file(file).items()}
+
+
+def _save(file: Path, weights: Mapping[str, Tensor], component: Path, prefix: str = "") -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    config = json.dumps(json.loads((component / "config.json").read_text(encoding="utf-8")))
+    tensors = {prefix + key: value.contiguous() for key, value in weights.items()}
+    save_file(tensors, file, metadata={"format": "pt", "config": config})
+
+
+_WAN_RESNET = {
+    "norm1.": "residual.0.",
+    "conv1.": "residual.2.",
+    "norm2.": "residual.3.",
+    "conv2.": "residual.6.",
+    "conv_shortcut.": "shortcut.",
+}
+_WAN_ENDS = {
+    "quant_conv.": "conv1.",
+    "post_quant_conv.": "conv2.",
+    "encoder.conv_in.": "encoder.conv1.",
+    "decoder.conv_in.": "decoder.conv1.",
+    "encoder.norm_out.": "encoder.head.0.",
+    "decoder.norm_out.": "decoder.head.0.",
+    "encoder.conv_out.": "encoder.head.2.",
+    "decoder.conv_out.": "decoder.head.2.",
+}
+
+
+def wan_vae_name(key: str) -> str:
+    """ComfyUI's name of a diffusers VAE tensor: the inverse of diffusers' convert_wan_vae_to_diffusers.
+
+    Of the real shape only: two resnets per encoder level, three and an upsampler per decoder level.
+    """
+    for ours, theirs in _WAN_ENDS.items():
+        if key.startswith(ours):
+            return theirs + key.removeprefix(ours)
+    half, kind, rest = key.split(".", 2)
+    if kind == "mid_block":
+        part, index, rest = rest.split(".", 2)
+        place = "middle.1" if part == "attentions" else f"middle.{2 * int(index)}"
+    elif kind == "down_blocks":
+        index, rest = rest.split(".", 1)
+        place = f"downsamples.{index}"
+    else:
+        level, part, index, rest = rest.split(".", 3)
+        place = f"upsamples.{4 * int(level) + (int(index) if part == 'resnets' else 3)}"
+    for ours, theirs in _WAN_RESNET.items():
+        if rest.startswith(ours):
+            rest = theirs + rest.removeprefix(ours)
+    return f"{half}.{place}.{rest}"
