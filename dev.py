@@ -34,10 +34,12 @@ def main(arguments: list[str]) -> int:
 
         return run_checks(prepared, rest)
     inside = [prepared.python, REPOSITORY / "tools" / "inside.py", command, *rest]
-    try:
-        return subprocess.run(inside, env=child_environment(prepared)).returncode
-    except KeyboardInterrupt:  # the child has had it too and ended its server
-        return 130
+    process = subprocess.Popen(inside, env=child_environment(prepared))
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:  # the child gets it too, and ends its server before itself
+            continue
 
 
 if __name__ == "__main__":

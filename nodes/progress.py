@@ -54,7 +54,7 @@ class MemoryWatch:
 
 
 class RunProgress:
-    """Counts passes and blocks of one run, and sends at most five events a second."""
+    """Counts passes and blocks of one run; sends each stage's first event, then at most five a second."""
 
     def __init__(self, watch: MemoryWatch, *, blocks: int, steps: int, limit_bytes: int, plan: str) -> None:
         self._watch = watch
@@ -63,6 +63,7 @@ class RunProgress:
         self._start = time.perf_counter()
         self._sampling_start: float | None = None
         self._last = 0.0
+        self._stage = ""
         self.step = 0
 
     def modulation(self, block: int) -> None:
@@ -74,7 +75,6 @@ class RunProgress:
         self._report("sampling", block)
 
     def done(self) -> None:
-        self._last = 0.0
         self._report("done", self._facts["blocks"] - 1)
 
     def _report(self, stage: str, block: int) -> None:
@@ -82,9 +82,9 @@ class RunProgress:
             comfy.model_management.throw_exception_if_processing_interrupted()
         now = time.perf_counter()
         ram = self._watch.ram()
-        if now - self._last < SECONDS_BETWEEN_EVENTS:
+        if stage == self._stage and now - self._last < SECONDS_BETWEEN_EVENTS:
             return
-        self._last = now
+        self._last, self._stage = now, stage
         done = self.step + (block + 1) / self._facts["blocks"]
         sampling = now - self._sampling_start if self._sampling_start is not None else 0.0
         send(

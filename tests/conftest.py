@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # the servers compute too; spinning threads would starve them
 
 import pytest
 from devtools.cache import REPOSITORY, SetupError

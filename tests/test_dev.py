@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from devtools import link
+from devtools import bench, link
 from devtools.bench import table
 from devtools.browser import installed_browsers
 from devtools.cache import SetupError, cache_folder
@@ -292,3 +292,19 @@ def test_a_benchmarks_table_lines_up() -> None:
         "ours  a       1.000    2.000",
         "peer                          OOM",
     ]
+
+
+def test_a_benchmark_prints_its_table_and_writes_rows_and_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = "def rows(quick):\n    return [{'who': 'ours', 'case': 'quick' if quick else 'full', 'seconds': 0.5}]\n"
+    (tmp_path / "step.py").write_text(source)
+    monkeypatch.setattr(bench, "BENCHMARKS", tmp_path)
+    assert bench.main(["step", "--quick", "--json", str(tmp_path / "out.json")]) == 0
+    assert "ours  quick    0.500" in capsys.readouterr().out
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written["rows"] == [{"who": "ours", "case": "quick", "seconds": 0.5}]
+    assert written["machine"]["cores"] == os.cpu_count()
+    assert written["machine"]["torch"]
+    with pytest.raises(SystemExit):
+        bench.main(["nothing-of-the-kind"])

@@ -122,7 +122,11 @@ class BlockStreamer:
         if wanted != index:
             raise RuntimeError(f"block {index} is due, but block {wanted} was fetched")
         start = time.perf_counter()
-        future.result()
+        try:
+            future.result()
+        except BaseException:
+            self._free.append(slot)  # a later pass needs it
+            raise
         self.waited_seconds += time.perf_counter() - start
         self._order.compute_waits(slot.filled)
         return slot

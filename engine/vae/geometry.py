@@ -103,9 +103,13 @@ class Network:
 
     def peak_bytes(self, size: tuple[int, int], tile: tuple[int, int], itemsize: int) -> int:
         """Live bytes for a picture of `size` latents in tiles that read `tile` latents; both (height, width)."""
-        kept = self.features * size[0] * size[1] * itemsize if tile != size else 0
+        latents = size[0] * size[1]
+        kept = self.features * latents * itemsize if tile != size else 0
         whole = peak_bytes(self.whole, *size, itemsize)
-        return max(whole, kept + peak_bytes(self.local, tile[0] * self.unit, tile[1] * self.unit, itemsize))
+        local = peak_bytes(self.local, tile[0] * self.unit, tile[1] * self.unit, itemsize)
+        # the decoder's latents, as they came in fp32 and in the dtype that is computed with
+        source = 0 if self.is_encoder else self.whole[0].inputs * latents * (4 + itemsize)
+        return source + max(whole, kept + local)
 
     def largest_tensor(self, tile: tuple[int, int]) -> int:
         """Values of the largest tensor that a tile of `tile` latents makes."""

@@ -135,32 +135,33 @@ class ImageVAE(nn.Module):
 
     def _decode_one(self, latent: torch.Tensor, image: torch.Tensor, plan: TilePlan, tick: OnTile) -> bool:
         """Fill image (H, W, 3) from latent (1, 16, h, w); False as soon as a tile is not finite."""
-        features = [_apply(self.decoder.whole, latent.contiguous(memory_format=torch.channels_last))]
+        features = [_apply(self.decoder.whole, [latent.contiguous(memory_format=torch.channels_last)])]
         for done, (row, column) in enumerate(plan, start=1):
-            # a whole picture's features are freed as soon as the first layer has read them
-            tile = features.pop() if plan.is_whole else _cut(features[0], row, column, 1)
-            tile = _apply(self.decoder.local, tile)
+            tile = _apply(self.decoder.local, features if plan.is_whole else [_cut(features[0], row, column, 1)])
             if not _is_finite(tile):
                 return False
             pixels = _core(tile, row, column, self.scale)[0].permute(1, 2, 0).float()  # (h, w, 3)
-            target = image[_pixels(row, self.scale), _pixels(column, self.scale)]
-            target.copy_(pixels.mul_(0.5).add_(0.5).clamp_(0, 1))
+            pixels = pixels.mul_(0.5).add_(0.5).clamp_(0, 1)
+            image[_pixels(row, self.scale), _pixels(column, self.scale)] = pixels
+            del tile, pixels  # or they would live beside the next tile
             tick(done, len(plan))
         return True
 
     def _encode_one(self, image: torch.Tensor, plan: TilePlan, dtype: torch.dtype, tick: OnTile) -> torch.Tensor:
         """(1, H, W, 3) -> (1, 16, h, w)."""
-        device, features = self.weights_device, None
+        device = self.weights_device
+        features: list[torch.Tensor] = []
         for done, (row, column) in enumerate(plan, start=1):
-            pixels = _cut(image.permute(0, 3, 1, 2), row, column, self.scale).to(device)
-            tile = _apply(self.encoder.local, (pixels * 2 - 1).to(dtype, memory_format=torch.channels_last))
+            pixels = [_cut(image.permute(0, 3, 1, 2), row, column, self.scale).to(device)]
+            pixels.append(pixels.pop().mul(2).sub_(1).to(dtype))
+            tile = _apply(self.encoder.local, pixels)
             if plan.is_whole:
-                features = tile
+                features = [tile]
             else:
-                if features is None:
+                if not features:
                     shape = (1, tile.shape[1], plan.rows[-1].stop, plan.columns[-1].stop)
-                    features = torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
-                features[:, :, _pixels(row, 1), _pixels(column, 1)] = _core(tile, row, column, 1)
+                    features = [torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)]
+                features[0][:, :, _pixels(row, 1), _pixels(column, 1)] = _core(tile, row, column, 1)
             del tile
             tick(done, len(plan))
         return _apply(self.encoder.whole, features)
@@ -226,7 +227,9 @@ class ImageVAE(nn.Module):
         return result.numel() * result.element_size() if shares_device else 0
 
 
-def _apply(layers: nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
+def _apply(layers: nn.ModuleList, source: list[torch.Tensor]) -> torch.Tensor:
+    """Run the layers on the one tensor in `source`, which is taken out, so that it is freed after its last use."""
+    x = source.pop()
     for layer in layers:
         x = layer(x)
     return x

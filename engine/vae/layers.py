@@ -9,9 +9,9 @@ from .geometry import LayerShape, Phase
 # a norm works in up to this many pieces: where a backend widens bf16 to multiply, it widens one piece
 NORM_PIECES = 8
 NORM_PIECE_VALUES = 2**20
-# attention scores that exist at a time, in fp32: 16 MiB
-QUERIES = 1024
-KEYS = 4096
+# attention scores that exist at a time, in fp32: 64 MiB
+QUERIES = 2048
+KEYS = 8192
 
 
 class Conv(nn.Module):

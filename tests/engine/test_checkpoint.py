@@ -180,6 +180,7 @@ def test_an_absurd_header_is_refused_before_it_is_allocated(
 
 
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+UNPRINTABLE = b'{"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, ' + b"9" * 4300 + b"]}}"
 DAMAGED = {
     "not JSON": b"{" * 50,
     "not UTF-8": b"\xff\xfe{}" * 3,
@@ -195,7 +196,7 @@ DAMAGED = {
     "fractional shape": {"x": {**ENTRY, "shape": [2.0]}},
     "shape that is a number": {"x": {**ENTRY, "shape": 2}},
     "shape that does not fit its bytes": {"x": {**ENTRY, "shape": [3]}},
-    "a number that Python will not print": b'{"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, %s]}}' % (b"9" * 4300),
+    "a number that Python will not print": UNPRINTABLE,
     "metadata that is a list": {"__metadata__": [1], "x": ENTRY},
     "metadata that is a number": {"__metadata__": 3, "x": ENTRY},
     "configuration that is a number": {"__metadata__": {"config": 3}, "x": ENTRY},

@@ -17,10 +17,10 @@ def white_picture(width: int = 32) -> dict[str, Any]:
 
 
 def test_the_pack_is_imported_without_error(comfy_server: ComfyServer, client: ComfyClient) -> None:
-    lines = [line for line in comfy_server.log.splitlines() if PACK_NAME in line]
+    lines = [line for line in comfy_server.boot_log.splitlines() if PACK_NAME in line]
     assert any("seconds" in line for line in lines)
-    assert not [line for line in lines if "IMPORT FAILED" in line], comfy_server.log[-4000:]
-    assert "Traceback" not in comfy_server.log
+    assert not [line for line in lines if "IMPORT FAILED" in line], comfy_server.boot_log[-4000:]
+    assert "Traceback" not in comfy_server.boot_log
 
 
 @pytest.mark.parametrize("node", NODES)

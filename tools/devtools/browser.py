@@ -27,6 +27,16 @@ _APPLICATIONS = {
               "Microsoft/Edge/Application/msedge.exe"),
 }  # fmt: skip
 
+# a page without any font ends the packed browser
+_FONTS_CONF = """<?xml version="1.0"?>
+<!DOCTYPE fontconfig SYSTEM "fonts.dtd">
+<fontconfig>
+  <include ignore_missing="yes">/etc/fonts/fonts.conf</include>
+  <dir>{fonts}</dir>
+  <cachedir>{cache}</cachedir>
+</fontconfig>
+"""
+
 
 @dataclass(frozen=True)
 class Browser:
@@ -141,11 +151,11 @@ def _packed_browser(node: str, npm: str, folder: Path) -> Iterator[Browser]:
     script = "const m = require('@sparticuz/chromium'); (m.default ?? m).executablePath().then(p => console.log(p))"
     subprocess.run([node, "-e", script], cwd=folder, env=environment, stdout=subprocess.DEVNULL)
     if (unpacked / "chromium").exists():
-        yield Browser(
-            str(unpacked / "chromium"),
-            (*_ARGUMENTS, "--single-process"),
-            {"LD_LIBRARY_PATH": str(unpacked / "al2023" / "lib"), "FONTCONFIG_PATH": str(unpacked / "fonts")},
-        )
+        configuration = unpacked / "fonts.conf"
+        configuration.write_text(_FONTS_CONF.format(fonts=unpacked / "fonts", cache=unpacked / "fonts-cache"))
+        libraries = {"LD_LIBRARY_PATH": str(unpacked / "al2023" / "lib"), "FONTCONFIG_FILE": str(configuration)}
+        for arguments in (_ARGUMENTS, (*_ARGUMENTS, "--single-process")):
+            yield Browser(str(unpacked / "chromium"), arguments, libraries)
 
 
 def _try_browser(node: str, folder: Path, browser: Browser) -> str | None:

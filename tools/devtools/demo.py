@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import os
 import sys
 import time
@@ -30,6 +31,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--ui", action="store_true", help="open the page instead, until Ctrl-C")
     options = parser.parse_args(arguments)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns while diffusers imports it
     try:
         show(options.model, ui=options.ui)
     except (SetupError, ServerFailed, PromptRefused, ExecutionFailed) as error:
@@ -42,6 +44,8 @@ def show(model_path: Path | None, *, ui: bool) -> None:
     """Serve the workflow with one model; run it, or leave it to the person."""
     base = cache_folder() / "demo"
     prepare_base(base)
+    for old_log in base.glob("comfyui-*.log"):
+        old_log.unlink()
     model = choose_model(model_path, base)
     print(f"Model: {model.title}", flush=True)
     cpu = not _has_gpu()
@@ -110,9 +114,11 @@ class ProgressPrinter:
 
 
 def format_report(report: Any) -> str:
-    """A report's entries one below the other, bytes as GB."""
+    """The report's own text, else its entries one below the other, bytes as GB."""
     if not isinstance(report, dict):
         return str(report)
+    if "text" in report:
+        return str(report["text"])
     width = max((len(key) for key in report), default=0)
     lines = []
     for key, value in report.items():

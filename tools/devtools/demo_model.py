@@ -44,6 +44,9 @@ def choose_model(path: Path | None, base: Path) -> DemoModel:
 def _small(base: Path) -> DemoModel:
     from small_checkpoint import make_pipeline
 
+    from .reference import quiet_libraries
+
+    quiet_libraries()
     folder = base / "models" / "diffusers" / SMALL
     shutil.rmtree(folder, ignore_errors=True)
     make_pipeline(folder)

@@ -88,11 +88,13 @@ def announce(cache: Path, wanted: list[Need]) -> None:
 def child_environment(prepared: Prepared) -> dict[str, str]:
     """For programs run in the environment: our tools and the pack importable, the repository's root not."""
     tools = Path(__file__).resolve().parents[1]
-    return os.environ | {
+    ours = {
         "COMFYUI_PATH": str(prepared.comfyui),
         "PYTHONPATH": os.pathsep.join([str(tools / "alias"), str(tools)]),
         "PYTHONIOENCODING": "utf-8",
     }
+    # threads that spin while they wait take the cores from each other when several programs run
+    return {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **ours}
 
 
 def _existing(folder: Path) -> Path:

@@ -2,10 +2,19 @@
 
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import torch
+import transformers
 from diffusers import QwenImagePipeline
 from PIL import Image
+
+
+def quiet_libraries() -> None:
+    """No progress bars and no warnings of diffusers and transformers: the demo's words stay readable."""
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()
 
 
 def difference_from_diffusers(
@@ -21,7 +30,8 @@ def difference_from_diffusers(
     device: str = "cpu",
 ) -> int:
     """The largest difference of any value of the 8-bit picture from diffusers' fp32 one, in 1/255."""
-    pipeline = QwenImagePipeline.from_pretrained(folder, torch_dtype=torch.float32).to(device)
+    quiet_libraries()
+    pipeline = QwenImagePipeline.from_pretrained(folder).to(device, torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     expected = pipeline(
         prompt,

@@ -30,7 +30,8 @@ class ComfyServer:
         with ComfyServer(comfyui, base, cpu=True) as server:
             ComfyClient(server.url)
 
-    The process is ended on every way out. `log` holds everything it printed.
+    The process is ended on every way out. `log` holds everything it printed, `boot_log` what it had printed when it
+    first answered.
     """
 
     def __init__(
@@ -44,8 +45,9 @@ class ComfyServer:
         python: str = sys.executable,
     ) -> None:
         self.base = base
-        self.log_file = base / "comfyui.log"
         self.port = _free_port()
+        self.log_file = base / f"comfyui-{self.port}.log"
+        self.boot_log = ""
         self.url = f"http://127.0.0.1:{self.port}"
         self._comfyui = comfyui
         self._process: subprocess.Popen[bytes] | None = None
@@ -75,6 +77,8 @@ class ComfyServer:
         """Boot and wait until the server answers. Raises ServerFailed with the end of its log."""
         environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
         environment |= {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
+        # threads that spin while they wait take the cores from each other when several programs run
+        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         with self.log_file.open("wb") as log:
             self._process = subprocess.Popen(
                 self._command, cwd=self._comfyui, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
@@ -87,6 +91,7 @@ class ComfyServer:
                 what = f"ended with code {code}" if code is not None else f"did not answer in {_BOOT_SECONDS} s"
                 raise ServerFailed(f"ComfyUI {what}. The end of {self.log_file}:\n{self.log[-4000:]}")
             time.sleep(0.2)
+        self.boot_log = self.log
 
     def stop(self) -> None:
         if self._process is None:

@@ -1,0 +1,186 @@
+"""One guided step of a mid-size random transformer: ours streamed and resident, against diffusers' own loop.
+
+    python dev.py bench step
+
+`seconds` is the median of the steps after the first; `peak_bytes` counts live weights and activations on the device
+(on the CPU: in memory, cache of the operating system not counted); `fetched_bytes` are weights brought to the device
+per step, at each framework's own point of onload. Ours reads the modulation weights once per run, not per step:
+`once_bytes`, `once_seconds`. `error` is the largest difference from diffusers with everything resident.
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import QwenImageTransformer2DModel
+from diffusers.hooks import apply_group_offloading
+from diffusers.hooks.group_offloading import ModuleGroup
+from live_bytes import LiveBytes
+from qwenimage_lowvram.engine.checkpoint import open_checkpoint
+from qwenimage_lowvram.engine.hardware import Hardware
+from qwenimage_lowvram.engine.transformer import Branch, QwenImageTransformer
+from small_checkpoint import make_transformer
+from torch import Tensor
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = torch.bfloat16
+TEXT_DIM = 512
+SIGMA = 0.5
+SCALE = 4.0
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    tokens: Tensor
+    grid: tuple[int, int, int]
+    prompts: tuple[Tensor, Tensor]
+
+
+def rows(quick: bool) -> list[dict[str, Any]]:
+    heads, layers, side, steps = (4, 4, 16, 3) if quick else (8, 8, 32, 5)
+    with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
+        folder = Path(scratch) / "transformer"
+        model = make_transformer(layers=layers, heads=heads, head_dim=128, text_dim=TEXT_DIM, seed=0)
+        model.to(DTYPE).save_pretrained(folder)
+        del model
+        inputs = _inputs(side)
+        case = f"{layers} blocks of {heads * 128}, {side * side} tokens"
+        expected, resident, activations = _diffusers(folder, inputs, steps)
+        found = [{"who": "diffusers", "case": f"{case}, resident", **resident, "error": 0.0}]
+        result, measured = _group_offload(folder, inputs, steps, Path(scratch) / "offload", activations)
+        found.append({"who": "diffusers group offload", "case": f"{case}, 1 block per group", **measured})
+        found[-1]["error"] = _difference(result, expected)
+        for count in (0, layers // 2, layers):
+            result, measured = _ours(folder, inputs, steps, count)
+            found.append({"who": "ours", "case": f"{case}, {count} resident", **measured})
+            found[-1]["error"] = _difference(result, expected)
+    return found
+
+
+def _inputs(side: int) -> _Inputs:
+    generator = torch.Generator().manual_seed(1)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(DEVICE, DTYPE)
+
+    return _Inputs(random(1, side * side, 64), (1, side, side), (random(1, 64, TEXT_DIM), random(1, 8, TEXT_DIM)))
+
+
+def _guide(positive: Tensor, negative: Tensor) -> Tensor:
+    combined = negative + SCALE * (positive - negative)
+    return combined * (positive.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True))
+
+
+def _diffusers_step(model: QwenImageTransformer2DModel, inputs: _Inputs) -> Tensor:
+    predictions = [
+        model(
+            hidden_states=inputs.tokens,
+            encoder_hidden_states=prompt,
+            timestep=torch.full((1,), SIGMA, device=DEVICE, dtype=DTYPE),
+            img_shapes=[[inputs.grid]],
+            return_dict=False,
+        )[0]
+        for prompt in inputs.prompts
+    ]
+    return _guide(*predictions)
+
+
+def _diffusers(folder: Path, inputs: _Inputs, steps: int) -> tuple[Tensor, dict[str, Any], int]:
+    model = QwenImageTransformer2DModel.from_pretrained(folder, torch_dtype=DTYPE).to(DEVICE)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    with LiveBytes(DEVICE.type) as live:
+        _diffusers_step(model, inputs)
+    result, seconds = _time(lambda: _diffusers_step(model, inputs), steps)
+    return result, {"seconds": seconds, "peak_bytes": weights + live.peak, "fetched_bytes": 0}, live.peak
+
+
+def _group_offload(
+    folder: Path, inputs: _Inputs, steps: int, scratch: Path, activations: int
+) -> tuple[Tensor, dict[str, Any]]:
+    model = QwenImageTransformer2DModel.from_pretrained(folder, torch_dtype=DTYPE)
+    apply_group_offloading(
+        model,
+        onload_device=DEVICE,
+        offload_type="block_level",
+        num_blocks_per_group=1,
+        use_stream=DEVICE.type == "cuda",
+        offload_to_disk_path=str(scratch),
+    )
+    with _counted_onloads() as count:
+        _diffusers_step(model, inputs)
+    result, seconds = _time(lambda: _diffusers_step(model, inputs), steps)
+    return result, {"seconds": seconds, "peak_bytes": count["peak"] + activations, "fetched_bytes": count["bytes"]}
+
+
+@contextmanager
+def _counted_onloads() -> Iterator[dict[str, int]]:
+    """Count the bytes that diffusers' groups bring to the device, and how many of them lie there at most."""
+    count = {"bytes": 0, "now": 0, "peak": 0}
+    onload, offload = ModuleGroup.onload_, ModuleGroup.offload_
+
+    def size(group: ModuleGroup) -> int:
+        modules = [p for module in group.modules for p in module.parameters()]
+        return sum(p.numel() * DTYPE.itemsize for p in (*modules, *group.parameters))
+
+    def counted_onload(group: ModuleGroup) -> None:
+        onload(group)
+        count["bytes"] += size(group)
+        count["now"] += size(group)
+        count["peak"] = max(count["peak"], count["now"])
+
+    def counted_offload(group: ModuleGroup) -> None:
+        count["now"] = max(0, count["now"] - size(group))
+        offload(group)
+
+    ModuleGroup.onload_, ModuleGroup.offload_ = counted_onload, counted_offload
+    try:
+        yield count
+    finally:
+        ModuleGroup.onload_, ModuleGroup.offload_ = onload, offload
+
+
+def _ours(folder: Path, inputs: _Inputs, steps: int, resident: int) -> tuple[Tensor, dict[str, Any]]:
+    transformer = QwenImageTransformer(open_checkpoint(folder), dtype=DTYPE, hardware=Hardware.detect(DEVICE))
+    transformer.load(range(resident))
+    branches = [Branch(inputs.tokens, (inputs.grid,), prompt, None, SIGMA) for prompt in inputs.prompts]
+    start = time.perf_counter()
+    transformer.modulation.announce([SIGMA])
+    once_seconds = time.perf_counter() - start
+    slots = 0 if resident == transformer.config.num_layers else 2
+
+    with LiveBytes(DEVICE.type) as live, transformer.session(slots=slots) as session:
+        before = transformer.store.fetched_bytes
+        _guide(*session.forward(branches))
+        fetched = transformer.store.fetched_bytes - before
+    with transformer.session(slots=slots) as session:
+        result, seconds = _time(lambda: _guide(*session.forward(branches, more=True)), steps)
+    measured = {
+        "seconds": seconds,
+        "peak_bytes": transformer.loaded_bytes + live.peak,
+        "fetched_bytes": fetched,
+        "once_bytes": transformer.modulation.fetched_bytes,
+        "once_seconds": once_seconds,
+    }
+    transformer.unload()
+    return result, measured
+
+
+def _time(step: Callable[[], Tensor], steps: int) -> tuple[Tensor, float]:
+    seconds = []
+    for _ in range(steps + 1):
+        start = time.perf_counter()
+        result = step()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return result, statistics.median(seconds[1:])
+
+
+def _difference(result: Tensor, expected: Tensor) -> float:
+    return float((result.float() - expected.float()).abs().max())

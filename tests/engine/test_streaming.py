@@ -1,0 +1,364 @@
+"""Blocks come in order, whole, read once per pass, wherever they live; and nothing is left when a run has ended."""
+
+import gc
+import io
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from itertools import chain, combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from live_bytes import LiveBytes
+from qwenimage_lowvram.engine.checkpoint import open_checkpoint
+from qwenimage_lowvram.engine.errors import DamagedFile, MissingFile, QwenLowVRAMError
+from qwenimage_lowvram.engine.hardware import Hardware
+from qwenimage_lowvram.engine.streaming import BlockStore, BlockStreamer, FileSource, StoredBlock, store_block
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+BLOCKS = 5
+FORMATS = ["native", "fp8", "mixed"]
+SUBSETS = list(chain.from_iterable(combinations(range(BLOCKS), n) for n in range(BLOCKS + 1)))
+Weights = list[dict[str, Tensor]]
+
+
+def make_block() -> nn.Module:
+    with torch.device("meta"):
+        return nn.Sequential(nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 12, bias=False))
+
+
+SHAPES = {name: tuple(p.shape) for name, p in make_block().named_parameters()}
+
+
+def _write(folder: Path, storage: str) -> tuple[Path, Weights]:
+    """A file of BLOCKS blocks and the bf16 weights that they have to arrive as. "mixed": some blocks are native."""
+    generator = torch.Generator().manual_seed(0)
+    stored, expected = {}, []
+    for i in range(BLOCKS):
+        weights = {}
+        for name, shape in SHAPES.items():
+            weight = torch.randn(shape, generator=generator)
+            if storage == "fp8" or (storage == "mixed" and i % 2):
+                scale = weight.abs().max() / 448
+                if weight.ndim == 2:
+                    data = (weight / scale).to(torch.float8_e4m3fn)
+                    stored[f"{i}.{name}"] = data
+                    stored[f"{i}.{name.removesuffix('.weight')}.scale_weight"] = scale
+                    weights[name] = (data.float() * scale).bfloat16()
+                    continue
+            stored[f"{i}.{name}"] = weights[name] = weight.bfloat16()
+        expected.append(weights)
+    save_file(stored, folder / f"{storage}.safetensors")
+    return folder / f"{storage}.safetensors", expected
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Weights]]:
+    folder = tmp_path_factory.mktemp("blocks")
+    return {storage: _write(folder, storage) for storage in FORMATS}
+
+
+def stored_blocks(file: Path) -> list[StoredBlock]:
+    tensors = open_checkpoint(file).tensors
+    return [
+        store_block(
+            SHAPES,
+            {name.removeprefix(f"{i}."): e for name, e in tensors.items() if name.startswith(f"{i}.")},
+            torch.bfloat16,
+            f"block {i}",
+        )
+        for i in range(BLOCKS)
+    ]
+
+
+def make_store(
+    file: Path, hardware: Hardware, source: Callable[[Sequence[StoredBlock]], Any] = FileSource
+) -> BlockStore:
+    blocks = stored_blocks(file)
+    return BlockStore(blocks, source(blocks), make_block, hardware)
+
+
+def is_whole(module: nn.Module, weights: dict[str, Tensor]) -> bool:
+    parameters = dict(module.named_parameters())
+    return parameters.keys() == weights.keys() and all(torch.equal(parameters[n], w) for n, w in weights.items())
+
+
+def one_pass(streamer: BlockStreamer, expected: Weights, *, more: bool = False) -> None:
+    indices = []
+    for index, block in streamer.visit(more=more):
+        indices.append(index)
+        assert is_whole(block, expected[index])
+    assert indices == list(range(BLOCKS))
+
+
+def open_handles(file: Path) -> int:
+    return sum(type(o) is io.FileIO and not o.closed and str(o.name) == str(file) for o in gc.get_objects())
+
+
+def readers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("qwen-block-reader")]
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+@pytest.mark.parametrize("storage", FORMATS)
+def test_every_pass_is_in_order_and_reads_each_streamed_block_once(
+    storage: str, slots: int, hardware: Hardware, files: dict[str, tuple[Path, Weights]]
+) -> None:
+    file, expected = files[storage]
+    store = make_store(file, hardware)
+    for resident in SUBSETS:
+        store.set_resident(resident)
+        assert store.resident == set(resident)
+        before, before_bytes = store.fetched_blocks, store.fetched_bytes
+        with BlockStreamer(store, slots=slots) as streamer:
+            for left in (2, 1, 0):
+                one_pass(streamer, expected, more=left > 0)
+        streamed = [i for i in range(BLOCKS) if i not in resident]
+        assert store.fetched_blocks - before == 3 * len(streamed)
+        assert store.fetched_bytes - before_bytes == 3 * sum(store.blocks[i].raw.nbytes for i in streamed)
+
+
+def test_a_pass_without_more_fetches_nothing_for_a_next_one(
+    hardware: Hardware, files: dict[str, tuple[Path, Weights]]
+) -> None:
+    file, expected = files["native"]
+    store = make_store(file, hardware)
+    with BlockStreamer(store, slots=3) as streamer:
+        one_pass(streamer, expected)
+        assert store.fetched_blocks == BLOCKS
+        one_pass(streamer, expected)
+    assert store.fetched_blocks == 2 * BLOCKS
+
+
+def test_blocks_that_stay_are_not_read_again(hardware: Hardware, files: dict[str, tuple[Path, Weights]]) -> None:
+    store = make_store(files["fp8"][0], hardware)
+    store.set_resident([0, 1, 2])
+    store.set_resident([1, 2, 3])
+    assert store.fetched_blocks == 4
+    assert store.resident == {1, 2, 3}
+
+
+def test_all_resident_needs_no_slot_and_reads_nothing(
+    hardware: Hardware, files: dict[str, tuple[Path, Weights]]
+) -> None:
+    file, expected = files["native"]
+    store = make_store(file, hardware)
+    store.set_resident(range(BLOCKS))
+    before = store.fetched_blocks
+    with BlockStreamer(store, slots=0) as streamer:
+        one_pass(streamer, expected)
+        assert not readers()
+    assert store.fetched_blocks == before
+
+
+@pytest.mark.parametrize("storage", FORMATS)
+def test_resident_blocks_keep_their_stored_size(
+    storage: str, hardware: Hardware, files: dict[str, tuple[Path, Weights]]
+) -> None:
+    store = make_store(files[storage][0], hardware)
+    store.set_resident(range(BLOCKS))
+    assert store.resident_bytes == sum(block.raw.nbytes for block in store.blocks)
+    for i, block in enumerate(store.blocks):
+        assert block.native == (storage == "native" or (storage == "mixed" and i % 2 == 0))
+        assert (store.module(i) is not None) == block.native
+        if not block.native:
+            weights = sum(p.shape[0] * p.shape[1] for p in block.params if len(p.shape) == 2)
+            assert block.raw.nbytes < weights + 2000 < block.slot.nbytes + 2000
+
+
+def test_no_slots_for_streamed_blocks_is_an_error(hardware: Hardware, files: dict[str, tuple[Path, Weights]]) -> None:
+    store = make_store(files["native"][0], hardware)
+    with pytest.raises(ValueError, match="5 blocks are not resident; they need at least 1 slot, got 0"):
+        BlockStreamer(store, slots=0).__enter__()
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+@pytest.mark.parametrize("more", [False, True])
+@pytest.mark.parametrize("way", ["break", "exception"])
+def test_a_pass_left_anywhere_is_followed_by_a_whole_one(
+    way: str, more: bool, slots: int, hardware: Hardware, files: dict[str, tuple[Path, Weights]]
+) -> None:
+    file, expected = files["mixed"]
+    store = make_store(file, hardware)
+    for resident in [(), (0,), (2,), (4,), (0, 3), (1, 2, 3, 4)]:
+        store.set_resident(resident)
+        with BlockStreamer(store, slots=slots) as streamer:
+            for last in range(BLOCKS):
+                try:
+                    for index, _ in streamer.visit(more=more):
+                        if index == last:
+                            if way == "break":
+                                break
+                            raise KeyError(index)
+                except KeyError:
+                    pass
+                one_pass(streamer, expected, more=more)
+        assert not readers()
+
+
+class _FailsOnce:
+    """The file's source, but for one read that fails."""
+
+    def __init__(self, blocks: Sequence[StoredBlock], *, at: int) -> None:
+        self._source = FileSource(blocks)
+        self._at = at
+        self._failed = False
+
+    def read(self, index: int, out: Tensor) -> None:
+        if index == self._at and not self._failed:
+            self._failed = True
+            raise MissingFile(f"block {index} was on a disk that went away")
+        self._source.read(index, out)
+
+    def close(self) -> None:
+        self._source.close()
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+@pytest.mark.parametrize("bad", range(BLOCKS))
+def test_a_readers_error_comes_where_its_block_is_due_and_the_next_pass_is_whole(
+    bad: int, slots: int, hardware: Hardware, files: dict[str, tuple[Path, Weights]]
+) -> None:
+    file, expected = files["mixed"]
+    store = make_store(file, hardware, lambda blocks: _FailsOnce(blocks, at=bad))
+    with BlockStreamer(store, slots=slots) as streamer:
+        blocks = streamer.visit()
+        for wanted in range(bad):
+            index, block = next(blocks)
+            assert index == wanted
+            assert is_whole(block, expected[index])
+        with pytest.raises(MissingFile, match=f"block {bad} was on a disk"):
+            next(blocks)
+        one_pass(streamer, expected)
+
+
+@pytest.mark.parametrize("damage", ["cut off", "gone"])
+@pytest.mark.parametrize("storage", ["native", "fp8"])
+def test_a_file_that_changes_under_the_run_leaves_nothing_behind(
+    storage: str, damage: str, hardware: Hardware, tmp_path: Path
+) -> None:
+    if damage == "gone" and os.name == "nt":
+        pytest.skip("an open file cannot be removed there")
+    file, _ = _write(tmp_path, storage)
+    store = make_store(file, hardware)
+    if damage == "cut off":
+        last = min(part.offset for param in store.blocks[4].params for part in param.parts)
+        os.truncate(file, last + 3)
+    else:
+        file.unlink()
+    buffers: list[weakref.ref[Any]] = []
+
+    def run() -> QwenLowVRAMError:
+        with BlockStreamer(store, slots=2) as streamer:
+            try:
+                for _, block in streamer.visit():
+                    buffers.extend(weakref.ref(p) for p in block.parameters())
+            except QwenLowVRAMError as error:
+                buffers.extend(weakref.ref(slot.buffer) for slot in streamer._free)
+                return error.with_traceback(None)
+        raise AssertionError("no error")
+
+    error = run()
+    assert isinstance(error, DamagedFile if damage == "cut off" else MissingFile)
+    assert str(file) in str(error)
+    assert not readers()
+    store.release()
+    del error
+    gc.collect()
+    assert buffers
+    assert all(ref() is None for ref in buffers)
+    assert open_handles(file) == 0
+
+
+def test_a_stopped_run_gives_everything_back(hardware: Hardware, files: dict[str, tuple[Path, Weights]]) -> None:
+    file, _ = files["mixed"]
+    store = make_store(file, hardware)
+    store.set_resident([0, 1])
+    refs: list[weakref.ref[Any]] = []
+
+    def run() -> None:
+        with BlockStreamer(store, slots=2) as streamer:
+            for index, block in streamer.visit(more=True):
+                refs.append(weakref.ref(block))
+                refs.extend(weakref.ref(p) for p in block.parameters())
+                if index == 3:
+                    raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert not readers()
+    assert open_handles(file) == 1  # for the next run
+    store.release()
+    assert store.resident_bytes == 0
+    assert open_handles(file) == 0
+    gc.collect()
+    assert all(ref() is None for ref in refs)
+
+
+def test_a_released_store_can_be_used_again(hardware: Hardware, files: dict[str, tuple[Path, Weights]]) -> None:
+    file, expected = files["fp8"]
+    store = make_store(file, hardware)
+    for _ in range(2):
+        store.set_resident([1])
+        with BlockStreamer(store, slots=2) as streamer:
+            one_pass(streamer, expected)
+        store.release()
+
+
+def test_buffers_made_in_inference_mode_can_be_written_by_the_reader(
+    hardware: Hardware, files: dict[str, tuple[Path, Weights]]
+) -> None:
+    file, expected = files["mixed"]
+    with torch.inference_mode():
+        store = make_store(file, hardware)
+        store.set_resident([0, 1])
+        with BlockStreamer(store, slots=2) as streamer:
+            one_pass(streamer, expected)
+
+
+class _EmptySource:
+    def __init__(self, blocks: Sequence[StoredBlock]) -> None:
+        pass
+
+    def read(self, index: int, out: Tensor) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+@pytest.mark.parametrize("storage", FORMATS)
+@pytest.mark.parametrize("resident", [(), (1,), (0, 1, 3), range(BLOCKS)])
+def test_the_device_holds_slots_and_staging_and_residents_only(
+    resident: Sequence[int], storage: str, slots: int, files: dict[str, tuple[Path, Weights]]
+) -> None:
+    gpu = Hardware(torch.device("cuda"), streams=False, pinned=False, prefetch=False, host_device=False)
+    with FakeTensorMode(), LiveBytes("cuda") as live:
+        store = make_store(files[storage][0], gpu, _EmptySource)
+        store.set_resident(resident)
+        held = live.now
+        assert held == store.resident_bytes
+        streamed = [i for i in range(BLOCKS) if store.module(i) is None]
+        live.reset_peak()
+        with BlockStreamer(store, slots=slots) as streamer:
+            for more in (True, False):
+                deque(streamer.visit(more=more), maxlen=0)
+        needs_staging = any(not store.blocks[i].native and i not in resident for i in streamed)
+        staging = store.staging_bytes if needs_staging else 0
+        assert live.peak == held + min(slots, len(streamed)) * store.slot_bytes + staging
+        assert live.now == held
+        store.release()
+        assert live.now == 0
+
+
+def test_staging_holds_the_largest_stored_parameter(files: dict[str, tuple[Path, Weights]]) -> None:
+    way = Hardware(torch.device("cpu"), streams=False, pinned=False, prefetch=False, host_device=False)
+    assert make_store(files["native"][0], way).staging_bytes == 0
+    assert make_store(files["fp8"][0], way).staging_bytes == 256 + 4  # 240 bytes of weight, aligned, and a scale

@@ -1,0 +1,372 @@
+"""The streamed transformer computes, bit for bit, what diffusers' own forward pass does, and reads no byte twice."""
+
+import gc
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import full_size
+import pytest
+import torch
+from live_bytes import LiveBytes
+from qwenimage_lowvram.engine.checkpoint import open_checkpoint
+from qwenimage_lowvram.engine.errors import InvalidRequest
+from qwenimage_lowvram.engine.hardware import Hardware
+from qwenimage_lowvram.engine.sampling import qwen_sigmas
+from qwenimage_lowvram.engine.transformer import MAX_POSITIONS, Branch, QwenImageTransformer, TimestepRounding
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+LAYERS, TEXT_DIM = 5, 32
+RESIDENT = [(), (0,), (1, 3), tuple(range(LAYERS))]
+PICTURE = (1, 7, 9)  # odd counts of patches: where diffusers and ComfyUI place them differently
+REFERENCES = ((1, 8, 12), (1, 3, 5))  # one larger than the picture
+Tiny = Callable[..., tuple[Any, Path]]
+
+
+def make_branch(
+    length: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    references: Sequence[tuple[int, int, int]] = (),
+    masked: int | None = None,
+    timestep: float = 0.7,
+    picture: tuple[int, int, int] = PICTURE,
+) -> Branch:
+    """Random tokens and a random prompt of `length` tokens, of which those from `masked` on are masked."""
+    generator = torch.Generator().manual_seed(length)
+    shapes = (picture, *references)
+    mask = None if masked is None else (torch.arange(length) < masked)[None]
+    return Branch(
+        torch.randn(1, sum(f * h * w for f, h, w in shapes), 64, generator=generator).to(dtype),
+        shapes,
+        torch.randn(1, length, TEXT_DIM, generator=generator).to(dtype),
+        mask,
+        timestep,
+    )
+
+
+@torch.no_grad()
+def diffusers_forward(model: Any, branch: Branch) -> Tensor:
+    """As the pipeline calls it: its timestep is cast to the latents' dtype, and then divided."""
+    timestep = torch.tensor([branch.timestep]).mul(1000).to(branch.tokens.dtype) / 1000
+    out = model(
+        hidden_states=branch.tokens,
+        encoder_hidden_states=branch.prompt_embeds,
+        encoder_hidden_states_mask=branch.prompt_mask,
+        timestep=timestep,
+        img_shapes=[list(branch.shapes)],
+        return_dict=False,
+    )[0]
+    frames, height, width = branch.shapes[0]
+    return out[:, : frames * height * width]
+
+
+def run(
+    transformer: QwenImageTransformer, branches: Sequence[Branch], *, slots: int = 2, chunk: int | None = None
+) -> Any:
+    with transformer.session(slots=slots, mlp_chunk_tokens=chunk) as session:
+        return session.forward(branches)
+
+
+BRANCHES: dict[str, Callable[[torch.dtype], list[Branch]]] = {
+    "one": lambda d: [make_branch(9, dtype=d)],
+    "guidance": lambda d: [make_branch(13, dtype=d), make_branch(5, dtype=d)],
+    "references": lambda d: [make_branch(n, dtype=d, references=REFERENCES) for n in (13, 5)],
+    "one with a reference, one without": lambda d: [
+        make_branch(13, dtype=d, references=REFERENCES[:1]),
+        make_branch(5, dtype=d),
+    ],
+    "mask": lambda d: [make_branch(13, dtype=d, masked=8), make_branch(5, dtype=d, masked=5)],
+    "pictures of two sizes": lambda d: [make_branch(6, dtype=d), make_branch(6, dtype=d, picture=(1, 4, 10))],
+    "two timesteps": lambda d: [make_branch(6, dtype=d), make_branch(6, dtype=d, timestep=0.3)],
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"zero_cond_t": True}], ids=["base", "zero_cond_t"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", BRANCHES)
+def test_wherever_the_blocks_live_the_result_is_diffusers_own(
+    case: str, dtype: torch.dtype, options: dict[str, Any], tiny: Tiny, hardware: Hardware
+) -> None:
+    model, folder = tiny(dtype, **options)
+    transformer = QwenImageTransformer(
+        open_checkpoint(folder), dtype=dtype, hardware=hardware, rounding=TimestepRounding.DIFFUSERS
+    )
+    branches = BRANCHES[case](dtype)
+    expected = [diffusers_forward(model, branch) for branch in branches]
+    assert all(0.1 < e.float().std() < 10 for e in expected)
+    for resident in RESIDENT:
+        transformer.load(resident)
+        for slots in (1, 2, 3):
+            result = run(transformer, branches, slots=slots)
+            assert all(torch.equal(r, e) for r, e in zip(result, expected, strict=True)), (resident, slots)
+
+
+@pytest.mark.parametrize("chunk", [64, 80, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_chunks_of_the_mlp_change_nothing(chunk: int, dtype: torch.dtype, tiny: Tiny, cpu: Hardware) -> None:
+    model, folder = tiny(dtype)
+    transformer = QwenImageTransformer(
+        open_checkpoint(folder), dtype=dtype, hardware=cpu, rounding=TimestepRounding.DIFFUSERS
+    )
+    transformer.load([])
+    branches = [make_branch(n, dtype=dtype, picture=(1, 16, 20)) for n in (160, 5)]
+    expected = [diffusers_forward(model, branch) for branch in branches]
+    result = run(transformer, branches, chunk=chunk)
+    assert all(torch.equal(r, e) for r, e in zip(result, expected, strict=True))
+
+
+def test_fp32_weights_computed_in_bf16_are_those_of_a_bf16_file(tiny: Tiny, hardware: Hardware) -> None:
+    fp32, folder = tiny(torch.float32)
+    transformer = QwenImageTransformer(
+        open_checkpoint(folder), dtype=torch.bfloat16, hardware=hardware, rounding=TimestepRounding.DIFFUSERS
+    )
+    assert transformer.weight_format == "fp32"
+    transformer.load([1, 2])
+    branch = make_branch(9, dtype=torch.bfloat16)
+    import copy
+
+    expected = diffusers_forward(copy.deepcopy(fp32).to(torch.bfloat16), branch)
+    assert torch.equal(run(transformer, [branch])[0], expected)
+
+
+@pytest.mark.parametrize("branches", [1, 2, 5])
+@pytest.mark.parametrize("resident", RESIDENT)
+def test_a_pass_fetches_each_streamed_block_once_for_any_number_of_branches(
+    branches: int, resident: Sequence[int], tiny: Tiny, hardware: Hardware
+) -> None:
+    _, folder = tiny(torch.bfloat16)
+    transformer = QwenImageTransformer(open_checkpoint(folder), dtype=torch.bfloat16, hardware=hardware)
+    transformer.load(resident)
+    before = transformer.store.fetched_blocks
+    inputs = [make_branch(5 + i, dtype=torch.bfloat16) for i in range(branches)]
+    visited: list[int] = []
+    with transformer.session(slots=2) as session:
+        for left in (2, 1, 0):
+            session.forward(inputs, more=left > 0, on_block=visited.append)
+    assert transformer.store.fetched_blocks - before == 3 * (LAYERS - len(resident))
+    # the first pass went through the modulation weights too, as no timestep was announced
+    assert visited == list(range(LAYERS)) * 4
+
+
+def test_exact_timesteps_are_closer_to_fp32_than_diffusers_rounded_ones(tiny: Tiny, cpu: Hardware) -> None:
+    model, folder = tiny(torch.bfloat16)
+    import copy
+
+    exact = copy.deepcopy(model).to(torch.float32)
+    transformer = QwenImageTransformer(open_checkpoint(folder), dtype=torch.bfloat16, hardware=cpu)
+    transformer.load(range(LAYERS))
+    sigmas = qwen_sigmas(50, 83 * 83)[:-1].tolist()
+    transformer.modulation.announce(sigmas)
+    ours, theirs = [], []
+    for sigma in sigmas[1::3]:
+        branch = make_branch(9, dtype=torch.bfloat16, timestep=sigma)
+        wanted = diffusers_forward(exact, make_branch_like(branch, torch.float32))
+        ours.append((run(transformer, [branch])[0].float() - wanted).norm() / wanted.norm())
+        theirs.append((diffusers_forward(model, branch).float() - wanted).norm() / wanted.norm())
+    assert torch.stack(ours).mean() < 0.8 * torch.stack(theirs).mean()
+    assert torch.stack(ours).max() < torch.stack(theirs).max()
+
+
+def make_branch_like(branch: Branch, dtype: torch.dtype) -> Branch:
+    return Branch(branch.tokens.to(dtype), branch.shapes, branch.prompt_embeds.to(dtype), None, branch.timestep)
+
+
+@pytest.mark.parametrize("options", [{}, {"zero_cond_t": True}], ids=["base", "zero_cond_t"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_are_what_the_blocks_would_have_computed(
+    dtype: torch.dtype, options: dict[str, Any], tiny: Tiny, hardware: Hardware
+) -> None:
+    model, folder = tiny(dtype, **options)
+    transformer = QwenImageTransformer(open_checkpoint(folder), dtype=dtype, hardware=hardware)
+    transformer.load([])
+    timesteps = [1.0, 0.7321, 0.02]
+    transformer.modulation.announce(timesteps)
+    for timestep in timesteps:
+        row = transformer.modulation.row(timestep)
+        temb = transformer.embedding(timestep)
+        assert temb.shape[0] == (2 if options else 1)
+        with torch.no_grad():
+            for i, block in enumerate(model.transformer_blocks):
+                assert torch.equal(row.img[i], block.img_mod(temb))
+                assert torch.equal(row.txt[i], block.txt_mod(temb[:1]))
+
+
+def _modulation_bytes(folder: Path) -> int:
+    tensors = open_checkpoint(folder).tensors
+    return sum(e.nbytes for name, e in tensors.items() if "_mod.1." in name)
+
+
+def test_announced_timesteps_read_the_modulation_weights_once_and_a_second_run_none(
+    tiny: Tiny, hardware: Hardware
+) -> None:
+    _, folder = tiny(torch.bfloat16)
+    transformer = QwenImageTransformer(open_checkpoint(folder), dtype=torch.bfloat16, hardware=hardware)
+    once = _modulation_bytes(folder)
+    sigmas = qwen_sigmas(8, 4096)[:-1].tolist()
+    for _ in range(2):
+        transformer.load([0, 1])
+        transformer.modulation.announce(sigmas)
+        with transformer.session(slots=2) as session:
+            for i, sigma in enumerate(sigmas):
+                inputs = [make_branch(n, dtype=torch.bfloat16, timestep=sigma) for n in (9, 5)]
+                session.forward(inputs, more=i < len(sigmas) - 1)
+        transformer.unload()
+        assert transformer.modulation.fetched_bytes == once
+
+
+def test_a_timestep_that_nobody_announced_costs_one_pass_once(tiny: Tiny, hardware: Hardware) -> None:
+    _, folder = tiny(torch.float32)
+    transformer = QwenImageTransformer(open_checkpoint(folder), dtype=torch.float32, hardware=hardware)
+    transformer.load([])
+    transformer.modulation.announce([0.9, 0.5])
+    once = transformer.modulation.fetched_bytes
+    assert once == _modulation_bytes(folder)
+    announced = run(transformer, [make_branch(9, timestep=0.5)])
+    assert transformer.modulation.fetched_bytes == once
+    late = run(transformer, [make_branch(9, timestep=0.7), make_branch(5, timestep=0.7)])
+    assert transformer.modulation.fetched_bytes == 2 * once
+    again = run(transformer, [make_branch(9, timestep=0.7), make_branch(5, timestep=0.7)])
+    run(transformer, [make_branch(9, timestep=0.9)])
+    assert transformer.modulation.fetched_bytes == 2 * once
+    assert torch.equal(late[0], again[0])
+    assert not torch.equal(late[0], announced[0])
+
+
+def test_rows_of_earlier_runs_are_forgotten_in_the_end(tiny: Tiny, cpu: Hardware) -> None:
+    from qwenimage_lowvram.engine.modulation import KEPT_ROWS
+
+    _, folder = tiny(torch.bfloat16)
+    transformer = QwenImageTransformer(open_checkpoint(folder), dtype=torch.bfloat16, hardware=cpu)
+    first = [i / 1000 for i in range(KEPT_ROWS)]
+    transformer.modulation.announce(first)
+    transformer.modulation.announce([0.9])
+    before = transformer.modulation.fetched_bytes
+    transformer.modulation.announce(first)
+    assert transformer.modulation.fetched_bytes == before  # all that may be kept was kept
+    transformer.modulation.announce([0.91, 0.92])
+    transformer.modulation.announce(first)
+    assert transformer.modulation.fetched_bytes > before
+
+
+def test_a_pass_over_the_modulation_weights_can_be_stopped_and_done_again(tiny: Tiny, hardware: Hardware) -> None:
+    model, folder = tiny(torch.float32)
+    transformer = QwenImageTransformer(open_checkpoint(folder), dtype=torch.float32, hardware=hardware)
+    transformer.load([])
+
+    def stop(index: int) -> None:
+        if index == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        transformer.modulation.announce([0.7], on_block=stop)
+    branch = make_branch(9)
+    assert torch.equal(run(transformer, [branch])[0], diffusers_forward(model, branch))
+
+
+@pytest.mark.parametrize("stop_at", range(LAYERS))
+def test_a_session_goes_on_after_an_interrupted_pass(stop_at: int, tiny: Tiny, hardware: Hardware) -> None:
+    model, folder = tiny(torch.float32)
+    transformer = QwenImageTransformer(open_checkpoint(folder), dtype=torch.float32, hardware=hardware)
+    transformer.load([1])
+    transformer.modulation.announce([0.7])
+    branches = [make_branch(9), make_branch(5)]
+
+    def stop(index: int) -> None:
+        if index == stop_at:
+            raise KeyboardInterrupt
+
+    with transformer.session(slots=2) as session:
+        with pytest.raises(KeyboardInterrupt):
+            session.forward(branches, more=True, on_block=stop)
+        result = session.forward(branches)
+    assert all(torch.equal(r, diffusers_forward(model, b)) for r, b in zip(result, branches, strict=True))
+
+
+@pytest.mark.parametrize("shapes", [((1, 40, 60),), ((1, 4, 4), (1, 80, 12))])
+def test_positions_beyond_the_tables_are_refused(
+    shapes: tuple[tuple[int, int, int], ...], tiny: Tiny, cpu: Hardware
+) -> None:
+    _, folder = tiny(torch.bfloat16)
+    transformer = QwenImageTransformer(open_checkpoint(folder), dtype=torch.bfloat16, hardware=cpu)
+    transformer.load([])
+    reach = max(max(h, w) // 2 for _, h, w in shapes)
+    length = MAX_POSITIONS - reach
+    tokens = torch.zeros(1, sum(h * w for _, h, w in shapes), 64, dtype=torch.bfloat16)
+    embeds = torch.zeros(1, length + 1, TEXT_DIM, dtype=torch.bfloat16)
+    with transformer.session(slots=1) as session:
+        session.forward([Branch(tokens, shapes, embeds[:, :length], None, 0.5)])
+        with pytest.raises(
+            InvalidRequest, match=rf"The prompt has {length + 1} tokens.*positions for {length}\. Short"
+        ):
+            session.forward([Branch(tokens, shapes, embeds, None, 0.5)])
+
+
+def test_shrinking_gives_back_whole_blocks_and_the_result_stays(tiny: Tiny, hardware: Hardware) -> None:
+    model, folder = tiny(torch.float32)
+    transformer = QwenImageTransformer(open_checkpoint(folder), dtype=torch.float32, hardware=hardware)
+    transformer.load(range(LAYERS))
+    block = transformer.footprint.resident_block_bytes
+    assert transformer.loaded_bytes == LAYERS * block + transformer.footprint.outside_bytes
+    assert transformer.shrink(block + 1) == 2 * block
+    assert transformer.store.resident == {0, 1, 2}
+    branch = make_branch(9)
+    assert torch.equal(run(transformer, [branch])[0], diffusers_forward(model, branch))
+    assert transformer.shrink(100 * block) == 3 * block
+    assert transformer.store.resident == frozenset()
+
+
+def test_opening_reads_no_block(tiny: Tiny, cpu: Hardware) -> None:
+    _, folder = tiny(torch.bfloat16)
+    transformer = QwenImageTransformer(open_checkpoint(folder), dtype=torch.bfloat16, hardware=cpu)
+    assert transformer.store.fetched_bytes == transformer.modulation.fetched_bytes == 0
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("stopped", [False, True])
+def test_nothing_stays_on_the_device_after_unloading(stored: torch.dtype, stopped: bool) -> None:
+    gpu = full_size.fake_gpu()
+    with FakeTensorMode(), LiveBytes("cuda") as live, torch.inference_mode():
+        transformer = QwenImageTransformer(
+            full_size.transformer_checkpoint(stored, layers=4),
+            dtype=torch.bfloat16,
+            hardware=gpu,
+            source=full_size.EmptySource,
+        )
+        assert live.now == 0
+
+        def stop(index: int) -> None:
+            if stopped and index == 2:
+                raise KeyboardInterrupt
+
+        def go() -> list[weakref.ref[Any]]:
+            transformer.load([1])
+            assert live.now == transformer.loaded_bytes
+            transformer.modulation.announce([0.9])
+            refs = []
+            with transformer.session(slots=2) as session:
+                refs.append(weakref.ref(session))
+                branch = Branch(
+                    torch.empty(1, 64, 64, device="cuda", dtype=torch.bfloat16),
+                    ((1, 8, 8),),
+                    torch.empty(1, 20, 3584, device="cuda", dtype=torch.bfloat16),
+                    None,
+                    0.9,
+                )
+                try:
+                    session.forward([branch], on_block=stop)
+                except KeyboardInterrupt:
+                    assert stopped
+            del branch
+            assert live.now == transformer.loaded_bytes
+            return refs
+
+        for _ in range(2):
+            refs = go()
+            transformer.unload()
+            assert transformer.store.resident_bytes == 0
+            gc.collect()
+            assert live.now == 0
+            assert all(ref() is None for ref in refs)
