@@ -2,7 +2,7 @@
 
     python dev.py bench step
 
-`seconds` is the median of the steps after the first; `peak_bytes` counts live weights and activations on the device
+`seconds` is the median of several steps, taken in turns; `peak_bytes` counts live weights and activations on the device
 (on the CPU: in memory, cache of the operating system not counted); `fetched_bytes` are weights brought to the device
 per step, at each framework's own point of onload. Ours reads the modulation weights once per run, not per step:
 `once_bytes`, `once_seconds`. `error` is the largest difference from diffusers with everything resident.
@@ -12,8 +12,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,24 +44,50 @@ class _Inputs:
 
 
 def rows(quick: bool) -> list[dict[str, Any]]:
-    heads, layers, side, steps = (4, 4, 16, 3) if quick else (8, 8, 32, 5)
-    with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
+    heads, layers, side, rounds = (4, 4, 16, 3) if quick else (8, 8, 32, 5)
+    with tempfile.TemporaryDirectory() as scratch, torch.inference_mode(), ExitStack() as open_sessions:
         folder = Path(scratch) / "transformer"
         model = make_transformer(layers=layers, heads=heads, head_dim=128, text_dim=TEXT_DIM, seed=0)
         model.to(DTYPE).save_pretrained(folder)
         del model
         inputs = _inputs(side)
-        case = f"{layers} blocks of {heads * 128}, {side * side} tokens"
-        expected, resident, activations = _diffusers(folder, inputs, steps)
-        found = [{"who": "diffusers", "case": f"{case}, resident", **resident, "error": 0.0}]
-        result, measured = _group_offload(folder, inputs, steps, Path(scratch) / "offload", activations)
-        found.append({"who": "diffusers group offload", "case": f"{case}, 1 block per group", **measured})
-        found[-1]["error"] = _difference(result, expected)
-        for count in (0, layers // 2, layers):
-            result, measured = _ours(folder, inputs, steps, count)
-            found.append({"who": "ours", "case": f"{case}, {count} resident", **measured})
-            found[-1]["error"] = _difference(result, expected)
-    return found
+        resident, activations = _resident(folder, inputs)
+        contenders = [resident, _group_offload(folder, inputs, Path(scratch) / "offload", activations)]
+        contenders += [_ours(folder, inputs, count, open_sessions) for count in (0, layers // 2, layers)]
+        results = [contender.step() for contender in contenders]
+        seconds = _in_turns([contender.step for contender in contenders], rounds)
+    case = f"{layers} blocks of {heads * 128}, {side * side} tokens"
+    return [
+        {
+            "who": contender.who,
+            "case": f"{case}, {contender.case}",
+            "seconds": time_taken,
+            **contender.measured,
+            "error": float((result.float() - results[0].float()).abs().max()),
+        }
+        for contender, result, time_taken in zip(contenders, results, seconds, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class _Contender:
+    who: str
+    case: str
+    step: Callable[[], Tensor]
+    measured: dict[str, Any]
+
+
+def _in_turns(steps: list[Callable[[], Tensor]], rounds: int) -> list[float]:
+    """Median seconds of each step; all take turns, so that a machine whose speed drifts is fair to all."""
+    seconds: list[list[float]] = [[] for _ in steps]
+    for _ in range(rounds):
+        for step, taken in zip(steps, seconds, strict=True):
+            start = time.perf_counter()
+            step()
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
+            taken.append(time.perf_counter() - start)
+    return [statistics.median(taken) for taken in seconds]
 
 
 def _inputs(side: int) -> _Inputs:
@@ -91,18 +118,17 @@ def _diffusers_step(model: QwenImageTransformer2DModel, inputs: _Inputs) -> Tens
     return _guide(*predictions)
 
 
-def _diffusers(folder: Path, inputs: _Inputs, steps: int) -> tuple[Tensor, dict[str, Any], int]:
+def _resident(folder: Path, inputs: _Inputs) -> tuple[_Contender, int]:
+    """diffusers with everything on the device, and the bytes of its activations."""
     model = QwenImageTransformer2DModel.from_pretrained(folder, torch_dtype=DTYPE).to(DEVICE)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     with LiveBytes(DEVICE.type) as live:
         _diffusers_step(model, inputs)
-    result, seconds = _time(lambda: _diffusers_step(model, inputs), steps)
-    return result, {"seconds": seconds, "peak_bytes": weights + live.peak, "fetched_bytes": 0}, live.peak
+    measured = {"peak_bytes": weights + live.peak, "fetched_bytes": 0}
+    return _Contender("diffusers", "resident", lambda: _diffusers_step(model, inputs), measured), live.peak
 
 
-def _group_offload(
-    folder: Path, inputs: _Inputs, steps: int, scratch: Path, activations: int
-) -> tuple[Tensor, dict[str, Any]]:
+def _group_offload(folder: Path, inputs: _Inputs, scratch: Path, activations: int) -> _Contender:
     model = QwenImageTransformer2DModel.from_pretrained(folder, torch_dtype=DTYPE)
     apply_group_offloading(
         model,
@@ -114,8 +140,9 @@ def _group_offload(
     )
     with _counted_onloads() as count:
         _diffusers_step(model, inputs)
-    result, seconds = _time(lambda: _diffusers_step(model, inputs), steps)
-    return result, {"seconds": seconds, "peak_bytes": count["peak"] + activations, "fetched_bytes": count["bytes"]}
+    measured = {"peak_bytes": count["peak"] + activations, "fetched_bytes": count["bytes"]}
+    step = partial(_diffusers_step, model, inputs)
+    return _Contender("diffusers group offload", "1 block per group, from disk", step, measured)
 
 
 @contextmanager
@@ -145,7 +172,7 @@ def _counted_onloads() -> Iterator[dict[str, int]]:
         ModuleGroup.onload_, ModuleGroup.offload_ = onload, offload
 
 
-def _ours(folder: Path, inputs: _Inputs, steps: int, resident: int) -> tuple[Tensor, dict[str, Any]]:
+def _ours(folder: Path, inputs: _Inputs, resident: int, open_sessions: ExitStack) -> _Contender:
     transformer = QwenImageTransformer(open_checkpoint(folder), dtype=DTYPE, hardware=Hardware.detect(DEVICE))
     transformer.load(range(resident))
     branches = [Branch(inputs.tokens, (inputs.grid,), prompt, None, SIGMA) for prompt in inputs.prompts]
@@ -153,34 +180,16 @@ def _ours(folder: Path, inputs: _Inputs, steps: int, resident: int) -> tuple[Ten
     transformer.modulation.announce([SIGMA])
     once_seconds = time.perf_counter() - start
     slots = 0 if resident == transformer.config.num_layers else 2
-
     with LiveBytes(DEVICE.type) as live, transformer.session(slots=slots) as session:
         before = transformer.store.fetched_bytes
         _guide(*session.forward(branches))
         fetched = transformer.store.fetched_bytes - before
-    with transformer.session(slots=slots) as session:
-        result, seconds = _time(lambda: _guide(*session.forward(branches, more=True)), steps)
     measured = {
-        "seconds": seconds,
         "peak_bytes": transformer.loaded_bytes + live.peak,
         "fetched_bytes": fetched,
         "once_bytes": transformer.modulation.fetched_bytes,
         "once_seconds": once_seconds,
     }
-    transformer.unload()
-    return result, measured
-
-
-def _time(step: Callable[[], Tensor], steps: int) -> tuple[Tensor, float]:
-    seconds = []
-    for _ in range(steps + 1):
-        start = time.perf_counter()
-        result = step()
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return result, statistics.median(seconds[1:])
-
-
-def _difference(result: Tensor, expected: Tensor) -> float:
-    return float((result.float() - expected.float()).abs().max())
+    session = open_sessions.enter_context(transformer.session(slots=slots))
+    case = f"{resident} resident, the others from disk"
+    return _Contender("ours", case, lambda: _guide(*session.forward(branches, more=True)), measured)

@@ -24,8 +24,8 @@ class Hardware:
 
     @classmethod
     def detect(cls, device: torch.device) -> "Hardware":
-        gpu = device.type in ("cuda", "xpu")
-        return cls(device, streams=gpu, pinned=gpu, prefetch=True, host_device=device.type == "cpu")
+        gpu, host = device.type in ("cuda", "xpu"), device.type == "cpu"
+        return cls(device, streams=gpu, pinned=gpu, prefetch=gpu or host, host_device=host)
 
     @property
     def accelerator(self) -> Any:

@@ -18,7 +18,7 @@ from .families import sort_transformer
 from .footprint import TransformerFootprint
 from .hardware import Hardware
 from .modulation import ModulationRow, ModulationTable
-from .streaming import BlockSource, BlockStore, BlockStreamer, FileSource, StoredBlock, read_params, store_block
+from .streaming import BlockSource, BlockStore, BlockStreamer, FileSource, StoredBlock, bind, read_params, store_block
 
 MODULATION = ("img_mod.1.weight", "img_mod.1.bias", "txt_mod.1.weight", "txt_mod.1.bias")
 MAX_POSITIONS = 4096  # of diffusers' rotary tables
@@ -110,19 +110,13 @@ class QwenImageTransformer:
 
     def load(self, resident: Sequence[int]) -> None:
         """Bring the weights outside the blocks and the `resident` blocks to the device."""
-        with torch.inference_mode(False):
-            for name, parameter in self._outside.named_parameters():
-                owner, _, attribute = name.rpartition(".")
-                module = self._outside.get_submodule(owner)
-                moved = nn.Parameter(parameter.data.to(self.hardware.device), requires_grad=False)
-                module._parameters[attribute] = moved
+        self._move_outside(self.hardware.device)
         self._loaded = True
         self.store.set_resident(resident)
 
     def unload(self) -> None:
         """Leave the device: what `load` brought there is given back. The modulation table stays in host memory."""
-        with torch.inference_mode(False):
-            self._outside.to("cpu")
+        self._move_outside(torch.device("cpu"))
         self._loaded = False
         self.store.release()
         self.modulation.leave_device()
@@ -167,6 +161,10 @@ class QwenImageTransformer:
         if self.config.zero_cond_t:
             value = torch.cat([value, value * 0])
         return self._outside.time_text_embed(value, torch.empty((), dtype=self.dtype, device=self.hardware.device))
+
+    def _move_outside(self, device: torch.device) -> None:
+        with torch.inference_mode(False):
+            bind(self._outside, {name: p.data.to(device) for name, p in self._outside.named_parameters()})
 
     def _empty_model(self) -> QwenImageTransformer2DModel:
         config = self.config

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..engine.plan import plan_text_encoder, text_encoder_peak_bytes
 from ..engine.prompts import PromptTokenizer, drop_template
 from ..engine.text_encoder import TextEncoder
-from .run import free_bytes
+from .limits import stage_bytes
 from .unsupported import refuse
 
 TOKENS_KEY = "qwen25_7b"  # as ComfyUI's own Qwen-Image tokenizer names them
@@ -78,7 +78,7 @@ class LowVRAMCLIP(comfy.sd.CLIP):
         device, footprint = self.encoder.hardware.device, self.encoder.footprint
         lengths = [len(tokens) for tokens in ids]
         wanted = text_encoder_peak_bytes(footprint, lengths, 2)
-        slots = plan_text_encoder(footprint, lengths, free_bytes(device, self.limit_bytes, wanted, []))
+        slots = plan_text_encoder(footprint, lengths, stage_bytes(device, self.limit_bytes, wanted))
         bar = comfy.utils.ProgressBar(footprint.layers)
 
         def on_layer(index: int) -> None:

@@ -80,13 +80,8 @@ def _outer_sample(
     model: LowVRAMModel = patcher.model
     check_graph(guider.model_options, guider.conds)
     require_even(noise, "The picture")
-    own = [loaded for loaded in comfy.model_management.current_loaded_models if patcher.is_clone(loaded.model)]
-    model.plan = plan_run(
-        model.transformer,
-        request_of(guider, noise.shape, model.transformer.config.joint_attention_dim),
-        model.limit_bytes,
-        own,
-    )
+    request = request_of(guider, noise.shape, model.transformer.config.joint_attention_dim)
+    model.plan = plan_run(model.transformer, request, model.limit_bytes, patcher)
     run = SamplingRun(model.transformer, model.plan, sigmas.cpu(), why_one_by_one(guider.model_options, KEY))
     model.calls.run = run
     try:

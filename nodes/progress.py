@@ -59,7 +59,7 @@ class RunProgress:
     def __init__(self, watch: MemoryWatch, *, blocks: int, steps: int, limit_bytes: int, plan: str) -> None:
         self._watch = watch
         self._node = executing_node_id()
-        self._facts = {"blocks": blocks, "steps": steps, "limit_bytes": limit_bytes, "plan": plan}
+        self._facts: dict[str, Any] = {"blocks": blocks, "steps": steps, "limit_bytes": limit_bytes, "plan": plan}
         self._start = time.perf_counter()
         self._sampling_start: float | None = None
         self._last = 0.0

@@ -6,7 +6,6 @@ import time
 from contextlib import ExitStack
 from typing import Any
 
-import comfy.model_management
 import torch
 from torch import Tensor
 
@@ -15,12 +14,11 @@ from ..engine.latents import LATENT_PX
 from ..engine.plan import MemoryPlan, SamplingRequest, most_bytes, plan_memory
 from ..engine.report import MemoryReport
 from ..engine.transformer import Branch, QwenImageTransformer, TransformerSession
+from .limits import stage_bytes
+from .patcher import LowVRAMPatcher
 from .progress import MemoryWatch, RunProgress
 
 logger = logging.getLogger(__name__)
-
-# of what is free: fragments of torch's allocator, cuBLAS and attention workspaces
-HEADROOM_BYTES = 384 * 1024**2
 
 
 def request_of(guider: Any, noise_shape: torch.Size, joint_attention_dim: int) -> SamplingRequest:
@@ -57,24 +55,13 @@ def request_of(guider: Any, noise_shape: torch.Size, joint_attention_dim: int) -
     )
 
 
-def free_bytes(device: torch.device, limit_bytes: int | None, wanted_bytes: int, own: list[Any]) -> int:
-    """How much of the device may be used, up to the limit. Models of others are asked to leave first where they lie
-    in the way of `wanted_bytes`; `own` are the loaded models that stay, and count as free."""
-    management = comfy.model_management
-    held = sum(loaded.model_loaded_memory() for loaded in own)
-    wanted = min(wanted_bytes, limit_bytes or wanted_bytes)
-    if device.type != "cpu":
-        management.free_memory(wanted + HEADROOM_BYTES - held, device, keep_loaded=own)
-    free = int(management.get_free_memory(device)) + held - HEADROOM_BYTES
-    return max(0, min(free, limit_bytes or free))
-
-
 def plan_run(
-    transformer: QwenImageTransformer, request: SamplingRequest, limit: int | None, own: list[Any]
+    transformer: QwenImageTransformer, request: SamplingRequest, limit_bytes: int | None, patcher: LowVRAMPatcher
 ) -> MemoryPlan:
     """Raises DoesNotFit before anything is loaded."""
     wanted = most_bytes(transformer.footprint, request)
-    return plan_memory(transformer.footprint, request, free_bytes(transformer.hardware.device, limit, wanted, own))
+    budget = stage_bytes(transformer.hardware.device, limit_bytes, wanted, reused=patcher)
+    return plan_memory(transformer.footprint, request, budget)
 
 
 class SamplingRun:

@@ -83,7 +83,7 @@ class StoredBlock:
             source, base = raw, 0
             if staging is not None:
                 base, nbytes = items[0].offset, items[-1].end - items[0].offset
-                source = staging[:nbytes].copy_(raw[base : base + nbytes], non_blocking=True)
+                source = staging[:nbytes].copy_(raw[base : base + nbytes], non_blocking=raw.is_pinned())
             CODECS[param.codec].decode_into(item.view(slot), [part.view(source, base) for part in items])
 
     def _parts(self) -> Iterator[list[FlatItem]]:

@@ -88,11 +88,13 @@ class BlockStore:
             block = self.blocks[index]
             if block.native:
                 buffer, module = self.new_slot()
+                self.order.after_compute()
                 self.fetch_into(index, buffer)
                 self._modules[index] = module
             else:
                 with torch.inference_mode(False):
                     encoded = torch.empty(block.raw.nbytes, dtype=torch.uint8, device=self.hardware.device)
+                self.order.after_compute()
                 self._read_raw(index, encoded)
                 self._encoded[index] = encoded
         self.order.finish()
@@ -139,7 +141,7 @@ class BlockStore:
         self.order.host_waits(copied)
         self._read(index, host)
         with self.order.copying():
-            out[:nbytes].copy_(host[:nbytes], non_blocking=True)
+            out[:nbytes].copy_(host[:nbytes], non_blocking=self.hardware.streams)
         self.order.record_copy(copied)
 
     def _read(self, index: int, host: Tensor) -> None:

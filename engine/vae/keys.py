@@ -54,7 +54,8 @@ def to_diffusers_names(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torc
 
 def check_is_image_vae(tensors: Mapping[str, torch.Tensor]) -> None:
     """Raise WrongModel, saying what these tensors (diffusers' names) are, unless they are Qwen-Image's RGB VAE."""
-    if any(".upsamples.0.upsamples." in key for key in tensors):
+    # its blocks are nested in a way that the names above leave over
+    if any(".resnets.0.upsamples." in key for key in tensors):
         raise WrongModel("This is the Wan 2.2 VAE (48 latent channels). Qwen-Image needs qwen_image_vae.safetensors.")
     if "decoder.conv_norm_out.weight" in tensors or "decoder.norm_out.weight" in tensors:
         raise WrongModel(

@@ -1,5 +1,6 @@
 """The streamed transformer computes, bit for bit, what diffusers' own forward pass does, and reads no byte twice."""
 
+import copy
 import gc
 import weakref
 from collections.abc import Callable, Sequence
@@ -84,12 +85,10 @@ BRANCHES: dict[str, Callable[[torch.dtype], list[Branch]]] = {
 }
 
 
-@pytest.mark.parametrize("options", [{}, {"zero_cond_t": True}], ids=["base", "zero_cond_t"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", BRANCHES)
-def test_wherever_the_blocks_live_the_result_is_diffusers_own(
-    case: str, dtype: torch.dtype, options: dict[str, Any], tiny: Tiny, hardware: Hardware
-) -> None:
+def is_diffusers_own(
+    case: str, dtype: torch.dtype, options: dict[str, Any], tiny: Tiny, hardware: Hardware, slots: Sequence[int]
+) -> bool:
+    """Whether every plan with these slots gives the result of diffusers' forward pass."""
     model, folder = tiny(dtype, **options)
     transformer = QwenImageTransformer(
         open_checkpoint(folder), dtype=dtype, hardware=hardware, rounding=TimestepRounding.DIFFUSERS
@@ -97,11 +96,29 @@ def test_wherever_the_blocks_live_the_result_is_diffusers_own(
     branches = BRANCHES[case](dtype)
     expected = [diffusers_forward(model, branch) for branch in branches]
     assert all(0.1 < e.float().std() < 10 for e in expected)
+    equal = []
     for resident in RESIDENT:
         transformer.load(resident)
-        for slots in (1, 2, 3):
-            result = run(transformer, branches, slots=slots)
-            assert all(torch.equal(r, e) for r, e in zip(result, expected, strict=True)), (resident, slots)
+        for count in slots:
+            result = run(transformer, branches, slots=count)
+            equal += [torch.equal(r, e) for r, e in zip(result, expected, strict=True)]
+    return all(equal)
+
+
+@pytest.mark.parametrize("options", [{}, {"zero_cond_t": True}], ids=["base", "zero_cond_t"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", BRANCHES)
+def test_wherever_the_blocks_live_the_result_is_diffusers_own(
+    case: str, dtype: torch.dtype, options: dict[str, Any], tiny: Tiny, cpu: Hardware
+) -> None:
+    assert is_diffusers_own(case, dtype, options, tiny, cpu, [2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_whatever_way_the_blocks_take_the_result_is_diffusers_own(
+    dtype: torch.dtype, tiny: Tiny, hardware: Hardware
+) -> None:
+    assert is_diffusers_own("references", dtype, {"zero_cond_t": True}, tiny, hardware, [1, 2, 3])
 
 
 @pytest.mark.parametrize("chunk", [64, 80, 100])
@@ -126,13 +143,11 @@ def test_fp32_weights_computed_in_bf16_are_those_of_a_bf16_file(tiny: Tiny, hard
     assert transformer.weight_format == "fp32"
     transformer.load([1, 2])
     branch = make_branch(9, dtype=torch.bfloat16)
-    import copy
-
     expected = diffusers_forward(copy.deepcopy(fp32).to(torch.bfloat16), branch)
     assert torch.equal(run(transformer, [branch])[0], expected)
 
 
-@pytest.mark.parametrize("branches", [1, 2, 5])
+@pytest.mark.parametrize("branches", [1, 4])
 @pytest.mark.parametrize("resident", RESIDENT)
 def test_a_pass_fetches_each_streamed_block_once_for_any_number_of_branches(
     branches: int, resident: Sequence[int], tiny: Tiny, hardware: Hardware
@@ -153,8 +168,6 @@ def test_a_pass_fetches_each_streamed_block_once_for_any_number_of_branches(
 
 def test_exact_timesteps_are_closer_to_fp32_than_diffusers_rounded_ones(tiny: Tiny, cpu: Hardware) -> None:
     model, folder = tiny(torch.bfloat16)
-    import copy
-
     exact = copy.deepcopy(model).to(torch.float32)
     transformer = QwenImageTransformer(open_checkpoint(folder), dtype=torch.bfloat16, hardware=cpu)
     transformer.load(range(LAYERS))

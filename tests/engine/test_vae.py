@@ -61,19 +61,34 @@ def ours(theirs: Any) -> ImageVAE:
 
 
 @pytest.fixture(scope="module")
+def mild() -> tuple[Any, ImageVAE]:
+    """Theirs and ours with weaker attention: a strong one amplifies the fp32 rounding of whoever runs it."""
+    theirs = make_lively_vae(attention_gain=1.0)
+    return theirs, ImageVAE.from_state_dict(theirs.state_dict(), dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
 def exact(theirs: Any) -> ImageVAE:
     """In fp64, whose rounding the fp32 result cannot show."""
     return ImageVAE.from_state_dict(theirs.state_dict(), dtype=torch.float64)
 
 
-def test_a_decode_equals_diffusers(theirs: Any, ours: ImageVAE) -> None:
+def test_a_decode_equals_diffusers(theirs: Any, exact: ImageVAE) -> None:
     latents = random_latents(2, 16, 1, 23, 30)
-    images, expected = ours.decode(latents), reference_decode(theirs, latents)
+    images = exact.decode(latents)
+    expected = reference_decode(theirs.double(), latents.double())
+    theirs.float()
     assert images.shape == (2, 184, 240, 3)
     assert images.dtype == torch.float32
     assert expected.std() > 0.05
+    torch.testing.assert_close(images, expected, rtol=1e-7, atol=1e-7)
+
+
+def test_a_decode_in_fp32_equals_diffusers_within_3e_6(mild: tuple[Any, ImageVAE]) -> None:
+    theirs, ours = mild
+    latents = random_latents(2, 16, 1, 23, 30)
     # 3e-6 in diffusers' -1..1
-    assert (images - expected).abs().max() < 1.5e-6
+    assert (ours.decode(latents) - reference_decode(theirs, latents)).abs().max() < 1.5e-6
 
 
 def test_an_encode_equals_diffusers(theirs: Any, exact: ImageVAE) -> None:
@@ -85,12 +100,11 @@ def test_an_encode_equals_diffusers(theirs: Any, exact: ImageVAE) -> None:
     torch.testing.assert_close(latents, expected.float(), rtol=2e-7, atol=2e-7)
 
 
-def test_an_encode_in_fp32_equals_diffusers_within_3e_6() -> None:
-    # attention of gain 3 amplifies the rounding of whoever runs it; this is about the layers
-    theirs = make_lively_vae(attention_gain=1.0)
+def test_an_encode_in_fp32_equals_diffusers_within_3e_6(mild: tuple[Any, ImageVAE]) -> None:
+    theirs, ours = mild
     images = random_images(1, 128, 128, 3)
-    latents = ImageVAE.from_state_dict(theirs.state_dict(), dtype=torch.float32).encode(images)
-    assert (latents - reference_encode(theirs, images)).abs().max() < 3e-6
+    expected = reference_encode(theirs, images)
+    assert (ours.encode(images) - expected).abs().max() < 3e-6 * expected.std()
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -104,15 +118,16 @@ def test_tiled_equals_untiled(exact: ImageVAE, size: tuple[int, int], tile_px: i
 
 
 @pytest.mark.parametrize("tile_px", [64, 136])
-def test_tiled_equals_untiled_in_fp32_within_1e_6(tile_px: int) -> None:
-    vae = ImageVAE.from_state_dict(make_lively_vae(attention_gain=1.0).state_dict(), dtype=torch.float32)
+def test_tiled_equals_untiled_in_fp32_within_1e_6(mild: tuple[Any, ImageVAE], tile_px: int) -> None:
+    _, vae = mild
     latents, images = random_latents(1, 16, 1, 31, 45), random_images(1, 248, 360, 3)
     assert (vae.decode(latents, tile_px=tile_px) - vae.decode(latents)).abs().max() < 1e-6
     whole = vae.encode(images)
     assert (vae.encode(images, tile_px=tile_px) - whole).abs().max() < 1e-6 * whole.abs().max()
 
 
-def test_blended_tiles_would_fail_here(theirs: Any, ours: ImageVAE) -> None:
+def test_blended_tiles_would_fail_here(mild: tuple[Any, ImageVAE]) -> None:
+    theirs, ours = mild
     latents = random_latents(1, 16, 1, 48, 48)
     whole = reference_decode(theirs, latents)
     theirs.enable_tiling(256, 256, 192, 192)

@@ -22,13 +22,19 @@ def vae() -> ImageVAE:
 
 
 def live_peak(vae: ImageVAE, task: str, height: int, width: int, limit_bytes: int | None = None) -> int:
-    """Live bytes on the device beside the weights; the result goes to another device."""
+    """Live bytes beside the weights and the input, the result included."""
+    shape = (1, 16, 1, height // 8, width // 8) if task == "decode" else (1, height, width, 3)
+    source = torch.empty(shape, device="meta")
     with LiveBytes("meta") as live:
-        if task == "decode":
-            vae.decode(torch.empty(1, 16, 1, height // 8, width // 8, device="meta"), limit_bytes=limit_bytes)
-        else:
-            vae.encode(torch.empty(1, height, width, 3), limit_bytes=limit_bytes)
-    return live.peak
+        source.view(shape)  # counted from here on
+        getattr(vae, task)(source, limit_bytes=limit_bytes, out_device="meta")
+    return live.peak - source.nbytes
+
+
+def planned_peak(vae: ImageVAE, task: str, height: int, width: int, limit_bytes: int | None = None) -> int:
+    result_bytes = 12 * height * width if task == "decode" else height * width
+    plan: TilePlan = getattr(vae, f"plan_{task}")(height, width, limit_bytes, result_bytes=result_bytes)
+    return plan.peak_bytes
 
 
 def test_the_weights_are_91_mb_and_in_the_file_254(vae: ImageVAE) -> None:
@@ -44,7 +50,7 @@ def test_the_halo_is_what_kernel_sizes_and_scales_add_up_to(vae: ImageVAE) -> No
 @pytest.mark.parametrize("task", ["decode", "encode"])
 def test_1328_untiled_lives_in_800_bytes_per_pixel_as_planned(vae: ImageVAE, task: str) -> None:
     peak = live_peak(vae, task, 1328, 1328)
-    planned = getattr(vae, f"plan_{task}")(1328, 1328).peak_bytes
+    planned = planned_peak(vae, task, 1328, 1328)
     assert peak <= 800 * 1328 * 1328
     assert 0.99 * peak <= planned <= 1.1 * peak
 
@@ -52,7 +58,7 @@ def test_1328_untiled_lives_in_800_bytes_per_pixel_as_planned(vae: ImageVAE, tas
 @pytest.mark.parametrize("task", ["decode", "encode"])
 def test_2048_lives_under_1_gb_as_planned(vae: ImageVAE, task: str) -> None:
     peak = live_peak(vae, task, 2048, 2048, GB)
-    planned = getattr(vae, f"plan_{task}")(2048, 2048, GB).peak_bytes
+    planned = planned_peak(vae, task, 2048, 2048, GB)
     assert peak <= GB
     assert 0.99 * peak <= planned <= 1.1 * peak
 
@@ -60,11 +66,11 @@ def test_2048_lives_under_1_gb_as_planned(vae: ImageVAE, task: str) -> None:
 def test_4096_lives_under_1_5_gb_as_planned(vae: ImageVAE) -> None:
     peak = live_peak(vae, "decode", 4096, 4096, 3 * GB // 2)
     assert peak <= 3 * GB // 2
-    assert 0.99 * peak <= vae.plan_decode(4096, 4096, 3 * GB // 2).peak_bytes <= 1.1 * peak
+    assert 0.99 * peak <= planned_peak(vae, "decode", 4096, 4096, 3 * GB // 2) <= 1.1 * peak
 
 
 def test_a_small_limit_is_kept_too(vae: ImageVAE) -> None:
-    assert live_peak(vae, "decode", 512, 640, 150 * 10**6) <= 150 * 10**6
+    assert live_peak(vae, "decode", 768, 1024, 200 * 10**6) <= 200 * 10**6
 
 
 def check_axis(spans: tuple[Span, ...], length: int, halo: Halo) -> None:
@@ -74,7 +80,7 @@ def check_axis(spans: tuple[Span, ...], length: int, halo: Halo) -> None:
         assert span.start < span.stop
         assert span.read_start <= max(0, span.start - halo.before)
         assert span.read_stop >= min(length, span.stop + halo.after)
-        assert 0 <= span.read_start
+        assert span.read_start >= 0
         assert span.read_stop <= length
 
 
@@ -114,28 +120,29 @@ def test_a_long_picture_is_cut_into_strips(vae: ImageVAE) -> None:
 
 
 def test_more_memory_never_costs_more_work(vae: ImageVAE) -> None:
-    works = [vae.plan_decode(2048, 1536, mib * 2**20).work for mib in range(200, 2000, 50)]
+    works = [vae.plan_decode(2048, 1536, mib * 2**20).work for mib in range(300, 2000, 50)]
     assert works == sorted(works, reverse=True)
     assert works[-1] == 1.0
 
 
 def test_without_a_limit_no_tensor_needs_64_bit_indices(vae: ImageVAE) -> None:
     plan = vae.plan_decode(8192, 8192)
-    reads = max(span.read_stop - span.read_start for span in plan.rows), max(
-        span.read_stop - span.read_start for span in plan.columns
+    reads = (
+        max(span.read_stop - span.read_start for span in plan.rows),
+        max(span.read_stop - span.read_start for span in plan.columns),
     )
     assert not plan.is_whole
     assert vae.decoder.network.largest_tensor(reads) < 2**31
 
 
 def test_what_cannot_fit_is_refused_with_the_numbers(vae: ImageVAE) -> None:
-    with pytest.raises(DoesNotFit, match=r"4096x4096 needs 0\.\d\d GiB in its smallest tiles, the limit is 0\.19 GiB"):
+    with pytest.raises(DoesNotFit, match=r"4096x4096 needs 0\.\d\d GiB in its smallest tiles, the limit is 0\.20 GiB"):
         vae.plan_decode(4096, 4096, 200 * 2**20)
     with pytest.raises(InvalidRequest, match="multiples of 8 pixels, got 100x64"):
         vae.plan_decode(64, 100)
 
 
 def test_a_plan_prints_what_a_person_would_paste(vae: ImageVAE) -> None:
-    assert repr(vae.plan_decode(928, 1664)) == "<VAE decode 1664x928: whole image, 0.84 GiB>"
+    assert repr(vae.plan_decode(928, 1664)) == "<VAE decode 1664x928: whole image, 0.83 GiB>"
     text = repr(vae.plan_decode(2048, 2048, GB))
     assert text == "<VAE decode 2048x2048: 2x2 tiles, 1.21x the pixels, 0.74 GiB of 0.93 GiB>"

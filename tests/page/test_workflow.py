@@ -152,9 +152,9 @@ def test_the_panel_shows_memory_against_its_limit(page: Any, small: Any, vue: bo
     lines = lines_of(page)
     assert lines[:2] == ["Sampling, step 7/20, block 30/60", "12.35 s/step"]
     assert lines[2:4] == ["VRAM", "2.00, peak 3.00 of 4.00 GiB"]
-    bars = "() => [...document.querySelectorAll('.qwen-lowvram-panel [data-part=bar], .qwen-lowvram-panel [data-part=fill]')]"
-    widths = page.evaluate(f"{bars}.map((part) => part.style.width)".replace("() => ", "() => (") + ")")
-    assert widths[:2] == ["32.5%", "50.0%"]
+    parts = "document.querySelectorAll('.qwen-lowvram-panel :is([data-part=bar], [data-part=fill])')"
+    widths = page.evaluate(f"() => Array.from({parts}, (part) => part.style.width)")
+    assert widths[:2] == ["32.5%", "50%"]
     page.screenshot(f"panel-{'vue' if vue else 'classic'}")
 
 
@@ -232,6 +232,6 @@ def test_the_panel_still_tells_of_its_run_after_a_change_of_tabs(page: Any, smal
     assert page.run()["status"] == "success"
     page.load(small(), "second")
     assert lines_of(page)[0] == "Waiting for a run"
-    page.evaluate("() => window.app.extensionManager.command.execute('Comfy.PreviousOpenedWorkflow')")
+    page.evaluate("() => window.app.extensionManager.command.execute('Workspace.PreviousOpenedWorkflow')")
     page.evaluate(PAUSE, 1000)
     assert lines_of(page)[0].startswith("Done: 4 steps")

@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     rows = load(BENCHMARKS / f"{options.name}.py").rows(options.quick)
     machine = describe_machine()
-    print("; ".join(f"{key} {value}" for key, value in machine.items()))
+    print("; ".join(f"{_title(key)} {_cell(key, value)}" for key, value in machine.items() if value is not None))
     print(table(rows))
     if options.json is not None:
         options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n", encoding="utf-8")
@@ -48,8 +48,8 @@ def load(file: Path) -> Any:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Aligned columns: who, case, seconds and peak first, the rest as they come; bytes as GB."""
-    present = list(dict.fromkeys(key for row in rows for key in row))
+    """Aligned columns: who, case, seconds and peak first, the rest as they come; bytes as GB, nothing for None."""
+    present = list(dict.fromkeys(key for row in rows for key, value in row.items() if value is not None))
     columns = [
         *(key for key in _FIRST_COLUMNS if key in present),
         *(key for key in present if key not in _FIRST_COLUMNS),

@@ -71,7 +71,7 @@ def _miniature(base: Path) -> DemoModel:
         loader_inputs={"dtype": "fp32"},
         other_inputs={
             _LATENT: {"width": 128, "height": 128, "batch_size": 1},
-            _ENCODE: {"positive": "a large red circle in the centre on a blue background", "negative": " "},
+            _ENCODE: {"positive": "a large red circle in the middle of a blue background", "negative": " "},
             _SAMPLE: {"steps": 20, "cfg": 4.0},
         },
     )

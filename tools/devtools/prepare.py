@@ -54,7 +54,7 @@ def needs(cache: Path, comfyui: Path | None, venv: Path, lacking: list[str] | No
     if not venv_python(venv).exists():
         cuda = sys.platform == "linux"
         wanted.append(
-            Need("Python packages (torch, ComfyUI's and ours)", 3700 if cuda else 1300, 7200 if cuda else 3000)
+            Need("Python packages (torch, ComfyUI's and ours)", 3900 if cuda else 1300, 7700 if cuda else 3000)
         )
     elif lacking:
         wanted.append(Need(f"Python packages: {', '.join(lacking)}", 300, 600))

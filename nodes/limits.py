@@ -1,0 +1,43 @@
+"""How much of a device a stage may use: the person's limit, what is free, and what our own models hold there."""
+
+import comfy.model_management
+import torch
+
+from .patcher import LowVRAMPatcher
+
+# of what is free: fragments of torch's allocator, cuBLAS, cuDNN and attention workspaces
+HEADROOM_BYTES = 384 * 1024**2
+
+
+def stage_bytes(
+    device: torch.device, limit_bytes: int | None, wanted_bytes: int, *, reused: LowVRAMPatcher | None = None
+) -> int:
+    """What a stage may hold on `device`, at most `limit_bytes` (None: what is free) with all that is ours there.
+
+    Whatever lies in the way of `wanted_bytes` is asked to leave first: other models through ComfyUI, and resident
+    blocks of ours, which come back when their turn comes. `reused` is the model whose blocks the stage itself works
+    with: they stay, and count as part of the stage.
+    """
+    management = comfy.model_management
+    wanted = min(wanted_bytes, limit_bytes or wanted_bytes)
+    ours = [
+        loaded
+        for loaded in management.current_loaded_models
+        if isinstance(loaded.model, LowVRAMPatcher) and loaded.device == device
+    ]
+    kept = [loaded for loaded in ours if reused is not None and reused.is_clone(loaded.model)]
+    held = sum(loaded.model_loaded_memory() for loaded in kept)
+    if device.type != "cpu":  # as ComfyUI does: what lies in RAM is not asked to leave
+        management.free_memory(wanted + HEADROOM_BYTES - held, device, keep_loaded=kept)
+    free = int(management.get_free_memory(device)) + held - HEADROOM_BYTES
+    if limit_bytes is None:
+        return max(0, free)
+    for loaded in ours:
+        excess = _held(ours) - held + wanted - limit_bytes
+        if loaded not in kept and excess > 0:
+            loaded.model.partially_unload(loaded.model.offload_device, excess)
+    return max(0, min(free, limit_bytes - (_held(ours) - held)))
+
+
+def _held(models: list[comfy.model_management.LoadedModel]) -> int:
+    return sum(loaded.model_loaded_memory() for loaded in models)
