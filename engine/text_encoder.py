@@ -119,9 +119,10 @@ class TextEncoder:
         for ids in prompts:
             if not ids:
                 raise InvalidRequest("A prompt has no tokens. Write something, or leave the template on.")
-            if max(ids) >= vocab or min(ids) < 0:
+            strange = next((token for token in ids if not 0 <= token < vocab), None)
+            if strange is not None:
                 raise InvalidRequest(
-                    f"Token {max(ids)} is beyond the {vocab} rows of {self._where}: the tokenizer belongs to another "
+                    f"Token {strange} is beyond the {vocab} rows of {self._where}: the tokenizer belongs to another "
                     "model. Use the pipeline's own tokenizer."
                 )
         rows = _EmbeddingRows(self._embedding.parts, self._embedding.codec, self.dtype)

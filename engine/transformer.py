@@ -297,6 +297,7 @@ class _State:
             joint_attention_kwargs=None,
             modulate_index=self.modulate_index,
         )
+        del block.img_mod.value, block.txt_mod.value  # a resident block would keep the row on the device
 
 
 class _FromTable(nn.Module):

@@ -47,8 +47,8 @@ class MemoryRow {
     this.fill.style.width = percent(now / (total || peak));
     this.text.style.gridColumn = known ? "" : "2 / -1";
     this.mark.style.left = `min(${percent(peak / (total || peak))}, 100% - 2px)`;
-    const limit = total ? ` of ${gib(total)}` : "";
-    this.text.textContent = known ? `${gib(now)}, peak ${gib(peak)}${limit} GiB` : "none of its own: the device uses RAM";
+    const numbers = () => `${gib(now)}, peak ${gib(peak)}${total ? ` of ${gib(total)}` : ""} GiB`;
+    this.text.textContent = known ? numbers() : "none of its own: the device uses RAM";
   }
 }
 
@@ -114,7 +114,8 @@ class Panel {
   report(report) {
     const { plan, steps, seconds, fetched_blocks: fetched, one_by_one: reason } = report;
     if (!this.where) {
-      const end = { stage: "done", step: steps, block: plan.blocks, blocks: plan.blocks, limit_bytes: plan.limit_bytes };
+      const { blocks, limit_bytes } = plan;
+      const end = { stage: "done", step: steps, block: blocks, blocks, limit_bytes };
       const memory = { vram_bytes: report.peak_vram_bytes, ram_bytes: report.peak_ram_bytes };
       this.progress({ ...report, ...end, ...memory, plan: report.plan_text, seconds_per_step: seconds / steps });
     }

@@ -84,11 +84,14 @@ def _outer_sample(
     model.plan = plan_run(model.transformer, request, model.limit_bytes, patcher)
     run = SamplingRun(model.transformer, model.plan, sigmas.cpu(), why_one_by_one(guider.model_options, KEY))
     model.calls.run = run
+    finished = False
     try:
-        return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        result = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        finished = True
+        return result
     finally:
         model.calls.run = None
-        model.last_report = run.end()
+        model.last_report = run.end(finished=finished)
 
 
 def _calc_cond_batch(

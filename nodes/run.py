@@ -112,8 +112,8 @@ class SamplingRun:
         self._passes += 1
         return result
 
-    def end(self) -> MemoryReport:
-        """Give back what the run held on the device; also after an error or an interruption."""
+    def end(self, *, finished: bool) -> MemoryReport:
+        """Give back what the run held on the device; not `finished`: after an error or an interruption."""
         waited = self._session.waited_seconds if self._session is not None else 0.0
         self._session = None
         self._stack.close()
@@ -134,6 +134,7 @@ class SamplingRun:
             peak_ram_bytes=self._watch.peak_ram,
             one_by_one=self._one_by_one,
         )
-        self._progress.done()
+        if finished:
+            self._progress.done()
         logger.info("%s", report)
         return report

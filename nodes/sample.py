@@ -65,7 +65,7 @@ class QwenLowVRAMSample:
                         "min": 1.0,
                         "max": 30.0,
                         "step": 0.1,
-                        "tooltip": "How far from the negative prompt. 1 leaves that out and halves the work.",
+                        "tooltip": "How far from the negative prompt. 1 leaves that out and halves the computing.",
                     },
                 ),
                 "sampler": (

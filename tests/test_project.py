@@ -35,7 +35,6 @@ FLAGGED = [
     r"\bos\.system\b",
     r"://raw\.githubusercontent\.com",
     r"(?<![.\w])(eval|exec)\(",
-    r"\bpip install\b",
 ]
 DEVELOPERS_ONLY = ("tests/", "tools/", "benchmarks/", "docs/", "miniature/", ".ci/", ".github/", "dev.py")
 

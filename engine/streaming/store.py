@@ -147,7 +147,7 @@ class BlockStore:
     def _read(self, index: int, host: Tensor) -> None:
         self.source.read(index, host)
         self.fetched_blocks += 1
-        self.fetched_bytes += self.blocks[index].raw.nbytes
+        self.fetched_bytes += sum(param.nbytes for param in self.blocks[index].params)
 
     def _ring_buffer(self) -> tuple[Tensor, Mark]:
         if len(self._ring) < RING_BUFFERS:

@@ -121,7 +121,9 @@ def test_every_pass_is_in_order_and_reads_each_streamed_block_once(
                 one_pass(streamer, expected, more=left > 0)
         streamed = [i for i in range(BLOCKS) if i not in resident]
         assert store.fetched_blocks - before == 3 * len(streamed)
-        assert store.fetched_bytes - before_bytes == 3 * sum(store.blocks[i].raw.nbytes for i in streamed)
+        assert store.fetched_bytes - before_bytes == 3 * sum(
+            part.nbytes for i in streamed for param in store.blocks[i].params for part in param.parts
+        )
 
 
 def test_a_pass_without_more_fetches_nothing_for_a_next_one(

@@ -100,11 +100,11 @@ def test_an_encode_equals_diffusers(theirs: Any, exact: ImageVAE) -> None:
     torch.testing.assert_close(latents, expected.float(), rtol=2e-7, atol=2e-7)
 
 
-def test_an_encode_in_fp32_equals_diffusers_within_3e_6(mild: tuple[Any, ImageVAE]) -> None:
+def test_an_encode_in_fp32_equals_diffusers_within_a_millionth_of_its_range(mild: tuple[Any, ImageVAE]) -> None:
     theirs, ours = mild
     images = random_images(1, 128, 128, 3)
     expected = reference_encode(theirs, images)
-    assert (ours.encode(images) - expected).abs().max() < 3e-6 * expected.std()
+    assert (ours.encode(images) - expected).abs().max() < 1e-6 * expected.abs().max()
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
