@@ -1,0 +1,121 @@
+"""Our CLIP beside ComfyUI's own Qwen-Image text encoder on the same weights."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from qwenimage_lowvram.engine.checkpoint import open_checkpoint
+from qwenimage_lowvram.engine.errors import DoesNotFit, Unsupported
+from qwenimage_lowvram.engine.hardware import Hardware
+from qwenimage_lowvram.engine.prompts import PromptTokenizer
+from qwenimage_lowvram.engine.text_encoder import TextEncoder
+from safetensors.torch import load_file
+
+PROMPTS = {
+    "English": "a sign that says hello",
+    "Chinese": "白色背景上的红色圆形",
+    "brackets": "(a cat:1.2) [dog] {not|random} <lora:x:1>",
+    "700 words": "word " * 700,
+    "empty": "",
+}
+
+
+@pytest.fixture(scope="module")
+def ours(full_pipeline: Path, comfy: Any) -> Any:
+    from qwenimage_lowvram.nodes.clip import LowVRAMCLIP
+
+    hardware = Hardware.detect(torch.device("cpu"))
+    encoder = TextEncoder(open_checkpoint(full_pipeline / "text_encoder"), dtype=torch.float32, hardware=hardware)
+    return LowVRAMCLIP(encoder, PromptTokenizer(full_pipeline / "tokenizer"), None)
+
+
+@pytest.fixture(scope="module")
+def native(full_pipeline: Path, comfy: Any) -> Iterator[Any]:
+    """ComfyUI's own text encoder class at the small size, and its tokenizer."""
+    import comfy.text_encoders.llama as llama
+    import comfy.text_encoders.qwen_image as qwen_image
+    from comfy import sd1_clip
+
+    text = json.loads((full_pipeline / "text_encoder" / "config.json").read_text())["text_config"]
+    names = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads",
+    )  # fmt: skip
+    sizes = {name: text[name] for name in names}
+
+    class SmallModel(sd1_clip.SDClipModel):
+        def __init__(self, device: Any = "cpu", dtype: Any = None, model_options: Any = None, **_: Any) -> None:
+            super().__init__(
+                device=device,
+                layer="last",
+                textmodel_json_config=sizes,
+                dtype=dtype,
+                special_tokens={"pad": 151643},
+                layer_norm_hidden_state=False,
+                model_class=llama.Qwen25_7BVLI,
+                enable_attention_masks=True,
+                return_attention_masks=True,
+                model_options=model_options or {},
+            )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(qwen_image, "Qwen25_7BVLIModel", SmallModel)
+        config = llama.Qwen25_7BVLI_Config
+        patch.setattr(config, "head_dim", text["hidden_size"] // text["num_attention_heads"])
+        patch.setattr(config, "rope_dims", text["rope_parameters"]["mrope_section"])
+        model = qwen_image.QwenImageTEModel(dtype=torch.float32)
+        weights = load_file(next((full_pipeline / "text_encoder").glob("*.safetensors")))
+        language = {key: value for key, value in weights.items() if key.startswith("model.")}
+        result = model.qwen25_7b.transformer.load_state_dict(language, strict=False)
+        assert not result.unexpected_keys
+        assert not [key for key in result.missing_keys if key.startswith("model.")]
+        yield model, qwen_image.QwenImageTokenizer()
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_embeddings_equal_those_of_comfyui(name: str, ours: Any, native: Any) -> None:
+    model, tokenizer = native
+    theirs = tokenizer.tokenize_with_weights(PROMPTS[name])
+    tokens = ours.tokenize(PROMPTS[name])
+    assert [pair[0] for pair in tokens["qwen25_7b"][0]] == [pair[0] for pair in theirs["qwen25_7b"][0]]
+    expected = model.encode_token_weights(theirs)[0]
+    cond = ours.encode_from_tokens_scheduled(tokens)[0][0]
+    assert cond.shape == expected.shape
+    assert (cond - expected).abs().max() < 1e-5
+
+
+def test_both_prompts_are_encoded_in_one_visit(ours: Any) -> None:
+    before = ours.encoder.fetched_bytes
+    ours.encode_prompts(["one"])
+    single = ours.encoder.fetched_bytes - before
+    both = ours.encode_prompts(["one", "another one"])
+    assert ours.encoder.fetched_bytes - before == 2 * single
+    alone = ours.encode_from_tokens_scheduled(ours.tokenize("another one"))
+    assert torch.equal(both[1][0][0], alone[0][0])
+
+
+def test_a_limit_that_the_encoder_does_not_fit_in_is_refused_before_reading(ours: Any) -> None:
+    clone = ours.clone()
+    clone.limit_bytes = 1000
+    before = clone.encoder.fetched_bytes
+    with pytest.raises(DoesNotFit, match=r"Encoding prompts of .* tokens needs"):
+        clone.encode_prompts(["a"])
+    assert clone.encoder.fetched_bytes == before
+
+
+@pytest.mark.parametrize(
+    ("ask", "words"),
+    [
+        (lambda clip: clip.tokenize("edit", images=[torch.zeros(1, 8, 8, 3)]), "TextEncodeQwenImageEdit"),
+        (lambda clip: clip.add_patches({}), "Load LoRA"),
+        (lambda clip: clip.get_sd(), "CLIPSave"),
+        (lambda clip: clip.get_key_patches(), "CLIPMerge"),
+        (lambda clip: clip.generate({}), "Generating text"),
+    ],
+)
+def test_what_is_not_supported_is_named(ours: Any, ask: Any, words: str) -> None:
+    with pytest.raises(Unsupported, match=words):
+        ask(ours)
