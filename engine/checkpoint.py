@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError, DamagedFile, MissingFile
+from .gguf_header import read_gguf_header
 
 logger = logging.getLogger(__name__)
 
 # safetensors' own limit on a header: https://github.com/huggingface/safetensors (MAX_HEADER_SIZE)
 MAX_HEADER_BYTES = 100_000_000
+GGUF_SUFFIX = ".gguf"
 
 BITS_PER_ELEMENT = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8,
@@ -25,13 +27,18 @@ BITS_PER_ELEMENT = {
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor's bytes lie: `nbytes` bytes at `offset` of `file`, in safetensors' name for the dtype."""
+    """Where one tensor's bytes lie: `nbytes` bytes at `offset` of `file`.
+
+    dtype: safetensors' name, or ggml's in a GGUF file (where F32, F16 and BF16 are the same). shape: rows first.
+    data: the bytes themselves, where the file states them as text instead.
+    """
 
     file: Path
     offset: int
     nbytes: int
     dtype: str
     shape: tuple[int, ...]
+    data: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -54,12 +61,14 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Index a .safetensors file, or a folder of them (one file, or shards with a `*.safetensors.index.json`).
+    """Index a .safetensors or .gguf file, or a folder (one .safetensors file, or shards with an index).
 
     Raises MissingFile where there is nothing to read or no permission, DamagedFile where a header is not one or
-    promises more bytes than the file has.
+    promises more bytes than the file has. A GGUF file's settings are its metadata, numbers and short lists as JSON.
     """
     files, config = _files_of(path)
+    if files == [path] and path.suffix.lower() == GGUF_SUFFIX:
+        return _open_gguf(path)
     tensors: dict[str, TensorEntry] = {}
     metadata: dict[str, str] = {}
     digest = hashlib.sha256()
@@ -78,6 +87,21 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if config is None and "config" in metadata:
         config = _parse_json(metadata["config"], f"{path}: metadata key 'config'")
     return Checkpoint(path, tensors, metadata, config, digest.hexdigest()[:16])
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    try:
+        header = read_gguf_header(path)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    tensors = {
+        name: TensorEntry(path, tensor.offset, tensor.nbytes, tensor.type, tensor.shape)
+        for name, tensor in header.tensors.items()
+    }
+    settings = header.settings
+    config = _parse_json(settings["config"], f"{path}: its setting 'config'") if "config" in settings else None
+    digest = hashlib.sha256(f"{header.digest} {path.name} {header.size} {header.mtime_ns}".encode())
+    return Checkpoint(path, tensors, settings, config, digest.hexdigest()[:16])
 
 
 def read_json(file: Path) -> dict[str, Any]:

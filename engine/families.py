@@ -8,6 +8,8 @@ from typing import Any
 
 from .checkpoint import Checkpoint, TensorEntry
 from .errors import WrongModel
+from .gguf_names import TEXT_ARCHITECTURES, text_encoder_config, text_encoder_names
+from .quant_states import with_quant_states
 
 # Qwen-Image's prompt template, and how many of its tokens are dropped from the embeddings
 # (diffusers pipeline_qwenimage.py: prompt_template_encode, prompt_template_encode_start_idx).
@@ -41,6 +43,7 @@ class Component(Enum):
     TRANSFORMER_2_1 = "a Qwen-Image-2.1 transformer"
     TEXT_ENCODER = "a Qwen2.5-VL text encoder"
     OTHER_TEXT_ENCODER = "the text encoder of another model"
+    VISION = "the vision part (mmproj) of a text encoder"
     VAE = "a VAE"
     LORA = "a LoRA"
     FLUX = "a Flux transformer"
@@ -53,6 +56,7 @@ _FOLDER_OF = {
     Component.TRANSFORMER: "diffusion_models",
     Component.TEXT_ENCODER: "text_encoders",
     Component.OTHER_TEXT_ENCODER: "text_encoders",
+    Component.VISION: "text_encoders",
     Component.VAE: "vae",
     Component.LORA: "loras",
 }
@@ -61,8 +65,9 @@ _FOLDER_OF = {
 _SIGNS: tuple[tuple[str, Component], ...] = (
     (r"lora_(up|down|A|B)\b|\.lora\.(up|down)\.|lokr_w|hada_w", Component.LORA),
     (r"transformer_blocks\.\d+\.attn\.add_q_proj\.weight", Component.TRANSFORMER),
-    (r"text_model\.encoder\.layers\.|encoder\.block\.\d+\.layer\.", Component.OTHER_TEXT_ENCODER),
-    (r"layers\.\d+\.self_attn\.q_proj\.weight", Component.TEXT_ENCODER),
+    (r"text_model\.encoder\.layers\.|encoder\.block\.\d+\.layer\.|^enc\.blk\.\d+\.", Component.OTHER_TEXT_ENCODER),
+    (r"^v\.blk\.\d+\.", Component.VISION),
+    (r"layers\.\d+\.self_attn\.q_proj\.weight|^blk\.\d+\.attn_q\.weight", Component.TEXT_ENCODER),
     (r"model\.diffusion_model\.input_blocks\.|(^|\.)down_blocks\.\d+\.attentions\.", Component.STABLE_DIFFUSION),
     (r"double_blocks\.\d+\.img_attn\.|single_transformer_blocks\.", Component.FLUX),
     (r"blocks\.\d+\.cross_attn\.q\.weight", Component.WAN),
@@ -78,7 +83,7 @@ def identify(tensors: Mapping[str, TensorEntry]) -> Component:
             if component is Component.TRANSFORMER and not any(".img_mod.1." in name for name in tensors):
                 return Component.TRANSFORMER_2_1
             # Qwen2 alone among the language models in use has biases there
-            if component is Component.TEXT_ENCODER and not any(".q_proj.bias" in name for name in tensors):
+            if component is Component.TEXT_ENCODER and not any(re.search(r"q(_proj)?\.bias", n) for n in tensors):
                 return Component.OTHER_TEXT_ENCODER
             return component
     return Component.UNKNOWN
@@ -87,12 +92,17 @@ def identify(tensors: Mapping[str, TensorEntry]) -> Component:
 def require(checkpoint: Checkpoint, wanted: Component) -> None:
     """Raise WrongModel, saying what the file is and where it belongs, unless it is `wanted`."""
     found = identify(checkpoint.tensors)
+    architecture = checkpoint.metadata.get("general.architecture")
+    if found is Component.TEXT_ENCODER and architecture not in (None, *TEXT_ARCHITECTURES):
+        found = Component.OTHER_TEXT_ENCODER
     if found is wanted:
         return
+    size = f"{len(checkpoint.tensors)} tensors"
+    stated = size if architecture is None else f"GGUF architecture {architecture!r:.99}, {size}"
     folder = _FOLDER_OF.get(found)
     belongs = f" It belongs in models/{folder}." if folder not in (None, _FOLDER_OF[wanted]) else ""
     raise WrongModel(
-        f"{checkpoint.path} is {found.value} ({len(checkpoint.tensors)} tensors); {wanted.value} is needed here."
+        f"{checkpoint.path} is {found.value} ({stated}); {wanted.value} is needed here."
         f"{belongs} Choose a file from models/{_FOLDER_OF[wanted]}."
     )
 
@@ -136,7 +146,7 @@ class TransformerTensors:
 def sort_transformer(checkpoint: Checkpoint) -> TransformerTensors:
     """Raises WrongModel where the file is no 20 B Qwen-Image transformer, or lacks tensors."""
     require(checkpoint, Component.TRANSFORMER)
-    tensors = {_transformer_name(name): entry for name, entry in checkpoint.tensors.items()}
+    tensors = {_transformer_name(name): entry for name, entry in with_quant_states(checkpoint.tensors).items()}
     outside, blocks = _split(tensors, "transformer_blocks.")
     config = _transformer_config(checkpoint, tensors, len(blocks))
     return TransformerTensors(config, outside, blocks)
@@ -154,8 +164,8 @@ class TextEncoderTensors:
 def sort_text_encoder(checkpoint: Checkpoint) -> TextEncoderTensors:
     """Raises WrongModel where the file is no Qwen2.5-VL, or lacks tensors."""
     require(checkpoint, Component.TEXT_ENCODER)
-    tensors = {}
-    for name, entry in checkpoint.tensors.items():
+    tensors = text_encoder_names(checkpoint.tensors)
+    for name, entry in with_quant_states(checkpoint.tensors).items():
         bare = re.sub(r"^(model\.)?(language_model\.)?(model\.)?", "", name)
         if bare.startswith(("layers.", "embed_tokens.", "norm.")):
             tensors[bare] = entry
@@ -226,7 +236,7 @@ def _text_config(
             raise WrongModel(f"{checkpoint.path}: {key} of its configuration is {value!r:.99}. Download it again.")
         return default if value is None else value
 
-    given = checkpoint.config or {}
+    given = checkpoint.config or text_encoder_config(checkpoint.metadata)
     text = setting(given, "text_config", dict, given)
     rope = setting(text, "rope_parameters", dict, None) or setting(text, "rope_scaling", dict, {})
     first = layers[0] if layers else {}

@@ -9,6 +9,7 @@ class TransformerFootprint:
 
     slot_bytes: one block as it is computed with, without modulation; stored_bytes: the same block as it is stored.
     staging_bytes: room on the device for the largest stored parameter, 0 where stored bytes need no decoding (native).
+    scratch_bytes: what decoding a block allocates on the device for a moment.
     """
 
     blocks: int
@@ -23,6 +24,8 @@ class TransformerFootprint:
     head_dim: int
     joint_attention_dim: int
     element_bytes: int
+    scratch_bytes: int = 0
+    modulation_scratch_bytes: int = 0
 
     @property
     def resident_block_bytes(self) -> int:
@@ -32,7 +35,7 @@ class TransformerFootprint:
 
 @dataclass(frozen=True)
 class TextEncoderFootprint:
-    """A text encoder's weights in bytes; slot_bytes and staging_bytes as in TransformerFootprint."""
+    """A text encoder's weights in bytes; slot_bytes, staging_bytes and scratch_bytes as in TransformerFootprint."""
 
     layers: int
     slot_bytes: int
@@ -42,3 +45,4 @@ class TextEncoderFootprint:
     chunk_tokens: int
     head_dim: int
     element_bytes: int
+    scratch_bytes: int = 0

@@ -79,7 +79,7 @@ class MemoryPlan:
         """How many blocks are fetched per step."""
         return self.blocks - len(self.resident)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         chunk = f", MLP in chunks of {self.mlp_chunk_tokens} tokens" if self.mlp_chunk_tokens else ""
         slots = f"{self.slots} slot{'s' if self.slots != 1 else ''}"
         return (
@@ -91,21 +91,28 @@ class MemoryPlan:
 
 
 def plan_memory(footprint: TransformerFootprint, request: SamplingRequest, limit_bytes: int) -> MemoryPlan:
-    """The fastest plan within the limit: two slots where they fit, the least chunking, then all the blocks that fit.
+    """The fastest plan within the limit: two slots where they fit, then the most resident blocks, then the least
+    chunking (chunks of MLP_CHUNKS cost next to nothing, a block that is fetched costs its bytes at every step).
 
     Raises DoesNotFit with what would fit.
     """
     for slots in (2, 1):
-        for chunk in MLP_CHUNKS:
-            plan = _most_resident(footprint, request, limit_bytes, slots, chunk)
-            if plan is not None:
-                return plan
+        plans = [_most_resident(footprint, request, limit_bytes, slots, chunk) for chunk in MLP_CHUNKS]
+        fitting = [plan for plan in plans if plan is not None]
+        if fitting:
+            return max(fitting, key=lambda plan: len(plan.resident))  # the first of equals
     raise DoesNotFit(_refusal(footprint, request, limit_bytes))
 
 
 def least_bytes(footprint: TransformerFootprint, request: SamplingRequest) -> int:
     """The smallest limit that `plan_memory` accepts."""
-    return _plan(footprint, request, 0, (), 1, MLP_CHUNKS[-1]).peak_bytes
+    # few small blocks that are all resident need no staging, and may take less than a slot beside them
+    ways = (((), 1), (range(footprint.blocks), 0 if footprint.native else 1))
+    return min(
+        _plan(footprint, request, 0, resident, slots, chunk).peak_bytes
+        for resident, slots in ways
+        for chunk in MLP_CHUNKS
+    )
 
 
 def most_bytes(footprint: TransformerFootprint, request: SamplingRequest) -> int:
@@ -145,7 +152,8 @@ def text_encoder_peak_bytes(footprint: TextEncoderFootprint, prompt_tokens: Sequ
     widest = (
         4 * longest * footprint.hidden_size + 3 * min(longest, footprint.chunk_tokens) * footprint.intermediate_size
     )
-    return slots * footprint.slot_bytes + footprint.staging_bytes + (carried + widest) * unit
+    decoding = footprint.staging_bytes + footprint.scratch_bytes
+    return slots * footprint.slot_bytes + decoding + (carried + widest) * unit
 
 
 def plan_text_encoder(footprint: TextEncoderFootprint, prompt_tokens: Sequence[int], limit_bytes: int) -> int:
@@ -193,7 +201,8 @@ def _plan(
     staging = 0 if len(indices) == footprint.blocks else footprint.staging_bytes
     table_row = footprint.blocks * 12 * footprint.inner_dim * footprint.element_bytes
     modulation = footprint.modulation_slot_bytes
-    run = resident_bytes + slots * footprint.slot_bytes + staging
+    modulation_decoding = footprint.modulation_staging_bytes + footprint.modulation_scratch_bytes
+    run = resident_bytes + slots * footprint.slot_bytes + staging + footprint.scratch_bytes
     return MemoryPlan(
         request=request,
         limit_bytes=limit_bytes,
@@ -204,9 +213,9 @@ def _plan(
         resident_bytes=resident_bytes,
         activation_bytes=activations,
         sampling_peak_bytes=run + table_row + activations,
-        modulation_peak_bytes=resident_bytes + 2 * modulation + footprint.modulation_staging_bytes + table_row,
+        modulation_peak_bytes=resident_bytes + 2 * modulation + modulation_decoding + table_row,
         # a timestep that was not announced is computed before a pass, beside the slots
-        late_timestep_peak_bytes=run + modulation + footprint.modulation_staging_bytes + table_row,
+        late_timestep_peak_bytes=run + modulation + modulation_decoding + table_row,
         streamed_bytes_per_step=(footprint.blocks - len(indices)) * footprint.stored_bytes,
     )
 

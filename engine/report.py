@@ -34,7 +34,7 @@ class MemoryReport:
         """For JSON: the fields, the plan's, and both as text."""
         return {**asdict(self), "plan_text": str(self.plan), "text": str(self)}
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         vram = (
             "the device is the host" if self.peak_vram_bytes is None else f"{size_text(self.peak_vram_bytes)} measured"
         )

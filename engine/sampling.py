@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from .errors import InvalidRequest
 from .latents import patch_norm
 
 # Qwen-Image's scheduler_config.json: FlowMatchEulerDiscreteScheduler with dynamic exponential shifting
@@ -17,8 +18,12 @@ def qwen_sigmas(steps: int, image_tokens: int, *, denoise: float = 1.0) -> Tenso
     """The sigmas of `steps` steps for a picture of that many tokens, (steps + 1,) float32, from 1 (or less) to 0.
 
     denoise < 1 keeps the last `steps` of int(steps / denoise) steps, as ComfyUI's KSampler does; steps is then still
-    the number of steps taken.
+    the number of steps taken. Raises InvalidRequest for less than one step, or denoise not above 0.
     """
+    if steps < 1 or denoise <= 0:
+        raise InvalidRequest(
+            f"{steps} steps at denoise {denoise} take no step. Use steps of 1 or more, denoise above 0."
+        )
     total = steps if denoise >= 1 else int(steps / denoise)
     mu = BASE_SHIFT + (image_tokens - BASE_TOKENS) * (MAX_SHIFT - BASE_SHIFT) / (MAX_TOKENS - BASE_TOKENS)
     t = torch.linspace(1, 1 / total, total, dtype=torch.float64)

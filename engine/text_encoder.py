@@ -17,7 +17,7 @@ from .chunking import ChunkedTokens
 from .errors import InvalidRequest
 from .families import sort_text_encoder
 from .footprint import TextEncoderFootprint
-from .formats import CODECS, TORCH_DTYPES, stored_param
+from .formats import CODECS, raw_layout, stored_param
 from .hardware import Hardware
 from .streaming import (
     BlockSource,
@@ -67,6 +67,7 @@ class TextEncoder:
             layers=len(layers),
             slot_bytes=self._store.slot_bytes,
             staging_bytes=self._store.staging_bytes,
+            scratch_bytes=self._store.scratch_bytes,
             hidden_size=self._config.hidden_size,
             intermediate_size=self._config.intermediate_size,
             chunk_tokens=MLP_CHUNK_TOKENS,
@@ -186,12 +187,14 @@ class _EmbeddingRows:
 
     def _rows(self, entry: TensorEntry, rows: Sequence[int]) -> Tensor:
         width = entry.nbytes // entry.shape[0]
+        dtype, shape = raw_layout(entry)
         out = torch.empty(len(rows), width, dtype=torch.uint8)
         for i, row in enumerate(rows):
             self._reader.read_into(entry, memoryview(out[i].numpy()), skip=row * width)
-        return out.view(TORCH_DTYPES[entry.dtype]).view(len(rows), *entry.shape[1:])
+        return out.view(dtype).view(len(rows), *shape[1:])
 
     def _whole(self, entry: TensorEntry) -> Tensor:
+        dtype, shape = raw_layout(entry)
         out = torch.empty(entry.nbytes, dtype=torch.uint8)
         self._reader.read_into(entry, memoryview(out.numpy()))
-        return out.view(TORCH_DTYPES[entry.dtype]).view(entry.shape)
+        return out.view(dtype).view(shape)

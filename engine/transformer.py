@@ -106,6 +106,8 @@ class QwenImageTransformer:
             head_dim=self.config.attention_head_dim,
             joint_attention_dim=self.config.joint_attention_dim,
             element_bytes=dtype.itemsize,
+            scratch_bytes=self.store.scratch_bytes,
+            modulation_scratch_bytes=mod_store.scratch_bytes,
         )
 
     def load(self, resident: Sequence[int]) -> None:

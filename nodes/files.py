@@ -5,15 +5,17 @@ from pathlib import Path
 
 import folder_paths
 
+from ..engine.checkpoint import GGUF_SUFFIX
 from ..engine.errors import MissingFile
 
 FOLDER_SUFFIX = " (folder)"
 FROM_FOLDER = "from the folder"
 MODEL_SUFFIXES = (".safetensors", ".sft")
+GGUF_KINDS = ("diffusion_models", "text_encoders")
 
 
 def transformer_choices() -> list[str]:
-    """Files of models/diffusion_models, then pipeline folders of models/diffusers."""
+    """Files of models/diffusion_models (GGUF too), then pipeline folders of models/diffusers."""
     return _files("diffusion_models") + [name + FOLDER_SUFFIX for name in _pipelines()]
 
 
@@ -48,7 +50,18 @@ def model_file(kind: str, choice: str) -> Path:
 
 
 def _files(kind: str) -> list[str]:
-    return [name for name in folder_paths.get_filename_list(kind) if name.lower().endswith(MODEL_SUFFIXES)]
+    names = [name for name in folder_paths.get_filename_list(kind) if name.lower().endswith(MODEL_SUFFIXES)]
+    return sorted({*names, *_gguf_files(kind)}) if kind in GGUF_KINDS else names
+
+
+def _gguf_files(kind: str) -> list[str]:
+    """GGUF files in ComfyUI's folders of that kind, which its own list leaves out."""
+    return [
+        name
+        for root in folder_paths.get_folder_paths(kind)
+        for name in folder_paths.recursive_search(root, excluded_dir_names=[".git"])[0]
+        if name.lower().endswith(GGUF_SUFFIX)
+    ]
 
 
 def _pipelines() -> dict[str, Path]:

@@ -4,8 +4,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from gguf_files import write_gguf_text_encoder, write_gguf_transformer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -33,23 +35,22 @@ def write_split_files(
 
     dtype, text_dtype: bf16, fp16, fp32; fp8 (a plain cast of the blocks' matrices, the rest bf16); fp8_scaled (with
     `scale_weight` and the marker `scaled_fp8`); fp8_quant, fp8_quant_row, fp8_quant_row_flat (with `weight_scale` of
-    shape (), (N, 1), (N,) and `comfy_quant`, ComfyUI's newer files). text_dtype defaults to fp8_scaled beside any fp8,
-    vae_dtype to bf16 (fp32 beside fp32). `prefix` stands before the transformer's keys ("model.diffusion_model.").
+    shape (), (N, 1), (N,) and `comfy_quant`, ComfyUI's newer files); gguf_q8_0, gguf_q4_0, ... (GGUF files).
+    text_dtype defaults to fp8_scaled beside any fp8, vae_dtype to bf16 (fp32 beside fp32). `prefix` stands before the
+    transformer's keys ("model.diffusion_model."; never in GGUF files, whose converters take it off).
     Configurations lie in the metadata under "config", because a small model's heads cannot be told from shapes.
     """
     text_dtype = text_dtype or ("fp8_scaled" if dtype.startswith("fp8") else dtype)
     vae_dtype = vae_dtype or ("fp32" if dtype == "fp32" else "bf16")
     names = SplitFiles(
-        transformer=f"{name}_{'prefixed_' if prefix else ''}{dtype}.safetensors",
-        text_encoder=f"{name}_text_encoder_{text_dtype}.safetensors",
+        transformer=f"{name}_{'prefixed_' if prefix else ''}{dtype}.{_suffix(dtype)}",
+        text_encoder=f"{name}_text_encoder_{text_dtype}.{_suffix(text_dtype)}",
         vae=f"{name}_vae_{vae_dtype}.safetensors",
     )
-    transformer = _store(_load_weights(pipeline / "transformer"), dtype, "transformer_blocks.")
-    text_encoder = _store(_load_weights(pipeline / "text_encoder"), text_dtype, "model.layers.", "visual.blocks.")
+    _save(models / "diffusion_models" / names.transformer, pipeline / "transformer", dtype, prefix)
+    _save(models / "text_encoders" / names.text_encoder, pipeline / "text_encoder", text_dtype)
     vae = {wan_vae_name(key): value for key, value in _load_weights(pipeline / "vae").items()}
-    _save(models / "diffusion_models" / names.transformer, transformer, pipeline / "transformer", prefix)
-    _save(models / "text_encoders" / names.text_encoder, text_encoder, pipeline / "text_encoder")
-    _save(models / "vae" / names.vae, _store(vae, vae_dtype), pipeline / "vae")
+    _save_safetensors(models / "vae" / names.vae, _store(vae, vae_dtype), _config(pipeline / "vae"))
     return names
 
 
@@ -99,6 +100,8 @@ def _comfy_quant() -> Tensor:
     return torch.tensor(list(json.dumps({"format": "float8_e4m3fn"}).encode()), dtype=torch.uint8)
 
 
+# where matrices are stored in the format; the rest stays in bf16
+_QUANTIZED = ("transformer_blocks.", "model.layers.", "visual.blocks.")
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _FP8_PARTS = {
     "fp8": _fp8_plain,
@@ -113,11 +116,31 @@ def _load_weights(folder: Path) -> dict[str, Tensor]:
     return {key: value for file in sorted(folder.glob("*.safetensors")) for key, value in load_file(file).items()}
 
 
-def _save(file: Path, weights: Mapping[str, Tensor], component: Path, prefix: str = "") -> None:
+def _save(file: Path, component: Path, dtype: str, prefix: str = "") -> None:
+    """The weights of a transformer's or text encoder's folder as one file."""
+    weights = _load_weights(component)
+    if dtype.startswith("gguf_"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write = write_gguf_transformer if component.name == "transformer" else write_gguf_text_encoder
+        write(file, weights, _config(component), dtype.removeprefix("gguf_").upper())
+    else:
+        stored = _store(weights, dtype, *_QUANTIZED)
+        _save_safetensors(file, {prefix + key: value for key, value in stored.items()}, _config(component))
+
+
+def _save_safetensors(file: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    config = json.dumps(json.loads((component / "config.json").read_text(encoding="utf-8")))
-    tensors = {prefix + key: value.contiguous() for key, value in weights.items()}
-    save_file(tensors, file, metadata={"format": "pt", "config": config})
+    tensors = {key: value.contiguous() for key, value in weights.items()}
+    save_file(tensors, file, metadata={"format": "pt", "config": json.dumps(config)})
+
+
+def _config(component: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((component / "config.json").read_text(encoding="utf-8"))
+    return config
+
+
+def _suffix(dtype: str) -> str:
+    return "gguf" if dtype.startswith("gguf_") else "safetensors"
 
 
 _WAN_RESNET = {

@@ -9,18 +9,32 @@ from dataclasses import dataclass
 from math import prod
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from ..checkpoint import TensorEntry
 from ..errors import WrongModel
+from .bnb4 import FP4, NF4
+from .gguf import GGUF, GgufCodec
+from .int8 import BNB_INT8, INT8
 from .plain import PLAIN, TORCH_DTYPES
 from .scaled_fp8 import SCALED_FP8
 
-__all__ = ["CODECS", "TORCH_DTYPES", "Codec", "StoredParam", "is_native", "stored_param"]
+__all__ = [
+    "CODECS",
+    "ENCODERS",
+    "TORCH_DTYPES",
+    "Codec",
+    "Encoder",
+    "StoredParam",
+    "is_native",
+    "raw_layout",
+    "stored_param",
+]
 
 
 class Codec(Protocol):
-    """One storage format. `bits_per_weight` leaves out scales, which are under 0.1 % in the formats here."""
+    """One storage format. `bits_per_weight` leaves out scales that are tensors of their own."""
 
     @property
     def name(self) -> str: ...
@@ -28,16 +42,27 @@ class Codec(Protocol):
     @property
     def bits_per_weight(self) -> float: ...
 
+    def decode_into(self, out: Tensor, parts: Sequence[Tensor]) -> None:
+        """Write the weight that `parts` store into `out` (contiguous, compute dtype)."""
+
+    def scratch_bytes(self, shape: Sequence[int]) -> int:
+        """The most that decoding a weight of `shape` allocates beside `out`, where `out` lies."""
+
+
+class Encoder(Codec, Protocol):
+    """A format that weights can also be brought into."""
+
     def encode(self, weight: Tensor) -> tuple[Tensor, ...]:
         """The parts that store `weight`."""
 
-    def decode_into(self, out: Tensor, parts: Sequence[Tensor]) -> None:
-        """Write the weight that `parts` store into `out` (same shape, compute dtype)."""
 
-
-CODECS: Mapping[str, Codec] = {codec.name: codec for codec in (*PLAIN, *SCALED_FP8)}
+ENCODERS: Mapping[str, Encoder] = {codec.name: codec for codec in (*PLAIN, *SCALED_FP8, INT8, NF4, FP4)}
+CODECS: Mapping[str, Codec] = {**ENCODERS, BNB_INT8.name: BNB_INT8, **{codec.name: codec for codec in GGUF}}
 
 _PLAIN_OF_DTYPE = {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "F8_E4M3": "fp8_e4m3fn", "F8_E5M2": "fp8_e5m2"}
+_GGUF_OF_DTYPE: Mapping[str, GgufCodec] = {codec.type: codec for codec in GGUF}
+_BNB_OF_DTYPE = {"NF4": NF4.name, "FP4": FP4.name}
+_BNB_SCALES = ("absmax", "nested_absmax", "nested_quant_map", "nested_offset")
 _SCALED_OF_DTYPE = {"F8_E4M3": "fp8_e4m3fn_scaled", "F8_E5M2": "fp8_e5m2_scaled"}
 # what a scale is called beside `<layer>.weight`: older and newer ComfyUI files
 _SCALE_NAMES = ("scale_weight", "weight_scale")
@@ -56,6 +81,20 @@ class StoredParam:
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts)
 
+    @property
+    def scratch_bytes(self) -> int:
+        """What decoding it allocates for a moment."""
+        return CODECS[self.codec].scratch_bytes(self.shape)
+
+
+def raw_layout(part: TensorEntry) -> tuple[torch.dtype, tuple[int, ...]]:
+    """How a part's bytes are seen as a tensor: its own dtype and shape, or the bytes of its blocks row by row."""
+    if part.dtype in _BNB_OF_DTYPE:
+        return torch.uint8, (part.nbytes,)
+    if part.dtype in _GGUF_OF_DTYPE:
+        return torch.uint8, _GGUF_OF_DTYPE[part.dtype].raw_shape(part.shape)
+    return TORCH_DTYPES[part.dtype], part.shape
+
 
 def is_native(param: StoredParam, compute: str) -> bool:
     """True where the stored bytes are the compute dtype's (`compute` is a format name such as "bf16")."""
@@ -69,6 +108,15 @@ def stored_param(name: str, tensors: Mapping[str, TensorEntry], where: str) -> S
     """
     data = tensors[name]
     layer = name.removesuffix(".weight")
+    if data.dtype in _BNB_OF_DTYPE:
+        parts = (f"{name}.{part}" for part in _BNB_SCALES)
+        return StoredParam(
+            name, data.shape, _BNB_OF_DTYPE[data.dtype], (data, *(tensors[part] for part in parts if part in tensors))
+        )
+    if data.dtype == "I8" and name != layer and (row_maxima := tensors.get(f"{layer}.SCB")) is not None:
+        if not _is_scale(row_maxima, data) or row_maxima.shape != data.shape[:1]:
+            raise _unknown_format(where, name, data)
+        return StoredParam(name, data.shape, BNB_INT8.name, (data, row_maxima))
     scales = [tensors[f"{layer}.{scale}"] for scale in _SCALE_NAMES if f"{layer}.{scale}" in tensors]
     others = (n.removeprefix(f"{layer}.") for n in tensors if n.startswith(f"{layer}.")) if name != layer else ()
     if any(other.startswith("weight_") and other not in _SCALE_NAMES for other in others):
@@ -77,6 +125,8 @@ def stored_param(name: str, tensors: Mapping[str, TensorEntry], where: str) -> S
         if data.dtype not in _SCALED_OF_DTYPE or len(scales) != 1 or not _is_scale(scales[0], data):
             raise _unknown_format(where, name, data)
         return StoredParam(name, data.shape, _SCALED_OF_DTYPE[data.dtype], (data, scales[0]))
+    if data.dtype in _GGUF_OF_DTYPE and data.shape:
+        return StoredParam(name, data.shape, _GGUF_OF_DTYPE[data.dtype].name, (data,))
     if data.dtype not in _PLAIN_OF_DTYPE:
         raise _unknown_format(where, name, data)
     return StoredParam(name, data.shape, _PLAIN_OF_DTYPE[data.dtype], (data,))
@@ -91,5 +141,5 @@ def _is_scale(scale: TensorEntry, data: TensorEntry) -> bool:
 def _unknown_format(where: str, name: str, data: TensorEntry) -> WrongModel:
     return WrongModel(
         f"{where}: {name} is stored as {data.dtype}{list(data.shape)} in a quantization that is not supported. "
-        f"Use a bf16, fp16, fp32, fp8 or fp8-scaled file (formats read: {', '.join(CODECS)})."
+        f"Use a bf16, fp16, fp32, fp8 or fp8-scaled file, GGUF or bitsandbytes (formats read: {', '.join(CODECS)})."
     )

@@ -40,6 +40,9 @@ class PlainCodec:
     def decode_into(self, out: Tensor, parts: Sequence[Tensor]) -> None:
         out.copy_(parts[0])
 
+    def scratch_bytes(self, shape: Sequence[int]) -> int:
+        return 0
+
 
 PLAIN = (
     PlainCodec("bf16", torch.bfloat16),

@@ -28,6 +28,9 @@ class ScaledFp8Codec:
         # (1, 1), not (): on a GPU a scale without dimensions would itself be rounded to the compute dtype first
         out.mul_(scale.reshape(-1, 1))
 
+    def scratch_bytes(self, shape: Sequence[int]) -> int:
+        return 0
+
 
 SCALED_FP8 = (
     ScaledFp8Codec("fp8_e4m3fn_scaled", torch.float8_e4m3fn),

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import TensorEntry
 from ..errors import WrongModel
-from ..formats import CODECS, TORCH_DTYPES, StoredParam, is_native, stored_param
+from ..formats import CODECS, StoredParam, is_native, raw_layout, stored_param
 
 # of every tensor's offset; torch's own allocators align to at least 64 bytes, kernels ask for 16
 ALIGNMENT = 256
@@ -74,6 +74,11 @@ class StoredBlock:
         """What `decode` needs as staging: room for the largest stored parameter."""
         return max(items[-1].end - items[0].offset for items in self._parts())
 
+    @property
+    def scratch_bytes(self) -> int:
+        """What `decode` allocates beside the slot, at the most."""
+        return max(param.scratch_bytes for param in self.params)
+
     def decode(self, raw: Tensor, slot: Tensor, staging: Tensor | None = None) -> None:
         """Write the parameters that the `raw` buffer stores into the `slot` buffer.
 
@@ -108,9 +113,7 @@ def store_block(
             raise WrongModel(f"{where}: {name} has shape {list(param.shape)}, {list(shape)} is needed.")
         params.append(param)
     raw = FlatLayout.of(
-        (f"{param.name}/{i}", TORCH_DTYPES[part.dtype], part.shape)
-        for param in params
-        for i, part in enumerate(param.parts)
+        (f"{param.name}/{i}", *raw_layout(part)) for param in params for i, part in enumerate(param.parts)
     )
     slot = FlatLayout.of((name, dtype, shape) for name, shape in names.items())
     native = all(is_native(param, FORMAT_OF_DTYPE[dtype]) for param in params)

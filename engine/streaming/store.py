@@ -57,6 +57,11 @@ class BlockStore:
         return max((block.staging_bytes for block in self.blocks if not block.native), default=0)
 
     @property
+    def scratch_bytes(self) -> int:
+        """What decoding a block allocates on the device for a moment, 0 where none has to be decoded."""
+        return max((block.scratch_bytes for block in self.blocks if not block.native), default=0)
+
+    @property
     def resident(self) -> frozenset[int]:
         return frozenset(self._modules) | frozenset(self._encoded)
 

@@ -110,7 +110,10 @@ class BlockStreamer:
             future.set_result(None)
         except Exception as error:  # handed on where the block is wanted, as the reader thread does
             future.set_exception(error)
-        return future
+        try:
+            return future
+        finally:
+            del future  # see _take
 
     def _fill(self, index: int, slot: _Slot) -> None:
         self._order.copy_waits(slot.used)
@@ -126,6 +129,7 @@ class BlockStreamer:
             future.result()
         except BaseException:
             self._free.append(slot)  # a later pass needs it
+            del future  # it holds the error, whose traceback holds this frame: a circle would keep the buffers alive
             raise
         self.waited_seconds += time.perf_counter() - start
         self._order.compute_waits(slot.filled)

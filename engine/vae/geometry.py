@@ -15,7 +15,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Output position i reads the input positions from `i * stride // up - before` to `i * stride // up + after`."""
+    """Output position i reads the input positions (i * stride - before) // up to (i * stride + after) // up."""
 
     inputs: int
     outputs: int
@@ -40,8 +40,8 @@ class Halo:
 def reach(layers: Sequence[LayerShape], first: int, last: int) -> tuple[int, int]:
     """The input positions, first to last, that the output positions first to last depend on."""
     for layer in reversed(layers):
-        first = first * layer.stride // layer.up - layer.before
-        last = last * layer.stride // layer.up + layer.after
+        first = (first * layer.stride - layer.before) // layer.up
+        last = (last * layer.stride + layer.after) // layer.up
     return first, last
 
 

@@ -31,8 +31,7 @@ def build_decoder(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Ha
         prefix = f"decoder.up_blocks.{block}"
         local += [parts.residual(f"{prefix}.resnets.{i}") for i in range(parts.count(f"{prefix}.resnets"))]
         for i in range(parts.count(f"{prefix}.upsamplers")):
-            conv = parts.conv(f"{prefix}.upsamplers.{i}.resample.1")
-            local += [Upsample(conv.weight.shape[1]), conv]
+            local.append(Upsample(*parts.folded(f"{prefix}.upsamplers.{i}.resample.1")))
     local += [parts.norm_silu("decoder.norm_out"), parts.conv("decoder.conv_out")]
     return Half(whole, local, is_encoder=False)
 

@@ -1,6 +1,9 @@
 """Tiny transformers of the real architecture, and headers without data, for the engine's tests."""
 
+import gc
+import io
 import json
+import os
 from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
@@ -33,6 +36,20 @@ def hardware(request: pytest.FixtureRequest) -> Hardware:
 @pytest.fixture
 def cpu() -> Hardware:
     return Hardware.detect(torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def open_handles() -> Callable[[Path], int]:
+    """`open_handles(file)` -> how often this process has the file open."""
+
+    def count(file: Path) -> int:
+        links = Path("/proc/self/fd")
+        if links.exists():
+            return sum(os.path.realpath(link).removesuffix(" (deleted)") == str(file) for link in links.iterdir())
+        objects = gc.get_objects()
+        return sum(type(o) is io.FileIO and not o.closed and str(o.name) == str(file) for o in objects)
+
+    return count
 
 
 @pytest.fixture(scope="session")

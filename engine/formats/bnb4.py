@@ -1,0 +1,76 @@
+"""nf4 and fp4 as bitsandbytes stores them, through its operators on plain tensors. Never through its modules."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BLOCK = 64  # weights that share a scale (absmax)
+NESTED_BLOCK = 256  # scales that share a scale, where scales are quantized too
+# a whole number of nested blocks
+CHUNK_WEIGHTS = 1024**2
+
+
+@dataclass(frozen=True)
+class Bnb4Codec:
+    """Two parts: 4-bit codes, two to a byte, and an fp32 absmax per 64 weights. Doubly quantized five: codes, uint8
+    absmax, fp32 absmax per 256 of those, their code of 256 numbers, and an offset.
+
+    Bit-equal to bitsandbytes' own dequantization to the compute dtype; in chunks, so that scratch memory stays small.
+    """
+
+    name: str
+    bits_per_weight: float = 4.0
+
+    def encode(self, weight: Tensor, *, double: bool = False) -> tuple[Tensor, ...]:
+        packed, absmax = _operators().quantize_4bit(weight.contiguous(), BLOCK, self.name, torch.uint8)
+        if not double:
+            return packed.view(-1), absmax
+        code = _dynamic_code().to(weight.device)
+        offset = absmax.mean()
+        scales, nested = _operators().quantize_blockwise(absmax - offset, code, NESTED_BLOCK)
+        return packed.view(-1), scales, nested, code, offset
+
+    def decode_into(self, out: Tensor, parts: Sequence[Tensor]) -> None:
+        packed, absmax, *nested = parts
+        flat = out.view(-1)
+        for start in range(0, flat.numel(), CHUNK_WEIGHTS):
+            chunk = flat[start : start + CHUNK_WEIGHTS]
+            count, first = chunk.numel(), start // BLOCK
+            scales = absmax[first : first + -(-count // BLOCK)]
+            if nested:
+                scales = _scales(scales, first // NESTED_BLOCK, *nested)
+            codes = packed[start // 2 : start // 2 + (count + 1) // 2]
+            shape = [count // BLOCK, BLOCK] if count % BLOCK == 0 else [count]
+            weights = _operators().dequantize_4bit(codes, scales, BLOCK, self.name, shape, out.dtype)
+            chunk.copy_(weights.view(-1))
+
+    def scratch_bytes(self, shape: Sequence[int]) -> int:
+        return min(prod(shape), CHUNK_WEIGHTS) * 5  # a chunk in fp32 at the most, and its scales
+
+
+def _scales(codes: Tensor, first: int, nested: Tensor, code: Tensor, offset: Tensor) -> Tensor:
+    """The scales that `codes` store in uint8; `first` is the nested block that they begin with."""
+    absmax = nested[first : first + -(-len(codes) // NESTED_BLOCK)]
+    return _operators().dequantize_blockwise(codes, absmax, code, NESTED_BLOCK, torch.float32).add_(offset)
+
+
+@cache
+def _operators() -> Any:
+    import bitsandbytes  # noqa: F401  # registers the operators; takes a second, and most files need none of them
+
+    return torch.ops.bitsandbytes
+
+
+@cache
+def _dynamic_code() -> Tensor:
+    from bitsandbytes.functional import create_dynamic_map
+
+    return create_dynamic_map()
+
+
+NF4, FP4 = Bnb4Codec("nf4"), Bnb4Codec("fp4")

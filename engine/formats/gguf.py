@@ -1,0 +1,56 @@
+"""GGUF's quantized types as codecs: blocks decoded in chunks, so that scratch memory stays small. Never encodes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from torch import Tensor
+
+from .gguf_blocks import DECODERS, SCRATCH_PER_WEIGHT
+
+# large enough that a GPU is not kept waiting for launches
+CHUNK_WEIGHTS = 1024**2
+
+
+@dataclass(frozen=True)
+class GgufCodec:
+    """One part: blocks as bytes, (..., bytes of a row); a row is a whole number of blocks.
+
+    Decoded in fp32, then rounded once to the compute dtype.
+    """
+
+    type: str
+
+    @property
+    def name(self) -> str:
+        return f"gguf_{self.type.lower()}"
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.block_bytes / self.block_weights
+
+    @property
+    def block_weights(self) -> int:
+        return GGML_QUANT_SIZES[GGMLQuantizationType[self.type]][0]
+
+    @property
+    def block_bytes(self) -> int:
+        return GGML_QUANT_SIZES[GGMLQuantizationType[self.type]][1]
+
+    def raw_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of the bytes that store a weight of `shape`."""
+        return (*shape[:-1], shape[-1] // self.block_weights * self.block_bytes)
+
+    def scratch_bytes(self, shape: Sequence[int]) -> int:
+        return min(prod(shape), CHUNK_WEIGHTS) * SCRATCH_PER_WEIGHT
+
+    def decode_into(self, out: Tensor, parts: Sequence[Tensor]) -> None:
+        blocks = parts[0].view(-1, self.block_bytes)
+        weights = out.view(-1, self.block_weights)
+        chunk = CHUNK_WEIGHTS // self.block_weights
+        for start in range(0, len(blocks), chunk):
+            weights[start : start + chunk].copy_(DECODERS[self.type](blocks[start : start + chunk]))
+
+
+GGUF = tuple(GgufCodec(kind) for kind in DECODERS)

@@ -1,0 +1,92 @@
+"""What bitsandbytes notes beside its 4-bit weights: their true shapes, and an offset. Reads those notes, no weight."""
+
+import json
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import TensorEntry
+from .errors import DamagedFile, MissingFile, WrongModel
+from .formats.bnb4 import BLOCK, NESTED_BLOCK
+
+# JSON as bytes, written by bitsandbytes/functional.py (QuantState.as_dict)
+_NOTE = re.compile(r"(.+)\.quant_state\.bitsandbytes__(nf4|fp4)")
+MAX_NOTE_BYTES = 4096
+
+
+def with_quant_states(tensors: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """The tensors, with every 4-bit weight as dtype NF4 or FP4 in its true shape instead of U8 in none.
+
+    A doubly quantized weight also gets `<name>.nested_offset`, a number that its file states as text. Raises
+    DamagedFile where a note and its tensors disagree, WrongModel for another block size.
+    """
+    result = dict(tensors)
+    notes = {name: match for name in tensors if (match := _NOTE.fullmatch(name)) and match[1] in tensors}
+    for name, raw in _read({name: tensors[name] for name in notes}).items():
+        weight, kind = notes[name][1], notes[name][2]
+        result |= _described(tensors, weight, kind, _parse(raw, tensors[name].file, name))
+        del result[name]
+    return result
+
+
+def _described(
+    tensors: Mapping[str, TensorEntry], name: str, kind: str, note: Mapping[str, Any]
+) -> dict[str, TensorEntry]:
+    entry, shape, offset = tensors[name], note.get("shape"), note.get("nested_offset")
+    file = entry.file
+    if not isinstance(shape, list) or not all(type(n) is int and n > 0 for n in shape):
+        raise DamagedFile(f"{file}: the quant state of {name!r} has the shape {shape!s:.99}. Download it again.")
+    nested = f"{name}.nested_absmax" in tensors
+    blocks = (note.get("blocksize"), note.get("nested_blocksize", NESTED_BLOCK))
+    if note.get("quant_type") != kind or blocks != (BLOCK, NESTED_BLOCK):
+        raise WrongModel(
+            f"{file}: {name} is stored in bitsandbytes' {note.get('quant_type')!r:.20} with blocks of {blocks!s:.40}, "
+            f"which is not supported. Use one with blocks of ({BLOCK}, {NESTED_BLOCK}), bitsandbytes' defaults."
+        )
+    scales = -(-prod(shape) // BLOCK)
+    expected = {"absmax": ("U8" if nested else "F32", scales)}
+    if nested:
+        expected |= {"nested_absmax": ("F32", -(-scales // NESTED_BLOCK)), "nested_quant_map": ("F32", 256)}
+    found = {part: tensors.get(f"{name}.{part}") for part in expected}
+    fits = all((e.dtype, prod(e.shape)) == expected[part] if e else False for part, e in found.items())
+    if not fits or entry.nbytes != (prod(shape) + 1) // 2 or (nested and type(offset) not in (int, float)):
+        raise DamagedFile(
+            f"{file}: the quant state of {name!r} promises {shape} in {kind}, its tensors are others. Download it again."
+        )
+    result = {name: replace(entry, dtype=kind.upper(), shape=tuple(shape))}
+    if nested:
+        result[f"{name}.nested_offset"] = TensorEntry(file, 0, 4, "F32", (), data=struct.pack("<f", offset))
+    return result
+
+
+def _read(entries: Mapping[str, TensorEntry]) -> dict[str, bytes]:
+    """The bytes of small tensors, in the order in which they lie in their files."""
+    result: dict[str, bytes] = {}
+    files: dict[Path, list[str]] = {}
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].offset):
+        if entry.nbytes > MAX_NOTE_BYTES:
+            raise DamagedFile(f"{entry.file}: {name!r} has {entry.nbytes} bytes, too many. Download it again.")
+        files.setdefault(entry.file, []).append(name)
+    for file, names in files.items():
+        try:
+            with file.open("rb") as stream:
+                for name in names:
+                    stream.seek(entries[name].offset)
+                    result[name] = stream.read(entries[name].nbytes)
+        except OSError as error:
+            raise MissingFile(f"{file} cannot be read ({error}). Check that this user may read it.") from error
+    return result
+
+
+def _parse(raw: bytes, file: Path, name: str) -> dict[str, Any]:
+    try:
+        note = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise DamagedFile(f"{file}: {name!r} is not valid JSON ({error}). Download it again.") from error
+    if not isinstance(note, dict):
+        raise DamagedFile(f"{file}: {name!r} is no JSON object. Download it again.")
+    return note

@@ -1,0 +1,471 @@
+"""A GGUF file is known from its header, and its blocks decode to what the gguf package says, bit for bit."""
+
+import json
+import struct
+import tracemalloc
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import full_size
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType, GGUFWriter
+from gguf_files import llama_name, read_gguf, write_gguf_text_encoder, write_gguf_transformer
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from live_bytes import LiveBytes
+from qwenimage_lowvram.engine.checkpoint import Checkpoint, open_checkpoint
+from qwenimage_lowvram.engine.errors import CheckpointError, DamagedFile, MissingFile, QwenLowVRAMError, WrongModel
+from qwenimage_lowvram.engine.families import Component, identify, require, sort_text_encoder, sort_transformer
+from qwenimage_lowvram.engine.formats import CODECS
+from qwenimage_lowvram.engine.formats.gguf import CHUNK_WEIGHTS, GGUF, GgufCodec
+from qwenimage_lowvram.engine.hardware import Hardware
+from qwenimage_lowvram.engine.plan import (
+    GIB,
+    SamplingRequest,
+    plan_memory,
+    plan_text_encoder,
+    text_encoder_peak_bytes,
+)
+from qwenimage_lowvram.engine.text_encoder import TextEncoder
+from qwenimage_lowvram.engine.transformer import Branch, QwenImageTransformer
+from safetensors.torch import load_file
+from small_checkpoint import TextSize, make_text_encoder, make_tokenizer, make_transformer
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+# where a type's fp16 numbers lie in its block
+HALVES = {
+    "Q8_0": [0], "Q4_0": [0], "Q5_0": [0], "Q4_1": [0, 2], "Q5_1": [0, 2], "Q4_K": [0, 2], "Q5_K": [0, 2],
+    "Q2_K": [80, 82], "Q3_K": [108], "Q6_K": [208],
+}  # fmt: skip
+BOTH_WAYS = [codec for codec in GGUF if not codec.type.endswith("_K")]
+by_name = pytest.mark.parametrize("codec", GGUF, ids=lambda codec: codec.name)
+
+
+def blocks_of(codec: GgufCodec, count: int, *, finite: bool = True) -> np.ndarray:
+    """(count, bytes of a block): every bit random, but for fp16 numbers that are no numbers."""
+    blocks = np.random.default_rng(count).integers(0, 256, (count, codec.block_bytes), dtype=np.uint8)
+    if finite:
+        for at in HALVES[codec.type]:
+            blocks[:, at + 1] &= 0xBF
+    return blocks
+
+
+def decoded(codec: GgufCodec, raw: np.ndarray, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    weights = raw.shape[-1] // codec.block_bytes * codec.block_weights
+    out = torch.full((*raw.shape[:-1], weights), float("nan"), dtype=dtype)
+    CODECS[codec.name].decode_into(out, [torch.from_numpy(raw)])
+    return out
+
+
+def test_every_type_that_the_common_files_use_is_read() -> None:
+    assert {codec.type for codec in GGUF} == set(HALVES)
+
+
+@by_name
+def test_random_blocks_decode_bit_for_bit_as_the_gguf_package_does(codec: GgufCodec) -> None:
+    raw = blocks_of(codec, 3000)
+    expected = gguf.quants.dequantize(raw, GGMLQuantizationType[codec.type])
+    assert np.isfinite(expected).all()
+    assert np.array_equal(decoded(codec, raw).numpy(), expected)
+
+
+@by_name
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_compute_dtype_is_reached_in_one_rounding(codec: GgufCodec, dtype: torch.dtype) -> None:
+    raw = blocks_of(codec, 500)
+    expected = torch.from_numpy(gguf.quants.dequantize(raw, GGMLQuantizationType[codec.type])).to(dtype)
+    assert torch.equal(decoded(codec, raw, dtype), expected)
+
+
+@by_name
+def test_a_weight_of_several_chunks_has_no_seam(codec: GgufCodec) -> None:
+    columns = 4 * codec.block_weights
+    rows = CHUNK_WEIGHTS // columns * 2 + 7
+    raw = blocks_of(codec, rows * 4).reshape(rows, -1)
+    expected = gguf.quants.dequantize(raw, GGMLQuantizationType[codec.type])
+    assert np.array_equal(decoded(codec, raw).numpy(), expected)
+
+
+@by_name
+def test_no_bit_pattern_breaks_decoding(codec: GgufCodec) -> None:
+    assert decoded(codec, blocks_of(codec, 200, finite=False)).shape == (200, codec.block_weights)
+
+
+@pytest.mark.parametrize("codec", BOTH_WAYS, ids=lambda codec: codec.name)
+def test_a_weight_quantized_by_the_gguf_package_comes_back_within_the_types_error(codec: GgufCodec) -> None:
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    raw = gguf.quants.quantize(weight.numpy(), GGMLQuantizationType[codec.type])
+    assert raw.shape == codec.raw_shape(weight.shape)
+    error = (decoded(codec, raw) - weight).norm() / weight.norm()
+    assert error < {"Q8_0": 0.006, "Q5_1": 0.05, "Q5_0": 0.05, "Q4_1": 0.09, "Q4_0": 0.1}[codec.type]
+
+
+@by_name
+@pytest.mark.parametrize("rows", [3, 6000])
+def test_decoding_allocates_no_more_than_it_says(codec: GgufCodec, rows: int) -> None:
+    shape = (rows, 1024)
+    with FakeTensorMode(), torch.inference_mode(), LiveBytes("cuda") as live:
+        raw = torch.empty(codec.raw_shape(shape), dtype=torch.uint8, device="cuda")
+        out = torch.empty(shape, dtype=torch.bfloat16, device="cuda")
+        live.reset_peak()
+        held = live.now
+        CODECS[codec.name].decode_into(out, [raw])
+        scratch = codec.scratch_bytes(shape)
+        assert live.now == held
+        assert 0.65 * scratch < live.peak - held <= scratch <= 8 * 1024**2
+
+
+# the header
+
+
+def write_gguf(file: Path, architecture: str = "qwen_image", **tensors: np.ndarray) -> Path:
+    writer = GGUFWriter(file, architecture)
+    writer.add_uint32("some.number", 7)
+    writer.add_string("some.text", "text")
+    writer.add_bool("some.truth", True)
+    writer.add_array("some.list", [1, 2, 3])
+    writer.add_token_list([f"token {i}" for i in range(1000)])
+    writer.add_array("a.long.list", list(range(1000)))
+    for name, values in tensors.items():
+        quantized = values.dtype == np.uint8
+        writer.add_tensor(name, values, raw_dtype=GGMLQuantizationType.Q8_0 if quantized else None)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+@pytest.fixture
+def two_tensors(tmp_path: Path) -> Path:
+    values = np.arange(12, dtype=np.float32).reshape(3, 4)
+    return write_gguf(tmp_path / "m.gguf", a=values, b=blocks_of(CODECS["gguf_q8_0"], 10).reshape(5, -1))  # type: ignore[arg-type]
+
+
+def test_an_entry_leads_to_the_tensors_bytes(two_tensors: Path) -> None:
+    checkpoint = open_checkpoint(two_tensors)
+    entries = checkpoint.tensors
+    assert {name: (entry.dtype, entry.shape) for name, entry in entries.items()} == {
+        "a": ("F32", (3, 4)),
+        "b": ("Q8_0", (5, 64)),
+    }
+    for tensor in gguf.GGUFReader(two_tensors).tensors:
+        entry = entries[tensor.name]
+        assert two_tensors.read_bytes()[entry.offset : entry.offset + entry.nbytes] == tensor.data.tobytes()
+    assert checkpoint.nbytes == 12 * 4 + 10 * 34
+
+
+def test_settings_are_metadata_and_vocabularies_are_stepped_over(two_tensors: Path) -> None:
+    metadata = open_checkpoint(two_tensors).metadata
+    assert metadata["general.architecture"] == "qwen_image"
+    assert (metadata["some.text"], metadata["some.number"], metadata["some.truth"]) == ("text", "7", "true")
+    assert metadata["some.list"] == "[1, 2, 3]"
+    assert "tokenizer.ggml.tokens" not in metadata
+    assert "a.long.list" not in metadata
+
+
+def test_identity_changes_with_the_header_and_the_file(tmp_path: Path) -> None:
+    values = np.zeros((2, 32), dtype=np.float32)
+    first = open_checkpoint(write_gguf(tmp_path / "m.gguf", a=values)).identity
+    assert open_checkpoint(tmp_path / "m.gguf").identity == first
+    assert open_checkpoint(write_gguf(tmp_path / "m.gguf", b=values)).identity != first
+
+
+def test_opening_twenty_gigabytes_reads_the_header_only(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "m.gguf", a=np.zeros((1, 32), dtype=np.float32))
+    raw = bytearray(file.read_bytes())
+    name = raw.rindex(struct.pack("<Q", 1) + b"a")
+    raw[name + 9 : name + 9 + 20] = struct.pack("<IQQ", 2, 65536, 76294)  # two dimensions, the fastest first
+    file.write_bytes(raw)
+    with file.open("r+b") as stream:
+        stream.truncate(len(raw) + 4 * 65536 * 76294)
+    tracemalloc.start()
+    try:
+        assert open_checkpoint(file).tensors["a"].nbytes == 4 * 65536 * 76294
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_another_file_under_the_name_is_no_gguf_file(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"PK\x03\x04" + bytes(100))
+    with pytest.raises(DamagedFile, match="is no GGUF file: it begins with b'PK"):
+        open_checkpoint(tmp_path / "m.gguf")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(MissingFile, match=r"nowhere\.gguf does not exist"):
+        open_checkpoint(tmp_path / "nowhere.gguf")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.0001, 0.001, 0.3, 0.9, 0.99])
+def test_a_file_cut_off_anywhere_is_damaged(share: float, two_tensors: Path) -> None:
+    raw = two_tensors.read_bytes()
+    two_tensors.write_bytes(raw[: int(len(raw) * share)])
+    with pytest.raises(DamagedFile, match=r"cut off|no GGUF file"):
+        open_checkpoint(two_tensors)
+
+
+DAMAGES: dict[str, tuple[int, bytes, str]] = {
+    "version": (4, struct.pack("<I", 9), "version 9"),
+    "as many tensors as there can be": (8, struct.pack("<Q", 2**63), "cut off|dimensions"),
+    "as many settings as there can be": (16, struct.pack("<Q", 2**63), "cut off|unknown type|no text"),
+    "a name of all memory": (24, struct.pack("<Q", 2**62), "cut off"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_an_absurd_number_is_refused_before_it_is_allocated(damage: tuple[int, bytes, str], two_tensors: Path) -> None:
+    at, value, words = damage
+    raw = bytearray(two_tensors.read_bytes())
+    raw[at : at + len(value)] = value
+    two_tensors.write_bytes(raw)
+    tracemalloc.start()
+    try:
+        with pytest.raises(DamagedFile, match=words):
+            open_checkpoint(two_tensors)
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_an_unknown_type_is_named(two_tensors: Path) -> None:
+    raw = bytearray(two_tensors.read_bytes())
+    at = raw.rindex(struct.pack("<Q", 1) + b"b") + 9 + 4 + 16
+    raw[at : at + 4] = struct.pack("<I", 999)
+    two_tensors.write_bytes(raw)
+    with pytest.raises(DamagedFile, match=r"'b' has the unknown ggml type 999\. Update the gguf package"):
+        open_checkpoint(two_tensors)
+
+
+def test_rows_are_whole_blocks(two_tensors: Path) -> None:
+    raw = bytearray(two_tensors.read_bytes())
+    at = raw.rindex(struct.pack("<Q", 1) + b"b") + 9 + 4
+    raw[at : at + 8] = struct.pack("<Q", 33)
+    two_tensors.write_bytes(raw)
+    with pytest.raises(DamagedFile, match=r"'b' Q8_0\[5, 33\]"):
+        open_checkpoint(two_tensors)
+
+
+@pytest.fixture(scope="module")
+def whole_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    values = np.arange(12, dtype=np.float32).reshape(3, 4)
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "m.gguf", a=values, b=values).read_bytes()
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_no_damage_brings_another_error_than_ours(data: st.DataObject, whole_file: bytes, tmp_path: Path) -> None:
+    raw = bytearray(whole_file)
+    numbers = st.sampled_from([0, 1, 2**31, 2**32 - 1, 2**62, 2**64 - 1])
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(raw) - 1))
+        patch = data.draw(st.binary(min_size=1, max_size=9) | numbers.map(lambda n: struct.pack("<Q", n)))
+        raw[at : at + len(patch)] = patch
+    del raw[data.draw(st.integers(0, len(raw)) | st.just(len(raw))) :]
+    (tmp_path / "m.gguf").write_bytes(raw)
+    try:
+        checkpoint = open_checkpoint(tmp_path / "m.gguf")
+    except CheckpointError:
+        return
+    assert identify(checkpoint.tensors)
+    for sort in (sort_transformer, sort_text_encoder):
+        with pytest.raises(QwenLowVRAMError):
+            sort(checkpoint)
+
+
+# whole models
+
+
+@pytest.fixture(scope="module")
+def transformer_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """diffusers' transformer with the weights that a GGUF file stores, and the file."""
+    model = make_transformer(layers=3, text_dim=32)
+    file = tmp_path_factory.mktemp("gguf") / "transformer.gguf"
+    write_gguf_transformer(file, model.state_dict(), dict(model.config), "Q5_1")
+    model.load_state_dict(read_gguf(file))
+    return model, file
+
+
+def a_branch(dtype: torch.dtype = torch.float32, device: str = "cpu", side: int = 6, text_dim: int = 32) -> Branch:
+    generator = torch.Generator().manual_seed(0)
+    return Branch(
+        torch.randn(1, side * side, 64, generator=generator).to(dtype).to(device),
+        ((1, side, side),),
+        torch.randn(1, 9, text_dim, generator=generator).to(dtype).to(device),
+        None,
+        0.7,
+    )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("resident", [(), (1,), (0, 1, 2)])
+def test_a_gguf_transformer_computes_what_diffusers_does_with_its_decoded_weights(
+    transformer_file: tuple[Any, Path], hardware: Hardware, resident: tuple[int, ...]
+) -> None:
+    model, file = transformer_file
+    branch = a_branch()
+    expected = model(
+        hidden_states=branch.tokens,
+        encoder_hidden_states=branch.prompt_embeds,
+        timestep=torch.tensor([branch.timestep]),
+        img_shapes=[list(branch.shapes)],
+        return_dict=False,
+    )[0]
+    transformer = QwenImageTransformer(open_checkpoint(file), dtype=torch.float32, hardware=hardware)
+    assert transformer.weight_format == "gguf_q5_1"
+    transformer.load(resident)
+    with transformer.session(slots=2) as session:
+        assert torch.equal(session.forward([branch])[0], expected)
+
+
+@pytest.fixture(scope="module")
+def encoder_file(tmp_path_factory: pytest.TempPathFactory, comfyui_path: Path) -> tuple[Any, Path]:
+    """transformers' text encoder with the weights that a GGUF file stores, and the file."""
+    model = make_text_encoder(make_tokenizer(full=False, comfyui=comfyui_path), TextSize(), seed=2)
+    folder = tmp_path_factory.mktemp("gguf")
+    model.save_pretrained(folder / "encoder")
+    config = json.loads((folder / "encoder" / "config.json").read_text(encoding="utf-8"))
+    weights = load_file(folder / "encoder" / "model.safetensors")
+    write_gguf_text_encoder(folder / "encoder.gguf", weights, config, "Q8_0")
+    stored = read_gguf(folder / "encoder.gguf")
+    parameters = dict(model.named_parameters())
+    for name in weights:
+        if (llama := llama_name(name)) is not None:
+            own = name.replace("model.", "model.language_model.", 1)
+            parameters[own if own in parameters else name].data = stored.pop(llama)
+    assert not stored
+    return model, folder / "encoder.gguf"
+
+
+@torch.no_grad()
+def test_a_gguf_encoder_computes_what_transformers_does_with_its_decoded_weights(
+    encoder_file: tuple[Any, Path], hardware: Hardware
+) -> None:
+    model, file = encoder_file
+    ids = [5, 17, 300, 17, 2]
+    encoder = TextEncoder(open_checkpoint(file), dtype=torch.float32, hardware=hardware)
+    expected = model.model(input_ids=torch.tensor([ids])).last_hidden_state
+    difference = (encoder.encode([ids])[0] - expected).abs().max() / expected.abs().max()
+    assert difference < 1e-6
+
+
+def test_a_gguf_encoders_settings_are_those_of_its_header(encoder_file: tuple[Any, Path]) -> None:
+    model, file = encoder_file
+    config, text = sort_text_encoder(open_checkpoint(file)).config, model.config.text_config
+    assert config["num_attention_heads"] == text.num_attention_heads
+    assert config["num_key_value_heads"] == text.num_key_value_heads
+    assert config["mrope_section"] == tuple(text.rope_parameters["mrope_section"])
+    assert config["rope_theta"] == 1e6
+    assert abs(config["rms_norm_eps"] - 1e-6) < 1e-12
+
+
+# the plan
+
+
+def in_format(checkpoint: Checkpoint, codec: GgufCodec) -> Checkpoint:
+    """The checkpoint with its fp8 matrices in a GGUF type."""
+    tensors = {
+        name: replace(entry, dtype=codec.type, nbytes=prod(codec.raw_shape(entry.shape)))
+        if entry.dtype == "F8_E4M3"
+        else entry
+        for name, entry in checkpoint.tensors.items()
+    }
+    return replace(checkpoint, tensors=tensors)
+
+
+@pytest.mark.parametrize(("kind", "limit_gib"), [("Q4_K", 1.2), ("Q8_0", 3.0)])
+def test_the_plan_of_a_full_size_gguf_transformer_is_what_its_run_takes(kind: str, limit_gib: float) -> None:
+    codec = next(codec for codec in GGUF if codec.type == kind)
+    gpu = full_size.fake_gpu()
+    with FakeTensorMode(), LiveBytes("cuda") as live, torch.inference_mode():
+        transformer = QwenImageTransformer(
+            in_format(full_size.transformer_checkpoint(torch.float8_e4m3fn, layers=3), codec),
+            dtype=torch.bfloat16,
+            hardware=gpu,
+            source=full_size.EmptySource,
+        )
+        assert transformer.footprint.scratch_bytes == codec.scratch_bytes((3072, 12288))
+        plan = plan_memory(transformer.footprint, SamplingRequest(512, 512, 2, 60), int(limit_gib * GIB))
+        transformer.load(plan.resident)
+        live.reset_peak()
+        transformer.modulation.announce([0.9])
+        assert abs(live.peak / plan.modulation_peak_bytes - 1) < 0.1
+        live.reset_peak()
+        with transformer.session(slots=plan.slots, mlp_chunk_tokens=plan.mlp_chunk_tokens) as session:
+            tokens = torch.empty(1, 32 * 32, 64, device="cuda", dtype=torch.bfloat16)
+            prompt = torch.empty(1, 60, 3584, device="cuda", dtype=torch.bfloat16)
+            session.forward([Branch(tokens, ((1, 32, 32),), prompt, None, 0.9) for _ in range(2)])
+        assert abs(live.peak / plan.sampling_peak_bytes - 1) < 0.1
+        assert live.peak <= plan.limit_bytes
+
+
+def test_the_plan_of_a_full_size_gguf_encoder_is_what_its_run_takes() -> None:
+    codec = next(codec for codec in GGUF if codec.type == "Q4_K")
+    lengths = [60, 40]
+    with FakeTensorMode(), LiveBytes("cuda") as live, torch.inference_mode():
+        encoder = TextEncoder(
+            in_format(full_size.text_encoder_checkpoint(torch.float8_e4m3fn, layers=2), codec),
+            dtype=torch.bfloat16,
+            hardware=full_size.fake_gpu(),
+            source=full_size.EmptySource,
+        )
+        encoder._embed = lambda prompts: [  # type: ignore[method-assign]  # its rows are read from the file
+            torch.empty(1, len(ids), encoder.hidden_size, dtype=torch.bfloat16, device="cuda") for ids in prompts
+        ]
+        assert plan_text_encoder(encoder.footprint, lengths, 2 * GIB) == 2
+        live.reset_peak()
+        encoder.encode([[0] * length for length in lengths], slots=2)
+        assert abs(live.peak / text_encoder_peak_bytes(encoder.footprint, lengths, 2) - 1) < 0.1
+
+
+# what is refused
+
+
+def renamed(file: Path, architecture: str) -> Path:
+    """The file with another architecture of the same length."""
+    raw = file.read_bytes()
+    assert raw.count(b"qwen2vl") > 1
+    (file.parent / "other.gguf").write_bytes(raw.replace(b"qwen2vl", architecture.encode()))
+    return file.parent / "other.gguf"
+
+
+def test_the_text_only_sister_of_the_encoder_is_refused(encoder_file: tuple[Any, Path]) -> None:
+    other = open_checkpoint(renamed(encoder_file[1], "qwen2xx"))
+    with pytest.raises(WrongModel, match=r"is the text encoder of another model \(GGUF architecture 'qwen2xx', \d+"):
+        require(other, Component.TEXT_ENCODER)
+    with pytest.raises(WrongModel, match="text encoder of another model"):
+        sort_text_encoder(other)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "names", "words"),
+    [
+        ("flux", ["double_blocks.0.img_attn.qkv.weight"], r"is a Flux transformer \(GGUF architecture 'flux', 1 tens"),
+        ("clip", ["v.blk.0.attn_q.weight"], r"is the vision part \(mmproj\) of a text encoder"),
+        ("t5encoder", ["enc.blk.0.attn_q.weight"], "is the text encoder of another model"),
+        ("llama", ["blk.0.attn_q.weight"], "is the text encoder of another model"),
+        ("something", ["weights"], r"is a model that is not recognised \(GGUF architecture 'something'"),
+    ],
+)
+def test_another_model_in_the_transformers_place_is_named(
+    architecture: str, names: list[str], words: str, tmp_path: Path
+) -> None:
+    values = np.zeros((32, 32), dtype=np.float32)
+    file = write_gguf(tmp_path / "m.gguf", architecture, **dict.fromkeys(names, values))
+    with pytest.raises(WrongModel, match=words):
+        sort_transformer(open_checkpoint(file))
+
+
+def test_files_in_each_others_places_are_named(
+    transformer_file: tuple[Any, Path], encoder_file: tuple[Any, Path]
+) -> None:
+    with pytest.raises(WrongModel, match=r"is a Qwen2.5-VL text encoder .*belongs in models/text_encoders"):
+        sort_transformer(open_checkpoint(encoder_file[1]))
+    with pytest.raises(WrongModel, match=r"is a Qwen-Image transformer .*belongs in models/diffusion_models"):
+        sort_text_encoder(open_checkpoint(transformer_file[1]))

@@ -1,0 +1,97 @@
+"""Write models as GGUF files, with the gguf package's own writer and quantizer, as the common converters do."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType, GGUFWriter
+from torch import Tensor
+
+# transformers' name in a layer -> llama.cpp's
+_TEXT_LAYER = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_TEXT_OUTSIDE = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+
+
+def write_gguf_transformer(file: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any], kind: str) -> None:
+    """Architecture qwen_image, the transformer's own names: blocks' matrices of type `kind` ("Q8_0"), vectors and
+    norms F32, matrices outside the blocks BF16 and F16 by turns. The configuration is the setting "config"."""
+    writer = GGUFWriter(file, "qwen_image")
+    writer.add_string("config", json.dumps(config))
+    turns = 0
+    for name, value in weights.items():
+        stored = kind
+        if value.ndim < 2:
+            stored = "F32"
+        elif not name.startswith("transformer_blocks."):
+            stored = ("BF16", "F16")[turns % 2]
+            turns += 1
+        _add(writer, name, value, stored)
+    _write(writer)
+
+
+def write_gguf_text_encoder(file: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any], kind: str) -> None:
+    """Architecture qwen2vl, llama.cpp's names and settings, without the vision tower (whose file is the mmproj)."""
+    text = config["text_config"]
+    writer = GGUFWriter(file, "qwen2vl")
+    writer.add_block_count(text["num_hidden_layers"])
+    writer.add_embedding_length(text["hidden_size"])
+    writer.add_head_count(text["num_attention_heads"])
+    writer.add_head_count_kv(text["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(text["rms_norm_eps"])
+    rope = text.get("rope_parameters") or text["rope_scaling"]
+    writer.add_rope_freq_base(rope["rope_theta"])
+    writer.add_rope_dimension_sections([*rope["mrope_section"], 0])
+    writer.add_token_list([f"token {i}" for i in range(100)])  # a list that readers of weights step over
+    for name, value in weights.items():
+        if (new := llama_name(name)) is not None:
+            _add(writer, new, value, kind if value.ndim == 2 else "F32")
+    _write(writer)
+
+
+def llama_name(name: str) -> str | None:
+    """llama.cpp's name of a language model's tensor, None for the vision tower's."""
+    if not name.startswith("model.layers."):
+        return _TEXT_OUTSIDE.get(name)
+    index, _, rest = name.removeprefix("model.layers.").partition(".")
+    part, _, kind = rest.rpartition(".")
+    return f"blk.{index}.{_TEXT_LAYER[part]}.{kind}"
+
+
+def read_gguf(file: Path) -> dict[str, Tensor]:
+    """Every tensor of a file as the gguf package decodes it, in fp32, under the names of the file."""
+    weights = {}
+    for tensor in gguf.GGUFReader(file).tensors:
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        shape = tuple(int(n) for n in reversed(tensor.shape))
+        weights[tensor.name] = torch.from_numpy(np.array(values, dtype=np.float32)).view(shape)
+    return weights
+
+
+def _add(writer: GGUFWriter, name: str, value: Tensor, kind: str) -> None:
+    type_ = GGMLQuantizationType[kind]
+    writer.add_tensor(name, gguf.quants.quantize(value.float().contiguous().numpy(), type_), raw_dtype=type_)
+
+
+def _write(writer: GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
