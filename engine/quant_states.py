@@ -16,6 +16,7 @@ from .formats.bnb4 import BLOCK, NESTED_BLOCK
 # JSON as bytes, written by bitsandbytes/functional.py (QuantState.as_dict)
 _NOTE = re.compile(r"(.+)\.quant_state\.bitsandbytes__(nf4|fp4)")
 MAX_NOTE_BYTES = 4096
+MAX_OFFSET = 1e30  # the mean of scales; a larger number is no fp32
 
 
 def with_quant_states(tensors: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
@@ -53,9 +54,11 @@ def _described(
         expected |= {"nested_absmax": ("F32", -(-scales // NESTED_BLOCK)), "nested_quant_map": ("F32", 256)}
     found = {part: tensors.get(f"{name}.{part}") for part in expected}
     fits = all((e.dtype, prod(e.shape)) == expected[part] if e else False for part, e in found.items())
-    if not fits or entry.nbytes != (prod(shape) + 1) // 2 or (nested and type(offset) not in (int, float)):
+    stated = not nested or (type(offset) in (int, float) and abs(offset) < MAX_OFFSET)
+    if not fits or not stated or entry.nbytes != (prod(shape) + 1) // 2:
         raise DamagedFile(
-            f"{file}: the quant state of {name!r} promises {shape} in {kind}, its tensors are others. Download it again."
+            f"{file}: {name!r} and its scales are not what its quant state promises, {shape!s:.99} in {kind}. "
+            "Download it again."
         )
     result = {name: replace(entry, dtype=kind.upper(), shape=tuple(shape))}
     if nested:

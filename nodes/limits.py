@@ -19,7 +19,7 @@ def stage_bytes(
     with: they stay, and count as part of the stage.
     """
     management = comfy.model_management
-    wanted = min(wanted_bytes, limit_bytes or wanted_bytes)
+    wanted = wanted_bytes if limit_bytes is None else min(wanted_bytes, limit_bytes)
     ours = [
         loaded
         for loaded in management.current_loaded_models

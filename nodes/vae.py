@@ -13,9 +13,7 @@ from ..engine.checkpoint import Checkpoint
 from ..engine.errors import InvalidRequest, Unsupported
 from ..engine.streaming import read_params
 from ..engine.vae import ImageVAE, TilePlan
-
-# left free on a card whose limit nobody set: workspaces of convolutions, and what other programs grow by
-HEADROOM_BYTES = 400 * 1024**2
+from .limits import stage_bytes
 
 
 def make_vae(checkpoint: Checkpoint, *, dtype: torch.dtype, limit_bytes: int | None) -> "LowVRAMVAE":
@@ -126,13 +124,12 @@ class LowVRAMVAE(comfy.sd.VAE):
         tile_px: int,
     ) -> torch.Tensor:
         """Make room for the plan, then work within what there is; progress and interruption after each tile."""
-        limit = None if self.limit_bytes is None else self.limit_bytes - self.size
+        limit = None if self.limit_bytes is None else max(1, self.limit_bytes - self.size)
         # of a picture larger than any card, ask for half the card: tiles need no more
         half = comfy.model_management.get_total_memory(self.device) // 2
         room = min(plan(*size, limit, tile_px).peak_bytes, half)
         comfy.model_management.load_models_gpu([self.patcher], memory_required=room, force_full_load=True)
-        if limit is None:
-            limit = comfy.model_management.get_free_memory(self.device) - HEADROOM_BYTES
+        budget = stage_bytes(self.device, limit, room)
         progress = comfy.utils.ProgressBar(1)
 
         def on_tile(done: int, total: int) -> None:
@@ -140,5 +137,5 @@ class LowVRAMVAE(comfy.sd.VAE):
             progress.update_absolute(done, total)
 
         with comfy.model_management.cuda_device_context(self.device):
-            result = work(data, limit_bytes=limit, tile_px=tile_px, on_tile=on_tile, out_device=self.output_device)
+            result = work(data, limit_bytes=budget, tile_px=tile_px, on_tile=on_tile, out_device=self.output_device)
         return result.to(comfy.model_management.intermediate_dtype())

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +31,16 @@ _TEXT_OUTSIDE = {
 }
 
 
-def write_gguf_transformer(file: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any], kind: str) -> None:
-    """Architecture qwen_image, the transformer's own names: blocks' matrices of type `kind` ("Q8_0"), vectors and
-    norms F32, matrices outside the blocks BF16 and F16 by turns. The configuration is the setting "config"."""
+def write_gguf_transformer(file: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any], *kinds: str) -> None:
+    """Architecture qwen_image, the transformer's own names: blocks' matrices of types `kinds` ("Q8_0", ...) by turns,
+    vectors and norms F32, matrices outside the blocks BF16 and F16 by turns. The configuration is the setting "config".
+    """
     writer = GGUFWriter(file, "qwen_image")
     writer.add_string("config", json.dumps(config))
-    turns = 0
+    inside, outside = cycle(kinds), cycle(("BF16", "F16"))
     for name, value in weights.items():
-        stored = kind
-        if value.ndim < 2:
-            stored = "F32"
-        elif not name.startswith("transformer_blocks."):
-            stored = ("BF16", "F16")[turns % 2]
-            turns += 1
-        _add(writer, name, value, stored)
+        of_matrices = inside if name.startswith("transformer_blocks.") else outside
+        _add(writer, name, value, next(of_matrices) if value.ndim > 1 else "F32")
     _write(writer)
 
 

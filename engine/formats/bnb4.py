@@ -46,8 +46,8 @@ class Bnb4Codec:
                 scales = _scales(scales, first // NESTED_BLOCK, *nested)
             codes = packed[start // 2 : start // 2 + (count + 1) // 2]
             shape = [count // BLOCK, BLOCK] if count % BLOCK == 0 else [count]
-            weights = _operators().dequantize_4bit(codes, scales, BLOCK, self.name, shape, out.dtype)
-            chunk.copy_(weights.view(-1))
+            # without a name, so that it is gone before the next chunk
+            chunk.copy_(_operators().dequantize_4bit(codes, scales, BLOCK, self.name, shape, out.dtype).view(-1))
 
     def scratch_bytes(self, shape: Sequence[int]) -> int:
         return min(prod(shape), CHUNK_WEIGHTS) * 5  # a chunk in fp32 at the most, and its scales

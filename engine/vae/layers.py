@@ -76,7 +76,7 @@ class Upsample(Conv):
 
 
 def _merge_taps(kernel: torch.Tensor, axis: int, phase: int) -> torch.Tensor:
-    """Three taps to two: on an upsampled axis, even pixels meet a neighbour once and themselves twice; odd ones too."""
+    """Three taps to two: an even pixel's see the source pixel before, here, here; an odd one's here, here, after."""
     first, middle, last = kernel.unbind(axis)
     return torch.stack((first, middle + last) if phase == 0 else (first + middle, last), axis)
 

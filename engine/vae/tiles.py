@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..errors import DoesNotFit
+from ..plan import size_text
 from .geometry import Halo, Network
 
-GIB = 1024**3
 # beyond 2**31 - 1 values per tensor, kernels with 32-bit indices refuse or fall back to slow ones
 MAX_TENSOR_VALUES = 2**31 - 1
 
@@ -49,11 +49,11 @@ class TilePlan:
         return _read(self.rows) * _read(self.columns) / (self.rows[-1].stop * self.columns[-1].stop)
 
     def __repr__(self) -> str:
-        limit = "" if self.limit_bytes is None else f" of {self.limit_bytes / GIB:.2f} GiB"
+        limit = "" if self.limit_bytes is None else f" of {size_text(self.limit_bytes)}"
         tiles = "whole image"
         if not self.is_whole:
             tiles = f"{len(self.columns)}x{len(self.rows)} tiles, {self.work:.2f}x the pixels"
-        return f"<VAE {self.task} {self.width}x{self.height}: {tiles}, {self.peak_bytes / GIB:.2f} GiB{limit}>"
+        return f"<VAE {self.task} {self.width}x{self.height}: {tiles}, {size_text(self.peak_bytes)}{limit}>"
 
 
 def plan_tiles(
@@ -96,8 +96,8 @@ def plan_tiles(
     if best is None:
         least = peak((_extent(_choices(size[0], halo, 1)[-1]), _extent(column_choices[-1])))
         raise DoesNotFit(
-            f"VAE {task} of {width}x{height} needs {least / GIB:.2f} GiB in its smallest tiles, "
-            f"the limit is {(limit_bytes or 0) / GIB:.2f} GiB beside the weights. "
+            f"VAE {task} of {width}x{height} needs {size_text(least)} in its smallest tiles, "
+            f"the limit is {size_text(limit_bytes or 0)} beside the weights. "
             "Raise the limit or use a smaller image."
         )
     return TilePlan(task, width, height, best[2], best[3], best[1], limit_bytes)
@@ -124,7 +124,7 @@ def _choices(length: int, halo: Halo, tile_latents: int) -> list[tuple[Span, ...
     choices: list[tuple[Span, ...]] = []
     for parts in range(1, length + 1):
         spans = split(length, parts, halo)
-        if _extent(spans) > largest and length > tile_latents > 0:
+        if _extent(spans) > largest:
             continue
         if not choices or _extent(spans) < _extent(choices[-1]):
             choices.append(spans)

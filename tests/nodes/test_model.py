@@ -320,3 +320,24 @@ def test_resident_blocks_are_given_back_one_by_one_when_memory_is_asked_for(
 def test_embeddings_of_another_model_are_refused(model: Any) -> None:
     with pytest.raises(InvalidRequest, match="64"):
         ksampler(model, [[torch.zeros(1, 5, 48), {}]], [[embeds(5, 1), {}]], empty_latent())
+
+
+def test_decoding_stays_within_the_limit_beside_resident_blocks(
+    model: Any, transformer: QwenImageTransformer, small_pipeline: Any
+) -> None:
+    from qwenimage_lowvram.engine.checkpoint import open_checkpoint
+    from qwenimage_lowvram.nodes.vae import make_vae
+
+    ksampler(model, cond(), cond(5, 2), empty_latent())
+    held = model.loaded_size()
+    assert held > transformer.footprint.outside_bytes
+    vae = make_vae(open_checkpoint(small_pipeline / "vae"), dtype=torch.float32, limit_bytes=None)
+    free = vae.decode(empty_latent()["samples"])
+    image_bytes = 96 * 64 * 3 * 4
+    least = vae.first_stage_model.plan_decode(64, 96).peak_bytes + 2 * image_bytes
+    vae.limit_bytes = vae.size + least + transformer.footprint.outside_bytes
+    assert torch.equal(vae.decode(empty_latent()["samples"]), free)
+    assert model.loaded_size() < held
+    assert model.loaded_size() + vae.size + least <= vae.limit_bytes
+    again = ksampler(model, cond(), cond(5, 2), empty_latent())
+    assert torch.equal(again, ksampler(model, cond(), cond(5, 2), empty_latent()))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bnb_folder import dequantized, write_quantized_pipeline
 from devtools.client import ComfyClient, PromptRefused
 from devtools.workflow import set_widgets, to_prompt
 from diffusers import QwenImagePipeline
@@ -88,6 +89,28 @@ def test_gguf_files_make_the_picture_of_their_decoded_weights(
         parameter.data = parameter.data.bfloat16().float()
     assert np.abs(ours - diffusers_picture(pipeline)).max() <= 1
     assert ours.std() > 10
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_a_folder_quantized_by_bitsandbytes_makes_the_picture_of_its_decoded_weights(
+    double: bool, client: ComfyClient, object_info: dict[str, Any], models_dir: Path, full_pipeline: Path
+) -> None:
+    name = f"quantized_{'doubly' if double else 'once'}"
+    transformer, text_encoder = write_quantized_pipeline(
+        full_pipeline,
+        models_dir / "diffusers" / name,
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double,
+    )
+    own = "from the folder"
+    loader = {"transformer": f"{name} (folder)", "text_encoder": own, "vae": own, "dtype": "fp32"}
+    ours = picture(client, prompt_of(object_info, loader))
+    pipeline = QwenImagePipeline.from_pretrained(full_pipeline)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.transformer.load_state_dict(dequantized(transformer))
+    pipeline.text_encoder.load_state_dict(dequantized(text_encoder))
+    assert np.abs(ours - diffusers_picture(pipeline)).max() <= 1
 
 
 def test_gguf_files_are_offered_for_transformer_and_text_encoder(

@@ -1,0 +1,322 @@
+"""Weights in int8, nf4 and fp4 decode as bitsandbytes decodes them, and folders that it quantized load as they are."""
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import full_size
+import pytest
+import torch
+from bnb_folder import dequantized, load_quantized
+from diffusers import BitsAndBytesConfig, QwenImageTransformer2DModel
+from live_bytes import LiveBytes
+from qwenimage_lowvram.engine.checkpoint import Checkpoint, TensorEntry, open_checkpoint
+from qwenimage_lowvram.engine.errors import CheckpointError, DamagedFile, WrongModel
+from qwenimage_lowvram.engine.families import sort_transformer
+from qwenimage_lowvram.engine.formats import CODECS, ENCODERS
+from qwenimage_lowvram.engine.formats.bnb4 import CHUNK_WEIGHTS, FP4, NF4, Bnb4Codec
+from qwenimage_lowvram.engine.formats.int8 import BNB_INT8, INT8
+from qwenimage_lowvram.engine.hardware import Hardware
+from qwenimage_lowvram.engine.plan import GIB, SamplingRequest, plan_memory
+from qwenimage_lowvram.engine.quant_states import with_quant_states
+from qwenimage_lowvram.engine.transformer import Branch, QwenImageTransformer
+from safetensors.torch import load_file, save_file
+from small_checkpoint import make_transformer
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+functional: Any = pytest.importorskip("bitsandbytes.functional")
+COMPUTE = [torch.float32, torch.bfloat16, torch.float16]
+four_bit = pytest.mark.parametrize("codec", [NF4, FP4], ids=lambda codec: codec.name)
+doubly = pytest.mark.parametrize("double", [False, True], ids=["single", "double"])
+
+
+def a_weight(rows: int = 96, columns: int = 128) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)) * 0.1
+
+
+def decoded(codec: Any, parts: tuple[torch.Tensor, ...], like: torch.Tensor) -> torch.Tensor:
+    out = torch.full_like(like, float("nan"))
+    CODECS[codec.name].decode_into(out, parts)
+    return out
+
+
+def relative(value: torch.Tensor, reference: torch.Tensor) -> float:
+    return float((value.float() - reference.float()).norm() / reference.float().norm())
+
+
+@four_bit
+@doubly
+@pytest.mark.parametrize("dtype", COMPUTE, ids=str)
+@pytest.mark.parametrize("shape", [(96, 128), (7, 192), (1100, 2048)], ids=str)
+def test_four_bit_weights_decode_bit_for_bit_as_bitsandbytes_does(
+    codec: Bnb4Codec, double: bool, dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
+    weight = a_weight(*shape).to(dtype)
+    packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type=codec.name, compress_statistics=double)
+    parts = codec.encode(weight, double=double)
+    assert torch.equal(parts[0], packed.view(-1))
+    assert torch.equal(decoded(codec, parts, weight), functional.dequantize_4bit(packed, state))
+    assert weight.numel() < CHUNK_WEIGHTS or weight.numel() % CHUNK_WEIGHTS
+
+
+@pytest.mark.parametrize(
+    ("name", "least", "most"), [("int8", 0.006, 0.009), ("nf4", 0.09, 0.094), ("fp4", 0.12, 0.124)]
+)
+def test_each_format_has_its_error(name: str, least: float, most: float) -> None:
+    weight = a_weight(256, 512)
+    assert least < relative(decoded(ENCODERS[name], ENCODERS[name].encode(weight), weight), weight) < most
+
+
+@four_bit
+def test_rows_need_not_be_whole_blocks(codec: Bnb4Codec) -> None:
+    weight = a_weight(7, 96)  # bitsandbytes' own function for CPUs begins a block with each row, and loses half of it
+    assert relative(decoded(codec, codec.encode(weight), weight), weight) < 0.14
+
+
+@pytest.mark.parametrize("dtype", COMPUTE, ids=str)
+def test_an_int8_weight_is_the_product_rounded_once(dtype: torch.dtype) -> None:
+    weight = a_weight() * torch.logspace(-2, 2, 96)[:, None]
+    data, scale = INT8.encode(weight)
+    assert torch.equal(decoded(INT8, (data, scale), weight.to(dtype)), (data.float() * scale).to(dtype))
+    assert ((data.float() * scale - weight).abs() <= scale * 0.5001).all()
+
+
+def test_a_row_of_zeros_stays_zero() -> None:
+    for name in ("int8", "nf4", "fp4"):
+        weight = torch.zeros(4, 64)
+        assert not decoded(ENCODERS[name], ENCODERS[name].encode(weight), weight).any()
+
+
+def test_bitsandbytes_int8_weights_decode_as_its_own_function_does() -> None:
+    data, maxima, _ = functional.int8_vectorwise_quant(a_weight().half())
+    expected = functional.int8_vectorwise_dequant(data, maxima)
+    assert relative(decoded(BNB_INT8, (data, maxima), expected), expected) < 1e-7
+
+
+@pytest.mark.parametrize("case", ["nf4", "nf4 double", "fp4", "int8", "bnb_int8"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_decoding_allocates_no_more_than_it_says(case: str, dtype: torch.dtype) -> None:
+    rows, columns = 3072, 1024
+    scales = rows * columns // 64
+    with FakeTensorMode(), torch.inference_mode(), LiveBytes("cuda") as live:
+
+        def empty(count: int | tuple[int, int], kind: torch.dtype) -> torch.Tensor:
+            return torch.empty(count, dtype=kind, device="cuda")
+
+        if "int8" in case:
+            parts = [empty((rows, columns), torch.int8), empty(rows, torch.float32)]
+        elif "double" in case:
+            nested = [empty(scales // 256, torch.float32), empty(256, torch.float32), empty(1, torch.float32)]
+            parts = [empty(rows * columns // 2, torch.uint8), empty(scales, torch.uint8), *nested]
+        else:
+            parts = [empty(rows * columns // 2, torch.uint8), empty(scales, torch.float32)]
+        codec, out = CODECS[case.split()[0]], empty((rows, columns), dtype)
+        live.reset_peak()
+        held = live.now
+        codec.decode_into(out, parts)
+        assert live.now == held
+        assert live.peak - held <= codec.scratch_bytes((rows, columns)) <= 6 * 1024**2
+
+
+# folders that diffusers and bitsandbytes wrote
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "nf4, double": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+    "int8": {"load_in_8bit": True},
+    "nf4 in the blocks": {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "llm_int8_skip_modules": ["proj_out", "norm_out", "img_in", "txt_in", "time_text_embed"],
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, Path]]:
+    """`quantized(name of a configuration)` -> diffusers' model with bitsandbytes' layers, and its saved folder."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    root = tmp_path_factory.mktemp("bitsandbytes")
+    make_transformer(layers=2, text_dim=64).save_pretrained(root / "plain")
+    made: dict[str, tuple[Any, Path]] = {}
+
+    def make(name: str) -> tuple[Any, Path]:
+        if name not in made:
+            model = load_quantized(root / "plain", BitsAndBytesConfig(**CONFIGS[name]))
+            model.save_pretrained(root / name)
+            made[name] = model, root / name
+        return made[name]
+
+    return make
+
+
+def a_branch() -> Branch:
+    generator = torch.Generator().manual_seed(0)
+    tokens, prompt = torch.randn(1, 30, 64, generator=generator), torch.randn(1, 9, 64, generator=generator)
+    return Branch(tokens, ((1, 5, 6),), prompt, None, 0.7)
+
+
+@torch.no_grad()
+def forward(model: Any, branch: Branch) -> torch.Tensor:
+    return model(
+        hidden_states=branch.tokens,
+        encoder_hidden_states=branch.prompt_embeds,
+        timestep=torch.tensor([branch.timestep]),
+        img_shapes=[list(branch.shapes)],
+        return_dict=False,
+    )[0]
+
+
+def ours(folder: Path, hardware: Hardware) -> torch.Tensor:
+    transformer = QwenImageTransformer(open_checkpoint(folder), dtype=torch.float32, hardware=hardware)
+    transformer.load([1])
+    with transformer.session(slots=1) as session:
+        return session.forward([a_branch()])[0]
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "int8"])
+def test_a_four_bit_folder_computes_what_diffusers_and_bitsandbytes_do(
+    name: str, quantized: Callable[[str], tuple[Any, Path]], hardware: Hardware
+) -> None:
+    model, folder = quantized(name)
+    assert relative(ours(folder, hardware), forward(model, a_branch())) < 1e-5
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_quantized_folder_computes_what_its_decoded_weights_do(
+    name: str, quantized: Callable[[str], tuple[Any, Path]], cpu: Hardware
+) -> None:
+    # bitsandbytes' int8 layers also round what they multiply with; the weights alone are what a file holds
+    model, folder = quantized(name)
+    plain = QwenImageTransformer2DModel(**{k: v for k, v in model.config.items() if not k.startswith(("_", "quant"))})
+    plain.load_state_dict(dequantized(model))
+    difference = relative(ours(folder, cpu), forward(plain, a_branch()))
+    assert difference < 1e-5
+
+
+def test_a_quantized_matrix_has_its_true_shape(quantized: Callable[[str], tuple[Any, Path]]) -> None:
+    _, folder = quantized("nf4, double")
+    tensors = with_quant_states(open_checkpoint(folder).tensors)
+    weight = tensors["transformer_blocks.0.img_mlp.net.0.proj.weight"]
+    assert (weight.dtype, weight.shape, weight.nbytes) == ("NF4", (256, 64), 256 * 64 // 2)
+    assert sort_transformer(open_checkpoint(folder)).config.inner_dim == 64
+
+
+# at the real size
+
+
+def full_size_checkpoint(case: str, layers: int) -> Checkpoint:
+    """The 20 B transformer with the blocks' matrices in nf4, nf4 doubly quantized, or int8."""
+    checkpoint = full_size.transformer_checkpoint(torch.float8_e4m3fn, layers=layers)
+    tensors = dict(checkpoint.tensors)
+    for name, entry in checkpoint.tensors.items():
+        if entry.dtype != "F8_E4M3":
+            continue
+        count = prod(entry.shape)
+
+        def add(part: str, dtype: str, *shape: int, like: TensorEntry = entry) -> None:
+            tensors[part] = replace(like, dtype=dtype, shape=shape, nbytes=prod(shape) * (1 if dtype == "U8" else 4))
+
+        if case == "int8":
+            tensors[name] = replace(entry, dtype="I8")
+            add(name.removesuffix("weight") + "SCB", "F32", entry.shape[0])
+            continue
+        tensors[name] = replace(entry, dtype="NF4", nbytes=count // 2)
+        add(f"{name}.absmax", "U8" if "double" in case else "F32", count // 64)
+        if "double" in case:
+            add(f"{name}.nested_absmax", "F32", count // 64 // 256)
+            add(f"{name}.nested_quant_map", "F32", 256)
+            add(f"{name}.nested_offset", "F32")
+    return replace(checkpoint, tensors=tensors)
+
+
+@pytest.mark.parametrize(
+    ("case", "block_bytes", "all_bytes"),
+    [("int8", 0.229e9, 13.8e9), ("nf4", 0.128e9, 7.8e9), ("nf4 double", 0.118e9, 7.2e9)],
+)
+def test_the_whole_transformer_takes_its_formats_size(case: str, block_bytes: float, all_bytes: float) -> None:
+    with FakeTensorMode(), torch.inference_mode():
+        footprint = QwenImageTransformer(
+            full_size_checkpoint(case, 1),
+            dtype=torch.bfloat16,
+            hardware=full_size.fake_gpu(),
+            source=full_size.EmptySource,
+        ).footprint
+    assert 0.9 * block_bytes < footprint.stored_bytes <= block_bytes
+    assert 60 * footprint.stored_bytes + footprint.outside_bytes <= all_bytes
+
+
+@pytest.mark.parametrize("case", ["int8", "nf4", "nf4 double"])
+def test_the_plan_of_a_full_size_transformer_is_what_its_run_takes(case: str) -> None:
+    with FakeTensorMode(), LiveBytes("cuda") as live, torch.inference_mode():
+        transformer = QwenImageTransformer(
+            full_size_checkpoint(case, 3),
+            dtype=torch.bfloat16,
+            hardware=full_size.fake_gpu(),
+            source=full_size.EmptySource,
+        )
+        plan = plan_memory(transformer.footprint, SamplingRequest(512, 512, 2, 60), int(1.5 * GIB))
+        transformer.load(plan.resident)
+        live.reset_peak()
+        transformer.modulation.announce([0.9])
+        assert abs(live.peak / plan.modulation_peak_bytes - 1) < 0.1
+        live.reset_peak()
+        with transformer.session(slots=plan.slots, mlp_chunk_tokens=plan.mlp_chunk_tokens) as session:
+            tokens = torch.empty(1, 32 * 32, 64, device="cuda", dtype=torch.bfloat16)
+            prompt = torch.empty(1, 60, 3584, device="cuda", dtype=torch.bfloat16)
+            session.forward([Branch(tokens, ((1, 32, 32),), prompt, None, 0.9) for _ in range(2)])
+        assert abs(live.peak / plan.sampling_peak_bytes - 1) < 0.1
+        assert live.peak <= plan.limit_bytes
+
+
+# damage
+
+WEIGHT = "transformer_blocks.0.attn.to_q.weight"
+NOTE = f"{WEIGHT}.quant_state.bitsandbytes__nf4"
+
+
+def changed(folder: Path, to: Path, change: Callable[[dict[str, torch.Tensor], dict[str, Any]], Any]) -> Path:
+    """A folder's only file with its tensors, and the note of one of them, changed by `change(tensors, note)`."""
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    note = json.loads(bytes(tensors[NOTE].tolist()))
+    raw = change(tensors, note)
+    raw = raw if isinstance(raw, bytes) else json.dumps(note).encode()
+    tensors[NOTE] = torch.tensor(list(raw), dtype=torch.uint8)
+    save_file(tensors, to / "m.safetensors")
+    return to / "m.safetensors"
+
+
+DAMAGES: dict[str, tuple[Callable[[Any, Any], Any], type[CheckpointError], str]] = {
+    "no JSON": (lambda t, n: b"{", DamagedFile, "not valid JSON"),
+    "no object": (lambda t, n: b"[1]", DamagedFile, "no JSON object"),
+    "too long": (lambda t, n: b" " * 5000, DamagedFile, "5000 bytes"),
+    "no shape": (lambda t, n: n.pop("shape"), DamagedFile, "has the shape None"),
+    "a shape of texts": (lambda t, n: n.update(shape=["a", 2]), DamagedFile, "has the shape"),
+    "an empty shape": (lambda t, n: n.update(shape=[0, 64]), DamagedFile, "has the shape"),
+    "another shape": (lambda t, n: n.update(shape=[640, 64]), DamagedFile, "are not what"),
+    "another block size": (lambda t, n: n.update(blocksize=128), WrongModel, r"blocks of \(128, 256\)"),
+    "another type": (lambda t, n: n.update(quant_type="nf3"), WrongModel, "'nf3'"),
+    "no offset": (lambda t, n: n.pop("nested_offset"), DamagedFile, "are not what"),
+    "an offset that is no number": (lambda t, n: n.update(nested_offset=float("nan")), DamagedFile, "are not what"),
+    "no scales": (lambda t, n: t.pop(f"{WEIGHT}.absmax"), DamagedFile, "are not what"),
+    "no nested scales": (lambda t, n: t.pop(f"{WEIGHT}.nested_absmax"), DamagedFile, "are not what"),
+    "too few codes": (lambda t, n: t.update({WEIGHT: t[WEIGHT][:-1]}), DamagedFile, "are not what"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_a_quant_state_that_does_not_fit_is_refused(
+    damage: tuple[Callable[[Any, Any], Any], type[CheckpointError], str],
+    quantized: Callable[[str], tuple[Any, Path]],
+    tmp_path: Path,
+) -> None:
+    change, error, words = damage
+    file = changed(quantized("nf4, double")[1], tmp_path, change)
+    with pytest.raises(error, match=words):
+        sort_transformer(open_checkpoint(file))
