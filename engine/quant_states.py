@@ -54,7 +54,7 @@ def _described(
         expected |= {"nested_absmax": ("F32", -(-scales // NESTED_BLOCK)), "nested_quant_map": ("F32", 256)}
     found = {part: tensors.get(f"{name}.{part}") for part in expected}
     fits = all((e.dtype, prod(e.shape)) == expected[part] if e else False for part, e in found.items())
-    stated = not nested or (type(offset) in (int, float) and abs(offset) < MAX_OFFSET)
+    stated = not nested or (isinstance(offset, int | float) and abs(offset) < MAX_OFFSET)
     if not fits or not stated or entry.nbytes != (prod(shape) + 1) // 2:
         raise DamagedFile(
             f"{file}: {name!r} and its scales are not what its quant state promises, {shape!s:.99} in {kind}. "

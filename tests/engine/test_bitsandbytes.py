@@ -1,4 +1,4 @@
-"""Weights in int8, nf4 and fp4 decode as bitsandbytes decodes them, and folders that it quantized load as they are."""
+"""Folders that bitsandbytes quantized load as they are, and compute what it computes."""
 
 import json
 import logging
@@ -17,9 +17,6 @@ from live_bytes import LiveBytes
 from qwenimage_lowvram.engine.checkpoint import Checkpoint, TensorEntry, open_checkpoint
 from qwenimage_lowvram.engine.errors import CheckpointError, DamagedFile, WrongModel
 from qwenimage_lowvram.engine.families import sort_transformer
-from qwenimage_lowvram.engine.formats import CODECS, ENCODERS
-from qwenimage_lowvram.engine.formats.bnb4 import CHUNK_WEIGHTS, FP4, NF4, Bnb4Codec
-from qwenimage_lowvram.engine.formats.int8 import BNB_INT8, INT8
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.plan import GIB, SamplingRequest, plan_memory
 from qwenimage_lowvram.engine.quant_states import with_quant_states
@@ -28,98 +25,9 @@ from safetensors.torch import load_file, save_file
 from small_checkpoint import make_transformer
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-functional: Any = pytest.importorskip("bitsandbytes.functional")
-COMPUTE = [torch.float32, torch.bfloat16, torch.float16]
-four_bit = pytest.mark.parametrize("codec", [NF4, FP4], ids=lambda codec: codec.name)
-doubly = pytest.mark.parametrize("double", [False, True], ids=["single", "double"])
-
-
-def a_weight(rows: int = 96, columns: int = 128) -> torch.Tensor:
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)) * 0.1
-
-
-def decoded(codec: Any, parts: tuple[torch.Tensor, ...], like: torch.Tensor) -> torch.Tensor:
-    out = torch.full_like(like, float("nan"))
-    CODECS[codec.name].decode_into(out, parts)
-    return out
-
 
 def relative(value: torch.Tensor, reference: torch.Tensor) -> float:
     return float((value.float() - reference.float()).norm() / reference.float().norm())
-
-
-@four_bit
-@doubly
-@pytest.mark.parametrize("dtype", COMPUTE, ids=str)
-@pytest.mark.parametrize("shape", [(96, 128), (7, 192), (1100, 2048)], ids=str)
-def test_four_bit_weights_decode_bit_for_bit_as_bitsandbytes_does(
-    codec: Bnb4Codec, double: bool, dtype: torch.dtype, shape: tuple[int, int]
-) -> None:
-    weight = a_weight(*shape).to(dtype)
-    packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type=codec.name, compress_statistics=double)
-    parts = codec.encode(weight, double=double)
-    assert torch.equal(parts[0], packed.view(-1))
-    assert torch.equal(decoded(codec, parts, weight), functional.dequantize_4bit(packed, state))
-    assert weight.numel() < CHUNK_WEIGHTS or weight.numel() % CHUNK_WEIGHTS
-
-
-@pytest.mark.parametrize(
-    ("name", "least", "most"), [("int8", 0.006, 0.009), ("nf4", 0.09, 0.094), ("fp4", 0.12, 0.124)]
-)
-def test_each_format_has_its_error(name: str, least: float, most: float) -> None:
-    weight = a_weight(256, 512)
-    assert least < relative(decoded(ENCODERS[name], ENCODERS[name].encode(weight), weight), weight) < most
-
-
-@four_bit
-def test_rows_need_not_be_whole_blocks(codec: Bnb4Codec) -> None:
-    weight = a_weight(7, 96)  # bitsandbytes' own function for CPUs begins a block with each row, and loses half of it
-    assert relative(decoded(codec, codec.encode(weight), weight), weight) < 0.14
-
-
-@pytest.mark.parametrize("dtype", COMPUTE, ids=str)
-def test_an_int8_weight_is_the_product_rounded_once(dtype: torch.dtype) -> None:
-    weight = a_weight() * torch.logspace(-2, 2, 96)[:, None]
-    data, scale = INT8.encode(weight)
-    assert torch.equal(decoded(INT8, (data, scale), weight.to(dtype)), (data.float() * scale).to(dtype))
-    assert ((data.float() * scale - weight).abs() <= scale * 0.5001).all()
-
-
-def test_a_row_of_zeros_stays_zero() -> None:
-    for name in ("int8", "nf4", "fp4"):
-        weight = torch.zeros(4, 64)
-        assert not decoded(ENCODERS[name], ENCODERS[name].encode(weight), weight).any()
-
-
-def test_bitsandbytes_int8_weights_decode_as_its_own_function_does() -> None:
-    data, maxima, _ = functional.int8_vectorwise_quant(a_weight().half())
-    expected = functional.int8_vectorwise_dequant(data, maxima)
-    assert relative(decoded(BNB_INT8, (data, maxima), expected), expected) < 1e-7
-
-
-@pytest.mark.parametrize("case", ["nf4", "nf4 double", "fp4", "int8", "bnb_int8"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_decoding_allocates_no_more_than_it_says(case: str, dtype: torch.dtype) -> None:
-    rows, columns = 3072, 1024
-    scales = rows * columns // 64
-    with FakeTensorMode(), torch.inference_mode(), LiveBytes("cuda") as live:
-
-        def empty(count: int | tuple[int, int], kind: torch.dtype) -> torch.Tensor:
-            return torch.empty(count, dtype=kind, device="cuda")
-
-        if "int8" in case:
-            parts = [empty((rows, columns), torch.int8), empty(rows, torch.float32)]
-        elif "double" in case:
-            nested = [empty(scales // 256, torch.float32), empty(256, torch.float32), empty(1, torch.float32)]
-            parts = [empty(rows * columns // 2, torch.uint8), empty(scales, torch.uint8), *nested]
-        else:
-            parts = [empty(rows * columns // 2, torch.uint8), empty(scales, torch.float32)]
-        codec, out = CODECS[case.split()[0]], empty((rows, columns), dtype)
-        live.reset_peak()
-        held = live.now
-        codec.decode_into(out, parts)
-        assert live.now == held
-        assert live.peak - held <= codec.scratch_bytes((rows, columns)) <= 6 * 1024**2
 
 
 # folders that diffusers and bitsandbytes wrote

@@ -1,7 +1,6 @@
 """The bundled workflows and native nodes through the real server, to the PNG."""
 
 import io
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,13 @@ import pytest
 import torch
 from devtools.client import ComfyClient, ExecutionFailed, PromptRefused, RunInterrupted
 from devtools.server import ComfyServer
-from devtools.workflow import set_widgets, to_prompt
 from diffusers import QwenImagePipeline
 from PIL import Image
 from safetensors.torch import load_file
 from split_files import SplitFiles
 
-WORKFLOWS = sorted((Path(__file__).parents[2] / "workflows").glob("*.json"))
-FOLDER = "from the folder"
+from .graphs import FOLDER, WORKFLOWS, changed, with_inputs, workflow
+
 SMALL_SIZE = {"width": 112, "height": 80, "batch_size": 1}
 STEPS = 4
 SEED = 5
@@ -31,16 +29,6 @@ def pixels(client: ComfyClient, run: Any) -> np.ndarray:
     return np.stack([np.asarray(picture) for picture in pictures]).astype(int)
 
 
-def workflow(path: Path, object_info: Mapping[str, Any], loader: Mapping[str, Any], **sample: Any) -> dict[str, Any]:
-    """A bundled graph as a prompt, on the small checkpoint and at a small size."""
-    graph = json.loads(path.read_text(encoding="utf-8"))
-    graph = set_widgets(graph, object_info, "QwenLowVRAMLoader", **loader)
-    graph = set_widgets(graph, object_info, "QwenLowVRAMEncodePrompts", positive=PROMPT, negative=NEGATIVE)
-    graph = set_widgets(graph, object_info, "EmptySD3LatentImage", **SMALL_SIZE)
-    graph = set_widgets(graph, object_info, "QwenLowVRAMSample", seed=SEED, steps=STEPS, **sample)
-    return to_prompt(graph, object_info)
-
-
 @pytest.fixture(scope="session")
 def folder_inputs(full_pipeline: Path) -> dict[str, Any]:
     name = f"{full_pipeline.name} (folder)"
@@ -50,17 +38,14 @@ def folder_inputs(full_pipeline: Path) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def base_prompt(object_info: dict[str, Any], folder_inputs: dict[str, Any]) -> dict[str, Any]:
     """The 4 GB graph on the pipeline folder: loader 1, prompts 2, empty latent 3, sampler 4, decode 5, save 6."""
-    return workflow(WORKFLOWS[0], object_info, folder_inputs)
+    return small(WORKFLOWS[0], object_info, folder_inputs)
 
 
-def changed(prompt: Mapping[str, Any], *removed: str, **nodes: tuple[str, dict[str, Any]]) -> dict[str, Any]:
-    """The prompt without some nodes and with others put in: n4=("KSampler", {...})."""
-    kept = {node: value for node, value in prompt.items() if node not in removed}
-    return kept | {name[1:]: {"class_type": kind, "inputs": inputs} for name, (kind, inputs) in nodes.items()}
-
-
-def with_inputs(prompt: Mapping[str, Any], node: str, **inputs: Any) -> dict[str, Any]:
-    return {**prompt, node: {**prompt[node], "inputs": {**prompt[node]["inputs"], **inputs}}}
+def small(path: Path, object_info: Mapping[str, Any], loader: Mapping[str, Any]) -> dict[str, Any]:
+    """A bundled graph as a prompt, on the small checkpoint and at a small size."""
+    prompts = {"positive": PROMPT, "negative": NEGATIVE}
+    sample = {"seed": SEED, "steps": STEPS}
+    return workflow(path, object_info, loader, prompts=prompts, size=SMALL_SIZE, sample=sample)
 
 
 def diffusers_pixels(pipeline: QwenImagePipeline) -> np.ndarray:
@@ -87,7 +72,7 @@ def test_every_bundled_workflow_makes_the_picture_of_diffusers(
     full_pipeline: Path,
 ) -> None:
     assert len(WORKFLOWS) >= 3
-    run = client.run(workflow(path, object_info, folder_inputs))
+    run = client.run(small(path, object_info, folder_inputs))
     pipeline = QwenImagePipeline.from_pretrained(full_pipeline)
     pipeline.set_progress_bar_config(disable=True)
     assert np.abs(pixels(client, run) - diffusers_pixels(pipeline)).max() <= 1
@@ -112,7 +97,7 @@ def test_split_files_make_the_picture_of_their_decoded_weights(
         "vae": files.vae,
         "dtype": "fp32",
     }
-    run = client.run(workflow(WORKFLOWS[0], object_info, loader))
+    run = client.run(small(WORKFLOWS[0], object_info, loader))
     pipeline = QwenImagePipeline.from_pretrained(full_pipeline)
     pipeline.set_progress_bar_config(disable=True)
     _use(pipeline.transformer, models_dir / "diffusion_models" / files.transformer)

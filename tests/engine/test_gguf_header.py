@@ -1,0 +1,190 @@
+"""A GGUF file is known from its header alone, and what is wrong with one is said in words."""
+
+import struct
+import tracemalloc
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType, GGUFWriter
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from qwenimage_lowvram.engine.checkpoint import open_checkpoint
+from qwenimage_lowvram.engine.errors import CheckpointError, DamagedFile, MissingFile, QwenLowVRAMError, WrongModel
+from qwenimage_lowvram.engine.families import identify, sort_text_encoder, sort_transformer
+
+
+def write_gguf(file: Path, architecture: str = "qwen_image", **tensors: np.ndarray) -> Path:
+    writer = GGUFWriter(file, architecture)
+    writer.add_uint32("some.number", 7)
+    writer.add_string("some.text", "text")
+    writer.add_bool("some.truth", True)
+    writer.add_array("some.list", [1, 2, 3])
+    writer.add_token_list([f"token {i}" for i in range(1000)])
+    writer.add_array("a.long.list", list(range(1000)))
+    for name, values in tensors.items():
+        quantized = values.dtype == np.uint8
+        writer.add_tensor(name, values, raw_dtype=GGMLQuantizationType.Q8_0 if quantized else None)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+@pytest.fixture
+def two_tensors(tmp_path: Path) -> Path:
+    values = np.arange(12, dtype=np.float32).reshape(3, 4)
+    return write_gguf(tmp_path / "m.gguf", a=values, b=np.arange(10 * 34, dtype=np.uint8).reshape(5, -1))
+
+
+def test_an_entry_leads_to_the_tensors_bytes(two_tensors: Path) -> None:
+    checkpoint = open_checkpoint(two_tensors)
+    entries = checkpoint.tensors
+    assert {name: (entry.dtype, entry.shape) for name, entry in entries.items()} == {
+        "a": ("F32", (3, 4)),
+        "b": ("Q8_0", (5, 64)),
+    }
+    for tensor in gguf.GGUFReader(two_tensors).tensors:
+        entry = entries[tensor.name]
+        assert two_tensors.read_bytes()[entry.offset : entry.offset + entry.nbytes] == tensor.data.tobytes()
+    assert checkpoint.nbytes == 12 * 4 + 10 * 34
+
+
+def test_settings_are_metadata_and_vocabularies_are_stepped_over(two_tensors: Path) -> None:
+    metadata = open_checkpoint(two_tensors).metadata
+    assert metadata["general.architecture"] == "qwen_image"
+    assert (metadata["some.text"], metadata["some.number"], metadata["some.truth"]) == ("text", "7", "true")
+    assert metadata["some.list"] == "[1, 2, 3]"
+    assert "tokenizer.ggml.tokens" not in metadata
+    assert "a.long.list" not in metadata
+
+
+def test_identity_changes_with_the_header_and_the_file(tmp_path: Path) -> None:
+    values = np.zeros((2, 32), dtype=np.float32)
+    first = open_checkpoint(write_gguf(tmp_path / "m.gguf", a=values)).identity
+    assert open_checkpoint(tmp_path / "m.gguf").identity == first
+    assert open_checkpoint(write_gguf(tmp_path / "m.gguf", b=values)).identity != first
+
+
+def test_opening_twenty_gigabytes_reads_the_header_only(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "m.gguf", a=np.zeros((1, 32), dtype=np.float32))
+    raw = bytearray(file.read_bytes())
+    name = raw.rindex(struct.pack("<Q", 1) + b"a")
+    raw[name + 9 : name + 9 + 20] = struct.pack("<IQQ", 2, 65536, 76294)  # two dimensions, the fastest first
+    file.write_bytes(raw)
+    with file.open("r+b") as stream:
+        stream.truncate(len(raw) + 4 * 65536 * 76294)
+    tracemalloc.start()
+    try:
+        assert open_checkpoint(file).tensors["a"].nbytes == 4 * 65536 * 76294
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_another_file_under_the_name_is_no_gguf_file(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"PK\x03\x04" + bytes(100))
+    with pytest.raises(DamagedFile, match="is no GGUF file: it begins with b'PK"):
+        open_checkpoint(tmp_path / "m.gguf")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(MissingFile, match=r"nowhere\.gguf does not exist"):
+        open_checkpoint(tmp_path / "nowhere.gguf")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.0001, 0.001, 0.3, 0.9, 0.99])
+def test_a_file_cut_off_anywhere_is_damaged(share: float, two_tensors: Path) -> None:
+    raw = two_tensors.read_bytes()
+    two_tensors.write_bytes(raw[: int(len(raw) * share)])
+    with pytest.raises(DamagedFile, match=r"cut off|no GGUF file"):
+        open_checkpoint(two_tensors)
+
+
+DAMAGES: dict[str, tuple[int, bytes, str]] = {
+    "version": (4, struct.pack("<I", 9), "version 9"),
+    "as many tensors as there can be": (8, struct.pack("<Q", 2**63), "cut off|dimensions"),
+    "as many settings as there can be": (16, struct.pack("<Q", 2**63), "cut off|unknown type|no text"),
+    "a name of all memory": (24, struct.pack("<Q", 2**62), "cut off"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_an_absurd_number_is_refused_before_it_is_allocated(damage: tuple[int, bytes, str], two_tensors: Path) -> None:
+    at, value, words = damage
+    raw = bytearray(two_tensors.read_bytes())
+    raw[at : at + len(value)] = value
+    two_tensors.write_bytes(raw)
+    tracemalloc.start()
+    try:
+        with pytest.raises(DamagedFile, match=words):
+            open_checkpoint(two_tensors)
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_an_unknown_type_is_named(two_tensors: Path) -> None:
+    raw = bytearray(two_tensors.read_bytes())
+    at = raw.rindex(struct.pack("<Q", 1) + b"b") + 9 + 4 + 16
+    raw[at : at + 4] = struct.pack("<I", 999)
+    two_tensors.write_bytes(raw)
+    with pytest.raises(DamagedFile, match=r"'b' has the unknown ggml type 999\. Update the gguf package"):
+        open_checkpoint(two_tensors)
+
+
+def test_rows_are_whole_blocks(two_tensors: Path) -> None:
+    raw = bytearray(two_tensors.read_bytes())
+    at = raw.rindex(struct.pack("<Q", 1) + b"b") + 9 + 4
+    raw[at : at + 8] = struct.pack("<Q", 33)
+    two_tensors.write_bytes(raw)
+    with pytest.raises(DamagedFile, match=r"'b' Q8_0\[5, 33\]"):
+        open_checkpoint(two_tensors)
+
+
+@pytest.fixture(scope="module")
+def whole_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    values = np.arange(12, dtype=np.float32).reshape(3, 4)
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "m.gguf", a=values, b=values).read_bytes()
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_no_damage_brings_another_error_than_ours(data: st.DataObject, whole_file: bytes, tmp_path: Path) -> None:
+    raw = bytearray(whole_file)
+    numbers = st.sampled_from([0, 1, 2**31, 2**32 - 1, 2**62, 2**64 - 1])
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(raw) - 1))
+        patch = data.draw(st.binary(min_size=1, max_size=9) | numbers.map(lambda n: struct.pack("<Q", n)))
+        raw[at : at + len(patch)] = patch
+    del raw[data.draw(st.integers(0, len(raw)) | st.just(len(raw))) :]
+    (tmp_path / "m.gguf").write_bytes(raw)
+    try:
+        checkpoint = open_checkpoint(tmp_path / "m.gguf")
+    except CheckpointError:
+        return
+    assert identify(checkpoint.tensors)
+    for sort in (sort_transformer, sort_text_encoder):
+        with pytest.raises(QwenLowVRAMError):
+            sort(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "names", "words"),
+    [
+        ("flux", ["double_blocks.0.img_attn.qkv.weight"], r"is a Flux transformer \(GGUF architecture 'flux', 1 tens"),
+        ("clip", ["v.blk.0.attn_q.weight"], r"is the vision part \(mmproj\) of a text encoder"),
+        ("t5encoder", ["enc.blk.0.attn_q.weight"], "is the text encoder of another model"),
+        ("llama", ["blk.0.attn_q.weight"], "is the text encoder of another model"),
+        ("something", ["weights"], r"is a model that is not recognised \(GGUF architecture 'something'"),
+    ],
+)
+def test_another_model_in_the_transformers_place_is_named(
+    architecture: str, names: list[str], words: str, tmp_path: Path
+) -> None:
+    values = np.zeros((32, 32), dtype=np.float32)
+    file = write_gguf(tmp_path / "m.gguf", architecture, **dict.fromkeys(names, values))
+    with pytest.raises(WrongModel, match=words):
+        sort_transformer(open_checkpoint(file))

@@ -1,0 +1,97 @@
+"""What the picture shows, asked of the trained miniature through the real server: facts with a right answer."""
+
+import io
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from devtools.client import ComfyClient
+from miniature.data import Item, Scene, caption
+from miniature.scorer import score
+from PIL import Image
+from split_files import write_split_files
+
+from .graphs import FOLDER, WORKFLOWS, changed, with_inputs, workflow
+
+MINIATURE = Path(__file__).parents[2] / "miniature"
+# combinations that the miniature has been trained on: this asks whether the pack draws what the weights know
+SCENES = [
+    (Scene("white", (Item("circle", "red", "large"),), "centre"), "en"),
+    (Scene("blue", (Item("square", "yellow", "large"),), "left"), "zh"),
+]
+SETTINGS = {"width": 128, "height": 128, "batch_size": 1}
+
+
+@pytest.fixture(scope="module")
+def loader(models_dir: Path) -> dict[str, Any]:
+    """Inputs of the loader for the miniature as a pipeline folder."""
+    target = models_dir / "diffusers" / "miniature"
+    if not target.exists():
+        shutil.copytree(MINIATURE, target)
+    return {"transformer": "miniature (folder)", "text_encoder": FOLDER, "vae": FOLDER, "dtype": "fp32"}
+
+
+def prompt_of(path: Path, object_info: Any, loader: dict[str, Any], scene: Scene, language: str) -> dict[str, Any]:
+    text = caption(scene, language, random.Random(0))
+    return workflow(
+        path,
+        object_info,
+        loader,
+        prompts={"positive": text, "negative": " "},
+        size=SETTINGS,
+        sample={"seed": 1, "steps": 20, "cfg": 4.0},
+    )
+
+
+def assert_shows(client: ComfyClient, prompt: dict[str, Any], scene: Scene) -> dict[str, Any]:
+    run = client.run(prompt)
+    picture = np.asarray(Image.open(io.BytesIO(client.image(run.images()[0]))).convert("RGB"))
+    verdict = score(picture, scene)
+    assert verdict.correct, verdict
+    report: dict[str, Any] = run.ui("qwen_lowvram_report")[0]
+    return report
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(("scene", "language"), SCENES, ids=["English", "Chinese"])
+def test_every_bundled_workflow_shows_what_its_prompt_says(
+    client: ComfyClient, object_info: Any, loader: dict[str, Any], path: Path, scene: Scene, language: str
+) -> None:
+    assert_shows(client, prompt_of(path, object_info, loader, scene, language), scene)
+
+
+def test_every_plan_shows_it(client: ComfyClient, object_info: Any, loader: dict[str, Any]) -> None:
+    scene, language = SCENES[0]
+    plan = assert_shows(client, prompt_of(WORKFLOWS[0], object_info, loader, scene, language), scene)["plan"]
+    block_bytes = plan["resident_bytes"] // plan["blocks"]
+    seen = {len(plan["resident"])}
+    for fewer in range(1, plan["blocks"] + 1):
+        limit_gb = (plan["sampling_peak_bytes"] - (fewer - 0.5) * block_bytes) / 1024**3
+        prompt = prompt_of(WORKFLOWS[0], object_info, loader | {"vram_limit_gb": limit_gb}, scene, language)
+        seen.add(len(assert_shows(client, prompt, scene)["plan"]["resident"]))
+    assert seen == set(range(plan["blocks"] + 1))
+
+
+def test_tiles_show_it(client: ComfyClient, object_info: Any, loader: dict[str, Any]) -> None:
+    scene, language = SCENES[0]
+    prompt = with_inputs(prompt_of(WORKFLOWS[0], object_info, loader, scene, language), "5", tile_size=64)
+    assert_shows(client, prompt, scene)
+
+
+@pytest.mark.parametrize("storage", ["bf16", "fp16", "fp8", "fp8_scaled"])
+def test_every_weight_format_shows_it(
+    client: ComfyClient, object_info: Any, loader: dict[str, Any], models_dir: Path, storage: str
+) -> None:
+    # the miniature's own small vocabulary lies in the folder, so the prompts are encoded by the folder's CLIP
+    files = write_split_files(MINIATURE, models_dir, dtype=storage, name="miniature")
+    scene, language = SCENES[0]
+    prompt = prompt_of(WORKFLOWS[0], object_info, loader, scene, language)
+    split = loader | {"transformer": files.transformer, "text_encoder": files.text_encoder, "vae": files.vae}
+    inputs = {**prompt["1"]["inputs"], **split}
+    prompt = changed(prompt, n10=("QwenLowVRAMLoader", inputs))
+    prompt = with_inputs(with_inputs(prompt, "4", model=["10", 0]), "5", vae=["10", 2])
+    report = assert_shows(client, prompt, scene)
+    assert report["weight_format"].startswith(storage.split("_")[0])
