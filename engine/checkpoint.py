@@ -45,8 +45,9 @@ class TensorEntry:
 class Checkpoint:
     """One model (transformer, text encoder or VAE) as it lies on disk.
 
-    `identity` changes whenever a header, a size or a modification time does; it keys every cache made from the
-    weights. `config` is the folder's config.json, or the JSON under the metadata key "config" of a single file.
+    `identity` changes whenever a header, a size, a modification time or the configuration does; it keys every cache
+    made from the weights. `config` is the folder's config.json, or the JSON under the metadata key "config" of a
+    single file.
     """
 
     path: Path
@@ -86,6 +87,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
             tensors[name] = _entry(file, name, info, data_start, size)
     if config is None and "config" in metadata:
         config = _parse_json(metadata["config"], f"{path}: metadata key 'config'")
+    digest.update(json.dumps(config, sort_keys=True).encode())
     return Checkpoint(path, tensors, metadata, config, digest.hexdigest()[:16])
 
 

@@ -43,6 +43,7 @@ class ModulationTable:
         self._store = store
         self._embed = embed
         self._rows: dict[float, ModulationRow] = {}
+        self._announced: dict[float, None] = {}
         self._current: tuple[float, ModulationRow] | None = None
 
     @property
@@ -57,11 +58,20 @@ class ModulationTable:
 
         `on_block` is called before each block of the pass with its index, and may raise to end it.
         """
-        wanted = dict.fromkeys(timesteps)
-        missing = [t for t in wanted if t not in self._rows]
-        self._forget_all_but(wanted)
+        self._announced = dict.fromkeys(timesteps)
+        self._forget_all_but(self._announced)
+        self._compute([t for t in self._announced if t not in self._rows], slots, on_block)
+
+    def _compute(self, missing: list[float], slots: int, on_block: Callable[[int], None] | None) -> None:
         if not missing:
             return
+        try:
+            rows = self._project(missing, slots, on_block)
+        finally:
+            self._store.release()  # host buffers and files; the device's slots went with the streamer
+        self._rows.update(zip(missing, rows, strict=True))
+
+    def _project(self, missing: list[float], slots: int, on_block: Callable[[int], None] | None) -> list[ModulationRow]:
         embedded = [self._embed(t) for t in missing]
         img: list[Tensor] = []
         txt: list[Tensor] = []
@@ -71,23 +81,23 @@ class ModulationTable:
                     on_block(index)
                 img.append(torch.stack([block.img_mod(temb) for temb in embedded]).cpu())
                 txt.append(torch.stack([block.txt_mod(temb[:1]) for temb in embedded]).cpu())
-        for position, timestep in enumerate(missing):
-            self._rows[timestep] = ModulationRow(
-                torch.stack([block[position] for block in img]), torch.stack([block[position] for block in txt])
-            )
+        return [
+            ModulationRow(torch.stack([block[i] for block in img]), torch.stack([block[i] for block in txt]))
+            for i in range(len(missing))
+        ]
 
     def row(self, timestep: float, *, on_block: Callable[[int], None] | None = None) -> ModulationRow:
         """The row of `timestep` on the device. One that was not announced costs a pass over the weights."""
         if self._current is None or self._current[0] != timestep:
             if timestep not in self._rows:
-                self.announce([*self._rows, timestep], slots=1, on_block=on_block)
+                self._forget_all_but(self._announced)
+                self._compute([timestep], 1, on_block)
             self._current = timestep, self._rows[timestep].to(self._store.hardware.device)
         return self._current[1]
 
     def leave_device(self) -> None:
-        """Give back what lies on the device and close the files; the rows stay in host memory."""
+        """Give back the row on the device; the rows stay in host memory."""
         self._current = None
-        self._store.release()
 
     def _forget_all_but(self, wanted: dict[float, None]) -> None:
         spare = [t for t in self._rows if t not in wanted]

@@ -91,7 +91,7 @@ class QwenImageTransformer:
         self.store = BlockStore(blocks, source(blocks), self._empty_block, hardware)
         shapes = {name: tuple(p.shape) for name, p in self._empty_modulation().named_parameters()}
         mods = [store_block(shapes, entries, dtype, f"{where}, block {i}") for i, entries in enumerate(tensors.blocks)]
-        mod_store = BlockStore(mods, source(mods), self._empty_modulation, hardware)
+        mod_store = BlockStore(mods, source(mods), self._empty_modulation, hardware, ring_buffers=1)
         self.modulation = ModulationTable(mod_store, self._embed_timestep)
         self.footprint = TransformerFootprint(
             blocks=self.config.num_layers,
@@ -112,9 +112,14 @@ class QwenImageTransformer:
 
     def load(self, resident: Sequence[int]) -> None:
         """Bring the weights outside the blocks and the `resident` blocks to the device."""
-        self._move_outside(self.hardware.device)
-        self._loaded = True
+        self.return_outside()
         self.store.set_resident(resident)
+
+    def return_outside(self) -> None:
+        """Bring the weights outside the blocks to the device, unless they are there."""
+        if not self._loaded:
+            self._move_outside(self.hardware.device)
+            self._loaded = True
 
     def unload(self) -> None:
         """Leave the device: what `load` brought there is given back. The modulation table stays in host memory."""
@@ -233,6 +238,7 @@ class TransformerSession:
         `more`: another pass follows. `on_block` is called before each block with its index; it may raise, and the
         session can be used again after that. Raises InvalidRequest for positions beyond the rotary tables.
         """
+        self._transformer.return_outside()  # it may have been asked to leave since the last pass
         rows = {b.timestep: self._transformer.modulation.row(b.timestep, on_block=on_block) for b in branches}
         states = [self._begin(branch, rows[branch.timestep]) for branch in branches]
         for index, block in self._streamer.visit(more=more):

@@ -45,7 +45,12 @@ class LowVRAMCLIP(comfy.sd.CLIP):
         other = LowVRAMCLIP(self.encoder, self.tokenizer, self.limit_bytes)
         other.patcher = self.patcher.clone()
         other.tokenizer_options = dict(self.tokenizer_options)
+        other.use_clip_schedule = self.use_clip_schedule
+        other.apply_hooks_to_conds = self.apply_hooks_to_conds
         return other
+
+    def clip_layer(self, layer_idx: int) -> None:
+        refuse("Another layer of the text encoder (CLIPSetLastLayer)", "remove that node.")
 
     def tokenize(
         self, text: str, return_word_ids: bool = False, *, llama_template: str | None = None, **kwargs: Any
@@ -56,6 +61,10 @@ class LowVRAMCLIP(comfy.sd.CLIP):
         if llama_template is not None and not text.startswith("<|im_start|>"):
             text = llama_template.format(text)
         return {TOKENS_KEY: [[(token, 1.0) for token in self.tokenizer.encode(text)]]}
+
+    def encode_from_tokens_scheduled(self, tokens: Any, *args: Any, **kwargs: Any) -> Any:
+        self._refuse_schedule()
+        return super().encode_from_tokens_scheduled(tokens, *args, **kwargs)
 
     def encode_from_tokens(self, tokens: Any, return_pooled: Any = False, return_dict: bool = False) -> Any:
         pairs = tokens[TOKENS_KEY][0]
@@ -71,10 +80,14 @@ class LowVRAMCLIP(comfy.sd.CLIP):
     def encode_prompts(self, prompts: list[str]) -> list[Any]:
         """A CONDITIONING for each prompt, all of them in one visit of the encoder."""
         conds = self.encode_ids([self.tokenizer.encode(prompt) for prompt in prompts])
-        return [[[cond, {"pooled_output": None}]] for cond in conds]
+        return [[[cond, self.add_hooks_to_dict({"pooled_output": None})]] for cond in conds]
 
     def encode_ids(self, ids: list[list[int]]) -> list[Tensor]:
-        """(1, length - 34, dim) in float32 for each list of token ids. Raises DoesNotFit before anything is read."""
+        """(1, length of the prompt, dim) in float32 for each list of token ids.
+
+        Raises DoesNotFit before anything is read.
+        """
+        self._refuse_schedule()
         device, footprint = self.encoder.hardware.device, self.encoder.footprint
         lengths = [len(tokens) for tokens in ids]
         wanted = text_encoder_peak_bytes(footprint, lengths, 2)
@@ -87,7 +100,13 @@ class LowVRAMCLIP(comfy.sd.CLIP):
 
         states = self.encoder.encode(ids, slots=slots, on_layer=on_layer)
         comfy.model_management.soft_empty_cache()
-        return [drop_template(state).to(comfy.model_management.intermediate_device()) for state in states]
+        out = comfy.model_management.intermediate_device()
+        starts = [self.tokenizer.start(tokens) for tokens in ids]
+        return [drop_template(state, start).to(out) for state, start in zip(states, starts, strict=True)]
+
+    def _refuse_schedule(self) -> None:
+        if self.use_clip_schedule and self.patcher.forced_hooks is not None:
+            refuse("A schedule of hooks on the text encoder (SetClipHooks)", "switch schedule_clip off.")
 
     def load_model(self, tokens: Any = None) -> Any:
         return self.patcher

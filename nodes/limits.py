@@ -1,8 +1,12 @@
 """How much of a device a stage may use: the person's limit, what is free, and what our own models hold there."""
 
+from typing import Any
+
 import comfy.model_management
+import comfy.model_patcher
 import torch
 
+from ..engine.vae import ImageVAE
 from .patcher import LowVRAMPatcher
 
 # of what is free: fragments of torch's allocator, cuBLAS, cuDNN and attention workspaces
@@ -10,21 +14,21 @@ HEADROOM_BYTES = 384 * 1024**2
 
 
 def stage_bytes(
-    device: torch.device, limit_bytes: int | None, wanted_bytes: int, *, reused: LowVRAMPatcher | None = None
+    device: torch.device,
+    limit_bytes: int | None,
+    wanted_bytes: int,
+    *,
+    reused: comfy.model_patcher.ModelPatcher | None = None,
 ) -> int:
     """What a stage may hold on `device`, at most `limit_bytes` (None: what is free) with all that is ours there.
 
     Whatever lies in the way of `wanted_bytes` is asked to leave first: other models through ComfyUI, and resident
-    blocks of ours, which come back when their turn comes. `reused` is the model whose blocks the stage itself works
-    with: they stay, and count as part of the stage.
+    blocks of ours, which come back when their turn comes. `reused` is the model that the stage itself
+    works with: it stays, and counts as part of the stage.
     """
     management = comfy.model_management
     wanted = wanted_bytes if limit_bytes is None else min(wanted_bytes, limit_bytes)
-    ours = [
-        loaded
-        for loaded in management.current_loaded_models
-        if isinstance(loaded.model, LowVRAMPatcher) and loaded.device == device
-    ]
+    ours = [loaded for loaded in management.current_loaded_models if _is_ours(loaded.model) and loaded.device == device]
     kept = [loaded for loaded in ours if reused is not None and reused.is_clone(loaded.model)]
     held = sum(loaded.model_loaded_memory() for loaded in kept)
     if device.type != "cpu":  # as ComfyUI does: what lies in RAM is not asked to leave
@@ -34,9 +38,20 @@ def stage_bytes(
         return max(0, free)
     for loaded in ours:
         excess = _held(ours) - held + wanted - limit_bytes
-        if loaded not in kept and excess > 0:
-            loaded.model.partially_unload(loaded.model.offload_device, excess)
+        if excess > 0 and not any(loaded is entry for entry in kept):
+            _ask_away(loaded.model, excess)
     return max(0, min(free, limit_bytes - (_held(ours) - held)))
+
+
+def _is_ours(patcher: Any) -> bool:
+    return isinstance(patcher, LowVRAMPatcher) or isinstance(getattr(patcher, "model", None), ImageVAE)
+
+
+def _ask_away(patcher: Any, nbytes: int) -> None:
+    if isinstance(patcher, LowVRAMPatcher):
+        patcher.partially_unload(patcher.offload_device, nbytes)
+    else:
+        patcher.detach()
 
 
 def _held(models: list[comfy.model_management.LoadedModel]) -> int:

@@ -143,7 +143,9 @@ class QwenLowVRAMLoader:
 
     @classmethod
     def VALIDATE_INPUTS(cls, transformer: str, text_encoder: str, vae: str) -> bool | str:
-        """Before the run: are the files there, whole, and each in its own place?"""
+        """Before the run: are the files there, whole, and each in its own place? Linked inputs are not known yet."""
+        if None in (transformer, text_encoder, vae):
+            return True
         try:
             _Sources.of(transformer, text_encoder, vae).open()
         except QwenLowVRAMError as error:
@@ -152,7 +154,9 @@ class QwenLowVRAMLoader:
 
     @classmethod
     def IS_CHANGED(cls, transformer: str, text_encoder: str, vae: str, **settings: Any) -> str:
-        return "/".join(checkpoint.identity for checkpoint in _Sources.of(transformer, text_encoder, vae).open())
+        sources = _Sources.of(transformer, text_encoder, vae)
+        tokenizer = [f"{file.name} {file.stat().st_mtime_ns}" for file in sorted(sources.tokenizer.iterdir())]
+        return "/".join([*(checkpoint.identity for checkpoint in sources.open()), *tokenizer])
 
     def load(
         self,

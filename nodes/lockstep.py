@@ -20,6 +20,11 @@ class Lockstep:
         self._recorded: list[Any] | None = None
         self._results: list[Tensor] | None = None
 
+    @property
+    def active(self) -> bool:
+        """Calls are being recorded or replayed, not run."""
+        return self._recorded is not None or self._results is not None
+
     def call(self, arguments: Any, run: Callable[[list[Any]], list[Tensor]], zeros: Callable[[], Tensor]) -> Tensor:
         """One call of the model: recorded, replayed, or run alone where nothing is recording."""
         if self._recorded is not None:
@@ -36,6 +41,9 @@ class Lockstep:
             execute()
             recorded, self._recorded = self._recorded, None
             self._results = run(recorded)
-            return execute()
+            answer = execute()
+            if self._results:
+                raise RuntimeError(f"{len(self._results)} of {len(recorded)} recorded calls were not made again")
+            return answer
         finally:
             self._recorded = self._results = None

@@ -18,7 +18,7 @@ from ..engine.transformer import Branch, QwenImageTransformer
 from .lockstep import KEY, Lockstep
 from .patcher import LowVRAMPatcher
 from .run import SamplingRun, plan_run, request_of
-from .unsupported import check_graph, refuse, why_one_by_one
+from .unsupported import check_graph, check_patches, refuse, why_one_by_one
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,8 @@ class LowVRAMModel(comfy.model_base.QwenImage):
 
     def memory_required(self, input_shape: Any, cond_shapes: Any = None) -> float:
         """What a run takes on the device beside the resident weights."""
+        if self.calls.lockstep.active:
+            return 0  # the calls must be made alike when they are recorded and when they are replayed
         return self.plan.peak_bytes - self.plan.resident_bytes if self.plan else 0
 
     def state_dict_for_saving(self, *args: Any, **kwargs: Any) -> Any:
@@ -161,6 +163,7 @@ class _DiffusionModel(nn.Module):
         **kwargs: Any,
     ) -> Tensor:
         calls = self._calls
+        check_patches(transformer_options)
         if control is not None:
             refuse("ControlNet (Apply ControlNet)", "remove the ControlNet, or use ComfyUI's own loader with it.")
         if additional_t_cond is not None:

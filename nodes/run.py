@@ -6,6 +6,7 @@ import time
 from contextlib import ExitStack
 from typing import Any
 
+import comfy.samplers
 import torch
 from torch import Tensor
 
@@ -32,8 +33,9 @@ def request_of(guider: Any, noise_shape: torch.Size, joint_attention_dim: int) -
             "encode pictures with this pack's VAE."
         )
     entries = [(name, entry) for name, conds in guider.conds.items() for entry in conds or ()]
-    cfg = getattr(guider, "cfg", None)
-    if cfg is not None and math.isclose(cfg, 1.0) and not guider.model_options.get("disable_cfg1_optimization"):
+    # only this guider leaves the negative prompt out; others decide for themselves
+    plain = type(guider) is comfy.samplers.CFGGuider
+    if plain and math.isclose(guider.cfg, 1.0) and not guider.model_options.get("disable_cfg1_optimization"):
         entries = [(name, entry) for name, entry in entries if name != "negative"]
     prompts = [entry["cross_attn"] for _, entry in entries if entry.get("cross_attn") is not None]
     for prompt in prompts:

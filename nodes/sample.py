@@ -6,9 +6,9 @@ import comfy.sample
 import comfy.samplers
 import comfy.utils
 import latent_preview
-import torch
 from torch import Tensor
 
+from ..engine.errors import Unsupported
 from ..engine.latents import PATCH, require_even
 from ..engine.sampling import qwen_sigmas, true_cfg
 from .model import LowVRAMModel
@@ -123,7 +123,13 @@ class QwenLowVRAMSample:
         require_even(latents, "The picture")
         noise = comfy.sample.prepare_noise(latents, seed, latent_image.get("batch_index"))
         guided = model.clone()
-        guided.set_model_sampler_cfg_function(_guidance(norm_rescale))
+        if norm_rescale and "sampler_cfg_function" in guided.model_options:
+            raise Unsupported(
+                "Another node sets its own guidance on this model (RescaleCFG, for one); norm_rescale would replace it."
+                "\n\nWhat to do: switch norm_rescale off, or remove that node."
+            )
+        if norm_rescale:
+            guided.set_model_sampler_cfg_function(_rescaled_guidance)
         samples = comfy.sample.sample(
             guided,
             noise,
@@ -154,9 +160,6 @@ def _sigmas(latents: Tensor, steps: int, denoise: float) -> Tensor:
     return qwen_sigmas(steps, (height // PATCH) * (width // PATCH), denoise=denoise)
 
 
-def _guidance(norm_rescale: bool) -> Any:
-    def guide(args: dict[str, Any]) -> torch.Tensor:
-        # cond and uncond are sigma times the velocities, which changes no ratio of norms
-        return true_cfg(args["cond"], args["uncond"], args["cond_scale"], rescale=norm_rescale)
-
-    return guide
+def _rescaled_guidance(args: dict[str, Any]) -> Tensor:
+    # cond and uncond are sigma times the velocities, which changes no ratio of norms
+    return true_cfg(args["cond"], args["uncond"], args["cond_scale"], rescale=True)

@@ -128,8 +128,9 @@ class LowVRAMVAE(comfy.sd.VAE):
         # of a picture larger than any card, ask for half the card: tiles need no more
         half = comfy.model_management.get_total_memory(self.device) // 2
         room = min(plan(*size, limit, tile_px).peak_bytes, half)
+        # before loading: what has to leave for the tiles must not be this VAE
+        budget = stage_bytes(self.device, self.limit_bytes, self.size + room, reused=self.patcher) - self.size
         comfy.model_management.load_models_gpu([self.patcher], memory_required=room, force_full_load=True)
-        budget = stage_bytes(self.device, limit, room)
         progress = comfy.utils.ProgressBar(1)
 
         def on_tile(done: int, total: int) -> None:

@@ -11,6 +11,7 @@ from .order import Mark, StreamOrder
 from .source import BlockSource
 
 RING_BUFFERS = 2  # one is read into while the other is copied from
+RING_LIMIT_BYTES = 1_200_000_000
 
 
 class BlockStore:
@@ -27,6 +28,8 @@ class BlockStore:
         source: BlockSource,
         make_block: Callable[[], nn.Module],
         hardware: Hardware,
+        *,
+        ring_buffers: int = RING_BUFFERS,
     ) -> None:
         self.blocks = tuple(blocks)
         self.source = source
@@ -39,7 +42,8 @@ class BlockStore:
         self._encoded: dict[int, Tensor] = {}
         self._ring: list[tuple[Tensor, Mark]] = []
         self._staging: Tensor | None = None
-        self._turn = 0
+        self._turn = -1
+        self._ring_buffers = ring_buffers
 
     @property
     def slot_bytes(self) -> int:
@@ -48,6 +52,16 @@ class BlockStore:
     @property
     def raw_bytes(self) -> int:
         return max(block.raw.nbytes for block in self.blocks)
+
+    @property
+    def _ring_count(self) -> int:
+        fits = max(1, RING_LIMIT_BYTES // _pinned_bytes(self.raw_bytes))
+        return min(self._ring_buffers, fits)
+
+    @property
+    def ring_bytes(self) -> int:
+        """What the host ring takes when it is filled, as torch rounds page-locked memory up."""
+        return self._ring_count * _pinned_bytes(self.raw_bytes)
 
     @property
     def staging_bytes(self) -> int:
@@ -103,13 +117,15 @@ class BlockStore:
                 self._read_raw(index, encoded)
                 self._encoded[index] = encoded
         self.order.finish()
+        self.source.close()
 
     def fetch_into(self, index: int, slot: Tensor) -> None:
         """Bring block `index` into a slot's buffer: read, copy on the copy stream, decode. Any one thread at a time."""
         block = self.blocks[index]
         with torch.no_grad(), self.order.copying():
-            if index in self._encoded:
-                block.decode(self._encoded[index], slot)
+            encoded = self._encoded.get(index)
+            if encoded is not None:
+                block.decode(encoded, slot)
             elif block.native:
                 self._read_raw(index, slot)
             elif self.hardware.host_device:
@@ -155,7 +171,7 @@ class BlockStore:
         self.fetched_bytes += sum(param.nbytes for param in self.blocks[index].params)
 
     def _ring_buffer(self) -> tuple[Tensor, Mark]:
-        if len(self._ring) < RING_BUFFERS:
+        if len(self._ring) < self._ring_count:
             with torch.inference_mode(False):
                 buffer = torch.empty(self.raw_bytes, dtype=torch.uint8, pin_memory=self.hardware.pinned)
             self._ring.append((buffer, self.order.mark()))
@@ -167,3 +183,8 @@ class BlockStore:
             with torch.inference_mode(False):
                 self._staging = torch.empty(self.staging_bytes, dtype=torch.uint8, device=self.hardware.device)
         return self._staging
+
+
+def _pinned_bytes(nbytes: int) -> int:
+    """torch's allocator of page-locked memory rounds every allocation up to a power of two."""
+    return 1 << (nbytes - 1).bit_length()

@@ -41,17 +41,10 @@ class BlockStreamer:
         self.waited_seconds = 0.0
 
     def __enter__(self) -> "BlockStreamer":
-        store = self._store
-        self._queue = tuple(i for i in range(len(store.blocks)) if store.module(i) is None)
-        if self._queue:
-            if self._count < 1:
-                raise ValueError(f"{len(self._queue)} blocks are not resident; they need at least 1 slot, got 0.")
-            for _ in range(min(self._count, len(self._queue))):
-                buffer, module = store.new_slot()
-                self._free.append(_Slot(buffer, module, self._order.mark(), self._order.mark()))
-            self._order.after_compute()
-            if store.hardware.prefetch:
-                self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="qwen-block-reader")
+        needed = sum(1 for i in range(len(self._store.blocks)) if self._store.module(i) is None)
+        if needed and self._count < 1:
+            raise ValueError(f"{needed} blocks are not resident; they need at least 1 slot, got 0.")
+        self._follow_residency()
         return self
 
     def __exit__(
@@ -67,10 +60,17 @@ class BlockStreamer:
         self._free.clear()
         self._queue = ()
         self._store.release_staging()
+        self._store.source.close()  # an open file cannot be replaced on Windows
 
     def visit(self, *, more: bool = False) -> Iterator[tuple[int, nn.Module]]:
         """One pass over all blocks. `more`: another pass follows, whose first blocks may be fetched at the end of
-        this one."""
+        this one.
+
+        Resident blocks that were taken from the device since the last pass are fetched like the others; those that
+        are there when the pass begins stay until it ends.
+        """
+        self._follow_residency()
+        modules = [self._store.module(index) for index in range(len(self._store.blocks))]
         if self._ahead and self._ahead[0][0] != self._queue[0]:
             self._discard()
         if not self._ahead:
@@ -79,8 +79,7 @@ class BlockStreamer:
         self._next = position % max(1, len(self._queue))
         remaining = len(self._queue) * (2 if more else 1) - position
         remaining = self._fetch_ahead(remaining)
-        for index in range(len(self._store.blocks)):
-            module = self._store.module(index)
+        for index, module in enumerate(modules):
             if module is not None:
                 yield index, module
                 continue
@@ -91,6 +90,21 @@ class BlockStreamer:
                 self._order.record_compute(slot.used)
                 self._free.append(slot)
             remaining = self._fetch_ahead(remaining)
+
+    def _follow_residency(self) -> None:
+        """Queue the blocks that need a slot, and make the slots and the reader that they need."""
+        store = self._store
+        queue = tuple(i for i in range(len(store.blocks)) if store.module(i) is None)
+        if queue == self._queue:
+            return
+        self._discard()
+        self._queue = queue
+        while len(self._free) < min(max(1, self._count), len(queue)):
+            buffer, module = store.new_slot()
+            self._free.append(_Slot(buffer, module, self._order.mark(), self._order.mark()))
+        self._order.after_compute()
+        if queue and self._reader is None and store.hardware.prefetch:
+            self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="qwen-block-reader")
 
     def _fetch_ahead(self, remaining: int) -> int:
         while self._free and remaining > 0:

@@ -20,6 +20,9 @@ PROMPTS = {
     "brackets": "(a cat:1.2) [dog] {not|random} <lora:x:1>",
     "700 words": "word " * 700,
     "empty": "",
+    "a template of its own": "<|im_start|>system\nShort.<|im_end|>\n<|im_start|>user\na sign<|im_end|>\n",
+    "a long system part": f"<|im_start|>system\n{'Long. ' * 30}<|im_end|>\n<|im_start|>user\na sign<|im_end|>\n",
+    "one turn only": "<|im_start|>user\nhi<|im_end|>\n",
 }
 
 
@@ -97,6 +100,18 @@ def test_both_prompts_are_encoded_in_one_visit(ours: Any) -> None:
     assert torch.equal(both[1][0][0], alone[0][0])
 
 
+def test_hooks_set_on_the_encoder_reach_the_conditioning(ours: Any) -> None:
+    import comfy.hooks
+
+    hooked = ours.clone()
+    hooked.apply_hooks_to_conds = comfy.hooks.create_hook_lora({}, 1.0, 1.0)
+    assert hooked.clone().encode_prompts(["a"])[0][0][1]["hooks"] is hooked.apply_hooks_to_conds
+    hooked.use_clip_schedule = True
+    hooked.patcher.forced_hooks = hooked.apply_hooks_to_conds
+    with pytest.raises(Unsupported, match="schedule_clip"):
+        hooked.encode_from_tokens_scheduled(hooked.tokenize("a"))
+
+
 def test_a_limit_that_the_encoder_does_not_fit_in_is_refused_before_reading(ours: Any) -> None:
     clone = ours.clone()
     clone.limit_bytes = 1000
@@ -111,6 +126,7 @@ def test_a_limit_that_the_encoder_does_not_fit_in_is_refused_before_reading(ours
     [
         (lambda clip: clip.tokenize("edit", images=[torch.zeros(1, 8, 8, 3)]), "TextEncodeQwenImageEdit"),
         (lambda clip: clip.add_patches({}), "Load LoRA"),
+        (lambda clip: clip.clip_layer(-2), "CLIPSetLastLayer"),
         (lambda clip: clip.get_sd(), "CLIPSave"),
         (lambda clip: clip.get_key_patches(), "CLIPMerge"),
         (lambda clip: clip.generate({}), "Generating text"),

@@ -48,7 +48,8 @@ def show(model_path: Path | None, *, ui: bool) -> None:
         old_log.unlink()
     model = choose_model(model_path, base)
     print(f"Model: {model.title}", flush=True)
-    cpu = not _has_gpu()
+    device = _device()
+    cpu = device == "cpu"
     print(f"Starting ComfyUI on the {'CPU' if cpu else 'GPU'} ...", flush=True)
     with ComfyServer(require_comfyui(), base, cpu=cpu, arguments=model.server_arguments) as server:
         client = ComfyClient(server.url)
@@ -68,7 +69,7 @@ def show(model_path: Path | None, *, ui: bool) -> None:
     for report in run.ui(REPORT_KEY):
         print(f"\nMemory report\n{format_report(report)}")
     if model.folder is not None and model.compare:
-        _compare(model, prompt, picture, cpu=cpu)
+        _compare(model, prompt, picture, device)
 
 
 def bundled_workflow() -> dict[str, Any]:
@@ -160,7 +161,7 @@ def _wait_in_page(server: ComfyServer, graph: dict[str, Any]) -> None:
         print()
 
 
-def _compare(model: DemoModel, prompt: dict[str, Any], picture: Path, *, cpu: bool) -> None:
+def _compare(model: DemoModel, prompt: dict[str, Any], picture: Path, device: str) -> None:
     """Run diffusers' own pipeline on the same folder and inputs, and print how far its picture is from ours."""
     from .reference import difference_from_diffusers
 
@@ -177,12 +178,17 @@ def _compare(model: DemoModel, prompt: dict[str, Any], picture: Path, *, cpu: bo
         seed=inputs[SAMPLE]["seed"],
         steps=inputs[SAMPLE]["steps"],
         cfg=inputs[SAMPLE]["cfg"],
-        device="cpu" if cpu else "cuda",
+        device=device,
     )
     print(f"Largest difference from it: {difference}/255")
 
 
-def _has_gpu() -> bool:
+def _device() -> str:
+    """torch's name of the device that ComfyUI will use."""
     import torch
 
-    return torch.cuda.is_available() or torch.backends.mps.is_available()
+    if torch.cuda.is_available():
+        return "cuda"
+    if torch.backends.mps.is_available():
+        return "mps"
+    return "xpu" if torch.xpu.is_available() else "cpu"
