@@ -94,8 +94,8 @@ class QwenLowVRAMLoader:
                 "transformer": (
                     files.transformer_choices(),
                     {
-                        "tooltip": "A file of models/diffusion_models (bf16, fp16, fp32, fp8, fp8 scaled), or a "
-                        "pipeline folder of models/diffusers."
+                        "tooltip": "A file of models/diffusion_models (bf16, fp16, fp32, fp8, fp8 scaled, GGUF), or a "
+                        "pipeline folder of models/diffusers (bitsandbytes nf4, fp4 and int8 too)."
                     },
                 ),
                 "text_encoder": (

@@ -293,10 +293,9 @@ def test_a_stopped_run_gives_everything_back(
     with pytest.raises(KeyboardInterrupt):
         run()
     assert not readers()
-    assert open_handles(file) == 1  # for the next run
+    assert open_handles(file) == 0  # an open file could not be replaced on Windows
     store.release()
     assert store.resident_bytes == 0
-    assert open_handles(file) == 0
     assert all(ref() is None for ref in refs)
 
 

@@ -68,8 +68,10 @@ def test_every_plan_shows_it(client: ComfyClient, object_info: Any, loader: dict
     plan = assert_shows(client, prompt_of(WORKFLOWS[0], object_info, loader, scene, language), scene)["plan"]
     block_bytes = plan["resident_bytes"] // plan["blocks"]
     seen = {len(plan["resident"])}
-    for fewer in range(1, plan["blocks"] + 1):
-        limit_gb = (plan["sampling_peak_bytes"] - (fewer - 0.5) * block_bytes) / 1024**3
+    for quarters in range(1, 4 * plan["blocks"]):
+        if 0 in seen:
+            break
+        limit_gb = (plan["sampling_peak_bytes"] - quarters / 4 * block_bytes) / 1024**3
         prompt = prompt_of(WORKFLOWS[0], object_info, loader | {"vram_limit_gb": limit_gb}, scene, language)
         seen.add(len(assert_shows(client, prompt, scene)["plan"]["resident"]))
     assert seen == set(range(plan["blocks"] + 1))

@@ -288,7 +288,7 @@ def test_an_interruption_stops_the_run_and_the_next_one_works(client: ComfyClien
     ("node", "inputs", "words"),
     [
         ("3", {"width": 1000}, r"1000x80 px; width and height must be multiples of 16.\nUse 992x80"),
-        ("1", {"vram_limit_gb": 0.001}, r"needs .* the limit is"),
+        ("1", {"vram_limit_gb": 0.0005}, r"needs .*\nUse .*VRAM limit"),
     ],
 )
 def test_a_request_that_cannot_be_met_says_what_would_work(
