@@ -5,8 +5,8 @@
 Everybody decodes the same latents in one process, in turns. `seconds` is the median of the turns, `best_seconds` the
 fastest, which other programs on the machine disturb least, and `times_ours` the ratio of that to ours; `cpu_seconds`
 is the fastest turn in the processor's own time, of all threads. `peak_bytes` counts what is live beside the
-weights: all tensors
-on a CPU, allocated memory on a GPU. `error` is the largest difference from diffusers' whole picture in fp32 (0..1).
+weights: all tensors on a CPU, allocated memory on a GPU. `error` is the largest difference from diffusers' whole
+picture in fp32 (0..1).
 """
 
 import statistics
