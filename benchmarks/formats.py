@@ -18,10 +18,12 @@ from typing import Any
 
 import gguf
 import torch
+from comfy_kitchen.tensor import TensorWiseINT8Layout
 from gguf import GGMLQuantizationType
 from qwenimage_lowvram.engine.formats import CODECS, ENCODERS
 from qwenimage_lowvram.engine.formats.bnb4 import NF4
 from qwenimage_lowvram.engine.formats.gguf import GGUF, GgufCodec
+from qwenimage_lowvram.engine.formats.int8_convrot import INT8_CONVROT
 from qwenimage_lowvram.engine.formats.scaled_fp8 import SCALED_FP8
 from torch import Tensor
 
@@ -57,6 +59,9 @@ def _formats() -> Iterator[_Format]:
     by_row, doubly = partial(SCALED_FP8[0].encode, per_row=True), partial(NF4.encode, double=True)
     yield _Format(f"{SCALED_FP8[0].name}, by row", SCALED_FP8[0].name, by_row, by_row, True)
     yield _Format("nf4, doubly", NF4.name, doubly, doubly, True)
+    for group, rotated in INT8_CONVROT.items():
+        encode = partial(_rotated, group)
+        yield _Format(rotated.name, rotated.name, encode, encode, False)
     for codec in GGUF:
         yield _Format(codec.name, codec.name, partial(_random_blocks, codec), partial(_quantized, codec), False)
 
@@ -75,6 +80,12 @@ def _row(format_: _Format, weight: Tensor, turns: int) -> dict[str, Any]:
         "decode_gb_s": _speed(lambda: codec.decode_into(out, parts), weight, turns),
         "scratch_bytes": codec.scratch_bytes(weight.shape),
     }
+
+
+def _rotated(group: int, weight: Tensor) -> Parts:
+    """By comfy-kitchen."""
+    data, params = TensorWiseINT8Layout.quantize(weight, per_channel=True, convrot=True, convrot_groupsize=group)
+    return [data, params.scale]
 
 
 def _random_blocks(codec: GgufCodec, weight: Tensor) -> Parts:

@@ -152,8 +152,9 @@ def _counted_onloads() -> Iterator[dict[str, int]]:
     onload, offload = ModuleGroup.onload_, ModuleGroup.offload_
 
     def size(group: ModuleGroup) -> int:
-        modules = [p for module in group.modules for p in module.parameters()]
-        return sum(p.numel() * DTYPE.itemsize for p in (*modules, *group.parameters))
+        # the group of what is outside the blocks lists its parameters twice, and moves them once
+        parameters = {p for module in group.modules for p in module.parameters()} | set(group.parameters)
+        return sum(p.numel() * DTYPE.itemsize for p in parameters)
 
     def counted_onload(group: ModuleGroup) -> None:
         onload(group)

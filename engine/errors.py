@@ -21,6 +21,14 @@ class WrongModel(CheckpointError):
     """The file holds another model than the place it was given to needs."""
 
 
+class CacheError(QwenLowVRAMError):
+    """Quantized weights cannot be written, or they or kept prompts removed; the message says where and why."""
+
+
+class MissingPackage(CheckpointError):
+    """A file's weights are read with a Python package that is missing or too old; the message names it."""
+
+
 class InvalidRequest(QwenLowVRAMError, ValueError):
     """A size, step count or other input that the model cannot work with."""
 

@@ -1,6 +1,11 @@
 """The sizes that a plan is made from: what a model's weights and a forward pass take, in bytes. Imports no torch."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .vae.tiles import TilePlan
 
 
 @dataclass(frozen=True)
@@ -9,7 +14,9 @@ class TransformerFootprint:
 
     slot_bytes: one block as it is computed with, without modulation; stored_bytes: the same block as it is stored.
     staging_bytes: room on the device for the largest stored parameter, 0 where stored bytes need no decoding (native).
-    scratch_bytes: what decoding a block allocates on the device for a moment.
+    scratch_bytes: what decoding a block allocates on the device for a moment. modulation_*: the same of a block's
+    modulation weights. ring_bytes: host memory that file bytes pass through. host: the device is the host, and has no
+    other memory.
     """
 
     blocks: int
@@ -26,6 +33,14 @@ class TransformerFootprint:
     element_bytes: int
     scratch_bytes: int = 0
     modulation_scratch_bytes: int = 0
+    modulation_stored_bytes: int = 0
+    ring_bytes: int = 0
+    host: bool = False
+
+    @property
+    def row_bytes(self) -> int:
+        """One timestep's row of the modulation table: 6 vectors each for picture and text, in every block."""
+        return self.blocks * 12 * self.inner_dim * self.element_bytes
 
     @property
     def resident_block_bytes(self) -> int:
@@ -35,7 +50,7 @@ class TransformerFootprint:
 
 @dataclass(frozen=True)
 class TextEncoderFootprint:
-    """A text encoder's weights in bytes; slot_bytes, staging_bytes and scratch_bytes as in TransformerFootprint."""
+    """A text encoder's weights in bytes, layer by layer; the fields are named as in TransformerFootprint."""
 
     layers: int
     slot_bytes: int
@@ -46,3 +61,15 @@ class TextEncoderFootprint:
     head_dim: int
     element_bytes: int
     scratch_bytes: int = 0
+    stored_bytes: int = 0
+    ring_bytes: int = 0
+    host: bool = False
+
+
+@dataclass(frozen=True)
+class VAEFootprint:
+    """A VAE's weights in bytes, decoder and encoder. plan_decode(height, width, limit_bytes): the tiles of a picture of
+    that many px, within that limit beside the weights; raises DoesNotFit."""
+
+    weights_bytes: int
+    plan_decode: "Callable[[int, int, int], TilePlan]"

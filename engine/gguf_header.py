@@ -23,8 +23,10 @@ from .errors import DamagedFile
 
 MAGIC = GGUF_MAGIC.to_bytes(4, "little")
 # vocabularies of 150,000 tokens and their merges take 6 MB
-MAX_HEADER_BYTES = 100_000_000
+MAX_HEADER_BYTES = 32_000_000
+MAX_ENTRIES = 50_000  # tensors, or settings; large models have 2,000
 MAX_DIMENSIONS = 8
+MAX_NAME = 256  # bytes of a tensor's or a setting's name
 # longer lists (vocabularies) are skipped
 _MAX_LIST = 64
 
@@ -63,14 +65,22 @@ def read_gguf_header(file: Path) -> GgufHeader:
         stat = os.fstat(stream.fileno())
         reader = _Reader(file, stream, stat.st_size)
         if (magic := reader.take(len(MAGIC))) != MAGIC:
+            # a safetensors file begins with the length of a JSON object, in eight bytes
+            if (magic + stream.read(5))[8:] == b"{":
+                raise DamagedFile(f"{file} is no GGUF file, but a safetensors file. Give it the ending .safetensors.")
             raise DamagedFile(f"{file} is no GGUF file: it begins with {magic!r}. Download it again.")
         version = reader.number("<I")
         if version not in _VERSIONS:
             raise DamagedFile(f"{file} is a GGUF file of version {version}; versions 2 and 3 are read. Convert it.")
         tensor_count, setting_count = reader.number("<Q"), reader.number("<Q")
+        if max(tensor_count, setting_count) > MAX_ENTRIES:
+            raise DamagedFile(
+                f"{file} is damaged: it announces {tensor_count} tensors and {setting_count} settings. "
+                "Download it again."
+            )
         settings: dict[str, str] = {}
         for _ in range(setting_count):
-            key = reader.text()
+            key = reader.name()
             value = reader.value(reader.number("<I"))
             if value is not None:
                 settings[key] = value
@@ -100,8 +110,18 @@ class _Reader:
     def number(self, code: str) -> Any:
         return struct.unpack(code, self.take(struct.calcsize(code)))[0]
 
+    def name(self) -> str:
+        """A text of a name's length."""
+        length = self.number("<Q")
+        if length > MAX_NAME:
+            raise DamagedFile(f"{self._file} is damaged: a name in its header has {length} bytes. Download it again.")
+        return self._text(length)
+
     def text(self) -> str:
-        raw = self.take(self.number("<Q"))
+        return self._text(self.number("<Q"))
+
+    def _text(self, length: int) -> str:
+        raw = self.take(length)
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -129,7 +149,7 @@ class _Reader:
         return json.dumps([self.number(code) for _ in range(count)])
 
     def tensor_info(self) -> tuple[str, int, tuple[int, ...], int]:
-        name, dimensions = self.text(), self.number("<I")
+        name, dimensions = self.name(), self.number("<I")
         if dimensions > MAX_DIMENSIONS:
             raise DamagedFile(f"{self._file}: {name!r:.99} has {dimensions} dimensions. Download it again.")
         shape = [self.number("<Q") for _ in range(dimensions)]

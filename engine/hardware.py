@@ -1,9 +1,14 @@
 """What there is to run on, as one value. Reports; decides nothing."""
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
+
+# Windows grants page-locked memory up to about half of RAM, and lets the card borrow from the same half
+PINNED_PART = 0.4 if os.name == "nt" else 0.9
 
 
 @dataclass(frozen=True)
@@ -11,8 +16,8 @@ class Hardware:
     """A device and what can be done with it. Everything that depends on the kind of device reads these fields.
 
     streams: copies can run on a side stream, ordered by events.
-    pinned: host buffers can be page-locked.
-    prefetch: a reader thread fetches ahead of compute.
+    pinned: host memory can be page-locked, up to pinned_limit_bytes.
+    prefetch: reader threads fetch ahead of compute.
     host_device: device memory is host memory, so that file bytes can be read straight into a slot.
     """
 
@@ -21,11 +26,19 @@ class Hardware:
     pinned: bool
     prefetch: bool
     host_device: bool
+    pinned_limit_bytes: int = 0
 
     @classmethod
     def detect(cls, device: torch.device) -> "Hardware":
         gpu, host = device.type in ("cuda", "xpu"), device.type == "cpu"
-        return cls(device, streams=gpu, pinned=gpu, prefetch=gpu or host, host_device=host)
+        return cls(
+            device,
+            streams=gpu,
+            pinned=device.type == "cuda",
+            prefetch=gpu or host,
+            host_device=host,
+            pinned_limit_bytes=int(psutil.virtual_memory().total * PINNED_PART),
+        )
 
     @property
     def accelerator(self) -> Any:

@@ -10,10 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .streaming import BlockStore, BlockStreamer
-
-# rows kept beyond those of the present run; a row of the 20 B model has 4.4 MB
-KEPT_ROWS = 64
+from .plan import SPARE_ROWS
+from .streaming import BlockStore, BlockStreamer, Waits
 
 
 @dataclass(frozen=True)
@@ -45,11 +43,21 @@ class ModulationTable:
         self._rows: dict[float, ModulationRow] = {}
         self._announced: dict[float, None] = {}
         self._current: tuple[float, ModulationRow] | None = None
+        self.waits = Waits()
 
     @property
     def fetched_bytes(self) -> int:
         """Bytes of modulation weights read so far."""
         return self._store.fetched_bytes
+
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes of modulation weights copied from host memory to the device so far."""
+        return self._store.copied_bytes
+
+    def knows(self, timesteps: Iterable[float]) -> bool:
+        """Their rows are here: announcing them reads nothing."""
+        return all(t in self._rows for t in timesteps)
 
     def announce(
         self, timesteps: Iterable[float], *, slots: int = 2, on_block: Callable[[int], None] | None = None
@@ -73,18 +81,23 @@ class ModulationTable:
 
     def _project(self, missing: list[float], slots: int, on_block: Callable[[int], None] | None) -> list[ModulationRow]:
         embedded = [self._embed(t) for t in missing]
-        img: list[Tensor] = []
-        txt: list[Tensor] = []
+        rows: list[ModulationRow] = []
         with BlockStreamer(self._store, slots=slots) as streamer:
             for index, block in streamer.visit():
                 if on_block is not None:
                     on_block(index)
-                img.append(torch.stack([block.img_mod(temb) for temb in embedded]).cpu())
-                txt.append(torch.stack([block.txt_mod(temb[:1]) for temb in embedded]).cpu())
-        return [
-            ModulationRow(torch.stack([block[i] for block in img]), torch.stack([block[i] for block in txt]))
-            for i in range(len(missing))
-        ]
+                outputs = [(block.img_mod(temb), block.txt_mod(temb[:1])) for temb in embedded]
+                if not rows:
+                    rows = [ModulationRow(self._empty(img), self._empty(txt)) for img, txt in outputs]
+                for row, (img, txt) in zip(rows, outputs, strict=True):
+                    row.img[index].copy_(img)
+                    row.txt[index].copy_(txt)
+            self.waits += streamer.waits
+        return rows
+
+    def _empty(self, output: Tensor) -> Tensor:
+        """Host memory for such an output of every block."""
+        return torch.empty(len(self._store.blocks), *output.shape, dtype=output.dtype)
 
     def row(self, timestep: float, *, on_block: Callable[[int], None] | None = None) -> ModulationRow:
         """The row of `timestep` on the device. One that was not announced costs a pass over the weights."""
@@ -95,11 +108,16 @@ class ModulationTable:
             self._current = timestep, self._rows[timestep].to(self._store.hardware.device)
         return self._current[1]
 
+    def forget(self) -> None:
+        """Give back all rows: the next run reads the weights again."""
+        self.leave_device()
+        self._rows.clear()
+
     def leave_device(self) -> None:
         """Give back the row on the device; the rows stay in host memory."""
         self._current = None
 
     def _forget_all_but(self, wanted: dict[float, None]) -> None:
         spare = [t for t in self._rows if t not in wanted]
-        for timestep in spare[: max(0, len(spare) - KEPT_ROWS)]:
+        for timestep in spare[: max(0, len(spare) - SPARE_ROWS)]:
             del self._rows[timestep]

@@ -1,66 +1,41 @@
 """Decide where each block lives. Integers in, a MemoryPlan out; imports no torch.
 
-Guarantees: no stage's predicted peak is above the limit; every block is resident or streamed, once; what is refused
-does not fit, and what the refusal suggests does.
+Guarantees: no stage's predicted peak is above its limit; every block lives in one place: on the device, in host memory
+or in the file; more memory never makes the forecast slower; what is refused does not fit, and what the refusal
+suggests does.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .errors import DoesNotFit, InvalidRequest
+from .errors import DoesNotFit
 from .footprint import TextEncoderFootprint, TransformerFootprint
+from .forecast import TYPICAL, Speeds, StepForecast, forecast_step
+from .request import GIB, Limits, SamplingRequest, size_text
 
-GIB = 1024**3
-PATCH_PX = 16  # a token is 2x2 latent pixels of 8x8 picture pixels
 # in the order in which they are tried; below 512 tokens a GPU is no longer filled
 MLP_CHUNKS = (None, 4096, 2048, 1024, 512)
+# rows of the modulation table kept beyond those of the present run
+SPARE_ROWS = 16
 # the sizes that the model was trained on (model card), largest first, and smaller ones to fall back to
 SUGGESTED_SIZES = ((1328, 1328), (1664, 928), (1024, 1024), (768, 768), (512, 512))
 
 
 @dataclass(frozen=True)
-class SamplingRequest:
-    """What one step has to compute.
-
-    width, height: of the picture in px. branches: prompts times pictures that run through a block in turn.
-    prompt_tokens: of the longest prompt. reference_tokens: of all reference pictures of a branch together.
-    """
-
-    width: int
-    height: int
-    branches: int
-    prompt_tokens: int
-    reference_tokens: int = 0
-
-    def __post_init__(self) -> None:
-        if self.width % PATCH_PX or self.height % PATCH_PX or min(self.width, self.height) < PATCH_PX:
-            nearest = [max(PATCH_PX, round(n / PATCH_PX) * PATCH_PX) for n in (self.width, self.height)]
-            raise InvalidRequest(
-                f"A picture of {self.width}x{self.height} px cannot be made: width and height must be multiples of "
-                f"{PATCH_PX}. Use {nearest[0]}x{nearest[1]}."
-            )
-
-    @property
-    def image_tokens(self) -> int:
-        return (self.width // PATCH_PX) * (self.height // PATCH_PX) + self.reference_tokens
-
-    def __str__(self) -> str:
-        return f"{self.width}x{self.height}, {self.branches} branch{'es' if self.branches != 1 else ''}"
-
-
-@dataclass(frozen=True)
 class MemoryPlan:
-    """Where the transformer's blocks live during a run, and what that takes on the device.
+    """Where the transformer's blocks live during a run, what that takes, and how long a step will take.
 
-    resident: indices of the blocks that stay. slots: buffers that the others pass through (two overlap reading with
-    computing). mlp_chunk_tokens: None computes the MLP of all tokens at once. The *_peak_bytes are predictions of
-    everything that the stage holds on the device.
+    resident: indices of the blocks that stay on the device. held: of those that stay in host memory; the others are
+    read from the file at every step. slots: buffers that blocks pass through (two overlap fetching with computing).
+    mlp_chunk_tokens: None computes the MLP of all tokens at once. The *_peak_bytes are predictions of everything that
+    the stage holds on the device, ram_peak_bytes of everything in host memory.
     """
 
     request: SamplingRequest
-    limit_bytes: int
+    limits: Limits
     blocks: int
     resident: tuple[int, ...]
+    held: tuple[int, ...]
     slots: int
     mlp_chunk_tokens: int | None
     resident_bytes: int
@@ -68,7 +43,14 @@ class MemoryPlan:
     sampling_peak_bytes: int
     modulation_peak_bytes: int
     late_timestep_peak_bytes: int
+    ram_peak_bytes: int
     streamed_bytes_per_step: int
+    forecast: StepForecast
+
+    @property
+    def limit_bytes(self) -> int:
+        """Of device memory."""
+        return self.limits.vram_bytes
 
     @property
     def peak_bytes(self) -> int:
@@ -79,46 +61,75 @@ class MemoryPlan:
         """How many blocks are fetched per step."""
         return self.blocks - len(self.resident)
 
+    @property
+    def from_file(self) -> int:
+        """How many of them are read from the file."""
+        return self.streamed - len(self.held)
+
     def __repr__(self) -> str:
         chunk = f", MLP in chunks of {self.mlp_chunk_tokens} tokens" if self.mlp_chunk_tokens else ""
         slots = f"{self.slots} slot{'s' if self.slots != 1 else ''}"
+        ram = "" if self.limits.ram_bytes is None else f" of {size_text(self.limits.ram_bytes)}"
         return (
-            f"MemoryPlan({self.request}: {len(self.resident)} of {self.blocks} blocks resident, {self.streamed} "
-            f"streamed through {slots}, {size_text(self.streamed_bytes_per_step)} per step{chunk}; "
-            f"peak {size_text(self.peak_bytes)} of {size_text(self.limit_bytes)}: "
-            f"weights {size_text(self.resident_bytes)}, activations {size_text(self.activation_bytes)})"
+            f"MemoryPlan({self.request}: {len(self.resident)} of {self.blocks} blocks resident, {len(self.held)} in "
+            f"RAM, {self.from_file} read from the file, through {slots}, {size_text(self.streamed_bytes_per_step)} "
+            f"per step{chunk}; peak {size_text(self.peak_bytes)} of {size_text(self.limit_bytes)}: weights "
+            f"{size_text(self.resident_bytes)}, activations {size_text(self.activation_bytes)}; RAM "
+            f"{size_text(self.ram_peak_bytes)}{ram}; {self.forecast})"
         )
 
 
-def plan_memory(footprint: TransformerFootprint, request: SamplingRequest, limit_bytes: int) -> MemoryPlan:
-    """The fastest plan within the limit: two slots where they fit, then the most resident blocks, then the least
-    chunking (chunks of MLP_CHUNKS cost next to nothing, a block that is fetched costs its bytes at every step).
+def plan_memory(
+    footprint: TransformerFootprint, request: SamplingRequest, limits: Limits, speeds: Speeds = TYPICAL
+) -> MemoryPlan:
+    """The fastest plan within the limits. Of equally fast ones that with two slots, then with the most resident
+    blocks, then with the least chunking (chunks of MLP_CHUNKS cost next to nothing).
 
     Raises DoesNotFit with what would fit.
     """
+    plans = []
     for slots in (2, 1):
-        plans = [_most_resident(footprint, request, limit_bytes, slots, chunk) for chunk in MLP_CHUNKS]
-        fitting = [plan for plan in plans if plan is not None]
-        if fitting:
-            return max(fitting, key=lambda plan: len(plan.resident))  # the first of equals
-    raise DoesNotFit(_refusal(footprint, request, limit_bytes))
+        for chunk in MLP_CHUNKS:
+            draft = _Draft(footprint, request, slots, chunk)
+            resident = draft.most_resident(limits)
+            if resident is not None:
+                plans.append(draft.plan(resident, limits, speeds))
+    if not plans:
+        raise DoesNotFit(_refusal(footprint, request, limits))
+    return min(plans, key=_slowness)
+
+
+def _slowness(plan: MemoryPlan) -> tuple[float, int, int]:
+    return plan.forecast.seconds, -(plan.slots if plan.streamed else 2), -len(plan.resident)
 
 
 def least_bytes(footprint: TransformerFootprint, request: SamplingRequest) -> int:
-    """The smallest limit that `plan_memory` accepts."""
-    # few small blocks that are all resident need no staging, and may take less than a slot beside them
-    ways = (((), 1), (range(footprint.blocks), 0 if footprint.native else 1))
+    """The smallest device limit that `plan_memory` accepts."""
     return min(
-        _plan(footprint, request, 0, resident, slots, chunk).peak_bytes
-        for resident, slots in ways
+        draft.peak_bytes(resident)
         for chunk in MLP_CHUNKS
+        for draft in (_Draft(footprint, request, 1, chunk),)
+        # few small blocks that are all resident need no staging, and may take less than a slot beside them
+        for resident in (0, footprint.blocks)
     )
 
 
+def least_ram_bytes(footprint: TransformerFootprint, request: SamplingRequest) -> int:
+    """The smallest limit of host memory that `plan_memory` accepts, if there is memory enough on the device."""
+    rows = _rows_bytes(footprint, request)
+    return rows + (least_bytes(footprint, request) if footprint.host else footprint.ring_bytes)
+
+
 def most_bytes(footprint: TransformerFootprint, request: SamplingRequest) -> int:
-    """The limit from which on more memory changes nothing: everything resident."""
-    slots = 0 if footprint.native else 2
-    return _plan(footprint, request, 0, range(footprint.blocks), slots, None).peak_bytes
+    """The device limit from which on more memory changes nothing: everything resident."""
+    return _Draft(footprint, request, 2, None).peak_bytes(footprint.blocks)
+
+
+def most_ram_bytes(footprint: TransformerFootprint, request: SamplingRequest) -> int:
+    """The limit of host memory from which on more changes nothing: every block held."""
+    if footprint.host:
+        return _rows_bytes(footprint, request) + most_bytes(footprint, request)
+    return _rows_bytes(footprint, request) + footprint.ring_bytes + footprint.blocks * footprint.stored_bytes
 
 
 def activation_bytes(footprint: TransformerFootprint, request: SamplingRequest, chunk: int | None) -> int:
@@ -168,83 +179,127 @@ def plan_text_encoder(footprint: TextEncoderFootprint, prompt_tokens: Sequence[i
     )
 
 
-def size_text(nbytes: int) -> str:
-    """Bytes as a person reads them: 1.58 GiB, 81.0 MiB."""
-    return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB / 10 else f"{nbytes / 1024**2:.1f} MiB"
+@dataclass(frozen=True)
+class _Draft:
+    """A plan but for where the blocks live."""
+
+    footprint: TransformerFootprint
+    request: SamplingRequest
+    slots: int
+    chunk: int | None
+
+    def most_resident(self, limits: Limits) -> int | None:
+        """How many blocks can stay on the device; None where not even a stream fits."""
+        if _ram_left(self.footprint, self.request, limits) < 0:
+            return None
+        limit = _device_limit(self.footprint, self.request, limits)
+        if self.peak_bytes(self.footprint.blocks) <= limit:
+            return self.footprint.blocks
+        spare = limit - self.peak_bytes(0)
+        if spare < 0:
+            return None
+        return min(spare // self.footprint.resident_block_bytes, self.footprint.blocks - 1)
+
+    def peak_bytes(self, resident: int) -> int:
+        return max(self._peaks(resident))
+
+    def _peaks(self, resident: int) -> tuple[int, int, int]:
+        """Of sampling, of the pass that computes the modulation table, and of one late timestep beside the slots."""
+        footprint = self.footprint
+        stays = footprint.outside_bytes + resident * footprint.resident_block_bytes
+        staging = 0 if resident == footprint.blocks else footprint.staging_bytes
+        modulation = footprint.modulation_slot_bytes
+        decoding = footprint.modulation_staging_bytes + footprint.modulation_scratch_bytes
+        run = stays + self._slots(resident) * footprint.slot_bytes + staging + footprint.scratch_bytes
+        return (
+            run + footprint.row_bytes + activation_bytes(footprint, self.request, self.chunk),
+            stays + 2 * modulation + decoding + footprint.row_bytes,
+            run + modulation + decoding + footprint.row_bytes,
+        )
+
+    def _slots(self, resident: int) -> int:
+        return 0 if resident == self.footprint.blocks and self.footprint.native else self.slots
+
+    def plan(self, resident: int, limits: Limits, speeds: Speeds) -> MemoryPlan:
+        footprint, request = self.footprint, self.request
+        streamed = footprint.blocks - resident
+        left = _ram_left(footprint, request, limits)
+        held = 0 if footprint.host else min(streamed, left // footprint.stored_bytes)
+        on_device = _spread(resident, range(footprint.blocks))
+        rest = sorted(set(range(footprint.blocks)) - set(on_device))
+        sampling, modulation, late = self._peaks(resident)
+        host_bytes = self.peak_bytes(resident) if footprint.host else footprint.ring_bytes
+        slots = self._slots(resident)
+        return MemoryPlan(
+            request=request,
+            limits=limits,
+            blocks=footprint.blocks,
+            resident=on_device,
+            held=_spread(held, rest),
+            slots=slots,
+            mlp_chunk_tokens=self.chunk,
+            resident_bytes=footprint.outside_bytes + resident * footprint.resident_block_bytes,
+            activation_bytes=activation_bytes(footprint, request, self.chunk),
+            sampling_peak_bytes=sampling,
+            modulation_peak_bytes=modulation,
+            late_timestep_peak_bytes=late,
+            ram_peak_bytes=_rows_bytes(footprint, request) + host_bytes + held * footprint.stored_bytes,
+            streamed_bytes_per_step=streamed * footprint.stored_bytes,
+            forecast=forecast_step(
+                footprint, request, speeds, streamed=streamed, from_file=streamed - held, slots=slots
+            ),
+        )
 
 
-def _most_resident(
-    footprint: TransformerFootprint, request: SamplingRequest, limit_bytes: int, slots: int, chunk: int | None
-) -> MemoryPlan | None:
-    everything = range(footprint.blocks)
-    whole = _plan(footprint, request, limit_bytes, everything, 0 if footprint.native else slots, chunk)
-    if whole.peak_bytes <= limit_bytes:
-        return whole
-    spare = limit_bytes - _plan(footprint, request, limit_bytes, (), slots, chunk).peak_bytes
-    if spare < 0:
-        return None
-    count = min(spare // footprint.resident_block_bytes, footprint.blocks - 1)
-    return _plan(footprint, request, limit_bytes, _spread(count, footprint.blocks), slots, chunk)
+def _rows_bytes(footprint: TransformerFootprint, request: SamplingRequest) -> int:
+    return (request.timesteps + SPARE_ROWS) * footprint.row_bytes
 
 
-def _plan(
-    footprint: TransformerFootprint,
-    request: SamplingRequest,
-    limit_bytes: int,
-    resident: Iterable[int],
-    slots: int,
-    chunk: int | None,
-) -> MemoryPlan:
-    indices = tuple(resident)
-    resident_bytes = footprint.outside_bytes + len(indices) * footprint.resident_block_bytes
-    activations = activation_bytes(footprint, request, chunk)
-    staging = 0 if len(indices) == footprint.blocks else footprint.staging_bytes
-    table_row = footprint.blocks * 12 * footprint.inner_dim * footprint.element_bytes
-    modulation = footprint.modulation_slot_bytes
-    modulation_decoding = footprint.modulation_staging_bytes + footprint.modulation_scratch_bytes
-    run = resident_bytes + slots * footprint.slot_bytes + staging + footprint.scratch_bytes
-    return MemoryPlan(
-        request=request,
-        limit_bytes=limit_bytes,
-        blocks=footprint.blocks,
-        resident=indices,
-        slots=slots,
-        mlp_chunk_tokens=chunk,
-        resident_bytes=resident_bytes,
-        activation_bytes=activations,
-        sampling_peak_bytes=run + table_row + activations,
-        modulation_peak_bytes=resident_bytes + 2 * modulation + modulation_decoding + table_row,
-        # a timestep that was not announced is computed before a pass, beside the slots
-        late_timestep_peak_bytes=run + modulation + modulation_decoding + table_row,
-        streamed_bytes_per_step=(footprint.blocks - len(indices)) * footprint.stored_bytes,
-    )
+def _ram_left(footprint: TransformerFootprint, request: SamplingRequest, limits: Limits) -> int:
+    """What is left of host memory for held blocks; where the device is the host, for everything on the device."""
+    if limits.ram_bytes is None:
+        return most_ram_bytes(footprint, request)
+    ring = 0 if footprint.host else footprint.ring_bytes
+    return limits.ram_bytes - _rows_bytes(footprint, request) - ring
 
 
-def _spread(count: int, blocks: int) -> tuple[int, ...]:
-    """`count` of `blocks` indices, evenly, beginning with the first: every fetch has computing to hide behind."""
-    return tuple(i for i in range(blocks) if i * count // blocks != (i - 1) * count // blocks)
+def _device_limit(footprint: TransformerFootprint, request: SamplingRequest, limits: Limits) -> int:
+    if footprint.host and limits.ram_bytes is not None:
+        return min(limits.vram_bytes, _ram_left(footprint, request, limits))
+    return limits.vram_bytes
 
 
-def _refusal(footprint: TransformerFootprint, request: SamplingRequest, limit_bytes: int) -> str:
-    need = least_bytes(footprint, request)
+def _spread(count: int, indices: Sequence[int]) -> tuple[int, ...]:
+    """`count` of `indices`, evenly, beginning with the first: every fetch has computing to hide behind."""
+    total = len(indices)
+    return tuple(n for i, n in enumerate(indices) if i * count // total != (i - 1) * count // total)
+
+
+def _refusal(footprint: TransformerFootprint, request: SamplingRequest, limits: Limits) -> str:
+    need, need_ram = least_bytes(footprint, request), least_ram_bytes(footprint, request)
+    short_of_ram = limits.ram_bytes is not None and need_ram > limits.ram_bytes
     ways = []
     fewer = next(
-        (n for n in range(request.branches - 1, 0, -1) if _fits(footprint, replace(request, branches=n), limit_bytes)),
-        None,
+        (n for n in range(request.branches - 1, 0, -1) if _fits(footprint, replace(request, branches=n), limits)), None
     )
     if fewer is not None:
         ways.append(f"a smaller batch or no guidance ({fewer} instead of {request.branches} branches)")
     for width, height in SUGGESTED_SIZES:
         smaller = replace(request, width=width, height=height)
-        if width * height < request.width * request.height and _fits(footprint, smaller, limit_bytes):
+        if width * height < request.width * request.height and _fits(footprint, smaller, limits):
             ways.append(f"{width}x{height} ({size_text(least_bytes(footprint, smaller))})")
             break
-    ways.append(f"a VRAM limit of {need / GIB + 0.01:.2f} GB or more")
-    return (
-        f"Sampling needs {size_text(need)} at least, the limit is {size_text(limit_bytes)} ({request}).\n"
-        f"Use {', or '.join(ways)}."
-    )
+    raised = []
+    if need > limits.vram_bytes:
+        raised.append(f"a VRAM limit of {need / GIB + 0.01:.2f} GB or more")
+    if short_of_ram:
+        raised.append(f"a RAM limit of {need_ram / GIB + 0.01:.2f} GB or more")
+    ways.append(" and ".join(raised))
+    what = size_text(need) + (f" and {size_text(need_ram)} of RAM" if short_of_ram else "")
+    limit = str(limits) if short_of_ram else size_text(limits.vram_bytes)
+    return f"Sampling needs {what} at least, the limit is {limit} ({request}).\nUse {', or '.join(ways)}."
 
 
-def _fits(footprint: TransformerFootprint, request: SamplingRequest, limit_bytes: int) -> bool:
-    return least_bytes(footprint, request) <= limit_bytes
+def _fits(footprint: TransformerFootprint, request: SamplingRequest, limits: Limits) -> bool:
+    enough_ram = limits.ram_bytes is None or least_ram_bytes(footprint, request) <= limits.ram_bytes
+    return enough_ram and least_bytes(footprint, request) <= limits.vram_bytes

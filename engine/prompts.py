@@ -8,7 +8,15 @@ from torch import Tensor
 from transformers import Qwen2Tokenizer
 
 from .errors import MissingFile
-from .families import MAX_PROMPT_TOKENS, PROMPT_TEMPLATE, PROMPT_TEMPLATE_TOKENS
+from .families import (
+    EDIT_TEMPLATE,
+    EDIT_TEMPLATE_TOKENS,
+    MAX_PROMPT_TOKENS,
+    PICTURE_PLACE,
+    PROMPT_TEMPLATE,
+    PROMPT_TEMPLATE_TOKENS,
+)
+from .picture_prompts import PICTURE, require_places
 
 logger = logging.getLogger(__name__)
 
@@ -20,16 +28,24 @@ class PromptTokenizer:
         if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
             raise MissingFile(f"{folder} holds no tokenizer (tokenizer.json, or vocab.json and merges.txt).")
         self._tokenizer = Qwen2Tokenizer.from_pretrained(str(folder), local_files_only=True)
-        self._template = self._ids(PROMPT_TEMPLATE.split("{}")[0])
+        templates = ((PROMPT_TEMPLATE, PROMPT_TEMPLATE_TOKENS), (EDIT_TEMPLATE, EDIT_TEMPLATE_TOKENS))
+        # the last token may join with the prompt's first characters
+        self._templates = [(self._ids(text.split("{}")[0])[: count - 1], count) for text, count in templates]
+        self._picture = self._tokenizer.convert_tokens_to_ids("<|image_pad|>")
         self._turn = self._ids("<|im_start|>user\n")  # the token that begins a turn, "user", line break
 
-    def encode(self, prompt: str) -> list[int]:
+    def encode(self, prompt: str, *, template: str = PROMPT_TEMPLATE, pictures: int = 0) -> list[int]:
         """Token ids of the prompt within the template. A text that begins with <|im_start|> is its own template.
 
-        No prompt is cut; a warning says when one is longer than the reference allows.
+        The first places for pictures hold PICTURE, as many as there are pictures. No prompt is cut; a warning says
+        when one is longer than the reference allows. Raises InvalidRequest where there are fewer places than pictures.
         """
-        text = prompt if prompt.startswith("<|im_start|>") else PROMPT_TEMPLATE.format(prompt)
+        text = prompt if prompt.startswith("<|im_start|>") else template.format(prompt)
         ids = self._ids(text)
+        places = [i for i, token in enumerate(ids) if token == self._picture]
+        for i in places[:pictures]:
+            ids[i] = PICTURE
+        require_places(ids, pictures)
         length = len(ids) - self.start(ids)
         if length > MAX_PROMPT_TOKENS:
             logger.warning(
@@ -41,20 +57,28 @@ class PromptTokenizer:
         return ids
 
     def start(self, ids: Sequence[int]) -> int:
-        """How many tokens stand before the prompt: 34 in Qwen-Image's template, as the reference cuts it.
+        """How many tokens stand before the prompt: 34 in Qwen-Image's template, 64 in the editing models', as the
+        reference cuts them.
 
         In another template the first two turns' beginning counts, with "user" and the line break after it, as
         ComfyUI's own encoder finds it.
         """
-        known = PROMPT_TEMPLATE_TOKENS - 1  # the last one may have joined with the prompt's first characters
-        if list(ids[:known]) == self._template[:known]:
-            return PROMPT_TEMPLATE_TOKENS
+        for known, count in self._templates:
+            if list(ids[: count - 1]) == known:
+                return count
         turns = [i for i, token in enumerate(ids) if token == self._turn[0]][:2]
         begin = turns[-1] if turns else 0
         return begin + 3 if list(ids[begin : begin + 3]) == self._turn and len(ids) > begin + 3 else begin
 
     def _ids(self, text: str) -> list[int]:
         return list(self._tokenizer(text)["input_ids"])
+
+
+def with_places(prompt: str, pictures: int, *, labelled: bool) -> str:
+    """A prompt that shows pictures before its text. `labelled`: as Picture 1, Picture 2, ..., as Edit-2509 and later
+    ones were trained (pipeline_qwenimage_edit_plus.py); Edit was trained without (pipeline_qwenimage_edit.py)."""
+    labels = [f"Picture {i + 1}: " if labelled else "" for i in range(pictures)]
+    return "".join(label + PICTURE_PLACE for label in labels) + prompt
 
 
 def drop_template(hidden_states: Tensor, start: int) -> Tensor:

@@ -1,21 +1,19 @@
 """What bitsandbytes notes beside its 4-bit weights: their true shapes, and an offset. Reads those notes, no weight."""
 
-import json
 import re
 import struct
 from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
-from pathlib import Path
 from typing import Any
 
 from .checkpoint import TensorEntry
-from .errors import DamagedFile, MissingFile, WrongModel
+from .errors import DamagedFile, WrongModel
 from .formats.bnb4 import BLOCK, NESTED_BLOCK
+from .notes import read_notes
 
 # JSON as bytes, written by bitsandbytes/functional.py (QuantState.as_dict)
 _NOTE = re.compile(r"(.+)\.quant_state\.bitsandbytes__(nf4|fp4)")
-MAX_NOTE_BYTES = 4096
 MAX_OFFSET = 1e30  # the mean of scales; a larger number is no fp32
 
 
@@ -27,9 +25,8 @@ def with_quant_states(tensors: Mapping[str, TensorEntry]) -> dict[str, TensorEnt
     """
     result = dict(tensors)
     notes = {name: match for name in tensors if (match := _NOTE.fullmatch(name)) and match[1] in tensors}
-    for name, raw in _read({name: tensors[name] for name in notes}).items():
-        weight, kind = notes[name][1], notes[name][2]
-        result |= _described(tensors, weight, kind, _parse(raw, tensors[name].file, name))
+    for name, note in read_notes({name: tensors[name] for name in notes}).items():
+        result |= _described(tensors, notes[name][1], notes[name][2], note)
         del result[name]
     return result
 
@@ -45,8 +42,9 @@ def _described(
     blocks = (note.get("blocksize"), note.get("nested_blocksize", NESTED_BLOCK))
     if note.get("quant_type") != kind or blocks != (BLOCK, NESTED_BLOCK):
         raise WrongModel(
-            f"{file}: {name} is stored in bitsandbytes' {note.get('quant_type')!r:.20} with blocks of {blocks!s:.40}, "
-            f"which is not supported. Use one with blocks of ({BLOCK}, {NESTED_BLOCK}), bitsandbytes' defaults."
+            f"{file}: {name!r} is stored in bitsandbytes' {note.get('quant_type')!r:.20} with blocks of "
+            f"{blocks!s:.40}, which is not supported. Use one with blocks of ({BLOCK}, {NESTED_BLOCK}), "
+            "bitsandbytes' defaults."
         )
     scales = -(-prod(shape) // BLOCK)
     expected = {"absmax": ("U8" if nested else "F32", scales)}
@@ -64,32 +62,3 @@ def _described(
     if nested:
         result[f"{name}.nested_offset"] = TensorEntry(file, 0, 4, "F32", (), data=struct.pack("<f", offset))
     return result
-
-
-def _read(entries: Mapping[str, TensorEntry]) -> dict[str, bytes]:
-    """The bytes of small tensors, in the order in which they lie in their files."""
-    result: dict[str, bytes] = {}
-    files: dict[Path, list[str]] = {}
-    for name, entry in sorted(entries.items(), key=lambda item: item[1].offset):
-        if entry.nbytes > MAX_NOTE_BYTES:
-            raise DamagedFile(f"{entry.file}: {name!r} has {entry.nbytes} bytes, too many. Download it again.")
-        files.setdefault(entry.file, []).append(name)
-    for file, names in files.items():
-        try:
-            with file.open("rb") as stream:
-                for name in names:
-                    stream.seek(entries[name].offset)
-                    result[name] = stream.read(entries[name].nbytes)
-        except OSError as error:
-            raise MissingFile(f"{file} cannot be read ({error}). Check that this user may read it.") from error
-    return result
-
-
-def _parse(raw: bytes, file: Path, name: str) -> dict[str, Any]:
-    try:
-        note = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise DamagedFile(f"{file}: {name!r} is not valid JSON ({error}). Download it again.") from error
-    if not isinstance(note, dict):
-        raise DamagedFile(f"{file}: {name!r} is no JSON object. Download it again.")
-    return note

@@ -19,6 +19,7 @@ from .families import sort_text_encoder
 from .footprint import TextEncoderFootprint
 from .formats import CODECS, raw_layout, stored_param
 from .hardware import Hardware
+from .picture_prompts import PICTURE, require_places, token_positions
 from .streaming import (
     BlockSource,
     BlockStore,
@@ -26,15 +27,17 @@ from .streaming import (
     FileSource,
     StoredBlock,
     TensorReader,
+    Waits,
     read_params,
     store_block,
 )
+from .vision import SeenPicture, VisionTower
 
 MLP_CHUNK_TOKENS = 512
 
 
 class TextEncoder:
-    """The language model of Qwen2.5-VL without its head and its vision tower.
+    """The language model of Qwen2.5-VL without its head; its vision tower is opened where pictures are to be seen.
 
     Guarantees: all prompts are encoded in one visit of each layer; on the device lie at most `slots` layers and the
     prompts' activations; of the embedding matrix only the rows of the tokens at hand are read; nothing stays on the
@@ -49,15 +52,19 @@ class TextEncoder:
         hardware: Hardware,
         source: Callable[[Sequence[StoredBlock]], BlockSource] = FileSource,
     ) -> None:
-        """Reads headers and the final norm only. Raises WrongModel, DamagedFile or MissingFile."""
+        """Reads headers only. Raises WrongModel, DamagedFile or MissingFile."""
         tensors = sort_text_encoder(checkpoint)
+        self.identity = checkpoint.identity
+        self._checkpoint = checkpoint
         self.dtype = dtype
         self.hardware = hardware
+        self.waits = Waits()
         self._where = str(checkpoint.path)
         self._config = _hf_config(tensors.config)
         self._embedding = stored_param("embed_tokens.weight", tensors.outside, self._where)
-        norm_shape = {"norm.weight": (self._config.hidden_size,)}
-        self._norm_weight = read_params(tensors.outside, norm_shape, dtype, self._where, source)["norm.weight"]
+        self._source, self._outside = source, tensors.outside
+        self._norm_shape = {"norm.weight": (self._config.hidden_size,)}
+        store_block(self._norm_shape, self._outside, dtype, self._where)
         shapes = {name: tuple(p.shape) for name, p in self._empty_layer().named_parameters()}
         layers = [
             store_block(shapes, entries, dtype, f"{self._where}, layer {i}") for i, entries in enumerate(tensors.layers)
@@ -68,6 +75,9 @@ class TextEncoder:
             slot_bytes=self._store.slot_bytes,
             staging_bytes=self._store.staging_bytes,
             scratch_bytes=self._store.scratch_bytes,
+            stored_bytes=self._store.raw_bytes,
+            ring_bytes=self._store.ring_bytes,
+            host=hardware.host_device,
             hidden_size=self._config.hidden_size,
             intermediate_size=self._config.intermediate_size,
             chunk_tokens=MLP_CHUNK_TOKENS,
@@ -81,23 +91,43 @@ class TextEncoder:
         return self._store.fetched_bytes
 
     @property
+    def copied_bytes(self) -> int:
+        """Bytes of layers copied from host memory to the device so far."""
+        return self._store.copied_bytes
+
+    @property
     def hidden_size(self) -> int:
         return self._config.hidden_size
 
+    def vision_tower(self) -> VisionTower:
+        """What sees pictures for this encoder. Reads headers only; raises MissingFile or WrongModel."""
+        return VisionTower(self._checkpoint, dtype=self.dtype, hardware=self.hardware, source=self._source)
+
     @torch.no_grad()
     def encode(
-        self, prompts: Sequence[Sequence[int]], *, slots: int = 2, on_layer: Callable[[int], None] | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        pictures: Sequence[Sequence[SeenPicture]] = (),
+        slots: int = 2,
+        on_layer: Callable[[int], None] | None = None,
     ) -> list[Tensor]:
         """Token ids of each prompt -> its last hidden states after the final norm, (1, length, hidden), float32 on
         the host.
 
+        `pictures`: those of each prompt, which stand in the places of PICTURE; empty where no prompt shows any.
         `on_layer` is called before each layer with its index, and may raise. Raises InvalidRequest for an empty list
-        of tokens or an id that the vocabulary does not have.
+        of tokens, an id that the vocabulary does not have, or other pictures than there are places.
         """
-        states = self._embed(prompts)
+        shown = pictures or [()] * len(prompts)
+        states = self._embed(prompts, shown)
+        norm = self._norm()
         try:
             rotary = Qwen2_5_VLRotaryEmbedding(self._config).to(self.hardware.device)
-            positions = [self._rotary(rotary, state) for state in states]
+            positions = [
+                self._rotary(rotary, state, token_positions(ids, seen))
+                for state, ids, seen in zip(states, prompts, shown, strict=True)
+            ]
             with BlockStreamer(self._store, slots=slots) as streamer:
                 for index, layer in streamer.visit():
                     if on_layer is not None:
@@ -106,21 +136,21 @@ class TextEncoder:
                         states[i] = _hidden_states(
                             layer(states[i], attention_mask=None, position_embeddings=position, use_cache=False)
                         )
-            return [self._norm(state).float().cpu() for state in states]
+                self.waits += streamer.waits
+            return [norm(state).float().cpu() for state in states]
         finally:
             self._store.release()
 
-    def _rotary(self, rotary: nn.Module, state: Tensor) -> tuple[Tensor, Tensor]:
-        # text alone: time, height and width positions are the same
-        positions = torch.arange(state.shape[1], device=state.device).view(1, 1, -1).expand(3, 1, -1)
-        return rotary(state, positions)
+    def _rotary(self, rotary: nn.Module, state: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return rotary(state, positions.unsqueeze(1).to(state.device))  # (3, 1, length)
 
-    def _embed(self, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
+    def _embed(self, prompts: Sequence[Sequence[int]], pictures: Sequence[Sequence[SeenPicture]]) -> list[Tensor]:
         vocab, _ = self._embedding.shape
-        for ids in prompts:
+        for ids, seen in zip(prompts, pictures, strict=True):
             if not ids:
                 raise InvalidRequest("A prompt has no tokens. Write something, or leave the template on.")
-            strange = next((token for token in ids if not 0 <= token < vocab), None)
+            require_places(ids, len(seen))
+            strange = next((token for token in ids if token != PICTURE and not 0 <= token < vocab), None)
             if strange is not None:
                 raise InvalidRequest(
                     f"Token {strange} is beyond the {vocab} rows of {self._where}: the tokenizer belongs to another "
@@ -128,14 +158,17 @@ class TextEncoder:
                 )
         rows = _EmbeddingRows(self._embedding.parts, self._embedding.codec, self.dtype)
         try:
-            return [rows.gather(ids).unsqueeze(0).to(self.hardware.device) for ids in prompts]
+            embedded = [_with_pictures(rows, ids, seen) for ids, seen in zip(prompts, pictures, strict=True)]
+            return [embeds.unsqueeze(0).to(self.hardware.device) for embeds in embedded]
         finally:
             rows.close()
 
-    def _norm(self, state: Tensor) -> Tensor:
+    def _norm(self) -> nn.Module:
+        """The final norm, read from the file, on the device."""
+        read = read_params(self._outside, self._norm_shape, self.dtype, self._where, self._source)
         norm = Qwen2_5_VLRMSNorm(self._config.hidden_size, eps=self._config.rms_norm_eps)
-        norm.weight = nn.Parameter(self._norm_weight.to(state.device), requires_grad=False)
-        return norm(state)
+        norm.weight = nn.Parameter(read["norm.weight"].to(self.hardware.device), requires_grad=False)
+        return norm
 
     def _empty_layer(self) -> nn.Module:
         with torch.device("meta"):
@@ -147,6 +180,13 @@ class TextEncoder:
 def _hidden_states(output: Any) -> Tensor:
     """transformers 4 returns a tuple from a layer, transformers 5 the tensor."""
     return output[0] if isinstance(output, tuple) else output
+
+
+def _with_pictures(rows: "_EmbeddingRows", ids: Sequence[int], seen: Sequence[SeenPicture]) -> Tensor:
+    """(length, hidden) in the compute dtype, on the host: rows of tokens, and pictures in their places."""
+    text = iter(rows.gather([token for token in ids if token != PICTURE]).split(1))
+    pictures = iter(picture.embeds.to(rows.dtype) for picture in seen)
+    return torch.cat([next(pictures if token == PICTURE else text) for token in ids])
 
 
 def _hf_config(config: Any) -> Qwen2_5_VLTextConfig:
@@ -168,7 +208,7 @@ class _EmbeddingRows:
 
     def __init__(self, parts: Sequence[TensorEntry], codec: str, dtype: torch.dtype) -> None:
         self._reader = TensorReader()
-        self._parts, self._codec, self._dtype = parts, CODECS[codec], dtype
+        self._parts, self._codec, self.dtype = parts, CODECS[codec], dtype
 
     def gather(self, ids: Sequence[int]) -> Tensor:
         """(len(ids), hidden) in the compute dtype, on the host."""
@@ -177,7 +217,7 @@ class _EmbeddingRows:
         for scale in self._parts[1:]:
             per_row = len(scale.shape) > 0 and scale.shape[0] == self._parts[0].shape[0] > 1
             stored.append(self._rows(scale, unique) if per_row else self._whole(scale))
-        out = torch.empty(len(unique), self._parts[0].shape[1], dtype=self._dtype)
+        out = torch.empty(len(unique), self._parts[0].shape[1], dtype=self.dtype)
         self._codec.decode_into(out, stored)
         position = {token: i for i, token in enumerate(unique)}
         return out[[position[token] for token in ids]]

@@ -1,26 +1,23 @@
 """The transformer: prologue, `for block: for branch`, epilogue, around diffusers' own modules. Does not sample."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 
 import torch
-from accelerate import init_empty_weights
 from diffusers import QwenImageTransformer2DModel
-from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
 from torch import Tensor, nn
 
 from .checkpoint import Checkpoint
-from .chunking import ChunkedTokens
-from .errors import InvalidRequest, Unsupported
-from .families import sort_transformer
+from .errors import InvalidRequest
+from .families import Variant
 from .footprint import TransformerFootprint
 from .hardware import Hardware
 from .modulation import ModulationRow, ModulationTable
-from .streaming import BlockSource, BlockStore, BlockStreamer, FileSource, StoredBlock, bind, read_params, store_block
+from .streaming import BlockSource, BlockStreamer, FileSource, StoredBlock, Waits, WeightPatch, bind
+from .transformer_parts import BLOCKS, TransformerParts
 
-MODULATION = ("img_mod.1.weight", "img_mod.1.bias", "txt_mod.1.weight", "txt_mod.1.bias")
 MAX_POSITIONS = 4096  # of diffusers' rotary tables
 
 OnBlock = Callable[[int], None]
@@ -65,54 +62,63 @@ class QwenImageTransformer:
         dtype: torch.dtype,
         hardware: Hardware,
         rounding: TimestepRounding = TimestepRounding.FP32,
+        variant: Variant | None = None,
         source: Callable[[Sequence[StoredBlock]], BlockSource] = FileSource,
     ) -> None:
         """Reads the weights outside the blocks (81 MB in bf16), and no block. `source` makes the blocks' source.
+        `variant` None: as the file says.
 
-        Raises WrongModel, DamagedFile, MissingFile, or Unsupported for a family member that is not supported.
+        Raises what TransformerParts does.
         """
-        tensors = sort_transformer(checkpoint)
-        self.config = tensors.config
-        if self.config.use_additional_t_cond or self.config.use_layer3d_rope:
-            raise Unsupported(f"{checkpoint.path} is {self.config.member}, which is not supported yet. Use Qwen-Image.")
+        parts = TransformerParts(checkpoint, dtype=dtype, hardware=hardware, variant=variant, source=source)
+        self.config = parts.config
+        self.variant = parts.variant
         self.dtype = dtype
         self.hardware = hardware
+        self.file = max(checkpoint.tensors.values(), key=lambda entry: entry.nbytes).file
         self._rounding = rounding
         self._loaded = False
-        self._outside = self._empty_model()
-        shapes = {name: tuple(p.shape) for name, p in self._outside.named_parameters()}
-        where = str(checkpoint.path)
-        self._outside.load_state_dict(read_params(tensors.outside, shapes, dtype, where, source), assign=True)
+        self._outside = parts.empty_model()
+        self._outside.load_state_dict(parts.read_outside(), assign=True)
+        self.store = parts.store
+        self.modulation = ModulationTable(parts.modulation_store, self._embed_timestep)
+        self._parts = parts
+        self._patches: dict[str, WeightPatch] = {}
 
-        shapes = {name: tuple(p.shape) for name, p in self._empty_block().named_parameters()}
-        blocks = [
-            store_block(shapes, entries, dtype, f"{where}, block {i}") for i, entries in enumerate(tensors.blocks)
-        ]
-        self.store = BlockStore(blocks, source(blocks), self._empty_block, hardware)
-        shapes = {name: tuple(p.shape) for name, p in self._empty_modulation().named_parameters()}
-        mods = [store_block(shapes, entries, dtype, f"{where}, block {i}") for i, entries in enumerate(tensors.blocks)]
-        mod_store = BlockStore(mods, source(mods), self._empty_modulation, hardware, ring_buffers=1)
-        self.modulation = ModulationTable(mod_store, self._embed_timestep)
-        self.footprint = TransformerFootprint(
-            blocks=self.config.num_layers,
-            slot_bytes=self.store.slot_bytes,
-            stored_bytes=self.store.raw_bytes,
-            staging_bytes=self.store.staging_bytes,
-            native=all(block.native for block in blocks),
-            outside_bytes=sum(p.nbytes for p in self._outside.parameters()),
-            modulation_slot_bytes=mod_store.slot_bytes,
-            modulation_staging_bytes=mod_store.staging_bytes,
-            inner_dim=self.config.inner_dim,
-            head_dim=self.config.attention_head_dim,
-            joint_attention_dim=self.config.joint_attention_dim,
-            element_bytes=dtype.itemsize,
-            scratch_bytes=self.store.scratch_bytes,
-            modulation_scratch_bytes=mod_store.scratch_bytes,
-        )
+    @property
+    def footprint(self) -> TransformerFootprint:
+        """What a plan is made from; patches count."""
+        return self._parts.footprint
 
-    def load(self, resident: Sequence[int]) -> None:
-        """Bring the weights outside the blocks and the `resident` blocks to the device."""
+    @property
+    def weights(self) -> dict[str, tuple[int, ...]]:
+        """Every weight's shape by its name in diffusers' model: what can be patched."""
+        return self._parts.weights
+
+    def patch(self, patches: Mapping[str, WeightPatch]) -> None:
+        """Apply these to the weights of those names from the next run on, and no others.
+
+        Blocks on the device that change are decoded again from their source, so that no patch leaves a trace; the
+        modulation table is computed again where it depends on what changed.
+        """
+        names = patches.keys() | self._patches.keys()
+        changed = {name for name in names if patches.get(name) != self._patches.get(name)}
+        if not changed:
+            return
+        self._parts.patch(patches)
+        if any(not name.startswith(BLOCKS) for name in changed):
+            with torch.inference_mode(False):
+                self._outside.load_state_dict(self._parts.read_outside(patches), assign=True)
+            self._loaded = False
+        if any(part in name for name in changed for part in ("_mod.", "time_text_embed.")):
+            self.modulation.forget()
+        self._patches = dict(patches)
+
+    def load(self, resident: Iterable[int], held: Iterable[int] = ()) -> None:
+        """Bring the weights outside the blocks and the `resident` blocks to the device, and keep `held` ones in host
+        memory from their next visit on."""
         self.return_outside()
+        self.store.set_held(held)
         self.store.set_resident(resident)
 
     def return_outside(self) -> None:
@@ -173,41 +179,6 @@ class QwenImageTransformer:
         with torch.inference_mode(False):
             bind(self._outside, {name: p.data.to(device) for name, p in self._outside.named_parameters()})
 
-    def _empty_model(self) -> QwenImageTransformer2DModel:
-        config = self.config
-        with init_empty_weights():
-            return QwenImageTransformer2DModel(
-                in_channels=config.in_channels,
-                out_channels=config.out_channels,
-                num_layers=0,
-                attention_head_dim=config.attention_head_dim,
-                num_attention_heads=config.num_attention_heads,
-                joint_attention_dim=config.joint_attention_dim,
-                axes_dims_rope=config.axes_dims_rope,
-                zero_cond_t=config.zero_cond_t,
-            ).eval()
-
-    def _whole_block(self) -> QwenImageTransformerBlock:
-        with torch.device("meta"):
-            return QwenImageTransformerBlock(
-                dim=self.config.inner_dim,
-                num_attention_heads=self.config.num_attention_heads,
-                attention_head_dim=self.config.attention_head_dim,
-                zero_cond_t=self.config.zero_cond_t,
-            ).eval()
-
-    def _empty_block(self) -> nn.Module:
-        block = self._whole_block()
-        block.img_mod, block.txt_mod = _FromTable(), _FromTable()
-        block.img_mlp, block.txt_mlp = ChunkedTokens(block.img_mlp), ChunkedTokens(block.txt_mlp)
-        return block
-
-    def _empty_modulation(self) -> nn.Module:
-        block = self._whole_block()
-        part = nn.Module()
-        part.img_mod, part.txt_mod = block.img_mod, block.txt_mod
-        return part
-
 
 class TransformerSession:
     """The passes of one run. Made by `QwenImageTransformer.session`."""
@@ -225,9 +196,9 @@ class TransformerSession:
         self._mlp_chunk_tokens = mlp_chunk_tokens
 
     @property
-    def waited_seconds(self) -> float:
-        """How long compute has waited for blocks to be read."""
-        return self._streamer.waited_seconds
+    def waits(self) -> Waits:
+        """How long compute has waited for blocks, by where they came from."""
+        return self._streamer.waits
 
     @torch.no_grad()
     def forward(
@@ -306,12 +277,3 @@ class _State:
             modulate_index=self.modulate_index,
         )
         del block.img_mod.value, block.txt_mod.value  # a resident block would keep the row on the device
-
-
-class _FromTable(nn.Module):
-    """Stands in a block where its modulation weights were, and returns what they would have computed."""
-
-    value: Tensor
-
-    def forward(self, temb: Tensor) -> Tensor:
-        return self.value

@@ -104,7 +104,9 @@ class Panel {
     }[run.stage];
     this.stage.textContent = stage;
     this.bar.style.width = percent(share);
-    this.pace.textContent = run.seconds_per_step ? `${run.seconds_per_step.toFixed(2)} s/step` : "";
+    const { seconds_per_step: measured, forecast_seconds_per_step: forecast } = run;
+    const expected = forecast ? `about ${forecast.toFixed(1)} s/step expected` : "";
+    this.pace.textContent = measured ? `${measured.toFixed(2)} s/step` : expected;
     this.vram.show(run.vram_bytes, run.peak_vram_bytes, run.limit_bytes);
     this.ram.show(run.ram_bytes, run.peak_ram_bytes, ramTotalBytes);
     this.explain(run.plan.replace(/^\w+\([^:]*: |\)$/g, ""), run.plan);
@@ -114,8 +116,8 @@ class Panel {
   report(report) {
     const { plan, steps, seconds, fetched_blocks: fetched, one_by_one: reason } = report;
     if (!this.where) {
-      const { blocks, limit_bytes } = plan;
-      const end = { stage: "done", step: steps, block: blocks, blocks, limit_bytes };
+      const { blocks, limits } = plan;
+      const end = { stage: "done", step: steps, block: blocks, blocks, limit_bytes: limits.vram_bytes };
       const memory = { vram_bytes: report.peak_vram_bytes, ram_bytes: report.peak_ram_bytes };
       this.progress({ ...report, ...end, ...memory, plan: report.plan_text, seconds_per_step: seconds / steps });
     }

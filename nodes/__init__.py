@@ -4,18 +4,30 @@ from . import words
 from .decode import QwenLowVRAMDecode
 from .encode import QwenLowVRAMEncodePrompts
 from .loader import QwenLowVRAMLoader
+from .lora import QwenLowVRAMLoadLora
+from .memory_plan import QwenLowVRAMMemoryPlan
+from .memory_report import QwenLowVRAMMemoryReport
 from .sample import QwenLowVRAMSample
+from .weight_cache import QwenLowVRAMWeightCache
 
 NODE_CLASS_MAPPINGS = {
     "QwenLowVRAMLoader": QwenLowVRAMLoader,
+    "QwenLowVRAMLoadLora": QwenLowVRAMLoadLora,
     "QwenLowVRAMEncodePrompts": QwenLowVRAMEncodePrompts,
     "QwenLowVRAMSample": QwenLowVRAMSample,
     "QwenLowVRAMDecode": QwenLowVRAMDecode,
+    "QwenLowVRAMMemoryPlan": QwenLowVRAMMemoryPlan,
+    "QwenLowVRAMMemoryReport": QwenLowVRAMMemoryReport,
+    "QwenLowVRAMWeightCache": QwenLowVRAMWeightCache,
 }
 
 NODE_DISPLAY_NAME_MAPPINGS = {
     "QwenLowVRAMLoader": words.LOADER,
+    "QwenLowVRAMLoadLora": words.LOAD_LORA,
     "QwenLowVRAMEncodePrompts": words.ENCODE,
     "QwenLowVRAMSample": words.SAMPLE,
     "QwenLowVRAMDecode": words.DECODE,
+    "QwenLowVRAMMemoryPlan": words.MEMORY_PLAN,
+    "QwenLowVRAMMemoryReport": words.MEMORY_REPORT,
+    "QwenLowVRAMWeightCache": words.WEIGHT_CACHE,
 }

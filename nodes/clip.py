@@ -1,5 +1,8 @@
 """Our text encoder as ComfyUI's CLIP: tokens in, conditioning out, and nothing left on the device."""
 
+import logging
+from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import comfy.model_management
@@ -9,28 +12,50 @@ import comfy.utils
 import torch
 from torch import Tensor, nn
 
+from ..engine.families import EDIT_TEMPLATE, PICTURE_PLACE, PROMPT_TEMPLATE
+from ..engine.looking import Looking
+from ..engine.picture_prompts import PICTURE, PicturePrompt
+from ..engine.picture_report import Moved
 from ..engine.plan import plan_text_encoder, text_encoder_peak_bytes
+from ..engine.prompt_cache import PromptCache
+from ..engine.prompt_key import PromptKey, arithmetic_of
 from ..engine.prompts import PromptTokenizer, drop_template
+from ..engine.stages import Stage, encode_stage
 from ..engine.text_encoder import TextEncoder
+from ..engine.vision_patches import patch_picture
 from .limits import stage_bytes
+from .timeline import Timeline
 from .unsupported import refuse
+
+logger = logging.getLogger(__name__)
 
 TOKENS_KEY = "qwen25_7b"  # as ComfyUI's own Qwen-Image tokenizer names them
 
-EDIT_NODES = "Pictures in a prompt (TextEncodeQwenImageEdit)"
+# ComfyUI's own for a prompt with pictures that names none: that of Edit, with one place before the text
+ONE_PICTURE_TEMPLATE = EDIT_TEMPLATE.replace("{}", PICTURE_PLACE + "{}")
 
 
 class LowVRAMCLIP(comfy.sd.CLIP):
     """Encodes through ComfyUI's own interface, so that its text nodes work with it.
 
-    The encoder is read layer by layer at each call and owns nothing between calls; the patcher is empty.
+    The encoder is read layer by layer at each call and owns nothing between calls; the patcher is empty. Prompts that
+    `kept` has need no encoder.
     """
 
-    def __init__(self, encoder: TextEncoder, tokenizer: PromptTokenizer, limit_bytes: int | None) -> None:
+    def __init__(
+        self,
+        encoder: TextEncoder,
+        tokenizer: PromptTokenizer,
+        limit_bytes: int | None,
+        timeline: Timeline | None = None,
+        kept: PromptCache | None = None,
+    ) -> None:
         super().__init__(no_init=True)
         self.encoder = encoder
         self.tokenizer = tokenizer
         self.limit_bytes = limit_bytes
+        self.timeline = timeline or Timeline()
+        self.kept = kept
         self.cond_stage_model = nn.Module()
         self.patcher = comfy.model_patcher.ModelPatcher(
             self.cond_stage_model, load_device=encoder.hardware.device, offload_device=torch.device("cpu")
@@ -42,7 +67,7 @@ class LowVRAMCLIP(comfy.sd.CLIP):
         self.apply_hooks_to_conds = None
 
     def clone(self, disable_dynamic: bool = False) -> "LowVRAMCLIP":
-        other = LowVRAMCLIP(self.encoder, self.tokenizer, self.limit_bytes)
+        other = LowVRAMCLIP(self.encoder, self.tokenizer, self.limit_bytes, self.timeline, self.kept)
         other.patcher = self.patcher.clone()
         other.tokenizer_options = dict(self.tokenizer_options)
         other.use_clip_schedule = self.use_clip_schedule
@@ -53,56 +78,114 @@ class LowVRAMCLIP(comfy.sd.CLIP):
         refuse("Another layer of the text encoder (CLIPSetLastLayer)", "remove that node.")
 
     def tokenize(
-        self, text: str, return_word_ids: bool = False, *, llama_template: str | None = None, **kwargs: Any
+        self,
+        text: str,
+        return_word_ids: bool = False,
+        *,
+        llama_template: str | None = None,
+        images: Sequence[Tensor] | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
-        """In ComfyUI's form: {name: [[(id, weight), ...]]}. Weights are always 1, as for every Qwen-Image encoder."""
-        if kwargs.get("images"):
-            refuse(EDIT_NODES, "use ComfyUI's own CLIP loader (type qwen_image) for editing.")
-        if llama_template is not None and not text.startswith("<|im_start|>"):
-            text = llama_template.format(text)
-        return {TOKENS_KEY: [[(token, 1.0) for token in self.tokenizer.encode(text)]]}
+        """In ComfyUI's form: {name: [[(id, weight), ...]]}, with a picture in the place of an id for each of `images`.
+        Weights are always 1, as for every Qwen-Image encoder."""
+        pictures = [{"type": "image", "data": image, "original_type": "image"} for image in images or ()]
+        template = llama_template or (ONE_PICTURE_TEMPLATE if pictures else PROMPT_TEMPLATE)
+        tokens = self.tokenizer.encode(text, template=template, pictures=len(pictures))
+        shown = iter(pictures)
+        return {TOKENS_KEY: [[(next(shown) if token == PICTURE else token, 1.0) for token in tokens]]}
 
     def encode_from_tokens_scheduled(self, tokens: Any, *args: Any, **kwargs: Any) -> Any:
         self._refuse_schedule()
         return super().encode_from_tokens_scheduled(tokens, *args, **kwargs)
 
     def encode_from_tokens(self, tokens: Any, return_pooled: Any = False, return_dict: bool = False) -> Any:
-        pairs = tokens[TOKENS_KEY][0]
-        if not all(isinstance(pair[0], int) for pair in pairs):
-            refuse(EDIT_NODES, "use ComfyUI's own CLIP loader (type qwen_image) for editing.")
-        cond = self.encode_ids([[pair[0] for pair in pairs]])[0]
+        cond = self.encode_tokens([_prompt_of(tokens[TOKENS_KEY][0])])[0]
         if return_dict:
             out = {"cond": cond, "pooled_output": None}
             self.add_hooks_to_dict(out)
             return out
         return (cond, None) if return_pooled else cond
 
-    def encode_prompts(self, prompts: list[str]) -> list[Any]:
-        """A CONDITIONING for each prompt, all of them in one visit of the encoder."""
-        conds = self.encode_ids([self.tokenizer.encode(prompt) for prompt in prompts])
+    def encode_prompts(
+        self, prompts: Sequence[str], *, template: str = PROMPT_TEMPLATE, images: Sequence[Tensor] = ()
+    ) -> list[Any]:
+        """A CONDITIONING for each prompt, all of them in one visit of the encoder; each shows all of `images`, which
+        are seen once."""
+        pictures = tuple(patch_picture(image) for image in images)
+        ids = [self.tokenizer.encode(prompt, template=template, pictures=len(pictures)) for prompt in prompts]
+        conds = self.encode_tokens([PicturePrompt(tuple(tokens), pictures) for tokens in ids])
         return [[[cond, self.add_hooks_to_dict({"pooled_output": None})]] for cond in conds]
 
-    def encode_ids(self, ids: list[list[int]]) -> list[Tensor]:
-        """(1, length of the prompt, dim) in float32 for each list of token ids.
+    def encode_tokens(self, prompts: list[PicturePrompt]) -> list[Tensor]:
+        """(1, length of the prompt, dim) in float32 for each prompt.
 
-        Raises DoesNotFit before anything is read.
+        Only those that are not kept are encoded. Raises DoesNotFit before anything is read.
         """
         self._refuse_schedule()
-        device, footprint = self.encoder.hardware.device, self.encoder.footprint
-        lengths = [len(tokens) for tokens in ids]
-        wanted = text_encoder_peak_bytes(footprint, lengths, 2)
-        slots = plan_text_encoder(footprint, lengths, stage_bytes(device, self.limit_bytes, wanted))
-        bar = comfy.utils.ProgressBar(footprint.layers)
-
-        def on_layer(index: int) -> None:
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            bar.update_absolute(index + 1)
-
-        states = self.encoder.encode(ids, slots=slots, on_layer=on_layer)
-        comfy.model_management.soft_empty_cache()
+        states = self._encode(prompts) if self.kept is None else self._encode_others(prompts, self.kept)
         out = comfy.model_management.intermediate_device()
-        starts = [self.tokenizer.start(tokens) for tokens in ids]
+        starts = [prompt.place(self.tokenizer.start(prompt.tokens)) for prompt in prompts]
         return [drop_template(state, start).to(out) for state, start in zip(states, starts, strict=True)]
+
+    def _encode_others(self, prompts: list[PicturePrompt], kept: PromptCache) -> list[Tensor]:
+        """The hidden states of each prompt: kept ones as they are, the others encoded and kept."""
+        keys = self._keys(prompts)
+        found = [kept.get(key) for key in keys]
+        others = [i for i, state in enumerate(found) if state is None]
+        if len(others) < len(prompts):
+            logger.info("%d of %d prompts read from %s", len(prompts) - len(others), len(prompts), kept.folder)
+        encoded = iter(self._encode([prompts[i] for i in others]) if others else ())
+        states = [next(encoded) if state is None else state for state in found]
+        for i in others:
+            kept.put(keys[i], states[i])
+        return states
+
+    def _keys(self, prompts: list[PicturePrompt]) -> list[PromptKey]:
+        encoder, arithmetic = self.encoder, arithmetic_of(self.encoder.hardware.device)
+        tower = Looking(encoder, prompts).identity
+        return [
+            PromptKey(
+                f"{encoder.identity}, pictures {tower}" if prompt.pictures else encoder.identity,
+                encoder.dtype,
+                prompt.tokens,
+                arithmetic,
+                tuple(picture.digest for picture in prompt.pictures),
+            )
+            for prompt in prompts
+        ]
+
+    def _encode(self, prompts: list[PicturePrompt]) -> list[Tensor]:
+        """The hidden states of each prompt, in one visit of the encoder, and before it one of the vision tower."""
+        encoder, looking = self.encoder, Looking(self.encoder, prompts)
+        device, footprint = encoder.hardware.device, encoder.footprint
+        lengths = [prompt.length for prompt in prompts]
+        wanted = max(text_encoder_peak_bytes(footprint, lengths, 2), looking.wanted_bytes)
+        limit = stage_bytes(device, self.limit_bytes, wanted)
+        slots, looking_slots = plan_text_encoder(footprint, lengths, limit), looking.plan(limit)
+        bar = comfy.utils.ProgressBar(looking.blocks + footprint.layers)
+
+        def on_block(index: int) -> None:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            bar.update(1)
+            self.timeline.sample()
+
+        with self.timeline.stage(Stage.ENCODE, device, moved=lambda: self._moved(looking)) as running:
+            running.planned(looking.stage(encode_stage(footprint, lengths, slots), looking_slots))
+            seen = looking.see(looking_slots, on_block)
+            ids = [prompt.tokens for prompt in prompts]
+            states = encoder.encode(ids, pictures=seen, slots=slots, on_layer=on_block)
+        comfy.model_management.soft_empty_cache()
+        return states
+
+    def _moved(self, looking: Looking) -> Moved:
+        encoder = self.encoder
+        waits = encoder.waits + looking.waits
+        return Moved(
+            encoder.fetched_bytes + looking.fetched_bytes,
+            encoder.copied_bytes + looking.copied_bytes,
+            waits.disk_seconds,
+            waits.bus_seconds,
+        )
 
     def _refuse_schedule(self) -> None:
         if self.use_clip_schedule and self.patcher.forced_hooks is not None:
@@ -112,7 +195,7 @@ class LowVRAMCLIP(comfy.sd.CLIP):
         return self.patcher
 
     def add_patches(self, patches: Any, strength_patch: float = 1.0, strength_model: float = 1.0) -> Any:
-        refuse("A LoRA on the text encoder (Load LoRA)", "use LoraLoaderModelOnly's kind of LoRA once it is supported.")
+        return []  # no key of a LoRA is ours: our state dict has none, and ComfyUI says which keys it did not use
 
     def get_key_patches(self) -> Any:
         refuse("Merging text encoders (CLIPMerge)", "merge with ComfyUI's own loaders.")
@@ -125,3 +208,17 @@ class LowVRAMCLIP(comfy.sd.CLIP):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         refuse("Generating text with the encoder", "use ComfyUI's own CLIP loader for that.")
+
+
+def _prompt_of(pairs: Sequence[tuple[Any, ...]]) -> PicturePrompt:
+    """From ComfyUI's form. Raises Unsupported for what is neither a token nor a picture."""
+    tokens, pictures = [], []
+    for element, *_ in pairs:
+        if isinstance(element, Integral):
+            tokens.append(int(element))
+        elif isinstance(element, dict) and element.get("type") == "image":
+            tokens.append(PICTURE)
+            pictures.append(patch_picture(element["data"]))
+        else:
+            refuse("An embedding in a prompt (embedding:...)", "write the prompt in words.")
+    return PicturePrompt(tuple(tokens), tuple(pictures))

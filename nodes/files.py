@@ -25,7 +25,7 @@ def component_choices(kind: str) -> list[str]:
 
 
 def is_folder(choice: str) -> bool:
-    return choice.endswith(FOLDER_SUFFIX)
+    return isinstance(choice, str) and choice.endswith(FOLDER_SUFFIX)  # a graph may send anything
 
 
 def pipeline_folder(choice: str) -> Path:

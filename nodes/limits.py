@@ -1,16 +1,25 @@
-"""How much of a device a stage may use: the person's limit, what is free, and what our own models hold there."""
+"""How much memory a stage may use: the person's limits, what is free, and what our own models hold."""
 
+import weakref
 from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
+import psutil
 import torch
 
+from ..engine.transformer import QwenImageTransformer
 from ..engine.vae import ImageVAE
 from .patcher import LowVRAMPatcher
 
 # of what is free: fragments of torch's allocator, cuBLAS, cuDNN and attention workspaces
 HEADROOM_BYTES = 384 * 1024**2
+# of free RAM, for the system, its page cache and other programs
+RAM_HEADROOM_BYTES = 2 * 1024**3
+RAM_HEADROOM_PART = 0.1
+
+# who may hold blocks in host memory; a model that is let go of is not kept here
+_holders: weakref.WeakSet[QwenImageTransformer] = weakref.WeakSet()
 
 
 def stage_bytes(
@@ -56,3 +65,27 @@ def _ask_away(patcher: Any, nbytes: int) -> None:
 
 def _held(models: list[comfy.model_management.LoadedModel]) -> int:
     return sum(loaded.model_loaded_memory() for loaded in models)
+
+
+def host_bytes(transformer: QwenImageTransformer, limit_bytes: int | None, wanted_bytes: int, least_bytes: int) -> int:
+    """What sampling with `transformer` may hold in host memory, at most `limit_bytes` (None: what is free) with what
+    our other models hold there.
+
+    Blocks of other models that lie in the way of `wanted_bytes` are given back; they are read again when their turn
+    comes. `least_bytes` is granted within the limit even where the system says that nothing is free.
+    """
+    _holders.add(transformer)
+    memory = psutil.virtual_memory()
+    headroom = max(RAM_HEADROOM_BYTES, int(memory.total * RAM_HEADROOM_PART))
+    others = [other for other in _holders if other is not transformer]
+    free = memory.available + transformer.store.held_bytes - headroom
+    for other in others:
+        beside = sum(model.store.held_bytes for model in others)
+        enough = free if limit_bytes is None else min(free, limit_bytes - beside)
+        if other.store.held_bytes and enough < wanted_bytes:
+            free += other.store.held_bytes
+            other.store.set_held(())
+    if limit_bytes is None:
+        return max(free, least_bytes)
+    left = limit_bytes - sum(model.store.held_bytes for model in others)
+    return min(left, max(free, least_bytes))

@@ -12,13 +12,17 @@ from torch import Tensor, nn
 
 from ..engine.errors import Unsupported
 from ..engine.latents import pack, require_even, shape_in_patches, unpack
+from ..engine.lora_patch import lora_patches
 from ..engine.plan import MemoryPlan
 from ..engine.report import MemoryReport
 from ..engine.transformer import Branch, QwenImageTransformer
 from .lockstep import KEY, Lockstep
+from .native_lora import PREFIX
 from .patcher import LowVRAMPatcher
 from .run import SamplingRun, plan_run, request_of
-from .unsupported import check_graph, check_patches, refuse, why_one_by_one
+from .speeds import KnownSpeeds
+from .timeline import Timeline
+from .unsupported import check_graph, check_patches, check_references, refuse, why_one_by_one
 
 logger = logging.getLogger(__name__)
 
@@ -29,16 +33,24 @@ class LowVRAMModel(comfy.model_base.QwenImage):
     Latent format, model sampling and conditions are ComfyUI's. The weights lie outside of every nn.Module.
     """
 
-    def __init__(self, transformer: QwenImageTransformer, limit_bytes: int | None) -> None:
+    def __init__(
+        self,
+        transformer: QwenImageTransformer,
+        limit_bytes: int | None,
+        ram_limit_bytes: int | None = None,
+        timeline: Timeline | None = None,
+    ) -> None:
         config = comfy.supported_models.QwenImage({"image_model": "qwen_image", "disable_unet_model_creation": True})
         config.set_inference_dtype(transformer.dtype, None)
         super().__init__(config, device=comfy.model_management.unet_offload_device())
         self.transformer = transformer
         self.limit_bytes = limit_bytes
+        self.ram_limit_bytes = ram_limit_bytes
         self.calls = _Calls(transformer)
         self.diffusion_model = _DiffusionModel(self.calls)
         self.plan: MemoryPlan | None = None
         self.last_report: MemoryReport | None = None
+        self.timeline = timeline or Timeline()
 
     @property
     def planned_bytes(self) -> int:
@@ -46,7 +58,13 @@ class LowVRAMModel(comfy.model_base.QwenImage):
         return self.plan.resident_bytes if self.plan else self.transformer.footprint.outside_bytes
 
     def load_planned(self) -> None:
-        self.transformer.load(self.plan.resident if self.plan else ())
+        if self.calls.run is not None:
+            self.calls.run.load()
+            self.plan = self.calls.run.plan
+        elif self.plan is not None:
+            self.transformer.load(self.plan.resident, self.plan.held)
+        else:
+            self.transformer.load(())
 
     def begin_run(self) -> None:
         if self.calls.run is not None:
@@ -58,13 +76,25 @@ class LowVRAMModel(comfy.model_base.QwenImage):
             return 0  # the calls must be made alike when they are recorded and when they are replayed
         return self.plan.peak_bytes - self.plan.resident_bytes if self.plan else 0
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """The weights' names and shapes without the weights: ComfyUI's LoRA loaders look for their keys here."""
+        return {
+            f"{PREFIX}{name}": torch.empty(shape, device="meta") for name, shape in self.transformer.weights.items()
+        }
+
     def state_dict_for_saving(self, *args: Any, **kwargs: Any) -> Any:
         refuse("Saving the model (ModelSave, CheckpointSave)", "copy the file it was loaded from.")
 
 
-def make_model(transformer: QwenImageTransformer, limit_bytes: int | None) -> LowVRAMPatcher:
-    """A MODEL around `transformer`; `limit_bytes` None uses what is free on the device."""
-    model = LowVRAMModel(transformer, limit_bytes)
+def make_model(
+    transformer: QwenImageTransformer,
+    limit_bytes: int | None,
+    ram_limit_bytes: int | None = None,
+    timeline: Timeline | None = None,
+) -> LowVRAMPatcher:
+    """A MODEL around `transformer`; a limit of None uses what is free. `timeline`: where its stages are measured,
+    shared with the CLIP and VAE of the same loader."""
+    model = LowVRAMModel(transformer, limit_bytes, ram_limit_bytes, timeline)
     patcher = LowVRAMPatcher(
         model, load_device=transformer.hardware.device, offload_device=comfy.model_management.unet_offload_device()
     )
@@ -81,10 +111,15 @@ def _outer_sample(
     patcher = guider.model_patcher
     model: LowVRAMModel = patcher.model
     check_graph(guider.model_options, guider.conds)
+    check_references(model.transformer.variant, guider.conds)
     require_even(noise, "The picture")
-    request = request_of(guider, noise.shape, model.transformer.config.joint_attention_dim)
-    model.plan = plan_run(model.transformer, request, model.limit_bytes, patcher)
-    run = SamplingRun(model.transformer, model.plan, sigmas.cpu(), why_one_by_one(guider.model_options, KEY))
+    request = request_of(guider, noise.shape, sigmas, model.transformer.config.joint_attention_dim)
+    model.transformer.patch(lora_patches(patcher.loras))
+    model.model_loaded_weight_memory = model.transformer.loaded_bytes  # blocks that the LoRAs change have left
+    speeds = KnownSpeeds(model.transformer.hardware, model.transformer.dtype, model.transformer.file)
+    model.plan = plan_run(model.transformer, request, model.limit_bytes, model.ram_limit_bytes, patcher, speeds)
+    reason = why_one_by_one(guider.model_options, KEY)
+    run = SamplingRun(model.transformer, model.plan, sigmas.cpu(), reason, speeds, model.timeline)
     model.calls.run = run
     finished = False
     try:
@@ -93,6 +128,7 @@ def _outer_sample(
         return result
     finally:
         model.calls.run = None
+        model.plan = run.plan
         model.last_report = run.end(finished=finished)
 
 

@@ -8,6 +8,9 @@ import comfy.patcher_extension
 import comfy.utils
 import torch
 
+from ..engine.errors import InvalidRequest
+from ..engine.lora import LoraMatch, match
+from .native_lora import PREFIX, lora_of_patches
 from .unsupported import check_hooks, refuse
 
 
@@ -15,7 +18,10 @@ class LowVRAMPatcher(comfy.model_patcher.ModelPatcher):
     """A ModelPatcher whose model places its own weights; ComfyUI only keeps count of them.
 
     It derives from ModelPatcher, not from CoreModelPatcher: ComfyUI's dynamic VRAM must not touch the weights.
+    `loras`: (LoRA, strength) in the order in which they are added.
     """
+
+    loras: tuple[tuple[LoraMatch, float], ...] = ()
 
     def model_size(self) -> int:
         """Bytes that the model will hold on the device when it is loaded: what the present plan keeps resident."""
@@ -66,6 +72,28 @@ class LowVRAMPatcher(comfy.model_patcher.ModelPatcher):
         super().pre_run()
         self.model.begin_run()
 
+    # LoRAs: carried by this MODEL, applied to the transformer when it is sampled with
+
+    def clone(self, *args: Any, **kwargs: Any) -> "LowVRAMPatcher":
+        other: LowVRAMPatcher = super().clone(*args, **kwargs)
+        other.loras = self.loras
+        return other
+
+    def add_lora(self, lora: LoraMatch, strength: float) -> None:
+        """Behind those that are there already."""
+        self.loras = (*self.loras, (lora, strength))
+
+    def add_patches(self, patches: Any, strength_patch: float = 1.0, strength_model: float = 1.0) -> list[Any]:
+        """ComfyUI's own LoRA loaders come here; returns the keys that were used."""
+        if strength_model != 1.0:
+            refuse("Scaling the model's own weights (ModelMerge)", "merge with ComfyUI's own loaders.")
+        if not patches:
+            raise InvalidRequest("No key of the LoRA fits this model: it is a LoRA of another model.")
+        names = {key: patches[key] for key in patches if isinstance(key, str) and key.startswith(PREFIX)}
+        if names:
+            self.add_lora(match(lora_of_patches(names), self.model.transformer.weights), strength_patch)
+        return list(names)
+
     def _keep_books(self, loaded_bytes: int, device: Any, patches_uuid: Any) -> None:
         self.model.device = torch.device(device)
         self.model.model_loaded_weight_memory = loaded_bytes
@@ -75,9 +103,6 @@ class LowVRAMPatcher(comfy.model_patcher.ModelPatcher):
         self.model.current_weight_patches_uuid = patches_uuid
 
     # what would change or copy weights that are not there to be changed
-
-    def add_patches(self, patches: Any, strength_patch: float = 1.0, strength_model: float = 1.0) -> Any:
-        refuse("A LoRA or another change of weights (Load LoRA, Merge)", "remove that node for now.")
 
     def get_key_patches(self, filter_prefix: Any = None) -> Any:
         refuse("Merging models (ModelMerge, CLIPMerge)", "merge with ComfyUI's own loaders, then load the result.")

@@ -1,6 +1,7 @@
 """Tell the page what a run does, block by block, and let the person interrupt it between two blocks."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,19 +28,33 @@ def send(event: str, data: dict[str, Any]) -> None:
         server.send_sync(event, data, server.client_id)
 
 
+def tell(text: str) -> None:
+    """Show a text on the node that runs; nowhere without a server."""
+    server, node = getattr(PromptServer, "instance", None), executing_node_id()
+    if server is not None and node is not None:
+        server.send_progress_text(text, node, server.client_id)
+
+
 @dataclass
 class MemoryWatch:
     """Present and peak memory of this process, in bytes. VRAM is None where the device has none of its own."""
 
     device: torch.device
     peak_ram: int = 0
+    _earlier_vram: int = 0
     _process: psutil.Process = field(default_factory=psutil.Process)
 
     def start(self) -> None:
         self.peak_ram = 0
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
+        self.begin_stage()
+        self._earlier_vram = 0
         self.ram()
+
+    def begin_stage(self) -> None:
+        """From now on `stage_peak_vram` is that of another stage; `peak_vram` remembers those before."""
+        if self.device.type == "cuda":
+            self._earlier_vram = max(self._earlier_vram, self.stage_peak_vram() or 0)
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     def ram(self) -> int:
         now = self._process.memory_info().rss
@@ -50,16 +65,38 @@ class MemoryWatch:
         return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else None
 
     def peak_vram(self) -> int | None:
+        stage = self.stage_peak_vram()
+        return None if stage is None else max(stage, self._earlier_vram)
+
+    def stage_peak_vram(self) -> int | None:
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
 
 
 class RunProgress:
     """Counts passes and blocks of one run; sends each stage's first event, then at most five a second."""
 
-    def __init__(self, watch: MemoryWatch, *, blocks: int, steps: int, limit_bytes: int, plan: str) -> None:
+    def __init__(
+        self,
+        watch: MemoryWatch,
+        look: Callable[[], None],
+        *,
+        blocks: int,
+        steps: int,
+        limit_bytes: int,
+        plan: str,
+        forecast_seconds: float,
+    ) -> None:
+        """`look` is called at every block, to look at the memory."""
         self._watch = watch
+        self._look = look
         self._node = executing_node_id()
-        self._facts: dict[str, Any] = {"blocks": blocks, "steps": steps, "limit_bytes": limit_bytes, "plan": plan}
+        self._facts: dict[str, Any] = {
+            "blocks": blocks,
+            "steps": steps,
+            "limit_bytes": limit_bytes,
+            "plan": plan,
+            "forecast_seconds_per_step": forecast_seconds,
+        }
         self._start = time.perf_counter()
         self._sampling_start: float | None = None
         self._last = 0.0
@@ -82,6 +119,7 @@ class RunProgress:
             comfy.model_management.throw_exception_if_processing_interrupted()
         now = time.perf_counter()
         ram = self._watch.ram()
+        self._look()
         if stage == self._stage and now - self._last < SECONDS_BETWEEN_EVENTS:
             return
         self._last, self._stage = now, stage

@@ -3,26 +3,47 @@
 import logging
 import math
 import time
-from contextlib import ExitStack
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any, TypeVar
 
+import comfy.model_management
 import comfy.samplers
 import torch
 from torch import Tensor
 
-from ..engine.errors import InvalidRequest, Unsupported
+from ..engine.errors import DoesNotFit, InvalidRequest, Unsupported
+from ..engine.forecast import corrected, step_flops
 from ..engine.latents import LATENT_PX
-from ..engine.plan import MemoryPlan, SamplingRequest, most_bytes, plan_memory
+from ..engine.picture_report import Moved
+from ..engine.plan import MemoryPlan, least_ram_bytes, most_bytes, most_ram_bytes, plan_memory
 from ..engine.report import MemoryReport
+from ..engine.request import Limits, SamplingRequest, size_text
+from ..engine.stages import Stage, StagePlan, load_stage, modulation_stage, sampling_stage
+from ..engine.streaming import Waits
 from ..engine.transformer import Branch, QwenImageTransformer, TransformerSession
-from .limits import stage_bytes
+from .limits import host_bytes, stage_bytes
 from .patcher import LowVRAMPatcher
 from .progress import MemoryWatch, RunProgress
+from .speeds import KnownSpeeds
+from .timeline import Timeline
 
 logger = logging.getLogger(__name__)
 
+# smaller steps tell of Python's speed, not of the machine's
+TELLING_FLOPS = 1e12
+# after running out of memory: plan for this part of what the last plan took
+SMALLER = 0.85
 
-def request_of(guider: Any, noise_shape: torch.Size, joint_attention_dim: int) -> SamplingRequest:
+T = TypeVar("T")
+
+
+class OutOfMemory(torch.OutOfMemoryError):
+    """Memory ran out twice, the second time with a smaller plan. ComfyUI knows it for what it is, and unloads."""
+
+
+def request_of(guider: Any, noise_shape: torch.Size, sigmas: Tensor, joint_attention_dim: int) -> SamplingRequest:
     """What ComfyUI is about to sample: `noise_shape` is (B, 16, 1, H, W), the guider holds the conditions.
 
     Raises Unsupported or InvalidRequest for latents and prompts of other models.
@@ -54,89 +75,236 @@ def request_of(guider: Any, noise_shape: torch.Size, joint_attention_dim: int) -
         branches=max(1, len(entries)) * noise_shape[0],
         prompt_tokens=max((prompt.shape[1] for prompt in prompts), default=0),
         reference_tokens=max(references, default=0),
+        timesteps=max(1, len(sigmas) - 1),
     )
 
 
 def plan_run(
-    transformer: QwenImageTransformer, request: SamplingRequest, limit_bytes: int | None, patcher: LowVRAMPatcher
+    transformer: QwenImageTransformer,
+    request: SamplingRequest,
+    limit_bytes: int | None,
+    ram_limit_bytes: int | None,
+    patcher: LowVRAMPatcher,
+    speeds: KnownSpeeds,
 ) -> MemoryPlan:
     """Raises DoesNotFit before anything is loaded."""
-    wanted = most_bytes(transformer.footprint, request)
-    budget = stage_bytes(transformer.hardware.device, limit_bytes, wanted, reused=patcher)
-    return plan_memory(transformer.footprint, request, budget)
+    footprint = transformer.footprint
+    vram = stage_bytes(transformer.hardware.device, limit_bytes, most_bytes(footprint, request), reused=patcher)
+    ram: int | None = ram_limit_bytes  # where the device is the host, what is free there is counted already
+    if not footprint.host:
+        least = least_ram_bytes(footprint, request)
+        ram = host_bytes(transformer, ram_limit_bytes, most_ram_bytes(footprint, request), least)
+    return plan_memory(footprint, request, Limits(vram, ram), speeds.get())
 
 
 class SamplingRun:
-    """Owns what one run holds on the device, from `begin` to `end`."""
+    """Owns what one run holds, from `load` to `end`.
 
-    def __init__(self, transformer: QwenImageTransformer, plan: MemoryPlan, sigmas: Tensor, one_by_one: str) -> None:
+    Where memory runs out all the same, what the run holds is given back, and what was being done is done once more
+    with a smaller plan: the picture is the same.
+    """
+
+    def __init__(
+        self,
+        transformer: QwenImageTransformer,
+        plan: MemoryPlan,
+        sigmas: Tensor,
+        one_by_one: str,
+        speeds: KnownSpeeds,
+        timeline: Timeline,
+    ) -> None:
+        self.plan = plan
         self._transformer = transformer
-        self._plan = plan
         self._sigmas = sigmas
         self._one_by_one = one_by_one
+        self._speeds = speeds
         self._watch = MemoryWatch(transformer.hardware.device)
         self._stack = ExitStack()
         self._session: TransformerSession | None = None
-        self._last_timestep = 0.0
+        self._timesteps: list[float] = []
         self._seen: set[float] = set()
         self._passes = 0
+        self._retries = 0
+        self._pass_seconds = 0.0
+        self._first_step_seconds = 0.0
+        self._waited = Waits()
+        self._timeline = timeline
         self._start = time.perf_counter()
         store, table = transformer.store, transformer.modulation
-        self._before = (store.fetched_blocks, store.fetched_bytes, table.fetched_bytes)
+        self._before = (store.fetched_blocks, store.fetched_bytes, table.fetched_bytes, store.copied_bytes)
         self._progress = RunProgress(
             self._watch,
+            timeline.sample,
             blocks=plan.blocks,
             steps=len(sigmas) - 1,
             limit_bytes=plan.limit_bytes,
             plan=str(plan),
+            forecast_seconds=plan.forecast.seconds,
         )
+
+    def load(self) -> None:
+        """Bring what stays on the device there."""
+        with self._stage(Stage.LOAD, load_stage):
+            self._attempt(lambda: self._transformer.load(self.plan.resident, self.plan.held))
 
     def begin(self, model_sampling: Any) -> None:
         """The resident weights are on the device: compute the modulation table, then open the slots."""
         self._watch.start()
-        logger.info("%s", self._plan)
-        timesteps = [float(t) for t in model_sampling.timestep(self._sigmas[self._sigmas > 0]).float()]
-        self._last_timestep = min(timesteps, default=0.0)
-        self._transformer.modulation.announce(timesteps, on_block=self._progress.modulation)
-        self._session = self._stack.enter_context(
-            self._transformer.session(slots=self._plan.slots, mlp_chunk_tokens=self._plan.mlp_chunk_tokens)
-        )
+        logger.info("%s", self.plan)
+        self._timesteps = [float(t) for t in model_sampling.timestep(self._sigmas[self._sigmas > 0]).float()]
+        self._attempt(self._open)
 
     def forward(self, branches: list[Branch]) -> list[Tensor]:
         """One pass over the blocks for all branches."""
-        if self._session is None:
-            raise RuntimeError("forward() before begin()")
         timestep = min(branch.timestep for branch in branches)
         if timestep not in self._seen:
             self._seen.add(timestep)
             self._progress.step = len(self._seen) - 1
-        result = self._session.forward(branches, more=timestep > self._last_timestep, on_block=self._progress.sampling)
+        more = timestep > min(self._timesteps, default=0.0)
+        start = time.perf_counter()
+        result = self._attempt(lambda: self._opened().forward(branches, more=more, on_block=self._progress.sampling))
+        self._pass_seconds += time.perf_counter() - start
         self._passes += 1
+        if self._passes == 1:
+            self._first_step_seconds = time.perf_counter() - self._start
         return result
 
     def end(self, *, finished: bool) -> MemoryReport:
         """Give back what the run held on the device; not `finished`: after an error or an interruption."""
-        waited = self._session.waited_seconds if self._session is not None else 0.0
-        self._session = None
-        self._stack.close()
+        self._close()
         self._watch.ram()
         store, table = self._transformer.store, self._transformer.modulation
         report = MemoryReport(
-            plan=self._plan,
+            plan=self.plan,
             device=str(self._transformer.hardware.device),
             weight_format=self._transformer.weight_format,
             steps=len(self._sigmas) - 1,
             passes=self._passes,
             seconds=time.perf_counter() - self._start,
+            pass_seconds=self._pass_seconds,
             fetched_blocks=store.fetched_blocks - self._before[0],
             fetched_bytes=store.fetched_bytes - self._before[1],
             modulation_bytes=table.fetched_bytes - self._before[2],
-            waited_seconds=waited,
+            copied_bytes=store.copied_bytes - self._before[3],
+            pinned_bytes=store.pinned_bytes,
+            waited_disk_seconds=self._waited.disk_seconds,
+            waited_bus_seconds=self._waited.bus_seconds,
             peak_vram_bytes=self._watch.peak_vram(),
             peak_ram_bytes=self._watch.peak_ram,
             one_by_one=self._one_by_one,
+            out_of_memory=self._retries,
+            first_step_seconds=self._first_step_seconds,
         )
         if finished:
             self._progress.done()
+            self._learn()
         logger.info("%s", report)
         return report
+
+    def _open(self) -> None:
+        table = self._transformer.modulation
+        with nullcontext() if table.knows(self._timesteps) else self._stage(Stage.MODULATION, modulation_stage):
+            table.announce(self._timesteps, on_block=self._progress.modulation)
+        self._stack.enter_context(self._stage(Stage.SAMPLING, sampling_stage))
+        self._session = self._stack.enter_context(
+            self._transformer.session(slots=self.plan.slots, mlp_chunk_tokens=self.plan.mlp_chunk_tokens)
+        )
+
+    def _opened(self) -> TransformerSession:
+        if self._session is None:
+            self._open()
+        assert self._session is not None
+        return self._session
+
+    def _close(self) -> None:
+        if self._session is not None:
+            self._waited += self._session.waits
+        self._session = None
+        self._stack.close()
+
+    @contextmanager
+    def _stage(self, stage: Stage, plan: Callable[[Any, MemoryPlan], StagePlan]) -> Iterator[None]:
+        """Measure what happens within it."""
+        transformer = self._transformer
+        with self._timeline.stage(
+            stage,
+            transformer.hardware.device,
+            own_bytes=transformer.loaded_bytes,
+            moved=self._moved,
+            watch=self._watch,
+        ) as running:
+            running.planned(plan(transformer.footprint, self.plan))
+            running.attempts += self._retries
+            yield
+
+    def _moved(self) -> Moved:
+        store, table = self._transformer.store, self._transformer.modulation
+        waits = self._waited + table.waits
+        return Moved(
+            file_bytes=store.fetched_bytes + table.fetched_bytes,
+            copied_bytes=store.copied_bytes + table.copied_bytes,
+            disk_seconds=waits.disk_seconds,
+            bus_seconds=waits.bus_seconds,
+        )
+
+    def _attempt(self, action: Callable[[], T]) -> T:
+        """Do it; where memory runs out, plan smaller and do it once more. Raises OutOfMemory where that fails too."""
+        for attempt in range(2):
+            try:
+                if attempt > 0:
+                    self._transformer.load(self.plan.resident, self.plan.held)
+                return action()
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
+                    raise
+                reason = str(error).splitlines()[0]
+            # after the except block: the traceback keeps the failed attempt's tensors alive
+            if attempt == 0:
+                self._plan_smaller(reason)
+        self._close()
+        raise OutOfMemory(_explain(self.plan, reason))
+
+    def _plan_smaller(self, reason: str) -> None:
+        self._close()
+        transformer, plan = self._transformer, self.plan
+        transformer.store.release()
+        comfy.model_management.soft_empty_cache()
+        vram = int(plan.peak_bytes * SMALLER)
+        try:
+            self.plan = plan_memory(
+                transformer.footprint, plan.request, replace(plan.limits, vram_bytes=vram), self._speeds.get()
+            )
+        except DoesNotFit:
+            raise OutOfMemory(_explain(plan, reason)) from None
+        self._retries += 1
+        logger.warning(
+            "Memory ran out (%s). What was being done is done again with a smaller plan: %s", reason, self.plan
+        )
+
+    def _learn(self) -> None:
+        """Correct what is known of this machine's speeds by what this run took."""
+        footprint, plan = self._transformer.footprint, self.plan
+        if self._one_by_one or not self._passes or step_flops(footprint, plan.request) < TELLING_FLOPS:
+            return
+        self._speeds.put(
+            corrected(
+                self._speeds.get(),
+                plan.forecast,
+                step_seconds=self._pass_seconds / self._passes,
+                waited_seconds=self._waited.seconds / self._passes,
+            )
+        )
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Only CUDA has a class for it; MPS and the CPU's allocator raise RuntimeError."""
+    texts = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
+
+
+def _explain(plan: MemoryPlan, reason: str) -> str:
+    return (
+        f"Memory ran out although {size_text(plan.peak_bytes)} were planned of {size_text(plan.limit_bytes)} "
+        f"({plan.request}): {reason}\n\nWhat to do: close other programs that use the card, or set vram_limit_gb to "
+        f"less than the card has free, and queue the prompt again."
+    )

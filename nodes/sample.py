@@ -10,11 +10,14 @@ from torch import Tensor
 
 from ..engine.errors import Unsupported
 from ..engine.latents import PATCH, require_even
-from ..engine.sampling import qwen_sigmas, true_cfg
+from ..engine.sampling import lightning_sigmas, qwen_sigmas, true_cfg
 from .model import LowVRAMModel
 from .words import CATEGORY
 
 QWEN_SCHEDULER = "qwen_image"
+LIGHTNING_SCHEDULER = "lightning"
+# preset -> steps; they take no guidance
+PRESETS = {"as set": None, "Lightning, 8 steps": 8, "Lightning, 4 steps": 4}
 REPORT_KEY = "qwen_lowvram_report"
 
 
@@ -73,10 +76,11 @@ class QwenLowVRAMSample:
                     {"default": "euler", "tooltip": "euler is the reference; all of ComfyUI's samplers work."},
                 ),
                 "scheduler": (
-                    [QWEN_SCHEDULER, *comfy.samplers.SCHEDULER_NAMES],
+                    [QWEN_SCHEDULER, LIGHTNING_SCHEDULER, *comfy.samplers.SCHEDULER_NAMES],
                     {
                         "default": QWEN_SCHEDULER,
-                        "tooltip": "qwen_image: the reference schedule, shifted by picture size. Others are ComfyUI's.",
+                        "tooltip": "qwen_image: the reference schedule, shifted by picture size. lightning: that of "
+                        "Lightning models, shift 3. Others are ComfyUI's.",
                     },
                 ),
                 "denoise": (
@@ -97,7 +101,17 @@ class QwenLowVRAMSample:
                         "tooltip": "Give the guided prediction the norm of the positive one, as the reference does.",
                     },
                 ),
-            }
+            },
+            "optional": {
+                "preset": (
+                    list(PRESETS),
+                    {
+                        "default": next(iter(PRESETS)),
+                        "tooltip": "Lightning: 8 or 4 steps, cfg 1, euler and the lightning schedule, instead of what "
+                        "is set above. Needs a Lightning LoRA (Load LoRA), or a model that has it inside.",
+                    },
+                )
+            },
         }
 
     def sample(
@@ -113,7 +127,10 @@ class QwenLowVRAMSample:
         scheduler: str,
         denoise: float,
         norm_rescale: bool,
+        preset: str = next(iter(PRESETS)),
     ) -> dict[str, Any]:
+        if PRESETS[preset] is not None:
+            steps, cfg, sampler, scheduler = PRESETS[preset], 1.0, "euler", LIGHTNING_SCHEDULER
         latents = comfy.sample.fix_empty_latent_channels(
             model,
             latent_image["samples"],
@@ -130,19 +147,20 @@ class QwenLowVRAMSample:
             )
         if norm_rescale:
             guided.set_model_sampler_cfg_function(_rescaled_guidance)
+        sigmas = _sigmas(scheduler, latents, steps, denoise)
         samples = comfy.sample.sample(
             guided,
             noise,
             steps,
             cfg,
             sampler,
-            comfy.samplers.SCHEDULER_NAMES[0] if scheduler == QWEN_SCHEDULER else scheduler,
+            scheduler if sigmas is None else comfy.samplers.SCHEDULER_NAMES[0],
             positive,
             negative,
             latents,
             denoise=denoise,
             noise_mask=latent_image.get("noise_mask"),
-            sigmas=_sigmas(latents, steps, denoise) if scheduler == QWEN_SCHEDULER else None,
+            sigmas=sigmas,
             callback=latent_preview.prepare_callback(guided, steps),
             disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
             seed=seed,
@@ -155,7 +173,12 @@ class QwenLowVRAMSample:
         return {"ui": ui, "result": ({**out, "samples": samples},)}
 
 
-def _sigmas(latents: Tensor, steps: int, denoise: float) -> Tensor:
+def _sigmas(scheduler: str, latents: Tensor, steps: int, denoise: float) -> Tensor | None:
+    """None for ComfyUI's schedulers."""
+    if scheduler == LIGHTNING_SCHEDULER:
+        return lightning_sigmas(steps, denoise=denoise)
+    if scheduler != QWEN_SCHEDULER:
+        return None
     height, width = latents.shape[-2:]
     return qwen_sigmas(steps, (height // PATCH) * (width // PATCH), denoise=denoise)
 

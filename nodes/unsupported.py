@@ -1,12 +1,19 @@
 """Say in words what a graph asks of our models that they do not do; nothing is silently ignored."""
 
+import logging
 from typing import Any
 
 import comfy.hooks
 from comfy.patcher_extension import WrappersMP
 
-from ..engine.errors import Unsupported
+from ..engine.errors import InvalidRequest, Unsupported
+from ..engine.variants import Variant
 from .words import LOADER
+
+logger = logging.getLogger(__name__)
+
+# in a condition: its text was encoded for an editing model on purpose without a picture
+NO_PICTURES_KEY = "qwen_lowvram_no_pictures"
 
 
 def refuse(what: str, instead: str) -> None:
@@ -40,6 +47,29 @@ def check_graph(model_options: dict[str, Any], conds: dict[str, list[dict[str, A
                 refuse("ControlNet (Apply ControlNet)", "remove the ControlNet, or use ComfyUI's own loader with it.")
             if entry.get("gligen") is not None:
                 refuse("GLIGEN", "remove the GLIGEN node.")
+
+
+def check_references(variant: Variant, conds: dict[str, list[dict[str, Any]]]) -> None:
+    """Raise InvalidRequest for an editing model that is shown no picture, unless a condition says that this is meant.
+
+    The other way round is only worth a warning: files of editing models under other names pass for Qwen-Image.
+    """
+    entries = [entry for named in conds.values() for entry in named or ()]
+    shown = any(entry.get("reference_latents") for entry in entries)
+    if variant.edits and not shown and not any(entry.get(NO_PICTURES_KEY) for entry in entries):
+        raise InvalidRequest(
+            f"{variant.value} changes pictures, and this graph shows it none: no condition has reference latents.\n\n"
+            "What to do: encode the prompt with a node that takes the picture and the VAE "
+            "(TextEncodeQwenImageEditPlus), or add ReferenceLatent. For pictures from text alone, choose a Qwen-Image "
+            f"file, or set variant to {Variant.QWEN_IMAGE.value} in '{LOADER}'."
+        )
+    if shown and not variant.edits:
+        logger.warning(
+            "%s is shown a picture to change, which it was not trained for. If the file is an Edit model under another "
+            "name, set variant in '%s'.",
+            variant.value,
+            LOADER,
+        )
 
 
 def check_hooks(hooks: comfy.hooks.HookGroup) -> None:

@@ -11,18 +11,30 @@ import torch
 
 from ..engine.checkpoint import Checkpoint
 from ..engine.errors import InvalidRequest, Unsupported
+from ..engine.stages import PIXEL_BYTES, Stage, decode_stage
 from ..engine.streaming import read_params
 from ..engine.vae import ImageVAE, TilePlan
 from .limits import stage_bytes
+from .timeline import Timeline
 
 
-def make_vae(checkpoint: Checkpoint, *, dtype: torch.dtype, limit_bytes: int | None) -> "LowVRAMVAE":
-    """Read a VAE in diffusers' or ComfyUI's names; raises WrongModel for any but the family's RGB VAE."""
+def make_vae(
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype,
+    limit_bytes: int | None,
+    device: torch.device | None = None,
+    timeline: Timeline | None = None,
+) -> "LowVRAMVAE":
+    """Read a VAE in diffusers' or ComfyUI's names; raises WrongModel for any but the family's RGB VAE.
+
+    `device` None: ComfyUI's own choice."""
     shapes = {name: entry.shape for name, entry in checkpoint.tensors.items()}
     # outside the node's inference mode, so that the weights may be used in any thread
     with torch.inference_mode(False):
         tensors = read_params(checkpoint.tensors, shapes, dtype, str(checkpoint.path))
-        return LowVRAMVAE(ImageVAE.from_state_dict(tensors, dtype=dtype), limit_bytes=limit_bytes)
+        vae = ImageVAE.from_state_dict(tensors, dtype=dtype)
+        return LowVRAMVAE(vae, limit_bytes=limit_bytes, device=device, timeline=timeline)
 
 
 class LowVRAMVAE(comfy.sd.VAE):
@@ -32,11 +44,19 @@ class LowVRAMVAE(comfy.sd.VAE):
     weights and activations on the device stay within `limit_bytes` (None: what is free when the work starts).
     """
 
-    def __init__(self, image_vae: ImageVAE, *, limit_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        image_vae: ImageVAE,
+        *,
+        limit_bytes: int | None = None,
+        device: torch.device | None = None,
+        timeline: Timeline | None = None,
+    ) -> None:
         # the native __init__ detects and builds a network from a state dict; ours is built already
         self.first_stage_model = image_vae
         self.limit_bytes = limit_bytes
-        self.device = comfy.model_management.vae_device()
+        self.timeline = timeline or Timeline()
+        self.device = device or comfy.model_management.vae_device()
         self.output_device = comfy.model_management.intermediate_device()
         self.vae_dtype = image_vae.dtype
         self.working_dtypes = [image_vae.dtype]
@@ -124,6 +144,7 @@ class LowVRAMVAE(comfy.sd.VAE):
         tile_px: int,
     ) -> torch.Tensor:
         """Make room for the plan, then work within what there is; progress and interruption after each tile."""
+        vae = self.first_stage_model
         limit = None if self.limit_bytes is None else max(1, self.limit_bytes - self.size)
         # of a picture larger than any card, ask for half the card: tiles need no more
         half = comfy.model_management.get_total_memory(self.device) // 2
@@ -136,7 +157,22 @@ class LowVRAMVAE(comfy.sd.VAE):
         def on_tile(done: int, total: int) -> None:
             comfy.model_management.throw_exception_if_processing_interrupted()
             progress.update_absolute(done, total)
+            self.timeline.sample()
 
+        options = {"limit_bytes": budget, "tile_px": tile_px, "on_tile": on_tile, "out_device": self.output_device}
         with comfy.model_management.cuda_device_context(self.device):
-            result = work(data, limit_bytes=budget, tile_px=tile_px, on_tile=on_tile, out_device=self.output_device)
+            result = self._measured(work, data, options) if work == vae.decode else work(data, **options)
         return result.to(comfy.model_management.intermediate_dtype())
+
+    def _measured(
+        self, decode: Callable[..., torch.Tensor], latents: torch.Tensor, options: dict[str, Any]
+    ) -> torch.Tensor:
+        # the weights lie on the device by now, whatever else does
+        with self.timeline.stage(Stage.DECODE, self.device, own_bytes=self.size) as running:
+
+            def on_plan(tiles: TilePlan) -> None:
+                pictures = latents.shape[0] * tiles.width * tiles.height * PIXEL_BYTES
+                host = self.device.type == "cpu"
+                running.planned(decode_stage(tiles, weights_bytes=self.size, ram_bytes=pictures, host=host))
+
+            return decode(latents, on_plan=on_plan, **options)

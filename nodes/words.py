@@ -1,7 +1,12 @@
 """What the nodes are called on the page."""
 
+AUTO = "auto"
 CATEGORY = "Qwen-Image (low VRAM)"
 LOADER = "Load Qwen-Image (low VRAM)"
+LOAD_LORA = "Load LoRA (low VRAM)"
 ENCODE = "Encode Prompts (low VRAM)"
 SAMPLE = "Sample (low VRAM)"
 DECODE = "Decode (tiled)"
+MEMORY_PLAN = "Memory Plan (low VRAM)"
+MEMORY_REPORT = "Memory Report (low VRAM)"
+WEIGHT_CACHE = "Quantized Weights (low VRAM)"

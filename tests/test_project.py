@@ -19,7 +19,14 @@ else:
 SNAPSHOT = Path(__file__).parent / "data" / "object_info.json"
 WORKFLOWS = sorted((REPOSITORY / "workflows").glob("*.json"))
 MODELS_URL = "https://huggingface.co/Comfy-Org/Qwen-Image_ComfyUI/resolve/main/split_files"
-LOADER = "QwenLowVRAMLoader"
+LOADER, LOAD_LORA = "QwenLowVRAMLoader", "QwenLowVRAMLoadLora"
+LIGHTNING_URLS = tuple(
+    f"https://huggingface.co/lightx2v/Qwen-Image-Lightning/resolve/main/{file}"
+    for file in (
+        "Qwen-Image/qwen_image_fp8_e4m3fn_scaled.safetensors",
+        "Qwen-Image-Lightning-8steps-V2.0-bf16.safetensors",
+    )
+)
 
 # what the registry's scanner has flagged in packs, in any text file
 FLAGGED = [
@@ -128,9 +135,14 @@ def test_a_workflow_says_where_its_models_are(file: Path) -> None:
     models = loader["properties"]["models"]
     assert [model["name"] for model in models] == loader["widgets_values"][:3]
     assert [model["directory"] for model in models] == ["diffusion_models", "text_encoders", "vae"]
+    for lora in (node for node in nodes if node["type"] == LOAD_LORA):
+        models += lora["properties"]["models"]
+        assert [model["name"] for model in lora["properties"]["models"]] == lora["widgets_values"][:1]
+        assert models[-1]["directory"] == "loras"
     (note,) = (node["widgets_values"][0] for node in nodes if node["type"] == "MarkdownNote")
     for model in models:
-        assert model["url"] == f"{MODELS_URL}/{model['directory']}/{model['name']}"
+        assert model["url"] in (f"{MODELS_URL}/{model['directory']}/{model['name']}", *LIGHTNING_URLS)
+        assert model["url"].endswith(f"/{model['name']}")
         assert f"[{model['name']}]({model['url']})" in note
 
 

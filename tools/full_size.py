@@ -3,11 +3,12 @@
 Under torch's FakeTensorMode the full model then runs on any machine, and its memory can be counted.
 """
 
+import json
 from math import prod
 from pathlib import Path
 
 import torch
-from diffusers import QwenImageTransformer2DModel
+from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from qwenimage_lowvram.engine.checkpoint import Checkpoint, TensorEntry
 from qwenimage_lowvram.engine.hardware import Hardware
 from transformers import Qwen2_5_VLTextConfig
@@ -22,7 +23,7 @@ class EmptySource:
     def __init__(self, blocks: object) -> None:
         pass
 
-    def read(self, index: int, out: torch.Tensor) -> None:
+    def read(self, index: int, out: torch.Tensor, start: int = 0) -> None:
         pass
 
     def close(self) -> None:
@@ -56,6 +57,25 @@ def text_encoder_checkpoint(dtype: torch.dtype = torch.bfloat16, *, layers: int 
     shapes["model.embed_tokens.weight"] = (152064, 3584)
     shapes["model.norm.weight"] = (3584,)
     return _checkpoint("text_encoder", shapes, dtype)
+
+
+def vae_checkpoint(dtype: torch.dtype = torch.bfloat16) -> Checkpoint:
+    with torch.device("meta"):
+        model = AutoencoderKLQwenImage(base_dim=96, z_dim=16)
+    return _checkpoint("vae", {name: tuple(p.shape) for name, p in model.named_parameters()}, dtype)
+
+
+def write_header(checkpoint: Checkpoint, file: Path) -> Path:
+    """A safetensors file of the checkpoint's header and of nothing else, which takes no room on most disks."""
+    header, end = {}, 0
+    for name, entry in checkpoint.tensors.items():
+        begin, end = end, end + entry.nbytes
+        header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [begin, end]}
+    raw = json.dumps(header).encode()
+    with file.open("wb") as stream:
+        stream.write(len(raw).to_bytes(8, "little") + raw)
+        stream.truncate(8 + len(raw) + end)
+    return file
 
 
 def _checkpoint(name: str, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> Checkpoint:

@@ -63,6 +63,43 @@ def write_gguf_text_encoder(file: Path, weights: Mapping[str, Tensor], config: M
     _write(writer)
 
 
+def write_gguf_vision(
+    file: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any], kind: str, projector: str = "qwen2.5vl_merger"
+) -> None:
+    """The mmproj of a text encoder: architecture clip, the tensors of `weights` that begin with "visual.".
+
+    As llama.cpp's converter has it (Qwen2VLVisionModel): queries, keys and values apart, the 3D kernel as two 2D ones
+    in F16 (F32 where `kind` is F32), matrices of type `kind`, vectors F32. Names are the gguf package's.
+    """
+    vision = config["vision_config"]
+    writer = GGUFWriter(file, "clip")
+    writer.add_bool("clip.has_vision_encoder", True)
+    writer.add_string("clip.projector_type", projector)
+    writer.add_uint32("clip.vision.block_count", vision["depth"])
+    writer.add_uint32("clip.vision.embedding_length", vision["hidden_size"])
+    writer.add_uint32("clip.vision.feed_forward_length", vision["intermediate_size"])
+    writer.add_uint32("clip.vision.attention.head_count", vision["num_heads"])
+    writer.add_uint32("clip.vision.patch_size", vision["patch_size"])
+    writer.add_uint32("clip.vision.n_wa_pattern", vision["fullatt_block_indexes"][0] + 1)
+    # its table numbers the layers of the projector (mm.0, mm.2) as it does blocks
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, max(3, vision["depth"]))
+    for name, value in weights.items():
+        if not name.startswith("visual."):
+            continue
+        kind_here = kind if value.ndim == 2 else "F32"
+        if value.ndim == 5:
+            pieces = {f"v.patch_embd.weight{'.1' * i}": value[:, :, i] for i in range(value.shape[2])}
+            kind_here = "F32" if kind == "F32" else "F16"
+        elif ".qkv." in name:
+            pieces = {name.replace("qkv", letter): rows for letter, rows in zip("qkv", value.chunk(3), strict=True)}
+        else:
+            pieces = {name: value}
+        for piece_name, piece in pieces.items():
+            own = names.get_name(piece_name, try_suffixes=(".weight", ".bias"))
+            _add(writer, own or piece_name, piece, kind_here)
+    _write(writer)
+
+
 def llama_name(name: str) -> str | None:
     """llama.cpp's name of a language model's tensor, None for the vision tower's."""
     if not name.startswith("model.layers."):

@@ -1,12 +1,14 @@
 """Write a pipeline folder's weights the way ComfyUI's users have them: one file each, in its key names and formats."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from comfy_files import KINDS, note_bytes, quantized
 from gguf_files import write_gguf_text_encoder, write_gguf_transformer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -35,7 +37,8 @@ def write_split_files(
 
     dtype, text_dtype: bf16, fp16, fp32; fp8 (a plain cast of the blocks' matrices, the rest bf16); fp8_scaled (with
     `scale_weight` and the marker `scaled_fp8`); fp8_quant, fp8_quant_row, fp8_quant_row_flat (with `weight_scale` of
-    shape (), (N, 1), (N,) and `comfy_quant`, ComfyUI's newer files); gguf_q8_0, gguf_q4_0, ... (GGUF files).
+    shape (), (N, 1), (N,) and `comfy_quant`, ComfyUI's newer files); fp8mixed (the same, modulations in bf16); int8,
+    int8_row, int8_convrot (ComfyUI's int8; the text encoder's embeddings too); gguf_q8_0, gguf_q4_0, ... (GGUF files).
     text_dtype defaults to fp8_scaled beside any fp8, vae_dtype to bf16 (fp32 beside fp32). `prefix` stands before the
     transformer's keys ("model.diffusion_model."; never in GGUF files, whose converters take it off).
     Configurations lie in the metadata under "config", because a small model's heads cannot be told from shapes.
@@ -54,17 +57,19 @@ def write_split_files(
     return names
 
 
-def _store(weights: Mapping[str, Tensor], dtype: str, *quantized: str) -> dict[str, Tensor]:
-    """The weights in a storage format; matrices below a prefix of `quantized` in fp8, where the format is one."""
-    if not dtype.startswith("fp8"):
+def _store(weights: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
+    """The weights in a storage format; matrices of blocks and layers quantized, where the format does that."""
+    if dtype in _DTYPES:
         return {key: value.to(_DTYPES[dtype]) for key, value in weights.items()}
+    places = (*_QUANTIZED, *(_EMBEDDINGS if dtype.startswith("int8") else ()))
     stored: dict[str, Tensor] = {}
     for key, value in weights.items():
-        if not (key.endswith(".weight") and value.ndim == 2 and key.startswith(quantized)):
+        matrix = key.endswith(".weight") and value.ndim == 2 and key.startswith(places)
+        if not matrix or (dtype == "fp8mixed" and "_mod." in key):
             stored[key] = value.to(torch.bfloat16)
             continue
         layer = key.removesuffix(".weight")
-        for part, tensor in _FP8_PARTS[dtype](value.float()).items():
+        for part, tensor in _PARTS[dtype](value.float()).items():
             stored[f"{layer}.{part}"] = tensor
     if dtype == "fp8_scaled":
         stored["scaled_fp8"] = torch.empty(0, dtype=torch.float8_e4m3fn)
@@ -96,19 +101,20 @@ def _fp8_quant_row_flat(weight: Tensor) -> dict[str, Tensor]:
 
 
 def _comfy_quant() -> Tensor:
-    # JSON as bytes, read by comfy/ops.py _load_quantized_module
-    return torch.tensor(list(json.dumps({"format": "float8_e4m3fn"}).encode()), dtype=torch.uint8)
+    return note_bytes({"format": "float8_e4m3fn"})
 
 
 # where matrices are stored in the format; the rest stays in bf16
 _QUANTIZED = ("transformer_blocks.", "model.layers.", "visual.blocks.")
+_EMBEDDINGS = ("model.embed_tokens.",)
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_FP8_PARTS = {
+_PARTS: dict[str, Callable[[Tensor], dict[str, Tensor]]] = {
     "fp8": _fp8_plain,
     "fp8_scaled": _fp8_scaled,
     "fp8_quant": _fp8_quant,
     "fp8_quant_row": _fp8_quant_row,
     "fp8_quant_row_flat": _fp8_quant_row_flat,
+    **{kind: partial(quantized, kind=kind) for kind in KINDS},
 }
 
 
@@ -124,7 +130,7 @@ def _save(file: Path, component: Path, dtype: str, prefix: str = "") -> None:
         write = write_gguf_transformer if component.name == "transformer" else write_gguf_text_encoder
         write(file, weights, _config(component), dtype.removeprefix("gguf_").upper())
     else:
-        stored = _store(weights, dtype, *_QUANTIZED)
+        stored = _store(weights, dtype)
         _save_safetensors(file, {prefix + key: value for key, value in stored.items()}, _config(component))
 
 

@@ -17,6 +17,7 @@ from ..errors import WrongModel
 from .bnb4 import FP4, NF4
 from .gguf import GGUF, GgufCodec
 from .int8 import BNB_INT8, INT8
+from .int8_convrot import INT8_CONVROT
 from .plain import PLAIN, TORCH_DTYPES
 from .scaled_fp8 import SCALED_FP8
 
@@ -57,13 +58,16 @@ class Encoder(Codec, Protocol):
 
 
 ENCODERS: Mapping[str, Encoder] = {codec.name: codec for codec in (*PLAIN, *SCALED_FP8, INT8, NF4, FP4)}
-CODECS: Mapping[str, Codec] = {**ENCODERS, BNB_INT8.name: BNB_INT8, **{codec.name: codec for codec in GGUF}}
+_DECODERS: tuple[Codec, ...] = (BNB_INT8, *INT8_CONVROT.values(), *GGUF)
+CODECS: Mapping[str, Codec] = {**ENCODERS, **{codec.name: codec for codec in _DECODERS}}
 
 _PLAIN_OF_DTYPE = {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "F8_E4M3": "fp8_e4m3fn", "F8_E5M2": "fp8_e5m2"}
 _GGUF_OF_DTYPE: Mapping[str, GgufCodec] = {codec.type: codec for codec in GGUF}
 _BNB_OF_DTYPE = {"NF4": NF4.name, "FP4": FP4.name}
 _BNB_SCALES = ("absmax", "nested_absmax", "nested_quant_map", "nested_offset")
-_SCALED_OF_DTYPE = {"F8_E4M3": "fp8_e4m3fn_scaled", "F8_E5M2": "fp8_e5m2_scaled"}
+# ComfyUI's int8 is told by its notes (comfy_quant.py)
+_INT8_OF_DTYPE = {name.upper(): name for name in (INT8.name, *(codec.name for codec in INT8_CONVROT.values()))}
+_SCALED_OF_DTYPE = {"F8_E4M3": "fp8_e4m3fn_scaled", "F8_E5M2": "fp8_e5m2_scaled", **_INT8_OF_DTYPE}
 # what a scale is called beside `<layer>.weight`: older and newer ComfyUI files
 _SCALE_NAMES = ("scale_weight", "weight_scale")
 
@@ -93,6 +97,8 @@ def raw_layout(part: TensorEntry) -> tuple[torch.dtype, tuple[int, ...]]:
         return torch.uint8, (part.nbytes,)
     if part.dtype in _GGUF_OF_DTYPE:
         return torch.uint8, _GGUF_OF_DTYPE[part.dtype].raw_shape(part.shape)
+    if part.dtype in _INT8_OF_DTYPE:
+        return torch.int8, part.shape
     return TORCH_DTYPES[part.dtype], part.shape
 
 
@@ -121,7 +127,7 @@ def stored_param(name: str, tensors: Mapping[str, TensorEntry], where: str) -> S
     others = (n.removeprefix(f"{layer}.") for n in tensors if n.startswith(f"{layer}.")) if name != layer else ()
     if any(other.startswith("weight_") and other not in _SCALE_NAMES for other in others):
         raise _unknown_format(where, name, data)  # a second scale, or one of another meaning
-    if name != layer and (scales or f"{layer}.comfy_quant" in tensors):
+    if name != layer and scales:
         if data.dtype not in _SCALED_OF_DTYPE or len(scales) != 1 or not _is_scale(scales[0], data):
             raise _unknown_format(where, name, data)
         return StoredParam(name, data.shape, _SCALED_OF_DTYPE[data.dtype], (data, scales[0]))
@@ -141,5 +147,6 @@ def _is_scale(scale: TensorEntry, data: TensorEntry) -> bool:
 def _unknown_format(where: str, name: str, data: TensorEntry) -> WrongModel:
     return WrongModel(
         f"{where}: {name} is stored as {data.dtype}{list(data.shape)} in a quantization that is not supported. "
-        f"Use a bf16, fp16, fp32, fp8 or fp8-scaled file, GGUF or bitsandbytes (formats read: {', '.join(CODECS)})."
+        "Use a bf16, fp16, fp32, fp8 or fp8-scaled file, ComfyUI's int8, GGUF or bitsandbytes (formats read: "
+        f"{', '.join(CODECS)})."
     )

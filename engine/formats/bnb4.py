@@ -27,13 +27,20 @@ class Bnb4Codec:
     bits_per_weight: float = 4.0
 
     def encode(self, weight: Tensor, *, double: bool = False) -> tuple[Tensor, ...]:
-        packed, absmax = _operators().quantize_4bit(weight.contiguous(), BLOCK, self.name, torch.uint8)
+        flat = weight.contiguous().view(-1)
+        packed = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8, device=flat.device)
+        absmax = torch.empty(-(-flat.numel() // BLOCK), dtype=torch.float32, device=flat.device)
+        for start in range(0, flat.numel(), CHUNK_WEIGHTS):
+            chunk = flat[start : start + CHUNK_WEIGHTS]
+            codes, largest = _operators().quantize_4bit(chunk, BLOCK, self.name, torch.uint8)
+            packed[start // 2 :][: codes.numel()] = codes.view(-1)
+            absmax[start // BLOCK :][: largest.numel()] = largest
         if not double:
-            return packed.view(-1), absmax
+            return packed, absmax
         code = _dynamic_code().to(weight.device)
         offset = absmax.mean()
         scales, nested = _operators().quantize_blockwise(absmax - offset, code, NESTED_BLOCK)
-        return packed.view(-1), scales, nested, code, offset
+        return packed, scales, nested, code, offset
 
     def decode_into(self, out: Tensor, parts: Sequence[Tensor]) -> None:
         packed, absmax, *nested = parts
@@ -48,6 +55,11 @@ class Bnb4Codec:
             shape = [count // BLOCK, BLOCK] if count % BLOCK == 0 else [count]
             # without a name, so that it is gone before the next chunk
             chunk.copy_(_operators().dequantize_4bit(codes, scales, BLOCK, self.name, shape, out.dtype).view(-1))
+
+    @property
+    def code(self) -> Tensor:
+        """The 16 numbers that the codes stand for, fp32, as bitsandbytes writes them beside its weights."""
+        return _four_bit_code(self.name)
 
     def scratch_bytes(self, shape: Sequence[int]) -> int:
         return min(prod(shape), CHUNK_WEIGHTS) * 5  # a chunk in fp32 at the most, and its scales
@@ -71,6 +83,13 @@ def _dynamic_code() -> Tensor:
     from bitsandbytes.functional import create_dynamic_map
 
     return create_dynamic_map()
+
+
+@cache
+def _four_bit_code(name: str) -> Tensor:
+    from bitsandbytes.functional import get_4bit_type
+
+    return get_4bit_type(name, device="cpu")
 
 
 NF4, FP4 = Bnb4Codec("nf4"), Bnb4Codec("fp4")

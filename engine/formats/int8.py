@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .chunks import row_chunks
+
 LARGEST = 127
 
 
@@ -18,8 +20,14 @@ class Int8Codec:
     bits_per_weight: float = 8.0
 
     def encode(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        amax = weight.float().abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        data = (weight.float() * (LARGEST / amax)).round_().clamp_(-LARGEST, LARGEST).to(torch.int8)
+        data = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+        amax = torch.empty(weight.shape[0], 1, dtype=torch.float32, device=weight.device)
+        for rows in row_chunks(weight):
+            chunk = weight[rows].float()
+            largest = chunk.abs().amax(dim=1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
+            amax[rows] = largest
+            data[rows] = (chunk * (LARGEST / largest)).round_().clamp_(-LARGEST, LARGEST)
+            del chunk  # before the next one is made
         return data, amax / (LARGEST * self.factor)
 
     def decode_into(self, out: Tensor, parts: Sequence[Tensor]) -> None:

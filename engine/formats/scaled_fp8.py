@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .chunks import row_chunks
+
 
 @dataclass(frozen=True)
 class ScaledFp8Codec:
@@ -17,9 +19,12 @@ class ScaledFp8Codec:
 
     def encode(self, weight: Tensor, *, per_row: bool = False) -> tuple[Tensor, Tensor]:
         largest = torch.finfo(self.dtype).max
-        amax = weight.float().abs().amax(dim=1, keepdim=True) if per_row else weight.float().abs().max()
-        scale = (amax / largest).clamp_min(torch.finfo(torch.float32).tiny)
-        return (weight.float() / scale).to(self.dtype), scale
+        amax = torch.cat([weight[rows].abs().amax(dim=1, keepdim=True) for rows in row_chunks(weight)]).float()
+        scale = ((amax if per_row else amax.max()) / largest).clamp_min(torch.finfo(torch.float32).tiny)
+        data = torch.empty(weight.shape, dtype=self.dtype, device=weight.device)
+        for rows in row_chunks(weight):
+            data[rows] = (weight[rows].float() / (scale[rows] if per_row else scale)).to(self.dtype)
+        return data, scale
 
     def decode_into(self, out: Tensor, parts: Sequence[Tensor]) -> None:
         data, scale = parts

@@ -3,10 +3,11 @@
 Knows how a block is stored and where it is to lie, and nothing of what a block computes.
 """
 
-from .layout import FlatLayout, StoredBlock, bind, store_block
+from .host_memory import HostBuffer, HostMemory
+from .layout import FlatLayout, StoredBlock, WeightPatch, bind, store_block
 from .source import BlockSource, FileSource, TensorReader, read_params
 from .store import BlockStore
-from .streamer import BlockStreamer
+from .streamer import BlockStreamer, Waits
 
 __all__ = [
     "BlockSource",
@@ -14,8 +15,12 @@ __all__ = [
     "BlockStreamer",
     "FileSource",
     "FlatLayout",
+    "HostBuffer",
+    "HostMemory",
     "StoredBlock",
     "TensorReader",
+    "Waits",
+    "WeightPatch",
     "bind",
     "read_params",
     "store_block",

@@ -1,8 +1,11 @@
 """Where each tensor of a block lies in a flat byte buffer: as stored (raw), and as computed with (slot)."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
 from math import prod
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -57,48 +60,117 @@ class FlatLayout:
         return {item.name: item.view(buffer) for item in self.items}
 
 
+class WeightPatch(Protocol):
+    """What is added to the parameter `name` each time it is decoded; its `parts` are streamed with the block."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def parts(self) -> tuple[TensorEntry, ...]: ...
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Room that `apply` needs beside the weight."""
+
+    def apply(self, weight: Tensor, parts: Sequence[Tensor], scratch: Tensor) -> None:
+        """Change `weight` in place. `scratch` has scratch_bytes (uint8); all lie on one device."""
+
+
+@dataclass(frozen=True)
+class DecodeGroup:
+    """Neighbours in a block's raw bytes that are brought and written together: bytes `start` to `end`.
+
+    members: what writes (a codec's name, or a patch), stored parts, and the place in the slot.
+    """
+
+    start: int
+    end: int
+    members: tuple[tuple[str | WeightPatch, tuple[FlatItem, ...], FlatItem], ...]
+
+    def decode(self, raw: Tensor, slot: Tensor, scratch: Tensor, *, base: int = 0) -> None:
+        """Write into `slot`; `raw` lies beside it and holds the block's raw bytes from `base` on."""
+        for writer, items, item in self.members:
+            weight, parts = item.view(slot), [part.view(raw, base) for part in items]
+            if isinstance(writer, str):
+                CODECS[writer].decode_into(weight, parts)
+            else:
+                writer.apply(weight, parts, scratch)
+
+
 @dataclass(frozen=True)
 class StoredBlock:
     """A block's parameters as a file stores them, and the layouts of its raw bytes and of its slot.
 
-    `native`: the raw bytes are the slot's bytes, so that nothing has to be decoded.
+    The parts of patches lie behind those of the parameters. `native`: the parameters' raw bytes are the slot's bytes,
+    so that only patches have to be applied.
     """
 
     params: tuple[StoredParam, ...]
-    raw: FlatLayout
+    patches: tuple[WeightPatch, ...]
     slot: FlatLayout
     native: bool
 
+    @cached_property
+    def raw(self) -> FlatLayout:
+        return FlatLayout.of((str(i), *raw_layout(part)) for i, part in enumerate(self.parts))
+
+    @cached_property
+    def parts(self) -> tuple[TensorEntry, ...]:
+        """What `raw` is made of, in its order."""
+        params = (part for param in self.params for part in param.parts)
+        return (*params, *(part for patch in self.patches for part in patch.parts))
+
+    @property
+    def nbytes(self) -> int:
+        """To be read from the files."""
+        return sum(part.nbytes for part in self.parts)
+
+    @cached_property
+    def groups(self) -> tuple[DecodeGroup, ...]:
+        """All that has to be decoded, in groups no larger than the largest member, so that small ones are not brought
+        singly; patches after the parameters that they change."""
+        items = iter(self.raw.items)
+        places = {item.name: item for item in self.slot.items}
+        writers: list[tuple[str | WeightPatch, str, int]] = [(p.codec, p.name, len(p.parts)) for p in self.params]
+        writers += [(patch, patch.name, len(patch.parts)) for patch in self.patches]
+        singles = []
+        for writer, name, count in writers:
+            own = tuple(islice(items, count))
+            if not (self.native and isinstance(writer, str)):
+                singles.append(DecodeGroup(own[0].offset, own[-1].end, ((writer, own, places[name]),)))
+        largest = max((group.end - group.start for group in singles), default=0)
+        groups: list[DecodeGroup] = []
+        for group in singles:
+            last = groups[-1] if groups else None
+            if last is not None and group.end - last.start <= largest:
+                groups[-1] = DecodeGroup(last.start, group.end, last.members + group.members)
+            else:
+                groups.append(group)
+        return tuple(groups)
+
     @property
     def staging_bytes(self) -> int:
-        """What `decode` needs as staging: room for the largest stored parameter."""
-        return max(items[-1].end - items[0].offset for items in self._parts())
+        """Room for any of the groups."""
+        return max((group.end - group.start for group in self.groups), default=0)
 
     @property
     def scratch_bytes(self) -> int:
-        """What `decode` allocates beside the slot, at the most."""
-        return max(param.scratch_bytes for param in self.params)
+        """What codecs allocate beside the slot, at the most."""
+        return 0 if self.native else max(param.scratch_bytes for param in self.params)
 
-    def decode(self, raw: Tensor, slot: Tensor, staging: Tensor | None = None) -> None:
-        """Write the parameters that the `raw` buffer stores into the `slot` buffer.
-
-        Where the two lie on different devices, each parameter passes through `staging`, which lies beside the slot.
-        """
-        for param, items, item in zip(self.params, self._parts(), self.slot.items, strict=True):
-            source, base = raw, 0
-            if staging is not None:
-                base, nbytes = items[0].offset, items[-1].end - items[0].offset
-                source = staging[:nbytes].copy_(raw[base : base + nbytes], non_blocking=raw.is_pinned())
-            CODECS[param.codec].decode_into(item.view(slot), [part.view(source, base) for part in items])
-
-    def _parts(self) -> Iterator[list[FlatItem]]:
-        parts = iter(self.raw.items)
-        for param in self.params:
-            yield [next(parts) for _ in param.parts]
+    @property
+    def patch_scratch_bytes(self) -> int:
+        """Room that patches need beside the slot."""
+        return max((patch.scratch_bytes for patch in self.patches), default=0)
 
 
 def store_block(
-    names: Mapping[str, tuple[int, ...]], tensors: Mapping[str, TensorEntry], dtype: torch.dtype, where: str
+    names: Mapping[str, tuple[int, ...]],
+    tensors: Mapping[str, TensorEntry],
+    dtype: torch.dtype,
+    where: str,
+    patches: Sequence[WeightPatch] = (),
 ) -> StoredBlock:
     """The parameters `names` (name -> shape) of one block; `where` names the file and block in errors.
 
@@ -112,12 +184,9 @@ def store_block(
         if param.shape != shape:
             raise WrongModel(f"{where}: {name} has shape {list(param.shape)}, {list(shape)} is needed.")
         params.append(param)
-    raw = FlatLayout.of(
-        (f"{param.name}/{i}", *raw_layout(part)) for param in params for i, part in enumerate(param.parts)
-    )
     slot = FlatLayout.of((name, dtype, shape) for name, shape in names.items())
     native = all(is_native(param, FORMAT_OF_DTYPE[dtype]) for param in params)
-    return StoredBlock(tuple(params), raw, slot, native)
+    return StoredBlock(tuple(params), tuple(patches), slot, native)
 
 
 def bind(module: nn.Module, views: Mapping[str, Tensor]) -> None:

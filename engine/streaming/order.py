@@ -1,5 +1,6 @@
 """Order work between the compute stream and a copy stream, where the hardware has streams; elsewhere do nothing."""
 
+import time
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,7 +15,7 @@ class Mark:
 
 
 class StreamOrder:
-    """One copy stream beside the compute stream. Every method returns at once where there are no streams."""
+    """One copy stream beside the compute stream. Nothing waits where there are no streams."""
 
     def __init__(self, hardware: Hardware) -> None:
         self._torch: Any = hardware.accelerator if hardware.streams else None
@@ -52,6 +53,21 @@ class StreamOrder:
     def host_waits(self, mark: Mark) -> None:
         if self._torch:
             mark.event.synchronize()
+
+    def compute_moment(self) -> Any:
+        """This moment of the compute stream's work; of the host's, where there are no streams."""
+        if not self._torch:
+            return time.perf_counter()
+        event = self._torch.Event(enable_timing=True)
+        event.record(self._torch.current_stream(self._device))
+        return event
+
+    def seconds_between(self, first: Any, second: Any) -> float:
+        """Of two moments. The host waits until the compute stream has come past the second."""
+        if not self._torch:
+            return float(second - first)
+        second.synchronize()
+        return float(first.elapsed_time(second)) / 1000
 
     def finish(self) -> None:
         """The host waits until the copy stream has done everything it was given."""

@@ -1,11 +1,11 @@
 """Hand out a model's blocks in order, each in its slot when its turn comes, fetching ahead in a reader thread."""
 
-import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -19,6 +19,26 @@ class _Slot:
     module: nn.Module
     filled: Mark  # recorded on the copy stream when the block is decoded
     used: Mark  # recorded on the compute stream after the block's last use
+    from_file: bool = False
+
+
+@dataclass(frozen=True)
+class Waits:
+    """Seconds that compute stood still until blocks came: those that were read from the file, and those that only had
+    to be copied or decoded."""
+
+    disk_seconds: float = 0.0
+    bus_seconds: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self.disk_seconds + self.bus_seconds
+
+    def __add__(self, other: "Waits") -> "Waits":
+        return Waits(self.disk_seconds + other.disk_seconds, self.bus_seconds + other.bus_seconds)
+
+    def __sub__(self, other: "Waits") -> "Waits":
+        return Waits(self.disk_seconds - other.disk_seconds, self.bus_seconds - other.bus_seconds)
 
 
 class BlockStreamer:
@@ -38,7 +58,14 @@ class BlockStreamer:
         self._reader: ThreadPoolExecutor | None = None
         self._queue: tuple[int, ...] = ()
         self._next = 0
-        self.waited_seconds = 0.0
+        self._waits = Waits()
+        self._moments: list[tuple[bool, Any, Any]] = []
+
+    @property
+    def waits(self) -> Waits:
+        """So far."""
+        self._settle()
+        return self._waits
 
     def __enter__(self) -> "BlockStreamer":
         needed = sum(1 for i in range(len(self._store.blocks)) if self._store.module(i) is None)
@@ -59,8 +86,7 @@ class BlockStreamer:
         self._ahead.clear()
         self._free.clear()
         self._queue = ()
-        self._store.release_staging()
-        self._store.source.close()  # an open file cannot be replaced on Windows
+        self._store.end_run()  # open files too: they cannot be replaced on Windows
 
     def visit(self, *, more: bool = False) -> Iterator[tuple[int, nn.Module]]:
         """One pass over all blocks. `more`: another pass follows, whose first blocks may be fetched at the end of
@@ -70,6 +96,7 @@ class BlockStreamer:
         are there when the pass begins stay until it ends.
         """
         self._follow_residency()
+        self._settle()
         modules = [self._store.module(index) for index in range(len(self._store.blocks))]
         if self._ahead and self._ahead[0][0] != self._queue[0]:
             self._discard()
@@ -131,6 +158,7 @@ class BlockStreamer:
 
     def _fill(self, index: int, slot: _Slot) -> None:
         self._order.copy_waits(slot.used)
+        slot.from_file = self._store.reads_file(index)
         self._store.fetch_into(index, slot.buffer)
         self._order.record_copy(slot.filled)
 
@@ -138,16 +166,23 @@ class BlockStreamer:
         wanted, slot, future = self._ahead.popleft()
         if wanted != index:
             raise RuntimeError(f"block {index} is due, but block {wanted} was fetched")
-        start = time.perf_counter()
+        wanted_at = self._order.compute_moment()
         try:
             future.result()
         except BaseException:
             self._free.append(slot)  # a later pass needs it
             del future  # it holds the error, whose traceback holds this frame: a circle would keep the buffers alive
             raise
-        self.waited_seconds += time.perf_counter() - start
         self._order.compute_waits(slot.filled)
+        self._moments.append((slot.from_file, wanted_at, self._order.compute_moment()))
         return slot
+
+    def _settle(self) -> None:
+        """Add up what the last pass waited."""
+        for from_file, wanted, there in self._moments:
+            seconds = self._order.seconds_between(wanted, there)
+            self._waits += Waits(disk_seconds=seconds) if from_file else Waits(bus_seconds=seconds)
+        self._moments.clear()
 
     def _discard(self) -> None:
         """Forget what was fetched ahead by a pass that was left in the middle."""

@@ -6,12 +6,15 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
+from ..checkpoint import Checkpoint
 from ..errors import InvalidRequest
+from ..footprint import VAEFootprint
 from .keys import IMAGE_CHANNELS, check_is_image_vae, to_diffusers_names
 from .network import Half, build_decoder, build_encoder
 from .tiles import Span, TilePlan, plan_tiles
 
 OnTile = Callable[[int, int], None]
+OnPlan = Callable[[TilePlan], None]
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +37,19 @@ class ImageVAE(nn.Module):
     def from_state_dict(cls, state_dict: Mapping[str, torch.Tensor], *, dtype: torch.dtype) -> "ImageVAE":
         """Build from diffusers' or ComfyUI's tensors, which are copied; raises WrongModel for any other VAE."""
         tensors = to_diffusers_names(state_dict)
-        check_is_image_vae(tensors)
+        check_is_image_vae({name: tensor.shape for name, tensor in tensors.items()}, "The VAE")
         return cls(build_encoder(tensors, dtype), build_decoder(tensors, dtype), dtype).eval()
+
+    @classmethod
+    def without_weights(cls, checkpoint: Checkpoint, *, dtype: torch.dtype) -> "ImageVAE":
+        """On the meta device, from a file's header alone: it plans, and computes nothing. Raises as
+        `from_state_dict` does."""
+        tensors = {name: torch.empty(e.shape, device="meta") for name, e in checkpoint.tensors.items()}
+        return cls.from_state_dict(tensors, dtype=dtype)
+
+    @property
+    def footprint(self) -> VAEFootprint:
+        return VAEFootprint(sum(p.nbytes for p in self.parameters()), self.plan_decode)
 
     @property
     def scale(self) -> int:
@@ -70,12 +84,14 @@ class ImageVAE(nn.Module):
         limit_bytes: int | None = None,
         tile_px: int = 0,
         on_tile: OnTile | None = None,
+        on_plan: OnPlan | None = None,
         out_device: torch.device | str = "cpu",
     ) -> torch.Tensor:
         """Raw latents (B, 16, 1, h, w) or (B, 16, h, w) -> pictures (B, H, W, 3), fp32 in 0..1, one after another.
 
         `tile_px` is the most that an inner tile writes along an axis (0: as large as fits the limit).
-        `on_tile(done, total)` is called after each tile; what it raises ends the decode.
+        `on_tile(done, total)` is called after each tile; what it raises ends the decode. `on_plan` is called before
+        each attempt: again in fp32 if fp16 overflowed, again in smaller tiles if memory ran out.
         Raises InvalidRequest for other shapes, DoesNotFit before anything is computed.
         """
         if latents.ndim == 5 and latents.shape[2] == 1:
@@ -97,7 +113,7 @@ class ImageVAE(nn.Module):
                     return False
             return True
 
-        self._run(run, self.decoder, "decode", size, limit_bytes, tile_px, self._result_bytes(images))
+        self._run(run, self.decoder, "decode", size, limit_bytes, tile_px, self._result_bytes(images), on_plan)
         return images
 
     @torch.no_grad()
@@ -108,6 +124,7 @@ class ImageVAE(nn.Module):
         limit_bytes: int | None = None,
         tile_px: int = 0,
         on_tile: OnTile | None = None,
+        on_plan: OnPlan | None = None,
         out_device: torch.device | str = "cpu",
     ) -> torch.Tensor:
         """Pictures (B, H, W, 3) in 0..1 -> raw latents (B, 16, 1, H/8, W/8), fp32: the posterior's mean.
@@ -130,7 +147,8 @@ class ImageVAE(nn.Module):
                 latents[index, :, 0] = latent[0]
             return True
 
-        self._run(run, self.encoder, "encode", (height, width), limit_bytes, tile_px, self._result_bytes(latents))
+        size = (height, width)
+        self._run(run, self.encoder, "encode", size, limit_bytes, tile_px, self._result_bytes(latents), on_plan)
         return latents
 
     def _decode_one(self, latent: torch.Tensor, image: torch.Tensor, plan: TilePlan, tick: OnTile) -> bool:
@@ -175,12 +193,15 @@ class ImageVAE(nn.Module):
         limit_bytes: int | None,
         tile_px: int,
         result_bytes: int,
+        on_plan: OnPlan | None,
     ) -> None:
         """Plan and run, again in fp32 if fp16 overflowed, again in smaller tiles if memory ran out all the same."""
         dtype = self.dtype
         while True:
             plan = self._plan(half, task, size, limit_bytes, tile_px, dtype, result_bytes)
             logger.info("%r", plan)
+            if on_plan is not None:
+                on_plan(plan)
             try:
                 if run(plan, dtype):
                     return

@@ -1,14 +1,23 @@
 """Name a VAE's tensors as diffusers does (ComfyUI's names are Wan's), and say what a foreign VAE is."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import TypeVar
 
 import torch
+from diffusers import AutoencoderKLQwenImage
 
-from ..errors import WrongModel
+from ..checkpoint import Checkpoint
+from ..errors import DamagedFile, WrongModel
 
 LATENT_CHANNELS = 16
 IMAGE_CHANNELS = 3
+NAME = "qwen_image_vae.safetensors"
+MAX_WIDTH = 1024  # channels next to the picture; the published one has 96
+
+_ENDS = ("encoder.conv_in.weight", "decoder.conv_in.weight", "decoder.conv_out.weight", "post_quant_conv.weight")
+_T = TypeVar("_T")
 
 # Wan's name -> diffusers' name, applied in order (diffusers.loaders.single_file_utils.convert_wan_vae_to_diffusers)
 _RENAMES = (
@@ -29,17 +38,17 @@ _RENAMES = (
 )
 
 
-def to_diffusers_names(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def to_diffusers_names(state_dict: Mapping[str, _T]) -> dict[str, _T]:
     """The same tensors under diffusers' AutoencoderKLQwenImage names; those names pass through unchanged."""
     if "decoder.conv1.weight" not in state_dict:
         return dict(state_dict)
     # Wan numbers the decoder's residual blocks and upsamplers in one row; an upsampler ends each block of it
     ends = sorted(
-        {int(key.split(".")[2]) for key in state_dict if re.match(r"decoder\.upsamples\.\d+\.resample\.", key)}
+        {int(match[1]) for key in state_dict if (match := re.match(r"decoder\.upsamples\.(\d{1,9})\.resample\.", key))}
     )
     renamed = {}
     for key, tensor in state_dict.items():
-        upsample = re.match(r"decoder\.upsamples\.(\d+)\.(.*)", key)
+        upsample = re.match(r"decoder\.upsamples\.(\d{1,9})\.(.*)", key)
         name = key
         if upsample:
             index = int(upsample[1])
@@ -52,34 +61,55 @@ def to_diffusers_names(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torc
     return renamed
 
 
-def check_is_image_vae(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raise WrongModel, saying what these tensors (diffusers' names) are, unless they are Qwen-Image's RGB VAE."""
+def check_is_image_vae(shapes: Mapping[str, Sequence[int]], where: str) -> None:
+    """Raise WrongModel, saying what the tensors of these shapes (diffusers' names) are, unless they are Qwen-Image's
+    RGB VAE of any width; DamagedFile where one is missing. `where` names the file.
+    """
+    use = f"Use {NAME}."
     # its blocks are nested in a way that the names above leave over
-    if any(".resnets.0.upsamples." in key for key in tensors):
-        raise WrongModel("This is the Wan 2.2 VAE (48 latent channels). Qwen-Image needs qwen_image_vae.safetensors.")
-    if "decoder.conv_norm_out.weight" in tensors or "decoder.norm_out.weight" in tensors:
+    if any(".resnets.0.upsamples." in name for name in shapes):
+        raise WrongModel(f"{where} is the Wan 2.2 VAE (48 latent channels). {use}")
+    if "decoder.conv_norm_out.weight" in shapes or "decoder.norm_out.weight" in shapes:
+        raise WrongModel(f"{where} is a VAE of the Stable Diffusion or Flux kind. {use}")
+    ends = {name: tuple(shapes.get(name, ())) for name in _ENDS}
+    strange = [name for name, shape in ends.items() if len(shape) < 4 or 0 in shape]
+    if strange:
+        found = ", ".join(repr(name) for name in sorted(shapes)[:3]) or "nothing"
         raise WrongModel(
-            "This is a VAE of the Stable Diffusion or Flux kind. Qwen-Image needs qwen_image_vae.safetensors."
+            f"{where} is not a Qwen-Image VAE: {strange[0]} {list(ends[strange[0]]) or 'is missing'} "
+            f"({len(shapes)} tensors: {found}, ...). {use}"
         )
-    needed = ("encoder.conv_in.weight", "decoder.conv_in.weight", "decoder.conv_out.weight", "post_quant_conv.weight")
-    missing = [key for key in needed if key not in tensors]
-    if missing:
-        found = ", ".join(sorted(tensors)[:3]) or "nothing"
-        raise WrongModel(
-            f"This is not a Qwen-Image VAE: {missing[0]} is missing ({len(tensors)} tensors: {found}, ...). "
-            "Qwen-Image needs qwen_image_vae.safetensors."
-        )
-    latent_channels = tensors["post_quant_conv.weight"].shape[0]
-    image_channels = tensors["encoder.conv_in.weight"].shape[1]
+    latent_channels, image_channels = ends["post_quant_conv.weight"][0], ends["encoder.conv_in.weight"][1]
+    drawn_channels, width = ends["decoder.conv_out.weight"][:2]
     if latent_channels == 64:
-        raise WrongModel(
-            "This is Qwen-Image-2.1's VAE (64 latent channels, RGBA); only the 16-channel RGB VAE works here."
-        )
+        raise WrongModel(f"{where} is Qwen-Image-2.1's VAE (64 latent channels, RGBA). {use}")
     if latent_channels != LATENT_CHANNELS:
-        raise WrongModel(f"This VAE has {latent_channels} latent channels; Qwen-Image's has {LATENT_CHANNELS}.")
-    if image_channels == 4 or tensors["decoder.conv_out.weight"].shape[0] == 4:
-        raise WrongModel("This is Qwen-Image-Layered's VAE (RGBA); only the RGB VAE of the other models works here.")
-    if image_channels != IMAGE_CHANNELS or tensors["decoder.conv_in.weight"].ndim != 5:
+        raise WrongModel(f"{where} has {latent_channels} latent channels; Qwen-Image's has {LATENT_CHANNELS}. {use}")
+    if image_channels == 4 or drawn_channels == 4:
         raise WrongModel(
-            f"This VAE reads {image_channels} channels and is none of Qwen-Image's; use qwen_image_vae.safetensors."
+            f"{where} is Qwen-Image-Layered's VAE (RGBA); only the RGB VAE of the other models works. {use}"
         )
+    if (image_channels, drawn_channels) != (IMAGE_CHANNELS, IMAGE_CHANNELS) or width > MAX_WIDTH:
+        raise WrongModel(
+            f"{where} reads {image_channels} channels, draws {drawn_channels} and is {width} wide, as none of "
+            f"Qwen-Image's. {use}"
+        )
+    for name, shape in _shapes_of_width(width).items():
+        if name not in shapes:
+            raise DamagedFile(f"{where} has no tensor {name}: the file is cut or mixed up. Download it again.")
+        if tuple(shapes[name]) != shape:
+            raise WrongModel(f"{where} is not a Qwen-Image VAE: {name} {list(shapes[name])}, not {list(shape)}. {use}")
+
+
+def require_image_vae(checkpoint: Checkpoint) -> None:
+    """Raise WrongModel or DamagedFile unless the file holds Qwen-Image's RGB VAE, from its header alone."""
+    shapes = {name: entry.shape for name, entry in to_diffusers_names(checkpoint.tensors).items()}
+    check_is_image_vae(shapes, str(checkpoint.path))
+
+
+@cache
+def _shapes_of_width(width: int) -> dict[str, tuple[int, ...]]:
+    """The tensors that one frame needs, in diffusers' own network."""
+    with torch.device("meta"):
+        network = AutoencoderKLQwenImage(base_dim=width, z_dim=LATENT_CHANNELS)
+    return {name: tuple(p.shape) for name, p in network.named_parameters() if ".time_conv." not in name}

@@ -18,7 +18,8 @@ from qwenimage_lowvram.engine.checkpoint import Checkpoint, TensorEntry, open_ch
 from qwenimage_lowvram.engine.errors import CheckpointError, DamagedFile, WrongModel
 from qwenimage_lowvram.engine.families import sort_transformer
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.plan import GIB, SamplingRequest, plan_memory
+from qwenimage_lowvram.engine.plan import plan_memory
+from qwenimage_lowvram.engine.request import GIB, Limits, SamplingRequest
 from qwenimage_lowvram.engine.quant_states import with_quant_states
 from qwenimage_lowvram.engine.transformer import Branch, QwenImageTransformer
 from safetensors.torch import load_file, save_file
@@ -168,7 +169,7 @@ def test_the_plan_of_a_full_size_transformer_is_what_its_run_takes(case: str) ->
             hardware=full_size.fake_gpu(),
             source=full_size.EmptySource,
         )
-        plan = plan_memory(transformer.footprint, SamplingRequest(512, 512, 2, 60), int(1.5 * GIB))
+        plan = plan_memory(transformer.footprint, SamplingRequest(512, 512, 2, 60), Limits(int(1.5 * GIB)))
         transformer.load(plan.resident)
         live.reset_peak()
         transformer.modulation.announce([0.9])
@@ -202,7 +203,7 @@ def changed(folder: Path, to: Path, change: Callable[[dict[str, torch.Tensor], d
 
 DAMAGES: dict[str, tuple[Callable[[Any, Any], Any], type[CheckpointError], str]] = {
     "no JSON": (lambda t, n: b"{", DamagedFile, "not valid JSON"),
-    "no object": (lambda t, n: b"[1]", DamagedFile, "no JSON object"),
+    "no object": (lambda t, n: b"[1]", DamagedFile, "not an object"),
     "too long": (lambda t, n: b" " * 5000, DamagedFile, "5000 bytes"),
     "no shape": (lambda t, n: n.pop("shape"), DamagedFile, "has the shape None"),
     "a shape of texts": (lambda t, n: n.update(shape=["a", 2]), DamagedFile, "has the shape"),

@@ -83,8 +83,6 @@ def test_scaled_files_of_every_spelling_are_read(
         "layer.input_scale": torch.ones(1),
         "scaled_fp8": torch.empty(0, dtype=dtype),
     }
-    if key == "weight_scale":
-        tensors["layer.comfy_quant"] = torch.tensor(list(b'{"format": "float8"}'), dtype=torch.uint8)
     save_file(tensors, tmp_path / "m.safetensors")
     entries = open_checkpoint(tmp_path / "m.safetensors").tensors
     shapes = {"layer.weight": (24, 40), "layer.bias": (24,)}
@@ -100,16 +98,21 @@ def _entry(dtype: str, *shape: int) -> TensorEntry:
 
 WEIGHT = "attn.to_q.weight"
 UNKNOWN = {
-    "int8_tensorwise": {"weight": _entry("I8", 8, 64), "weight_scale": _entry("F32"), "comfy_quant": _entry("U8", 9)},
-    "int8 without marker": {"weight": _entry("I8", 8, 64), "weight_scale": _entry("F32")},
+    "int8 without a note": {"weight": _entry("I8", 8, 64), "weight_scale": _entry("F32")},
     "int8 without scale": {"weight": _entry("I8", 8, 64)},
+    "int8 with a note, without scale": {"weight": _entry("INT8", 8, 64)},
+    "rotated int8 in blocks": {"weight": _entry("INT8_CONVROT64", 8, 64), "weight_scale": _entry("F32", 8, 2)},
+    "rotated int8 with zero points": {
+        "weight": _entry("INT8_CONVROT64", 8, 64),
+        "weight_scale": _entry("F32", 8, 1),
+        "weight_zero_point": _entry("I8", 8, 1),
+    },
     "nvfp4": {
         "weight": _entry("U8", 8, 32),
         "weight_scale": _entry("F8_E4M3", 8, 4),
         "weight_scale_2": _entry("F32"),
-        "comfy_quant": _entry("U8", 9),
     },
-    "mxfp8": {"weight": _entry("F8_E4M3", 8, 64), "weight_scale": _entry("U8", 8, 2), "comfy_quant": _entry("U8", 9)},
+    "mxfp8": {"weight": _entry("F8_E4M3", 8, 64), "weight_scale": _entry("U8", 8, 2)},
     "mxfp8 with exponents": {"weight": _entry("F8_E4M3", 8, 64), "weight_scale": _entry("F8_E8M0", 8, 2)},
     "fp8 in blocks": {"weight": _entry("F8_E4M3", 8, 64), "weight_scale": _entry("F32", 4, 32)},
     "fp8 in blocks, inverse": {"weight": _entry("F8_E4M3", 8, 64), "weight_scale_inv": _entry("F32", 1, 1)},

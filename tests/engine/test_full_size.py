@@ -5,21 +5,21 @@ log-sum-exp that flash and memory-efficient kernels keep (see LiveBytes); only i
 What kernels allocate inside themselves, and the driver's own context, are not counted.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import full_size
 import pytest
 import torch
 from live_bytes import LiveBytes
-from qwenimage_lowvram.engine.plan import (
-    GIB,
-    MemoryPlan,
-    SamplingRequest,
-    activation_bytes,
-    plan_memory,
-    text_encoder_peak_bytes,
-)
+from qwenimage_lowvram.engine.checkpoint import Checkpoint, TensorEntry
+from qwenimage_lowvram.engine.lora import LoraFile, match
+from qwenimage_lowvram.engine.lora_patch import lora_patches
+from qwenimage_lowvram.engine.plan import MemoryPlan, activation_bytes, plan_memory, text_encoder_peak_bytes
+from qwenimage_lowvram.engine.quantized import QuantizedWeights
+from qwenimage_lowvram.engine.request import GIB, Limits, SamplingRequest
 from qwenimage_lowvram.engine.text_encoder import TextEncoder
 from qwenimage_lowvram.engine.transformer import Branch, QwenImageTransformer
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -33,6 +33,17 @@ FP8 = torch.float8_e4m3fn
 def live() -> Iterator[LiveBytes]:
     with FakeTensorMode(), LiveBytes("cuda") as live, torch.inference_mode():
         yield live
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
+    """The whole model in each format, headers only."""
+    source, folder = full_size.transformer_checkpoint(), tmp_path_factory.mktemp("cache")
+    quantized = {name: QuantizedWeights.of(source, name, folder) for name in ("int8", "nf4")}
+    return {
+        "bf16": source,
+        **{name: weights.checkpoint(data_start=0) for name, weights in quantized.items() if weights},
+    }
 
 
 def make_transformer(stored: torch.dtype, *, layers: int = 60) -> QwenImageTransformer:
@@ -55,14 +66,16 @@ def make_branch(request: SamplingRequest) -> Branch:
     )
 
 
-def sampling_peak(live: LiveBytes, transformer: QwenImageTransformer, plan: MemoryPlan) -> int:
+def sampling_peak(
+    live: LiveBytes, transformer: QwenImageTransformer, plan: MemoryPlan, on_block: Callable[[int], None] | None = None
+) -> int:
     """The most that a step has on the device, the resident blocks included."""
     transformer.load(plan.resident)
     transformer.modulation.announce([0.9])
     with transformer.session(slots=plan.slots, mlp_chunk_tokens=plan.mlp_chunk_tokens) as session:
         live.reset_peak()
         branches = [make_branch(plan.request) for _ in range(plan.request.branches)]
-        session.forward(branches)
+        session.forward(branches, on_block=on_block)
         del branches
     return live.peak
 
@@ -71,11 +84,55 @@ def sampling_peak(live: LiveBytes, transformer: QwenImageTransformer, plan: Memo
 def test_a_guided_step_of_the_whole_model_takes_less_than_1900_mb(width: int, height: int, live: LiveBytes) -> None:
     transformer = make_transformer(torch.bfloat16)
     assert transformer.footprint.blocks == 60
-    plan = plan_memory(transformer.footprint, SamplingRequest(width, height, 2, PROMPT_TOKENS), int(1.9e9))
+    plan = plan_memory(transformer.footprint, SamplingRequest(width, height, 2, PROMPT_TOKENS), Limits(int(1.9e9)))
     assert plan.slots == 2
     peak = sampling_peak(live, transformer, plan)
     assert 0.9 * plan.sampling_peak_bytes < peak < 1.1 * plan.sampling_peak_bytes
     assert peak <= 1.9e9
+
+
+# what the driver's context takes of a card
+CONTEXT_BYTES = int(0.6e9)
+CARDS = [4, 8, 16]
+REQUESTS = [(1328, 1328, 1), (1664, 928, 1), (2048, 2048, 1), (1024, 1024, 4)]
+
+
+class _Seen(Exception):
+    """Enough blocks have passed."""
+
+
+@pytest.mark.parametrize("weight_format", ["bf16", "int8", "nf4"])
+@pytest.mark.parametrize(("width", "height", "batch"), REQUESTS)
+@pytest.mark.parametrize("card_gb", CARDS)
+def test_guided_pictures_fit_the_cards(
+    card_gb: int,
+    width: int,
+    height: int,
+    batch: int,
+    weight_format: str,
+    checkpoints: dict[str, Checkpoint],
+    live: LiveBytes,
+) -> None:
+    """All sixty blocks find their place; three of them, and what comes before the blocks, tell the peak."""
+    transformer = QwenImageTransformer(
+        checkpoints[weight_format],
+        dtype=torch.bfloat16,
+        hardware=full_size.fake_gpu(),
+        source=full_size.EmptySource,
+    )
+    request = SamplingRequest(width, height, 2 * batch, PROMPT_TOKENS)
+    limit = int(card_gb * 1e9) - CONTEXT_BYTES
+    plan = plan_memory(transformer.footprint, request, Limits(limit))
+
+    def stop(index: int) -> None:
+        if index == 3:
+            raise _Seen
+
+    with pytest.raises(_Seen):
+        sampling_peak(live, transformer, plan, on_block=stop)
+    assert live.peak <= limit
+    assert 0.9 * plan.sampling_peak_bytes < live.peak < 1.1 * plan.sampling_peak_bytes
+    assert plan.limit_bytes - plan.peak_bytes < transformer.footprint.resident_block_bytes or plan.streamed <= 1
 
 
 # blocks are alike and pass through the same slots: a few tell as much as sixty, in a tenth of the time
@@ -87,7 +144,7 @@ def test_sampling_takes_what_the_plan_says(
 ) -> None:
     transformer = make_transformer(stored, layers=5)
     request = SamplingRequest(width, height, 2, PROMPT_TOKENS)
-    plan = plan_memory(transformer.footprint, request, int(limit_gib * GIB))
+    plan = plan_memory(transformer.footprint, request, Limits(int(limit_gib * GIB)))
     assert (plan.streamed == 0) == (limit_gib == 6.0)
     peak = sampling_peak(live, transformer, plan)
     assert 0.9 * plan.sampling_peak_bytes < peak < 1.1 * plan.sampling_peak_bytes
@@ -110,7 +167,7 @@ def test_the_plan_is_right_for_other_requests_too(
 ) -> None:
     transformer = make_transformer(stored, layers=4)
     request = SamplingRequest(width, height, branches, tokens)
-    plan = plan_memory(transformer.footprint, request, int(limit_gib * GIB))
+    plan = plan_memory(transformer.footprint, request, Limits(int(limit_gib * GIB)))
     peak = sampling_peak(live, transformer, plan)
     assert 0.9 * plan.sampling_peak_bytes < peak < 1.1 * plan.sampling_peak_bytes
 
@@ -119,7 +176,7 @@ def test_the_plan_is_right_for_other_requests_too(
 def test_chunks_take_what_the_plan_says(chunk: int, live: LiveBytes) -> None:
     transformer = make_transformer(torch.bfloat16, layers=4)
     request = SamplingRequest(2048, 2048, 2, 512)
-    whole = plan_memory(transformer.footprint, request, 100 * GIB)
+    whole = plan_memory(transformer.footprint, request, Limits(100 * GIB))
     plan = replace(whole, resident=(), slots=1, mlp_chunk_tokens=chunk)
     weights = whole.sampling_peak_bytes - whole.activation_bytes - 3 * transformer.footprint.slot_bytes
     predicted = weights + activation_bytes(transformer.footprint, request, chunk)
@@ -130,7 +187,7 @@ def test_chunks_take_what_the_plan_says(chunk: int, live: LiveBytes) -> None:
 @pytest.mark.parametrize("late", [False, True])
 def test_the_modulation_pass_takes_what_the_plan_says(late: bool, stored: torch.dtype, live: LiveBytes) -> None:
     transformer = make_transformer(stored, layers=12)
-    plan = plan_memory(transformer.footprint, SamplingRequest(512, 512, 1, 60), 2 * GIB)
+    plan = plan_memory(transformer.footprint, SamplingRequest(512, 512, 1, 60), Limits(2 * GIB))
     transformer.load(plan.resident)
     if late:
         with transformer.session(slots=plan.slots):
@@ -147,7 +204,7 @@ def test_the_modulation_pass_takes_what_the_plan_says(late: bool, stored: torch.
 class _EmbeddedEncoder(TextEncoder):
     """Rows of the embedding are read from a file, and there is none here."""
 
-    def _embed(self, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    def _embed(self, prompts: Sequence[Sequence[int]], pictures: Any) -> list[torch.Tensor]:
         return [torch.empty(1, len(ids), 3584, device="cuda", dtype=torch.bfloat16) for ids in prompts]
 
 
@@ -168,3 +225,42 @@ def test_the_text_encoder_takes_less_than_1100_mb(
     predicted = text_encoder_peak_bytes(encoder.footprint, lengths, 2)
     assert 0.9 * predicted < live.peak < 1.1 * predicted
     assert live.now == 0
+
+
+def lightning_lora(weights: Mapping[str, tuple[int, ...]], *, rank: int = 64) -> LoraFile:
+    """As Lightning's files: rank 64 in bf16 on every matrix of attention and MLPs, 0.85 GB; header only."""
+    tensors = {}
+    for name, shape in weights.items():
+        if name.startswith("transformer_blocks.") and len(shape) == 2 and "_mod." not in name:
+            layer = name.removesuffix(".weight")
+            for part, size in (("lora_up", (shape[0], rank)), ("lora_down", (rank, shape[1]))):
+                tensors[f"{layer}.{part}.weight"] = TensorEntry(Path("lora"), 0, 2 * size[0] * size[1], "BF16", size)
+    return LoraFile(Path("lora"), tensors, {}, "lora")
+
+
+@pytest.mark.parametrize("weight_format", ["bf16", "int8"])
+def test_a_lightning_lora_fits_a_4_gb_card(
+    weight_format: str, checkpoints: dict[str, Checkpoint], live: LiveBytes
+) -> None:
+    transformer = QwenImageTransformer(
+        checkpoints[weight_format],
+        dtype=torch.bfloat16,
+        hardware=full_size.fake_gpu(),
+        source=full_size.EmptySource,
+    )
+    lora = match(lightning_lora(transformer.weights), transformer.weights)
+    assert 0.8e9 < lora.nbytes < 0.9e9
+    before = transformer.footprint.stored_bytes
+    transformer.patch(lora_patches([(lora, 1.0)]))
+    assert transformer.footprint.stored_bytes - before == pytest.approx(lora.nbytes / 60, rel=0.01)
+    request = SamplingRequest(1328, 1328, 1, PROMPT_TOKENS, timesteps=8)
+    plan = plan_memory(transformer.footprint, request, Limits(int(4e9) - CONTEXT_BYTES))
+
+    def stop(index: int) -> None:
+        if index == 3:
+            raise _Seen
+
+    with pytest.raises(_Seen):
+        sampling_peak(live, transformer, plan, on_block=stop)
+    assert live.peak <= plan.limit_bytes
+    assert 0.9 * plan.sampling_peak_bytes < live.peak < 1.1 * plan.sampling_peak_bytes

@@ -20,13 +20,8 @@ from qwenimage_lowvram.engine.families import Component, require, sort_text_enco
 from qwenimage_lowvram.engine.formats import CODECS
 from qwenimage_lowvram.engine.formats.gguf import CHUNK_WEIGHTS, GGUF, GgufCodec
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.plan import (
-    GIB,
-    SamplingRequest,
-    plan_memory,
-    plan_text_encoder,
-    text_encoder_peak_bytes,
-)
+from qwenimage_lowvram.engine.plan import plan_memory, plan_text_encoder, text_encoder_peak_bytes
+from qwenimage_lowvram.engine.request import GIB, Limits, SamplingRequest
 from qwenimage_lowvram.engine.text_encoder import TextEncoder
 from qwenimage_lowvram.engine.transformer import Branch, QwenImageTransformer
 from safetensors.torch import load_file
@@ -229,7 +224,7 @@ def test_the_plan_of_a_full_size_gguf_transformer_is_what_its_run_takes(kind: st
             source=full_size.EmptySource,
         )
         assert transformer.footprint.scratch_bytes == codec.scratch_bytes((3072, 12288))
-        plan = plan_memory(transformer.footprint, SamplingRequest(512, 512, 2, 60), int(limit_gib * GIB))
+        plan = plan_memory(transformer.footprint, SamplingRequest(512, 512, 2, 60), Limits(int(limit_gib * GIB)))
         transformer.load(plan.resident)
         live.reset_peak()
         transformer.modulation.announce([0.9])

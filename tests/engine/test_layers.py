@@ -11,7 +11,8 @@ MODULES = sorted(ENGINE.rglob("*.py"))
 COMFYUI = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "nodes", "server", "execution"}
 COMFYUI |= {"latent_preview", "node_helpers", "app", "api_server"}
 
-STAGES = {"modulation", "prompts", "sampling", "text_encoder", "transformer", "vae"}
+STAGES = {"modulation", "prompt_cache", "prompts", "quantized", "sampling", "speeds", "text_encoder", "transformer"}
+STAGES |= {"vae"}
 
 
 def room_of(module: Path) -> str:

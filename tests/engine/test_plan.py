@@ -1,5 +1,6 @@
 """A plan keeps its limit, uses it well, and a refusal tells the truth."""
 
+import math
 import os
 import re
 import subprocess
@@ -12,20 +13,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from qwenimage_lowvram.engine.errors import DoesNotFit, InvalidRequest
 from qwenimage_lowvram.engine.footprint import TextEncoderFootprint, TransformerFootprint
+from qwenimage_lowvram.engine.forecast import TYPICAL, Bound, Speeds, step_flops
 from qwenimage_lowvram.engine.plan import (
-    GIB,
     MLP_CHUNKS,
     MemoryPlan,
-    SamplingRequest,
     activation_bytes,
     least_bytes,
+    least_ram_bytes,
     most_bytes,
+    most_ram_bytes,
     plan_memory,
     plan_text_encoder,
-    size_text,
     text_encoder_peak_bytes,
 )
 from qwenimage_lowvram.engine.report import MemoryReport
+from qwenimage_lowvram.engine.request import GIB, Limits, SamplingRequest, size_text
 
 ALIAS = Path(__file__).parents[2] / "tools" / "alias"
 MIB = 1024**2
@@ -44,6 +46,7 @@ REAL = TransformerFootprint(
     head_dim=128,
     joint_attention_dim=3584,
     element_bytes=2,
+    ring_bytes=256 * MIB,
 )
 REAL_FP8 = replace(
     REAL,
@@ -81,6 +84,8 @@ def footprints(draw: st.DrawFn) -> TransformerFootprint:
         head_dim=draw(st.sampled_from([32, 128])),
         joint_attention_dim=draw(st.sampled_from([64, 3584])),
         element_bytes=draw(st.sampled_from([2, 4])),
+        ring_bytes=draw(st.integers(0, 256)) * MIB,
+        host=draw(st.booleans()),
     )
 
 
@@ -91,40 +96,65 @@ requests = st.builds(
     branches=st.integers(1, 8),
     prompt_tokens=st.integers(1, 2000),
     reference_tokens=st.sampled_from([0, 0, 4096, 12000]),
+    timesteps=st.integers(1, 100),
 )
+rates = st.sampled_from([1e8, 1e9, 2e9, 6e9, 25e9])
+speeds = st.builds(Speeds, st.sampled_from([1e11, 2e12, 20e12, 200e12]), rates, rates)
 real = st.one_of(st.sampled_from([REAL, REAL_FP8]), footprints())
 
 
-def try_plan(footprint: TransformerFootprint, request: SamplingRequest, limit: int) -> MemoryPlan | None:
+def try_plan(
+    footprint: TransformerFootprint, request: SamplingRequest, limits: Limits, speeds: Speeds = TYPICAL
+) -> MemoryPlan | None:
     try:
-        return plan_memory(footprint, request, limit)
+        return plan_memory(footprint, request, limits, speeds)
     except DoesNotFit:
         return None
 
 
-def limits(footprint: TransformerFootprint, request: SamplingRequest) -> st.SearchStrategy[int]:
+def around(least: int, most: int, step: int) -> st.SearchStrategy[int]:
     """From a little below the least to a little above the most."""
-    least, most = least_bytes(footprint, request), most_bytes(footprint, request)
     return st.one_of(
         st.integers(least // 2, max(least, most) * 5 // 4),
         st.sampled_from([least - 1, least, least + 1, most - 1, most, most + 1]),
-        st.integers(least, least + 3 * footprint.slot_bytes),
+        st.integers(least, least + 3 * step),
     )
 
 
+def vram(footprint: TransformerFootprint, request: SamplingRequest) -> st.SearchStrategy[int]:
+    return around(least_bytes(footprint, request), most_bytes(footprint, request), footprint.slot_bytes)
+
+
+def ram(footprint: TransformerFootprint, request: SamplingRequest) -> st.SearchStrategy[int | None]:
+    least, most = least_ram_bytes(footprint, request), most_ram_bytes(footprint, request)
+    return st.one_of(st.none(), around(least, most, footprint.stored_bytes))
+
+
+def limits(footprint: TransformerFootprint, request: SamplingRequest) -> st.SearchStrategy[Limits]:
+    return st.builds(Limits, vram(footprint, request), ram(footprint, request))
+
+
+def fits(footprint: TransformerFootprint, request: SamplingRequest, limits: Limits) -> bool:
+    enough_ram = limits.ram_bytes is None or limits.ram_bytes >= least_ram_bytes(footprint, request)
+    return enough_ram and limits.vram_bytes >= least_bytes(footprint, request)
+
+
 @settings(deadline=None)
-@given(data=st.data(), footprint=real, request=requests)
-def test_a_plan_never_exceeds_its_limit(
-    data: st.DataObject, footprint: TransformerFootprint, request: SamplingRequest
+@given(data=st.data(), footprint=real, request=requests, speeds=speeds)
+def test_a_plan_never_exceeds_its_limits(
+    data: st.DataObject, footprint: TransformerFootprint, request: SamplingRequest, speeds: Speeds
 ) -> None:
-    limit = data.draw(limits(footprint, request))
-    plan = try_plan(footprint, request, limit)
-    assert (plan is None) == (limit < least_bytes(footprint, request))
+    allowed = data.draw(limits(footprint, request))
+    plan = try_plan(footprint, request, allowed, speeds)
+    assert (plan is not None) == fits(footprint, request, allowed)
     if plan is None:
         return
     peaks = (plan.sampling_peak_bytes, plan.modulation_peak_bytes, plan.late_timestep_peak_bytes)
-    assert plan.peak_bytes == max(peaks) <= limit == plan.limit_bytes
+    assert plan.peak_bytes == max(peaks) <= allowed.vram_bytes == plan.limit_bytes
     assert plan.sampling_peak_bytes >= plan.resident_bytes + plan.slots * footprint.slot_bytes + plan.activation_bytes
+    assert allowed.ram_bytes is None or plan.ram_peak_bytes <= allowed.ram_bytes
+    assert plan.ram_peak_bytes >= len(plan.held) * footprint.stored_bytes + request.timesteps * footprint.row_bytes
+    assert plan.ram_peak_bytes >= (plan.peak_bytes if footprint.host else footprint.ring_bytes)
 
 
 @settings(deadline=None)
@@ -137,74 +167,140 @@ def test_every_block_lives_in_one_place(
         return
     assert plan.blocks == footprint.blocks
     assert list(plan.resident) == sorted(set(plan.resident))
-    assert set(plan.resident) <= set(range(footprint.blocks))
-    assert plan.streamed + len(plan.resident) == footprint.blocks
+    assert list(plan.held) == sorted(set(plan.held))
+    assert set(plan.resident) | set(plan.held) <= set(range(footprint.blocks))
+    assert not set(plan.resident) & set(plan.held)
+    assert len(plan.resident) + len(plan.held) + plan.from_file == footprint.blocks
     assert plan.streamed_bytes_per_step == plan.streamed * footprint.stored_bytes
+    assert not (footprint.host and plan.held)
     assert plan.slots >= 1 or (footprint.native and plan.streamed == 0)
     assert plan.resident_bytes == footprint.outside_bytes + len(plan.resident) * footprint.resident_block_bytes
     # streamed blocks stand as far apart as they can, so that each is fetched behind computing
     gaps = [b - a for a, b in zip(plan.resident, plan.resident[1:], strict=False)]
     assert not gaps or max(gaps) - min(gaps) <= 1
+    # and so do, among them, those that are read from the file
+    streamed = [i for i in range(plan.blocks) if i not in plan.resident]
+    places = [streamed.index(i) for i in plan.held]
+    gaps = [b - a for a, b in zip(places, places[1:], strict=False)]
+    assert not gaps or max(gaps) - min(gaps) <= 1
 
 
-def _rank(plan: MemoryPlan | None) -> tuple[int, int]:
-    """(streams in pairs, resident blocks): what more memory must not make worse."""
-    if plan is None:
-        return -1, -1
-    return (2 if plan.streamed == 0 else plan.slots), len(plan.resident)
+def _seconds(plan: MemoryPlan | None) -> float:
+    return math.inf if plan is None else plan.forecast.seconds
 
 
 @settings(deadline=None)
-@given(data=st.data(), footprint=real, request=requests)
-def test_more_memory_never_makes_a_plan_worse(
-    data: st.DataObject, footprint: TransformerFootprint, request: SamplingRequest
+@given(data=st.data(), footprint=real, request=requests, speeds=speeds)
+def test_more_memory_never_makes_a_step_slower(
+    data: st.DataObject, footprint: TransformerFootprint, request: SamplingRequest, speeds: Speeds
 ) -> None:
-    small, large = sorted(data.draw(st.tuples(limits(footprint, request), limits(footprint, request))))
-    assert _rank(try_plan(footprint, request, small)) <= _rank(try_plan(footprint, request, large))
+    one, other = data.draw(st.tuples(limits(footprint, request), limits(footprint, request)))
+    ram_bytes = None if one.ram_bytes is None or other.ram_bytes is None else max(one.ram_bytes, other.ram_bytes)
+    more = Limits(max(one.vram_bytes, other.vram_bytes), ram_bytes)
+    seconds = _seconds(try_plan(footprint, request, more, speeds))
+    assert seconds <= _seconds(try_plan(footprint, request, one, speeds))
+    assert seconds <= _seconds(try_plan(footprint, request, other, speeds))
+
+
+@settings(deadline=None)
+@given(data=st.data(), footprint=real, request=requests, speeds=speeds)
+def test_what_is_left_of_a_limit_is_less_than_a_block(
+    data: st.DataObject, footprint: TransformerFootprint, request: SamplingRequest, speeds: Speeds
+) -> None:
+    allowed = data.draw(limits(footprint, request))
+    plan = try_plan(footprint, request, allowed, speeds)
+    if plan is None or footprint.host:
+        return
+    if allowed.ram_bytes is not None and plan.from_file:
+        assert allowed.ram_bytes - plan.ram_peak_bytes < footprint.stored_bytes
+    if plan.streamed > 1:
+        assert allowed.vram_bytes - plan.peak_bytes < footprint.resident_block_bytes
 
 
 @pytest.mark.parametrize("footprint", [REAL, REAL_FP8], ids=["bf16", "fp8"])
 def test_no_step_of_the_limit_makes_a_plan_worse(footprint: TransformerFootprint) -> None:
     request = SamplingRequest(1328, 1328, 2, 512)
     least = least_bytes(footprint, request)
-    ranks = [_rank(try_plan(footprint, request, least + step * 4 * MIB)) for step in range(-5, 500)]
-    assert ranks == sorted(ranks)
-    assert len(set(ranks)) > 4
+    slow_disk = Speeds(flops=1e15, bus_bytes=20e9, disk_bytes=1e9)
+    plans = [try_plan(footprint, request, Limits(least + n * 4 * MIB, 8 * GIB), slow_disk) for n in range(-5, 500)]
+    seconds = [_seconds(plan) for plan in plans]
+    assert seconds == sorted(seconds, reverse=True)
+    assert len(set(seconds)) > 4
 
 
 @settings(deadline=None)
 @given(footprint=real, request=requests)
 def test_from_the_most_on_everything_is_resident(footprint: TransformerFootprint, request: SamplingRequest) -> None:
-    most = most_bytes(footprint, request)
+    most = Limits(most_bytes(footprint, request))
     plan = plan_memory(footprint, request, most)
     assert plan.streamed == 0
     assert plan.mlp_chunk_tokens is None
-    assert replace(plan, limit_bytes=0) == replace(plan_memory(footprint, request, 2 * most), limit_bytes=0)
+    more = plan_memory(footprint, request, Limits(2 * most.vram_bytes))
+    assert replace(plan, limits=more.limits) == more
 
 
 @settings(deadline=None)
-@given(footprint=real, request=requests, share=st.floats(0.01, 0.999))
+@given(data=st.data(), footprint=real, request=requests)
 def test_a_refusal_does_not_fit_and_what_it_suggests_does(
-    footprint: TransformerFootprint, request: SamplingRequest, share: float
+    data: st.DataObject, footprint: TransformerFootprint, request: SamplingRequest
 ) -> None:
-    limit = int(least_bytes(footprint, request) * share)
+    vram_share, ram_share = data.draw(st.tuples(st.floats(0.01, 1.2), st.one_of(st.none(), st.floats(0.01, 1.2))))
+    allowed = Limits(
+        int(least_bytes(footprint, request) * vram_share),
+        None if ram_share is None else int(least_ram_bytes(footprint, request) * ram_share),
+    )
+    if fits(footprint, request, allowed):
+        return
     with pytest.raises(DoesNotFit) as caught:
-        plan_memory(footprint, request, limit)
+        plan_memory(footprint, request, allowed)
     message = str(caught.value)
-    assert least_bytes(footprint, request) > limit
-    assert f"the limit is {size_text(limit)} ({request})" in message
+    assert f"({request})" in message
     for branches in re.findall(r"\((\d+) instead of \d+ branches\)", message):
-        assert plan_memory(footprint, replace(request, branches=int(branches)), limit)
+        assert plan_memory(footprint, replace(request, branches=int(branches)), allowed)
     for width, height in re.findall(r"(?:Use|or) (\d+)x(\d+) \(", message):
-        assert plan_memory(footprint, replace(request, width=int(width), height=int(height)), limit)
-    (needed,) = re.findall(r"a VRAM limit of ([\d.]+) GB or more", message)
-    assert plan_memory(footprint, request, round(float(needed) * GIB))
+        assert plan_memory(footprint, replace(request, width=int(width), height=int(height)), allowed)
+    raised = allowed
+    for needed in re.findall(r"a VRAM limit of ([\d.]+) GB or more", message):
+        assert least_bytes(footprint, request) > allowed.vram_bytes
+        raised = replace(raised, vram_bytes=round(float(needed) * GIB))
+    for needed in re.findall(r"a RAM limit of ([\d.]+) GB or more", message):
+        assert allowed.ram_bytes is not None
+        assert least_ram_bytes(footprint, request) > allowed.ram_bytes
+        raised = replace(raised, ram_bytes=round(float(needed) * GIB))
+    assert raised != allowed
+    assert plan_memory(footprint, request, raised)
+
+
+def test_a_refusal_for_want_of_ram_says_so() -> None:
+    with pytest.raises(DoesNotFit) as caught:
+        plan_memory(REAL, SamplingRequest(1328, 1328, 2, 512), Limits(4 * GIB, GIB // 4))
+    assert str(caught.value) == (
+        "Sampling needs 1.03 GiB and 0.52 GiB of RAM at least, the limit is 4.00 GiB and 0.25 GiB of RAM (1328x1328, "
+        "2 branches).\nUse a RAM limit of 0.53 GB or more."
+    )
+
+
+def test_what_a_step_waits_for_is_named() -> None:
+    request = SamplingRequest(1328, 1328, 2, 512)
+
+    def bound(ram_gib: int, speeds: Speeds) -> Bound:
+        return plan_memory(REAL, request, Limits(4 * GIB, ram_gib * GIB), speeds).forecast.bound
+
+    assert bound(40, Speeds(20e12, 12e9, 2e9)) is Bound.COMPUTE
+    assert bound(40, Speeds(900e12, 12e9, 2e9)) is Bound.BUS
+    assert bound(8, Speeds(900e12, 12e9, 2e9)) is Bound.DISK
+    assert bound(8, Speeds(900e12, 12e9, 20e9)) is Bound.BUS
+
+
+def test_a_step_of_the_real_model_counts_the_operations_that_were_counted_for_it() -> None:
+    # 130 TFLOP for one forward at 1328x1328 with a short prompt, counted by torch's flop counter
+    assert step_flops(REAL, SamplingRequest(1328, 1328, 1, 20)) == pytest.approx(130e12, rel=0.02)
 
 
 def test_a_refusal_names_every_way_out() -> None:
     request = SamplingRequest(2048, 2048, 8, 512)
     with pytest.raises(DoesNotFit) as caught:
-        plan_memory(REAL, request, int(1.8 * GIB))
+        plan_memory(REAL, request, Limits(int(1.8 * GIB)))
     assert str(caught.value) == (
         "Sampling needs 2.35 GiB at least, the limit is 1.80 GiB (2048x2048, 8 branches).\n"
         "Use a smaller batch or no guidance (3 instead of 8 branches), or 1328x1328 (1.33 GiB), or a VRAM limit of "
@@ -214,13 +310,13 @@ def test_a_refusal_names_every_way_out() -> None:
 
 def test_a_4_gb_card_streams_through_two_slots_and_a_large_one_keeps_all() -> None:
     request = SamplingRequest(1328, 1328, 2, 512)
-    small = plan_memory(REAL, request, int(1.7 * GIB))
+    small = plan_memory(REAL, request, Limits(int(1.7 * GIB)))
     assert (small.slots, len(small.resident)) == (2, 0)
-    large = plan_memory(REAL, request, 40 * GIB)
+    large = plan_memory(REAL, request, Limits(40 * GIB))
     assert (large.streamed, large.mlp_chunk_tokens) == (0, None)
-    middle = plan_memory(REAL, request, 12 * GIB)
+    middle = plan_memory(REAL, request, Limits(12 * GIB))
     assert 20 < len(middle.resident) < 30
-    assert len(plan_memory(REAL_FP8, request, 12 * GIB).resident) > 2 * len(middle.resident) - 3
+    assert len(plan_memory(REAL_FP8, request, Limits(12 * GIB)).resident) > 2 * len(middle.resident) - 3
 
 
 @settings(deadline=None)
@@ -278,42 +374,51 @@ def test_planning_imports_no_torch() -> None:
 
 
 PLAN_TEXT = (
-    "MemoryPlan(1328x1328, 2 branches: 1 of 60 blocks resident, 59 streamed through 2 slots, 24.90 GiB per step, "
-    "MLP in chunks of 4096 tokens; peak 1.92 GiB of 2.00 GiB: weights 0.50 GiB, activations 0.58 GiB)"
+    "MemoryPlan(1328x1328, 2 branches: 1 of 60 blocks resident, 27 in RAM, 32 read from the file, through 2 slots, "
+    "24.90 GiB per step, MLP in chunks of 4096 tokens; peak 1.92 GiB of 2.00 GiB: weights 0.50 GiB, activations "
+    "0.58 GiB; RAM 11.92 GiB of 12.00 GiB; 11.3 s per step, bound by compute)"
 )
 
 
 def test_a_plan_prints_as_one_short_line() -> None:
-    plan = plan_memory(REAL, SamplingRequest(1328, 1328, 2, 512), 2 * GIB)
+    plan = plan_memory(REAL, SamplingRequest(1328, 1328, 2, 512), Limits(2 * GIB, 12 * GIB))
     assert str(plan) == repr(plan) == PLAN_TEXT
 
 
 def test_a_report_prints_what_was_measured_beside_what_was_planned() -> None:
-    plan = plan_memory(REAL, SamplingRequest(1328, 1328, 2, 512), 2 * GIB)
+    plan = plan_memory(REAL, SamplingRequest(1328, 1328, 2, 512), Limits(2 * GIB, 12 * GIB))
     report = MemoryReport(
         plan=plan,
         device="cuda:0",
         weight_format="bf16",
         steps=20,
         passes=20,
-        seconds=50.0,
+        seconds=60.0,
+        pass_seconds=50.0,
         fetched_blocks=1200,
         fetched_bytes=1200 * REAL.stored_bytes,
         modulation_bytes=60 * REAL.modulation_slot_bytes,
-        waited_seconds=1.25,
+        copied_bytes=1180 * REAL.stored_bytes,
+        pinned_bytes=27 * REAL.stored_bytes,
+        waited_disk_seconds=1.25,
+        waited_bus_seconds=0.75,
         peak_vram_bytes=1_700 * MIB,
         peak_ram_bytes=3 * GIB,
+        first_step_seconds=4.5,
     )
     assert (
         str(report)
         == repr(report)
         == (
-            "MemoryReport: 20 steps in 50.0 s (2.50 s/step), 20 passes on cuda:0, weights bf16\n"
+            "MemoryReport: 20 steps in 60.0 s, the first after 4.5 s, 20 passes of 2.50 s on cuda:0 (forecast 11.28 s), "
+            "weights bf16\n"
             "  device memory: 1.92 GiB planned of 2.00 GiB, 1.66 GiB measured\n"
-            "  process memory: 3.00 GiB at its peak\n"
-            "  blocks: 1 of 60 resident, 1200 fetched (506.37 GiB), modulation 12.66 GiB, 1.2 s waited"
+            "  process memory: 3.00 GiB at its peak, 11.92 GiB of it planned\n"
+            "  blocks: 1 of 60 resident, 27 in RAM (page-locked), 497.93 GiB copied to the device, 1200 read from the "
+            "file (506.37 GiB), modulation 12.66 GiB, 1.2 s waited for the disk, 0.8 s for the bus"
         )
     )
+    assert "memory ran out 2 times" in str(replace(report, out_of_memory=2))
     assert "the device is the host" in str(replace(report, peak_vram_bytes=None))
     assert str(replace(report, one_by_one="EasyCache")).endswith("each block was visited for each: EasyCache")
     assert report.as_dict()["plan_text"] == PLAN_TEXT

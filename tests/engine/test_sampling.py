@@ -1,5 +1,6 @@
 """Schedule, guidance and packing are the reference pipeline's own."""
 
+import math
 from types import ModuleType
 
 import pytest
@@ -8,7 +9,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from qwenimage_lowvram.engine.errors import InvalidRequest
 from qwenimage_lowvram.engine.latents import pack, patch_norm, require_even, shape_in_patches, unpack
-from qwenimage_lowvram.engine.sampling import qwen_sigmas, true_cfg
+from qwenimage_lowvram.engine.sampling import lightning_sigmas, qwen_sigmas, true_cfg
 
 # Qwen-Image's scheduler_config.json
 SCHEDULER = {
@@ -46,6 +47,22 @@ def test_sigmas_are_the_reference_schedulers(width: int, height: int, steps: int
     assert (sigmas - reference_sigmas(steps, tokens)).abs().max() <= torch.finfo(torch.float32).eps
     assert (sigmas[0], sigmas[-1]) == (1, 0)
     assert (sigmas.diff() < 0).all()
+
+
+@pytest.mark.parametrize("steps", [1, 4, 8])
+def test_lightning_sigmas_are_its_own_schedulers(steps: int, comfy: ModuleType) -> None:
+    import comfy.samplers
+
+    # https://github.com/ModelTC/Qwen-Image-Lightning: both shifts log 3, nothing at the end
+    shift = {"base_shift": math.log(3), "max_shift": math.log(3), "shift_terminal": None}
+    scheduler = FlowMatchEulerDiscreteScheduler(**SCHEDULER | shift)
+    scheduler.set_timesteps(sigmas=torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64).tolist(), mu=math.log(3))
+    sigmas = lightning_sigmas(steps)
+    assert sigmas.shape == (steps + 1,)
+    assert (sigmas - scheduler.sigmas).abs().max() <= 2 * torch.finfo(torch.float32).eps
+    sampling = comfy.model_sampling.ModelSamplingDiscreteFlow()
+    sampling.set_parameters(shift=3.0)
+    assert (sigmas - comfy.samplers.calculate_sigmas(sampling, "simple", steps)).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize(("width", "height"), SIZES)

@@ -4,9 +4,11 @@ import gc
 import os
 import re
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import chain, combinations
 from pathlib import Path
 from typing import Any
@@ -14,15 +16,23 @@ from typing import Any
 import pytest
 import torch
 from live_bytes import LiveBytes
-from qwenimage_lowvram.engine.checkpoint import open_checkpoint
+from qwenimage_lowvram.engine.checkpoint import TensorEntry, open_checkpoint
 from qwenimage_lowvram.engine.errors import DamagedFile, MissingFile
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.streaming import BlockStore, BlockStreamer, FileSource, StoredBlock, store_block
+from qwenimage_lowvram.engine.streaming import (
+    BlockStore,
+    BlockStreamer,
+    FileSource,
+    HostMemory,
+    StoredBlock,
+    store_block,
+)
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 BLOCKS = 5
+SLOW_SECONDS = 0.03
 FORMATS = ["native", "fp8", "mixed"]
 SUBSETS = list(chain.from_iterable(combinations(range(BLOCKS), n) for n in range(BLOCKS + 1)))
 Weights = list[dict[str, Tensor]]
@@ -78,10 +88,10 @@ def stored_blocks(file: Path) -> list[StoredBlock]:
 
 
 def make_store(
-    file: Path, hardware: Hardware, source: Callable[[Sequence[StoredBlock]], Any] = FileSource
+    file: Path, hardware: Hardware, source: Callable[[Sequence[StoredBlock]], Any] = FileSource, **options: Any
 ) -> BlockStore:
     blocks = stored_blocks(file)
-    return BlockStore(blocks, source(blocks), make_block, hardware)
+    return BlockStore(blocks, source(blocks), make_block, hardware, **options)
 
 
 def is_whole(module: nn.Module, weights: dict[str, Tensor]) -> bool:
@@ -120,6 +130,118 @@ def test_every_pass_is_in_order_and_reads_each_streamed_block_once(
         assert store.fetched_bytes - before_bytes == 3 * sum(
             part.nbytes for i in streamed for param in store.blocks[i].params for part in param.parts
         )
+
+
+@pytest.mark.parametrize("piece_bytes", [100, 256, 700])
+@pytest.mark.parametrize("storage", FORMATS)
+def test_blocks_arrive_whole_in_pieces_of_any_size(
+    storage: str, piece_bytes: int, hardware: Hardware, files: dict[str, tuple[Path, Weights]]
+) -> None:
+    file, expected = files[storage]
+    store = make_store(file, hardware, piece_bytes=piece_bytes)
+    store.set_resident([1])
+    store.set_held([3, 4])
+    with BlockStreamer(store, slots=2) as streamer:
+        for left in (2, 1, 0):
+            one_pass(streamer, expected, more=left > 0)
+
+
+@pytest.mark.parametrize("storage", FORMATS)
+def test_held_blocks_are_read_once_and_then_come_from_host_memory(
+    storage: str, hardware: Hardware, files: dict[str, tuple[Path, Weights]]
+) -> None:
+    file, expected = files[storage]
+    store = make_store(file, hardware)
+    store.set_resident([0])
+    store.set_held([1, 3])
+    for run in range(2):
+        before = store.fetched_blocks
+        with BlockStreamer(store, slots=2) as streamer:
+            one_pass(streamer, expected, more=True)
+            one_pass(streamer, expected)
+        assert store.fetched_blocks - before == (6 if run == 0 else 4)  # 2 and 4 twice, 1 and 3 once in all
+        assert store.held == {1, 3}
+    store.release()
+    assert store.held_bytes == sum(store.blocks[i].raw.nbytes for i in (1, 3))
+    store.set_held([3])
+    assert store.held == {3}
+    store.set_held([])
+    assert store.held_bytes == 0
+
+
+class _SlowSource(FileSource):
+    """A disk that takes its time."""
+
+    def read(self, index: int, out: Tensor, start: int = 0) -> None:
+        time.sleep(SLOW_SECONDS)
+        super().read(index, out, start)
+
+
+def test_waiting_for_the_file_and_for_held_blocks_are_told_apart(files: dict[str, tuple[Path, Weights]]) -> None:
+    file, expected = files["native"]
+    hardware = Hardware(torch.device("cpu"), streams=False, pinned=False, prefetch=True, host_device=True)
+    store = make_store(file, hardware, source=_SlowSource)
+    store.set_held([0, 1, 3])
+    with BlockStreamer(store, slots=1) as streamer:
+        one_pass(streamer, expected)
+        first = streamer.waits
+        one_pass(streamer, expected)
+        second = streamer.waits - first
+    assert first.bus_seconds == 0
+    assert first.disk_seconds > 0.8 * BLOCKS * SLOW_SECONDS
+    assert second.disk_seconds > 0.8 * 2 * SLOW_SECONDS  # blocks 2 and 4
+    assert 0 < second.bus_seconds < 2 * SLOW_SECONDS
+    assert first.seconds == first.disk_seconds
+
+
+class _Locks(HostMemory):
+    """Locks nothing, and notes what it was asked for; grants `grants` requests."""
+
+    def __init__(self, hardware: Hardware, grants: int) -> None:
+        super().__init__(hardware)
+        self.grants = grants
+        self.locked: list[int] = []
+
+    def _lock(self, data: Tensor) -> bool:
+        self.grants -= 1
+        if self.grants >= 0:
+            self.locked.append(data.nbytes)
+        return self.grants >= 0
+
+    def _unlock(self, data: Tensor) -> None:
+        self.locked.remove(data.nbytes)
+
+
+@pytest.mark.parametrize("grants", [0, 1, 3, 100])
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_memory_that_cannot_be_locked_still_holds_blocks(
+    prefetch: bool, grants: int, files: dict[str, tuple[Path, Weights]], caplog: pytest.LogCaptureFixture
+) -> None:
+    file, expected = files["mixed"]
+    hardware = Hardware(torch.device("cpu"), False, True, prefetch, host_device=False, pinned_limit_bytes=2**30)
+    locks = _Locks(hardware, grants)
+    store = make_store(file, hardware, host=locks)
+    store.set_held([0, 1, 2])
+    with BlockStreamer(store, slots=2) as streamer:
+        one_pass(streamer, expected, more=True)
+        one_pass(streamer, expected)
+    refused = [record for record in caplog.records if "refuses to page-lock" in record.message]
+    assert len(refused) == (1 if grants < 4 else 0)  # said once, and not asked again
+    assert store.pinned_bytes == sum(locks.locked)
+    store.set_held([])
+    assert locks.locked == []
+
+
+def test_no_more_memory_is_locked_than_the_hardware_allows(files: dict[str, tuple[Path, Weights]]) -> None:
+    hardware = Hardware(torch.device("cpu"), False, True, False, host_device=False, pinned_limit_bytes=2500)
+    locks = _Locks(hardware, 100)
+    store = make_store(files["native"][0], hardware, host=locks)
+    store.set_held(range(BLOCKS))
+    with BlockStreamer(store, slots=1) as streamer:
+        for _ in streamer.visit():
+            assert sum(locks.locked) <= 2500
+    assert len(locks.locked) == 2500 // store.raw_bytes
+    assert store.held == set(range(BLOCKS))
 
 
 def test_a_pass_without_more_fetches_nothing_for_a_next_one(
@@ -208,11 +330,11 @@ class _FailsOnce:
         self._at = at
         self._failed = False
 
-    def read(self, index: int, out: Tensor) -> None:
+    def read(self, index: int, out: Tensor, start: int = 0) -> None:
         if index == self._at and not self._failed:
             self._failed = True
             raise MissingFile(f"block {index} was on a disk that went away")
-        self._source.read(index, out)
+        self._source.read(index, out, start)
 
     def close(self) -> None:
         self._source.close()
@@ -324,7 +446,7 @@ class _EmptySource:
     def __init__(self, blocks: Sequence[StoredBlock]) -> None:
         pass
 
-    def read(self, index: int, out: Tensor) -> None:
+    def read(self, index: int, out: Tensor, start: int = 0) -> None:
         pass
 
     def close(self) -> None:
@@ -360,3 +482,82 @@ def test_staging_holds_the_largest_stored_parameter(files: dict[str, tuple[Path,
     way = Hardware(torch.device("cpu"), streams=False, pinned=False, prefetch=False, host_device=False)
     assert make_store(files["native"][0], way).staging_bytes == 0
     assert make_store(files["fp8"][0], way).staging_bytes == 256 + 4  # 240 bytes of weight, aligned, and a scale
+
+
+@dataclass(frozen=True)
+class Addition:
+    """A patch that adds `factor` times its part to a weight."""
+
+    name: str
+    parts: tuple[TensorEntry, ...]
+    factor: float
+    scratch_bytes: int = 480
+
+    def apply(self, weight: Tensor, parts: Sequence[Tensor], scratch: Tensor) -> None:
+        assert scratch.nbytes >= self.scratch_bytes
+        sum_ = scratch[: 2 * weight.numel()].view(weight.dtype).view(weight.shape)
+        torch.add(weight, parts[0], alpha=self.factor, out=sum_)
+        weight.copy_(sum_)
+
+
+def patched_blocks(file: Path, additions: Path, factor: float) -> list[StoredBlock]:
+    """The blocks of `file`; to the first matrix of all but block 2, `factor` times one of `additions` is added."""
+    tensors, added = open_checkpoint(file).tensors, open_checkpoint(additions).tensors
+    return [
+        store_block(
+            SHAPES,
+            {name.removeprefix(f"{i}."): e for name, e in tensors.items() if name.startswith(f"{i}.")},
+            torch.bfloat16,
+            f"block {i}",
+            [Addition("0.weight", (added[f"{i}"],), factor)] if i != 2 else [],
+        )
+        for i in range(BLOCKS)
+    ]
+
+
+@pytest.mark.parametrize("piece_bytes", [100, 2**20])
+@pytest.mark.parametrize("storage", FORMATS)
+def test_patches_are_applied_wherever_a_block_lives_and_leave_no_trace(
+    storage: str, piece_bytes: int, hardware: Hardware, files: dict[str, tuple[Path, Weights]], tmp_path: Path
+) -> None:
+    file, plain = files[storage]
+    added = {f"{i}": torch.randn(20, 12, generator=torch.Generator().manual_seed(i)).bfloat16() for i in range(BLOCKS)}
+    save_file(added, tmp_path / "added.safetensors")
+    store = make_store(file, hardware, piece_bytes=piece_bytes)
+
+    def expected(factor: float) -> Weights:
+        if not factor:
+            return plain
+        return [
+            weights | ({"0.weight": torch.add(weights["0.weight"], added[f"{i}"], alpha=factor)} if i != 2 else {})
+            for i, weights in enumerate(plain)
+        ]
+
+    for factor in (1.0, -2.5, 0.0):
+        blocks = patched_blocks(file, tmp_path / "added.safetensors", factor) if factor else stored_blocks(file)
+        store.replace(blocks, FileSource(blocks))
+        for resident, held in (((), ()), ((0, 2), (1, 4)), (range(BLOCKS), ())):
+            store.set_held(held)
+            store.set_resident(resident)
+            with BlockStreamer(store, slots=2) as streamer:
+                one_pass(streamer, expected(factor), more=True)
+                one_pass(streamer, expected(factor))
+
+
+def test_another_strength_reads_no_block_again_that_is_still_encoded_or_held(
+    hardware: Hardware, files: dict[str, tuple[Path, Weights]], tmp_path: Path
+) -> None:
+    file, _ = files["mixed"]
+    save_file({f"{i}": torch.zeros(20, 12).bfloat16() for i in range(BLOCKS)}, tmp_path / "added.safetensors")
+    store = make_store(file, hardware)
+    reads = []
+    for factor in (1.0, 2.0):
+        blocks = patched_blocks(file, tmp_path / "added.safetensors", factor)
+        store.replace(blocks, FileSource(blocks))
+        before = store.fetched_blocks
+        store.set_held([3, 4])
+        store.set_resident([0, 1, 2])
+        with BlockStreamer(store, slots=2) as streamer:
+            deque(streamer.visit(), maxlen=0)
+        reads.append(store.fetched_blocks - before)
+    assert reads == [5, 1]  # of the resident ones, 0 is native and patched, 2 native and not patched, 1 encoded

@@ -248,11 +248,11 @@ def test_a_timestep_that_nobody_announced_costs_one_pass_once(tiny: Tiny, hardwa
 
 
 def test_rows_of_earlier_runs_are_forgotten_in_the_end(tiny: Tiny, cpu: Hardware) -> None:
-    from qwenimage_lowvram.engine.modulation import KEPT_ROWS
+    from qwenimage_lowvram.engine.plan import SPARE_ROWS
 
     _, folder = tiny(torch.bfloat16)
     transformer = QwenImageTransformer(open_checkpoint(folder), dtype=torch.bfloat16, hardware=cpu)
-    first = [i / 1000 for i in range(KEPT_ROWS)]
+    first = [i / 1000 for i in range(SPARE_ROWS)]
     transformer.modulation.announce(first)
     transformer.modulation.announce([0.9])
     before = transformer.modulation.fetched_bytes

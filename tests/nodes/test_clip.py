@@ -1,6 +1,5 @@
 """Our CLIP beside ComfyUI's own Qwen-Image text encoder on the same weights."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ from qwenimage_lowvram.engine.errors import DoesNotFit, Unsupported
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.prompts import PromptTokenizer
 from qwenimage_lowvram.engine.text_encoder import TextEncoder
-from safetensors.torch import load_file
+
+from .native_encoder import native_encoder
 
 PROMPTS = {
     "English": "a sign that says hello",
@@ -38,44 +38,8 @@ def ours(full_pipeline: Path, comfy: Any) -> Any:
 @pytest.fixture(scope="module")
 def native(full_pipeline: Path, comfy: Any) -> Iterator[Any]:
     """ComfyUI's own text encoder class at the small size, and its tokenizer."""
-    import comfy.text_encoders.llama as llama
-    import comfy.text_encoders.qwen_image as qwen_image
-    from comfy import sd1_clip
-
-    text = json.loads((full_pipeline / "text_encoder" / "config.json").read_text())["text_config"]
-    names = (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-        "num_key_value_heads",
-    )  # fmt: skip
-    sizes = {name: text[name] for name in names}
-
-    class SmallModel(sd1_clip.SDClipModel):
-        def __init__(self, device: Any = "cpu", dtype: Any = None, model_options: Any = None, **_: Any) -> None:
-            super().__init__(
-                device=device,
-                layer="last",
-                textmodel_json_config=sizes,
-                dtype=dtype,
-                special_tokens={"pad": 151643},
-                layer_norm_hidden_state=False,
-                model_class=llama.Qwen25_7BVLI,
-                enable_attention_masks=True,
-                return_attention_masks=True,
-                model_options=model_options or {},
-            )
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(qwen_image, "Qwen25_7BVLIModel", SmallModel)
-        config = llama.Qwen25_7BVLI_Config
-        patch.setattr(config, "head_dim", text["hidden_size"] // text["num_attention_heads"])
-        patch.setattr(config, "rope_dims", text["rope_parameters"]["mrope_section"])
-        model = qwen_image.QwenImageTEModel(dtype=torch.float32)
-        weights = load_file(next((full_pipeline / "text_encoder").glob("*.safetensors")))
-        language = {key: value for key, value in weights.items() if key.startswith("model.")}
-        result = model.qwen25_7b.transformer.load_state_dict(language, strict=False)
-        assert not result.unexpected_keys
-        assert not [key for key in result.missing_keys if key.startswith("model.")]
-        yield model, qwen_image.QwenImageTokenizer()
+    with native_encoder(full_pipeline) as encoder:
+        yield encoder
 
 
 @pytest.mark.parametrize("name", PROMPTS)
@@ -124,8 +88,6 @@ def test_a_limit_that_the_encoder_does_not_fit_in_is_refused_before_reading(ours
 @pytest.mark.parametrize(
     ("ask", "words"),
     [
-        (lambda clip: clip.tokenize("edit", images=[torch.zeros(1, 8, 8, 3)]), "TextEncodeQwenImageEdit"),
-        (lambda clip: clip.add_patches({}), "Load LoRA"),
         (lambda clip: clip.clip_layer(-2), "CLIPSetLastLayer"),
         (lambda clip: clip.get_sd(), "CLIPSave"),
         (lambda clip: clip.get_key_patches(), "CLIPMerge"),

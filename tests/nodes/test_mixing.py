@@ -7,7 +7,8 @@ import pytest
 import torch
 from qwenimage_lowvram.engine.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.errors import Unsupported
-from qwenimage_lowvram.engine.plan import SamplingRequest, least_bytes
+from qwenimage_lowvram.engine.plan import least_bytes
+from qwenimage_lowvram.engine.request import SamplingRequest
 from qwenimage_lowvram.engine.transformer import QwenImageTransformer
 
 from .conftest import cond, empty_latent

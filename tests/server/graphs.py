@@ -7,7 +7,9 @@ from typing import Any
 
 from devtools.workflow import set_widgets, to_prompt
 
-WORKFLOWS = sorted((Path(__file__).parents[2] / "workflows").glob("*.json"))
+_ALL = sorted((Path(__file__).parents[2] / "workflows").glob("*.json"))
+LIGHTNING = [path for path in _ALL if "Lightning" in path.stem]  # with a LoRA
+WORKFLOWS = [path for path in _ALL if path not in LIGHTNING]
 FOLDER = "from the folder"
 
 Prompt = dict[str, Any]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bnb_folder import write_quantized_pipeline
 from devtools.client import ComfyClient
 from miniature.data import Item, Scene, caption
 from miniature.scorer import score
@@ -83,9 +84,22 @@ def test_tiles_show_it(client: ComfyClient, object_info: Any, loader: dict[str, 
     assert_shows(client, prompt, scene)
 
 
-@pytest.mark.parametrize("storage", ["bf16", "fp16", "fp8", "fp8_scaled"])
+@pytest.mark.parametrize(
+    ("storage", "held"),
+    [
+        ("bf16", "bf16"),
+        ("fp16", "fp16"),
+        ("fp8", "fp8_e4m3fn"),
+        ("fp8_scaled", "fp8_e4m3fn_scaled"),
+        ("fp8mixed", "fp8_e4m3fn_scaled"),
+        ("int8", "int8"),
+        ("int8_convrot", "int8_convrot"),
+        ("gguf_q8_0", "gguf_q8_0"),
+        ("gguf_q5_1", "gguf_q5_1"),
+    ],
+)
 def test_every_weight_format_shows_it(
-    client: ComfyClient, object_info: Any, loader: dict[str, Any], models_dir: Path, storage: str
+    client: ComfyClient, object_info: Any, loader: dict[str, Any], models_dir: Path, storage: str, held: str
 ) -> None:
     # the miniature's own small vocabulary lies in the folder, so the prompts are encoded by the folder's CLIP
     files = write_split_files(MINIATURE, models_dir, dtype=storage, name="miniature")
@@ -96,4 +110,26 @@ def test_every_weight_format_shows_it(
     prompt = changed(prompt, n10=("QwenLowVRAMLoader", inputs))
     prompt = with_inputs(with_inputs(prompt, "4", model=["10", 0]), "5", vae=["10", 2])
     report = assert_shows(client, prompt, scene)
-    assert report["weight_format"].startswith(storage.split("_")[0])
+    assert report["weight_format"].startswith(held)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_folders_of_bitsandbytes_show_it(
+    client: ComfyClient, object_info: Any, loader: dict[str, Any], models_dir: Path, kind: str
+) -> None:
+    options = {"load_in_8bit": True} if kind == "int8" else {"load_in_4bit": True, "bnb_4bit_quant_type": kind}
+    write_quantized_pipeline(MINIATURE, models_dir / "diffusers" / f"miniature-{kind}", **options)
+    scene, language = SCENES[0]
+    folder = loader | {"transformer": f"miniature-{kind} (folder)"}
+    report = assert_shows(client, prompt_of(WORKFLOWS[0], object_info, folder, scene, language), scene)
+    assert report["weight_format"] == {"int8": "bnb_int8"}.get(kind, kind)
+
+
+@pytest.mark.parametrize("weight_format", ["fp8_e4m3fn_scaled", "int8", "nf4", "fp4"])
+def test_weights_quantized_on_load_show_it(
+    client: ComfyClient, object_info: Any, loader: dict[str, Any], weight_format: str
+) -> None:
+    scene, language = SCENES[0]
+    quantized = loader | {"weight_format": weight_format}
+    report = assert_shows(client, prompt_of(WORKFLOWS[0], object_info, quantized, scene, language), scene)
+    assert report["weight_format"].endswith(weight_format)

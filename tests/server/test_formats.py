@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from bnb_folder import dequantized, write_quantized_pipeline
+from comfy_files import read_dequantized
 from devtools.client import ComfyClient, PromptRefused
 from devtools.workflow import set_widgets, to_prompt
 from diffusers import QwenImagePipeline
@@ -111,6 +112,32 @@ def test_a_folder_quantized_by_bitsandbytes_makes_the_picture_of_its_decoded_wei
     pipeline.transformer.load_state_dict(dequantized(transformer))
     pipeline.text_encoder.load_state_dict(dequantized(text_encoder))
     assert np.abs(ours - diffusers_picture(pipeline)).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["fp8mixed", "int8_convrot"])
+def test_files_that_comfyui_quantized_make_the_picture_of_their_decoded_weights(
+    kind: str, client: ComfyClient, object_info: dict[str, Any], models_dir: Path, full_pipeline: Path
+) -> None:
+    files = write_split_files(full_pipeline, models_dir, dtype=kind, text_dtype=kind)
+    loader = {
+        "transformer": files.transformer,
+        "text_encoder": files.text_encoder,
+        "vae": files.vae,
+        "dtype": "fp32",
+    }
+    ours = picture(client, prompt_of(object_info, loader))
+    pipeline = QwenImagePipeline.from_pretrained(full_pipeline)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.transformer.load_state_dict(read_dequantized(models_dir / "diffusion_models" / files.transformer))
+    stored = read_dequantized(models_dir / "text_encoders" / files.text_encoder)
+    for name, parameter in pipeline.text_encoder.named_parameters():
+        # ComfyUI's names of the language model and of the vision tower
+        parameter.data = stored.pop(name.replace("model.language_model.", "model.").replace("model.visual.", "visual."))
+    assert not stored
+    for parameter in pipeline.vae.parameters():  # split VAE files are bf16
+        parameter.data = parameter.data.bfloat16().float()
+    assert np.abs(ours - diffusers_picture(pipeline)).max() <= 1
+    assert ours.std() > 10
 
 
 def test_gguf_files_are_offered_for_transformer_and_text_encoder(

@@ -78,7 +78,7 @@ def test_every_bundled_workflow_makes_the_picture_of_diffusers(
     assert np.abs(pixels(client, run) - diffusers_pixels(pipeline)).max() <= 1
     report = run.ui("qwen_lowvram_report")[0]
     assert report["passes"] == report["steps"] == STEPS
-    assert report["plan"]["limit_bytes"] > 0
+    assert report["plan"]["limits"]["vram_bytes"] > 0
 
 
 @pytest.mark.parametrize("storage", ["bf16", "fp8", "fp8_scaled"])

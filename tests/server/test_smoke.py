@@ -6,7 +6,15 @@ import pytest
 from devtools.client import ComfyClient, ExecutionFailed, PromptRefused
 from devtools.server import PACK_NAME, ComfyServer
 
-NODES = ("QwenLowVRAMLoader", "QwenLowVRAMEncodePrompts", "QwenLowVRAMSample", "QwenLowVRAMDecode")
+NODES = (
+    "QwenLowVRAMLoader",
+    "QwenLowVRAMEncodePrompts",
+    "QwenLowVRAMSample",
+    "QwenLowVRAMDecode",
+    "QwenLowVRAMMemoryPlan",
+    "QwenLowVRAMMemoryReport",
+    "QwenLowVRAMWeightCache",
+)
 
 
 def white_picture(width: int = 32) -> dict[str, Any]:

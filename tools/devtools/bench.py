@@ -31,7 +31,9 @@ def main(arguments: list[str]) -> int:
     print("; ".join(f"{_title(key)} {_cell(key, value)}" for key, value in machine.items() if value is not None))
     print(table(rows))
     if options.json is not None:
-        options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        command = f"python dev.py bench {options.name}{' --quick' if options.quick else ''}"
+        written = json.dumps({"command": command, "machine": machine, "rows": rows}, indent=1)
+        options.json.write_text(written + "\n", encoding="utf-8")
         print(f"Written to {options.json}")
     return 0
 
@@ -100,13 +102,17 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _is_bytes(key: str) -> bool:
+    return key.endswith("_bytes") or key.startswith("bytes_")
+
+
 def _title(key: str) -> str:
-    return key.removesuffix("_bytes") + " GB" if key.endswith("_bytes") else key
+    return key.removesuffix("_bytes").removeprefix("bytes_") + " GB" if _is_bytes(key) else key
 
 
 def _cell(key: str, value: Any) -> str:
     if value is None:
         return ""
-    if key.endswith("_bytes") and isinstance(value, int | float):
+    if _is_bytes(key) and isinstance(value, int | float):
         return f"{value / 1e9:.3f}"
     return f"{value:.3f}" if isinstance(value, float) else str(value)

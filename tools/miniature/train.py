@@ -27,7 +27,7 @@ from miniature.text import train_text_encoder
 from miniature.vae import sharpen_decoder, train_vae
 
 ROOT = Path(__file__).resolve().parents[2]
-VAE_PART, TEXT_PART, DECODER_PART = 0.25, 0.07, 0.08  # of the time; the transformer has the rest
+VAE_PART, TEXT_PART, DECODER_PART = 0.2, 0.06, 0.11  # of the time; the transformer has the rest
 COMPONENTS = ("transformer", "text_encoder", "vae", "tokenizer", "scheduler")
 
 

@@ -1,0 +1,112 @@
+"""How long a step will take, and what it will wait for. Numbers in, numbers out; imports no torch."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from .footprint import TransformerFootprint
+from .request import SamplingRequest
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """What a machine does in a second.
+
+    flops: floating-point operations of large matrix products in the compute dtype. bus_bytes: from page-locked host
+    memory to the device. disk_bytes: from the model's file to host memory.
+    """
+
+    flops: float
+    bus_bytes: float
+    disk_bytes: float
+
+
+# a middling card in a middling slot, and an NVMe disk; where nothing has been measured
+TYPICAL = Speeds(flops=25e12, bus_bytes=12e9, disk_bytes=2.5e9)
+
+
+class Bound(Enum):
+    """What a step waits for."""
+
+    COMPUTE = "compute"
+    BUS = "the bus"
+    DISK = "the disk"
+
+
+@dataclass(frozen=True)
+class StepForecast:
+    """Seconds of one step: of computing, of copies to the device, of reads from the file, and together."""
+
+    compute_seconds: float
+    bus_seconds: float
+    disk_seconds: float
+    overlapped: bool
+
+    @property
+    def seconds(self) -> float:
+        """Copies and reads hide behind each other, and behind computing where blocks are fetched ahead."""
+        moving = max(self.bus_seconds, self.disk_seconds)
+        return max(self.compute_seconds, moving) if self.overlapped else self.compute_seconds + moving
+
+    @property
+    def bound(self) -> Bound:
+        seconds = {
+            Bound.COMPUTE: self.compute_seconds,
+            Bound.BUS: self.bus_seconds,
+            Bound.DISK: self.disk_seconds,
+        }
+        return max(seconds, key=lambda bound: seconds[bound])
+
+    def __str__(self) -> str:
+        return f"{self.seconds:.1f} s per step, bound by {self.bound.value}"
+
+
+def step_flops(footprint: TransformerFootprint, request: SamplingRequest) -> float:
+    """Floating-point operations of one step.
+
+    A block multiplies each token with 12 dim^2 weights (q, k, v and output projections, and an MLP four times as wide)
+    of its own stream, and attends from every token to every token (dim products for the scores, dim for the sum).
+    """
+    dim, tokens = footprint.inner_dim, request.image_tokens + request.prompt_tokens
+    per_block = 2 * tokens * 12 * dim**2 + 4 * tokens**2 * dim
+    return float(request.branches * footprint.blocks * per_block)
+
+
+def forecast_step(
+    footprint: TransformerFootprint,
+    request: SamplingRequest,
+    speeds: Speeds,
+    *,
+    streamed: int,
+    from_file: int,
+    slots: int,
+) -> StepForecast:
+    """For `streamed` blocks that pass through slots, `from_file` of which come from the file."""
+    return StepForecast(
+        compute_seconds=step_flops(footprint, request) / speeds.flops,
+        bus_seconds=0.0 if footprint.host else streamed * footprint.stored_bytes / speeds.bus_bytes,
+        disk_seconds=from_file * footprint.stored_bytes / speeds.disk_bytes,
+        overlapped=slots > 1 or streamed == 0,
+    )
+
+
+def corrected(
+    speeds: Speeds,
+    forecast: StepForecast,
+    *,
+    step_seconds: float,
+    waited_seconds: float,
+) -> Speeds:
+    """The speeds that a measured step tells of: how long it took, and how much of that it waited for blocks.
+
+    What was not waiting was computing. A step that waited for more than a twentieth of its time was bound by what
+    moved the most slowly.
+    """
+    computing = max(step_seconds - waited_seconds, step_seconds / 1000)
+    flops = speeds.flops * forecast.compute_seconds / computing
+    bus, disk = speeds.bus_bytes, speeds.disk_bytes
+    if waited_seconds > step_seconds / 20:
+        if forecast.disk_seconds >= forecast.bus_seconds:
+            disk *= forecast.disk_seconds / step_seconds
+        else:
+            bus *= forecast.bus_seconds / step_seconds
+    return Speeds(flops, bus, disk)

@@ -1,0 +1,62 @@
+"""int8 weights that ComfyUI has rotated ("convrot"), through comfy-kitchen, its own library. Never encodes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# what one call decodes: large enough that a GPU is not kept waiting for launches
+CHUNK_WEIGHTS = 1024**2
+# comfy-kitchen's codes of the dtypes that it decodes to (backends/eager/quantization.py: DTYPE_CODE_TO_DTYPE)
+_DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+@dataclass(frozen=True)
+class Int8ConvrotCodec:
+    """Two parts: int8 data (N, K), and a scale of one element or of N. Each `group` neighbours of a row were multiplied
+    with an orthogonal (Hadamard) matrix before they were quantized, which spreads outliers; decoding turns them back.
+
+    Bit-equal to ComfyUI's own dequantization to the compute dtype; in chunks of whole rows, so that scratch memory
+    stays small.
+    """
+
+    group: int
+    bits_per_weight: float = 8.0
+
+    @property
+    def name(self) -> str:
+        return f"int8_convrot{self.group}"
+
+    def decode_into(self, out: Tensor, parts: Sequence[Tensor]) -> None:
+        data, scale = parts[0], parts[1].reshape(-1, 1)
+        dequantize, code, rows = load_operator(), _DTYPE_CODES[out.dtype], self._rows(out.shape)
+        for start in range(0, len(out), rows):
+            chunk = slice(start, start + rows)
+            scales = scale[chunk] if len(scale) == len(data) else scale
+            out[chunk].copy_(dequantize(data[chunk], scales, self.group, code))
+
+    def scratch_bytes(self, shape: Sequence[int]) -> int:
+        # a chunk in fp32 before and after it is turned, as the library does it where it has no kernel of its own, and
+        # the matrix, which it keeps, while that is made
+        return self._rows(shape) * shape[1] * 8 + self.group**2 * 8
+
+    @staticmethod
+    def _rows(shape: Sequence[int]) -> int:
+        """Rows of a chunk: even chunks, because a product with very few rows may be summed in another order."""
+        chunks = -(-shape[0] * shape[1] // CHUNK_WEIGHTS)
+        return -(-shape[0] // chunks)
+
+
+@cache
+def load_operator() -> Any:
+    """comfy-kitchen's dequantization. Raises ImportError or AttributeError where it is missing or too old."""
+    import comfy_kitchen  # noqa: F401  # registers the operator; takes a second, and most files need it not
+
+    return torch.ops.comfy_kitchen.dequantize_int8_convrot_weight_dtype.default
+
+
+# by group; the library knows powers of four, ComfyUI's files have 256 and, in narrow layers, less
+INT8_CONVROT: Mapping[int, Int8ConvrotCodec] = {group: Int8ConvrotCodec(group) for group in (16, 64, 256, 1024)}

@@ -1,0 +1,94 @@
+"""The node that adds a LoRA to our MODEL. Reads the header; the matrices are streamed with their blocks."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+
+from ..engine.errors import MissingFile, Unsupported
+from ..engine.lora import LoraMatch, match, open_lora
+from .patcher import LowVRAMPatcher
+from .progress import tell
+from .words import CATEGORY
+
+logger = logging.getLogger(__name__)
+
+MAX_STRENGTH = 100.0
+UNSCALED_FP8 = ("fp8_e4m3fn", "fp8_e5m2")
+
+
+class QwenLowVRAMLoadLora:
+    """Load LoRA."""
+
+    CATEGORY = CATEGORY
+    DESCRIPTION = (
+        "Adds a LoRA to the model, whatever format its weights are in. The LoRA is added to each block when it passes "
+        "through the card, in fp32; several can follow each other, and taking one away leaves no trace."
+    )
+    RETURN_TYPES = ("MODEL", "STRING")
+    RETURN_NAMES = ("model", "report")
+    OUTPUT_TOOLTIPS = ("The model with the LoRA.", "How many of the file's keys were used, and which were not.")
+    SEARCH_ALIASES = ("lora", "lightning", "lora loader", "dora", "lokr", "qwen")
+    FUNCTION = "load"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "model": ("MODEL", {"tooltip": "From Load Qwen-Image (low VRAM), or another Load LoRA."}),
+                "lora_name": (folder_paths.get_filename_list("loras"), {"tooltip": "A file of models/loras."}),
+                "strength": (
+                    "FLOAT",
+                    {
+                        "default": 1.0,
+                        "min": -MAX_STRENGTH,
+                        "max": MAX_STRENGTH,
+                        "step": 0.01,
+                        "tooltip": "How much of the LoRA is added. Negative takes it away from the weights, 0 is off.",
+                    },
+                ),
+            }
+        }
+
+    @classmethod
+    def IS_CHANGED(cls, lora_name: str | None = None, **others: Any) -> str:
+        return "" if lora_name is None else open_lora(_file_of(lora_name)).identity
+
+    def load(self, model: Any, lora_name: str, strength: float) -> dict[str, Any]:
+        if not isinstance(model, LowVRAMPatcher):
+            raise Unsupported(
+                "This node adds LoRAs to models of Load Qwen-Image (low VRAM).\n\nWhat to do: use LoraLoaderModelOnly "
+                "for models of ComfyUI's own loaders."
+            )
+        transformer = model.model.transformer
+        lora = match(open_lora(_file_of(lora_name)), transformer.weights)
+        text = "\n".join([str(lora), *warnings_of(lora, transformer.weight_format), *_listed(lora)])
+        logger.info("%s", text)
+        tell(text)
+        patched = model.clone()
+        patched.add_lora(lora, strength)
+        return {"ui": {"text": [text]}, "result": (patched, text)}
+
+
+def warnings_of(lora: LoraMatch, weight_format: str) -> list[str]:
+    """What is known to go wrong with this LoRA on these weights."""
+    if "lightning" in lora.lora.path.name.lower() and weight_format in UNSCALED_FP8:
+        return [
+            f"Lightning on unscaled fp8 weights ({weight_format}) is known to draw a grid over the picture. Use an "
+            "fp8 scaled, bf16 or GGUF file, or weight_format int8 from a bf16 file."
+        ]
+    return []
+
+
+def _file_of(name: str) -> Path:
+    if name not in folder_paths.get_filename_list("loras"):
+        raise MissingFile(f"There is no {name!r} in models/loras.\n\nWhat to do: put it there and press R.")
+    return Path(folder_paths.get_full_path_or_raise("loras", name))
+
+
+def _listed(lora: LoraMatch) -> list[str]:
+    if not lora.unmatched:
+        return []
+    more = "" if len(lora.unmatched) <= 5 else f" and {len(lora.unmatched) - 5} more"
+    return [f"not used: {', '.join(lora.unmatched[:5])}{more}"]

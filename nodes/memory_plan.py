@@ -1,0 +1,259 @@
+"""Node: the plan of a picture for cards of every size side by side, before anything is loaded."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import comfy.model_management
+import psutil
+import torch
+
+from ..engine.charts import Card, draw_cards
+from ..engine.checkpoint import Checkpoint
+from ..engine.choice import choose_format
+from ..engine.errors import DoesNotFit, QwenLowVRAMError
+from ..engine.footprint import TransformerFootprint
+from ..engine.forecast import TYPICAL, Speeds
+from ..engine.hardware import Hardware
+from ..engine.plan import least_ram_bytes
+from ..engine.quantized import QuantizedWeights
+from ..engine.request import GIB, Limits
+from ..engine.stages import PictureModels, PicturePlan, PictureRequest, Stage, plan_picture
+from ..engine.text_encoder import TextEncoder
+from ..engine.transformer_parts import TransformerParts
+from ..engine.vae import ImageVAE
+from . import files
+from .format_choice import TYPICAL_REQUEST, versions_of
+from .limits import HEADROOM_BYTES, RAM_HEADROOM_BYTES, RAM_HEADROOM_PART
+from .loader import Sources
+from .pictures import as_image, preview
+from .speeds import KnownSpeeds
+from .weight_cache import AS_STORED, WEIGHT_FORMATS, check_weight_format, weight_cache_folder
+from .words import AUTO, CATEGORY
+
+CARDS_GB = (4, 6, 8, 12, 16, 24)
+# of a card, before the first tensor: the CUDA context with its kernels, and the picture on the screen
+CONTEXT_BYTES = 600_000_000
+# a card with memory of its own: what it is asked for does not depend on the machine that plans
+CARD = Hardware(torch.device("cpu"), streams=False, pinned=False, prefetch=False, host_device=False)
+
+
+class QwenLowVRAMMemoryPlan:
+    """Memory Plan."""
+
+    CATEGORY = CATEGORY
+    DESCRIPTION = (
+        "Shows what a picture would take on cards of 4 to 24 GB, stage by stage, and how long a step would be. Reads "
+        "the headers of the files and loads nothing."
+    )
+    RETURN_TYPES = ("STRING", "IMAGE")
+    RETURN_NAMES = ("plan", "chart")
+    OUTPUT_TOOLTIPS = ("The plan as a table.", "The plan as a picture: each stage's memory under each card's limit.")
+    SEARCH_ALIASES = ("vram", "memory", "plan", "estimate", "low vram", "requirements")
+    FUNCTION = "plan"
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        limit = {"default": 0.0, "min": 0.0, "max": 1024.0, "step": 0.1}
+        return {
+            "required": {
+                "transformer": (
+                    files.transformer_choices(),
+                    {"tooltip": "The file or pipeline folder to plan for, as in Load Qwen-Image (low VRAM)."},
+                ),
+                "text_encoder": (
+                    files.component_choices("text_encoders"),
+                    {"tooltip": "Qwen2.5-VL-7B from models/text_encoders, or the pipeline folder's own."},
+                ),
+                "vae": (
+                    files.component_choices("vae"),
+                    {"tooltip": "qwen_image_vae from models/vae, or the pipeline folder's own."},
+                ),
+                "weight_format": (
+                    list(WEIGHT_FORMATS),
+                    {"default": AUTO, "tooltip": "As in the loader. auto: what the loader would choose on each card."},
+                ),
+                "width": (
+                    "INT",
+                    {"default": 1328, "min": 16, "max": 16384, "step": 16, "tooltip": "Of the picture, in pixels."},
+                ),
+                "height": (
+                    "INT",
+                    {"default": 1328, "min": 16, "max": 16384, "step": 16, "tooltip": "Of the picture, in pixels."},
+                ),
+                "batch_size": (
+                    "INT",
+                    {"default": 1, "min": 1, "max": 64, "tooltip": "Pictures made at a time."},
+                ),
+                "steps": ("INT", {"default": 20, "min": 1, "max": 1000, "tooltip": "As in the sampler."}),
+                "cfg": (
+                    "FLOAT",
+                    {
+                        "default": 4.0,
+                        "min": 1.0,
+                        "max": 30.0,
+                        "step": 0.1,
+                        "tooltip": "As in the sampler: 1 leaves the negative prompt out.",
+                    },
+                ),
+                "prompt_tokens": (
+                    "INT",
+                    {"default": 60, "min": 1, "max": 4000, "tooltip": "Of each prompt; a word has one or two."},
+                ),
+                "vram_limit_gb": (
+                    "FLOAT",
+                    {**limit, "tooltip": "A limit to show beside the cards, as in the loader. 0: the cards alone."},
+                ),
+                "ram_limit_gb": (
+                    "FLOAT",
+                    {**limit, "tooltip": "What all weights may hold in RAM, in GiB. 0: what is free on this machine."},
+                ),
+            }
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, transformer: str, text_encoder: str, vae: str, weight_format: str) -> bool | str:
+        """Before the run: are the files there, and what they should be? Linked inputs are not known yet."""
+        if None in (transformer, text_encoder, vae):
+            return True
+        try:
+            source = Sources.of(transformer, text_encoder, vae).open(AUTO)[0]
+            if weight_format is not None:
+                check_weight_format(source, weight_format)
+        except QwenLowVRAMError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def IS_CHANGED(cls, transformer: str, text_encoder: str, vae: str, **settings: Any) -> str:
+        opened = Sources.of(transformer, text_encoder, vae).open(AUTO)
+        speeds = _speeds(opened[0])
+        free = _free_ram_bytes() // GIB
+        return "/".join([*(checkpoint.identity for checkpoint in opened), str(speeds), str(free)])
+
+    def plan(
+        self,
+        transformer: str,
+        text_encoder: str,
+        vae: str,
+        weight_format: str,
+        width: int,
+        height: int,
+        batch_size: int,
+        steps: int,
+        cfg: float,
+        prompt_tokens: int,
+        vram_limit_gb: float,
+        ram_limit_gb: float,
+    ) -> dict[str, Any]:
+        models = _Models.open(transformer, text_encoder, vae, weight_format)
+        request = PictureRequest(width, height, batch_size, cfg > 1, steps, prompt_tokens)
+        ram_bytes = round(ram_limit_gb * GIB) or models.free_ram_bytes(request)
+        capacities = [(f"{gb} GB", gb * GIB, gb * GIB - CONTEXT_BYTES - HEADROOM_BYTES) for gb in CARDS_GB]
+        if vram_limit_gb > 0:
+            limit = round(vram_limit_gb * GIB)
+            capacities.append((f"limit {vram_limit_gb:g} GB", limit, limit))
+        cards = [models.card(request, *capacity, ram_bytes) for capacity in capacities]
+        prompts = f"prompts of {prompt_tokens} token{'s' if prompt_tokens != 1 else ''}"
+        title, subtitle = f"Memory plan: {request}", f"{transformer}, {prompts}, {models.speeds_text}"
+        text = "\n".join([title, subtitle, f"RAM limit {ram_bytes / GIB:.1f} GiB", "", *_table(cards)])
+        picture = draw_cards(title, subtitle, cards)
+        return {"ui": {"images": preview(picture), "text": [text]}, "result": (text, as_image(picture))}
+
+
+@dataclass(frozen=True)
+class _Models:
+    """The sizes of three models, read from headers; the transformer's in each format that may be chosen."""
+
+    text_encoder: TextEncoder
+    transformers: dict[str, TransformerFootprint]
+    vae: ImageVAE
+    speeds: Speeds
+    speeds_text: str
+
+    @classmethod
+    def open(cls, transformer: str, text_encoder: str, vae: str, weight_format: str) -> "_Models":
+        transformer_file, text_file, vae_file = Sources.of(transformer, text_encoder, vae).open(AUTO)
+        remembered = _speeds(transformer_file)
+        return cls(
+            TextEncoder(text_file, dtype=_dtype(text_file), hardware=CARD),
+            {
+                name: TransformerParts(version, dtype=_dtype(transformer_file), hardware=CARD).footprint
+                for name, version in _versions(transformer_file, weight_format).items()
+            },
+            ImageVAE.without_weights(vae_file, dtype=_dtype(vae_file)),
+            remembered or TYPICAL,
+            "speeds of this machine" if remembered else "typical speeds: no run has told this machine's yet",
+        )
+
+    def free_ram_bytes(self, request: PictureRequest) -> int:
+        """What is free now; the least that is needed is granted, as when it runs."""
+        least = max(least_ram_bytes(footprint, request.sampling) for footprint in self.transformers.values())
+        return max(_free_ram_bytes(), least)
+
+    def card(self, request: PictureRequest, name: str, capacity_bytes: int, limit_bytes: int, ram_bytes: int) -> Card:
+        limits = Limits(limit_bytes, ram_bytes)
+        weight_format = choose_format(self.transformers, TYPICAL_REQUEST, limits, self.speeds).name
+        models = PictureModels(self.text_encoder.footprint, self.transformers[weight_format], self.vae.footprint)
+        try:
+            plan = plan_picture(models, request, limits, self.speeds)
+        except DoesNotFit as error:
+            return Card(name, capacity_bytes, limit_bytes, None, weight_format, str(error))
+        return Card(name, capacity_bytes, limit_bytes, plan, weight_format)
+
+
+def _versions(source: Checkpoint, weight_format: str) -> dict[str, Checkpoint]:
+    if weight_format == AUTO:
+        return versions_of(source)
+    if weight_format == AS_STORED:
+        return {AS_STORED: source}
+    weights = QuantizedWeights.of(source, weight_format, weight_cache_folder())
+    return {weight_format: source if weights is None else weights.checkpoint(data_start=0)}
+
+
+def _dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """What the loader's auto computes in on a card of today."""
+    stored = {entry.dtype for entry in checkpoint.tensors.values() if len(entry.shape) > 1}
+    return torch.float32 if stored == {"F32"} else torch.bfloat16
+
+
+def _speeds(transformer: Checkpoint) -> Speeds | None:
+    """What this machine is known to do; None where it has no card, or nothing has been measured yet."""
+    device = comfy.model_management.get_torch_device()
+    if device.type == "cpu":
+        return None
+    file = max(transformer.tensors.values(), key=lambda entry: entry.nbytes).file
+    return KnownSpeeds(replace(CARD, device=device), _dtype(transformer), file).remembered()
+
+
+def _free_ram_bytes() -> int:
+    memory = psutil.virtual_memory()
+    return max(0, memory.available - max(RAM_HEADROOM_BYTES, int(memory.total * RAM_HEADROOM_PART)))
+
+
+def _table(cards: list[Card]) -> list[str]:
+    """What a step takes on each card, then the peaks of its stages in GiB: on the device/in RAM."""
+    head = ("", "format", "s per step", "bound by", "until decoding", "stay", "in RAM", "from file", "VAE tiles")
+    rows = [head, *(_step_row(card, card.plan) for card in cards if card.plan)]
+    peaks = [("GiB: VRAM/RAM", "limit", *(stage.value for stage in Stage))]
+    peaks += [_peak_row(card, card.plan) for card in cards if card.plan]
+    refused = [f"{card.name}: {card.refusal}" for card in cards if card.plan is None]
+    return [*_aligned(rows), "", *_aligned(peaks), *([""] if refused else []), *refused]
+
+
+def _step_row(card: Card, plan: PicturePlan) -> tuple[str, ...]:
+    sampling = plan.sampling
+    blocks = (len(sampling.resident), len(sampling.held), sampling.from_file, len(plan.tiles))
+    forecast = sampling.forecast
+    step = (f"{forecast.seconds:.1f}", forecast.bound.value, f"{plan.seconds:.0f} s")
+    return (card.name, card.weight_format, *step, *map(str, blocks))
+
+
+def _peak_row(card: Card, plan: PicturePlan) -> tuple[str, ...]:
+    peaks = (f"{stage.peak_bytes / GIB:.2f}/{stage.ram_bytes / GIB:.1f}" for stage in plan.stages)
+    return (card.name, f"{card.limit_bytes / GIB:.2f}", *peaks)
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,0 +1,87 @@
+"""Node: what the stages of a picture really took, beside what was planned."""
+
+import json
+import platform
+from typing import Any
+
+import comfy.model_management
+import comfyui_version
+import torch
+
+from ..engine.charts import draw_timeline
+from ..engine.errors import InvalidRequest
+from ..engine.picture_report import PictureReport
+from .model import LowVRAMModel
+from .pictures import as_image, preview
+from .unsupported import refuse
+from .words import CATEGORY, LOADER
+
+JSON_VERSION = 1
+
+
+class QwenLowVRAMMemoryReport:
+    """Memory Report."""
+
+    CATEGORY = CATEGORY
+    DESCRIPTION = (
+        "Shows what encoding, sampling and decoding took, beside what was planned: peaks, bytes moved, seconds waited "
+        "for disk and bus, and memory over time."
+    )
+    RETURN_TYPES = ("STRING", "IMAGE", "STRING")
+    RETURN_NAMES = ("report", "timeline", "json")
+    OUTPUT_TOOLTIPS = (
+        "The report as text.",
+        "Memory over time, with the stages and the limits.",
+        "All numbers as JSON, for bug reports. It names the card and the versions, and no file.",
+    )
+    SEARCH_ALIASES = ("vram", "memory", "report", "profile", "benchmark", "low vram")
+    FUNCTION = "report"
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "model": ("MODEL", {"tooltip": "From Load Qwen-Image (low VRAM), the one that was sampled with."}),
+            },
+            "optional": {
+                "after": (
+                    "*",
+                    {"tooltip": "What to wait for: the image from Decode (tiled), so that decoding is in the report."},
+                ),
+            },
+        }
+
+    @classmethod
+    def IS_CHANGED(cls, **inputs: Any) -> float:
+        return float("nan")  # what was measured is no input
+
+    def report(self, model: Any, after: Any = None) -> dict[str, Any]:
+        inner = model.model
+        if not isinstance(inner, LowVRAMModel):
+            refuse("Memory Report with a model of another loader", f"use it with '{LOADER}'.")
+        if not inner.timeline.reports:
+            raise InvalidRequest(
+                "No stage of this model has run yet.\n\nWhat to do: connect the image from Decode (tiled) to 'after', "
+                "so that the report waits for it."
+            )
+        report = PictureReport(inner.timeline.reports, inner.last_report, _machine(inner.transformer.hardware.device))
+        text = str(report)
+        numbers = json.dumps({"version": JSON_VERSION, **report.as_dict(), "text": text}, indent=1)
+        picture = draw_timeline(_title(report), report, inner.timeline.samples)
+        ui = {"images": preview(picture), "text": [text]}
+        return {"ui": ui, "result": (text, as_image(picture), numbers)}
+
+
+def _title(report: PictureReport) -> str:
+    return "Memory report" if report.sampling is None else f"Memory report: {report.sampling.plan.request}"
+
+
+def _machine(device: torch.device) -> dict[str, str]:
+    return {
+        "device": comfy.model_management.get_torch_device_name(device),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "comfyui": comfyui_version.__version__,
+    }

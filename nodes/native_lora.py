@@ -1,0 +1,61 @@
+"""LoRAs that ComfyUI's own loaders have read, as files in memory that our engine understands. Copies no matrix."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from comfy.weight_adapter import LoHaAdapter, LoKrAdapter, LoRAAdapter
+from torch import Tensor
+
+from ..engine.checkpoint import TensorEntry
+from ..engine.formats import TORCH_DTYPES
+from ..engine.lora import LoraFile
+from .unsupported import refuse
+
+PREFIX = "diffusion_model."  # of a weight's name in ComfyUI's model
+
+_DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+# of each of ComfyUI's adapters: what its weights are called in files, in their order; None is a number
+_ADAPTERS = {
+    LoRAAdapter: ("lora_up.weight", "lora_down.weight", "alpha", "lora_mid.weight", "dora_scale", None),
+    LoHaAdapter: ("hada_w1_a", "hada_w1_b", "alpha", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", "dora_scale"),
+    LoKrAdapter: (
+        "lokr_w1", "lokr_w2", "alpha", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b", "lokr_t2", "dora_scale",
+    ),
+}  # fmt: skip
+
+
+def lora_of_patches(patches: Mapping[Any, Any]) -> LoraFile:
+    """The LoRA that ComfyUI's own loader has read, as a file in memory.
+
+    `patches`: a weight's name in ComfyUI's model -> adapter, as comfy.lora.load_lora gives them. Raises Unsupported
+    for kinds that are not computed here.
+    """
+    tensors: dict[str, TensorEntry] = {}
+    for key, adapter in patches.items():
+        if not isinstance(key, str):
+            refuse(f"A LoRA that changes a part of a weight ({key[0]})", "use another file.")
+        layer = key.removeprefix(PREFIX).removesuffix(".weight")
+        if isinstance(adapter, tuple) and adapter[0] == "diff":
+            bias = key.endswith(".bias")
+            name = f"{layer.removesuffix('.bias')}.diff_b" if bias else f"{layer}.diff"
+            tensors[name] = _entry(name, adapter[1][0])
+            continue
+        names = _ADAPTERS.get(type(adapter))
+        if names is None:
+            kind = adapter[0] if isinstance(adapter, tuple) else type(adapter).__name__
+            refuse(f"A LoRA of the kind {kind!r} ({key})", "use a LoRA, LoHa or LoKr.")
+        for name, value in zip(names, adapter.weights, strict=False):
+            if name is not None and value is not None:
+                full = f"{layer}.{name}"
+                tensors[full] = _entry(full, value if isinstance(value, Tensor) else torch.tensor(float(value)))
+    path = Path("the LoRA of another node")
+    return LoraFile(path, tensors, {}, f"memory {id(patches)}")
+
+
+def _entry(name: str, tensor: Tensor) -> TensorEntry:
+    """A tensor in host memory as something to be read; shares its memory."""
+    data = tensor.detach().cpu().contiguous()
+    raw = data.view(-1).view(torch.uint8).numpy() if data.ndim else data.view(1).view(torch.uint8).numpy()
+    return TensorEntry(Path(name), 0, data.nbytes, _DTYPE_NAMES[data.dtype], tuple(data.shape), data=memoryview(raw))

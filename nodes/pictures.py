@@ -1,0 +1,26 @@
+"""Drawn pictures as ComfyUI's IMAGE, and as previews on the node that drew them."""
+
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+import numpy as np
+import torch
+from PIL import Image
+
+PREFIX = "qwen_lowvram"
+
+
+def as_image(picture: Image.Image) -> torch.Tensor:
+    """(1, H, W, 3), fp32 in 0..1."""
+    return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255).unsqueeze(0)
+
+
+def preview(picture: Image.Image) -> list[dict[str, Any]]:
+    """Saved to ComfyUI's folder of temporary files; what a node returns as "images" of its ui."""
+    folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
+        PREFIX, folder_paths.get_temp_directory(), picture.width, picture.height
+    )
+    file = f"{name}_{counter:05}_.png"
+    picture.save(Path(folder) / file, compress_level=1)
+    return [{"filename": file, "subfolder": subfolder, "type": "temp"}]

@@ -1,0 +1,169 @@
+"""Quantized weights and encoded prompts in models/qwen_lowvram: a node shows and clears them."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import torch
+
+from ..engine.checkpoint import Checkpoint
+from ..engine.errors import InvalidRequest
+from ..engine.prompt_cache import Entry, PromptCache
+from ..engine.quantized import QuantizedWeights
+from ..engine.quantized_files import FINISHED, UNUSED, CachedFile, cache_path, cached_files, clear
+from ..engine.quantized_layout import FORMATS
+from .limits import stage_bytes
+from .words import AUTO, CATEGORY
+
+AS_STORED = "as stored"
+WEIGHT_FORMATS = (AUTO, AS_STORED, *FORMATS)
+SHOW, CLEAR_UNUSED, CLEAR_ALL, CLEAR_PROMPTS = "show", "clear unused", "clear all", "clear prompts"
+
+
+def weight_cache_folder() -> Path:
+    return Path(folder_paths.models_dir) / "qwen_lowvram"
+
+
+def prompt_cache() -> PromptCache:
+    return PromptCache(weight_cache_folder() / "prompts")
+
+
+def check_weight_format(source: Checkpoint, weight_format: str) -> None:
+    """Raise InvalidRequest or CacheError where the source cannot be held in that format. Reads headers only."""
+    if weight_format not in WEIGHT_FORMATS:
+        raise InvalidRequest(f"There is no weight_format {weight_format!r}. Use one of: {', '.join(WEIGHT_FORMATS)}.")
+    weights = _weights(source, weight_format)
+    if weights is not None:
+        weights.check_room()
+
+
+def in_weight_format(source: Checkpoint, weight_format: str, limit_bytes: int | None) -> Checkpoint:
+    """The source with its blocks in that format: as it is, from the cache, or quantized now (shown, interruptible)."""
+    weights = _weights(source, weight_format)
+    if weights is None:
+        return source
+    held = weights.open() or _make(weights, limit_bytes)
+    _lent.add(weights.path)
+    return held
+
+
+def losses(source: Checkpoint, weight_format: str | None) -> int:
+    """How often the cache file of that source and format has gone after it was lent.
+
+    A loaded model reads it at every run: as part of the loader's IS_CHANGED this loads the model again.
+    """
+    formats = FORMATS if weight_format == AUTO else {weight_format} & FORMATS.keys()
+    return sum(_lent.losses(cache_path(source, name, weight_cache_folder())) for name in formats)
+
+
+def _weights(source: Checkpoint, weight_format: str) -> QuantizedWeights | None:
+    if weight_format in (AUTO, AS_STORED):
+        return None
+    return QuantizedWeights.of(source, weight_format, weight_cache_folder())
+
+
+def _make(weights: QuantizedWeights, limit_bytes: int | None) -> Checkpoint:
+    device = comfy.model_management.get_torch_device()
+    if stage_bytes(device, limit_bytes, weights.working_bytes) < weights.working_bytes:
+        device = torch.device("cpu")  # the same file, later
+    bar = comfy.utils.ProgressBar(len(weights.blocks))
+
+    def on_block(done: int, total: int) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar.update_absolute(done, total)
+
+    return weights.make(device, on_block)
+
+
+class _Lent:
+    """The cache files that models of this process read, and how often each has gone meanwhile."""
+
+    def __init__(self) -> None:
+        self._paths: set[Path] = set()
+        self._losses: dict[Path, int] = {}
+
+    def add(self, path: Path) -> None:
+        self._paths.add(path)
+
+    def losses(self, path: Path) -> int:
+        if path in self._paths and not path.exists():
+            self._paths.remove(path)
+            self._losses[path] = self._losses.get(path, 0) + 1
+        return self._losses.get(path, 0)
+
+
+_lent = _Lent()
+
+
+class QwenLowVRAMWeightCache:
+    """Quantized Weights."""
+
+    CATEGORY = CATEGORY
+    DESCRIPTION = (
+        "Shows the quantized weights and the encoded prompts that are kept in models/qwen_lowvram, and clears them. "
+        "What is cleared is made again from its model file when it is needed."
+    )
+    SEARCH_ALIASES = ("cache", "clear cache", "quantize", "disk space", "nf4", "int8", "prompts", "qwen")
+    RETURN_TYPES = ("STRING",)
+    RETURN_NAMES = ("report",)
+    OUTPUT_TOOLTIPS = ("The list that the node shows.",)
+    OUTPUT_NODE = True
+    FUNCTION = "run"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "action": (
+                    [SHOW, CLEAR_UNUSED, CLEAR_ALL, CLEAR_PROMPTS],
+                    {
+                        "default": SHOW,
+                        "tooltip": "show: list the files. clear unused: remove those that are damaged, or whose model "
+                        "file is gone or changed. clear all: remove all of them. clear prompts: remove the encoded "
+                        "prompts, and no weights.",
+                    },
+                )
+            }
+        }
+
+    @classmethod
+    def IS_CHANGED(cls, action: str) -> float:
+        # the folder may have changed; but a graph left on "clear all" must not clear at every run
+        return float("nan") if action == SHOW else 0.0
+
+    def run(self, action: str) -> dict[str, Any]:
+        folder, prompts = weight_cache_folder(), prompt_cache()
+        states = {CLEAR_UNUSED: UNUSED, CLEAR_ALL: FINISHED}.get(action, frozenset())
+        removed = clear(folder, states)
+        removed_prompts = prompts.clear() if action == CLEAR_PROMPTS else []
+        kept = cached_files(folder)
+        lines = [f"{folder}: {_count(kept)}", *(_line(file) for file in kept), _prompts(prompts.entries())]
+        if states:
+            lines += ["", f"removed: {_count(removed)}", *(_line(file) for file in removed)]
+        if action == CLEAR_PROMPTS:
+            lines += ["", f"removed {_prompts(removed_prompts)}"]
+        text = "\n".join(lines)
+        return {"ui": {"text": [text]}, "result": (text,)}
+
+
+def _count(files: list[CachedFile]) -> str:
+    if not files:
+        return "nothing"
+    return f"{len(files)} {'file' if len(files) == 1 else 'files'}, {sum(f.nbytes for f in files) / 1e9:.2f} GB"
+
+
+def _prompts(entries: list[Entry]) -> str:
+    if not entries:
+        return "prompts: none"
+    return f"prompts: {len(entries)}, {sum(entry.nbytes for entry in entries) / 1e6:.1f} MB"
+
+
+def _line(file: CachedFile) -> str:
+    source = Path(file.source)
+    name = f"{source.parent.name}/{source.name}" if file.source and not source.suffix else source.name
+    made = time.strftime("%Y-%m-%d %H:%M", time.localtime(file.made))
+    known = f"{name}, {file.weight_format}" if file.source else file.path.name
+    return f"{known}, {file.nbytes / 1e9:.2f} GB, {made}, {file.state.value}"

@@ -1,0 +1,419 @@
+"""Files that ComfyUI quantized decode as ComfyUI decodes them, layer by layer as their notes say."""
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import full_size
+import pytest
+import torch
+from comfy_files import KINDS, note_bytes, read_dequantized
+from live_bytes import LiveBytes
+from qwenimage_lowvram.engine.checkpoint import Checkpoint, open_checkpoint
+from qwenimage_lowvram.engine.comfy_quant import with_comfy_quants
+from qwenimage_lowvram.engine.errors import CheckpointError, DamagedFile, MissingPackage, WrongModel
+from qwenimage_lowvram.engine.families import sort_transformer
+from qwenimage_lowvram.engine.formats.int8_convrot import CHUNK_WEIGHTS, INT8_CONVROT, load_operator
+from qwenimage_lowvram.engine.hardware import Hardware
+from qwenimage_lowvram.engine.plan import plan_memory
+from qwenimage_lowvram.engine.request import GIB, Limits, SamplingRequest
+from qwenimage_lowvram.engine.streaming import read_params
+from qwenimage_lowvram.engine.text_encoder import TextEncoder
+from qwenimage_lowvram.engine.transformer import Branch, QwenImageTransformer
+from safetensors.torch import load_file, save_file
+from small_checkpoint import write_split_files
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
+
+COMPUTE = [torch.float32, torch.bfloat16, torch.float16]
+compute = pytest.mark.parametrize("dtype", COMPUTE, ids=str)
+SHAPES = [(96, 512), (7, 256), (1100, 2048), (3, 1024)]
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+Weights = dict[str, torch.Tensor]
+
+
+def a_weight(rows: int, columns: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(rows)
+    return torch.randn(rows, columns, generator=generator) * torch.logspace(-2, 0, rows)[:, None]
+
+
+# single layers, written and read by ComfyUI's own classes
+
+ROTATED = {"per_channel": True, "convrot": True}
+LAYERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "int8": ("int8_tensorwise", "TensorWiseINT8Layout", {}),
+    "int8 by row": ("int8_tensorwise", "TensorWiseINT8Layout", {"per_channel": True}),
+    "int8 rotated in 256": ("int8_tensorwise", "TensorWiseINT8Layout", ROTATED),
+    "int8 rotated in 64": ("int8_tensorwise", "TensorWiseINT8Layout", {**ROTATED, "convrot_groupsize": 64}),
+    "int8 rotated in 16": ("int8_tensorwise", "TensorWiseINT8Layout", {**ROTATED, "convrot_groupsize": 16}),
+    "fp8 e4m3": ("float8_e4m3fn", "TensorCoreFP8E4M3Layout", {"scale": "recalculate"}),
+    "fp8 e5m2": ("float8_e5m2", "TensorCoreFP8E5M2Layout", {"scale": "recalculate"}),
+}
+INT8_LAYERS = [name for name in LAYERS if name.startswith("int8")]
+FP8_LAYERS = [name for name in LAYERS if name.startswith("fp8")]
+
+
+def make_linear(shape: tuple[int, int], dtype: torch.dtype) -> Any:
+    import comfy.ops
+
+    operations = comfy.ops.mixed_precision_ops({}, compute_dtype=dtype)
+    return operations.Linear(shape[1], shape[0], bias=False, dtype=dtype)
+
+
+def written_by_comfyui(name: str, shape: tuple[int, int], dtype: torch.dtype, **changes: Any) -> Weights:
+    """The state of a ComfyUI layer that was quantized, under the name "layer"."""
+    from comfy.quant_ops import QuantizedTensor
+
+    kind, layout, options = LAYERS[name]
+    linear = make_linear(shape, dtype)
+    linear.quant_format = kind
+    quantized = QuantizedTensor.from_float(a_weight(*shape).to(dtype), layout, **{**options, **changes})
+    linear.weight = torch.nn.Parameter(quantized, requires_grad=False)
+    state = linear.state_dict(prefix="layer.")
+    return {key: value.detach().clone() for key, value in state.items()}
+
+
+def dequantized_by_comfyui(state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    linear = make_linear(tuple(state["layer.weight"].shape), dtype)
+    linear.load_state_dict({key.removeprefix("layer."): value for key, value in state.items()})
+    result = linear.weight.dequantize()
+    assert result.dtype is dtype
+    return result
+
+
+def ours(file: Path, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    checkpoint = open_checkpoint(file)
+    tensors = with_comfy_quants(checkpoint.tensors, checkpoint.metadata, checkpoint.path)
+    return read_params(tensors, {"layer.weight": shape}, dtype, file.name)["layer.weight"]
+
+
+@pytest.mark.parametrize("name", INT8_LAYERS)
+@compute
+@shapes
+def test_an_int8_layer_decodes_bit_for_bit_as_comfyui_does(
+    name: str, dtype: torch.dtype, shape: tuple[int, int], tmp_path: Path, comfy: ModuleType
+) -> None:
+    state = written_by_comfyui(name, shape, dtype)
+    save_file(state, tmp_path / "m.safetensors")
+    decoded = ours(tmp_path / "m.safetensors", shape, dtype)
+    assert torch.equal(decoded, dequantized_by_comfyui(state, dtype))
+    # rotation spreads a row over its group, so that its scale is a row's, too
+    scale = a_weight(*shape).abs().max() if name == "int8" else a_weight(*shape).abs().amax(1, keepdim=True)
+    assert ((decoded - a_weight(*shape)).abs() <= scale * 0.05).all()
+
+
+@pytest.mark.parametrize("name", FP8_LAYERS)
+@compute
+@shapes
+def test_an_fp8_layer_is_what_comfyui_decodes_in_fp32_rounded_once(
+    name: str, dtype: torch.dtype, shape: tuple[int, int], tmp_path: Path, comfy: ModuleType
+) -> None:
+    # which is what its kernel for GPUs computes; elsewhere ComfyUI rounds the scale to the compute dtype before it
+    # multiplies, an error that all weights of a layer share
+    state = written_by_comfyui(name, shape, dtype)
+    save_file(state, tmp_path / "m.safetensors")
+    decoded = ours(tmp_path / "m.safetensors", shape, dtype)
+    assert torch.equal(decoded, dequantized_by_comfyui(state, torch.float32).to(dtype))
+
+
+@pytest.mark.parametrize("name", FP8_LAYERS)
+@compute
+def test_an_fp8_layer_whose_scale_needs_no_rounding_decodes_bit_for_bit_as_comfyui_does(
+    name: str, dtype: torch.dtype, tmp_path: Path, comfy: ModuleType
+) -> None:
+    state = written_by_comfyui(name, (96, 512), dtype, scale=torch.tensor(2.0**-7 * 1.5))
+    save_file(state, tmp_path / "m.safetensors")
+    assert torch.equal(
+        ours(tmp_path / "m.safetensors", (96, 512), dtype),
+        dequantized_by_comfyui(state, dtype),
+    )
+
+
+def test_notes_in_the_header_say_what_notes_beside_the_weights_do(tmp_path: Path, comfy: ModuleType) -> None:
+    for name in LAYERS:
+        state = written_by_comfyui(name, (96, 512), torch.bfloat16)
+        save_file(state, tmp_path / "beside.safetensors")
+        note = json.loads(bytes(state.pop("layer.comfy_quant").tolist()))
+        header = json.dumps({"format_version": "1.0", "layers": {"layer": note, "another": note}})
+        save_file(state, tmp_path / "header.safetensors", metadata={"_quantization_metadata": header})
+        read = [
+            ours(tmp_path / file, (96, 512), torch.bfloat16) for file in ("beside.safetensors", "header.safetensors")
+        ]
+        assert torch.equal(*read), name
+
+
+PREFIX = "model.diffusion_model."
+
+
+@pytest.mark.parametrize(("written", "noted"), [("", ""), (PREFIX, PREFIX), (PREFIX, "")])
+def test_notes_in_the_header_find_their_layers_with_and_without_the_prefix(
+    written: str, noted: str, tmp_path: Path
+) -> None:
+    layer = f"{written}transformer_blocks.0.attn.to_q"
+    save_file(
+        {f"{layer}.weight": torch.ones(8, 64, dtype=torch.int8), f"{layer}.weight_scale": torch.ones(8, 1)},
+        tmp_path / "m.safetensors",
+        metadata={
+            "_quantization_metadata": json.dumps(
+                {"layers": {f"{noted}transformer_blocks.0.attn.to_q": {"format": "int8_tensorwise"}}}
+            )
+        },
+    )
+    checkpoint = open_checkpoint(tmp_path / "m.safetensors")
+    tensors = with_comfy_quants(checkpoint.tensors, checkpoint.metadata, checkpoint.path)
+    assert tensors[f"{layer}.weight"].dtype == "INT8"
+
+
+def test_settings_that_other_programs_put_elsewhere_are_found(tmp_path: Path, comfy: ModuleType) -> None:
+    state = written_by_comfyui("int8 rotated in 64", (96, 512), torch.float32)
+    expected = dequantized_by_comfyui(state, torch.float32)
+    state["layer.comfy_quant"] = note_bytes(
+        {
+            "format": "int8_tensorwise",
+            "orig_dtype": "torch.bfloat16",
+            "orig_shape": [96, 512],
+            "per_row": True,
+            "params": {"convrot": True, "convrot_groupsize": 64},
+        }
+    )
+    save_file(state, tmp_path / "m.safetensors")
+    assert torch.equal(ours(tmp_path / "m.safetensors", (96, 512), torch.float32), expected)
+    assert torch.equal(dequantized_by_comfyui(state, torch.float32), expected)
+
+
+# memory
+
+
+def allocated_peak_bytes(work: Callable[[], Any]) -> int:
+    """The most bytes that `work` holds beyond what was there before, inside of operators too."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        work()
+    now = peak = 0
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+@pytest.mark.parametrize("group", INT8_CONVROT)
+@pytest.mark.parametrize("shape", [(3072, 2048), (300, 4096), (5, 1024)], ids=str)
+@compute
+def test_decoding_rotated_weights_allocates_no_more_than_it_says(
+    group: int, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    codec = INT8_CONVROT[group]
+    parts = [torch.ones(shape, dtype=torch.int8), torch.ones(shape[0], 1)]
+    out = torch.empty(shape, dtype=dtype)
+    said = codec.scratch_bytes(shape)
+    assert said <= 8 * CHUNK_WEIGHTS + 8 * 1024**2
+    with torch.inference_mode():
+        peak = allocated_peak_bytes(lambda: codec.decode_into(out, parts))
+    assert min(prod(shape), CHUNK_WEIGHTS // 2) * 4 <= peak <= said
+
+
+@pytest.mark.parametrize("rows", [1, CHUNK_WEIGHTS // 256, CHUNK_WEIGHTS // 256 + 1])
+def test_chunks_of_rotated_weights_are_even(rows: int) -> None:
+    # one row left over would be multiplied by another kernel, in another order
+    codec = INT8_CONVROT[256]
+    data = torch.randint(-127, 128, (rows, 256), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+    scale, out = torch.linspace(0.001, 0.1, rows)[:, None], torch.empty(rows, 256)
+    codec.decode_into(out, [data, scale])
+    assert torch.equal(out, load_operator()(data, scale, 256, 0))
+
+
+def full_size_checkpoint(layers: int) -> Checkpoint:
+    """The 20 B transformer with the blocks' matrices in rotated int8, rows scaled."""
+    checkpoint = full_size.transformer_checkpoint(torch.float8_e4m3fn, layers=layers)
+    tensors = dict(checkpoint.tensors)
+    for name, entry in checkpoint.tensors.items():
+        if entry.dtype == "F8_E4M3":
+            tensors[name] = replace(entry, dtype="INT8_CONVROT256")
+            rows = entry.shape[0]
+            tensors[f"{name}_scale"] = replace(entry, dtype="F32", shape=(rows, 1), nbytes=4 * rows)
+    return replace(checkpoint, tensors=tensors)
+
+
+def test_the_plan_of_a_full_size_rotated_transformer_is_what_its_run_takes() -> None:
+    with FakeTensorMode(), LiveBytes("cuda") as live, torch.inference_mode():
+        transformer = QwenImageTransformer(
+            full_size_checkpoint(3), dtype=torch.bfloat16, hardware=full_size.fake_gpu(), source=full_size.EmptySource
+        )
+        assert transformer.footprint.scratch_bytes == INT8_CONVROT[256].scratch_bytes((3072, 12288))
+        plan = plan_memory(transformer.footprint, SamplingRequest(512, 512, 2, 60), Limits(int(1.5 * GIB)))
+        transformer.load(plan.resident)
+        live.reset_peak()
+        transformer.modulation.announce([0.9])
+        assert abs(live.peak / plan.modulation_peak_bytes - 1) < 0.1
+        live.reset_peak()
+        with transformer.session(slots=plan.slots, mlp_chunk_tokens=plan.mlp_chunk_tokens) as session:
+            tokens = torch.empty(1, 32 * 32, 64, device="cuda", dtype=torch.bfloat16)
+            prompt = torch.empty(1, 60, 3584, device="cuda", dtype=torch.bfloat16)
+            session.forward([Branch(tokens, ((1, 32, 32),), prompt, None, 0.9) for _ in range(2)])
+        assert abs(live.peak / plan.sampling_peak_bytes - 1) < 0.1
+        assert live.peak <= plan.limit_bytes
+
+
+# whole models
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def models(request: pytest.FixtureRequest, small_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A models folder with a transformer and a text encoder in one of ComfyUI's formats."""
+    models = tmp_path_factory.mktemp(request.param)
+    write_split_files(small_pipeline, models, dtype=request.param, text_dtype=request.param)
+    return models
+
+
+def only_file(folder: Path) -> Path:
+    (file,) = folder.iterdir()
+    return file
+
+
+def decoded_by_comfyui(file: Path, to: Path, dtype: torch.dtype) -> Path:
+    """The file's weights as comfy-kitchen decodes them, stored plainly."""
+    metadata = open_checkpoint(file).metadata
+    save_file(read_dequantized(file, dtype), to / "plain.safetensors", metadata=dict(metadata))
+    return to / "plain.safetensors"
+
+
+def forward(file: Path, dtype: torch.dtype, hardware: Hardware) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    tokens, prompt = (torch.randn(1, n, 64, generator=generator).to(dtype) for n in (30, 9))
+    transformer = QwenImageTransformer(open_checkpoint(file), dtype=dtype, hardware=hardware)
+    transformer.load([1])
+    with transformer.session(slots=1) as session:
+        return session.forward([Branch(tokens, ((1, 5, 6),), prompt, None, 0.7)])[0]
+
+
+def test_a_quantized_transformer_computes_what_its_decoded_weights_do(
+    models: Path, tmp_path: Path, hardware: Hardware
+) -> None:
+    file = only_file(models / "diffusion_models")
+    kinds = {entry.dtype for entry in open_checkpoint(file).tensors.values()}
+    assert {"BF16", "U8", "F32"} < kinds  # some layers are plain
+    computed = forward(file, torch.float32, hardware)
+    assert torch.equal(computed, forward(decoded_by_comfyui(file, tmp_path, torch.float32), torch.float32, hardware))
+    assert computed.std() > 0.01
+
+
+def test_a_quantized_transformer_computes_in_bf16_what_its_decoded_weights_do(
+    models: Path, tmp_path: Path, cpu: Hardware
+) -> None:
+    file = only_file(models / "diffusion_models")
+    plain = decoded_by_comfyui(file, tmp_path, torch.float32)  # rounded once when they are read, as ours are
+    assert torch.equal(forward(file, torch.bfloat16, cpu), forward(plain, torch.bfloat16, cpu))
+
+
+def test_a_quantized_text_encoder_computes_what_its_decoded_weights_do(
+    models: Path, tmp_path: Path, cpu: Hardware
+) -> None:
+    file = only_file(models / "text_encoders")
+    plain = decoded_by_comfyui(file, tmp_path, torch.float32)
+    prompts = [[5, 9, 100, 7, 9], [3]]
+    encoded, expected = (
+        TextEncoder(open_checkpoint(f), dtype=torch.float32, hardware=cpu).encode(prompts) for f in (file, plain)
+    )
+    for one, wanted in zip(encoded, expected, strict=True):
+        # single rows of a rotated embedding are summed in another order than the whole matrix
+        assert (one - wanted).abs().max() <= (2e-5 if "convrot" in file.name else 0)
+        assert wanted.std() > 0.1
+
+
+# what is refused
+
+WEIGHT = "transformer_blocks.0.attn.to_q"
+Change = Callable[[Weights, dict[str, Any]], Any]
+REFUSED: dict[str, tuple[Change, type[CheckpointError], str]] = {
+    "no JSON": (lambda t, n: b"{", DamagedFile, "not valid JSON"),
+    "no object": (lambda t, n: b"[1]", DamagedFile, "not an object"),
+    "too long": (lambda t, n: b" " * 5000, DamagedFile, "5000 bytes"),
+    "no format": (lambda t, n: n.pop("format"), DamagedFile, "without a format"),
+    "a format that is no text": (lambda t, n: n.update(format=[1]), DamagedFile, "without a format"),
+    "nvfp4": (
+        lambda t, n: n.update(format="nvfp4"),
+        WrongModel,
+        r"ComfyUI's 'nvfp4'.*float8_e4m3fn, .*int8_tensorwise",
+    ),
+    "int4": (lambda t, n: n.update(format="convrot_w4a4"), WrongModel, "'convrot_w4a4', which is not supported"),
+    "another dtype": (lambda t, n: n.update(format="float8_e4m3fn"), DamagedFile, r"I8\[64, 64\].* not what its note"),
+    "no scale": (lambda t, n: t.pop(f"{WEIGHT}.weight_scale"), DamagedFile, "not what its note promises"),
+    "another group": (lambda t, n: n.update(convrot_groupsize=4096), WrongModel, "groups of 4096.*16, 64, 256, 1024"),
+    "no power of four": (lambda t, n: n.update(convrot_groupsize=32), WrongModel, "groups of 32, which"),
+    "a group of text": (lambda t, n: n.update(convrot_groupsize="64"), DamagedFile, "groups of '64'"),
+    "a group of truth": (lambda t, n: n.update(convrot_groupsize=True), DamagedFile, "groups of True"),
+    "a group wider than the row": (lambda t, n: n.update(convrot_groupsize=256), DamagedFile, r"\[64, 64\] cannot be"),
+}
+
+
+def changed(file: Path, to: Path, change: Change) -> Path:
+    """A file with its tensors, and the note of one of them, changed by `change(tensors, note)`."""
+    tensors, note = load_file(file), None
+    note = json.loads(bytes(tensors[f"{WEIGHT}.comfy_quant"].tolist()))
+    raw = change(tensors, note)
+    raw = raw if isinstance(raw, bytes) else json.dumps(note).encode()
+    tensors[f"{WEIGHT}.comfy_quant"] = torch.tensor(list(raw), dtype=torch.uint8)
+    save_file(tensors, to / "m.safetensors", metadata=dict(open_checkpoint(file).metadata))
+    return to / "m.safetensors"
+
+
+@pytest.fixture(scope="module")
+def rotated_file(small_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    models = tmp_path_factory.mktemp("rotated")
+    return models / "diffusion_models" / write_split_files(small_pipeline, models, dtype="int8_convrot").transformer
+
+
+@pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED.keys())
+def test_a_note_that_does_not_fit_is_refused(
+    case: tuple[Change, type[CheckpointError], str], rotated_file: Path, tmp_path: Path
+) -> None:
+    change, error, words = case
+    with pytest.raises(error, match=words):
+        sort_transformer(open_checkpoint(changed(rotated_file, tmp_path, change)))
+
+
+SCALES = {
+    "too many": torch.ones(65, 1),
+    "one for each column and row": torch.ones(64, 64),
+    "integers": torch.ones(64, 1, dtype=torch.int32),
+}
+
+
+@pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES.keys())
+def test_a_scale_of_another_kind_is_refused(
+    scale: torch.Tensor, rotated_file: Path, tmp_path: Path, cpu: Hardware
+) -> None:
+    file = changed(rotated_file, tmp_path, lambda t, n: t.update({f"{WEIGHT}.weight_scale": scale}))
+    with pytest.raises(WrongModel, match=r"to_q.weight is stored as INT8_CONVROT64\[64, 64\] in a quantization"):
+        QwenImageTransformer(open_checkpoint(file), dtype=torch.bfloat16, hardware=cpu)
+
+
+@pytest.mark.parametrize("header", ["{", "[]", "{}", '{"layers": []}', '{"layers": {"a": 1}}'])
+def test_a_header_whose_notes_are_damaged_is_refused(header: str, rotated_file: Path, tmp_path: Path) -> None:
+    metadata = {**open_checkpoint(rotated_file).metadata, "_quantization_metadata": header}
+    save_file(load_file(rotated_file), tmp_path / "m.safetensors", metadata=metadata)
+    with pytest.raises(DamagedFile, match="_quantization_metadata"):
+        sort_transformer(open_checkpoint(tmp_path / "m.safetensors"))
+
+
+def test_a_rotated_file_names_the_package_that_is_missing(
+    rotated_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    load_operator.cache_clear()
+    monkeypatch.setitem(sys.modules, "comfy_kitchen", None)
+    with pytest.raises(MissingPackage, match=r"m\.safetensors holds rotated .*`pip install comfy-kitchen`"):
+        sort_transformer(open_checkpoint(changed(rotated_file, tmp_path, lambda t, n: None)))
+    sort_transformer(open_checkpoint(changed(rotated_file, tmp_path, without_rotation)))
+
+
+def without_rotation(tensors: Weights, note: dict[str, Any]) -> None:
+    """Every layer as int8 that is not rotated."""
+    for name in [name for name in tensors if name.endswith(".comfy_quant")]:
+        tensors[name] = note_bytes({"format": "int8_tensorwise"})
+    note.pop("convrot")

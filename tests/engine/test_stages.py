@@ -1,0 +1,218 @@
+"""The plan of a whole picture keeps the limit in every stage, adds up its seconds, and is made from headers alone."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import full_size
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from live_bytes import LiveBytes
+from qwenimage_lowvram.engine.checkpoint import open_checkpoint
+from qwenimage_lowvram.engine.errors import DoesNotFit, InvalidRequest
+from qwenimage_lowvram.engine.forecast import TYPICAL, Speeds
+from qwenimage_lowvram.engine.hardware import Hardware
+from qwenimage_lowvram.engine.plan import plan_memory
+from qwenimage_lowvram.engine.prompts import PromptTokenizer
+from qwenimage_lowvram.engine.request import GIB, Limits
+from qwenimage_lowvram.engine.stages import (
+    PictureModels,
+    PictureRequest,
+    Stage,
+    plan_picture,
+)
+from qwenimage_lowvram.engine.streaming import TensorReader
+from qwenimage_lowvram.engine.text_encoder import TextEncoder
+from qwenimage_lowvram.engine.transformer import QwenImageTransformer
+from qwenimage_lowvram.engine.transformer_parts import TransformerParts
+from qwenimage_lowvram.engine.vae import ImageVAE
+from safetensors.torch import load_file
+
+ALIAS = Path(__file__).parents[2] / "tools" / "alias"
+FP8 = torch.float8_e4m3fn
+CARD = Hardware(torch.device("cpu"), streams=False, pinned=False, prefetch=False, host_device=False)
+REQUEST = PictureRequest(1328, 1328, batch=1, guided=True, steps=20, prompt_tokens=60)
+
+
+def models_of(stored: torch.dtype) -> PictureModels:
+    options = {"dtype": torch.bfloat16, "hardware": CARD}
+    return PictureModels(
+        TextEncoder(full_size.text_encoder_checkpoint(stored), **options).footprint,
+        TransformerParts(full_size.transformer_checkpoint(stored), **options).footprint,
+        ImageVAE.without_weights(full_size.vae_checkpoint(), dtype=torch.bfloat16).footprint,
+    )
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[torch.dtype, PictureModels]:
+    return {stored: models_of(stored) for stored in (torch.bfloat16, FP8)}
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    stored=st.sampled_from([torch.bfloat16, FP8]),
+    width=st.integers(16, 160).map(lambda n: 16 * n),
+    height=st.integers(16, 160).map(lambda n: 16 * n),
+    batch=st.integers(1, 4),
+    guided=st.booleans(),
+    vram=st.integers(5, 300),
+    ram=st.none() | st.integers(2, 400),
+)
+def test_no_stage_is_planned_above_its_limit(
+    models: dict[torch.dtype, PictureModels],
+    stored: torch.dtype,
+    width: int,
+    height: int,
+    batch: int,
+    guided: bool,
+    vram: int,
+    ram: int | None,
+) -> None:
+    request = PictureRequest(width, height, batch, guided, 20, 60)
+    limits = Limits(vram * GIB // 10, None if ram is None else ram * GIB // 10)
+    try:
+        plan = plan_picture(models[stored], request, limits)
+    except DoesNotFit:
+        return
+    assert [stage.stage for stage in plan.stages] == list(Stage)
+    for stage in plan.stages:
+        assert 0 < stage.peak_bytes <= limits.vram_bytes
+        assert min(stage.weights_bytes, stage.passing_bytes, stage.activation_bytes) >= 0
+        assert stage.ram_bytes > 0
+    if limits.ram_bytes is not None:
+        assert plan.stage(Stage.SAMPLING).ram_bytes <= limits.ram_bytes
+
+
+@pytest.mark.parametrize("limit_gib", [2, 7, 24])
+def test_the_stages_are_those_of_the_sampling_plan(models: dict[torch.dtype, PictureModels], limit_gib: int) -> None:
+    limits = Limits(limit_gib * GIB, 12 * GIB)
+    plan = plan_picture(models[FP8], REQUEST, limits)
+    sampling = plan_memory(models[FP8].transformer, REQUEST.sampling, limits)
+    assert plan.sampling == sampling
+    peaks = {stage.stage: stage.peak_bytes for stage in plan.stages}
+    assert peaks[Stage.SAMPLING] == sampling.sampling_peak_bytes
+    assert peaks[Stage.MODULATION] == sampling.modulation_peak_bytes
+    assert peaks[Stage.LOAD] == sampling.resident_bytes
+    assert plan.stage(Stage.DECODE).activation_bytes == plan.tiles.peak_bytes
+
+
+def test_small_limits_are_decoded_in_tiles_and_larger_ones_whole(models: dict[torch.dtype, PictureModels]) -> None:
+    request = replace(REQUEST, width=2048, height=2048)
+    tiles = {gib: plan_picture(models[FP8], request, Limits(gib * GIB)).tiles for gib in (2, 8)}
+    assert len(tiles[2]) > 1
+    assert len(tiles[8]) == 1
+
+
+def test_blocks_leave_for_the_tiles_and_stay_where_there_is_room(models: dict[torch.dtype, PictureModels]) -> None:
+    tight, roomy = (plan_picture(models[FP8], REQUEST, Limits(gib * GIB)) for gib in (6, 40))
+    vae = models[FP8].vae.weights_bytes
+    assert roomy.stage(Stage.DECODE).weights_bytes == roomy.sampling.resident_bytes + vae
+    large = replace(REQUEST, width=2560, height=2560)
+    assert plan_picture(models[FP8], large, Limits(6 * GIB)).tiles.peak_bytes > tight.tiles.peak_bytes
+    kept = plan_picture(models[FP8], large, Limits(6 * GIB)).stage(Stage.DECODE).weights_bytes - vae
+    assert 0 < kept < tight.sampling.resident_bytes
+
+
+def test_seconds_add_up_to_every_byte_that_is_read(models: dict[torch.dtype, PictureModels]) -> None:
+    """On a disk so slow that nothing else counts."""
+    slow = Speeds(flops=1e18, bus_bytes=1e15, disk_bytes=1e6)
+    text, transformer = models[torch.bfloat16].text_encoder, models[torch.bfloat16].transformer
+    plan = plan_picture(models[torch.bfloat16], REQUEST, Limits(7 * GIB, 10 * GIB), slow)
+    sampling = plan.sampling
+    assert len(sampling.resident) > 0
+    assert len(sampling.held) > 0
+    assert sampling.from_file > 0
+    read = 28 * text.stored_bytes  # once
+    read += 60 * transformer.modulation_stored_bytes  # once for all steps
+    read += 60 * transformer.stored_bytes  # once: resident blocks before the first step, the others in it
+    read += 19 * sampling.from_file * transformer.stored_bytes
+    assert plan.seconds == pytest.approx(read / 1e6, rel=1e-6)
+    assert sampling.forecast.bound.value == "the disk"
+
+
+def test_the_prompts_have_as_many_tokens_as_the_tokenizer_gives_them(comfyui_path: Path) -> None:
+    tokenizer = PromptTokenizer(comfyui_path / "comfy" / "text_encoders" / "qwen25_tokenizer")
+    ids = tokenizer.encode("a red circle on white paper")
+    request = replace(REQUEST, prompt_tokens=6)
+    assert request.encoded_tokens == (len(ids), len(ids))
+    assert request.sampling.prompt_tokens == len(ids) - tokenizer.start(ids)
+
+
+def test_headers_tell_what_the_loaded_models_take(small_pipeline: Path, cpu: Hardware) -> None:
+    transformer, vae = open_checkpoint(small_pipeline / "transformer"), open_checkpoint(small_pipeline / "vae")
+    loaded = QwenImageTransformer(transformer, dtype=torch.float32, hardware=cpu)
+    assert TransformerParts(transformer, dtype=torch.float32, hardware=cpu).footprint == loaded.footprint
+    assert loaded.footprint.outside_bytes == sum(p.nbytes for p in loaded._outside.parameters())
+    weights = load_file(next(entry.file for entry in vae.tensors.values()))
+    real, planned = (
+        ImageVAE.from_state_dict(weights, dtype=torch.float32),
+        ImageVAE.without_weights(vae, dtype=torch.float32),
+    )
+    assert planned.footprint.weights_bytes == real.footprint.weights_bytes
+    for limit in (None, 40_000_000):
+        assert planned.plan_decode(512, 512, limit) == real.plan_decode(512, 512, limit)
+
+
+def test_planning_reads_no_tensor_and_makes_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [
+        full_size.write_header(checkpoint, tmp_path / f"{checkpoint.path}.safetensors")
+        for checkpoint in (
+            full_size.text_encoder_checkpoint(FP8),
+            full_size.transformer_checkpoint(FP8),
+            full_size.vae_checkpoint(),
+        )
+    ]
+    read: list[str] = []
+    read_into = TensorReader.read_into
+
+    def counted(self: TensorReader, entry: object, *arguments: object, **options: object) -> None:
+        read.append(str(entry))
+        read_into(self, entry, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(TensorReader, "read_into", counted)
+    with LiveBytes("cpu") as live:
+        text, transformer, vae = (open_checkpoint(file) for file in files)
+        models = PictureModels(
+            TextEncoder(text, dtype=torch.bfloat16, hardware=CARD).footprint,
+            TransformerParts(transformer, dtype=torch.bfloat16, hardware=CARD).footprint,
+            ImageVAE.without_weights(vae, dtype=torch.bfloat16).footprint,
+        )
+        plan_picture(models, REQUEST, Limits(4 * GIB))
+    assert read == []
+    assert live.peak < 100_000
+    assert sum(file.stat().st_size for file in files) > 25e9
+
+
+def test_planning_a_picture_imports_no_torch() -> None:
+    modules = ("stages", "picture_report", "charts")
+    code = f"import sys, {', '.join(f'qwenimage_lowvram.engine.{m}' for m in modules)}; print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ALIAS)}, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "False", done.stderr
+
+
+def test_a_plan_prints_as_one_line_and_its_json_says_the_same(models: dict[torch.dtype, PictureModels]) -> None:
+    plan = plan_picture(models[FP8], REQUEST, Limits(7 * GIB, 12 * GIB), TYPICAL)
+    peak, ram = plan.peak_bytes / GIB, plan.ram_bytes / GIB
+    assert str(plan) == (
+        f"PicturePlan(1328x1328, batch 1, guided, 20 steps: peak {peak:.2f} GiB of 7.00 GiB in sampling, RAM {ram:.2f} "
+        f"GiB of 12.00 GiB; {plan.sampling.forecast}, {plan.seconds:.0f} s until decoding; decoded whole)"
+    )
+    values = json.loads(json.dumps(plan.as_dict()))
+    assert values["text"] == str(plan)
+    assert [stage["stage"] for stage in values["stages"]] == ["encode", "load", "modulation", "sampling", "decode"]
+    assert max(stage["peak_bytes"] for stage in values["stages"]) == plan.peak_bytes
+    assert values["limits"] == {"vram_bytes": 7 * GIB, "ram_bytes": 12 * GIB}
+    assert values["resident_blocks"] + values["held_blocks"] + values["blocks_from_file"] == 60
+    assert len(str(plan)) < 300
+
+
+def test_a_request_for_nothing_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="1 or more"):
+        replace(REQUEST, steps=0)

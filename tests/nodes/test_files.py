@@ -1,0 +1,206 @@
+"""The loader reaches the files of ComfyUI's own folders and of extra_model_paths.yaml, and no other, and says why."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from qwenimage_lowvram.engine.errors import MissingFile, WrongModel
+from qwenimage_lowvram.engine.variants import Variant
+from small_checkpoint import SplitFiles, write_split_files
+
+SMALL = "small (folder)"
+
+
+@pytest.fixture
+def models(comfy: Any, tmp_path: Path) -> Iterator[Callable[[str, Path], None]]:
+    """`models(kind, folder)` adds a folder to ComfyUI's for one test."""
+    import folder_paths
+
+    before = {kind: (list(paths), set(suffixes)) for kind, (paths, suffixes) in _folders(folder_paths).items()}
+    yield folder_paths.add_model_folder_path
+    _folders(folder_paths).clear()
+    _folders(folder_paths).update(before)
+    folder_paths.filename_list_cache.clear()
+
+
+def _folders(folder_paths: Any) -> dict[str, Any]:
+    folders: dict[str, Any] = folder_paths.folder_names_and_paths
+    return folders
+
+
+@pytest.fixture
+def split(full_pipeline: Path, models: Any, tmp_path: Path) -> tuple[SplitFiles, Path]:
+    """Split files of the small model in ComfyUI's folders; beside those, what no graph may reach."""
+    written = write_split_files(full_pipeline, tmp_path / "models", dtype="bf16")
+    for kind in ("diffusion_models", "text_encoders", "vae"):
+        models(kind, str(tmp_path / "models" / kind))
+    (tmp_path / "models" / "diffusers" / "small").mkdir(parents=True)
+    models("diffusers", str(tmp_path / "models" / "diffusers"))
+    shutil.copytree(full_pipeline, tmp_path / "models" / "diffusers" / "small", dirs_exist_ok=True)
+    shutil.copytree(full_pipeline, tmp_path / "outside")
+    for kind, name in (
+        ("diffusion_models", written.transformer), ("text_encoders", written.text_encoder), ("vae", written.vae)
+    ):  # fmt: skip
+        shutil.copy(tmp_path / "models" / kind / name, tmp_path / f"outside_{kind}.safetensors")
+    return written, tmp_path
+
+
+def loader() -> Any:
+    from qwenimage_lowvram.nodes.loader import QwenLowVRAMLoader
+
+    return QwenLowVRAMLoader
+
+
+def choices(name: str) -> list[str]:
+    listed: list[str] = loader().INPUT_TYPES()["required"][name][0]
+    return listed
+
+
+def test_the_files_of_comfyuis_folders_are_listed_and_open(split: tuple[SplitFiles, Path]) -> None:
+    names, _ = split
+    assert names.transformer in choices("transformer")
+    assert SMALL in choices("transformer")
+    assert names.text_encoder in choices("text_encoder")
+    assert names.vae in choices("vae")
+    assert loader().VALIDATE_INPUTS(names.transformer, names.text_encoder, names.vae) is True
+    assert loader().VALIDATE_INPUTS(SMALL, "from the folder", "from the folder") is True
+
+
+def test_the_folders_of_extra_model_paths_are_listed_and_open(models: Any, full_pipeline: Path, tmp_path: Path) -> None:
+    from utils.extra_config import load_extra_path_config
+
+    names = write_split_files(full_pipeline, tmp_path / "elsewhere", dtype="gguf_q8_0")
+    (tmp_path / "elsewhere" / "diffusion_models").rename(tmp_path / "elsewhere" / "unet")
+    shutil.copytree(full_pipeline, tmp_path / "elsewhere" / "pipelines" / "deep" / "small")
+    (tmp_path / "extra_model_paths.yaml").write_text(
+        "mine:\n    base_path: elsewhere\n    unet: unet\n    text_encoders: text_encoders\n    vae: vae\n"
+        "    diffusers: pipelines\n"
+    )
+    load_extra_path_config(str(tmp_path / "extra_model_paths.yaml"))
+    assert names.transformer in choices("transformer")
+    assert loader().VALIDATE_INPUTS(names.transformer, names.text_encoder, names.vae) is True
+    assert loader().VALIDATE_INPUTS("deep/small (folder)", "from the folder", "from the folder") is True
+
+
+def _ways_out(root: Path, kind: str) -> list[Any]:
+    """Ways of writing a path to a file that is there, and would load."""
+    outside = f"outside_{kind}.safetensors"
+    inside = next((root / "models" / kind).iterdir()).name
+    return [
+        f"../../{outside}",
+        f"..\\..\\{outside}",
+        f"./../../{outside}",
+        f"sub/../../../{outside}",
+        f"../{kind}/{inside}",
+        f"./{inside}",
+        f".\\{inside}",
+        f"{inside}/",
+        f"{inside}/.",
+        f"{inside}\0",
+        f"{inside}\0.safetensors",
+        str(root / outside),
+        "/" + str(root / outside),
+        f"/{inside}",
+        f"file://{root / outside}",
+        f"C:{outside}",
+        f"C:\\{outside}",
+        f"\\\\?\\{root / outside}",
+        f"//localhost/{root / outside}",
+        f"{inside}::$DATA",
+        f"%2e%2e/%2e%2e/{outside}",
+        f"{root.name}/{outside}",
+        "",
+        ".",
+        "..",
+        "../../outside (folder)",
+        f"{root / 'outside'} (folder)",
+        "small/../../../outside (folder)",
+        ". (folder)",
+        " (folder)",
+        "../diffusers/small (folder)",
+        "small/transformer (folder)",
+        "Small (folder)",
+        7,
+        ["a", 0, 1],
+        {},
+    ]
+
+
+@pytest.mark.parametrize("name", ["transformer", "text_encoder", "vae"])
+def test_no_input_reaches_a_file_outside_the_folders(name: str, split: tuple[SplitFiles, Path]) -> None:
+    names, root = split
+    right = {"transformer": names.transformer, "text_encoder": names.text_encoder, "vae": names.vae}
+    assert loader().VALIDATE_INPUTS(**right) is True
+    kind = {"transformer": "diffusion_models", "text_encoder": "text_encoders", "vae": "vae"}[name]
+    settings = {"dtype": "auto", "weight_format": "auto", "vram_limit_gb": 0.0, "timesteps": "fp32"}
+    for way in _ways_out(root, kind):
+        said = loader().VALIDATE_INPUTS(**(right | {name: way}))
+        assert isinstance(said, str), way
+        assert said.startswith("There is no"), way
+        assert "outside" not in said.replace(repr(way), "").replace(repr(way).removesuffix(" (folder)'"), ""), way
+        with pytest.raises(MissingFile, match="There is no"):
+            loader()().load(**(right | {name: way}), **settings)
+        with pytest.raises(MissingFile, match="There is no"):
+            loader().IS_CHANGED(**(right | {name: way}), **settings)
+
+
+def test_a_pipelines_index_leads_nowhere_else(split: tuple[SplitFiles, Path]) -> None:
+    _, root = split
+    transformer = root / "models" / "diffusers" / "small" / "transformer"
+    (transformer / "x.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "../../../../outside_diffusion_models.safetensors"}}'
+    )
+    said = loader().VALIDATE_INPUTS(SMALL, "from the folder", "from the folder")
+    assert "no .safetensors file of its own folder" in said
+
+
+# what is wrong with a file, said before the run
+
+
+def test_a_vae_of_another_kind_is_named_before_the_run(split: tuple[SplitFiles, Path]) -> None:
+    from diffusers import AutoencoderKL
+    from safetensors.torch import save_file
+
+    names, root = split
+    flux = AutoencoderKL(block_out_channels=(32,), latent_channels=16).state_dict()
+    save_file(flux, root / "models" / "vae" / "ae.safetensors")
+    said = loader().VALIDATE_INPUTS(names.transformer, names.text_encoder, "ae.safetensors")
+    assert "ae.safetensors is a VAE of the Stable Diffusion or Flux kind. Use qwen_image_vae.safetensors." in said
+
+
+def test_a_gguf_file_under_another_ending_is_named(split: tuple[SplitFiles, Path], full_pipeline: Path) -> None:
+    names, root = split
+    folder = root / "models" / "diffusion_models"
+    quantized = write_split_files(full_pipeline, root / "quantized", dtype="gguf_q8_0")
+    shutil.copy(root / "quantized" / "diffusion_models" / quantized.transformer, folder / "renamed.safetensors")
+    shutil.copy(folder / names.transformer, folder / "renamed.gguf")
+    said = loader().VALIDATE_INPUTS("renamed.safetensors", names.text_encoder, names.vae)
+    assert "renamed.safetensors is not a safetensors file, but a GGUF file. Give it the ending .gguf." in said
+    said = loader().VALIDATE_INPUTS("renamed.gguf", names.text_encoder, names.vae)
+    assert "renamed.gguf is no GGUF file, but a safetensors file. Give it the ending .safetensors." in said
+
+
+def test_2511_without_its_mark_is_refused_until_it_is_chosen(split: tuple[SplitFiles, Path]) -> None:
+    names, root = split
+    folder = root / "models" / "diffusion_models"
+    (folder / names.transformer).rename(folder / "Qwen-Image-Edit-2511-bf16.safetensors")
+    files = ("Qwen-Image-Edit-2511-bf16.safetensors", names.text_encoder, names.vae)
+    said = loader().VALIDATE_INPUTS(*files)
+    assert "has lost that model's mark" in said
+    assert "Choose the variant Qwen-Image-Edit-2511" in said
+    settings = {"dtype": "fp32", "weight_format": "auto", "vram_limit_gb": 0.0, "timesteps": "fp32"}
+    with pytest.raises(WrongModel, match="has lost that model's mark"):
+        loader()().load(*files, **settings)
+    assert loader().VALIDATE_INPUTS(*files, variant="Qwen-Image-Edit-2511") is True
+    loader().IS_CHANGED(*files, **settings, variant="Qwen-Image-Edit-2511")
+    model, _, _ = loader()().load(*files, **settings, variant="Qwen-Image-Edit-2511")
+    assert model.model.transformer.variant is Variant.EDIT_2511
+    assert model.model.transformer.config.zero_cond_t
+
+
+def test_an_unknown_variant_is_refused(split: tuple[SplitFiles, Path]) -> None:
+    names, _ = split
+    said = loader().VALIDATE_INPUTS(names.transformer, names.text_encoder, names.vae, variant="Qwen-Image-Layered")
+    assert said.startswith("There is no variant 'Qwen-Image-Layered'. Use one of: auto, Qwen-Image,")

@@ -1,0 +1,180 @@
+"""The Memory Plan node plans the real model for every card from headers alone, and says what does not fit."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import full_size
+import numpy as np
+import pytest
+import torch
+from live_bytes import LiveBytes
+from PIL import Image
+
+CARDS = ("4 GB", "6 GB", "8 GB", "12 GB", "16 GB", "24 GB")
+FILES = {"transformer": "plan_bf16.safetensors", "text_encoder": "plan_te.safetensors", "vae": "plan_vae.safetensors"}
+PICTURE = {"width": 1328, "height": 1328, "batch_size": 1, "steps": 20, "cfg": 4.0, "prompt_tokens": 60}
+LIMITS = {"vram_limit_gb": 0.0, "ram_limit_gb": 24.0}
+
+
+@pytest.fixture(autouse=True)
+def files(comfy: Any) -> Iterator[None]:
+    """The whole model among ComfyUI's own, as headers of files without data."""
+    import folder_paths
+
+    models = Path(folder_paths.models_dir)
+    made = [
+        full_size.write_header(checkpoint, models / folder / name)
+        for folder, name, checkpoint in (
+            ("diffusion_models", FILES["transformer"], full_size.transformer_checkpoint()),
+            ("diffusion_models", "plan_fp8.safetensors", full_size.transformer_checkpoint(torch.float8_e4m3fn)),
+            ("text_encoders", FILES["text_encoder"], full_size.text_encoder_checkpoint(torch.float8_e4m3fn)),
+            ("vae", FILES["vae"], full_size.vae_checkpoint()),
+        )
+    ]
+    yield
+    for file in made:
+        file.unlink()
+
+
+def plan(**changed: Any) -> dict[str, Any]:
+    from qwenimage_lowvram.nodes.memory_plan import QwenLowVRAMMemoryPlan
+
+    inputs = {**FILES, "weight_format": "as stored", **PICTURE, **LIMITS, **changed}
+    return QwenLowVRAMMemoryPlan().plan(**inputs)
+
+
+def tables(text: str) -> tuple[dict[str, dict[str, str]], dict[str, dict[str, str]]]:
+    """The rows of the two tables by card: of a step, and of the peaks."""
+    found = []
+    for part in text.split("\n\n")[1:3]:
+        head, *lines = (re.split(r" {2,}", f"-{line}" if line.startswith(" ") else line) for line in part.splitlines())
+        found.append({cells[0]: dict(zip(head[1:], cells[1:], strict=True)) for cells in lines})
+    return found[0], found[1]
+
+
+def test_every_stage_stays_within_each_cards_limit() -> None:
+    from qwenimage_lowvram.nodes.limits import HEADROOM_BYTES
+    from qwenimage_lowvram.nodes.memory_plan import CONTEXT_BYTES
+
+    steps, peaks = tables(plan()["result"][0])
+    assert tuple(steps) == tuple(peaks) == CARDS
+    for card, row in peaks.items():
+        limit = float(row.pop("limit"))
+        left = int(card.split()[0]) - (CONTEXT_BYTES + HEADROOM_BYTES) / 1024**3
+        assert limit == pytest.approx(left, abs=0.01)
+        assert list(row) == ["encode", "load", "modulation", "sampling", "decode"]
+        for cell in row.values():
+            vram, ram = map(float, cell.split("/"))
+            assert 0 < vram <= limit + 0.005
+            assert 0 < ram <= 24.1
+
+
+def test_a_larger_card_is_never_slower_and_keeps_more_blocks() -> None:
+    steps, _ = tables(plan()["result"][0])
+    seconds = [float(steps[card]["s per step"]) for card in CARDS]
+    stay = [int(steps[card]["stay"]) for card in CARDS]
+    assert seconds == sorted(seconds, reverse=True)
+    assert stay == sorted(stay)
+    assert 0 < stay[0] < stay[-1]
+    for row in steps.values():
+        assert int(row["stay"]) + int(row["in RAM"]) + int(row["from file"]) == 60
+
+
+def test_little_ram_means_a_step_that_waits_for_the_disk() -> None:
+    row = tables(plan(cfg=1.0, ram_limit_gb=2.0)["result"][0])[0]["4 GB"]
+    assert int(row["from file"]) > 50
+    assert row["bound by"] == "the disk"
+    assert tables(plan(cfg=1.0)["result"][0])[0]["4 GB"]["bound by"] != "the disk"
+
+
+def test_formats_are_planned_without_being_made(comfy: Any) -> None:
+    from qwenimage_lowvram.nodes.weight_cache import weight_cache_folder
+
+    stored = tables(plan()["result"][0])[0]["8 GB"]
+    small = tables(plan(weight_format="nf4")["result"][0])[0]["8 GB"]
+    assert (stored["format"], small["format"]) == ("as stored", "nf4")
+    assert int(small["stay"]) > 3 * int(stored["stay"])
+    assert not weight_cache_folder().exists()
+    fp8 = tables(plan(transformer="plan_fp8.safetensors")["result"][0])[0]["8 GB"]
+    assert int(small["stay"]) > int(fp8["stay"]) > int(stored["stay"])
+
+
+def test_auto_is_what_the_loader_would_choose_on_each_card() -> None:
+    formats = [row["format"] for row in tables(plan(weight_format="auto")["result"][0])[0].values()]
+    assert formats[-1] in ("as stored", "int8")
+    assert set(formats) <= {"as stored", "int8", "nf4"}
+
+
+def test_what_does_not_fit_is_said_and_the_others_are_planned() -> None:
+    text = plan(width=4096, height=4096, batch_size=4)["result"][0]
+    steps, _ = tables(text)
+    refused = [line for line in text.splitlines() if re.match(r"\d+ GB: ", line)]
+    assert refused
+    assert refused[0].startswith("4 GB: Sampling needs ")
+    assert "Use " in text
+    assert "24 GB" in steps
+    assert not {line.split(":")[0] for line in refused} & set(steps)
+
+
+def test_ones_own_limit_stands_beside_the_cards() -> None:
+    _, peaks = tables(plan(vram_limit_gb=3.0)["result"][0])
+    assert list(peaks) == [*CARDS, "limit 3 GB"]
+    assert peaks["limit 3 GB"]["limit"] == "3.00"
+
+
+def test_no_weight_is_read_and_no_tensor_made_but_the_picture() -> None:
+    counters = Path("/proc/self/io")
+    if not counters.exists():
+        pytest.skip("this system does not say how much a process reads")
+
+    def read_bytes() -> int:
+        return int(re.findall(r"rchar: (\d+)", counters.read_text())[0])
+
+    plan()  # imports what is imported late
+    before = read_bytes()
+    with LiveBytes("cpu") as live:
+        result = plan()["result"]
+    # each file's header is read twice at most: by the folder's check of the choice, and by the node
+    assert read_bytes() - before < 5_000_000
+    picture_bytes = result[1].nbytes
+    assert picture_bytes < 20_000_000
+    assert live.peak <= 2 * picture_bytes  # fp32, divided by 255
+
+
+def test_the_picture_is_on_the_node_as_in_the_output() -> None:
+    import folder_paths
+
+    answer = plan(vram_limit_gb=2.0)
+    text, image = answer["result"]
+    assert answer["ui"]["text"] == [text]
+    (shown,) = answer["ui"]["images"]
+    assert shown["type"] == "temp"
+    saved = Image.open(Path(folder_paths.get_temp_directory()) / shown["subfolder"] / shown["filename"])
+    assert image.shape == (1, saved.height, saved.width, 3)
+    assert saved.width == 1200
+    assert np.array_equal(np.asarray(saved.convert("RGB")), (255 * image[0]).round().byte().numpy())
+    assert 0 <= image.min() < 0.2
+    assert image.max() == 1
+
+
+def test_a_file_that_is_missing_or_misplaced_is_named_before_the_run() -> None:
+    from qwenimage_lowvram.nodes.memory_plan import QwenLowVRAMMemoryPlan
+
+    check = QwenLowVRAMMemoryPlan.VALIDATE_INPUTS
+    assert check(**FILES, weight_format="nf4") is True
+    assert "gone.safetensors" in check(**(FILES | {"vae": "gone.safetensors"}), weight_format="auto")
+    fp8 = FILES | {"transformer": "plan_fp8.safetensors"}
+    assert "quantized already" in check(**fp8, weight_format="nf4")
+    assert check(**(FILES | {"transformer": None}), weight_format="auto") is True
+
+
+def test_the_plan_changes_with_its_files_and_not_from_run_to_run() -> None:
+    from qwenimage_lowvram.nodes.memory_plan import QwenLowVRAMMemoryPlan
+
+    def fingerprint(**changed: str) -> str:
+        return QwenLowVRAMMemoryPlan.IS_CHANGED(**FILES | changed, weight_format="auto").rpartition("/")[0]
+
+    assert fingerprint() == fingerprint()
+    assert fingerprint() != fingerprint(transformer="plan_fp8.safetensors")

@@ -1,0 +1,119 @@
+"""Memory that runs out at any point of a run costs a smaller plan, never the picture; or there is a clear error."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from live_bytes import LiveBytes
+from qwenimage_lowvram.engine.plan import least_bytes
+from qwenimage_lowvram.engine.request import SamplingRequest
+from qwenimage_lowvram.engine.transformer import QwenImageTransformer
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .conftest import cond, empty_latent
+from .test_model import ksampler
+
+STRIDE = 3  # the parts of the test take others of the operations that fail
+Sample = Callable[[], torch.Tensor]
+
+
+class FullMemory(TorchDispatchMode):
+    """A card that other programs fill: from operation `first` on, `count` operations find no memory."""
+
+    def __init__(self, first: int, count: int) -> None:
+        super().__init__()
+        self.fails = range(first, first + count)
+        self.operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations += 1
+        if self.operations in self.fails:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def sample(model: Any) -> Sample:
+    """A run whose model is not loaded yet and whose modulation table is not known."""
+
+    def run() -> torch.Tensor:
+        model.detach()
+        model.model.transformer.modulation.forget()
+        return ksampler(model, cond(), cond(5, 2), empty_latent(), steps=2)
+
+    return run
+
+
+def count_operations(sample: Sample) -> int:
+    with FullMemory(0, 0) as memory:
+        sample()
+    return memory.operations
+
+
+@pytest.mark.parametrize("part", range(STRIDE))
+def test_memory_that_runs_out_once_anywhere_changes_no_picture(part: int, model: Any, sample: Sample) -> None:
+    expected = sample()
+    retried = refused = 0
+    for point in range(1 + 25 * part, count_operations(sample), 25 * STRIDE):
+        try:
+            with FullMemory(point, 1):
+                picture = sample()
+        except torch.OutOfMemoryError:
+            refused += 1  # in ComfyUI's own operations around the run
+        else:
+            assert torch.equal(picture, expected)
+            retried += model.model.last_report.out_of_memory
+        assert model.model.calls.run is None
+    assert retried > 4 * refused
+    assert torch.equal(sample(), expected)
+
+
+def test_memory_that_stays_full_is_an_error_that_leaves_nothing(model: Any, sample: Sample) -> None:
+    expected = sample()
+    total = count_operations(sample)
+    told = 0
+    with LiveBytes("cpu") as live:
+        sample()
+        model.detach()
+        model.model.transformer.modulation.forget()
+        before = live.now
+        for point in range(1, total, total // 40):
+            try:
+                with FullMemory(point, 10**9):
+                    sample()
+            except torch.OutOfMemoryError as error:
+                told += "Memory ran out although" in str(error) and "What to do: close other programs" in str(error)
+            else:
+                pytest.fail(f"operation {point} and all after it found no memory, and there was a picture")
+            model.detach()
+            model.model.transformer.modulation.forget()
+            assert live.now <= before
+    assert told > 20
+    assert torch.equal(sample(), expected)
+
+
+def test_what_is_done_when_memory_runs_out_is_said(
+    model: Any, sample: Sample, transformer: QwenImageTransformer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    total = count_operations(sample)
+    with FullMemory(total // 2, 1):
+        sample()
+    (record,) = [record for record in caplog.records if "Memory ran out" in record.message]
+    assert "Tried to allocate 20.00 MiB" in record.message
+    assert "MemoryPlan(" in record.message
+    report = model.model.last_report
+    assert report.out_of_memory == 1
+    assert len(report.plan.resident) < transformer.config.num_layers
+    assert report.plan.peak_bytes < report.plan.limit_bytes
+
+
+def test_a_plan_that_cannot_be_smaller_is_an_error_at_once(
+    model: Any, sample: Sample, transformer: QwenImageTransformer
+) -> None:
+    model.model.limit_bytes = least_bytes(transformer.footprint, SamplingRequest(96, 64, 2, 9))
+    total = count_operations(sample)
+    with FullMemory(total // 2, 1), pytest.raises(torch.OutOfMemoryError, match="Memory ran out although"):
+        sample()

@@ -1,0 +1,59 @@
+"""Speeds are measured once for a device and a disk, and remembered in ComfyUI's user folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from qwenimage_lowvram.engine.forecast import Speeds
+from qwenimage_lowvram.engine.hardware import Hardware
+
+CPU = Hardware.detect(torch.device("cpu"))
+
+
+@pytest.fixture
+def known(comfy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`known(dtype)`; ComfyUI's user folder is a new one."""
+    import folder_paths
+    from qwenimage_lowvram.nodes.speeds import KnownSpeeds
+
+    monkeypatch.setattr(folder_paths, "get_user_directory", lambda: str(tmp_path / "user"))
+    model = tmp_path / "models" / "model.safetensors"
+    model.parent.mkdir()
+    model.write_bytes(b"\0" * 10_000_000)
+    return lambda dtype=torch.float32: KnownSpeeds(CPU, dtype, model)
+
+
+def remembered(tmp_path: Path) -> Path:
+    return tmp_path / "user" / "qwen_lowvram" / "speeds.json"
+
+
+def test_what_is_measured_once_is_the_same_the_next_time(known: Any, tmp_path: Path) -> None:
+    first = known().get()
+    assert known().get() == first
+    assert len(json.loads(remembered(tmp_path).read_text())) == 3  # version, device, disk
+    assert known(torch.bfloat16).get().disk_bytes == first.disk_bytes
+    assert len(json.loads(remembered(tmp_path).read_text())) == 4
+
+
+def test_corrections_are_kept(known: Any) -> None:
+    known().get()
+    known().put(Speeds(1.0, 2.0, 3.0))
+    assert known().get() == Speeds(1.0, 2.0, 3.0)
+
+
+@pytest.mark.parametrize("damage", ["", "[1]", '{"version": 0}', '{"version": 1, "cpu, float32": {"flops": -1}}', "{"])
+def test_a_damaged_file_is_measured_anew(damage: str, known: Any, tmp_path: Path) -> None:
+    remembered(tmp_path).parent.mkdir(parents=True)
+    remembered(tmp_path).write_text(damage)
+    assert known().get().flops > 1e7
+    assert json.loads(remembered(tmp_path).read_text())["version"] == 1
+
+
+def test_a_folder_that_cannot_be_written_costs_a_warning(
+    known: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "user").write_text("a file where the folder should be")
+    assert known().get().flops > 1e7
+    assert "Speeds are not remembered" in caplog.text

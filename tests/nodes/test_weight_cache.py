@@ -1,0 +1,201 @@
+"""The loader quantizes at its first load, is interrupted like any node, and notices when its cache has been cleared."""
+
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from qwenimage_lowvram.engine.checkpoint import open_checkpoint
+
+FOLDER = "from the folder"
+NAME = "quantized_on_load"
+
+
+@pytest.fixture
+def pipeline(comfy: Any, small_pipeline: Path) -> Iterator[Path]:
+    """The small pipeline among ComfyUI's own models, without anything in the cache."""
+    import folder_paths
+
+    folder = Path(folder_paths.models_dir) / "diffusers" / NAME
+    shutil.copytree(small_pipeline, folder)
+    os.utime(weights_in(folder))  # another source for each test
+    yield folder
+    shutil.rmtree(folder)
+    shutil.rmtree(cache(), ignore_errors=True)
+
+
+def weights_in(folder: Path) -> Path:
+    return folder / "transformer" / "diffusion_pytorch_model.safetensors"
+
+
+def cache() -> Path:
+    from qwenimage_lowvram.nodes.weight_cache import weight_cache_folder
+
+    return weight_cache_folder()
+
+
+def chosen(weight_format: str) -> dict[str, Any]:
+    return {"transformer": f"{NAME} (folder)", "text_encoder": FOLDER, "vae": FOLDER, "weight_format": weight_format}
+
+
+def load(weight_format: str) -> Any:
+    from qwenimage_lowvram.nodes.loader import QwenLowVRAMLoader
+
+    settings = {"dtype": "fp32", "vram_limit_gb": 0.0, "timesteps": "fp32"}
+    return QwenLowVRAMLoader().load(**chosen(weight_format), **settings)[0].model.transformer
+
+
+def is_valid(weight_format: str) -> Any:
+    from qwenimage_lowvram.nodes.loader import QwenLowVRAMLoader
+
+    return QwenLowVRAMLoader.VALIDATE_INPUTS(**chosen(weight_format))
+
+
+def fingerprint(weight_format: str) -> str:
+    from qwenimage_lowvram.nodes.loader import QwenLowVRAMLoader
+
+    return QwenLowVRAMLoader.IS_CHANGED(**chosen(weight_format), dtype="fp32")
+
+
+def shown(action: str) -> str:
+    from qwenimage_lowvram.nodes.weight_cache import QwenLowVRAMWeightCache
+
+    answer = QwenLowVRAMWeightCache().run(action)
+    assert answer["ui"] == {"text": [answer["result"][0]]}
+    return answer["result"][0]
+
+
+@pytest.mark.parametrize(
+    ("weight_format", "codec"),
+    [("fp8_e4m3fn_scaled", "fp8_e4m3fn_scaled"), ("int8", "bnb_int8"), ("nf4", "nf4"), ("fp4", "fp4")],
+)
+def test_the_loader_holds_blocks_in_the_chosen_format(weight_format: str, codec: str, pipeline: Path) -> None:
+    plain = load("auto")
+    assert not cache().exists()
+    quantized = load(weight_format)
+    assert (plain.weight_format, quantized.weight_format) == ("fp32", codec)
+    assert quantized.store.raw_bytes < 0.3 * plain.store.raw_bytes
+    (file,) = cache().iterdir()
+    made = file.stat().st_ino, file.stat().st_mtime_ns
+    assert load(weight_format).weight_format == codec
+    assert (file.stat().st_ino, file.stat().st_mtime_ns) == made
+
+
+def test_looking_at_the_inputs_quantizes_nothing(pipeline: Path) -> None:
+    assert is_valid("nf4") is True
+    assert fingerprint("nf4") == fingerprint("auto")
+    assert not cache().exists()
+
+
+def test_linked_inputs_are_looked_at_when_they_are_known(pipeline: Path) -> None:
+    from qwenimage_lowvram.nodes.loader import QwenLowVRAMLoader
+
+    assert QwenLowVRAMLoader.VALIDATE_INPUTS(**(chosen("nf4") | {"weight_format": None})) is True
+    assert QwenLowVRAMLoader.VALIDATE_INPUTS(**(chosen("nf5") | {"transformer": None})) is True
+    assert QwenLowVRAMLoader.IS_CHANGED(**(chosen("nf4") | {"weight_format": None})) == fingerprint("auto")
+
+
+def test_a_format_that_cannot_be_made_is_refused_before_the_run(
+    pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "There is no weight_format 'nf5'" in is_valid("nf5")
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 0}))
+    assert "0.0 GB are free" in is_valid("nf4")
+    assert is_valid("auto") is True
+
+
+def test_an_interruption_while_quantizing_leaves_nothing(pipeline: Path) -> None:
+    import comfy.model_management as management
+
+    management.interrupt_current_processing()
+    with pytest.raises(management.InterruptProcessingException):
+        load("nf4")
+    assert list(cache().iterdir()) == []
+    assert load("nf4").weight_format == "nf4"
+
+
+def test_the_progress_bar_counts_the_blocks(pipeline: Path) -> None:
+    import comfy.utils
+
+    seen: list[tuple[int, int]] = []
+    comfy.utils.set_progress_bar_global_hook(lambda value, total, preview, **_: seen.append((value, total)))
+    try:
+        load("nf4")
+    finally:
+        comfy.utils.set_progress_bar_global_hook(None)
+    assert seen[0] == (0, 4)
+    assert seen[-1] == (4, 4)
+
+
+def test_a_model_whose_cache_was_cleared_is_loaded_again(pipeline: Path) -> None:
+    before = fingerprint("nf4")
+    load("nf4")
+    assert fingerprint("nf4") == before  # or every second run would load again
+    shown("clear all")
+    after = fingerprint("nf4")
+    assert after != before
+    assert fingerprint("nf4") == after
+    load("nf4")
+    assert fingerprint("nf4") == after
+    assert fingerprint("int8") == before
+
+
+def test_the_node_lists_what_there_is_and_its_size(pipeline: Path) -> None:
+    assert shown("show") == f"{cache()}: nothing\nprompts: none"
+    load("nf4")
+    load("int8")
+    head, *lines, _ = shown("show").splitlines()
+    assert head.startswith(f"{cache()}: 2 files, 0.00 GB")
+    assert [line.split(", ")[:2] for line in lines] == [
+        [f"{NAME}/transformer", "int8"],
+        [f"{NAME}/transformer", "nf4"],
+    ]
+    assert all(line.endswith(", usable") for line in lines)
+
+
+def test_the_node_clears_what_is_not_used_or_everything(pipeline: Path) -> None:
+    load("nf4")
+    os.utime(weights_in(pipeline), (1, 1))
+    load("nf4")
+    assert [line.rpartition(", ")[2] for line in shown("show").splitlines()[1:]].count("usable") == 1
+    report = shown("clear unused")
+    assert "removed: 1 file" in report
+    assert report.splitlines()[-1].endswith("its model file has changed")
+    identity = open_checkpoint(pipeline / "transformer").identity
+    (kept,) = cache().iterdir()
+    assert identity in kept.name
+    assert "removed: nothing" in shown("clear unused")
+    assert "removed: 1 file" in shown("clear all")
+    assert list(cache().iterdir()) == []
+
+
+def test_a_graph_left_on_clear_all_clears_once(pipeline: Path) -> None:
+    from qwenimage_lowvram.nodes.weight_cache import QwenLowVRAMWeightCache
+
+    assert math.isnan(QwenLowVRAMWeightCache.IS_CHANGED("show"))
+    for action in ("clear all", "clear prompts"):
+        assert QwenLowVRAMWeightCache.IS_CHANGED(action) == QwenLowVRAMWeightCache.IS_CHANGED(action)
+
+
+def test_prompts_and_weights_are_cleared_apart(pipeline: Path) -> None:
+    from qwenimage_lowvram.nodes.loader import QwenLowVRAMLoader
+    from qwenimage_lowvram.nodes.weight_cache import prompt_cache
+
+    settings = {"dtype": "fp32", "vram_limit_gb": 0.0, "timesteps": "fp32"}
+    clip = QwenLowVRAMLoader().load(**chosen("nf4"), **settings)[1]
+    clip.encode_prompts(["a cat", " "])
+    nbytes = sum(entry.nbytes for entry in prompt_cache().entries())
+    count = f"prompts: 2, {nbytes / 1e6:.1f} MB"
+    assert shown("show").splitlines()[-1] == count
+    for action in ("clear unused", "clear all"):
+        assert count in shown(action).splitlines()
+    assert len(prompt_cache().entries()) == 2
+    load("nf4")
+    report = shown("clear prompts")
+    assert report.startswith(f"{cache()}: 1 file, ")
+    assert report.endswith(f"prompts: none\n\nremoved {count}")
+    assert prompt_cache().entries() == []
+    assert shown("clear prompts").endswith("removed prompts: none")

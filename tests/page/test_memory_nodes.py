@@ -1,0 +1,44 @@
+"""The memory nodes show their table and their picture on the page, and save nothing of them."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from devtools.client import ComfyClient
+from small_checkpoint import SplitFiles
+
+VUE_NODES = "Comfy.VueNodes.Enabled"
+ADD = """(files) => {
+  const graph = window.app.graph;
+  graph.clear();
+  const node = window.LiteGraph.createNode('QwenLowVRAMMemoryPlan');
+  graph.add(node);
+  for (const [name, value] of Object.entries(files)) node.widgets.find((w) => w.name === name).value = value;
+  return node.id;
+}"""
+SHOWN = "() => document.querySelector('.qwen-lowvram-memory').innerText"
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["classic-nodes", "vue-nodes"])
+def page(request: pytest.FixtureRequest, open_page: Any, client: ComfyClient) -> Iterator[Any]:
+    yield open_page({VUE_NODES: request.param})
+    client.post("/settings", {VUE_NODES: False})  # the server keeps settings for the next page
+
+
+def test_the_plan_is_shown_on_its_node(page: Any, split_files: dict[str, SplitFiles]) -> None:
+    names = split_files["bf16"]
+    files = {"transformer": names.transformer, "text_encoder": names.text_encoder, "vae": names.vae}
+    node = page.evaluate(ADD, files)
+    assert page.evaluate("() => new Promise((done) => setTimeout(done, 500))") is None
+    assert page.evaluate(SHOWN) == "Run the graph to see the plan."
+    assert page.run()["status"] == "success"
+    shown = page.evaluate(SHOWN)
+    assert shown.startswith("Memory plan: 1328x1328")
+    assert "until decoding" in shown
+    inputs = page.prompt()[str(node)]["inputs"]
+    assert inputs["transformer"] == names.transformer
+    assert "qwen_lowvram_memory" not in inputs
+    (saved,) = page.serialize()["nodes"]
+    assert len(saved["widgets_values"]) == len(inputs)
+    page.screenshot("memory-plan")
+    assert page.unexpected_messages() == []

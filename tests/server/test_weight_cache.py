@@ -1,0 +1,169 @@
+"""Quantizing on load through the real server: the picture is that of the quantized weights, and the second load is
+from the cache."""
+
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes.functional as functional
+import numpy as np
+import pytest
+import torch
+from devtools.client import ComfyClient, PromptRefused, Run
+from diffusers import QwenImagePipeline
+from PIL import Image
+from safetensors.torch import load_file
+from small_checkpoint import SplitFiles
+from torch import Tensor
+
+from .graphs import FOLDER, WORKFLOWS, with_inputs, workflow
+
+SIZE = {"width": 112, "height": 80, "batch_size": 1}
+STEPS, SEED = 4, 5
+PROMPT, NEGATIVE = "a red circle", "blurry"
+
+
+@pytest.fixture
+def cache(models_dir: Path) -> Iterator[Path]:
+    folder = models_dir / "qwen_lowvram"
+    assert files_in(folder) == []
+    yield folder
+    for file in files_in(folder):
+        file.unlink()
+
+
+@pytest.fixture
+def prompt(object_info: dict[str, Any], full_pipeline: Path) -> Callable[..., dict[str, Any]]:
+    """`prompt(**loader)`: the first bundled graph on the small pipeline folder, in fp32."""
+    own = {"transformer": f"{full_pipeline.name} (folder)", "text_encoder": FOLDER, "vae": FOLDER, "dtype": "fp32"}
+
+    def make(**loader: Any) -> dict[str, Any]:
+        return workflow(
+            WORKFLOWS[0],
+            object_info,
+            own | loader,
+            prompts={"positive": PROMPT, "negative": NEGATIVE},
+            size=SIZE,
+            sample={"seed": SEED, "steps": STEPS},
+        )
+
+    return make
+
+
+def picture(client: ComfyClient, prompt: dict[str, Any]) -> tuple[np.ndarray, Run]:
+    run = client.run(prompt)
+    (image,) = run.images()
+    return np.asarray(Image.open(io.BytesIO(client.image(image))).convert("RGB")).astype(int), run
+
+
+def files_in(folder: Path) -> list[Path]:
+    """The quantized weights; encoded prompts have a folder of their own in there."""
+    return [path for path in folder.iterdir() if path.name != "prompts"] if folder.exists() else []
+
+
+def stamp(file: Path) -> tuple[int, int]:
+    return file.stat().st_ino, file.stat().st_mtime_ns
+
+
+def decoded(file: Path) -> dict[str, Tensor]:
+    """A cache file's weights in fp32, by bitsandbytes itself."""
+    stored = load_file(file)
+    weights = {}
+    for name, data in stored.items():
+        layer = name.removesuffix(".weight")
+        if f"{layer}.SCB" in stored and layer != name:
+            weights[name] = functional.int8_vectorwise_dequant(data, stored[f"{layer}.SCB"])
+        elif f"{name}.absmax" in stored:
+            state = {k.removeprefix(f"{name}."): v for k, v in stored.items() if k.startswith(f"{name}.")}
+            quant_state = functional.QuantState.from_dict(state, torch.device("cpu"))
+            weights[name] = functional.dequantize_4bit(data, quant_state).float()
+    return weights
+
+
+def diffusers_picture(pipeline: QwenImagePipeline) -> np.ndarray:
+    image = pipeline(
+        PROMPT,
+        negative_prompt=NEGATIVE,
+        true_cfg_scale=4.0,
+        width=SIZE["width"],
+        height=SIZE["height"],
+        num_inference_steps=STEPS,
+        generator=torch.Generator().manual_seed(SEED),
+        max_sequence_length=1024,
+        output_type="np",
+    ).images[0]
+    return (255 * image).clip(0, 255).astype(np.uint8).astype(int)
+
+
+def relative(ours: np.ndarray, reference: np.ndarray) -> float:
+    return float(np.linalg.norm(ours - reference) / np.linalg.norm(reference - reference.mean()))
+
+
+@pytest.mark.parametrize(
+    ("weight_format", "codec", "least", "most"), [("int8", "bnb_int8", 0.005, 0.03), ("nf4", "nf4", 0.08, 0.25)]
+)
+def test_quantizing_on_load_makes_the_picture_of_the_quantized_weights(
+    weight_format: str,
+    codec: str,
+    least: float,
+    most: float,
+    client: ComfyClient,
+    prompt: Callable[..., dict[str, Any]],
+    full_pipeline: Path,
+    cache: Path,
+) -> None:
+    ours, run = picture(client, prompt(weight_format=weight_format))
+    assert run.ui("qwen_lowvram_report")[0]["weight_format"] == codec
+    (file,) = files_in(cache)
+    pipeline = QwenImagePipeline.from_pretrained(full_pipeline)
+    pipeline.set_progress_bar_config(disable=True)
+    weights = decoded(file)
+    assert len(weights) == 4 * 12
+    assert not pipeline.transformer.load_state_dict(weights, strict=False).unexpected_keys
+    assert np.abs(ours - diffusers_picture(pipeline)).max() <= 1
+
+    plain, _ = picture(client, prompt())
+    assert least < relative(ours, plain) < most
+
+    made = stamp(file)
+    again, run = picture(client, prompt(weight_format=weight_format, vram_limit_gb=8.0))
+    assert "1" in run.executed()  # the loader
+    assert run.ui("qwen_lowvram_report")[0]["weight_format"] == codec
+    assert np.array_equal(again, ours)
+    assert stamp(file) == made
+
+
+def test_the_node_shows_and_clears_and_the_next_run_quantizes_again(
+    client: ComfyClient, prompt: Callable[..., dict[str, Any]], full_pipeline: Path, cache: Path
+) -> None:
+    def node(action: str) -> str:
+        prompt = {"1": {"class_type": "QwenLowVRAMWeightCache", "inputs": {"action": action}}}
+        (text,) = client.run(prompt).ui("text")
+        return text
+
+    graph = prompt(weight_format="fp4")
+    first, _ = picture(client, graph)
+    shown = node("show")
+    assert shown.startswith(f"{cache}: 1 file, ")
+    assert f"{full_pipeline.name}/transformer, fp4, " in shown
+    assert node("clear unused").endswith("removed: nothing")
+    assert "removed: 1 file" in node("clear all")
+    assert files_in(cache) == []
+    assert f"{cache}: nothing" in node("show")
+    again, _ = picture(client, with_inputs(graph, "4", seed=SEED + 1))
+    assert not np.array_equal(again, first)
+    assert len(files_in(cache)) == 1
+
+
+def test_a_quantized_file_in_another_format_is_refused_before_the_run(
+    client: ComfyClient, prompt: Callable[..., dict[str, Any]], split_files: dict[str, SplitFiles], models_dir: Path
+) -> None:
+    names = split_files["fp8_scaled"]
+    files = {"transformer": names.transformer, "text_encoder": names.text_encoder, "vae": names.vae}
+    with pytest.raises(PromptRefused, match="is quantized already"):
+        client.run(prompt(**files, weight_format="nf4"))
+    with pytest.raises(PromptRefused, match="There is no weight_format 'q4'"):
+        client.run(with_inputs(prompt(**files), "1", weight_format="q4"))
+    picture(client, prompt(**files, weight_format="fp8_e4m3fn_scaled"))
+    assert files_in(models_dir / "qwen_lowvram") == []
