@@ -107,7 +107,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
                     "Remove the file that does not belong to the folder."
                 )
             tensors[name] = _entry(file, name, info, data_start, size)
-    if config is None and "config" in metadata:
+    if config is None and metadata.get("config", "").startswith("{"):  # trainers of LoRAs keep other texts there
         config = parse_json(metadata["config"], f"{path}: metadata key 'config'")
     return Checkpoint(path, tensors, metadata, config, digest.hexdigest()[:16])
 

@@ -16,7 +16,7 @@ class TransformerFootprint:
     staging_bytes: room on the device for the largest stored parameter, 0 where stored bytes need no decoding (native).
     scratch_bytes: what decoding a block allocates on the device for a moment. modulation_*: the same of a block's
     modulation weights. ring_bytes: host memory that file bytes pass through. host: the device is the host, and has no
-    other memory.
+    other memory. elsewhere: blocks that stay on other devices, and are not among `blocks`.
     """
 
     blocks: int
@@ -36,11 +36,16 @@ class TransformerFootprint:
     modulation_stored_bytes: int = 0
     ring_bytes: int = 0
     host: bool = False
+    elsewhere: int = 0
+
+    @property
+    def all_blocks(self) -> int:
+        return self.blocks + self.elsewhere
 
     @property
     def row_bytes(self) -> int:
         """One timestep's row of the modulation table: 6 vectors each for picture and text, in every block."""
-        return self.blocks * 12 * self.inner_dim * self.element_bytes
+        return self.all_blocks * 12 * self.inner_dim * self.element_bytes
 
     @property
     def resident_block_bytes(self) -> int:

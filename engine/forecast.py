@@ -68,7 +68,7 @@ def step_flops(footprint: TransformerFootprint, request: SamplingRequest) -> flo
     """
     dim, tokens = footprint.inner_dim, request.image_tokens + request.prompt_tokens
     per_block = 2 * tokens * 12 * dim**2 + 4 * tokens**2 * dim
-    return float(request.branches * footprint.blocks * per_block)
+    return float(request.branches * footprint.all_blocks * per_block)
 
 
 def forecast_step(

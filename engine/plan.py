@@ -22,13 +22,27 @@ SUGGESTED_SIZES = ((1328, 1328), (1664, 928), (1024, 1024), (768, 768), (512, 51
 
 
 @dataclass(frozen=True)
+class Annex:
+    """A further device, on which `blocks` stay: `peak_bytes` of its `limit_bytes` at the worst moment of a step."""
+
+    device: str
+    blocks: range
+    peak_bytes: int
+    limit_bytes: int
+
+    def __repr__(self) -> str:
+        return f"blocks {self.blocks.start} to {self.blocks.stop - 1} on {self.device}"
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
     """Where the transformer's blocks live during a run, what that takes, and how long a step will take.
 
     resident: indices of the blocks that stay on the device. held: of those that stay in host memory; the others are
     read from the file at every step. slots: buffers that blocks pass through (two overlap fetching with computing).
     mlp_chunk_tokens: None computes the MLP of all tokens at once. The *_peak_bytes are predictions of everything that
-    the stage holds on the device, ram_peak_bytes of everything in host memory.
+    the stage holds on the device, ram_peak_bytes of everything in host memory. `blocks` and all that leave out those of
+    annexes.
     """
 
     request: SamplingRequest
@@ -46,6 +60,7 @@ class MemoryPlan:
     ram_peak_bytes: int
     streamed_bytes_per_step: int
     forecast: StepForecast
+    annexes: tuple[Annex, ...] = ()
 
     @property
     def limit_bytes(self) -> int:
@@ -75,18 +90,24 @@ class MemoryPlan:
             f"RAM, {self.from_file} read from the file, through {slots}, {size_text(self.streamed_bytes_per_step)} "
             f"per step{chunk}; peak {size_text(self.peak_bytes)} of {size_text(self.limit_bytes)}: weights "
             f"{size_text(self.resident_bytes)}, activations {size_text(self.activation_bytes)}; RAM "
-            f"{size_text(self.ram_peak_bytes)}{ram}; {self.forecast})"
+            f"{size_text(self.ram_peak_bytes)}{ram}; {self.forecast}{''.join(f'; {annex}' for annex in self.annexes)})"
         )
 
 
 def plan_memory(
-    footprint: TransformerFootprint, request: SamplingRequest, limits: Limits, speeds: Speeds = TYPICAL
+    footprint: TransformerFootprint,
+    request: SamplingRequest,
+    limits: Limits,
+    speeds: Speeds = TYPICAL,
+    annexes: tuple[Annex, ...] = (),
 ) -> MemoryPlan:
     """The fastest plan within the limits. Of equally fast ones that with two slots, then with the most resident
-    blocks, then with the least chunking (chunks of MLP_CHUNKS cost next to nothing).
+    blocks, then with the least chunking (chunks of MLP_CHUNKS cost next to nothing). The blocks of `annexes`, at the
+    end of the model, stay on other devices.
 
     Raises DoesNotFit with what would fit.
     """
+    footprint = without_annexes(footprint, annexes)
     plans = []
     for slots in (2, 1):
         for chunk in MLP_CHUNKS:
@@ -96,7 +117,13 @@ def plan_memory(
                 plans.append(draft.plan(resident, limits, speeds))
     if not plans:
         raise DoesNotFit(_refusal(footprint, request, limits))
-    return min(plans, key=_slowness)
+    return replace(min(plans, key=_slowness), annexes=annexes)
+
+
+def without_annexes(footprint: TransformerFootprint, annexes: Sequence[Annex]) -> TransformerFootprint:
+    """What is left to the first device."""
+    away = sum(len(annex.blocks) for annex in annexes)
+    return replace(footprint, blocks=footprint.blocks - away, elsewhere=away)
 
 
 def _slowness(plan: MemoryPlan) -> tuple[float, int, int]:

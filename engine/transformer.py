@@ -1,7 +1,7 @@
 """The transformer: prologue, `for block: for branch`, epilogue, around diffusers' own modules. Does not sample."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import Enum
 
@@ -15,6 +15,7 @@ from .families import Variant
 from .footprint import TransformerFootprint
 from .hardware import Hardware
 from .modulation import ModulationRow, ModulationTable
+from .plan import Annex
 from .streaming import BlockSource, BlockStreamer, FileSource, StoredBlock, Waits, WeightPatch, bind
 from .transformer_parts import BLOCKS, TransformerParts
 
@@ -61,6 +62,7 @@ class QwenImageTransformer:
         *,
         dtype: torch.dtype,
         hardware: Hardware,
+        others: Sequence[Hardware] = (),
         rounding: TimestepRounding = TimestepRounding.FP32,
         variant: Variant | None = None,
         source: Callable[[Sequence[StoredBlock]], BlockSource] = FileSource,
@@ -70,7 +72,9 @@ class QwenImageTransformer:
 
         Raises what TransformerParts does.
         """
-        parts = TransformerParts(checkpoint, dtype=dtype, hardware=hardware, variant=variant, source=source)
+        parts = TransformerParts(
+            checkpoint, dtype=dtype, hardware=hardware, others=others, variant=variant, source=source
+        )
         self.config = parts.config
         self.variant = parts.variant
         self.dtype = dtype
@@ -81,6 +85,7 @@ class QwenImageTransformer:
         self._outside = parts.empty_model()
         self._outside.load_state_dict(parts.read_outside(), assign=True)
         self.store = parts.store
+        self.annexes = {str(other.device): store for other, store in zip(others, parts.annex_stores, strict=True)}
         self.modulation = ModulationTable(parts.modulation_store, self._embed_timestep)
         self._parts = parts
         self._patches: dict[str, WeightPatch] = {}
@@ -114,10 +119,13 @@ class QwenImageTransformer:
             self.modulation.forget()
         self._patches = dict(patches)
 
-    def load(self, resident: Iterable[int], held: Iterable[int] = ()) -> None:
+    def load(self, resident: Iterable[int], held: Iterable[int] = (), annexes: Sequence[Annex] = ()) -> None:
         """Bring the weights outside the blocks and the `resident` blocks to the device, and keep `held` ones in host
-        memory from their next visit on."""
+        memory from their next visit on; the blocks of `annexes` go to their devices."""
         self.return_outside()
+        there = {annex.device: annex.blocks for annex in annexes}
+        for device, store in self.annexes.items():
+            store.set_resident(there.get(device, ()))
         self.store.set_held(held)
         self.store.set_resident(resident)
 
@@ -131,7 +139,8 @@ class QwenImageTransformer:
         """Leave the device: what `load` brought there is given back. The modulation table stays in host memory."""
         self._move_outside(torch.device("cpu"))
         self._loaded = False
-        self.store.release()
+        for store in (self.store, *self.annexes.values()):
+            store.release()
         self.modulation.leave_device()
 
     def shrink(self, nbytes: int) -> int:
@@ -154,13 +163,18 @@ class QwenImageTransformer:
         return self.store.resident_bytes + (self.footprint.outside_bytes if self._loaded else 0)
 
     @contextmanager
-    def session(self, *, slots: int, mlp_chunk_tokens: int | None = None) -> Iterator["TransformerSession"]:
-        """What a run of several passes needs on the device, given back on every way out."""
-        with BlockStreamer(self.store, slots=slots) as streamer:
-            try:
-                yield TransformerSession(self, self._outside, streamer, mlp_chunk_tokens)
-            finally:
-                self.modulation.leave_device()
+    def session(
+        self, *, slots: int, mlp_chunk_tokens: int | None = None, annexes: Sequence[Annex] = ()
+    ) -> Iterator["TransformerSession"]:
+        """What a run of several passes needs on the devices, given back on every way out."""
+        away = min((annex.blocks.start for annex in annexes), default=len(self.store.blocks))
+        with ExitStack() as stack:
+            streamers = [stack.enter_context(BlockStreamer(self.store, slots=slots, blocks=range(away)))]
+            for annex in sorted(annexes, key=lambda annex: annex.blocks.start):
+                store = self.annexes[annex.device]
+                streamers.append(stack.enter_context(BlockStreamer(store, slots=2, blocks=annex.blocks)))
+            stack.callback(self.modulation.leave_device)
+            yield TransformerSession(self, self._outside, streamers, mlp_chunk_tokens)
 
     def embedding(self, timestep: float) -> Tensor:
         """The timestep's embedding (rows, inner_dim) on the device."""
@@ -187,18 +201,18 @@ class TransformerSession:
         self,
         transformer: QwenImageTransformer,
         outside: QwenImageTransformer2DModel,
-        streamer: BlockStreamer,
+        streamers: Sequence[BlockStreamer],
         mlp_chunk_tokens: int | None,
     ) -> None:
         self._transformer = transformer
         self._outside = outside
-        self._streamer = streamer
+        self._streamers = streamers
         self._mlp_chunk_tokens = mlp_chunk_tokens
 
     @property
     def waits(self) -> Waits:
         """How long compute has waited for blocks, by where they came from."""
-        return self._streamer.waits
+        return sum((streamer.waits for streamer in self._streamers), Waits())
 
     @torch.no_grad()
     def forward(
@@ -212,12 +226,17 @@ class TransformerSession:
         self._transformer.return_outside()  # it may have been asked to leave since the last pass
         rows = {b.timestep: self._transformer.modulation.row(b.timestep, on_block=on_block) for b in branches}
         states = [self._begin(branch, rows[branch.timestep]) for branch in branches]
-        for index, block in self._streamer.visit(more=more):
-            if on_block is not None:
-                on_block(index)
-            block.img_mlp.chunk_tokens = block.txt_mlp.chunk_tokens = self._mlp_chunk_tokens
+        for streamer in self._streamers:
             for state in states:
-                state.run(index, block)
+                state.move(streamer.device)
+            for index, block in streamer.visit(more=more):
+                if on_block is not None:
+                    on_block(index)
+                block.img_mlp.chunk_tokens = block.txt_mlp.chunk_tokens = self._mlp_chunk_tokens
+                for state in states:
+                    state.run(index, block)
+        for state in states:
+            state.move(self._transformer.hardware.device)
         del rows
         return [self._finish(branch, states.pop(0)) for branch in branches]
 
@@ -265,8 +284,16 @@ class _State:
     modulate_index: Tensor | None
     row: ModulationRow
 
+    def move(self, device: torch.device) -> None:
+        """Hand everything but the table's row on to `device`."""
+        self.img, self.txt, self.temb = self.img.to(device), self.txt.to(device), self.temb.to(device)
+        self.rotary = (self.rotary[0].to(device), self.rotary[1].to(device))
+        self.mask = None if self.mask is None else self.mask.to(device)
+        self.modulate_index = None if self.modulate_index is None else self.modulate_index.to(device)
+
     def run(self, index: int, block: nn.Module) -> None:
-        block.img_mod.value, block.txt_mod.value = self.row.img[index], self.row.txt[index]
+        device = self.img.device
+        block.img_mod.value, block.txt_mod.value = self.row.img[index].to(device), self.row.txt[index].to(device)
         self.txt, self.img = block(
             hidden_states=self.img,
             encoder_hidden_states=self.txt,

@@ -41,11 +41,14 @@ class TransformerParts:
         *,
         dtype: torch.dtype,
         hardware: Hardware,
+        others: Sequence[Hardware] = (),
         variant: Variant | None = None,
         source: Callable[[Sequence[StoredBlock]], BlockSource] = FileSource,
     ) -> None:
-        """`variant` None: as the file says. Raises WrongModel, DamagedFile, MissingFile, or Unsupported for a family
-        member that is not supported."""
+        """`others`: further devices that blocks may stay on. `variant` None: as the file says.
+
+        Raises WrongModel, DamagedFile, MissingFile, or Unsupported for a family member that is not supported.
+        """
         tensors = sort_transformer(checkpoint, variant)
         self.config = tensors.config
         self.variant = tensors.variant
@@ -61,11 +64,14 @@ class TransformerParts:
         self._hardware = hardware
         host = HostMemory(hardware)
 
-        def store(shapes: Mapping[str, tuple[int, ...]], make_module: Callable[[], nn.Module]) -> BlockStore:
+        def store(
+            shapes: Mapping[str, tuple[int, ...]], make_module: Callable[[], nn.Module], on: Hardware = hardware
+        ) -> BlockStore:
             blocks = self._stored(shapes, {})
-            return BlockStore(blocks, source(blocks), make_module, hardware, host=host)
+            return BlockStore(blocks, source(blocks), make_module, on, host=host)
 
         self.store = store(self._block_shapes, self._empty_block)
+        self.annex_stores = [store(self._block_shapes, self._empty_block, other) for other in others]
         self.modulation_store = store(self._modulation_shapes, self._empty_modulation)
 
     @property
@@ -77,9 +83,13 @@ class TransformerParts:
 
     def patch(self, patches: Mapping[str, WeightPatch]) -> None:
         """From now on apply these to the weights of those names, and no others; between two runs."""
-        for shapes, store in ((self._block_shapes, self.store), (self._modulation_shapes, self.modulation_store)):
-            blocks = self._stored(shapes, patches)
-            store.replace(blocks, self._source(blocks))
+        for shapes, stores in (
+            (self._block_shapes, [self.store, *self.annex_stores]),
+            (self._modulation_shapes, [self.modulation_store]),
+        ):
+            for store in stores:
+                blocks = self._stored(shapes, patches)
+                store.replace(blocks, self._source(blocks))
 
     def _stored(self, shapes: Mapping[str, tuple[int, ...]], patches: Mapping[str, WeightPatch]) -> list[StoredBlock]:
         return [

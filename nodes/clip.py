@@ -172,7 +172,7 @@ class LowVRAMCLIP(comfy.sd.CLIP):
         with self.timeline.stage(Stage.ENCODE, device, moved=lambda: self._moved(looking)) as running:
             running.planned(looking.stage(encode_stage(footprint, lengths, slots), looking_slots))
             seen = looking.see(looking_slots, on_block)
-            ids = [prompt.tokens for prompt in prompts]
+            ids = [list(prompt.tokens) for prompt in prompts]
             states = encoder.encode(ids, pictures=seen, slots=slots, on_layer=on_block)
         comfy.model_management.soft_empty_cache()
         return states

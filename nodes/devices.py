@@ -5,6 +5,7 @@ import torch
 from .words import AUTO
 
 CPU = "cpu"
+ALL_CARDS = "all cards"
 
 
 def choices() -> list[str]:
@@ -12,8 +13,20 @@ def choices() -> list[str]:
     return [AUTO, CPU, *_accelerators()]
 
 
+def choices_for_blocks() -> list[str]:
+    """As `choices`; where there are several accelerators, also all of them together."""
+    return [*choices(), *([ALL_CARDS] if len(_accelerators()) > 1 else [])]
+
+
+def others_of(choice: str, first: torch.device) -> list[torch.device]:
+    """The accelerators that blocks may stay on besides the first one."""
+    if choice != ALL_CARDS:
+        return []
+    return [torch.device(name) for name in _accelerators() if torch.device(name) != first]
+
+
 def device_of(choice: str, default: torch.device) -> torch.device:
-    return default if choice == AUTO else torch.device(choice)
+    return default if choice in (AUTO, ALL_CARDS) else torch.device(choice)
 
 
 def _accelerators() -> list[str]:

@@ -180,11 +180,12 @@ class QwenLowVRAMLoader:
                     },
                 ),
                 "transformer_device": (
-                    devices.choices(),
+                    devices.choices_for_blocks(),
                     {
                         "default": AUTO,
                         "advanced": True,
-                        "tooltip": "Where pictures are sampled. auto: ComfyUI's device.",
+                        "tooltip": "Where pictures are sampled. auto: ComfyUI's device. all cards: blocks stay on all "
+                        "of them, within the VRAM limit of each, and activations are handed on.",
                     },
                 ),
                 "text_encoder_device": (
@@ -272,6 +273,7 @@ class QwenLowVRAMLoader:
             in_weight_format(transformer_file, weight_format, limits.on(hardware.device)),
             dtype=compute,
             hardware=hardware,
+            others=[Hardware.detect(other) for other in devices.others_of(transformer_device, hardware.device)],
             rounding=TimestepRounding(timesteps),
             variant=member,
         )

@@ -7,11 +7,12 @@ import comfy.model_base
 import comfy.model_management
 import comfy.supported_models
 import torch
+from comfy.ldm.common_dit import pad_to_patch_size
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor, nn
 
 from ..engine.errors import Unsupported
-from ..engine.latents import pack, require_even, shape_in_patches, unpack
+from ..engine.latents import PATCH, pack, require_even, shape_in_patches, unpack
 from ..engine.lora_patch import lora_patches
 from ..engine.plan import MemoryPlan
 from ..engine.report import MemoryReport
@@ -62,7 +63,7 @@ class LowVRAMModel(comfy.model_base.QwenImage):
             self.calls.run.load()
             self.plan = self.calls.run.plan
         elif self.plan is not None:
-            self.transformer.load(self.plan.resident, self.plan.held)
+            self.transformer.load(self.plan.resident, self.plan.held, self.plan.annexes)
         else:
             self.transformer.load(())
 
@@ -224,7 +225,6 @@ class _Call:
         dtype: torch.dtype,
     ) -> None:
         for reference in references:
-            require_even(reference, "A reference picture")
             if reference.ndim == 5 and reference.shape[2] != 1:
                 refuse("A reference of several frames", "encode one picture at a time.")
         if attention_mask is not None and attention_mask.is_floating_point():
@@ -233,7 +233,9 @@ class _Call:
         self._timesteps = timestep.tolist()
         self._context = context.to(dtype)
         self._mask = None if attention_mask is None else attention_mask.bool()
-        self._references = [r.to(dtype) if r.ndim == 5 else r.unsqueeze(2).to(dtype) for r in references]
+        pictures = [reference if reference.ndim == 5 else reference.unsqueeze(2) for reference in references]
+        # ComfyUI's own text nodes make references of odd sizes, and its model wraps them round to whole patches
+        self._references = [pad_to_patch_size(picture, (1, PATCH, PATCH)).to(dtype) for picture in pictures]
 
     @property
     def batch(self) -> int:

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from ..engine.errors import DoesNotFit, InvalidRequest, Unsupported
 from ..engine.forecast import corrected, step_flops
-from ..engine.latents import LATENT_PX
+from ..engine.latents import LATENT_PX, PATCH
 from ..engine.picture_report import Moved
 from ..engine.plan import MemoryPlan, least_ram_bytes, most_bytes, most_ram_bytes, plan_memory
 from ..engine.report import MemoryReport
 from ..engine.request import Limits, SamplingRequest, size_text
+from ..engine.split import annex_bytes, split_blocks
 from ..engine.stages import Stage, StagePlan, load_stage, modulation_stage, sampling_stage
 from ..engine.streaming import Waits
 from ..engine.transformer import Branch, QwenImageTransformer, TransformerSession
@@ -65,10 +66,7 @@ def request_of(guider: Any, noise_shape: torch.Size, sigmas: Tensor, joint_atten
                 f"The prompt's embeddings have {prompt.shape[-1]} dimensions, {joint_attention_dim} are needed.\n\n"
                 "What to do: encode the prompt with Qwen-Image's own text encoder, Qwen2.5-VL-7B."
             )
-    references = [
-        sum(math.prod(latent.shape[-2:]) // 4 for latent in entry.get("reference_latents") or ())
-        for _, entry in entries
-    ]
+    references = [sum(_patches(latent) for latent in entry.get("reference_latents") or ()) for _, entry in entries]
     return SamplingRequest(
         width=noise_shape[4] * LATENT_PX,
         height=noise_shape[3] * LATENT_PX,
@@ -77,6 +75,10 @@ def request_of(guider: Any, noise_shape: torch.Size, sigmas: Tensor, joint_atten
         reference_tokens=max(references, default=0),
         timesteps=max(1, len(sigmas) - 1),
     )
+
+
+def _patches(latent: Tensor) -> int:
+    return math.prod(-(-side // PATCH) for side in latent.shape[-2:])
 
 
 def plan_run(
@@ -94,7 +96,21 @@ def plan_run(
     if not footprint.host:
         least = least_ram_bytes(footprint, request)
         ram = host_bytes(transformer, ram_limit_bytes, most_ram_bytes(footprint, request), least)
-    return plan_memory(footprint, request, Limits(vram, ram), speeds.get())
+    annexes = split_blocks(footprint, request, vram, _other_budgets(transformer, request, limit_bytes))
+    return plan_memory(footprint, request, Limits(vram, ram), speeds.get(), annexes)
+
+
+def _other_budgets(
+    transformer: QwenImageTransformer, request: SamplingRequest, limit_bytes: int | None
+) -> list[tuple[str, int]]:
+    """What may be held on each of the model's further devices."""
+    wanted = annex_bytes(transformer.footprint, request, transformer.footprint.blocks)
+    budgets = []
+    for name, store in transformer.annexes.items():
+        held = store.resident_bytes  # ComfyUI does not know of it: what it calls free is beside it
+        free = stage_bytes(torch.device(name), limit_bytes, wanted - held) + held
+        budgets.append((name, free if limit_bytes is None else min(free, limit_bytes)))
+    return budgets
 
 
 class SamplingRun:
@@ -135,7 +151,7 @@ class SamplingRun:
         self._progress = RunProgress(
             self._watch,
             timeline.sample,
-            blocks=plan.blocks,
+            blocks=transformer.footprint.blocks,
             steps=len(sigmas) - 1,
             limit_bytes=plan.limit_bytes,
             plan=str(plan),
@@ -145,7 +161,7 @@ class SamplingRun:
     def load(self) -> None:
         """Bring what stays on the device there."""
         with self._stage(Stage.LOAD, load_stage):
-            self._attempt(lambda: self._transformer.load(self.plan.resident, self.plan.held))
+            self._attempt(lambda: self._load())
 
     def begin(self, model_sampling: Any) -> None:
         """The resident weights are on the device: compute the modulation table, then open the slots."""
@@ -201,13 +217,18 @@ class SamplingRun:
         logger.info("%s", report)
         return report
 
+    def _load(self) -> None:
+        self._transformer.load(self.plan.resident, self.plan.held, self.plan.annexes)
+
     def _open(self) -> None:
         table = self._transformer.modulation
         with nullcontext() if table.knows(self._timesteps) else self._stage(Stage.MODULATION, modulation_stage):
             table.announce(self._timesteps, on_block=self._progress.modulation)
         self._stack.enter_context(self._stage(Stage.SAMPLING, sampling_stage))
         self._session = self._stack.enter_context(
-            self._transformer.session(slots=self.plan.slots, mlp_chunk_tokens=self.plan.mlp_chunk_tokens)
+            self._transformer.session(
+                slots=self.plan.slots, mlp_chunk_tokens=self.plan.mlp_chunk_tokens, annexes=self.plan.annexes
+            )
         )
 
     def _opened(self) -> TransformerSession:
@@ -252,7 +273,7 @@ class SamplingRun:
         for attempt in range(2):
             try:
                 if attempt > 0:
-                    self._transformer.load(self.plan.resident, self.plan.held)
+                    self._load()
                 return action()
             except RuntimeError as error:
                 if not _is_out_of_memory(error):
@@ -272,7 +293,11 @@ class SamplingRun:
         vram = int(plan.peak_bytes * SMALLER)
         try:
             self.plan = plan_memory(
-                transformer.footprint, plan.request, replace(plan.limits, vram_bytes=vram), self._speeds.get()
+                transformer.footprint,
+                plan.request,
+                replace(plan.limits, vram_bytes=vram),
+                self._speeds.get(),
+                plan.annexes,
             )
         except DoesNotFit:
             raise OutOfMemory(_explain(plan, reason)) from None

@@ -7,8 +7,9 @@ import comfy.hooks
 from comfy.patcher_extension import WrappersMP
 
 from ..engine.errors import InvalidRequest, Unsupported
+from ..engine.latents import LATENT_PX, PATCH
 from ..engine.variants import Variant
-from .words import LOADER
+from .words import ENCODE_EDIT, LOADER
 
 logger = logging.getLogger(__name__)
 
@@ -52,14 +53,16 @@ def check_graph(model_options: dict[str, Any], conds: dict[str, list[dict[str, A
 def check_references(variant: Variant, conds: dict[str, list[dict[str, Any]]]) -> None:
     """Raise InvalidRequest for an editing model that is shown no picture, unless a condition says that this is meant.
 
-    The other way round is only worth a warning: files of editing models under other names pass for Qwen-Image.
+    The other way round is only worth a warning: files of editing models under other names pass for Qwen-Image. So is
+    a picture that patches do not cover: ComfyUI's own text nodes make such ones.
     """
     entries = [entry for named in conds.values() for entry in named or ()]
-    shown = any(entry.get("reference_latents") for entry in entries)
+    sizes = {tuple(latent.shape[-2:]) for entry in entries for latent in entry.get("reference_latents") or ()}
+    shown = bool(sizes)
     if variant.edits and not shown and not any(entry.get(NO_PICTURES_KEY) for entry in entries):
         raise InvalidRequest(
             f"{variant.value} changes pictures, and this graph shows it none: no condition has reference latents.\n\n"
-            "What to do: encode the prompt with a node that takes the picture and the VAE "
+            f"What to do: encode the prompt with '{ENCODE_EDIT}' or another node that takes the picture and the VAE "
             "(TextEncodeQwenImageEditPlus), or add ReferenceLatent. For pictures from text alone, choose a Qwen-Image "
             f"file, or set variant to {Variant.QWEN_IMAGE.value} in '{LOADER}'."
         )
@@ -70,6 +73,16 @@ def check_references(variant: Variant, conds: dict[str, list[dict[str, Any]]]) -
             variant.value,
             LOADER,
         )
+    for height, width in sorted(sizes):
+        if height % PATCH or width % PATCH:
+            logger.warning(
+                "A reference picture of %dx%d px is no multiple of %d: at its end it is wrapped round, as ComfyUI's "
+                "own model does it. '%s' chooses sizes that fit.",
+                width * LATENT_PX,
+                height * LATENT_PX,
+                PATCH * LATENT_PX,
+                ENCODE_EDIT,
+            )
 
 
 def check_hooks(hooks: comfy.hooks.HookGroup) -> None:

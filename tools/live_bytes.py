@@ -11,7 +11,7 @@ _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
 
 class LiveBytes(TorchDispatchMode):
-    """`with LiveBytes("cuda") as live: ...` then `live.peak` and `live.now`, in bytes.
+    """`with LiveBytes("cuda") as live: ...` then `live.peak` and `live.now`, in bytes; "cuda:1" is one of several.
 
     Counts each storage once, from the operation that made it until it is freed. Storages that were there before are
     counted when an operation first returns them. What a kernel allocates inside itself is not seen.
@@ -31,7 +31,7 @@ class LiveBytes(TorchDispatchMode):
         self.peak = self.now
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is _ATTENTION and args[0].device.type == self._device != "cpu":
+        if func is _ATTENTION and self._device != "cpu" and self._is_here(args[0]):
             query, value = args[0], args[2]
             self.peak = max(self.peak, self.now + query.shape[:-1].numel() * 4)
             out = query.new_empty(*query.shape[:-1], value.shape[-1])
@@ -40,8 +40,11 @@ class LiveBytes(TorchDispatchMode):
         tree_map_only(torch.Tensor, self._count, out)
         return out
 
+    def _is_here(self, tensor: torch.Tensor) -> bool:
+        return self._device in (tensor.device.type, str(tensor.device))
+
     def _count(self, tensor: torch.Tensor) -> None:
-        if tensor.device.type != self._device:
+        if not self._is_here(tensor):
             return
         storage = tensor.untyped_storage()
         key = storage._cdata

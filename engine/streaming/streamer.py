@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .order import Mark
@@ -49,8 +50,10 @@ class BlockStreamer:
     was wanted; on every way out the reader has stopped and the slots are given back.
     """
 
-    def __init__(self, store: BlockStore, *, slots: int) -> None:
+    def __init__(self, store: BlockStore, *, slots: int, blocks: range | None = None) -> None:
+        """`blocks`: those that are visited; all of them if not given."""
         self._store = store
+        self._blocks = range(len(store.blocks)) if blocks is None else blocks
         self._order = store.order
         self._count = slots
         self._free: deque[_Slot] = deque()
@@ -62,13 +65,18 @@ class BlockStreamer:
         self._moments: list[tuple[bool, Any, Any]] = []
 
     @property
+    def device(self) -> torch.device:
+        """Where blocks are handed out."""
+        return self._store.hardware.device
+
+    @property
     def waits(self) -> Waits:
         """So far."""
         self._settle()
         return self._waits
 
     def __enter__(self) -> "BlockStreamer":
-        needed = sum(1 for i in range(len(self._store.blocks)) if self._store.module(i) is None)
+        needed = sum(1 for i in self._blocks if self._store.module(i) is None)
         if needed and self._count < 1:
             raise ValueError(f"{needed} blocks are not resident; they need at least 1 slot, got 0.")
         self._follow_residency()
@@ -89,7 +97,7 @@ class BlockStreamer:
         self._store.end_run()  # open files too: they cannot be replaced on Windows
 
     def visit(self, *, more: bool = False) -> Iterator[tuple[int, nn.Module]]:
-        """One pass over all blocks. `more`: another pass follows, whose first blocks may be fetched at the end of
+        """One pass over the blocks. `more`: another pass follows, whose first blocks may be fetched at the end of
         this one.
 
         Resident blocks that were taken from the device since the last pass are fetched like the others; those that
@@ -97,7 +105,7 @@ class BlockStreamer:
         """
         self._follow_residency()
         self._settle()
-        modules = [self._store.module(index) for index in range(len(self._store.blocks))]
+        modules = [(index, self._store.module(index)) for index in self._blocks]
         if self._ahead and self._ahead[0][0] != self._queue[0]:
             self._discard()
         if not self._ahead:
@@ -106,7 +114,7 @@ class BlockStreamer:
         self._next = position % max(1, len(self._queue))
         remaining = len(self._queue) * (2 if more else 1) - position
         remaining = self._fetch_ahead(remaining)
-        for index, module in enumerate(modules):
+        for index, module in modules:
             if module is not None:
                 yield index, module
                 continue
@@ -121,7 +129,7 @@ class BlockStreamer:
     def _follow_residency(self) -> None:
         """Queue the blocks that need a slot, and make the slots and the reader that they need."""
         store = self._store
-        queue = tuple(i for i in range(len(store.blocks)) if store.module(i) is None)
+        queue = tuple(i for i in self._blocks if store.module(i) is None)
         if queue == self._queue:
             return
         self._discard()

@@ -558,6 +558,26 @@ def test_two_processes_at_once_read_nothing_wrong_and_keep_the_limit(
         assert same_bits(cache.get(a_key(number)), a_tensor(number))
 
 
+def test_what_processes_that_write_at_once_have_too_much_goes(
+    cache: PromptCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.limit_bytes = 2 * entry_bytes(cache)
+    other = PromptCache(cache.folder, cache.limit_bytes)
+    cache.put(a_key(0), a_tensor(0))
+    used(cache, 0, 1000)
+    claim = atomic_files._claim
+
+    def claim_later(path: Path) -> Any:  # both have found room before either has written
+        monkeypatch.undo()
+        other.put(a_key(1), a_tensor(1))
+        used(cache, 1, 2000)
+        return claim(path)
+
+    monkeypatch.setattr(atomic_files, "_claim", claim_later)
+    cache.put(a_key(2), a_tensor(2))
+    assert kept(cache) == {1, 2}
+
+
 def test_a_killed_process_leaves_nothing_that_is_believed_or_stays(child: Any, cache: PromptCache) -> None:
     process = child(LIMIT_BYTES, "killed")
     wait_for(process, "written")

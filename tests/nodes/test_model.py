@@ -1,5 +1,6 @@
 """Our MODEL under ComfyUI's own samplers: one visit per step, the same numbers, nothing silently ignored."""
 
+import logging
 from typing import Any
 
 import pytest
@@ -147,9 +148,16 @@ def test_an_odd_latent_is_refused_with_the_nearest_size(model: Any) -> None:
         ksampler(model, cond(), cond(5, 2), empty_latent(72, 64))
 
 
-def test_an_odd_reference_is_refused(model: Any) -> None:
-    with pytest.raises(InvalidRequest, match="A reference picture is 72x56 px"):
-        ksampler(model, cond(reference_latents=references((7, 9))), cond(5, 2), empty_latent())
+def test_an_odd_reference_is_wrapped_round_with_a_warning(model: Any, caplog: pytest.LogCaptureFixture) -> None:
+    (odd,) = references((7, 9))
+    whole = torch.cat([torch.cat([odd, odd[..., :1]], dim=4)] * 2, dim=3)[..., :8, :]
+    with caplog.at_level(logging.WARNING):
+        made = ksampler(model, cond(reference_latents=[odd]), cond(5, 2), empty_latent())
+    assert "A reference picture of 72x56 px is no multiple of 16" in caplog.text
+    caplog.clear()
+    expected = ksampler(model, cond(reference_latents=[whole]), cond(5, 2), empty_latent())
+    assert "no multiple" not in caplog.text
+    assert torch.equal(made, expected)
 
 
 def test_a_limit_that_nothing_fits_in_is_refused_before_loading(model: Any, transformer: QwenImageTransformer) -> None:

@@ -1,0 +1,62 @@
+"""Parts of the model on devices of choice, and blocks on several of them."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from qwenimage_lowvram.engine.checkpoint import open_checkpoint
+from qwenimage_lowvram.engine.hardware import Hardware
+from qwenimage_lowvram.engine.plan import least_bytes
+from qwenimage_lowvram.engine.request import SamplingRequest
+from qwenimage_lowvram.engine.transformer import QwenImageTransformer
+
+from .conftest import cond, empty_latent
+from .test_model import ksampler
+
+CARD = Hardware(torch.device("cpu"), streams=False, pinned=False, prefetch=True, host_device=False)
+
+
+def run(model: Any) -> torch.Tensor:
+    return ksampler(model, cond(), cond(5, 2), empty_latent())
+
+
+def test_blocks_on_a_second_device_make_the_same_picture(model: Any, small_pipeline: Path) -> None:
+    from qwenimage_lowvram.nodes.model import make_model
+
+    expected = run(model)
+    model.detach()
+    transformer = QwenImageTransformer(
+        open_checkpoint(small_pipeline / "transformer"),
+        dtype=torch.float32,
+        hardware=CARD,
+        others=[replace(CARD, device=torch.device("cpu:0"))],
+    )
+    request = SamplingRequest(96, 64, 2, 9, timesteps=4)
+    limit = least_bytes(transformer.footprint, request) + transformer.footprint.slot_bytes
+    split = make_model(transformer, limit)
+    assert torch.equal(run(split), expected)
+    plan = split.model.last_report.plan
+    (annex,) = plan.annexes
+    assert annex.device == "cpu:0"
+    assert annex.peak_bytes <= annex.limit_bytes <= limit
+    assert plan.blocks + len(annex.blocks) == transformer.config.num_layers
+    before = transformer.annexes["cpu:0"].fetched_blocks
+    assert torch.equal(run(split), expected)
+    assert transformer.annexes["cpu:0"].fetched_blocks == before == len(annex.blocks)  # they stayed
+    split.detach()
+    assert transformer.annexes["cpu:0"].resident_bytes == 0
+
+
+def test_the_choices_are_this_machines_devices(comfy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qwenimage_lowvram.nodes import devices
+
+    first = torch.device("cuda:0")
+    assert devices.choices()[:2] == ["auto", "cpu"]
+    assert devices.device_of("auto", first) == devices.device_of("all cards", first) == first
+    assert devices.device_of("cpu", first) == torch.device("cpu")
+    assert devices.others_of("auto", first) == []
+    monkeypatch.setattr(devices, "_accelerators", lambda: ["cuda:0", "cuda:1", "cuda:2"])
+    assert devices.choices_for_blocks() == ["auto", "cpu", "cuda:0", "cuda:1", "cuda:2", "all cards"]
+    assert devices.others_of("all cards", first) == [torch.device("cuda:1"), torch.device("cuda:2")]
