@@ -3,6 +3,7 @@
 from . import words
 from .decode import QwenLowVRAMDecode
 from .encode import QwenLowVRAMEncodePrompts
+from .encode_edit import QwenLowVRAMEncodeEditPrompt
 from .loader import QwenLowVRAMLoader
 from .lora import QwenLowVRAMLoadLora
 from .memory_plan import QwenLowVRAMMemoryPlan
@@ -14,6 +15,7 @@ NODE_CLASS_MAPPINGS = {
     "QwenLowVRAMLoader": QwenLowVRAMLoader,
     "QwenLowVRAMLoadLora": QwenLowVRAMLoadLora,
     "QwenLowVRAMEncodePrompts": QwenLowVRAMEncodePrompts,
+    "QwenLowVRAMEncodeEditPrompt": QwenLowVRAMEncodeEditPrompt,
     "QwenLowVRAMSample": QwenLowVRAMSample,
     "QwenLowVRAMDecode": QwenLowVRAMDecode,
     "QwenLowVRAMMemoryPlan": QwenLowVRAMMemoryPlan,
@@ -25,6 +27,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "QwenLowVRAMLoader": words.LOADER,
     "QwenLowVRAMLoadLora": words.LOAD_LORA,
     "QwenLowVRAMEncodePrompts": words.ENCODE,
+    "QwenLowVRAMEncodeEditPrompt": words.ENCODE_EDIT,
     "QwenLowVRAMSample": words.SAMPLE,
     "QwenLowVRAMDecode": words.DECODE,
     "QwenLowVRAMMemoryPlan": words.MEMORY_PLAN,

@@ -22,6 +22,7 @@ from ..engine.prompt_key import PromptKey, arithmetic_of
 from ..engine.prompts import PromptTokenizer, drop_template
 from ..engine.stages import Stage, encode_stage
 from ..engine.text_encoder import TextEncoder
+from ..engine.variants import Variant
 from ..engine.vision_patches import patch_picture
 from .limits import stage_bytes
 from .timeline import Timeline
@@ -49,13 +50,16 @@ class LowVRAMCLIP(comfy.sd.CLIP):
         limit_bytes: int | None,
         timeline: Timeline | None = None,
         kept: PromptCache | None = None,
+        variant: Variant | None = None,
     ) -> None:
+        """`variant`: the model that the prompts are for, where it is known."""
         super().__init__(no_init=True)
         self.encoder = encoder
         self.tokenizer = tokenizer
         self.limit_bytes = limit_bytes
         self.timeline = timeline or Timeline()
         self.kept = kept
+        self.variant = variant
         self.cond_stage_model = nn.Module()
         self.patcher = comfy.model_patcher.ModelPatcher(
             self.cond_stage_model, load_device=encoder.hardware.device, offload_device=torch.device("cpu")
@@ -67,7 +71,7 @@ class LowVRAMCLIP(comfy.sd.CLIP):
         self.apply_hooks_to_conds = None
 
     def clone(self, disable_dynamic: bool = False) -> "LowVRAMCLIP":
-        other = LowVRAMCLIP(self.encoder, self.tokenizer, self.limit_bytes, self.timeline, self.kept)
+        other = LowVRAMCLIP(self.encoder, self.tokenizer, self.limit_bytes, self.timeline, self.kept, self.variant)
         other.patcher = self.patcher.clone()
         other.tokenizer_options = dict(self.tokenizer_options)
         other.use_clip_schedule = self.use_clip_schedule

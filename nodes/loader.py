@@ -18,6 +18,7 @@ from ..engine.text_encoder import TextEncoder
 from ..engine.transformer import QwenImageTransformer, TimestepRounding
 from ..engine.vae import require_image_vae
 from ..engine.variants import Variant, variant_of
+from ..engine.vision_files import mmproj_identity
 from . import devices, files
 from .clip import LowVRAMCLIP
 from .format_choice import suitable_format
@@ -234,7 +235,8 @@ class QwenLowVRAMLoader:
         tokenizer = [f"{file.name} {file.stat().st_mtime_ns}" for file in sorted(sources.tokenizer.iterdir())]
         opened = sources.open(settings.get("variant", AUTO))
         lost = losses(opened[0], settings.get("weight_format"))
-        return "/".join([*(checkpoint.identity for checkpoint in opened), *tokenizer, str(lost)])
+        vision = mmproj_identity(opened[1])
+        return "/".join([*(checkpoint.identity for checkpoint in opened), vision, *tokenizer, str(lost)])
 
     def load(
         self,
@@ -294,6 +296,7 @@ class QwenLowVRAMLoader:
             limits.on(text_hardware.device),
             timeline,
             prompt_cache(),
+            member,
         )
         return make_model(model, limits.vram_bytes, limits.ram_bytes, timeline), clip, image_vae
 

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -176,12 +177,12 @@ def test_every_block_lives_in_one_place(
     assert plan.slots >= 1 or (footprint.native and plan.streamed == 0)
     assert plan.resident_bytes == footprint.outside_bytes + len(plan.resident) * footprint.resident_block_bytes
     # streamed blocks stand as far apart as they can, so that each is fetched behind computing
-    gaps = [b - a for a, b in zip(plan.resident, plan.resident[1:], strict=False)]
+    gaps = [b - a for a, b in pairwise(plan.resident)]
     assert not gaps or max(gaps) - min(gaps) <= 1
     # and so do, among them, those that are read from the file
     streamed = [i for i in range(plan.blocks) if i not in plan.resident]
     places = [streamed.index(i) for i in plan.held]
-    gaps = [b - a for a, b in zip(places, places[1:], strict=False)]
+    gaps = [b - a for a, b in pairwise(places)]
     assert not gaps or max(gaps) - min(gaps) <= 1
 
 
@@ -366,7 +367,9 @@ def test_the_text_encoder_keeps_its_limit_too(lengths: list[int], share: float) 
 
 
 def test_planning_imports_no_torch() -> None:
-    code = "import sys, qwenimage_lowvram.engine.plan, qwenimage_lowvram.engine.report; print('torch' in sys.modules)"
+    names = ("plan", "report", "stages", "choice", "split")
+    code = "".join(f"import qwenimage_lowvram.engine.{name}\n" for name in names)
+    code += "import sys; print('torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ALIAS)}, capture_output=True, text=True
     )
@@ -410,8 +413,8 @@ def test_a_report_prints_what_was_measured_beside_what_was_planned() -> None:
         str(report)
         == repr(report)
         == (
-            "MemoryReport: 20 steps in 60.0 s, the first after 4.5 s, 20 passes of 2.50 s on cuda:0 (forecast 11.28 s), "
-            "weights bf16\n"
+            "MemoryReport: 20 steps in 60.0 s, the first after 4.5 s, 20 passes of 2.50 s on cuda:0 (forecast "
+            "11.28 s), weights bf16\n"
             "  device memory: 1.92 GiB planned of 2.00 GiB, 1.66 GiB measured\n"
             "  process memory: 3.00 GiB at its peak, 11.92 GiB of it planned\n"
             "  blocks: 1 of 60 resident, 27 in RAM (page-locked), 497.93 GiB copied to the device, 1200 read from the "

@@ -1,13 +1,16 @@
 """The loader reaches the files of ComfyUI's own folders and of extra_model_paths.yaml, and no other, and says why."""
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf_files import write_gguf_text_encoder, write_gguf_vision
 from qwenimage_lowvram.engine.errors import MissingFile, WrongModel
 from qwenimage_lowvram.engine.variants import Variant
+from safetensors.torch import load_file
 from small_checkpoint import SplitFiles, write_split_files
 
 SMALL = "small (folder)"
@@ -198,6 +201,24 @@ def test_2511_without_its_mark_is_refused_until_it_is_chosen(split: tuple[SplitF
     model, _, _ = loader()().load(*files, **settings, variant="Qwen-Image-Edit-2511")
     assert model.model.transformer.variant is Variant.EDIT_2511
     assert model.model.transformer.config.zero_cond_t
+
+
+def test_a_vision_part_beside_a_gguf_encoder_counts_as_part_of_the_choice(
+    split: tuple[SplitFiles, Path], full_pipeline: Path
+) -> None:
+    names, root = split
+    source, folder = full_pipeline / "text_encoder", root / "models" / "text_encoders"
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    weights = load_file(next(source.glob("*.safetensors")))
+    write_gguf_text_encoder(folder / "encoder-Q8_0.gguf", weights, config, "Q8_0")
+    settings = {"dtype": "fp32", "weight_format": "auto", "vram_limit_gb": 0.0, "timesteps": "fp32"}
+    seen = []
+    for kind in (None, "F32", "F16"):
+        if kind is not None:
+            write_gguf_vision(folder / "encoder-mmproj.gguf", weights, config, kind)
+        seen.append(loader().IS_CHANGED(names.transformer, "encoder-Q8_0.gguf", names.vae, **settings))
+        assert loader().IS_CHANGED(names.transformer, "encoder-Q8_0.gguf", names.vae, **settings) == seen[-1]
+    assert len(set(seen)) == 3
 
 
 def test_an_unknown_variant_is_refused(split: tuple[SplitFiles, Path]) -> None:

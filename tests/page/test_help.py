@@ -13,7 +13,9 @@ from devtools.workflow import to_prompt
 
 NODES = (
     "QwenLowVRAMLoader",
+    "QwenLowVRAMLoadLora",
     "QwenLowVRAMEncodePrompts",
+    "QwenLowVRAMEncodeEditPrompt",
     "QwenLowVRAMSample",
     "QwenLowVRAMDecode",
     "QwenLowVRAMMemoryPlan",
@@ -25,7 +27,7 @@ HEADINGS = {
     "en": ["Inputs", "Output", "What to expect", "Troubleshooting"],
     "zh": ["输入", "输出", "预期", "疑难解答"],
 }
-WORKFLOW = next((REPOSITORY / "workflows").glob("*4 GB.json"))
+WORKFLOW = min((REPOSITORY / "workflows").glob("*4 GB.json"))
 
 
 def help_path(node: str, language: str) -> str:

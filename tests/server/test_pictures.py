@@ -332,7 +332,7 @@ def test_wrong_files_are_named_before_the_run(
             (transformers / f"{name}.safetensors").unlink()
 
 
-def test_a_lora_node_is_refused_in_words_that_name_it(
+def test_a_lora_of_another_model_is_refused_in_words(
     client: ComfyClient, base_prompt: dict[str, Any], models_dir: Path
 ) -> None:
     from safetensors.torch import save_file
@@ -342,6 +342,6 @@ def test_a_lora_node_is_refused_in_words_that_name_it(
         base_prompt,
         n7=("LoraLoaderModelOnly", {"model": ["1", 0], "lora_name": "some.safetensors", "strength_model": 1.0}),
     )
-    with pytest.raises(ExecutionFailed, match="Load LoRA") as failure:
+    with pytest.raises(ExecutionFailed, match="No key of the LoRA fits this model") as failure:
         client.run(with_inputs(lora, "4", model=["7", 0]))
     assert failure.value.node_type == "LoraLoaderModelOnly"

@@ -8,7 +8,9 @@ from devtools.server import PACK_NAME, ComfyServer
 
 NODES = (
     "QwenLowVRAMLoader",
+    "QwenLowVRAMLoadLora",
     "QwenLowVRAMEncodePrompts",
+    "QwenLowVRAMEncodeEditPrompt",
     "QwenLowVRAMSample",
     "QwenLowVRAMDecode",
     "QwenLowVRAMMemoryPlan",

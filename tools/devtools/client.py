@@ -13,6 +13,7 @@ from typing import Any
 
 Prompt = Mapping[str, Mapping[str, Any]]
 Event = tuple[str, dict[str, Any]]
+IDLE_SECONDS = 1.5  # after which a server without prompts has looked at its flags
 
 
 class PromptRefused(Exception):
@@ -109,6 +110,7 @@ class ComfyClient:
 
     def free(self, *, unload_models: bool = True, free_memory: bool = True) -> None:
         self.post("/free", {"unload_models": unload_models, "free_memory": free_memory})
+        time.sleep(IDLE_SECONDS)  # it is done when the server is idle; a prompt queued at once would go first
 
     def image(self, image: Mapping[str, str]) -> bytes:
         """The bytes of an entry of `Run.images`."""

@@ -1,0 +1,153 @@
+"""The node that encodes an edit: prompts and pictures to conditions, and an empty latent on the same grid."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import comfy.model_management
+import node_helpers
+import torch
+from torch import Tensor
+
+from ..engine.edit_sizes import MOST_PICTURES, EditSizes, plan_sizes
+from ..engine.errors import InvalidRequest
+from ..engine.families import EDIT_TEMPLATE
+from ..engine.latents import LATENT_PX
+from ..engine.prompts import with_places
+from ..engine.resample import resample
+from ..engine.variants import Variant
+from ..engine.vision_patches import require_rgb
+from .clip import LowVRAMCLIP
+from .unsupported import NO_PICTURES_KEY
+from .words import AUTO, CATEGORY
+
+LATENT_CHANNELS = 16
+VARIANTS: dict[str, Variant | None] = {AUTO: None} | {variant.value: variant for variant in Variant if variant.edits}
+
+
+class QwenLowVRAMEncodeEditPrompt:
+    """Encode Edit Prompt."""
+
+    CATEGORY = CATEGORY
+    DESCRIPTION = (
+        "Shows one to three pictures to Qwen-Image-Edit. Both prompts and all pictures take one visit of the text "
+        "encoder; picture and output lie on one pixel grid, so that what is kept stays where it is."
+    )
+    RETURN_TYPES = ("CONDITIONING", "CONDITIONING", "LATENT")
+    RETURN_NAMES = ("positive", "negative", "latent")
+    OUTPUT_TOOLTIPS = (
+        "What should change, with the pictures.",
+        "What should not be there, with the same pictures; used only where cfg is above 1.",
+        "Empty, of the output's size: for the sampler.",
+    )
+    SEARCH_ALIASES = ("edit", "image edit", "TextEncodeQwenImageEditPlus", "reference", "qwen", "kontext")
+    FUNCTION = "encode"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        text = {"multiline": True, "dynamicPrompts": True}
+        side = {"default": 0, "min": 0, "max": 16384, "step": 16}
+        picture = "Call it Picture {} in the prompt. Inputs that are left free are not counted."
+        return {
+            "required": {
+                "clip": ("CLIP", {"tooltip": "The text encoder: this pack's, or ComfyUI's own."}),
+                "vae": ("VAE", {"tooltip": "Encodes the pictures for the model: this pack's, or ComfyUI's own."}),
+                "positive": ("STRING", {**text, "default": "", "tooltip": "What to change in the picture, in words."}),
+                "negative": (
+                    "STRING",
+                    {**text, "default": " ", "tooltip": "What it should not show. A space is the model's own default."},
+                ),
+                "megapixels": (
+                    "FLOAT",
+                    {
+                        "default": 1.0,
+                        "min": 0.0,
+                        "max": 16.0,
+                        "step": 0.05,
+                        "tooltip": "Of each picture as the model is shown it, and of the output. 1: as it was trained. "
+                        "0: the picture's own size, to the nearest multiple of 16.",
+                    },
+                ),
+                "width": ("INT", {**side, "tooltip": "Of the output. 0: as picture 1."}),
+                "height": ("INT", {**side, "tooltip": "Of the output. 0: as picture 1."}),
+                "batch_size": ("INT", {"default": 1, "min": 1, "max": 64, "tooltip": "Pictures made at a time."}),
+                "variant": (
+                    list(VARIANTS),
+                    {
+                        "default": AUTO,
+                        "advanced": True,
+                        "tooltip": "Which model the prompt is for; Edit shows its one picture in another way than the "
+                        "later ones. auto: the loader's, else Edit-2509.",
+                    },
+                ),
+            },
+            "optional": {
+                f"image{i + 1}": (
+                    "IMAGE",
+                    {"tooltip": "The picture to change; the output has its size." if i == 0 else picture.format(i + 1)},
+                )
+                for i in range(MOST_PICTURES)
+            },
+        }
+
+    def encode(
+        self,
+        clip: Any,
+        vae: Any,
+        positive: str,
+        negative: str,
+        megapixels: float,
+        width: int,
+        height: int,
+        batch_size: int,
+        variant: str,
+        **images: Any,
+    ) -> dict[str, Any]:
+        pictures = [images[name] for name in sorted(images) if images[name] is not None]
+        for i, picture in enumerate(pictures, start=1):
+            require_rgb(picture, f"Picture {i}")
+        member = _member(clip, variant)
+        sizes = plan_sizes(
+            [(picture.shape[2], picture.shape[1]) for picture in pictures],
+            member,
+            megapixels=megapixels,
+            output=_output(width, height),
+        )
+        texts = [with_places(text, len(pictures), labelled=member is not Variant.EDIT) for text in (positive, negative)]
+        seen = [resample(picture, *size.seen) for picture, size in zip(pictures, sizes.pictures, strict=True)]
+        conditions = _encoded(clip, texts, seen)
+        values: dict[str, Any] = {NO_PICTURES_KEY: True}
+        if pictures:
+            shown = zip(pictures, sizes.pictures, strict=True)
+            values = {"reference_latents": [vae.encode(resample(picture, *size.reference)) for picture, size in shown]}
+        conditions = [node_helpers.conditioning_set_values(condition, values, append=True) for condition in conditions]
+        return {"ui": {"text": [str(sizes)]}, "result": (*conditions, _empty_latent(sizes, batch_size))}
+
+
+def _member(clip: Any, variant: str) -> Variant:
+    """Which model the prompts are for. A text-to-image model that is shown pictures takes them as Edit-2509 does."""
+    chosen = VARIANTS[variant]
+    opened = clip.variant if isinstance(clip, LowVRAMCLIP) else None
+    known = chosen or opened
+    return known if known is not None and known.edits else Variant.EDIT_2509
+
+
+def _output(width: int, height: int) -> tuple[int, int] | None:
+    if bool(width) != bool(height):
+        raise InvalidRequest(
+            f"The output is {width}x{height} px. Give both width and height, or leave both 0 for the size of picture 1."
+        )
+    return (width, height) if width else None
+
+
+def _encoded(clip: Any, texts: Sequence[str], seen: Sequence[Tensor]) -> list[Any]:
+    if isinstance(clip, LowVRAMCLIP):
+        return clip.encode_prompts(texts, template=EDIT_TEMPLATE, images=seen)
+    tokens = [clip.tokenize(text, images=list(seen), llama_template=EDIT_TEMPLATE) for text in texts]
+    return [clip.encode_from_tokens_scheduled(each) for each in tokens]
+
+
+def _empty_latent(sizes: EditSizes, batch_size: int) -> dict[str, Any]:
+    width, height = (side // LATENT_PX for side in sizes.output)
+    device = comfy.model_management.intermediate_device()
+    samples = torch.zeros(batch_size, LATENT_CHANNELS, 1, height, width, device=device)
+    return {"samples": samples, "downscale_ratio_spacial": LATENT_PX}
