@@ -23,9 +23,9 @@ from diffusers import QwenImageTransformer2DModel
 from diffusers.hooks import apply_group_offloading
 from diffusers.hooks.group_offloading import ModuleGroup
 from live_bytes import LiveBytes
-from qwenimage_lowvram.engine.checkpoint import open_checkpoint
+from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.transformer import Branch, QwenImageTransformer
+from qwenimage_lowvram.engine.transformer.model import Branch, QwenImageTransformer
 from small_checkpoint import make_transformer
 from torch import Tensor
 

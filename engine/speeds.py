@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from .forecast import Speeds
 from .hardware import Hardware
+from .plan.forecast import Speeds
 from .streaming import HostMemory
 
 PIECE_BYTES = 32 * 1024**2  # as blocks are read

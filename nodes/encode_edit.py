@@ -8,14 +8,14 @@ import node_helpers
 import torch
 from torch import Tensor
 
-from ..engine.edit_sizes import MOST_PICTURES, EditSizes, plan_sizes
 from ..engine.errors import InvalidRequest
-from ..engine.families import EDIT_TEMPLATE
-from ..engine.latents import LATENT_PX
-from ..engine.prompts import with_places
-from ..engine.resample import resample
-from ..engine.variants import Variant
-from ..engine.vision_patches import require_rgb
+from ..engine.families.members import EDIT_TEMPLATE
+from ..engine.families.variants import Variant
+from ..engine.text.prompts import with_places
+from ..engine.transformer.latents import LATENT_PX
+from ..engine.vision.edit_sizes import MOST_PICTURES, EditSizes, plan_sizes
+from ..engine.vision.patches import require_rgb
+from ..engine.vision.resample import resample
 from .clip import LowVRAMCLIP
 from .unsupported import NO_PICTURES_KEY
 from .words import AUTO, CATEGORY

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import folder_paths
 
-from ..engine.checkpoint import GGUF_SUFFIX
+from ..engine.checkpoints.checkpoint import GGUF_SUFFIX
 from ..engine.errors import MissingFile
 
 FOLDER_SUFFIX = " (folder)"

@@ -6,14 +6,14 @@ import comfy.model_management
 import psutil
 import torch
 
-from ..engine.checkpoint import Checkpoint
-from ..engine.choice import choose_format
+from ..engine.checkpoints.checkpoint import Checkpoint
 from ..engine.errors import CacheError, InvalidRequest
+from ..engine.families.variants import Variant
 from ..engine.hardware import Hardware
-from ..engine.quantized import QuantizedWeights
-from ..engine.request import Limits, SamplingRequest
-from ..engine.transformer_parts import TransformerParts
-from ..engine.variants import Variant
+from ..engine.plan.choice import choose_format
+from ..engine.plan.request import Limits, SamplingRequest
+from ..engine.quantized.weights import QuantizedWeights
+from ..engine.transformer.parts import TransformerParts
 from .speeds import KnownSpeeds
 from .weight_cache import AS_STORED, weight_cache_folder
 

@@ -8,7 +8,7 @@ import comfy.model_patcher
 import psutil
 import torch
 
-from ..engine.transformer import QwenImageTransformer
+from ..engine.transformer.model import QwenImageTransformer
 from ..engine.vae import ImageVAE
 from .patcher import LowVRAMPatcher
 

@@ -8,17 +8,17 @@ import comfy.model_management
 import comfy.text_encoders.qwen_image
 import torch
 
-from ..engine.checkpoint import Checkpoint, open_checkpoint
+from ..engine.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..engine.errors import InvalidRequest, QwenLowVRAMError
-from ..engine.families import Component, require
+from ..engine.families.members import Component, require
+from ..engine.families.variants import Variant, variant_of
+from ..engine.families.vision import mmproj_identity
 from ..engine.hardware import Hardware
-from ..engine.prompts import PromptTokenizer
-from ..engine.request import GIB
-from ..engine.text_encoder import TextEncoder
-from ..engine.transformer import QwenImageTransformer, TimestepRounding
+from ..engine.plan.request import GIB
+from ..engine.text.encoder import TextEncoder
+from ..engine.text.prompts import PromptTokenizer
+from ..engine.transformer.model import QwenImageTransformer, TimestepRounding
 from ..engine.vae import require_image_vae
-from ..engine.variants import Variant, variant_of
-from ..engine.vision_files import mmproj_identity
 from . import devices, files
 from .clip import LowVRAMCLIP
 from .format_choice import suitable_format

@@ -7,7 +7,7 @@ from typing import Any
 import folder_paths
 
 from ..engine.errors import MissingFile, Unsupported
-from ..engine.lora import LoraMatch, match, open_lora
+from ..engine.lora.files import LoraMatch, match, open_lora
 from .patcher import LowVRAMPatcher
 from .progress import tell
 from .words import CATEGORY

@@ -7,19 +7,19 @@ import comfy.model_management
 import psutil
 import torch
 
-from ..engine.charts import Card, draw_cards
-from ..engine.checkpoint import Checkpoint
-from ..engine.choice import choose_format
+from ..engine.checkpoints.checkpoint import Checkpoint
 from ..engine.errors import DoesNotFit, QwenLowVRAMError
-from ..engine.footprint import TransformerFootprint
-from ..engine.forecast import TYPICAL, Speeds
 from ..engine.hardware import Hardware
-from ..engine.plan import least_ram_bytes
-from ..engine.quantized import QuantizedWeights
-from ..engine.request import GIB, Limits
-from ..engine.stages import PictureModels, PicturePlan, PictureRequest, Stage, plan_picture
-from ..engine.text_encoder import TextEncoder
-from ..engine.transformer_parts import TransformerParts
+from ..engine.plan.charts import Card, draw_cards
+from ..engine.plan.choice import choose_format
+from ..engine.plan.footprint import TransformerFootprint
+from ..engine.plan.forecast import TYPICAL, Speeds
+from ..engine.plan.memory import least_ram_bytes
+from ..engine.plan.request import GIB, Limits
+from ..engine.plan.stages import PictureModels, PicturePlan, PictureRequest, Stage, plan_picture
+from ..engine.quantized.weights import QuantizedWeights
+from ..engine.text.encoder import TextEncoder
+from ..engine.transformer.parts import TransformerParts
 from ..engine.vae import ImageVAE
 from . import files
 from .format_choice import TYPICAL_REQUEST, versions_of

@@ -8,9 +8,9 @@ import comfy.model_management
 import comfyui_version
 import torch
 
-from ..engine.charts import draw_timeline
 from ..engine.errors import InvalidRequest
-from ..engine.picture_report import PictureReport
+from ..engine.plan.charts import draw_timeline
+from ..engine.plan.picture_report import PictureReport
 from .model import LowVRAMModel
 from .pictures import as_image, preview
 from .unsupported import refuse

@@ -12,11 +12,11 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrapper
 from torch import Tensor, nn
 
 from ..engine.errors import Unsupported
-from ..engine.latents import PATCH, pack, require_even, shape_in_patches, unpack
-from ..engine.lora_patch import lora_patches
-from ..engine.plan import MemoryPlan
-from ..engine.report import MemoryReport
-from ..engine.transformer import Branch, QwenImageTransformer
+from ..engine.lora.patch import lora_patches
+from ..engine.plan.memory import MemoryPlan
+from ..engine.plan.report import MemoryReport
+from ..engine.transformer.latents import PATCH, pack, require_even, shape_in_patches, unpack
+from ..engine.transformer.model import Branch, QwenImageTransformer
 from .lockstep import KEY, Lockstep
 from .native_lora import PREFIX
 from .patcher import LowVRAMPatcher

@@ -9,7 +9,7 @@ import comfy.utils
 import torch
 
 from ..engine.errors import InvalidRequest
-from ..engine.lora import LoraMatch, match
+from ..engine.lora.files import LoraMatch, match
 from .native_lora import PREFIX, lora_of_patches
 from .unsupported import check_hooks, refuse
 

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from ..engine.errors import DoesNotFit, InvalidRequest, Unsupported
-from ..engine.forecast import corrected, step_flops
-from ..engine.latents import LATENT_PX, PATCH
-from ..engine.picture_report import Moved
-from ..engine.plan import MemoryPlan, least_ram_bytes, most_bytes, most_ram_bytes, plan_memory
-from ..engine.report import MemoryReport
-from ..engine.request import Limits, SamplingRequest, size_text
-from ..engine.split import annex_bytes, split_blocks
-from ..engine.stages import Stage, StagePlan, load_stage, modulation_stage, sampling_stage
+from ..engine.plan.forecast import corrected, step_flops
+from ..engine.plan.memory import MemoryPlan, least_ram_bytes, most_bytes, most_ram_bytes, plan_memory
+from ..engine.plan.picture_report import Moved
+from ..engine.plan.report import MemoryReport
+from ..engine.plan.request import Limits, SamplingRequest, size_text
+from ..engine.plan.split import annex_bytes, split_blocks
+from ..engine.plan.stages import Stage, StagePlan, load_stage, modulation_stage, sampling_stage
 from ..engine.streaming import Waits
-from ..engine.transformer import Branch, QwenImageTransformer, TransformerSession
+from ..engine.transformer.latents import LATENT_PX, PATCH
+from ..engine.transformer.model import Branch, QwenImageTransformer, TransformerSession
 from .limits import host_bytes, stage_bytes
 from .patcher import LowVRAMPatcher
 from .progress import MemoryWatch, RunProgress

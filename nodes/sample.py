@@ -9,8 +9,8 @@ import latent_preview
 from torch import Tensor
 
 from ..engine.errors import Unsupported
-from ..engine.latents import PATCH, require_even
-from ..engine.sampling import lightning_sigmas, qwen_sigmas, true_cfg
+from ..engine.transformer.latents import PATCH, require_even
+from ..engine.transformer.sampling import lightning_sigmas, qwen_sigmas, true_cfg
 from .model import LowVRAMModel
 from .words import CATEGORY
 

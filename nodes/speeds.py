@@ -10,8 +10,8 @@ import comfy.model_management
 import folder_paths
 import torch
 
-from ..engine.forecast import Speeds
 from ..engine.hardware import Hardware
+from ..engine.plan.forecast import Speeds
 from ..engine.speeds import measure_bus, measure_disk, measure_flops
 
 logger = logging.getLogger(__name__)

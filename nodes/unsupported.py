@@ -7,8 +7,8 @@ import comfy.hooks
 from comfy.patcher_extension import WrappersMP
 
 from ..engine.errors import InvalidRequest, Unsupported
-from ..engine.latents import LATENT_PX, PATCH
-from ..engine.variants import Variant
+from ..engine.families.variants import Variant
+from ..engine.transformer.latents import LATENT_PX, PATCH
 from .words import ENCODE_EDIT, LOADER
 
 logger = logging.getLogger(__name__)

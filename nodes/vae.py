@@ -9,9 +9,9 @@ import comfy.sd
 import comfy.utils
 import torch
 
-from ..engine.checkpoint import Checkpoint
+from ..engine.checkpoints.checkpoint import Checkpoint
 from ..engine.errors import InvalidRequest, Unsupported
-from ..engine.stages import PIXEL_BYTES, Stage, decode_stage
+from ..engine.plan.stages import PIXEL_BYTES, Stage, decode_stage
 from ..engine.streaming import read_params
 from ..engine.vae import ImageVAE, TilePlan
 from .limits import stage_bytes

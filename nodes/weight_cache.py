@@ -9,12 +9,12 @@ import comfy.utils
 import folder_paths
 import torch
 
-from ..engine.checkpoint import Checkpoint
+from ..engine.checkpoints.checkpoint import Checkpoint
 from ..engine.errors import InvalidRequest
-from ..engine.prompt_cache import Entry, PromptCache
-from ..engine.quantized import QuantizedWeights
-from ..engine.quantized_files import FINISHED, UNUSED, CachedFile, cache_path, cached_files, clear
-from ..engine.quantized_layout import FORMATS
+from ..engine.quantized.files import FINISHED, UNUSED, CachedFile, cache_path, cached_files, clear
+from ..engine.quantized.layout import FORMATS
+from ..engine.quantized.weights import QuantizedWeights
+from ..engine.text.cache import Entry, PromptCache
 from .limits import stage_bytes
 from .words import AUTO, CATEGORY
 

@@ -11,8 +11,8 @@ from devtools import bench
 from diffusers import QwenImageTransformer2DModel
 from diffusers.hooks import apply_group_offloading
 from diffusers.hooks.group_offloading import ModuleGroup
-from qwenimage_lowvram.engine.checkpoint import open_checkpoint
-from qwenimage_lowvram.engine.transformer import Branch, QwenImageTransformer
+from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
+from qwenimage_lowvram.engine.transformer.model import Branch, QwenImageTransformer
 from random_blocks import REAL_BLOCKS, Stored, repeat_blocks, write_transformer
 from streaming_contenders import CONTENDERS, NotHere, counted_groups
 from streaming_job import Job, Moved, Tier, forget_files

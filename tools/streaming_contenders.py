@@ -20,11 +20,11 @@ from diffusers import QwenImageTransformer2DModel
 from diffusers.hooks import apply_group_offloading
 from diffusers.hooks.group_offloading import ModuleGroup
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
-from qwenimage_lowvram.engine.checkpoint import open_checkpoint
+from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.plan import MemoryPlan, activation_bytes, least_ram_bytes, plan_memory
-from qwenimage_lowvram.engine.request import Limits
-from qwenimage_lowvram.engine.transformer import Branch, QwenImageTransformer
+from qwenimage_lowvram.engine.plan.memory import MemoryPlan, activation_bytes, least_ram_bytes, plan_memory
+from qwenimage_lowvram.engine.plan.request import Limits
+from qwenimage_lowvram.engine.transformer.model import Branch, QwenImageTransformer
 from random_blocks import REAL_BLOCKS
 from streaming_job import PROMPT_TOKENS, Job, Moved, Tier, forget_files
 from torch import Tensor, nn

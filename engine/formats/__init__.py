@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..checkpoint import TensorEntry
+from ..checkpoints.checkpoint import TensorEntry
 from ..errors import WrongModel
 from .bnb4 import FP4, NF4
 from .gguf import GGUF, GgufCodec

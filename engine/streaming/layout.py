@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import TensorEntry
+from ..checkpoints.checkpoint import TensorEntry
 from ..errors import WrongModel
 from ..formats import CODECS, StoredParam, is_native, raw_layout, stored_param
 

@@ -9,7 +9,7 @@ from typing import BinaryIO, Protocol
 import torch
 from torch import Tensor
 
-from ..checkpoint import TensorEntry
+from ..checkpoints.checkpoint import TensorEntry
 from ..errors import DamagedFile, MissingFile
 from .layout import StoredBlock, WeightPatch, store_block
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
-from ..checkpoint import Checkpoint
+from ..checkpoints.checkpoint import Checkpoint
 from ..errors import InvalidRequest
-from ..footprint import VAEFootprint
+from ..plan.footprint import VAEFootprint
 from .keys import IMAGE_CHANNELS, check_is_image_vae, to_diffusers_names
 from .network import Half, build_decoder, build_encoder
 from .tiles import Span, TilePlan, plan_tiles

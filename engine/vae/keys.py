@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from diffusers import AutoencoderKLQwenImage
 
-from ..checkpoint import Checkpoint
+from ..checkpoints.checkpoint import Checkpoint
 from ..errors import DamagedFile, WrongModel
 
 LATENT_CHANNELS = 16

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..errors import DoesNotFit
-from ..request import size_text
+from ..plan.request import size_text
 from .geometry import Halo, Network
 
 # beyond 2**31 - 1 values per tensor, kernels with 32-bit indices refuse or fall back to slow ones

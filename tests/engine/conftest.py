@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from qwenimage_lowvram.engine.checkpoint import BITS_PER_ELEMENT
+from qwenimage_lowvram.engine.checkpoints.checkpoint import BITS_PER_ELEMENT
 from qwenimage_lowvram.engine.hardware import Hardware
 
 TEXT_DIM = 32

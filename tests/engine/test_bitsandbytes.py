@@ -14,14 +14,14 @@ import torch
 from bnb_folder import dequantized, load_quantized
 from diffusers import BitsAndBytesConfig, QwenImageTransformer2DModel
 from live_bytes import LiveBytes
-from qwenimage_lowvram.engine.checkpoint import Checkpoint, TensorEntry, open_checkpoint
+from qwenimage_lowvram.engine.checkpoints.checkpoint import Checkpoint, TensorEntry, open_checkpoint
 from qwenimage_lowvram.engine.errors import CheckpointError, DamagedFile, WrongModel
-from qwenimage_lowvram.engine.families import sort_transformer
+from qwenimage_lowvram.engine.families.members import sort_transformer
+from qwenimage_lowvram.engine.formats.quant_states import with_quant_states
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.plan import plan_memory
-from qwenimage_lowvram.engine.request import GIB, Limits, SamplingRequest
-from qwenimage_lowvram.engine.quant_states import with_quant_states
-from qwenimage_lowvram.engine.transformer import Branch, QwenImageTransformer
+from qwenimage_lowvram.engine.plan.memory import plan_memory
+from qwenimage_lowvram.engine.plan.request import GIB, Limits, SamplingRequest
+from qwenimage_lowvram.engine.transformer.model import Branch, QwenImageTransformer
 from safetensors.torch import load_file, save_file
 from small_checkpoint import make_transformer
 from torch._subclasses.fake_tensor import FakeTensorMode

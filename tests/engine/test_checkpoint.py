@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from qwenimage_lowvram.engine.checkpoint import open_checkpoint
+from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.errors import CheckpointError, DamagedFile, MissingFile
 from safetensors.torch import save_file
 
@@ -255,7 +255,7 @@ def test_a_damaged_header_is_a_damaged_file(header: Any, tmp_path: Path, write_h
 _AS_NOBODY = """
 import os, sys
 from pathlib import Path
-from qwenimage_lowvram.engine.checkpoint import open_checkpoint
+from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.errors import MissingFile
 if os.getuid() == 0:
     try:

@@ -14,17 +14,17 @@ import pytest
 import torch
 from comfy_files import KINDS, note_bytes, read_dequantized
 from live_bytes import LiveBytes
-from qwenimage_lowvram.engine.checkpoint import Checkpoint, open_checkpoint
-from qwenimage_lowvram.engine.comfy_quant import with_comfy_quants
+from qwenimage_lowvram.engine.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from qwenimage_lowvram.engine.errors import CheckpointError, DamagedFile, MissingPackage, WrongModel
-from qwenimage_lowvram.engine.families import sort_transformer
+from qwenimage_lowvram.engine.families.members import sort_transformer
+from qwenimage_lowvram.engine.formats.comfy_quant import with_comfy_quants
 from qwenimage_lowvram.engine.formats.int8_convrot import CHUNK_WEIGHTS, INT8_CONVROT, load_operator
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.plan import plan_memory
-from qwenimage_lowvram.engine.request import GIB, Limits, SamplingRequest
+from qwenimage_lowvram.engine.plan.memory import plan_memory
+from qwenimage_lowvram.engine.plan.request import GIB, Limits, SamplingRequest
 from qwenimage_lowvram.engine.streaming import read_params
-from qwenimage_lowvram.engine.text_encoder import TextEncoder
-from qwenimage_lowvram.engine.transformer import Branch, QwenImageTransformer
+from qwenimage_lowvram.engine.text.encoder import TextEncoder
+from qwenimage_lowvram.engine.transformer.model import Branch, QwenImageTransformer
 from safetensors.torch import load_file, save_file
 from small_checkpoint import write_split_files
 from torch._subclasses.fake_tensor import FakeTensorMode

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from qwenimage_lowvram.engine.checkpoint import open_checkpoint
+from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.errors import Unsupported, WrongModel
-from qwenimage_lowvram.engine.families import Component, identify, require, sort_text_encoder, sort_transformer
+from qwenimage_lowvram.engine.families.members import Component, identify, require, sort_text_encoder, sort_transformer
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.transformer import QwenImageTransformer
+from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
 
 Shapes = dict[str, tuple[int, ...]]
 

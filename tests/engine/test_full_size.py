@@ -14,14 +14,14 @@ import full_size
 import pytest
 import torch
 from live_bytes import LiveBytes
-from qwenimage_lowvram.engine.checkpoint import Checkpoint, TensorEntry
-from qwenimage_lowvram.engine.lora import LoraFile, match
-from qwenimage_lowvram.engine.lora_patch import lora_patches
-from qwenimage_lowvram.engine.plan import MemoryPlan, activation_bytes, plan_memory, text_encoder_peak_bytes
-from qwenimage_lowvram.engine.quantized import QuantizedWeights
-from qwenimage_lowvram.engine.request import GIB, Limits, SamplingRequest
-from qwenimage_lowvram.engine.text_encoder import TextEncoder
-from qwenimage_lowvram.engine.transformer import Branch, QwenImageTransformer
+from qwenimage_lowvram.engine.checkpoints.checkpoint import Checkpoint, TensorEntry
+from qwenimage_lowvram.engine.lora.files import LoraFile, match
+from qwenimage_lowvram.engine.lora.patch import lora_patches
+from qwenimage_lowvram.engine.plan.memory import MemoryPlan, activation_bytes, plan_memory, text_encoder_peak_bytes
+from qwenimage_lowvram.engine.plan.request import GIB, Limits, SamplingRequest
+from qwenimage_lowvram.engine.quantized.weights import QuantizedWeights
+from qwenimage_lowvram.engine.text.encoder import TextEncoder
+from qwenimage_lowvram.engine.transformer.model import Branch, QwenImageTransformer
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 SIZES = [(1664, 928), (1328, 1328)]

@@ -17,14 +17,14 @@ from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from gguf_files import write_gguf_text_encoder, write_gguf_transformer, write_gguf_vision
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from qwenimage_lowvram.engine.checkpoint import Checkpoint, open_checkpoint
+from qwenimage_lowvram.engine.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from qwenimage_lowvram.engine.errors import QwenLowVRAMError
+from qwenimage_lowvram.engine.families.vision import sort_vision
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.streaming import read_params
-from qwenimage_lowvram.engine.text_encoder import TextEncoder
-from qwenimage_lowvram.engine.transformer import Branch, QwenImageTransformer
+from qwenimage_lowvram.engine.text.encoder import TextEncoder
+from qwenimage_lowvram.engine.transformer.model import Branch, QwenImageTransformer
 from qwenimage_lowvram.engine.vae import ImageVAE, require_image_vae
-from qwenimage_lowvram.engine.vision_files import sort_vision
 from safetensors.torch import save
 from small_checkpoint import TextSize, make_text_encoder, make_tokenizer, make_transformer
 

@@ -14,16 +14,16 @@ import torch
 from gguf import GGMLQuantizationType
 from gguf_files import llama_name, read_gguf, write_gguf_text_encoder, write_gguf_transformer
 from live_bytes import LiveBytes
-from qwenimage_lowvram.engine.checkpoint import Checkpoint, open_checkpoint
+from qwenimage_lowvram.engine.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from qwenimage_lowvram.engine.errors import WrongModel
-from qwenimage_lowvram.engine.families import Component, require, sort_text_encoder, sort_transformer
+from qwenimage_lowvram.engine.families.members import Component, require, sort_text_encoder, sort_transformer
 from qwenimage_lowvram.engine.formats import CODECS
 from qwenimage_lowvram.engine.formats.gguf import CHUNK_WEIGHTS, GGUF, GgufCodec
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.plan import plan_memory, plan_text_encoder, text_encoder_peak_bytes
-from qwenimage_lowvram.engine.request import GIB, Limits, SamplingRequest
-from qwenimage_lowvram.engine.text_encoder import TextEncoder
-from qwenimage_lowvram.engine.transformer import Branch, QwenImageTransformer
+from qwenimage_lowvram.engine.plan.memory import plan_memory, plan_text_encoder, text_encoder_peak_bytes
+from qwenimage_lowvram.engine.plan.request import GIB, Limits, SamplingRequest
+from qwenimage_lowvram.engine.text.encoder import TextEncoder
+from qwenimage_lowvram.engine.transformer.model import Branch, QwenImageTransformer
 from safetensors.torch import load_file
 from small_checkpoint import TextSize, make_text_encoder, make_tokenizer, make_transformer
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -248,7 +248,7 @@ def test_the_plan_of_a_full_size_gguf_encoder_is_what_its_run_takes() -> None:
             hardware=full_size.fake_gpu(),
             source=full_size.EmptySource,
         )
-        encoder._embed = lambda prompts: [  # type: ignore[method-assign]  # its rows are read from the file
+        encoder._embed = lambda prompts, pictures: [  # type: ignore[method-assign]  # its rows are read from the file
             torch.empty(1, len(ids), encoder.hidden_size, dtype=torch.bfloat16, device="cuda") for ids in prompts
         ]
         assert plan_text_encoder(encoder.footprint, lengths, 2 * GIB) == 2

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter
-from qwenimage_lowvram.engine.checkpoint import open_checkpoint
+from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.errors import DamagedFile, MissingFile, WrongModel
-from qwenimage_lowvram.engine.families import sort_transformer
+from qwenimage_lowvram.engine.families.members import sort_transformer
 from safetensors.torch import save_file
 
 

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from qwenimage_lowvram.engine.errors import DoesNotFit, InvalidRequest
-from qwenimage_lowvram.engine.footprint import TextEncoderFootprint, TransformerFootprint
-from qwenimage_lowvram.engine.forecast import TYPICAL, Bound, Speeds, step_flops
-from qwenimage_lowvram.engine.plan import (
+from qwenimage_lowvram.engine.plan.footprint import TextEncoderFootprint, TransformerFootprint
+from qwenimage_lowvram.engine.plan.forecast import TYPICAL, Bound, Speeds, step_flops
+from qwenimage_lowvram.engine.plan.memory import (
     MLP_CHUNKS,
     MemoryPlan,
     activation_bytes,
@@ -27,8 +27,8 @@ from qwenimage_lowvram.engine.plan import (
     plan_text_encoder,
     text_encoder_peak_bytes,
 )
-from qwenimage_lowvram.engine.report import MemoryReport
-from qwenimage_lowvram.engine.request import GIB, Limits, SamplingRequest, size_text
+from qwenimage_lowvram.engine.plan.report import MemoryReport
+from qwenimage_lowvram.engine.plan.request import GIB, Limits, SamplingRequest, size_text
 
 ALIAS = Path(__file__).parents[2] / "tools" / "alias"
 MIB = 1024**2
@@ -367,8 +367,8 @@ def test_the_text_encoder_keeps_its_limit_too(lengths: list[int], share: float) 
 
 
 def test_planning_imports_no_torch() -> None:
-    names = ("plan", "report", "stages", "choice", "split")
-    code = "".join(f"import qwenimage_lowvram.engine.{name}\n" for name in names)
+    names = ("memory", "report", "stages", "choice", "split", "charts")
+    code = "".join(f"import qwenimage_lowvram.engine.plan.{name}\n" for name in names)
     code += "import sys; print('torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ALIAS)}, capture_output=True, text=True

@@ -22,11 +22,11 @@ CHILD = f"""
 import hashlib, json, sys, threading, time
 from pathlib import Path
 import psutil, torch
-from qwenimage_lowvram.engine.checkpoint import open_checkpoint
+from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.plan import plan_memory
-from qwenimage_lowvram.engine.request import Limits, SamplingRequest
-from qwenimage_lowvram.engine.transformer import Branch, QwenImageTransformer
+from qwenimage_lowvram.engine.plan.memory import plan_memory
+from qwenimage_lowvram.engine.plan.request import Limits, SamplingRequest
+from qwenimage_lowvram.engine.transformer.model import Branch, QwenImageTransformer
 
 torch.set_num_threads(2)
 process = psutil.Process()

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from qwenimage_lowvram.engine.forecast import Speeds, StepForecast, corrected
 from qwenimage_lowvram.engine.hardware import Hardware
+from qwenimage_lowvram.engine.plan.forecast import Speeds, StepForecast, corrected
 from qwenimage_lowvram.engine.speeds import measure_speeds
 
 SPEEDS = Speeds(flops=10e12, bus_bytes=10e9, disk_bytes=2e9)

@@ -13,23 +13,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from live_bytes import LiveBytes
-from qwenimage_lowvram.engine.checkpoint import open_checkpoint
+from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.errors import DoesNotFit, InvalidRequest
-from qwenimage_lowvram.engine.forecast import TYPICAL, Speeds
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.plan import plan_memory
-from qwenimage_lowvram.engine.prompts import PromptTokenizer
-from qwenimage_lowvram.engine.request import GIB, Limits
-from qwenimage_lowvram.engine.stages import (
+from qwenimage_lowvram.engine.plan.forecast import TYPICAL, Speeds
+from qwenimage_lowvram.engine.plan.memory import plan_memory
+from qwenimage_lowvram.engine.plan.request import GIB, Limits
+from qwenimage_lowvram.engine.plan.stages import (
     PictureModels,
     PictureRequest,
     Stage,
     plan_picture,
 )
 from qwenimage_lowvram.engine.streaming import TensorReader
-from qwenimage_lowvram.engine.text_encoder import TextEncoder
-from qwenimage_lowvram.engine.transformer import QwenImageTransformer
-from qwenimage_lowvram.engine.transformer_parts import TransformerParts
+from qwenimage_lowvram.engine.text.encoder import TextEncoder
+from qwenimage_lowvram.engine.text.prompts import PromptTokenizer
+from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
+from qwenimage_lowvram.engine.transformer.parts import TransformerParts
 from qwenimage_lowvram.engine.vae import ImageVAE
 from safetensors.torch import load_file
 
@@ -190,7 +190,9 @@ def test_planning_reads_no_tensor_and_makes_none(tmp_path: Path, monkeypatch: py
 
 def test_planning_a_picture_imports_no_torch() -> None:
     modules = ("stages", "picture_report", "charts")
-    code = f"import sys, {', '.join(f'qwenimage_lowvram.engine.{m}' for m in modules)}; print('torch' in sys.modules)"
+    code = (
+        f"import sys, {', '.join(f'qwenimage_lowvram.engine.plan.{m}' for m in modules)}; print('torch' in sys.modules)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ALIAS)}, capture_output=True, text=True
     )

@@ -10,11 +10,11 @@ import full_size
 import pytest
 import torch
 from live_bytes import LiveBytes
-from qwenimage_lowvram.engine.checkpoint import open_checkpoint
+from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.errors import InvalidRequest
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.sampling import qwen_sigmas
-from qwenimage_lowvram.engine.transformer import MAX_POSITIONS, Branch, QwenImageTransformer, TimestepRounding
+from qwenimage_lowvram.engine.transformer.model import MAX_POSITIONS, Branch, QwenImageTransformer, TimestepRounding
+from qwenimage_lowvram.engine.transformer.sampling import qwen_sigmas
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -248,7 +248,7 @@ def test_a_timestep_that_nobody_announced_costs_one_pass_once(tiny: Tiny, hardwa
 
 
 def test_rows_of_earlier_runs_are_forgotten_in_the_end(tiny: Tiny, cpu: Hardware) -> None:
-    from qwenimage_lowvram.engine.plan import SPARE_ROWS
+    from qwenimage_lowvram.engine.plan.memory import SPARE_ROWS
 
     _, folder = tiny(torch.bfloat16)
     transformer = QwenImageTransformer(open_checkpoint(folder), dtype=torch.bfloat16, hardware=cpu)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from qwenimage_lowvram.engine.checkpoint import open_checkpoint
+from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.errors import DoesNotFit, InvalidRequest, Unsupported
 from safetensors.torch import save_file
 from small_checkpoint import make_vae

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from qwenimage_lowvram.engine.checkpoint import open_checkpoint
+from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.transformer import QwenImageTransformer
+from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
 
 DIM = 64  # of the small text encoder's embeddings
 MiB = 1024**2

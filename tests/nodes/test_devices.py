@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from qwenimage_lowvram.engine.checkpoint import open_checkpoint
+from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.plan import least_bytes
-from qwenimage_lowvram.engine.request import SamplingRequest
-from qwenimage_lowvram.engine.transformer import QwenImageTransformer
+from qwenimage_lowvram.engine.plan.memory import least_bytes
+from qwenimage_lowvram.engine.plan.request import SamplingRequest
+from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
 
 from .conftest import cond, empty_latent
 from .test_model import ksampler

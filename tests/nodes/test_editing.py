@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from qwenimage_lowvram.engine.errors import InvalidRequest
-from qwenimage_lowvram.engine.variants import Variant
+from qwenimage_lowvram.engine.families.variants import Variant
 
 from .conftest import cond, empty_latent
 from .test_model import ksampler, references

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from gguf_files import write_gguf_text_encoder, write_gguf_vision
 from qwenimage_lowvram.engine.errors import MissingFile, WrongModel
-from qwenimage_lowvram.engine.variants import Variant
+from qwenimage_lowvram.engine.families.variants import Variant
 from safetensors.torch import load_file
 from small_checkpoint import SplitFiles, write_split_files
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from qwenimage_lowvram.engine.checkpoint import open_checkpoint
+from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.errors import MissingFile
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.prompt_cache import PromptCache
-from qwenimage_lowvram.engine.prompts import PromptTokenizer
-from qwenimage_lowvram.engine.text_encoder import TextEncoder
+from qwenimage_lowvram.engine.text.cache import PromptCache
+from qwenimage_lowvram.engine.text.encoder import TextEncoder
+from qwenimage_lowvram.engine.text.prompts import PromptTokenizer
 
 FIRST, SECOND = "a sign that says hello", "白色背景上的红色圆形"
 

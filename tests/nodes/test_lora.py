@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
-from qwenimage_lowvram.engine.checkpoint import open_checkpoint
+from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.errors import InvalidRequest, WrongModel
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.lora import match, open_lora
-from qwenimage_lowvram.engine.plan import least_bytes
-from qwenimage_lowvram.engine.request import SamplingRequest
-from qwenimage_lowvram.engine.transformer import QwenImageTransformer
+from qwenimage_lowvram.engine.lora.files import match, open_lora
+from qwenimage_lowvram.engine.plan.memory import least_bytes
+from qwenimage_lowvram.engine.plan.request import SamplingRequest
+from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from qwenimage_lowvram.engine.errors import InvalidRequest, Unsupported
-from qwenimage_lowvram.engine.picture_report import Moved
-from qwenimage_lowvram.engine.plan import least_bytes
-from qwenimage_lowvram.engine.request import SamplingRequest, size_text
-from qwenimage_lowvram.engine.stages import Stage
+from qwenimage_lowvram.engine.plan.memory import least_bytes
+from qwenimage_lowvram.engine.plan.picture_report import Moved
+from qwenimage_lowvram.engine.plan.request import SamplingRequest, size_text
+from qwenimage_lowvram.engine.plan.stages import Stage
 
 from .conftest import cond, empty_latent
 from .test_model import ksampler
@@ -30,11 +30,11 @@ class Graph:
     """Load, encode, sample and decode of one loader; each `run` is a prompt of its own."""
 
     def __init__(self, folder: Path) -> None:
-        from qwenimage_lowvram.engine.checkpoint import open_checkpoint
+        from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
         from qwenimage_lowvram.engine.hardware import Hardware
-        from qwenimage_lowvram.engine.prompts import PromptTokenizer
-        from qwenimage_lowvram.engine.text_encoder import TextEncoder
-        from qwenimage_lowvram.engine.transformer import QwenImageTransformer
+        from qwenimage_lowvram.engine.text.encoder import TextEncoder
+        from qwenimage_lowvram.engine.text.prompts import PromptTokenizer
+        from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
         from qwenimage_lowvram.nodes.clip import LowVRAMCLIP
         from qwenimage_lowvram.nodes.model import make_model
         from qwenimage_lowvram.nodes.timeline import Timeline

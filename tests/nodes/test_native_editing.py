@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from qwenimage_lowvram.engine.checkpoint import open_checkpoint
+from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
+from qwenimage_lowvram.engine.families.variants import Variant
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.prompts import PromptTokenizer
-from qwenimage_lowvram.engine.text_encoder import TextEncoder
-from qwenimage_lowvram.engine.transformer import QwenImageTransformer
-from qwenimage_lowvram.engine.variants import Variant
+from qwenimage_lowvram.engine.text.encoder import TextEncoder
+from qwenimage_lowvram.engine.text.prompts import PromptTokenizer
+from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
 from safetensors.torch import load_file
 from split_files import wan_vae_name
 

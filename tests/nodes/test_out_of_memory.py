@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from live_bytes import LiveBytes
-from qwenimage_lowvram.engine.plan import least_bytes
-from qwenimage_lowvram.engine.request import SamplingRequest
-from qwenimage_lowvram.engine.transformer import QwenImageTransformer
+from qwenimage_lowvram.engine.plan.memory import least_bytes
+from qwenimage_lowvram.engine.plan.request import SamplingRequest
+from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .conftest import cond, empty_latent

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 from gguf_files import write_gguf_text_encoder, write_gguf_vision
-from qwenimage_lowvram.engine.checkpoint import open_checkpoint
+from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.errors import DoesNotFit, InvalidRequest, MissingFile, Unsupported
-from qwenimage_lowvram.engine.families import EDIT_TEMPLATE
+from qwenimage_lowvram.engine.families.members import EDIT_TEMPLATE
+from qwenimage_lowvram.engine.families.vision import mmproj_identity
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.prompt_cache import PromptCache
-from qwenimage_lowvram.engine.prompts import PromptTokenizer, with_places
-from qwenimage_lowvram.engine.text_encoder import TextEncoder
-from qwenimage_lowvram.engine.vision_files import mmproj_identity
+from qwenimage_lowvram.engine.text.cache import PromptCache
+from qwenimage_lowvram.engine.text.encoder import TextEncoder
+from qwenimage_lowvram.engine.text.prompts import PromptTokenizer, with_places
 from safetensors.torch import load_file
 
 from .native_encoder import as_clip, native_encoder

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from qwenimage_lowvram.engine.forecast import Speeds
 from qwenimage_lowvram.engine.hardware import Hardware
+from qwenimage_lowvram.engine.plan.forecast import Speeds
 
 CPU = Hardware.detect(torch.device("cpu"))
 

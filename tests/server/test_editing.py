@@ -13,8 +13,8 @@ from devtools.client import ComfyClient, ExecutionFailed
 from devtools.server import ComfyServer
 from edit_reference import HEIGHT, WIDTH, edit_plus_pipeline
 from PIL import Image
-from qwenimage_lowvram.engine.families import LATENTS_MEAN, LATENTS_STD
-from qwenimage_lowvram.engine.latents import unpack
+from qwenimage_lowvram.engine.families.members import LATENTS_MEAN, LATENTS_STD
+from qwenimage_lowvram.engine.transformer.latents import unpack
 from safetensors.torch import load_file
 
 from .graphs import FOLDER, Prompt, changed, with_inputs

@@ -1,0 +1,105 @@
+"""Which member of the family a transformer is: what a person says, else what the file says of itself. Reads headers.
+
+Qwen-Image, Edit and Edit-2509 have the same tensors. Only 2511 and Layered differ in what they compute.
+"""
+
+import re
+from enum import Enum
+
+from ..checkpoints.checkpoint import Checkpoint, read_json
+from ..errors import WrongModel
+
+# in ComfyUI's files an empty tensor marks 2511, in diffusers' a setting of the configuration
+MARK_2511 = "__index_timestep_zero__"
+_LAYERED = "time_text_embed.addition_t_embedding.weight"
+# metadata in which a file's maker names it: GGUF's, and ModelSpec's of safetensors files
+_TITLES = ("general.name", "general.basename", "modelspec.title")
+
+
+class Variant(Enum):
+    """A family member by its published name."""
+
+    QWEN_IMAGE = "Qwen-Image"
+    EDIT = "Qwen-Image-Edit"
+    EDIT_2509 = "Qwen-Image-Edit-2509"
+    EDIT_2511 = "Qwen-Image-Edit-2511"
+    LAYERED = "Qwen-Image-Layered"
+
+    @property
+    def edits(self) -> bool:
+        """Whether it was trained to change pictures that it is shown."""
+        return self in (Variant.EDIT, Variant.EDIT_2509, Variant.EDIT_2511)
+
+
+def variant_of(checkpoint: Checkpoint, chosen: Variant | None = None) -> Variant:
+    """`chosen`, or what marks, pipeline folder, metadata and name say; QWEN_IMAGE where nothing is said.
+
+    Raises WrongModel where the name says 2511 and the mark is missing, as in many GGUF files: nothing else tells 2511
+    from 2509, and its pictures come out wrong without. Raises it as well for a marked file that is chosen to be an
+    older Edit. A marked file chosen as QWEN_IMAGE computes as 2511 does; without pictures the two are the same.
+    """
+    marked = is_marked_2511(checkpoint)
+    if is_layered(checkpoint):
+        return Variant.LAYERED
+    if chosen is not None:
+        if marked and chosen in (Variant.EDIT, Variant.EDIT_2509):
+            raise WrongModel(
+                f"{checkpoint.path} is marked as {Variant.EDIT_2511.value}; the variant {chosen.value} was chosen. "
+                f"Choose auto or {Variant.EDIT_2511.value}, or another file."
+            )
+        return chosen
+    if marked:
+        return Variant.EDIT_2511
+    named = [variant for text in _titles(checkpoint) if (variant := _named(text)) is not None]
+    if Variant.EDIT_2511 in named:
+        raise WrongModel(
+            f"{checkpoint.path} is {Variant.EDIT_2511.value} by its name, but has lost that model's mark (the setting "
+            f"zero_cond_t, or the tensor {MARK_2511}), as many GGUF files have; pictures come out wrong without it. "
+            f"Choose the variant {Variant.EDIT_2511.value} if that is what it is, another variant if it is not, or a "
+            "file with the mark."
+        )
+    return _of_pipeline(checkpoint) or next(iter(named), Variant.QWEN_IMAGE)
+
+
+def is_marked_2511(checkpoint: Checkpoint) -> bool:
+    """Whether reference pictures are computed at timestep zero."""
+    return _states(checkpoint, "zero_cond_t", MARK_2511)
+
+
+def is_layered(checkpoint: Checkpoint) -> bool:
+    return _states(checkpoint, "use_layer3d_rope", _LAYERED)
+
+
+def _states(checkpoint: Checkpoint, setting: str, tensor: str) -> bool:
+    stated = (checkpoint.config or {}).get(setting)
+    return any(name.endswith(tensor) for name in checkpoint.tensors) if stated is None else bool(stated)
+
+
+def _titles(checkpoint: Checkpoint) -> list[str]:
+    path = checkpoint.path
+    given = [checkpoint.metadata[key] for key in _TITLES if key in checkpoint.metadata]
+    return [*given, path.parent.name if path.is_dir() else path.stem]
+
+
+def _named(text: str) -> Variant | None:
+    """What a name such as Qwen_Image_Edit_2511-Q4_K_M or QwenImageEdit2509 says."""
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", text).lower()
+    if not re.search(r"(?<![a-z])(qwen)?(image)?edit(?![a-z])", words):
+        return None
+    for year_and_month, variant in (("2511", Variant.EDIT_2511), ("2509", Variant.EDIT_2509)):
+        if re.search(rf"(?<!\d){year_and_month}(?!\d)", words):
+            return variant
+    return Variant.EDIT
+
+
+def _of_pipeline(checkpoint: Checkpoint) -> Variant | None:
+    """What the model_index.json says that a transformer's folder belongs to."""
+    index = checkpoint.path.parent / "model_index.json"
+    if not checkpoint.path.is_dir() or not index.is_file():
+        return None
+    pipeline = read_json(index).get("_class_name")
+    if not isinstance(pipeline, str) or not pipeline.startswith("QwenImage"):
+        return None
+    if pipeline.startswith("QwenImageEdit"):
+        return Variant.EDIT_2509 if pipeline.startswith("QwenImageEditPlus") else Variant.EDIT
+    return Variant.QWEN_IMAGE

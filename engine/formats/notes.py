@@ -1,0 +1,32 @@
+"""Notes that a file keeps in small tensors beside the weights they describe: JSON as bytes. Reads those, no weight."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints.checkpoint import TensorEntry, parse_json
+from ..errors import DamagedFile, MissingFile
+
+MAX_NOTE_BYTES = 4096
+
+
+def read_notes(entries: Mapping[str, TensorEntry]) -> dict[str, dict[str, Any]]:
+    """The JSON objects in small tensors, in the order in which they lie in their files.
+
+    Raises DamagedFile for what is longer or no such object, MissingFile where a file cannot be read.
+    """
+    result: dict[str, dict[str, Any]] = {}
+    files: dict[Path, list[str]] = {}
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].offset):
+        if entry.nbytes > MAX_NOTE_BYTES:
+            raise DamagedFile(f"{entry.file}: {name!r} has {entry.nbytes} bytes, too many. Download it again.")
+        files.setdefault(entry.file, []).append(name)
+    for file, names in files.items():
+        try:
+            with file.open("rb") as stream:
+                for name in names:
+                    stream.seek(entries[name].offset)
+                    result[name] = parse_json(stream.read(entries[name].nbytes), f"{file}: {name!r}")
+        except OSError as error:
+            raise MissingFile(f"{file} cannot be read ({error}). Check that this user may read it.") from error
+    return result

@@ -1,0 +1,194 @@
+"""Add stacked LoRAs to a weight: in fp32, rounded once, in scratch memory that is handed in. Reads no file."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from math import isfinite, prod
+
+import torch
+from torch import Tensor
+
+from ..checkpoints.checkpoint import TensorEntry
+from ..errors import InvalidRequest
+from .changes import Change, as_fp32, carve, fp32_elements
+
+# of a weight that are changed at a time, 8 MiB in fp32. A constant, because the product of a run of rows may be summed
+# in another order for another number of them: results depend on no memory plan
+CHUNK_WEIGHTS = 2 * 1024**2
+_EPS = torch.finfo(torch.float32).eps
+
+
+class Norm(Enum):
+    """What DoRA's magnitudes are divided by: one number for each row, or for each column."""
+
+    ROW_OF_BASE = "rows of the weight before its change"  # as ComfyUI reads a dora_scale of rows
+    ROW = "rows of the changed weight"  # PEFT's lora_magnitude_vector
+    COLUMN = "columns of the changed weight"
+
+
+@dataclass(frozen=True)
+class Dora:
+    """Magnitudes of a changed weight's rows or columns: (changed weight) * magnitude / norm takes its place."""
+
+    magnitude: TensorEntry
+    norm: Norm
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What one LoRA file does to one weight of `shape`: adds scale * change, then normalises where it is a DoRA.
+
+    `parts` are to be brought from the file as raw bytes; all methods take them in this order, as tensors.
+    """
+
+    weight: str
+    shape: tuple[int, ...]
+    change: Change
+    scale: float = 1.0
+    dora: Dora | None = None
+
+    @property
+    def kind(self) -> str:
+        return self.change.kind if self.dora is None else f"{self.change.kind} with DoRA"
+
+    @property
+    def parts(self) -> tuple[TensorEntry, ...]:
+        return self.change.parts if self.dora is None else (*self.change.parts, self.dora.magnitude)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the stored parts."""
+        return sum(part.nbytes for part in self.parts)
+
+    def work_elements(self, rows: int) -> int:
+        """Scratch beside the fp32 copy of so many rows, in fp32 numbers."""
+        changing = self.change.elements(rows)
+        if self.dora is None:
+            return changing
+        columns = self.change.shape[1]
+        magnitudes = (
+            columns + fp32_elements(self.dora.magnitude, columns)
+            if self.dora.norm is Norm.COLUMN
+            else rows + fp32_elements(self.dora.magnitude, rows)
+        )
+        return rows * columns + max(changing, magnitudes)
+
+
+Stack = Sequence[tuple[Delta, Sequence[Tensor], float]]
+
+
+def scratch_elements(shape: Sequence[int], deltas: Sequence[Delta]) -> int:
+    """The fp32 numbers that `apply` needs in `scratch` for these deltas of a weight of `shape`."""
+    rows, columns = _rows_of_chunk(shape), prod(shape[1:])
+    per_column = sum(delta.dora is not None and delta.dora.norm is Norm.COLUMN for delta in deltas)
+    return rows * columns + max((delta.work_elements(rows) for delta in deltas), default=0) + per_column * columns
+
+
+def apply(weight: Tensor, stack: Stack, scratch: Tensor) -> None:
+    """Change `weight` in place by each (delta, its parts, strength) in turn.
+
+    Computed in fp32 in runs of rows, each rounded once to the weight's dtype when all deltas are in. A DoRA's strength
+    moves the weight on the line from what it was to what the DoRA makes of it. Strength 0 changes nothing.
+
+    weight: contiguous, any floating dtype. scratch: flat fp32 of `scratch_elements` numbers at least, on the weight's
+    device, as are all parts. Nothing else is allocated, but for what matrix products and reductions take inside
+    themselves on a GPU (cuBLAS keeps one workspace per stream). The result depends on no size but the weight's.
+    Raises InvalidRequest for a weight, parts or scratch that do not belong to the deltas.
+    """
+    stack = [(delta, parts, strength) for delta, parts, strength in stack if strength != 0]
+    _check(weight, stack, scratch)
+    if not stack or not weight.numel():
+        return
+    matrix = weight.view(len(weight), -1)
+    factors: list[Tensor | None] = []
+    for i, (delta, parts, _) in enumerate(stack):
+        factor = None
+        if delta.dora is not None and delta.dora.norm is Norm.COLUMN:
+            factor, scratch = carve(scratch, matrix.shape[1])
+            _column_factors(factor, matrix, stack[:i], factors, delta, parts, scratch)
+        factors.append(factor)
+    for start, rows, work in _chunks(matrix, scratch):
+        for (delta, parts, strength), factor in zip(stack, factors, strict=True):
+            _change_rows(rows, start, delta, parts, strength, factor, work)
+        matrix[start : start + len(rows)].copy_(rows)
+
+
+def _column_factors(
+    out: Tensor,
+    matrix: Tensor,
+    before: Stack,
+    factors: Sequence[Tensor | None],
+    delta: Delta,
+    parts: Sequence[Tensor],
+    scratch: Tensor,
+) -> None:
+    """What a DoRA multiplies each column with: a pass over the weight as the deltas `before` it make it."""
+    out.zero_()
+    for start, rows, work in _chunks(matrix, scratch):
+        for (earlier, its_parts, strength), factor in zip(before, factors, strict=True):
+            _change_rows(rows, start, earlier, its_parts, strength, factor, work)
+        changed, work = _changed(rows, start, delta, parts, work)
+        squares, _ = carve(work, matrix.shape[1])
+        out.add_(torch.sum(changed.mul_(changed), dim=0, out=squares))
+    magnitude, _ = as_fp32(parts[-1], scratch)
+    torch.div(magnitude, out.sqrt_().add_(_EPS), out=out)
+
+
+def _change_rows(
+    rows: Tensor,
+    start: int,
+    delta: Delta,
+    parts: Sequence[Tensor],
+    strength: float,
+    factor: Tensor | None,
+    work: Tensor,
+) -> None:
+    if delta.dora is None:
+        delta.change.add_rows(rows, start, parts, strength * delta.scale, work)
+        return
+    changed, work = _changed(rows, start, delta, parts, work)
+    if factor is None:
+        factor, work = carve(work, len(rows), 1)
+        of = rows if delta.dora.norm is Norm.ROW_OF_BASE else changed
+        torch.linalg.vector_norm(of, dim=1, keepdim=True, out=factor)
+        magnitude, _ = as_fp32(parts[-1][start : start + len(rows)].view(-1, 1), work)
+        torch.div(magnitude, factor.add_(_EPS), out=factor)
+    changed.mul_(factor)
+    rows.add_(changed.sub_(rows), alpha=strength)
+
+
+def _changed(rows: Tensor, start: int, delta: Delta, parts: Sequence[Tensor], work: Tensor) -> tuple[Tensor, Tensor]:
+    """A copy of `rows` at the beginning of `work` with the whole change added; and the rest of `work`."""
+    changed, work = carve(work, *rows.shape)
+    delta.change.add_rows(changed.copy_(rows), start, parts[:-1], delta.scale, work)
+    return changed, work
+
+
+def _chunks(matrix: Tensor, scratch: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Runs of rows: the first one's index, a copy in fp32 at the beginning of `scratch`, and the rest of that."""
+    step = _rows_of_chunk(matrix.shape)
+    for start in range(0, len(matrix), step):
+        stored = matrix[start : start + step]
+        rows, work = carve(scratch, *stored.shape)
+        yield start, rows.copy_(stored), work
+
+
+def _rows_of_chunk(shape: Sequence[int]) -> int:
+    """Rows that are changed at a time: as many in each run, but for the last."""
+    runs = -(-prod(shape) // CHUNK_WEIGHTS)
+    return -(-shape[0] // max(1, min(runs, shape[0])))
+
+
+def _check(weight: Tensor, stack: Stack, scratch: Tensor) -> None:
+    for delta, parts, strength in stack:
+        if tuple(weight.shape) != delta.shape or len(parts) != len(delta.parts) or not isfinite(strength):
+            raise InvalidRequest(
+                f"{delta.kind} of {delta.weight} takes a weight of {list(delta.shape)}, {len(delta.parts)} parts and a "
+                f"finite strength; got {list(weight.shape)}, {len(parts)} and {strength}."
+            )
+    needed = scratch_elements(weight.shape, [delta for delta, _, _ in stack])
+    if scratch.dtype is not torch.float32 or scratch.device != weight.device or scratch.numel() < needed:
+        raise InvalidRequest(
+            f"Changing a weight of {list(weight.shape)} takes {needed} numbers of fp32 as scratch on {weight.device}; "
+            f"got {scratch.numel()} of {scratch.dtype} on {scratch.device}."
+        )

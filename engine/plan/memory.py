@@ -1,0 +1,332 @@
+"""Decide where each block lives. Integers in, a MemoryPlan out; imports no torch.
+
+Guarantees: no stage's predicted peak is above its limit; every block lives in one place: on the device, in host memory
+or in the file; more memory never makes the forecast slower; what is refused does not fit, and what the refusal
+suggests does.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from ..errors import DoesNotFit
+from .footprint import TextEncoderFootprint, TransformerFootprint
+from .forecast import TYPICAL, Speeds, StepForecast, forecast_step
+from .request import GIB, Limits, SamplingRequest, size_text
+
+# in the order in which they are tried; below 512 tokens a GPU is no longer filled
+MLP_CHUNKS = (None, 4096, 2048, 1024, 512)
+# rows of the modulation table kept beyond those of the present run
+SPARE_ROWS = 16
+# the sizes that the model was trained on (model card), largest first, and smaller ones to fall back to
+SUGGESTED_SIZES = ((1328, 1328), (1664, 928), (1024, 1024), (768, 768), (512, 512))
+
+
+@dataclass(frozen=True)
+class Annex:
+    """A further device, on which `blocks` stay: `peak_bytes` of its `limit_bytes` at the worst moment of a step."""
+
+    device: str
+    blocks: range
+    peak_bytes: int
+    limit_bytes: int
+
+    def __repr__(self) -> str:
+        return f"blocks {self.blocks.start} to {self.blocks.stop - 1} on {self.device}"
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Where the transformer's blocks live during a run, what that takes, and how long a step will take.
+
+    resident: indices of the blocks that stay on the device. held: of those that stay in host memory; the others are
+    read from the file at every step. slots: buffers that blocks pass through (two overlap fetching with computing).
+    mlp_chunk_tokens: None computes the MLP of all tokens at once. The *_peak_bytes are predictions of everything that
+    the stage holds on the device, ram_peak_bytes of everything in host memory. `blocks` and all that leave out those of
+    annexes.
+    """
+
+    request: SamplingRequest
+    limits: Limits
+    blocks: int
+    resident: tuple[int, ...]
+    held: tuple[int, ...]
+    slots: int
+    mlp_chunk_tokens: int | None
+    resident_bytes: int
+    activation_bytes: int
+    sampling_peak_bytes: int
+    modulation_peak_bytes: int
+    late_timestep_peak_bytes: int
+    ram_peak_bytes: int
+    streamed_bytes_per_step: int
+    forecast: StepForecast
+    annexes: tuple[Annex, ...] = ()
+
+    @property
+    def limit_bytes(self) -> int:
+        """Of device memory."""
+        return self.limits.vram_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(self.sampling_peak_bytes, self.modulation_peak_bytes, self.late_timestep_peak_bytes)
+
+    @property
+    def streamed(self) -> int:
+        """How many blocks are fetched per step."""
+        return self.blocks - len(self.resident)
+
+    @property
+    def from_file(self) -> int:
+        """How many of them are read from the file."""
+        return self.streamed - len(self.held)
+
+    def __repr__(self) -> str:
+        chunk = f", MLP in chunks of {self.mlp_chunk_tokens} tokens" if self.mlp_chunk_tokens else ""
+        slots = f"{self.slots} slot{'s' if self.slots != 1 else ''}"
+        ram = "" if self.limits.ram_bytes is None else f" of {size_text(self.limits.ram_bytes)}"
+        return (
+            f"MemoryPlan({self.request}: {len(self.resident)} of {self.blocks} blocks resident, {len(self.held)} in "
+            f"RAM, {self.from_file} read from the file, through {slots}, {size_text(self.streamed_bytes_per_step)} "
+            f"per step{chunk}; peak {size_text(self.peak_bytes)} of {size_text(self.limit_bytes)}: weights "
+            f"{size_text(self.resident_bytes)}, activations {size_text(self.activation_bytes)}; RAM "
+            f"{size_text(self.ram_peak_bytes)}{ram}; {self.forecast}{''.join(f'; {annex}' for annex in self.annexes)})"
+        )
+
+
+def plan_memory(
+    footprint: TransformerFootprint,
+    request: SamplingRequest,
+    limits: Limits,
+    speeds: Speeds = TYPICAL,
+    annexes: tuple[Annex, ...] = (),
+) -> MemoryPlan:
+    """The fastest plan within the limits. Of equally fast ones that with two slots, then with the most resident
+    blocks, then with the least chunking (chunks of MLP_CHUNKS cost next to nothing). The blocks of `annexes`, at the
+    end of the model, stay on other devices.
+
+    Raises DoesNotFit with what would fit.
+    """
+    footprint = without_annexes(footprint, annexes)
+    plans = []
+    for slots in (2, 1):
+        for chunk in MLP_CHUNKS:
+            draft = _Draft(footprint, request, slots, chunk)
+            resident = draft.most_resident(limits)
+            if resident is not None:
+                plans.append(draft.plan(resident, limits, speeds))
+    if not plans:
+        raise DoesNotFit(_refusal(footprint, request, limits))
+    return replace(min(plans, key=_slowness), annexes=annexes)
+
+
+def without_annexes(footprint: TransformerFootprint, annexes: Sequence[Annex]) -> TransformerFootprint:
+    """What is left to the first device."""
+    away = sum(len(annex.blocks) for annex in annexes)
+    return replace(footprint, blocks=footprint.blocks - away, elsewhere=away)
+
+
+def _slowness(plan: MemoryPlan) -> tuple[float, int, int]:
+    return plan.forecast.seconds, -(plan.slots if plan.streamed else 2), -len(plan.resident)
+
+
+def least_bytes(footprint: TransformerFootprint, request: SamplingRequest) -> int:
+    """The smallest device limit that `plan_memory` accepts."""
+    return min(
+        draft.peak_bytes(resident)
+        for chunk in MLP_CHUNKS
+        for draft in (_Draft(footprint, request, 1, chunk),)
+        # few small blocks that are all resident need no staging, and may take less than a slot beside them
+        for resident in (0, footprint.blocks)
+    )
+
+
+def least_ram_bytes(footprint: TransformerFootprint, request: SamplingRequest) -> int:
+    """The smallest limit of host memory that `plan_memory` accepts, if there is memory enough on the device."""
+    rows = _rows_bytes(footprint, request)
+    return rows + (least_bytes(footprint, request) if footprint.host else footprint.ring_bytes)
+
+
+def most_bytes(footprint: TransformerFootprint, request: SamplingRequest) -> int:
+    """The device limit from which on more memory changes nothing: everything resident."""
+    return _Draft(footprint, request, 2, None).peak_bytes(footprint.blocks)
+
+
+def most_ram_bytes(footprint: TransformerFootprint, request: SamplingRequest) -> int:
+    """The limit of host memory from which on more changes nothing: every block held."""
+    if footprint.host:
+        return _rows_bytes(footprint, request) + most_bytes(footprint, request)
+    return _rows_bytes(footprint, request) + footprint.ring_bytes + footprint.blocks * footprint.stored_bytes
+
+
+def activation_bytes(footprint: TransformerFootprint, request: SamplingRequest, chunk: int | None) -> int:
+    """Peak of a forward pass beyond weights.
+
+    The factors count the tensors of one token's width that are alive at once in diffusers'
+    QwenImageTransformerBlock: in the joint attention (q, k, v, rotary embedding in fp32), and around the two MLPs,
+    whose hidden width is four times the model's, before and after GELU.
+    """
+    unit = footprint.inner_dim * footprint.element_bytes
+    image, text = request.image_tokens * unit, request.prompt_tokens * unit
+    tokens = request.image_tokens + request.prompt_tokens
+    rotary = tokens * footprint.head_dim // 2 * 8  # complex64
+    inputs = (request.image_tokens * 64 + request.prompt_tokens * footprint.joint_attention_dim) * (
+        footprint.element_bytes
+    )
+    carried = image + text + rotary + inputs
+    attention = 10 * (image + text)
+    wide_image, wide_text = (
+        8 * n if chunk is None or n <= chunk * unit else n + 8 * chunk * unit for n in (image, text)
+    )
+    mlps = max(6 * image + 4 * text + wide_image, 7 * image + 6 * text + wide_text)
+    return request.branches * carried + max(attention, mlps)
+
+
+def text_encoder_peak_bytes(footprint: TextEncoderFootprint, prompt_tokens: Sequence[int], slots: int) -> int:
+    """What encoding holds on the device: the slots, each prompt's states, and the widest point of a layer's MLP."""
+    unit = footprint.element_bytes
+    longest = max(prompt_tokens)
+    carried = sum(prompt_tokens) * (footprint.hidden_size + 2 * footprint.head_dim)
+    widest = (
+        4 * longest * footprint.hidden_size + 3 * min(longest, footprint.chunk_tokens) * footprint.intermediate_size
+    )
+    decoding = footprint.staging_bytes + footprint.scratch_bytes
+    return slots * footprint.slot_bytes + decoding + (carried + widest) * unit
+
+
+def plan_text_encoder(footprint: TextEncoderFootprint, prompt_tokens: Sequence[int], limit_bytes: int) -> int:
+    """How many slots to encode prompts of these lengths with. Raises DoesNotFit."""
+    for slots in (2, 1):
+        if text_encoder_peak_bytes(footprint, prompt_tokens, slots) <= limit_bytes:
+            return slots
+    need = text_encoder_peak_bytes(footprint, prompt_tokens, 1)
+    raise DoesNotFit(
+        f"Encoding prompts of {', '.join(map(str, prompt_tokens))} tokens needs {size_text(need)}, the limit is "
+        f"{size_text(limit_bytes)}.\nUse shorter prompts, or a VRAM limit of {need / GIB + 0.01:.2f} GB or more."
+    )
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A plan but for where the blocks live."""
+
+    footprint: TransformerFootprint
+    request: SamplingRequest
+    slots: int
+    chunk: int | None
+
+    def most_resident(self, limits: Limits) -> int | None:
+        """How many blocks can stay on the device; None where not even a stream fits."""
+        if _ram_left(self.footprint, self.request, limits) < 0:
+            return None
+        limit = _device_limit(self.footprint, self.request, limits)
+        if self.peak_bytes(self.footprint.blocks) <= limit:
+            return self.footprint.blocks
+        spare = limit - self.peak_bytes(0)
+        if spare < 0:
+            return None
+        return min(spare // self.footprint.resident_block_bytes, self.footprint.blocks - 1)
+
+    def peak_bytes(self, resident: int) -> int:
+        return max(self._peaks(resident))
+
+    def _peaks(self, resident: int) -> tuple[int, int, int]:
+        """Of sampling, of the pass that computes the modulation table, and of one late timestep beside the slots."""
+        footprint = self.footprint
+        stays = footprint.outside_bytes + resident * footprint.resident_block_bytes
+        staging = 0 if resident == footprint.blocks else footprint.staging_bytes
+        modulation = footprint.modulation_slot_bytes
+        decoding = footprint.modulation_staging_bytes + footprint.modulation_scratch_bytes
+        run = stays + self._slots(resident) * footprint.slot_bytes + staging + footprint.scratch_bytes
+        return (
+            run + footprint.row_bytes + activation_bytes(footprint, self.request, self.chunk),
+            stays + 2 * modulation + decoding + footprint.row_bytes,
+            run + modulation + decoding + footprint.row_bytes,
+        )
+
+    def _slots(self, resident: int) -> int:
+        return 0 if resident == self.footprint.blocks and self.footprint.native else self.slots
+
+    def plan(self, resident: int, limits: Limits, speeds: Speeds) -> MemoryPlan:
+        footprint, request = self.footprint, self.request
+        streamed = footprint.blocks - resident
+        left = _ram_left(footprint, request, limits)
+        held = 0 if footprint.host else min(streamed, left // footprint.stored_bytes)
+        on_device = _spread(resident, range(footprint.blocks))
+        rest = sorted(set(range(footprint.blocks)) - set(on_device))
+        sampling, modulation, late = self._peaks(resident)
+        host_bytes = self.peak_bytes(resident) if footprint.host else footprint.ring_bytes
+        slots = self._slots(resident)
+        return MemoryPlan(
+            request=request,
+            limits=limits,
+            blocks=footprint.blocks,
+            resident=on_device,
+            held=_spread(held, rest),
+            slots=slots,
+            mlp_chunk_tokens=self.chunk,
+            resident_bytes=footprint.outside_bytes + resident * footprint.resident_block_bytes,
+            activation_bytes=activation_bytes(footprint, request, self.chunk),
+            sampling_peak_bytes=sampling,
+            modulation_peak_bytes=modulation,
+            late_timestep_peak_bytes=late,
+            ram_peak_bytes=_rows_bytes(footprint, request) + host_bytes + held * footprint.stored_bytes,
+            streamed_bytes_per_step=streamed * footprint.stored_bytes,
+            forecast=forecast_step(
+                footprint, request, speeds, streamed=streamed, from_file=streamed - held, slots=slots
+            ),
+        )
+
+
+def _rows_bytes(footprint: TransformerFootprint, request: SamplingRequest) -> int:
+    return (request.timesteps + SPARE_ROWS) * footprint.row_bytes
+
+
+def _ram_left(footprint: TransformerFootprint, request: SamplingRequest, limits: Limits) -> int:
+    """What is left of host memory for held blocks; where the device is the host, for everything on the device."""
+    if limits.ram_bytes is None:
+        return most_ram_bytes(footprint, request)
+    ring = 0 if footprint.host else footprint.ring_bytes
+    return limits.ram_bytes - _rows_bytes(footprint, request) - ring
+
+
+def _device_limit(footprint: TransformerFootprint, request: SamplingRequest, limits: Limits) -> int:
+    if footprint.host and limits.ram_bytes is not None:
+        return min(limits.vram_bytes, _ram_left(footprint, request, limits))
+    return limits.vram_bytes
+
+
+def _spread(count: int, indices: Sequence[int]) -> tuple[int, ...]:
+    """`count` of `indices`, evenly, beginning with the first: every fetch has computing to hide behind."""
+    total = len(indices)
+    return tuple(n for i, n in enumerate(indices) if i * count // total != (i - 1) * count // total)
+
+
+def _refusal(footprint: TransformerFootprint, request: SamplingRequest, limits: Limits) -> str:
+    need, need_ram = least_bytes(footprint, request), least_ram_bytes(footprint, request)
+    short_of_ram = limits.ram_bytes is not None and need_ram > limits.ram_bytes
+    ways = []
+    fewer = next(
+        (n for n in range(request.branches - 1, 0, -1) if _fits(footprint, replace(request, branches=n), limits)), None
+    )
+    if fewer is not None:
+        ways.append(f"a smaller batch or no guidance ({fewer} instead of {request.branches} branches)")
+    for width, height in SUGGESTED_SIZES:
+        smaller = replace(request, width=width, height=height)
+        if width * height < request.width * request.height and _fits(footprint, smaller, limits):
+            ways.append(f"{width}x{height} ({size_text(least_bytes(footprint, smaller))})")
+            break
+    raised = []
+    if need > limits.vram_bytes:
+        raised.append(f"a VRAM limit of {need / GIB + 0.01:.2f} GB or more")
+    if short_of_ram:
+        raised.append(f"a RAM limit of {need_ram / GIB + 0.01:.2f} GB or more")
+    ways.append(" and ".join(raised))
+    what = size_text(need) + (f" and {size_text(need_ram)} of RAM" if short_of_ram else "")
+    limit = str(limits) if short_of_ram else size_text(limits.vram_bytes)
+    return f"Sampling needs {what} at least, the limit is {limit} ({request}).\nUse {', or '.join(ways)}."
+
+
+def _fits(footprint: TransformerFootprint, request: SamplingRequest, limits: Limits) -> bool:
+    enough_ram = limits.ram_bytes is None or least_ram_bytes(footprint, request) <= limits.ram_bytes
+    return enough_ram and least_bytes(footprint, request) <= limits.vram_bytes

@@ -1,0 +1,60 @@
+"""What is asked for and what is allowed: the values that a plan is made from. Imports no torch."""
+
+from dataclasses import dataclass
+
+from ..errors import InvalidRequest
+
+GIB = 1024**3
+PATCH_PX = 16  # a token is 2x2 latent pixels of 8x8 picture pixels
+
+
+def size_text(nbytes: int) -> str:
+    """Bytes as a person reads them: 1.58 GiB, 81.0 MiB."""
+    return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB / 10 else f"{nbytes / 1024**2:.1f} MiB"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most that may be held on the device, and in host memory beside what the process had before.
+
+    Where the device is the host, both bound the same memory. ram_bytes None: as much as there are weights.
+    """
+
+    vram_bytes: int
+    ram_bytes: int | None = None
+
+    def __str__(self) -> str:
+        ram = "" if self.ram_bytes is None else f" and {size_text(self.ram_bytes)} of RAM"
+        return f"{size_text(self.vram_bytes)}{ram}"
+
+
+@dataclass(frozen=True)
+class SamplingRequest:
+    """What one step has to compute.
+
+    width, height: of the picture in px. branches: prompts times pictures that run through a block in turn.
+    prompt_tokens: of the longest prompt. reference_tokens: of all reference pictures of a branch together.
+    timesteps: how many the run has.
+    """
+
+    width: int
+    height: int
+    branches: int
+    prompt_tokens: int
+    reference_tokens: int = 0
+    timesteps: int = 50
+
+    def __post_init__(self) -> None:
+        if self.width % PATCH_PX or self.height % PATCH_PX or min(self.width, self.height) < PATCH_PX:
+            nearest = [max(PATCH_PX, round(n / PATCH_PX) * PATCH_PX) for n in (self.width, self.height)]
+            raise InvalidRequest(
+                f"A picture of {self.width}x{self.height} px cannot be made: width and height must be multiples of "
+                f"{PATCH_PX}. Use {nearest[0]}x{nearest[1]}."
+            )
+
+    @property
+    def image_tokens(self) -> int:
+        return (self.width // PATCH_PX) * (self.height // PATCH_PX) + self.reference_tokens
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}, {self.branches} branch{'es' if self.branches != 1 else ''}"

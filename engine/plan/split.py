@@ -1,0 +1,34 @@
+"""Divide a transformer's blocks among devices. Integers in, counts out; imports no torch."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from .footprint import TransformerFootprint
+from .memory import Annex, most_bytes, without_annexes
+from .request import SamplingRequest
+
+
+def split_blocks(
+    footprint: TransformerFootprint, request: SamplingRequest, first_limit_bytes: int, others: Sequence[tuple[str, int]]
+) -> tuple[Annex, ...]:
+    """What further devices, (name, limit in bytes) each, take from the end of the model.
+
+    Each holds as many blocks as fit all at once, and none where the first device has room for what is left: handing
+    activations on costs less than fetching a block, but it costs. At least one block stays with the first device.
+    """
+    annexes: list[Annex] = []
+    left = footprint.blocks
+    for device, limit in others:
+        if most_bytes(without_annexes(footprint, annexes), request) <= first_limit_bytes:
+            break
+        count = max((n for n in range(left) if n and annex_bytes(footprint, request, n) <= limit), default=0)
+        if count:
+            annexes.append(Annex(device, range(left - count, left), annex_bytes(footprint, request, count), limit))
+            left -= count
+    return tuple(annexes)
+
+
+def annex_bytes(footprint: TransformerFootprint, request: SamplingRequest, blocks: int) -> int:
+    """What a device takes on which so many blocks stay, and nothing else of the model."""
+    away = footprint.blocks - blocks
+    return most_bytes(replace(footprint, blocks=blocks, elsewhere=away, outside_bytes=0), request)

@@ -1,0 +1,254 @@
+"""Plan a whole picture, stage by stage, from what three models take. Integers in, a PicturePlan out; imports no torch.
+
+Guarantees: no stage's predicted peak on the device is above the limit, and sampling keeps that of host memory; what is
+refused does not fit.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from enum import Enum
+from typing import Any
+
+from ..errors import InvalidRequest
+from .footprint import TextEncoderFootprint, Tiles, TransformerFootprint, VAEFootprint
+from .forecast import TYPICAL, Speeds, StepForecast, forecast_step
+from .memory import MemoryPlan, plan_memory, plan_text_encoder, text_encoder_peak_bytes
+from .request import Limits, SamplingRequest, size_text
+
+# of families.PROMPT_TEMPLATE: before a prompt, dropped after encoding, and behind it, kept
+TEMPLATE_TOKENS, TEMPLATE_END_TOKENS = 34, 5
+# of a decoded picture: three channels in fp32
+PIXEL_BYTES = 12
+
+
+class Stage(Enum):
+    """What happens to a picture, in this order."""
+
+    ENCODE = "encode"
+    LOAD = "load"
+    MODULATION = "modulation"
+    SAMPLING = "sampling"
+    DECODE = "decode"
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What a stage holds at its worst moment.
+
+    On the device: weights_bytes that stay there throughout, passing_bytes of buffers that weights pass through and are
+    decoded in, activation_bytes of everything else. In host memory: ram_bytes, beside the models as they were opened;
+    where the device is the host, device bytes included. seconds: None where no forecast is made.
+    """
+
+    stage: Stage
+    weights_bytes: int
+    passing_bytes: int
+    activation_bytes: int
+    ram_bytes: int
+    seconds: float | None = None
+
+    @property
+    def peak_bytes(self) -> int:
+        """On the device."""
+        return self.weights_bytes + self.passing_bytes + self.activation_bytes
+
+    def __repr__(self) -> str:
+        seconds = "" if self.seconds is None else f", {self.seconds:.1f} s"
+        return f"{self.stage.value}: {size_text(self.peak_bytes)}, RAM {size_text(self.ram_bytes)}{seconds}"
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "stage": self.stage.value, "peak_bytes": self.peak_bytes}
+
+
+@dataclass(frozen=True)
+class PictureRequest:
+    """width, height in px. batch: pictures at a time. guided: with a negative prompt. prompt_tokens: of each prompt,
+    without its template."""
+
+    width: int
+    height: int
+    batch: int
+    guided: bool
+    steps: int
+    prompt_tokens: int
+
+    def __post_init__(self) -> None:
+        if min(self.batch, self.steps, self.prompt_tokens) < 1:
+            raise InvalidRequest(f"{self} cannot be made: batch, steps and prompt tokens have to be 1 or more.")
+
+    @property
+    def sampling(self) -> SamplingRequest:
+        branches = self.batch * (2 if self.guided else 1)
+        tokens = self.prompt_tokens + TEMPLATE_END_TOKENS
+        return SamplingRequest(self.width, self.height, branches, tokens, timesteps=self.steps)
+
+    @property
+    def encoded_tokens(self) -> tuple[int, int]:
+        """Of both prompts, as the text encoder sees them; the negative one is encoded even where it is not used."""
+        return (TEMPLATE_TOKENS + self.prompt_tokens + TEMPLATE_END_TOKENS,) * 2
+
+    def __str__(self) -> str:
+        guided = "guided" if self.guided else "without guidance"
+        steps = f"{self.steps} step{'s' if self.steps != 1 else ''}"
+        return f"{self.width}x{self.height}, batch {self.batch}, {guided}, {steps}"
+
+
+@dataclass(frozen=True)
+class PictureModels:
+    """The sizes of all that a picture passes through."""
+
+    text_encoder: TextEncoderFootprint
+    transformer: TransformerFootprint
+    vae: VAEFootprint
+
+
+@dataclass(frozen=True)
+class PicturePlan:
+    """The stages of a picture under given limits. The forecast leaves out decoding."""
+
+    request: PictureRequest
+    sampling: MemoryPlan
+    tiles: Tiles
+    stages: tuple[StagePlan, ...]
+
+    @property
+    def limits(self) -> Limits:
+        return self.sampling.limits
+
+    @property
+    def peak_bytes(self) -> int:
+        """On the device, of all stages."""
+        return max(stage.peak_bytes for stage in self.stages)
+
+    @property
+    def ram_bytes(self) -> int:
+        """In host memory, of all stages."""
+        return max(stage.ram_bytes for stage in self.stages)
+
+    @property
+    def seconds(self) -> float:
+        """Of all stages but decoding, everything read from the file for the first time."""
+        return sum(stage.seconds or 0.0 for stage in self.stages)
+
+    def stage(self, stage: Stage) -> StagePlan:
+        return next(plan for plan in self.stages if plan.stage is stage)
+
+    def __repr__(self) -> str:
+        widest = max(self.stages, key=lambda stage: stage.peak_bytes)
+        tiles = "whole" if self.tiles.is_whole else f"in {len(self.tiles)} tiles"
+        ram = "" if self.limits.ram_bytes is None else f" of {size_text(self.limits.ram_bytes)}"
+        return (
+            f"PicturePlan({self.request}: peak {size_text(self.peak_bytes)} of {size_text(self.limits.vram_bytes)} in "
+            f"{widest.stage.value}, RAM {size_text(self.ram_bytes)}{ram}; {self.sampling.forecast}, "
+            f"{self.seconds:.0f} s until decoding; decoded {tiles})"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        forecast = self.sampling.forecast
+        return {
+            "request": asdict(self.request),
+            "limits": asdict(self.limits),
+            "stages": [stage.as_dict() for stage in self.stages],
+            "resident_blocks": len(self.sampling.resident),
+            "held_blocks": len(self.sampling.held),
+            "blocks_from_file": self.sampling.from_file,
+            "vae_tiles": len(self.tiles),
+            "seconds_per_step": forecast.seconds,
+            "bound": forecast.bound.value,
+            "seconds_until_decoding": self.seconds,
+            "text": str(self),
+        }
+
+
+def plan_picture(
+    models: PictureModels, request: PictureRequest, limits: Limits, speeds: Speeds = TYPICAL
+) -> PicturePlan:
+    """The plan of a picture that is the first one of its models. Raises DoesNotFit for the first stage that does not
+    fit, or InvalidRequest."""
+    sampling = plan_memory(models.transformer, request.sampling, limits, speeds)
+    device_bytes, host = limits.vram_bytes, models.transformer.host
+    if host and limits.ram_bytes is not None:
+        device_bytes = min(device_bytes, limits.ram_bytes)
+    slots = plan_text_encoder(models.text_encoder, request.encoded_tokens, device_bytes)
+    kept = models.transformer.outside_bytes
+    tiles = models.vae.plan_decode(request.height, request.width, device_bytes - kept - models.vae.weights_bytes)
+    # resident blocks leave for the tiles, one after another; the weights outside of the blocks stay
+    room = device_bytes - kept - models.vae.weights_bytes - tiles.peak_bytes
+    block = models.transformer.resident_block_bytes
+    kept += min(len(sampling.resident), room // block) * block
+    pictures = request.batch * request.width * request.height * PIXEL_BYTES
+    stages = (
+        encode_stage(models.text_encoder, request.encoded_tokens, slots, speeds),
+        load_stage(models.transformer, sampling, speeds),
+        modulation_stage(models.transformer, sampling, speeds),
+        sampling_stage(models.transformer, sampling, speeds),
+        decode_stage(
+            tiles,
+            weights_bytes=kept + models.vae.weights_bytes,
+            ram_bytes=pictures + (kept if host else sampling.ram_peak_bytes - models.transformer.ring_bytes),
+            host=host,
+        ),
+    )
+    return PicturePlan(request, sampling, tiles, stages)
+
+
+def encode_stage(
+    footprint: TextEncoderFootprint, lengths: Sequence[int], slots: int, speeds: Speeds = TYPICAL
+) -> StagePlan:
+    """`lengths`: tokens of each prompt, template included; every layer is read from the file."""
+    peak = text_encoder_peak_bytes(footprint, lengths, slots)
+    passing = slots * footprint.slot_bytes + footprint.staging_bytes + footprint.scratch_bytes
+    nbytes = footprint.layers * footprint.stored_bytes
+    weights = footprint.layers * footprint.slot_bytes / footprint.element_bytes
+    forecast = StepForecast(
+        compute_seconds=2 * sum(lengths) * weights / speeds.flops,
+        bus_seconds=0.0 if footprint.host else nbytes / speeds.bus_bytes,
+        disk_seconds=nbytes / speeds.disk_bytes,
+        overlapped=slots > 1,
+    )
+    answers = 4 * sum(lengths) * footprint.hidden_size  # fp32
+    ram = footprint.ring_bytes + answers + (peak if footprint.host else 0)
+    return StagePlan(Stage.ENCODE, 0, passing, peak - passing, ram, forecast.seconds)
+
+
+def load_stage(footprint: TransformerFootprint, plan: MemoryPlan, speeds: Speeds = TYPICAL) -> StagePlan:
+    """Resident blocks come from the file."""
+    seconds = _moving_seconds(len(plan.resident) * footprint.stored_bytes, footprint, speeds)
+    ram = footprint.ring_bytes + (plan.resident_bytes if footprint.host else 0)
+    return StagePlan(Stage.LOAD, plan.resident_bytes, 0, 0, ram, seconds)
+
+
+def modulation_stage(footprint: TransformerFootprint, plan: MemoryPlan, speeds: Speeds = TYPICAL) -> StagePlan:
+    """One pass over the modulation weights, for all timesteps of a run; nothing is held in host memory yet."""
+    passing = plan.modulation_peak_bytes - plan.resident_bytes - footprint.row_bytes
+    seconds = _moving_seconds(footprint.blocks * footprint.modulation_stored_bytes, footprint, speeds)
+    ram = plan.ram_peak_bytes - len(plan.held) * footprint.stored_bytes
+    return StagePlan(Stage.MODULATION, plan.resident_bytes, passing, footprint.row_bytes, ram, seconds)
+
+
+def sampling_stage(footprint: TransformerFootprint, plan: MemoryPlan, speeds: Speeds = TYPICAL) -> StagePlan:
+    """All steps. In the first one, blocks that will be held in host memory come from the file too."""
+    activations = plan.activation_bytes + footprint.row_bytes
+    first = forecast_step(
+        footprint, plan.request, speeds, streamed=plan.streamed, from_file=plan.streamed, slots=plan.slots
+    )
+    return StagePlan(
+        Stage.SAMPLING,
+        plan.resident_bytes,
+        plan.sampling_peak_bytes - plan.resident_bytes - activations,
+        activations,
+        plan.ram_peak_bytes,
+        first.seconds + (plan.request.timesteps - 1) * plan.forecast.seconds,
+    )
+
+
+def decode_stage(tiles: Tiles, *, weights_bytes: int, ram_bytes: int, host: bool) -> StagePlan:
+    """weights_bytes: of all that lies on the device; ram_bytes: what else than the tiles lies in host memory."""
+    ram = ram_bytes + (tiles.peak_bytes if host else 0)
+    return StagePlan(Stage.DECODE, weights_bytes, 0, tiles.peak_bytes, ram)
+
+
+def _moving_seconds(nbytes: int, footprint: TransformerFootprint, speeds: Speeds) -> float:
+    """From the file to the device."""
+    return max(nbytes / speeds.disk_bytes, 0.0 if footprint.host else nbytes / speeds.bus_bytes)

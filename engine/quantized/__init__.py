@@ -1,0 +1,1 @@
+"""Weights brought into another format once, and kept on the disk."""

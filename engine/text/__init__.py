@@ -1,0 +1,1 @@
+"""Prompts to embeddings: templates, the text encoder layer by layer, and the cache of its results."""

@@ -1,0 +1,86 @@
+"""Prompts to token ids: the template, the tokenizer, and which tokens of the embeddings belong to the prompt."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+from transformers import Qwen2Tokenizer
+
+from ..errors import MissingFile
+from ..families.members import (
+    EDIT_TEMPLATE,
+    EDIT_TEMPLATE_TOKENS,
+    MAX_PROMPT_TOKENS,
+    PICTURE_PLACE,
+    PROMPT_TEMPLATE,
+    PROMPT_TEMPLATE_TOKENS,
+)
+from .picture_prompts import PICTURE, require_places
+
+logger = logging.getLogger(__name__)
+
+
+class PromptTokenizer:
+    """Qwen-Image's prompt template around the tokenizer of a pipeline folder, or the one that ComfyUI ships."""
+
+    def __init__(self, folder: Path) -> None:
+        if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
+            raise MissingFile(f"{folder} holds no tokenizer (tokenizer.json, or vocab.json and merges.txt).")
+        self._tokenizer = Qwen2Tokenizer.from_pretrained(str(folder), local_files_only=True)
+        templates = ((PROMPT_TEMPLATE, PROMPT_TEMPLATE_TOKENS), (EDIT_TEMPLATE, EDIT_TEMPLATE_TOKENS))
+        # the last token may join with the prompt's first characters
+        self._templates = [(self._ids(text.split("{}")[0])[: count - 1], count) for text, count in templates]
+        self._picture = self._tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        self._turn = self._ids("<|im_start|>user\n")  # the token that begins a turn, "user", line break
+
+    def encode(self, prompt: str, *, template: str = PROMPT_TEMPLATE, pictures: int = 0) -> list[int]:
+        """Token ids of the prompt within the template. A text that begins with <|im_start|> is its own template.
+
+        The first places for pictures hold PICTURE, as many as there are pictures. No prompt is cut; a warning says
+        when one is longer than the reference allows. Raises InvalidRequest where there are fewer places than pictures.
+        """
+        text = prompt if prompt.startswith("<|im_start|>") else template.format(prompt)
+        ids = self._ids(text)
+        places = [i for i, token in enumerate(ids) if token == self._picture]
+        for i in places[:pictures]:
+            ids[i] = PICTURE
+        require_places(ids, pictures)
+        length = len(ids) - self.start(ids)
+        if length > MAX_PROMPT_TOKENS:
+            logger.warning(
+                "The prompt has %d tokens, the reference pipeline cuts at %d. It is used whole; the model has seen "
+                "few as long.",
+                length,
+                MAX_PROMPT_TOKENS,
+            )
+        return ids
+
+    def start(self, ids: Sequence[int]) -> int:
+        """How many tokens stand before the prompt: 34 in Qwen-Image's template, 64 in the editing models', as the
+        reference cuts them.
+
+        In another template the first two turns' beginning counts, with "user" and the line break after it, as
+        ComfyUI's own encoder finds it.
+        """
+        for known, count in self._templates:
+            if list(ids[: count - 1]) == known:
+                return count
+        turns = [i for i, token in enumerate(ids) if token == self._turn[0]][:2]
+        begin = turns[-1] if turns else 0
+        return begin + 3 if list(ids[begin : begin + 3]) == self._turn and len(ids) > begin + 3 else begin
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self._tokenizer(text)["input_ids"])
+
+
+def with_places(prompt: str, pictures: int, *, labelled: bool) -> str:
+    """A prompt that shows pictures before its text. `labelled`: as Picture 1, Picture 2, ..., as Edit-2509 and later
+    ones were trained (pipeline_qwenimage_edit_plus.py); Edit was trained without (pipeline_qwenimage_edit.py)."""
+    labels = [f"Picture {i + 1}: " if labelled else "" for i in range(pictures)]
+    return "".join(label + PICTURE_PLACE for label in labels) + prompt
+
+
+def drop_template(hidden_states: Tensor, start: int) -> Tensor:
+    """(1, length, dim) -> (1, length - start, dim): without the system part, which the model was trained without."""
+    return hidden_states[:, start:]

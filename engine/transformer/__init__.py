@@ -1,0 +1,1 @@
+"""The transformer: blocks in a store, the table of modulation, latents, schedule and guidance."""

@@ -1,0 +1,306 @@
+"""The transformer: prologue, `for block: for branch`, epilogue, around diffusers' own modules. Does not sample."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from diffusers import QwenImageTransformer2DModel
+from torch import Tensor, nn
+
+from ..checkpoints.checkpoint import Checkpoint
+from ..errors import InvalidRequest
+from ..families.members import Variant
+from ..hardware import Hardware
+from ..plan.footprint import TransformerFootprint
+from ..plan.memory import Annex
+from ..streaming import BlockSource, BlockStreamer, FileSource, StoredBlock, Waits, WeightPatch, bind
+from .modulation import ModulationRow, ModulationTable
+from .parts import BLOCKS, TransformerParts
+
+MAX_POSITIONS = 4096  # of diffusers' rotary tables
+
+OnBlock = Callable[[int], None]
+
+
+class TimestepRounding(Enum):
+    """How a timestep reaches the embedding. FP32 is exact; DIFFUSERS rounds as its pipelines do, twice."""
+
+    FP32 = "fp32"
+    DIFFUSERS = "diffusers"
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One forward pass: a prompt for one picture.
+
+    tokens: packed, normalised latents (1, N, 64), the picture's tokens first, then those of its references.
+    shapes: (frames, height, width) in patches, of the picture, then of each reference.
+    prompt_embeds: (1, L, joint_attention_dim); prompt_mask: (1, L) bool, None where nothing is masked.
+    timestep: sigma, 0..1.
+    """
+
+    tokens: Tensor
+    shapes: tuple[tuple[int, int, int], ...]
+    prompt_embeds: Tensor
+    prompt_mask: Tensor | None
+    timestep: float
+
+
+class QwenImageTransformer:
+    """Qwen-Image's transformer with its blocks in a BlockStore.
+
+    Guarantees: a branch's result is bit-equal to diffusers' forward pass of that branch alone, wherever the blocks
+    live; one pass visits each block once, whatever the number of branches. Weights are in no `nn.Module` that others
+    see: nothing but the methods here moves them.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        dtype: torch.dtype,
+        hardware: Hardware,
+        others: Sequence[Hardware] = (),
+        rounding: TimestepRounding = TimestepRounding.FP32,
+        variant: Variant | None = None,
+        source: Callable[[Sequence[StoredBlock]], BlockSource] = FileSource,
+    ) -> None:
+        """Reads the weights outside the blocks (81 MB in bf16), and no block. `source` makes the blocks' source.
+        `variant` None: as the file says.
+
+        Raises what TransformerParts does.
+        """
+        parts = TransformerParts(
+            checkpoint, dtype=dtype, hardware=hardware, others=others, variant=variant, source=source
+        )
+        self.config = parts.config
+        self.variant = parts.variant
+        self.dtype = dtype
+        self.hardware = hardware
+        self.file = max(checkpoint.tensors.values(), key=lambda entry: entry.nbytes).file
+        self._rounding = rounding
+        self._loaded = False
+        self._outside = parts.empty_model()
+        self._outside.load_state_dict(parts.read_outside(), assign=True)
+        self.store = parts.store
+        self.annexes = {str(other.device): store for other, store in zip(others, parts.annex_stores, strict=True)}
+        self.modulation = ModulationTable(parts.modulation_store, self._embed_timestep)
+        self._parts = parts
+        self._patches: dict[str, WeightPatch] = {}
+
+    @property
+    def footprint(self) -> TransformerFootprint:
+        """What a plan is made from; patches count."""
+        return self._parts.footprint
+
+    @property
+    def weights(self) -> dict[str, tuple[int, ...]]:
+        """Every weight's shape by its name in diffusers' model: what can be patched."""
+        return self._parts.weights
+
+    def patch(self, patches: Mapping[str, WeightPatch]) -> None:
+        """Apply these to the weights of those names from the next run on, and no others.
+
+        Blocks on the device that change are decoded again from their source, so that no patch leaves a trace; the
+        modulation table is computed again where it depends on what changed.
+        """
+        names = patches.keys() | self._patches.keys()
+        changed = {name for name in names if patches.get(name) != self._patches.get(name)}
+        if not changed:
+            return
+        self._parts.patch(patches)
+        if any(not name.startswith(BLOCKS) for name in changed):
+            with torch.inference_mode(False):
+                self._outside.load_state_dict(self._parts.read_outside(patches), assign=True)
+            self._loaded = False
+        if any(part in name for name in changed for part in ("_mod.", "time_text_embed.")):
+            self.modulation.forget()
+        self._patches = dict(patches)
+
+    def load(self, resident: Iterable[int], held: Iterable[int] = (), annexes: Sequence[Annex] = ()) -> None:
+        """Bring the weights outside the blocks and the `resident` blocks to the device, and keep `held` ones in host
+        memory from their next visit on; the blocks of `annexes` go to their devices."""
+        self.return_outside()
+        there = {annex.device: annex.blocks for annex in annexes}
+        for device, store in self.annexes.items():
+            store.set_resident(there.get(device, ()))
+        self.store.set_held(held)
+        self.store.set_resident(resident)
+
+    def return_outside(self) -> None:
+        """Bring the weights outside the blocks to the device, unless they are there."""
+        if not self._loaded:
+            self._move_outside(self.hardware.device)
+            self._loaded = True
+
+    def unload(self) -> None:
+        """Leave the device: what `load` brought there is given back. The modulation table stays in host memory."""
+        self._move_outside(torch.device("cpu"))
+        self._loaded = False
+        for store in (self.store, *self.annexes.values()):
+            store.release()
+        self.modulation.leave_device()
+
+    def shrink(self, nbytes: int) -> int:
+        """Give back resident blocks until `nbytes` are free or none is left; returns the bytes given back."""
+        before = self.store.resident_bytes
+        kept = sorted(self.store.resident)
+        while kept and (len(self.store.resident) - len(kept)) * self.footprint.resident_block_bytes < nbytes:
+            kept.pop()
+        self.store.set_resident(kept)
+        return before - self.store.resident_bytes
+
+    @property
+    def weight_format(self) -> str:
+        """The format of the blocks' largest weights, as a name of `formats.CODECS`."""
+        return max(self.store.blocks[0].params, key=lambda param: param.nbytes).codec
+
+    @property
+    def loaded_bytes(self) -> int:
+        """Bytes that stay on the device between runs."""
+        return self.store.resident_bytes + (self.footprint.outside_bytes if self._loaded else 0)
+
+    @contextmanager
+    def session(
+        self, *, slots: int, mlp_chunk_tokens: int | None = None, annexes: Sequence[Annex] = ()
+    ) -> Iterator["TransformerSession"]:
+        """What a run of several passes needs on the devices, given back on every way out."""
+        away = min((annex.blocks.start for annex in annexes), default=len(self.store.blocks))
+        with ExitStack() as stack:
+            streamers = [stack.enter_context(BlockStreamer(self.store, slots=slots, blocks=range(away)))]
+            for annex in sorted(annexes, key=lambda annex: annex.blocks.start):
+                store = self.annexes[annex.device]
+                streamers.append(stack.enter_context(BlockStreamer(store, slots=2, blocks=annex.blocks)))
+            stack.callback(self.modulation.leave_device)
+            yield TransformerSession(self, self._outside, streamers, mlp_chunk_tokens)
+
+    def embedding(self, timestep: float) -> Tensor:
+        """The timestep's embedding (rows, inner_dim) on the device."""
+        return self._embed_timestep(timestep)
+
+    @torch.no_grad()
+    def _embed_timestep(self, timestep: float) -> Tensor:
+        value = torch.full((1,), timestep, dtype=torch.float32, device=self.hardware.device)
+        if self._rounding is TimestepRounding.DIFFUSERS:
+            value = (value * 1000).to(self.dtype) / 1000
+        if self.config.zero_cond_t:
+            value = torch.cat([value, value * 0])
+        return self._outside.time_text_embed(value, torch.empty((), dtype=self.dtype, device=self.hardware.device))
+
+    def _move_outside(self, device: torch.device) -> None:
+        with torch.inference_mode(False):
+            bind(self._outside, {name: p.data.to(device) for name, p in self._outside.named_parameters()})
+
+
+class TransformerSession:
+    """The passes of one run. Made by `QwenImageTransformer.session`."""
+
+    def __init__(
+        self,
+        transformer: QwenImageTransformer,
+        outside: QwenImageTransformer2DModel,
+        streamers: Sequence[BlockStreamer],
+        mlp_chunk_tokens: int | None,
+    ) -> None:
+        self._transformer = transformer
+        self._outside = outside
+        self._streamers = streamers
+        self._mlp_chunk_tokens = mlp_chunk_tokens
+
+    @property
+    def waits(self) -> Waits:
+        """How long compute has waited for blocks, by where they came from."""
+        return sum((streamer.waits for streamer in self._streamers), Waits())
+
+    @torch.no_grad()
+    def forward(
+        self, branches: Sequence[Branch], *, more: bool = False, on_block: OnBlock | None = None
+    ) -> list[Tensor]:
+        """The velocity of each branch's picture, (1, N of the picture, 64), in one pass over the blocks.
+
+        `more`: another pass follows. `on_block` is called before each block with its index; it may raise, and the
+        session can be used again after that. Raises InvalidRequest for positions beyond the rotary tables.
+        """
+        self._transformer.return_outside()  # it may have been asked to leave since the last pass
+        rows = {b.timestep: self._transformer.modulation.row(b.timestep, on_block=on_block) for b in branches}
+        states = [self._begin(branch, rows[branch.timestep]) for branch in branches]
+        for streamer in self._streamers:
+            for state in states:
+                state.move(streamer.device)
+            for index, block in streamer.visit(more=more):
+                if on_block is not None:
+                    on_block(index)
+                block.img_mlp.chunk_tokens = block.txt_mlp.chunk_tokens = self._mlp_chunk_tokens
+                for state in states:
+                    state.run(index, block)
+        for state in states:
+            state.move(self._transformer.hardware.device)
+        del rows
+        return [self._finish(branch, states.pop(0)) for branch in branches]
+
+    def _begin(self, branch: Branch, row: ModulationRow) -> "_State":
+        outside, device = self._outside, self._transformer.hardware.device
+        length = branch.prompt_embeds.shape[1]
+        reach = max(max(h, w) // 2 for _, h, w in branch.shapes)
+        if reach + length > MAX_POSITIONS:
+            raise InvalidRequest(
+                f"The prompt has {length} tokens; beside pictures of up to {reach * 32} px the model has "
+                f"positions for {MAX_POSITIONS - reach}. Shorten the prompt."
+            )
+        # on the host: on the device diffusers caches the tables for ever, by size
+        rotary = outside.pos_embed([list(branch.shapes)], max_txt_seq_len=length, device=torch.device("cpu"))
+        index = None
+        if outside.zero_cond_t:
+            tokens = [h * w * f for f, h, w in branch.shapes]
+            index = torch.zeros(1, sum(tokens), dtype=torch.int, device=device)
+            index[:, tokens[0] :] = 1
+        return _State(
+            img=outside.img_in(branch.tokens),
+            txt=outside.txt_in(outside.txt_norm(branch.prompt_embeds)),
+            mask=branch.prompt_mask,
+            temb=self._transformer.embedding(branch.timestep),
+            rotary=(rotary[0].to(device), rotary[1].to(device)),
+            modulate_index=index,
+            row=row,
+        )
+
+    def _finish(self, branch: Branch, state: "_State") -> Tensor:
+        velocity = self._outside.proj_out(self._outside.norm_out(state.img, state.temb[:1]))
+        frames, height, width = branch.shapes[0]
+        return velocity[:, : frames * height * width]
+
+
+@dataclass
+class _State:
+    """What a branch carries from block to block."""
+
+    img: Tensor  # (1, N, dim)
+    txt: Tensor  # (1, L, dim)
+    mask: Tensor | None
+    temb: Tensor
+    rotary: tuple[Tensor, Tensor]
+    modulate_index: Tensor | None
+    row: ModulationRow
+
+    def move(self, device: torch.device) -> None:
+        """Hand everything but the table's row on to `device`."""
+        self.img, self.txt, self.temb = self.img.to(device), self.txt.to(device), self.temb.to(device)
+        self.rotary = (self.rotary[0].to(device), self.rotary[1].to(device))
+        self.mask = None if self.mask is None else self.mask.to(device)
+        self.modulate_index = None if self.modulate_index is None else self.modulate_index.to(device)
+
+    def run(self, index: int, block: nn.Module) -> None:
+        device = self.img.device
+        block.img_mod.value, block.txt_mod.value = self.row.img[index].to(device), self.row.txt[index].to(device)
+        self.txt, self.img = block(
+            hidden_states=self.img,
+            encoder_hidden_states=self.txt,
+            encoder_hidden_states_mask=self.mask,
+            temb=self.temb,
+            image_rotary_emb=self.rotary,
+            joint_attention_kwargs=None,
+            modulate_index=self.modulate_index,
+        )
+        del block.img_mod.value, block.txt_mod.value  # a resident block would keep the row on the device

@@ -1,0 +1,61 @@
+"""Qwen-Image's own noise schedule and guidance, as the reference pipeline computes them."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidRequest
+from .latents import patch_norm
+
+# Qwen-Image's scheduler_config.json: FlowMatchEulerDiscreteScheduler with dynamic exponential shifting
+BASE_TOKENS, MAX_TOKENS = 256, 8192
+BASE_SHIFT, MAX_SHIFT = 0.5, 0.9
+SHIFT_TERMINAL = 0.02
+
+
+# Qwen-Image-Lightning's scheduler: the same shift for every size, no stretch
+LIGHTNING_SHIFT = 3.0
+
+
+def lightning_sigmas(steps: int, *, denoise: float = 1.0) -> Tensor:
+    """The sigmas that Lightning models are distilled for, (steps + 1,) float32; denoise and errors as `qwen_sigmas`."""
+    t = _times(steps, denoise)
+    shifted = LIGHTNING_SHIFT * t / (1 + (LIGHTNING_SHIFT - 1) * t)
+    return torch.cat([shifted, shifted.new_zeros(1)]).float()[-(steps + 1) :]
+
+
+def qwen_sigmas(steps: int, image_tokens: int, *, denoise: float = 1.0) -> Tensor:
+    """The sigmas of `steps` steps for a picture of that many tokens, (steps + 1,) float32, from 1 (or less) to 0.
+
+    denoise < 1 keeps the last `steps` of int(steps / denoise) steps, as ComfyUI's KSampler does; steps is then still
+    the number of steps taken. Raises InvalidRequest for less than one step, or denoise not above 0.
+    """
+    t = _times(steps, denoise)
+    mu = BASE_SHIFT + (image_tokens - BASE_TOKENS) * (MAX_SHIFT - BASE_SHIFT) / (MAX_TOKENS - BASE_TOKENS)
+    shifted = math.exp(mu) / (math.exp(mu) + 1 / t - 1)
+    stretched = 1 - (1 - shifted) * (1 - SHIFT_TERMINAL) / (1 - shifted[-1])
+    if len(t) == 1:  # nothing to stretch: the only sigma is 1
+        stretched = torch.ones_like(shifted)
+    return torch.cat([stretched, stretched.new_zeros(1)]).float()[-(steps + 1) :]
+
+
+def _times(steps: int, denoise: float) -> Tensor:
+    """Evenly from 1 to above 0, before any shift."""
+    if steps < 1 or denoise <= 0:
+        raise InvalidRequest(
+            f"{steps} steps at denoise {denoise} take no step. Use steps of 1 or more, denoise above 0."
+        )
+    total = steps if denoise >= 1 else int(steps / denoise)
+    return torch.linspace(1, 1 / total, total, dtype=torch.float64)
+
+
+def true_cfg(cond: Tensor, uncond: Tensor, scale: float, *, rescale: bool) -> Tensor:
+    """Guidance on velocities (B, C, 1, H, W); `rescale` gives each token the norm of the conditional prediction.
+
+    (diffusers QwenImagePipeline.__call__: comb_pred, cond_norm, noise_norm.)
+    """
+    combined = uncond + scale * (cond - uncond)
+    if not rescale:
+        return combined
+    return combined * (patch_norm(cond) / patch_norm(combined))

@@ -1,0 +1,1 @@
+"""Pictures in prompts: sizes, patches, and the vision tower block by block."""
