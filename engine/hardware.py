@@ -19,6 +19,7 @@ class Hardware:
     pinned: host memory can be page-locked, up to pinned_limit_bytes.
     prefetch: reader threads fetch ahead of compute.
     host_device: device memory is host memory, so that file bytes can be read straight into a slot.
+    unified: the device has buffers of its own, but in the host's memory.
     """
 
     device: torch.device
@@ -27,6 +28,7 @@ class Hardware:
     prefetch: bool
     host_device: bool
     pinned_limit_bytes: int = 0
+    unified: bool = False
 
     @classmethod
     def detect(cls, device: torch.device) -> "Hardware":
@@ -37,6 +39,7 @@ class Hardware:
             pinned=device.type == "cuda",
             prefetch=gpu or host,
             host_device=host,
+            unified=device.type == "mps",
             pinned_limit_bytes=int(psutil.virtual_memory().total * PINNED_PART),
         )
 

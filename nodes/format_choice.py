@@ -2,8 +2,6 @@
 
 import logging
 
-import comfy.model_management
-import psutil
 import torch
 
 from ..engine.checkpoints.checkpoint import Checkpoint
@@ -14,6 +12,7 @@ from ..engine.plan.choice import choose_format
 from ..engine.plan.request import Limits, SamplingRequest
 from ..engine.quantized.weights import QuantizedWeights
 from ..engine.transformer.parts import TransformerParts
+from .limits import could_be_free
 from .speeds import KnownSpeeds
 from .weight_cache import AS_STORED, weight_cache_folder
 
@@ -45,10 +44,8 @@ def suitable_format(
         name: TransformerParts(version, dtype=dtype, hardware=hardware, variant=variant).footprint
         for name, version in versions.items()
     }
-    limits = Limits(
-        vram_bytes or int(comfy.model_management.get_free_memory(hardware.device)),
-        ram_bytes or int(psutil.virtual_memory().available),
-    )
+    free_vram, free_ram = could_be_free(hardware.device)  # the model that this one replaces may still be there
+    limits = Limits(vram_bytes or free_vram, ram_bytes or free_ram)
     file = max(source.tensors.values(), key=lambda entry: entry.nbytes).file
     choice = choose_format(footprints, TYPICAL_REQUEST, limits, KnownSpeeds(hardware, dtype, file).get())
     logger.info("weight_format auto is %s at %s", choice, TYPICAL_REQUEST)

@@ -14,9 +14,11 @@ from .patcher import LowVRAMPatcher
 
 # of what is free: fragments of torch's allocator, cuBLAS, cuDNN and attention workspaces
 HEADROOM_BYTES = 384 * 1024**2
-# of free RAM, for the system, its page cache and other programs
-RAM_HEADROOM_BYTES = 2 * 1024**3
-RAM_HEADROOM_PART = 0.1
+# of free RAM, for the system, its page cache and other programs; ComfyUI empties its caches of outputs when a tenth of
+# RAM (at least 2 GiB, at most 10) is no longer free, and this stays clear of that
+RAM_HEADROOM_BYTES = 3_500 * 1024**2
+RAM_HEADROOM_PART = 0.15
+RAM_HEADROOM_MOST = 11_500 * 1024**2
 
 # who may hold blocks in host memory; a model that is let go of is not kept here
 _holders: weakref.WeakSet[QwenImageTransformer] = weakref.WeakSet()
@@ -75,10 +77,8 @@ def host_bytes(transformer: QwenImageTransformer, limit_bytes: int | None, wante
     comes. `least_bytes` is granted within the limit even where the system says that nothing is free.
     """
     _holders.add(transformer)
-    memory = psutil.virtual_memory()
-    headroom = max(RAM_HEADROOM_BYTES, int(memory.total * RAM_HEADROOM_PART))
     others = [other for other in _holders if other is not transformer]
-    free = memory.available + transformer.store.held_bytes - headroom
+    free = _free_ram() + transformer.store.held_bytes
     for other in others:
         beside = sum(model.store.held_bytes for model in others)
         enough = free if limit_bytes is None else min(free, limit_bytes - beside)
@@ -89,3 +89,17 @@ def host_bytes(transformer: QwenImageTransformer, limit_bytes: int | None, wante
         return max(free, least_bytes)
     left = limit_bytes - sum(model.store.held_bytes for model in others)
     return min(left, max(free, least_bytes))
+
+
+def could_be_free(device: torch.device) -> tuple[int, int]:
+    """(bytes on `device`, bytes of RAM) that a model could have if all others left."""
+    management = comfy.model_management
+    loaded = [entry for entry in management.current_loaded_models if entry.device == device]
+    on_device = int(management.get_free_memory(device)) + _held(loaded) - HEADROOM_BYTES
+    return max(0, on_device), max(0, _free_ram() + sum(model.store.held_bytes for model in _holders))
+
+
+def _free_ram() -> int:
+    memory = psutil.virtual_memory()
+    headroom = min(RAM_HEADROOM_MOST, max(RAM_HEADROOM_BYTES, int(memory.total * RAM_HEADROOM_PART)))
+    return int(memory.available) - headroom

@@ -177,7 +177,7 @@ class QwenLowVRAMLoader:
                         "max": 4096.0,
                         "step": 0.1,
                         "tooltip": "The most RAM that the model's blocks and buffers may take, in GB (GiB); the other "
-                        "blocks are read from the file at every step. 0: what is free, but for a tenth.",
+                        "blocks are read from the file at every step. 0: what is free, but for a reserve.",
                     },
                 ),
                 "transformer_device": (
@@ -231,6 +231,8 @@ class QwenLowVRAMLoader:
 
     @classmethod
     def IS_CHANGED(cls, transformer: str, text_encoder: str, vae: str, **settings: Any) -> str:
+        if None in (transformer, text_encoder, vae):
+            return ""  # linked: not known yet, and what is linked is in the cache's key
         sources = Sources.of(transformer, text_encoder, vae)
         tokenizer = [f"{file.name} {file.stat().st_mtime_ns}" for file in sorted(sources.tokenizer.iterdir())]
         opened = sources.open(settings.get("variant", AUTO))

@@ -126,6 +126,8 @@ class QwenLowVRAMMemoryPlan:
 
     @classmethod
     def IS_CHANGED(cls, transformer: str, text_encoder: str, vae: str, **settings: Any) -> str:
+        if None in (transformer, text_encoder, vae):
+            return ""
         opened = Sources.of(transformer, text_encoder, vae).open(AUTO)
         speeds = _speeds(opened[0])
         free = _free_ram_bytes() // GIB

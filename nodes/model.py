@@ -130,6 +130,7 @@ def _outer_sample(
     finally:
         model.calls.run = None
         model.plan = run.plan
+        model.model_loaded_weight_memory = model.transformer.loaded_bytes  # a smaller plan may have taken some away
         model.last_report = run.end(finished=finished)
 
 

@@ -95,7 +95,9 @@ def plan_run(
     ram: int | None = ram_limit_bytes  # where the device is the host, what is free there is counted already
     if not footprint.host:
         least = least_ram_bytes(footprint, request)
-        ram = host_bytes(transformer, ram_limit_bytes, most_ram_bytes(footprint, request), least)
+        # where the device's memory is the host's too, what is free must not be given out twice
+        most = least if transformer.hardware.unified else most_ram_bytes(footprint, request)
+        ram = min(most, host_bytes(transformer, ram_limit_bytes, most, least))
     annexes = split_blocks(footprint, request, vram, _other_budgets(transformer, request, limit_bytes))
     return plan_memory(footprint, request, Limits(vram, ram), speeds.get(), annexes)
 
@@ -143,6 +145,7 @@ class SamplingRun:
         self._retries = 0
         self._pass_seconds = 0.0
         self._first_step_seconds = 0.0
+        self._first_pass = 0.0, Waits()
         self._waited = Waits()
         self._timeline = timeline
         self._start = time.perf_counter()
@@ -183,6 +186,7 @@ class SamplingRun:
         self._passes += 1
         if self._passes == 1:
             self._first_step_seconds = time.perf_counter() - self._start
+            self._first_pass = self._pass_seconds, self._waited + self._opened().waits
         return result
 
     def end(self, *, finished: bool) -> MemoryReport:
@@ -218,7 +222,12 @@ class SamplingRun:
         return report
 
     def _load(self) -> None:
-        self._transformer.load(self.plan.resident, self.plan.held, self.plan.annexes)
+        self._transformer.load(
+            self.plan.resident,
+            self.plan.held,
+            self.plan.annexes,
+            on_block=lambda index: comfy.model_management.throw_exception_if_processing_interrupted(),
+        )
 
     def _open(self) -> None:
         table = self._transformer.modulation
@@ -238,10 +247,12 @@ class SamplingRun:
         return self._session
 
     def _close(self) -> None:
-        if self._session is not None:
-            self._waited += self._session.waits
-        self._session = None
-        self._stack.close()
+        session, self._session = self._session, None
+        try:
+            if session is not None:
+                self._waited += session.waits
+        finally:
+            self._stack.close()
 
     @contextmanager
     def _stage(self, stage: Stage, plan: Callable[[Any, MemoryPlan], StagePlan]) -> Iterator[None]:
@@ -288,7 +299,8 @@ class SamplingRun:
     def _plan_smaller(self, reason: str) -> None:
         self._close()
         transformer, plan = self._transformer, self.plan
-        transformer.store.release()
+        for store in (transformer.store, *transformer.annexes.values()):
+            store.release()
         comfy.model_management.soft_empty_cache()
         vram = int(plan.peak_bytes * SMALLER)
         try:
@@ -296,8 +308,7 @@ class SamplingRun:
                 transformer.footprint,
                 plan.request,
                 replace(plan.limits, vram_bytes=vram),
-                self._speeds.get(),
-                plan.annexes,
+                self._speeds.get(),  # and without the other devices: one of them may be full
             )
         except DoesNotFit:
             raise OutOfMemory(_explain(plan, reason)) from None
@@ -308,15 +319,19 @@ class SamplingRun:
 
     def _learn(self) -> None:
         """Correct what is known of this machine's speeds by what this run took."""
-        footprint, plan = self._transformer.footprint, self.plan
-        if self._one_by_one or not self._passes or step_flops(footprint, plan.request) < TELLING_FLOPS:
+        footprint, plan, passes = self._transformer.footprint, self.plan, self._passes - 1
+        small = step_flops(footprint, plan.request) < TELLING_FLOPS
+        if self._one_by_one or self._retries or passes < 1 or small:
             return
+        seconds, waited = self._first_pass  # which reads what stays in host memory, and is like no other
+        waits = self._waited - waited
         self._speeds.put(
             corrected(
                 self._speeds.get(),
                 plan.forecast,
-                step_seconds=self._pass_seconds / self._passes,
-                waited_seconds=self._waited.seconds / self._passes,
+                step_seconds=(self._pass_seconds - seconds) / passes,
+                waited_disk_seconds=waits.disk_seconds / passes,
+                waited_bus_seconds=waits.bus_seconds / passes,
             )
         )
 

@@ -17,6 +17,7 @@ from ..engine.speeds import measure_bus, measure_disk, measure_flops
 logger = logging.getLogger(__name__)
 
 VERSION = 1
+MEASURING_BYTES = 512 * 1024**2  # on the device, and some to spare
 
 
 class KnownSpeeds:
@@ -39,6 +40,8 @@ class KnownSpeeds:
         known = _read()
         device, disk = known.get(self._device_key), known.get(self._disk_key)
         if device is None:
+            if self._hardware.device.type != "cpu":
+                comfy.model_management.free_memory(MEASURING_BYTES, self._hardware.device)
             device = {"flops": measure_flops(self._hardware, self._dtype), "bus_bytes": measure_bus(self._hardware)}
         if disk is None:
             disk = {"disk_bytes": measure_disk(self._model_file)}

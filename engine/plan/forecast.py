@@ -89,24 +89,36 @@ def forecast_step(
     )
 
 
+# of any speed, by one run
+MOST_CORRECTION = 2.0
+
+
 def corrected(
     speeds: Speeds,
     forecast: StepForecast,
     *,
     step_seconds: float,
-    waited_seconds: float,
+    waited_disk_seconds: float,
+    waited_bus_seconds: float,
 ) -> Speeds:
-    """The speeds that a measured step tells of: how long it took, and how much of that it waited for blocks.
+    """The speeds that measured steps tell of: how long one took, and how much of that it waited for blocks.
 
-    What was not waiting was computing. A step that waited for more than a twentieth of its time was bound by what
-    moved the most slowly.
+    What was not waiting was computing. What a step waited for during more than a twentieth of its time moved all the
+    while; and what took longer in the forecast than the whole step did, is faster than was thought. One run changes a
+    speed by MOST_CORRECTION at the most: it may have been disturbed.
     """
-    computing = max(step_seconds - waited_seconds, step_seconds / 1000)
-    flops = speeds.flops * forecast.compute_seconds / computing
-    bus, disk = speeds.bus_bytes, speeds.disk_bytes
-    if waited_seconds > step_seconds / 20:
-        if forecast.disk_seconds >= forecast.bus_seconds:
-            disk *= forecast.disk_seconds / step_seconds
-        else:
-            bus *= forecast.bus_seconds / step_seconds
-    return Speeds(flops, bus, disk)
+    computing = max(step_seconds - waited_disk_seconds - waited_bus_seconds, step_seconds / 1000)
+
+    def moved(speed: float, seconds: float, waited: float) -> float:
+        slower, faster = waited > step_seconds / 20, seconds > step_seconds
+        return speed * _bounded(seconds / step_seconds) if seconds and (slower or faster) else speed
+
+    return Speeds(
+        flops=speeds.flops * _bounded(forecast.compute_seconds / computing),
+        bus_bytes=moved(speeds.bus_bytes, forecast.bus_seconds, waited_bus_seconds),
+        disk_bytes=moved(speeds.disk_bytes, forecast.disk_seconds, waited_disk_seconds),
+    )
+
+
+def _bounded(factor: float) -> float:
+    return min(MOST_CORRECTION, max(1 / MOST_CORRECTION, factor))

@@ -7,6 +7,7 @@ suggests does.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 from ..errors import DoesNotFit
 from .footprint import TextEncoderFootprint, TransformerFootprint
@@ -252,8 +253,7 @@ class _Draft:
         streamed = footprint.blocks - resident
         left = _ram_left(footprint, request, limits)
         held = 0 if footprint.host else min(streamed, left // footprint.stored_bytes)
-        on_device = _spread(resident, range(footprint.blocks))
-        rest = sorted(set(range(footprint.blocks)) - set(on_device))
+        order = spread_order(footprint.blocks)
         sampling, modulation, late = self._peaks(resident)
         host_bytes = self.peak_bytes(resident) if footprint.host else footprint.ring_bytes
         slots = self._slots(resident)
@@ -261,8 +261,8 @@ class _Draft:
             request=request,
             limits=limits,
             blocks=footprint.blocks,
-            resident=on_device,
-            held=_spread(held, rest),
+            resident=tuple(sorted(order[:resident])),
+            held=tuple(sorted(order[resident : resident + held])),
             slots=slots,
             mlp_chunk_tokens=self.chunk,
             resident_bytes=footprint.outside_bytes + resident * footprint.resident_block_bytes,
@@ -296,10 +296,19 @@ def _device_limit(footprint: TransformerFootprint, request: SamplingRequest, lim
     return limits.vram_bytes
 
 
-def _spread(count: int, indices: Sequence[int]) -> tuple[int, ...]:
-    """`count` of `indices`, evenly, beginning with the first: every fetch has computing to hide behind."""
-    total = len(indices)
-    return tuple(n for i, n in enumerate(indices) if i * count // total != (i - 1) * count // total)
+@cache
+def spread_order(blocks: int) -> tuple[int, ...]:
+    """All indices in an order of which every beginning is spread evenly: each fetch has computing to hide behind, and
+    one block more or less on the device moves no other.
+
+    Multiples of the golden ratio modulo 1: new points fall into the largest gaps.
+    """
+    golden, order = (5**0.5 - 1) / 2, dict.fromkeys([0])
+    step = 0
+    while len(order) < blocks:
+        step += 1
+        order[int(step * golden % 1 * blocks)] = None
+    return tuple(order)[:blocks]
 
 
 def _refusal(footprint: TransformerFootprint, request: SamplingRequest, limits: Limits) -> str:

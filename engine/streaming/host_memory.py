@@ -54,13 +54,18 @@ class HostMemory:
             weakref.finalize(buffer, self._give_back, data).atexit = False
         return buffer
 
+    def ask_again(self) -> None:
+        """After a refusal: the next request may be granted."""
+        self._granting = self._hardware.pinned
+
     def _give_back(self, data: Tensor) -> None:
         self._locked_bytes -= data.nbytes
         self._unlock(data)
 
     def _lock(self, data: Tensor) -> bool:
-        if int(torch.cuda.cudart().cudaHostRegister(data.data_ptr(), data.nbytes, 0)) == 0:
-            return True
+        with torch.cuda.device(self._hardware.device):  # else the first card gets a context
+            if int(torch.cuda.cudart().cudaHostRegister(data.data_ptr(), data.nbytes, 0)) == 0:
+                return True
         with contextlib.suppress(RuntimeError):  # CUDA reports the refusal once more, with the next kernel
             torch.zeros(1, device=self._hardware.device).add_(1)
         return False

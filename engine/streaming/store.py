@@ -1,5 +1,7 @@
 """The blocks of one model in three tiers: on the device, in host memory, in the file; and the way into a slot."""
 
+import logging
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -12,6 +14,8 @@ from .host_memory import HostBuffer, HostMemory
 from .layout import StoredBlock, bind
 from .order import Mark, StreamOrder
 from .source import BlockSource
+
+logger = logging.getLogger(__name__)
 
 # a block passes through the ring in pieces: large enough for a disk's full speed, and several are read at once
 PIECE_BYTES = 32 * 1024**2
@@ -55,6 +59,8 @@ class BlockStore:
         self._ring: list[tuple[HostBuffer, Mark]] = []
         self._turn = -1
         self._readers: ThreadPoolExecutor | None = None
+        # between the thread that fetches ahead and whoever takes blocks from the device; piece readers need none
+        self._lock = threading.RLock()
         self._wanted_piece_bytes = piece_bytes
         self._piece_bytes = min(piece_bytes, self.raw_bytes)
 
@@ -117,54 +123,69 @@ class BlockStore:
             bind(module, self.blocks[0].slot.views(buffer))
         return buffer, module
 
-    def set_resident(self, indices: Iterable[int]) -> None:
-        """Hold exactly these blocks on the device; what is already there is not read again."""
+    def set_resident(self, indices: Iterable[int], *, on_block: Callable[[int], None] | None = None) -> None:
+        """Hold exactly these blocks on the device; what is already there is not read again.
+
+        `on_block` is called before each block that is brought, with its index, and may raise.
+        """
         wanted = set(indices)
-        for index in self.resident - wanted:
-            self._modules.pop(index, None)
-            self._encoded.pop(index, None)
-        missing = sorted(wanted - self.resident)
-        if not missing:
-            return  # perhaps in the middle of a run
-        try:
-            for index in missing:
-                block = self.blocks[index]
-                if block.native:
-                    buffer, module = self.new_slot()
-                    self.order.after_compute()
-                    self.fetch_into(index, buffer)
-                    self._modules[index] = module
-                else:
-                    buffer = self._new_buffer(block.raw.nbytes)
-                    self.order.after_compute()
-                    with torch.no_grad(), self.order.copying():
-                        self._bring(index, 0, buffer)
-                    if index not in self._held:
-                        self._count_file(index)
-                    self._encoded[index] = buffer
-        finally:
-            self.end_run()
+        with self._lock:
+            if self.resident - wanted:
+                self.order.finish()  # an encoded block may be read on the copy stream
+            for index in self.resident - wanted:
+                self._modules.pop(index, None)
+                self._encoded.pop(index, None)
+            missing = sorted(wanted - self.resident)
+            if not missing:
+                return  # perhaps in the middle of a run
+            self._to_hold -= wanted
+            try:
+                for index in missing:
+                    if on_block is not None:
+                        on_block(index)
+                    self._load(index)
+            finally:
+                self.end_run()
+
+    def _load(self, index: int) -> None:
+        block = self.blocks[index]
+        if block.native:
+            buffer, module = self.new_slot()
+            self.order.after_compute()
+            self.fetch_into(index, buffer)
+            self._modules[index] = module
+            return
+        buffer = self._new_buffer(block.raw.nbytes)
+        self.order.after_compute()
+        with torch.no_grad(), self.order.copying():
+            self._bring(index, 0, buffer)
+        if index not in self._held:
+            self._count_file(index)
+        self._encoded[index] = buffer
 
     def replace(self, blocks: Sequence[StoredBlock], source: BlockSource) -> None:
         """Change how blocks are stored, between two runs. What lies on the device or in host memory stays as far as it
         is the same."""
-        self.end_run()
-        for index, (old, new) in enumerate(zip(self.blocks, blocks, strict=True)):
-            if old.parts != new.parts:
-                self._encoded.pop(index, None)
-                self._held.pop(index, None)
-            if old.parts != new.parts or old.patches != new.patches:
-                self._modules.pop(index, None)
-        self.blocks, self.source = tuple(blocks), source
-        self._piece_bytes = min(self._wanted_piece_bytes, self.raw_bytes)
+        with self._lock:
+            self.end_run()
+            for index, (old, new) in enumerate(zip(self.blocks, blocks, strict=True)):
+                if old.parts != new.parts:
+                    self._encoded.pop(index, None)
+                    self._held.pop(index, None)
+                if old.parts != new.parts or old.patches != new.patches:
+                    self._modules.pop(index, None)
+            self.blocks, self.source = tuple(blocks), source
+            self._piece_bytes = min(self._wanted_piece_bytes, self.raw_bytes)
 
     def set_held(self, indices: Iterable[int]) -> None:
         """Keep exactly these blocks in host memory, each from its next visit on; gives back all others."""
-        self._to_hold = frozenset(indices)
-        if self.held - self._to_hold:
-            self.order.finish()
-        for index in self.held - self._to_hold:
-            del self._held[index]
+        with self._lock:
+            self._to_hold = frozenset(indices)
+            if self.held - self._to_hold:
+                self.order.finish()
+            for index in self.held - self._to_hold:
+                del self._held[index]
+            self._host.ask_again()
 
     def reads_file(self, index: int) -> bool:
         """Whether the next fetch of a block goes to its file."""
@@ -172,8 +193,8 @@ class BlockStore:
 
     def fetch_into(self, index: int, slot: Tensor) -> None:
         """Bring block `index` into a slot's buffer: read, copy on the copy stream, decode. Any one thread at a time."""
-        block = self.blocks[index]
-        with torch.no_grad(), self.order.copying():
+        with self._lock, torch.no_grad(), self.order.copying():
+            block = self.blocks[index]
             scratch = self._scratch_buffer()
             encoded = self._encoded.get(index)
             if encoded is not None:
@@ -181,7 +202,7 @@ class BlockStore:
                     group.decode(encoded, slot, scratch)
                 return
             if index in self._to_hold and index not in self._held:
-                self._held[index] = self._read_whole(index)
+                self._hold(index)
             if block.native:
                 self._bring(index, 0, slot[: block.slot.nbytes])
             for group in block.groups:
@@ -193,19 +214,21 @@ class BlockStore:
 
     def end_run(self) -> None:
         """Give back what only a run needs: staging, ring, reader threads and open files."""
-        self.order.finish()
-        if self._readers is not None:
-            self._readers.shutdown(wait=True)
-            self._readers = None
-        self._staging = self._scratch = None
-        self._ring.clear()
-        self.source.close()
+        with self._lock:
+            self.order.finish()
+            if self._readers is not None:
+                self._readers.shutdown(wait=True)
+                self._readers = None
+            self._staging = self._scratch = None
+            self._ring.clear()
+            self.source.close()
 
     def release(self) -> None:
         """Give back what a run needs and all that lies on the device; held blocks stay in host memory."""
-        self.end_run()
-        self._modules.clear()
-        self._encoded.clear()
+        with self._lock:
+            self.end_run()
+            self._modules.clear()
+            self._encoded.clear()
 
     def _bring(self, index: int, start: int, out: Tensor) -> None:
         """Raw bytes of a block, from `start` on, into `out` on the device; on the current stream."""
@@ -247,16 +270,25 @@ class BlockStore:
         piece.copy_(buffer.data[: len(piece)], non_blocking=buffer.pinned)
         self.order.record_copy(copied)
 
-    def _read_whole(self, index: int) -> HostBuffer:
-        """A block's raw bytes in host memory of their own."""
-        buffer = self._host.take(self.blocks[index].raw.nbytes)
+    def _hold(self, index: int) -> None:
+        """Read a block into host memory of its own. Where the system has none, no further block is held."""
+        try:
+            buffer = self._host.take(self.blocks[index].raw.nbytes)
+        except (RuntimeError, MemoryError) as error:
+            self._to_hold = self.held
+            logger.warning(
+                "There is no RAM for more than %d held blocks (%s); the others are read from the file at every step.",
+                len(self._held),
+                str(error).splitlines()[0],
+            )
+            return
         pieces = enumerate(buffer.data.split(self._piece_bytes))
         reads = [self._start(index, i * self._piece_bytes, piece) for i, piece in pieces]
         wait(reads)
         while reads:
             reads.pop().result()
         self._count_file(index)
-        return buffer
+        self._held[index] = buffer
 
     def _start(self, index: int, start: int, out: Tensor) -> "Future[None]":
         """Read from the file, or from held memory that the device cannot copy from, in a reader thread if there are

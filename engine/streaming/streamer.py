@@ -76,9 +76,6 @@ class BlockStreamer:
         return self._waits
 
     def __enter__(self) -> "BlockStreamer":
-        needed = sum(1 for i in self._blocks if self._store.module(i) is None)
-        if needed and self._count < 1:
-            raise ValueError(f"{needed} blocks are not resident; they need at least 1 slot, got 0.")
         self._follow_residency()
         return self
 

@@ -14,7 +14,7 @@ from ..errors import InvalidRequest
 from ..families.members import Variant
 from ..hardware import Hardware
 from ..plan.footprint import TransformerFootprint
-from ..plan.memory import Annex
+from ..plan.memory import Annex, spread_order
 from ..streaming import BlockSource, BlockStreamer, FileSource, StoredBlock, Waits, WeightPatch, bind
 from .modulation import ModulationRow, ModulationTable
 from .parts import BLOCKS, TransformerParts
@@ -80,13 +80,13 @@ class QwenImageTransformer:
         self.dtype = dtype
         self.hardware = hardware
         self.file = max(checkpoint.tensors.values(), key=lambda entry: entry.nbytes).file
-        self._rounding = rounding
         self._loaded = False
         self._outside = parts.empty_model()
         self._outside.load_state_dict(parts.read_outside(), assign=True)
         self.store = parts.store
         self.annexes = {str(other.device): store for other, store in zip(others, parts.annex_stores, strict=True)}
-        self.modulation = ModulationTable(parts.modulation_store, self._embed_timestep)
+        self._embed = _TimestepEmbedding(self._outside, hardware.device, self.dtype, rounding, self.config.zero_cond_t)
+        self.modulation = ModulationTable(parts.modulation_store, self._embed)
         self._parts = parts
         self._patches: dict[str, WeightPatch] = {}
 
@@ -110,24 +110,38 @@ class QwenImageTransformer:
         changed = {name for name in names if patches.get(name) != self._patches.get(name)}
         if not changed:
             return
-        self._parts.patch(patches)
+        outside = None
         if any(not name.startswith(BLOCKS) for name in changed):
             with torch.inference_mode(False):
-                self._outside.load_state_dict(self._parts.read_outside(patches), assign=True)
+                outside = self._parts.read_outside(patches)  # first: it may fail
+        self._parts.patch(patches)
+        if outside is not None:
+            with torch.inference_mode(False):
+                self._outside.load_state_dict(outside, assign=True)
             self._loaded = False
         if any(part in name for name in changed for part in ("_mod.", "time_text_embed.")):
             self.modulation.forget()
         self._patches = dict(patches)
 
-    def load(self, resident: Iterable[int], held: Iterable[int] = (), annexes: Sequence[Annex] = ()) -> None:
+    def load(
+        self,
+        resident: Iterable[int],
+        held: Iterable[int] = (),
+        annexes: Sequence[Annex] = (),
+        *,
+        on_block: OnBlock | None = None,
+    ) -> None:
         """Bring the weights outside the blocks and the `resident` blocks to the device, and keep `held` ones in host
-        memory from their next visit on; the blocks of `annexes` go to their devices."""
+        memory from their next visit on; the blocks of `annexes` go to their devices.
+
+        `on_block` is called before each block that is brought to a device, and may raise.
+        """
         self.return_outside()
         there = {annex.device: annex.blocks for annex in annexes}
         for device, store in self.annexes.items():
-            store.set_resident(there.get(device, ()))
+            store.set_resident(there.get(device, ()), on_block=on_block)
+        self.store.set_resident(resident, on_block=on_block)  # first: a block may come from host memory
         self.store.set_held(held)
-        self.store.set_resident(resident)
 
     def return_outside(self) -> None:
         """Bring the weights outside the blocks to the device, unless they are there."""
@@ -145,11 +159,10 @@ class QwenImageTransformer:
 
     def shrink(self, nbytes: int) -> int:
         """Give back resident blocks until `nbytes` are free or none is left; returns the bytes given back."""
-        before = self.store.resident_bytes
-        kept = sorted(self.store.resident)
-        while kept and (len(self.store.resident) - len(kept)) * self.footprint.resident_block_bytes < nbytes:
-            kept.pop()
-        self.store.set_resident(kept)
+        before, block_bytes = self.store.resident_bytes, self.footprint.resident_block_bytes
+        resident = self.store.resident
+        leaving = [index for index in reversed(spread_order(len(self.store.blocks))) if index in resident]
+        self.store.set_resident(resident - set(leaving[: -(-nbytes // block_bytes)]))
         return before - self.store.resident_bytes
 
     @property
@@ -178,20 +191,32 @@ class QwenImageTransformer:
 
     def embedding(self, timestep: float) -> Tensor:
         """The timestep's embedding (rows, inner_dim) on the device."""
-        return self._embed_timestep(timestep)
-
-    @torch.no_grad()
-    def _embed_timestep(self, timestep: float) -> Tensor:
-        value = torch.full((1,), timestep, dtype=torch.float32, device=self.hardware.device)
-        if self._rounding is TimestepRounding.DIFFUSERS:
-            value = (value * 1000).to(self.dtype) / 1000
-        if self.config.zero_cond_t:
-            value = torch.cat([value, value * 0])
-        return self._outside.time_text_embed(value, torch.empty((), dtype=self.dtype, device=self.hardware.device))
+        return self._embed(timestep)
 
     def _move_outside(self, device: torch.device) -> None:
         with torch.inference_mode(False):
             bind(self._outside, {name: p.data.to(device) for name, p in self._outside.named_parameters()})
+
+
+@dataclass(frozen=True)
+class _TimestepEmbedding:
+    """Timestep -> embedding (rows, inner_dim). Not a method of the transformer, to which its table would refer."""
+
+    outside: QwenImageTransformer2DModel
+    device: torch.device
+    dtype: torch.dtype
+    rounding: TimestepRounding
+    zero_cond_t: bool
+
+    @torch.no_grad()
+    def __call__(self, timestep: float) -> Tensor:
+        value = torch.full((1,), timestep, dtype=torch.float32, device=self.device)
+        if self.rounding is TimestepRounding.DIFFUSERS:
+            value = (value * 1000).to(self.dtype) / 1000
+        if self.zero_cond_t:
+            value = torch.cat([value, value * 0])
+        embedding: Tensor = self.outside.time_text_embed(value, torch.empty((), dtype=self.dtype, device=self.device))
+        return embedding
 
 
 class TransformerSession:

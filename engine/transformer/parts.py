@@ -1,6 +1,7 @@
 """What a transformer's file holds, part by part, the empty modules it fills, and what they take. Reads headers only."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from math import prod
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from ..checkpoints.checkpoint import Checkpoint
 from ..chunking import ChunkedTokens
 from ..errors import Unsupported
-from ..families.members import Variant, sort_transformer
+from ..families.members import TransformerConfig, Variant, sort_transformer
 from ..hardware import Hardware
 from ..plan.footprint import TransformerFootprint
 from ..streaming import (
@@ -59,8 +60,9 @@ class TransformerParts:
         with torch.device("meta"):
             self._outside_shapes = _shapes(self._model())
         self._blocks = tensors.blocks
-        self._block_shapes = _shapes(self._empty_block())
-        self._modulation_shapes = _shapes(self._empty_modulation())
+        # not methods: a store that referred to this would keep an unloaded model's memory until the next collection
+        make_block, make_modulation = partial(_empty_block, self.config), partial(_empty_modulation, self.config)
+        self._block_shapes, self._modulation_shapes = _shapes(make_block()), _shapes(make_modulation())
         self._hardware = hardware
         host = HostMemory(hardware)
 
@@ -70,9 +72,9 @@ class TransformerParts:
             blocks = self._stored(shapes, {})
             return BlockStore(blocks, source(blocks), make_module, on, host=host)
 
-        self.store = store(self._block_shapes, self._empty_block)
-        self.annex_stores = [store(self._block_shapes, self._empty_block, other) for other in others]
-        self.modulation_store = store(self._modulation_shapes, self._empty_modulation)
+        self.store = store(self._block_shapes, make_block)
+        self.annex_stores = [store(self._block_shapes, make_block, other) for other in others]
+        self.modulation_store = store(self._modulation_shapes, make_modulation)
 
     @property
     def weights(self) -> dict[str, tuple[int, ...]]:
@@ -149,26 +151,29 @@ class TransformerParts:
             zero_cond_t=config.zero_cond_t,
         )
 
-    def _whole_block(self) -> QwenImageTransformerBlock:
-        with torch.device("meta"):
-            return QwenImageTransformerBlock(
-                dim=self.config.inner_dim,
-                num_attention_heads=self.config.num_attention_heads,
-                attention_head_dim=self.config.attention_head_dim,
-                zero_cond_t=self.config.zero_cond_t,
-            ).eval()
 
-    def _empty_block(self) -> nn.Module:
-        block = self._whole_block()
-        block.img_mod, block.txt_mod = _FromTable(), _FromTable()
-        block.img_mlp, block.txt_mlp = ChunkedTokens(block.img_mlp), ChunkedTokens(block.txt_mlp)
-        return block
+def _whole_block(config: TransformerConfig) -> QwenImageTransformerBlock:
+    with torch.device("meta"):
+        return QwenImageTransformerBlock(
+            dim=config.inner_dim,
+            num_attention_heads=config.num_attention_heads,
+            attention_head_dim=config.attention_head_dim,
+            zero_cond_t=config.zero_cond_t,
+        ).eval()
 
-    def _empty_modulation(self) -> nn.Module:
-        block = self._whole_block()
-        part = nn.Module()
-        part.img_mod, part.txt_mod = block.img_mod, block.txt_mod
-        return part
+
+def _empty_block(config: TransformerConfig) -> nn.Module:
+    block = _whole_block(config)
+    block.img_mod, block.txt_mod = _FromTable(), _FromTable()
+    block.img_mlp, block.txt_mlp = ChunkedTokens(block.img_mlp), ChunkedTokens(block.txt_mlp)
+    return block
+
+
+def _empty_modulation(config: TransformerConfig) -> nn.Module:
+    block = _whole_block(config)
+    part = nn.Module()
+    part.img_mod, part.txt_mod = block.img_mod, block.txt_mod
+    return part
 
 
 class _FromTable(nn.Module):

@@ -25,6 +25,7 @@ from qwenimage_lowvram.engine.plan.memory import (
     most_ram_bytes,
     plan_memory,
     plan_text_encoder,
+    spread_order,
     text_encoder_peak_bytes,
 )
 from qwenimage_lowvram.engine.plan.report import MemoryReport
@@ -176,14 +177,21 @@ def test_every_block_lives_in_one_place(
     assert not (footprint.host and plan.held)
     assert plan.slots >= 1 or (footprint.native and plan.streamed == 0)
     assert plan.resident_bytes == footprint.outside_bytes + len(plan.resident) * footprint.resident_block_bytes
-    # streamed blocks stand as far apart as they can, so that each is fetched behind computing
-    gaps = [b - a for a, b in pairwise(plan.resident)]
-    assert not gaps or max(gaps) - min(gaps) <= 1
-    # and so do, among them, those that are read from the file
-    streamed = [i for i in range(plan.blocks) if i not in plan.resident]
-    places = [streamed.index(i) for i in plan.held]
-    gaps = [b - a for a, b in pairwise(places)]
-    assert not gaps or max(gaps) - min(gaps) <= 1
+    # every beginning of the order is spread evenly, so that each fetch has computing to hide behind
+    order = spread_order(plan.blocks)
+    assert sorted(order) == list(range(plan.blocks))
+    assert set(plan.resident) == set(order[: len(plan.resident)])
+    assert set(plan.resident) | set(plan.held) == set(order[: len(plan.resident) + len(plan.held)])
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 7, 28, 60])
+def test_blocks_that_stay_are_spread_and_one_more_moves_no_other(blocks: int) -> None:
+    order = spread_order(blocks)
+    assert len(set(order)) == blocks
+    for count in range(2, blocks):
+        stay = sorted(order[:count])
+        gaps = [b - a for a, b in pairwise([*stay, stay[0] + blocks])]
+        assert max(gaps) <= 3 * blocks / count + 1
 
 
 def _seconds(plan: MemoryPlan | None) -> float:

@@ -1,6 +1,7 @@
 """A machine's speeds are measured quickly, and corrected by what a run took."""
 
 import time
+from dataclasses import astuple
 from pathlib import Path
 
 import pytest
@@ -28,23 +29,41 @@ def forecast(compute: float, bus: float, disk: float) -> StepForecast:
     return StepForecast(compute, bus, disk, overlapped=True)
 
 
+def learnt(before: StepForecast, step: float, disk: float = 0.0, bus: float = 0.0, speeds: Speeds = SPEEDS) -> Speeds:
+    return corrected(speeds, before, step_seconds=step, waited_disk_seconds=disk, waited_bus_seconds=bus)
+
+
 def test_a_step_that_never_waited_corrects_the_computing_alone() -> None:
-    speeds = corrected(SPEEDS, forecast(2.0, 0.5, 0.5), step_seconds=4.0, waited_seconds=0.0)
-    assert speeds == Speeds(flops=5e12, bus_bytes=10e9, disk_bytes=2e9)
+    assert astuple(learnt(forecast(2.0, 0.5, 0.5), 3.0)) == pytest.approx((10e12 * 2 / 3, 10e9, 2e9))
 
 
 def test_a_step_that_waited_corrects_what_it_waited_for() -> None:
-    on_disk = corrected(SPEEDS, forecast(1.0, 0.5, 3.0), step_seconds=6.0, waited_seconds=5.0)
-    assert on_disk == Speeds(flops=10e12, bus_bytes=10e9, disk_bytes=1e9)
-    on_bus = corrected(SPEEDS, forecast(1.0, 3.0, 0.5), step_seconds=6.0, waited_seconds=5.0)
-    assert on_bus == Speeds(flops=10e12, bus_bytes=5e9, disk_bytes=2e9)
+    assert astuple(learnt(forecast(1.0, 0.5, 4.0), 6.0, disk=5.0)) == pytest.approx((10e12, 10e9, 2e9 * 4 / 6))
+    assert astuple(learnt(forecast(1.0, 4.0, 0.5), 6.0, bus=5.0)) == pytest.approx((10e12, 10e9 * 4 / 6, 2e9))
+
+
+def test_a_wait_too_short_to_tell_changes_no_rate() -> None:
+    assert astuple(learnt(forecast(9.5, 1.0, 3.0), 10.0, disk=0.3, bus=0.2)) == pytest.approx(astuple(SPEEDS))
+
+
+def test_what_a_step_disproves_is_raised_again() -> None:
+    # forecast: 8 s of reading; the whole step took 5 and waited for nothing
+    assert learnt(forecast(5.0, 0.5, 8.0), 5.0).disk_bytes == pytest.approx(2e9 * 8 / 5)
+
+
+@pytest.mark.parametrize("step", [0.01, 1000.0])
+def test_one_run_changes_no_speed_by_more_than_twice(step: float) -> None:
+    speeds = learnt(forecast(1.0, 1.0, 1.0), step, disk=step / 2, bus=step / 3)
+    for now, before in zip(astuple(speeds), astuple(SPEEDS), strict=True):
+        assert before / 2 <= now <= before * 2
 
 
 @pytest.mark.parametrize("compute", [0.5, 2.0])
 @pytest.mark.parametrize("disk", [0.5, 2.0, 8.0])
-def test_a_corrected_forecast_is_what_was_measured(compute: float, disk: float) -> None:
-    """Whatever the first forecast said: a step of 3 s that waited for half of it."""
-    before = forecast(compute, 0.0, disk)
-    speeds = corrected(SPEEDS, before, step_seconds=3.0, waited_seconds=1.5)
-    after = forecast(compute * SPEEDS.flops / speeds.flops, 0.0, disk * SPEEDS.disk_bytes / speeds.disk_bytes)
-    assert after.seconds == pytest.approx(3.0)
+def test_after_some_runs_the_forecast_is_what_was_measured(compute: float, disk: float) -> None:
+    """Whatever the first forecast said: steps of 3 s that wait for half of it."""
+    speeds, before = SPEEDS, forecast(compute, 0.0, disk)
+    for _ in range(6):
+        speeds = learnt(before, 3.0, disk=1.5, speeds=speeds)
+        before = forecast(compute * SPEEDS.flops / speeds.flops, 0.0, disk * SPEEDS.disk_bytes / speeds.disk_bytes)
+    assert before.seconds == pytest.approx(3.0)

@@ -292,10 +292,13 @@ def test_resident_blocks_keep_their_stored_size(
             assert block.raw.nbytes < weights + 2000 < block.slot.nbytes + 2000
 
 
-def test_no_slots_for_streamed_blocks_is_an_error(hardware: Hardware, files: dict[str, tuple[Path, Weights]]) -> None:
-    store = make_store(files["native"][0], hardware)
-    with pytest.raises(ValueError, match="5 blocks are not resident; they need at least 1 slot, got 0"):
-        BlockStreamer(store, slots=0).__enter__()
+def test_blocks_that_left_the_device_find_a_slot_even_if_none_was_planned(
+    hardware: Hardware, files: dict[str, tuple[Path, Weights]]
+) -> None:
+    file, expected = files["native"]
+    store = make_store(file, hardware)
+    with BlockStreamer(store, slots=0) as streamer:
+        one_pass(streamer, expected)
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3])
@@ -561,3 +564,58 @@ def test_another_strength_reads_no_block_again_that_is_still_encoded_or_held(
             deque(streamer.visit(), maxlen=0)
         reads.append(store.fetched_blocks - before)
     assert reads == [5, 1]  # of the resident ones, 0 is native and patched, 2 native and not patched, 1 encoded
+
+
+def test_blocks_may_be_taken_away_while_others_are_fetched_ahead(
+    hardware: Hardware, files: dict[str, tuple[Path, Weights]]
+) -> None:
+    file, expected = files["mixed"]
+    for _ in range(15):
+        store = make_store(file, hardware, piece_bytes=100)
+        store.set_resident([0, 1])
+        store.set_held([2])
+        with BlockStreamer(store, slots=2) as streamer:
+            one_pass(streamer, expected, more=True)
+            store.release()
+            one_pass(streamer, expected, more=True)
+            store.set_held([])
+            store.set_resident([])
+            one_pass(streamer, expected)
+
+
+def test_a_block_that_moves_from_host_memory_to_the_device_is_not_read_again(
+    hardware: Hardware, files: dict[str, tuple[Path, Weights]]
+) -> None:
+    store = make_store(files["mixed"][0], hardware)
+    store.set_held([0, 1])
+    with BlockStreamer(store, slots=2) as streamer:
+        deque(streamer.visit(), maxlen=0)
+    before = store.fetched_blocks
+    store.set_resident([0, 1])
+    store.set_held([])
+    assert store.fetched_blocks == before
+    assert store.resident == {0, 1}
+    assert store.held_bytes == 0
+
+
+class _NoMemory(HostMemory):
+    """Has memory for one block, and for the small buffers of the ring."""
+
+    def take(self, nbytes: int) -> Any:
+        self.taken = getattr(self, "taken", 0) + nbytes
+        if nbytes > 100 and self.taken > 2000:
+            raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 227 MB.")
+        return super().take(nbytes)
+
+
+def test_no_ram_for_a_block_costs_speed_and_not_the_run(
+    hardware: Hardware, files: dict[str, tuple[Path, Weights]], caplog: pytest.LogCaptureFixture
+) -> None:
+    file, expected = files["native"]
+    store = make_store(file, hardware, host=_NoMemory(hardware), piece_bytes=100)
+    store.set_held([0, 1, 2])
+    with BlockStreamer(store, slots=2) as streamer:
+        one_pass(streamer, expected, more=True)
+        one_pass(streamer, expected)
+    assert store.held == {0}
+    assert [r.message for r in caplog.records if "no RAM for more than 1 held blocks" in r.message]

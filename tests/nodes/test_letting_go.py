@@ -1,0 +1,44 @@
+"""A model that is let go of gives its memory back at once, not when Python looks for circles."""
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from qwenimage_lowvram.engine.hardware import Hardware
+from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
+
+from .conftest import cond, empty_latent
+from .test_model import ksampler
+
+
+@pytest.fixture(autouse=True)
+def _no_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.parametrize("host_device", [True, False])
+def test_what_a_model_held_goes_with_it(
+    host_device: bool, make_transformer: Callable[..., QwenImageTransformer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qwenimage_lowvram.nodes.model import make_model
+
+    detect = Hardware.detect
+    monkeypatch.setattr(Hardware, "detect", lambda device: replace(detect(device), host_device=host_device))
+    model = make_model(make_transformer(), None)
+    picture = ksampler(model, cond(), cond(5, 2), empty_latent(), steps=1)
+    transformer = model.model.transformer
+    store: Any = transformer.store
+    buffers = [weakref.ref(p) for module in store._modules.values() for p in module.parameters()]
+    buffers += [weakref.ref(buffer) for buffer in store._held.values()]
+    gone = [*buffers, weakref.ref(transformer), weakref.ref(store)]
+    assert len(buffers) > 0
+    del model, transformer, store
+    assert [ref() for ref in gone if ref() is not None] == []
+    assert torch.isfinite(picture).all()
