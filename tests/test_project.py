@@ -20,6 +20,10 @@ SNAPSHOT = Path(__file__).parent / "data" / "object_info.json"
 WORKFLOWS = sorted((REPOSITORY / "workflows").glob("*.json"))
 MODELS_URL = "https://huggingface.co/Comfy-Org/Qwen-Image_ComfyUI/resolve/main/split_files"
 LOADER, LOAD_LORA = "QwenLowVRAMLoader", "QwenLowVRAMLoadLora"
+EDIT_URL = (
+    "https://huggingface.co/Comfy-Org/Qwen-Image-Edit_ComfyUI/resolve/main/split_files/diffusion_models/"
+    "qwen_image_edit_2509_fp8_e4m3fn.safetensors"
+)
 LIGHTNING_URLS = tuple(
     f"https://huggingface.co/lightx2v/Qwen-Image-Lightning/resolve/main/{file}"
     for file in (
@@ -141,7 +145,7 @@ def test_a_workflow_says_where_its_models_are(file: Path) -> None:
         assert models[-1]["directory"] == "loras"
     (note,) = (node["widgets_values"][0] for node in nodes if node["type"] == "MarkdownNote")
     for model in models:
-        assert model["url"] in (f"{MODELS_URL}/{model['directory']}/{model['name']}", *LIGHTNING_URLS)
+        assert model["url"] in (f"{MODELS_URL}/{model['directory']}/{model['name']}", EDIT_URL, *LIGHTNING_URLS)
         assert model["url"].endswith(f"/{model['name']}")
         assert f"[{model['name']}]({model['url']})" in note
 

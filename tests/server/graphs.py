@@ -9,7 +9,8 @@ from devtools.workflow import set_widgets, to_prompt
 
 _ALL = sorted((Path(__file__).parents[2] / "workflows").glob("*.json"))
 LIGHTNING = [path for path in _ALL if "Lightning" in path.stem]  # with a LoRA
-WORKFLOWS = [path for path in _ALL if path not in LIGHTNING]
+EDITING = [path for path in _ALL if "Edit" in path.stem]
+WORKFLOWS = [path for path in _ALL if path not in (*LIGHTNING, *EDITING)]
 FOLDER = "from the folder"
 
 Prompt = dict[str, Any]

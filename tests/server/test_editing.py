@@ -2,6 +2,7 @@
 nodes work with our models."""
 
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ import pytest
 import torch
 from devtools.client import ComfyClient, ExecutionFailed
 from devtools.server import ComfyServer
+from devtools.workflow import set_widgets, to_prompt
 from edit_reference import HEIGHT, WIDTH, edit_plus_pipeline
 from PIL import Image
 from qwenimage_lowvram.engine.families.members import LATENTS_MEAN, LATENTS_STD
 from qwenimage_lowvram.engine.transformer.latents import unpack
 from safetensors.torch import load_file
 
-from .graphs import FOLDER, Prompt, changed, with_inputs
+from .graphs import EDITING, FOLDER, Prompt, changed, with_inputs
 
 PROMPT, NEGATIVE = "make the dog red", "blurry"
 STEPS, SEED, CFG = 3, 5, 4.0
@@ -225,3 +227,19 @@ def test_a_transparent_picture_and_a_batch_of_four_are_named(client: ComfyClient
     )
     with pytest.raises(ExecutionFailed, match="Picture 1 is 1x1 px; 16 px are the least"):
         client.run(tiny)
+
+
+@pytest.mark.parametrize("path", EDITING, ids=lambda path: path.stem)
+def test_a_shipped_edit_graph_runs(
+    client: ComfyClient, object_info: Any, full_pipeline: Path, photos: list[str], path: Path
+) -> None:
+    folder = {"transformer": f"{full_pipeline.name} (folder)", "text_encoder": FOLDER, "vae": FOLDER}
+    graph = json.loads(path.read_text(encoding="utf-8"))
+    graph = set_widgets(graph, object_info, "QwenLowVRAMLoader", **folder, variant=EDIT_2509)
+    graph = set_widgets(graph, object_info, "QwenLowVRAMEncodeEditPrompt", megapixels=MEGAPIXELS)
+    graph = set_widgets(graph, object_info, "LoadImage", image=photos[0])
+    graph = set_widgets(graph, object_info, "QwenLowVRAMSample", steps=2, seed=SEED)
+    run = client.run(to_prompt(graph, object_info))
+    picture = Image.open(io.BytesIO(client.image(run.images()[0])))
+    assert picture.size == (WIDTH, HEIGHT)
+    assert run.ui("qwen_lowvram_report")[0]["plan"]["request"]["reference_tokens"] > 0

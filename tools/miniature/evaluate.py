@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import sys
 import time
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import QwenImagePipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -27,7 +28,13 @@ SIDE_PX, STEPS, CFG = 128, 20, 4.0
 
 
 def draw(
-    pipeline: QwenImagePipeline, captions: Sequence[str], *, seed: int, batch: int, steps: int = STEPS
+    pipeline: QwenImagePipeline,
+    captions: Sequence[str],
+    *,
+    seed: int,
+    batch: int,
+    steps: int = STEPS,
+    guidance: float = CFG,
 ) -> list[np.ndarray]:
     """Return one picture a caption, (128, 128, 3) uint8; picture i has the noise of seed + i, whatever the batch."""
     pictures: list[np.ndarray] = []
@@ -36,8 +43,8 @@ def draw(
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(prompts))]
         output = pipeline(
             prompt=prompts,
-            negative_prompt=[" "] * len(prompts),
-            true_cfg_scale=CFG,
+            negative_prompt=[" "] * len(prompts) if guidance > 1 else None,
+            true_cfg_scale=guidance,
             num_inference_steps=steps,
             height=SIDE_PX,
             width=SIDE_PX,
@@ -78,13 +85,21 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="the computation's")
     parser.add_argument("--sheet", type=Path, help="write the first 64 pictures here")
     parser.add_argument("--failures", type=int, default=0, help="list so many of the wrong ones")
+    parser.add_argument("--lightning", type=Path, help="a LoRA of distill.py: four steps, no guidance")
     arguments = parser.parse_args()
 
     pipeline = QwenImagePipeline.from_pretrained(arguments.folder, torch_dtype=getattr(torch, arguments.dtype))
     pipeline.set_progress_bar_config(disable=True)
     cases = held_out_captions(arguments.count)
     start = time.monotonic()
-    pictures = draw(pipeline, [text for _, text, _ in cases], seed=arguments.seed, batch=arguments.batch)
+    settings = {}
+    if arguments.lightning:
+        pipeline.load_lora_weights(str(arguments.lightning))
+        shift = {"base_shift": math.log(3), "max_shift": math.log(3), "shift_terminal": None}
+        pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config, **shift)
+        settings = {"steps": 4, "guidance": 1.0}
+    captions = [text for _, text, _ in cases]
+    pictures = draw(pipeline, captions, seed=arguments.seed, batch=arguments.batch, **settings)
     verdicts = [score(picture, scene) for picture, (_, _, scene) in zip(pictures, cases, strict=True)]
     for group, parts in summarise(cases, verdicts).items():
         print(f"{group:9}", json.dumps({name: round(part, 3) for name, part in parts.items()}))
