@@ -26,6 +26,7 @@ EVENT: dict[str, Any] = {
     "node": "4", "stage": "sampling", "step": 7, "steps": 20, "block": 30, "blocks": 60,
     "limit_bytes": 4 * GIB, "vram_bytes": 2 * GIB, "peak_vram_bytes": 3 * GIB,
     "ram_bytes": GIB, "peak_ram_bytes": GIB, "seconds": 90.0, "seconds_per_step": 12.345,
+    "forecast_seconds_per_step": 11.5,
     "plan": "MemoryPlan(1024x1024, 2 branches: 9 of 60 blocks resident, 51 streamed)",
 }  # fmt: skip
 
