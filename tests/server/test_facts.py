@@ -15,7 +15,7 @@ from miniature.scorer import score
 from PIL import Image
 from split_files import write_split_files
 
-from .graphs import FOLDER, WORKFLOWS, changed, with_inputs, workflow
+from .graphs import FOLDER, LIGHTNING, WORKFLOWS, changed, with_inputs, workflow
 
 MINIATURE = Path(__file__).parents[2] / "miniature"
 # combinations that the miniature has been trained on: this asks whether the pack draws what the weights know
@@ -82,6 +82,27 @@ def test_tiles_show_it(client: ComfyClient, object_info: Any, loader: dict[str, 
     scene, language = SCENES[0]
     prompt = with_inputs(prompt_of(WORKFLOWS[0], object_info, loader, scene, language), "5", tile_size=64)
     assert_shows(client, prompt, scene)
+
+
+@pytest.mark.parametrize("scene", SCENES, ids=["English", "Chinese"])
+@pytest.mark.parametrize("weight_format", ["as stored", "int8"])
+def test_four_steps_with_a_lightning_lora_show_it(
+    client: ComfyClient,
+    object_info: Any,
+    loader: dict[str, Any],
+    models_dir: Path,
+    scene: tuple[Scene, str],
+    weight_format: str,
+) -> None:
+    (models_dir / "loras").mkdir(exist_ok=True)
+    shutil.copy(MINIATURE / "lightning-4steps.safetensors", models_dir / "loras")
+    prompt = prompt_of(LIGHTNING[0], object_info, loader | {"weight_format": weight_format}, *scene)
+    prompt = with_inputs(prompt, "4", preset="Lightning, 4 steps")
+    prompt = with_inputs(prompt, "8", lora_name="lightning-4steps.safetensors", strength=1.0)
+    report = assert_shows(client, prompt, scene[0])
+    assert report["steps"] == report["passes"] == 4
+    assert report["plan"]["request"]["branches"] == 1
+    shutil.rmtree(models_dir / "qwen_lowvram", ignore_errors=True)
 
 
 @pytest.mark.parametrize(
