@@ -27,7 +27,7 @@ def workflow(
 ) -> Prompt:
     """A bundled graph with other values: loader 1, prompts 2, empty latent 3, sampler 4, decode 5, save 6."""
     graph = json.loads(path.read_text(encoding="utf-8"))
-    graph = set_widgets(graph, object_info, "QwenLowVRAMLoader", **loader)
+    graph = set_widgets(graph, object_info, "QwenLowVRAMLoader", **{"weight_format": "as stored", **loader})
     graph = set_widgets(graph, object_info, "QwenLowVRAMEncodePrompts", **prompts)
     graph = set_widgets(graph, object_info, "EmptySD3LatentImage", **size)
     graph = set_widgets(graph, object_info, "QwenLowVRAMSample", **sample)
