@@ -19,6 +19,7 @@ from devtools.cache import REPOSITORY, SetupError
 from devtools.client import ComfyClient
 from devtools.comfyui import require_comfyui
 from devtools.server import ComfyServer, prepare_base
+from PIL import Image
 from small_checkpoint import SplitFiles, make_pipeline, write_split_files
 
 SMALL = "small_qwen_image"
@@ -91,6 +92,10 @@ def server_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The base folder of the session's server: models, input, output, user."""
     base = tmp_path_factory.mktemp("comfyui")
     prepare_base(base)
+    base = base
+    # every ComfyUI has this picture, and the graphs that show one name it
+    (base / "input").mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (64, 64), "white").save(base / "input" / "example.png")
     return base
 
 
