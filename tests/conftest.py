@@ -92,7 +92,6 @@ def server_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The base folder of the session's server: models, input, output, user."""
     base = tmp_path_factory.mktemp("comfyui")
     prepare_base(base)
-    base = base
     # every ComfyUI has this picture, and the graphs that show one name it
     (base / "input").mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (64, 64), "white").save(base / "input" / "example.png")
