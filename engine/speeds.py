@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from .hardware import Hardware
-from .plan.forecast import Speeds
 from .streaming import HostMemory
 
 PIECE_BYTES = 32 * 1024**2  # as blocks are read
@@ -16,15 +15,6 @@ READERS = 4
 SECONDS_EACH = 0.4
 # tokens, width, hidden width of the model's MLP; a CPU would take seconds for one
 MLP_SHAPE, MLP_SHAPE_ON_HOST = (4096, 3072, 12288), (128, 1024, 4096)
-
-
-def measure_speeds(hardware: Hardware, dtype: torch.dtype, file: Path) -> Speeds:
-    """Of a device, of the way to it, and of the disk (or the page cache) that holds `file`."""
-    return Speeds(
-        flops=measure_flops(hardware, dtype),
-        bus_bytes=measure_bus(hardware),
-        disk_bytes=measure_disk(file),
-    )
 
 
 @torch.no_grad()

@@ -46,8 +46,7 @@ def suitable_format(
     }
     free_vram, free_ram = could_be_free(hardware.device)  # the model that this one replaces may still be there
     limits = Limits(vram_bytes or free_vram, ram_bytes or free_ram)
-    file = max(source.tensors.values(), key=lambda entry: entry.nbytes).file
-    choice = choose_format(footprints, TYPICAL_REQUEST, limits, KnownSpeeds(hardware, dtype, file).get())
+    choice = choose_format(footprints, TYPICAL_REQUEST, limits, KnownSpeeds(hardware, dtype, source.largest_file).get())
     logger.info("weight_format auto is %s at %s", choice, TYPICAL_REQUEST)
     return choice.name
 

@@ -78,7 +78,7 @@ def host_bytes(transformer: QwenImageTransformer, limit_bytes: int | None, wante
     """
     _holders.add(transformer)
     others = [other for other in _holders if other is not transformer]
-    free = _free_ram() + transformer.store.held_bytes
+    free = free_ram() + transformer.store.held_bytes
     for other in others:
         beside = sum(model.store.held_bytes for model in others)
         enough = free if limit_bytes is None else min(free, limit_bytes - beside)
@@ -96,10 +96,11 @@ def could_be_free(device: torch.device) -> tuple[int, int]:
     management = comfy.model_management
     loaded = [entry for entry in management.current_loaded_models if entry.device == device]
     on_device = int(management.get_free_memory(device)) + _held(loaded) - HEADROOM_BYTES
-    return max(0, on_device), max(0, _free_ram() + sum(model.store.held_bytes for model in _holders))
+    return max(0, on_device), max(0, free_ram() + sum(model.store.held_bytes for model in _holders))
 
 
-def _free_ram() -> int:
+def free_ram() -> int:
+    """Bytes of RAM that models may have; negative where even the system's share is taken."""
     memory = psutil.virtual_memory()
     headroom = min(RAM_HEADROOM_MOST, max(RAM_HEADROOM_BYTES, int(memory.total * RAM_HEADROOM_PART)))
     return int(memory.available) - headroom

@@ -325,7 +325,7 @@ def _chosen(variant: str) -> Variant | None:
 def _compute_dtype(choice: str, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
     if choice != "auto":
         return DTYPES[choice]
-    stored = {entry.dtype for entry in checkpoint.tensors.values() if len(entry.shape) > 1}
-    if stored == {"F32"} or not comfy.model_management.should_use_bf16(device, prioritize_performance=False):
+    can_bf16 = comfy.model_management.should_use_bf16(device, prioritize_performance=False)
+    if checkpoint.full_precision or not can_bf16:
         return torch.float32
     return torch.bfloat16

@@ -4,7 +4,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.model_management
-import psutil
 import torch
 
 from ..engine.checkpoints.checkpoint import Checkpoint
@@ -23,7 +22,7 @@ from ..engine.transformer.parts import TransformerParts
 from ..engine.vae import ImageVAE
 from . import files
 from .format_choice import TYPICAL_REQUEST, versions_of
-from .limits import HEADROOM_BYTES, RAM_HEADROOM_BYTES, RAM_HEADROOM_PART
+from .limits import HEADROOM_BYTES, free_ram
 from .loader import Sources
 from .pictures import as_image, preview
 from .speeds import KnownSpeeds
@@ -130,7 +129,7 @@ class QwenLowVRAMMemoryPlan:
             return ""
         opened = Sources.of(transformer, text_encoder, vae).open(AUTO)
         speeds = _speeds(opened[0])
-        free = _free_ram_bytes() // GIB
+        free = free_ram() // GIB
         return "/".join([*(checkpoint.identity for checkpoint in opened), str(speeds), str(free)])
 
     def plan(
@@ -191,7 +190,7 @@ class _Models:
     def free_ram_bytes(self, request: PictureRequest) -> int:
         """What is free now; the least that is needed is granted, as when it runs."""
         least = max(least_ram_bytes(footprint, request.sampling) for footprint in self.transformers.values())
-        return max(_free_ram_bytes(), least)
+        return max(free_ram(), least)
 
     def card(self, request: PictureRequest, name: str, capacity_bytes: int, limit_bytes: int, ram_bytes: int) -> Card:
         limits = Limits(limit_bytes, ram_bytes)
@@ -215,8 +214,7 @@ def _versions(source: Checkpoint, weight_format: str) -> dict[str, Checkpoint]:
 
 def _dtype(checkpoint: Checkpoint) -> torch.dtype:
     """What the loader's auto computes in on a card of today."""
-    stored = {entry.dtype for entry in checkpoint.tensors.values() if len(entry.shape) > 1}
-    return torch.float32 if stored == {"F32"} else torch.bfloat16
+    return torch.float32 if checkpoint.full_precision else torch.bfloat16
 
 
 def _speeds(transformer: Checkpoint) -> Speeds | None:
@@ -224,13 +222,7 @@ def _speeds(transformer: Checkpoint) -> Speeds | None:
     device = comfy.model_management.get_torch_device()
     if device.type == "cpu":
         return None
-    file = max(transformer.tensors.values(), key=lambda entry: entry.nbytes).file
-    return KnownSpeeds(replace(CARD, device=device), _dtype(transformer), file).remembered()
-
-
-def _free_ram_bytes() -> int:
-    memory = psutil.virtual_memory()
-    return max(0, memory.available - max(RAM_HEADROOM_BYTES, int(memory.total * RAM_HEADROOM_PART)))
+    return KnownSpeeds(replace(CARD, device=device), _dtype(transformer), transformer.largest_file).remembered()
 
 
 def _table(cards: list[Card]) -> list[str]:

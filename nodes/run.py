@@ -95,9 +95,10 @@ def plan_run(
     ram: int | None = ram_limit_bytes  # where the device is the host, what is free there is counted already
     if not footprint.host:
         least = least_ram_bytes(footprint, request)
-        # where the device's memory is the host's too, what is free must not be given out twice
-        most = least if transformer.hardware.unified else most_ram_bytes(footprint, request)
-        ram = min(most, host_bytes(transformer, ram_limit_bytes, most, least))
+        unified = transformer.hardware.unified
+        ram = host_bytes(transformer, ram_limit_bytes, least if unified else most_ram_bytes(footprint, request), least)
+        if unified:  # the device's memory is the host's too: what is free must not be given out twice
+            ram = min(ram, least)
     annexes = split_blocks(footprint, request, vram, _other_budgets(transformer, request, limit_bytes))
     return plan_memory(footprint, request, Limits(vram, ram), speeds.get(), annexes)
 
@@ -164,7 +165,7 @@ class SamplingRun:
     def load(self) -> None:
         """Bring what stays on the device there."""
         with self._stage(Stage.LOAD, load_stage):
-            self._attempt(lambda: self._load())
+            self._attempt(self._load)
 
     def begin(self, model_sampling: Any) -> None:
         """The resident weights are on the device: compute the modulation table, then open the slots."""

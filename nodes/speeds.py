@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import comfy.model_management
 import folder_paths
 import torch
 
+from ..engine.atomic_files import whole_file
 from ..engine.hardware import Hardware
 from ..engine.plan.forecast import Speeds
 from ..engine.speeds import measure_bus, measure_disk, measure_flops
@@ -57,13 +57,10 @@ class KnownSpeeds:
         if known.get(self._device_key) == values and known.get(self._disk_key) == disk:
             return
         file = _file()
-        partial = file.with_suffix(f".{os.getpid()}.partial")
+        text = json.dumps({"version": VERSION, **known, self._device_key: values, self._disk_key: disk}, indent=1)
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(
-                json.dumps({"version": VERSION, **known, self._device_key: values, self._disk_key: disk}, indent=1)
-            )
-            partial.replace(file)
+            with whole_file(file) as stream:
+                stream.write(text.encode())
         except OSError as error:
             logger.warning("Speeds are not remembered: %s cannot be written (%s).", file, error)
 

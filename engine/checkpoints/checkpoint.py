@@ -76,6 +76,16 @@ class Checkpoint:
     def nbytes(self) -> int:
         return sum(entry.nbytes for entry in self.tensors.values())
 
+    @property
+    def largest_file(self) -> Path:
+        """Where the largest tensor lies: one of the files that blocks are read from."""
+        return max(self.tensors.values(), key=lambda entry: entry.nbytes).file
+
+    @property
+    def full_precision(self) -> bool:
+        """Whether all matrices are stored in 32-bit floating point."""
+        return {entry.dtype for entry in self.tensors.values() if len(entry.shape) > 1} == {"F32"}
+
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Index a .safetensors or .gguf file, or a folder (one .safetensors file, or shards with an index).

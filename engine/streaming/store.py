@@ -61,8 +61,7 @@ class BlockStore:
         self._readers: ThreadPoolExecutor | None = None
         # between the thread that fetches ahead and whoever takes blocks from the device; piece readers need none
         self._lock = threading.RLock()
-        self._wanted_piece_bytes = piece_bytes
-        self._piece_bytes = min(piece_bytes, self.raw_bytes)
+        self._most_piece_bytes = piece_bytes
 
     @property
     def slot_bytes(self) -> int:
@@ -175,7 +174,6 @@ class BlockStore:
                 if old.parts != new.parts or old.patches != new.patches:
                     self._modules.pop(index, None)
             self.blocks, self.source = tuple(blocks), source
-            self._piece_bytes = min(self._wanted_piece_bytes, self.raw_bytes)
 
     def set_held(self, indices: Iterable[int]) -> None:
         """Keep exactly these blocks in host memory, each from its next visit on; gives back all others."""
@@ -318,6 +316,10 @@ class BlockStore:
             self._ring.append((self._host.take(self._piece_bytes), self.order.mark()))
         self._turn = (self._turn + 1) % len(self._ring)
         return self._ring[self._turn]
+
+    @property
+    def _piece_bytes(self) -> int:
+        return min(self._most_piece_bytes, self.raw_bytes)
 
     @property
     def _staged_bytes(self) -> int:

@@ -1,6 +1,7 @@
 """Qwen2.5-VL as text encoder: tokens to embeddings, layer by layer from the file. Keeps nothing after it answers."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,11 +66,12 @@ class TextEncoder:
         self._source, self._outside = source, tensors.outside
         self._norm_shape = {"norm.weight": (self._config.hidden_size,)}
         store_block(self._norm_shape, self._outside, dtype, self._where)
-        shapes = {name: tuple(p.shape) for name, p in self._empty_layer().named_parameters()}
+        make_layer = partial(_empty_layer, self._config)  # which, unlike a method, holds no reference to this encoder
+        shapes = {name: tuple(p.shape) for name, p in make_layer().named_parameters()}
         layers = [
             store_block(shapes, entries, dtype, f"{self._where}, layer {i}") for i, entries in enumerate(tensors.layers)
         ]
-        self._store = BlockStore(layers, source(layers), self._empty_layer, hardware)
+        self._store = BlockStore(layers, source(layers), make_layer, hardware)
         self.footprint = TextEncoderFootprint(
             layers=len(layers),
             slot_bytes=self._store.slot_bytes,
@@ -170,11 +172,12 @@ class TextEncoder:
         norm.weight = nn.Parameter(read["norm.weight"].to(self.hardware.device), requires_grad=False)
         return norm
 
-    def _empty_layer(self) -> nn.Module:
-        with torch.device("meta"):
-            layer = Qwen2_5_VLDecoderLayer(self._config, 0).eval()
-        layer.mlp = ChunkedTokens(layer.mlp, MLP_CHUNK_TOKENS)
-        return layer
+
+def _empty_layer(config: Qwen2_5_VLTextConfig) -> nn.Module:
+    with torch.device("meta"):
+        layer = Qwen2_5_VLDecoderLayer(config, 0).eval()
+    layer.mlp = ChunkedTokens(layer.mlp, MLP_CHUNK_TOKENS)
+    return layer
 
 
 def _hidden_states(output: Any) -> Tensor:

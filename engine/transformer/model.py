@@ -79,7 +79,7 @@ class QwenImageTransformer:
         self.variant = parts.variant
         self.dtype = dtype
         self.hardware = hardware
-        self.file = max(checkpoint.tensors.values(), key=lambda entry: entry.nbytes).file
+        self.file = checkpoint.largest_file
         self._loaded = False
         self._outside = parts.empty_model()
         self._outside.load_state_dict(parts.read_outside(), assign=True)

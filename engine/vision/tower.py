@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,12 +72,13 @@ class VisionTower:
         self._outside, self._source = tensors.outside, source
         self._outside_shapes = {name: tuple(p.shape) for name, p in self._empty_tower().named_parameters()}
         outside = store_block(self._outside_shapes, self._outside, dtype, self._where)
-        shapes = {name: tuple(p.shape) for name, p in self._empty_block().named_parameters()}
+        make_block = partial(_empty_block, self._config)  # which, unlike a method, holds no reference to this tower
+        shapes = {name: tuple(p.shape) for name, p in make_block().named_parameters()}
         blocks = [
             store_block(shapes, entries, dtype, f"{self._where}, vision block {i}")
             for i, entries in enumerate(tensors.blocks)
         ]
-        self._store = BlockStore(blocks, source(blocks), self._empty_block, hardware)
+        self._store = BlockStore(blocks, source(blocks), make_block, hardware)
         self.footprint = VisionFootprint(
             blocks=len(blocks),
             slot_bytes=self._store.slot_bytes,
@@ -141,10 +143,6 @@ class VisionTower:
         with torch.device("meta"):
             return Qwen2_5_VisionTransformerPretrainedModel(_hf_config({**self._settings, "depth": 0})).eval()
 
-    def _empty_block(self) -> nn.Module:
-        with torch.device("meta"):
-            return Qwen2_5_VLVisionBlock(self._config).eval()
-
     def _require_known_patches(self) -> None:
         names = ("in_channels", "temporal_patch_size", "patch_size", "spatial_merge_size")
         stated, known = tuple(self._settings[name] for name in names), (CHANNELS, FRAMES, PATCH_PX, MERGE)
@@ -168,6 +166,11 @@ class _StreamedBlocks(nn.Module):
             if self._on_block is not None:
                 self._on_block(index)
             yield block
+
+
+def _empty_block(config: Qwen2_5_VLVisionConfig) -> nn.Module:
+    with torch.device("meta"):
+        return Qwen2_5_VLVisionBlock(config).eval()
 
 
 def _merged(output: Any) -> Tensor:

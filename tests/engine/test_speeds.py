@@ -1,6 +1,5 @@
 """A machine's speeds are measured quickly, and corrected by what a run took."""
 
-import time
 from dataclasses import astuple
 from pathlib import Path
 
@@ -8,21 +7,18 @@ import pytest
 import torch
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.plan.forecast import Speeds, StepForecast, corrected
-from qwenimage_lowvram.engine.speeds import measure_speeds
+from qwenimage_lowvram.engine.speeds import measure_bus, measure_disk, measure_flops
 
 SPEEDS = Speeds(flops=10e12, bus_bytes=10e9, disk_bytes=2e9)
 
 
 @pytest.mark.parametrize("nbytes", [1000, 200_000_000])
-def test_measuring_takes_seconds_and_gives_rates(nbytes: int, tmp_path: Path, cpu: Hardware) -> None:
+def test_measuring_gives_rates(nbytes: int, tmp_path: Path, cpu: Hardware) -> None:
     file = tmp_path / "model"
     file.write_bytes(b"\1" * nbytes)
-    start = time.perf_counter()
-    speeds = measure_speeds(cpu, torch.float32, file)
-    assert time.perf_counter() - start < 20  # 2 on an idle machine
-    assert 1e8 < speeds.flops < 1e15
-    assert 1e8 < speeds.bus_bytes < 1e12
-    assert 0 < speeds.disk_bytes < 1e12
+    assert 1e8 < measure_flops(cpu, torch.float32) < 1e15
+    assert 1e8 < measure_bus(cpu) < 1e12
+    assert 0 < measure_disk(file) < 1e12
 
 
 def forecast(compute: float, bus: float, disk: float) -> StepForecast:
