@@ -5,17 +5,16 @@ log-sum-exp that flash and memory-efficient kernels keep (see LiveBytes); only i
 What kernels allocate inside themselves, and the driver's own context, are not counted.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import full_size
 import pytest
 import torch
 from live_bytes import LiveBytes
-from qwenimage_lowvram.engine.checkpoints.checkpoint import Checkpoint, TensorEntry
-from qwenimage_lowvram.engine.lora.files import LoraFile, match
+from qwenimage_lowvram.engine.checkpoints.checkpoint import Checkpoint
+from qwenimage_lowvram.engine.lora.files import match
 from qwenimage_lowvram.engine.lora.patch import lora_patches
 from qwenimage_lowvram.engine.plan.memory import MemoryPlan, activation_bytes, plan_memory, text_encoder_peak_bytes
 from qwenimage_lowvram.engine.plan.request import GIB, Limits, SamplingRequest
@@ -227,17 +226,6 @@ def test_the_text_encoder_takes_less_than_1100_mb(
     assert live.now == 0
 
 
-def lightning_lora(weights: Mapping[str, tuple[int, ...]], *, rank: int = 64) -> LoraFile:
-    """As Lightning's files: rank 64 in bf16 on every matrix of attention and MLPs, 0.85 GB; header only."""
-    tensors = {}
-    for name, shape in weights.items():
-        if name.startswith("transformer_blocks.") and len(shape) == 2 and "_mod." not in name:
-            layer = name.removesuffix(".weight")
-            for part, size in (("lora_up", (shape[0], rank)), ("lora_down", (rank, shape[1]))):
-                tensors[f"{layer}.{part}.weight"] = TensorEntry(Path("lora"), 0, 2 * size[0] * size[1], "BF16", size)
-    return LoraFile(Path("lora"), tensors, {}, "lora")
-
-
 @pytest.mark.parametrize("weight_format", ["bf16", "int8"])
 def test_a_lightning_lora_fits_a_4_gb_card(
     weight_format: str, checkpoints: dict[str, Checkpoint], live: LiveBytes
@@ -248,7 +236,7 @@ def test_a_lightning_lora_fits_a_4_gb_card(
         hardware=full_size.fake_gpu(),
         source=full_size.EmptySource,
     )
-    lora = match(lightning_lora(transformer.weights), transformer.weights)
+    lora = match(full_size.lightning_lora(transformer.weights), transformer.weights)
     assert 0.8e9 < lora.nbytes < 0.9e9
     before = transformer.footprint.stored_bytes
     transformer.patch(lora_patches([(lora, 1.0)]))

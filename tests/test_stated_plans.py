@@ -1,0 +1,47 @@
+"""What notes, help and README promise of memory and time is what the planner says at the real size."""
+
+import json
+from pathlib import Path
+
+import pytest
+import stated_plans
+from qwenimage_lowvram.engine.plan.memory import MemoryPlan
+from qwenimage_lowvram.engine.plan.request import GIB, size_text
+
+GUIDED = {4: "01 - Qwen-Image on 4 GB", 8: "02 - Qwen-Image on 8 GB", 16: "03 - Qwen-Image on 16 GB"}
+DOCS = stated_plans.ROOT / "js" / "docs"
+
+
+def plan(name: str, **loader: object) -> MemoryPlan:
+    graph = json.loads((stated_plans.ROOT / "workflows" / f"{name}.json").read_text())
+    return stated_plans.plan_of(graph, **loader)
+
+
+@pytest.mark.parametrize("file", stated_plans.WORKFLOWS, ids=lambda file: file.stem)
+def test_a_workflows_note_says_what_its_settings_plan(file: Path) -> None:
+    graph = json.loads(file.read_text())
+    note = stated_plans.note_of(graph)["widgets_values"][0]
+    expected = stated_plans.HEADING + "\n".join(stated_plans.lines(stated_plans.plan_of(graph)))
+    assert expected in note
+
+
+def test_the_readme_shows_the_plan_for_8_gb() -> None:
+    readme = (stated_plans.ROOT / "README.md").read_text()
+    assert f"    {plan(GUIDED[8])!r}\n" in readme
+
+
+@pytest.mark.parametrize("card_gb", GUIDED)
+@pytest.mark.parametrize("page", ["QwenLowVRAMLoader.md", "QwenLowVRAMLoader/zh.md"])
+def test_the_loaders_help_says_what_fp8_files_take(page: str, card_gb: int) -> None:
+    row = next(line for line in (DOCS / page).read_text().splitlines() if line.startswith(f"| {card_gb} GB |"))
+    made = plan(GUIDED[card_gb], transformer="fp8")
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert [cells[1], cells[2]] == [f"{made.limit_bytes / GIB:.1f}", f"{(made.limits.ram_bytes or 0) / GIB:g}"]
+    assert cells[3] == f"{made.request.width}x{made.request.height}"
+    assert str(len(made.resident)) in cells[4]
+    assert cells[5] == str(len(made.held))
+    if made.from_file:
+        assert cells[6] == f"{made.from_file / made.streamed * made.streamed_bytes_per_step / GIB:.1f} GiB"
+    else:
+        assert cells[6] in ("nothing", "无")
+    assert cells[7] == size_text(made.peak_bytes)

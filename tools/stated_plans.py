@@ -1,0 +1,132 @@
+"""The plans that notes, help and README state: made by the planner at the real size, from a workflow's own settings.
+
+    PYTHONPATH=tools/alias:tools python tools/stated_plans.py [--write]
+
+prints them, or writes them into the notes of the workflows.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import full_size
+import torch
+from qwenimage_lowvram.engine.lora.files import match
+from qwenimage_lowvram.engine.lora.patch import lora_patches
+from qwenimage_lowvram.engine.plan.forecast import TYPICAL, Bound
+from qwenimage_lowvram.engine.plan.memory import MemoryPlan, plan_memory
+from qwenimage_lowvram.engine.plan.request import GIB, Limits, SamplingRequest, size_text
+from qwenimage_lowvram.engine.quantized.weights import QuantizedWeights
+from qwenimage_lowvram.engine.transformer.parts import TransformerParts
+
+ROOT = Path(__file__).resolve().parents[1]
+WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+PROMPT_TOKENS = 512
+HEADING = f"**What to expect** (planned for these settings and prompts of {PROMPT_TOKENS} tokens, not measured)\n\n"
+SPEEDS_TEXT = (
+    f"On a card of {TYPICAL.flops / 1e12:g} TFLOP/s, with {TYPICAL.bus_bytes / 1e9:g} GB/s on the bus and "
+    f"{TYPICAL.disk_bytes / 1e9:g} GB/s from the disk"
+)
+WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+REFERENCE_PX = 1024  # a reference picture has about a megapixel
+SEEN_TOKENS = 196  # and takes this many of the prompt, at 384x384
+
+
+def plan_of(graph: Mapping[str, Any], **changed: Any) -> MemoryPlan:
+    """What the planner makes of a workflow's loader (with settings `changed`), LoRA, size, steps, guidance and
+    pictures."""
+    loader = _widgets(graph, "QwenLowVRAMLoader") | changed
+    sample = _widgets(graph, "QwenLowVRAMSample")
+    types = [node["type"] for node in graph["nodes"]]
+    latent = next((node for node in graph["nodes"] if node["type"] == "EmptySD3LatentImage"), None)
+    width, height = latent["widgets_values"][:2] if latent else (REFERENCE_PX, REFERENCE_PX)
+    references = types.count("LoadImage") if "QwenLowVRAMEncodeEditPrompt" in types else 0
+    request = SamplingRequest(
+        width,
+        height,
+        branches=2 if sample["cfg"] > 1 else 1,
+        prompt_tokens=PROMPT_TOKENS + references * SEEN_TOKENS,
+        reference_tokens=references * (REFERENCE_PX // 16) ** 2,
+        timesteps=sample["steps"],
+    )
+    parts = _parts("fp8" if "fp8" in loader["transformer"] else loader["weight_format"], "QwenLowVRAMLoadLora" in types)
+    limits = Limits(round(loader["vram_limit_gb"] * GIB), round(loader["ram_limit_gb"] * GIB))
+    return plan_memory(parts.footprint, request, limits)
+
+
+def lines(plan: MemoryPlan) -> list[str]:
+    """The plan as notes state it."""
+    request, bound = plan.request, {Bound.COMPUTE: "computing"}.get(plan.forecast.bound, plan.forecast.bound.value)
+    megapixels = request.reference_tokens * 256 / 1e6
+    shown = f", {megapixels:.1f} megapixels to change" if megapixels else ""
+    guided = "guided" if request.branches > 1 else "no guidance: the negative prompt is not used"
+    stay = [f"{len(plan.resident)} stay on the card", f"{len(plan.held)} in RAM"]
+    stay += [f"{plan.from_file} are read from the file"] * (plan.from_file > 0)
+    blocks = (
+        f"Of {plan.blocks} blocks {', '.join(stay)}. {plan.streamed} pass through the card once per step, for all "
+        f"prompts together: {size_text(plan.streamed_bytes_per_step)}."
+    )
+    return [
+        f"- {request.width}x{request.height}{shown}, {request.timesteps} steps, {guided}.",
+        f"- {blocks if plan.streamed else f'All {plan.blocks} blocks stay on the card.'}",
+        f"- Peak on the card: {size_text(plan.peak_bytes)} of {size_text(plan.limit_bytes)} (*vram_limit_gb*), which "
+        f"leaves the rest to the desktop. RAM for blocks and buffers: {size_text(plan.ram_peak_bytes)} of "
+        f"{size_text(plan.limits.ram_bytes or 0)} (*ram_limit_gb*).",
+        f"- {SPEEDS_TEXT}: about {plan.forecast.seconds:.1f} s per step, bound by {bound}.",
+    ]
+
+
+def stated(note: str, plan: MemoryPlan) -> str:
+    """The note with what to expect of the plan."""
+    return re.sub(
+        r"\*\*What to expect\*\*[^\n]*\n\n(- [^\n]*\n)+", lambda _: HEADING + "\n".join(lines(plan)) + "\n", note
+    )
+
+
+def note_of(graph: Mapping[str, Any]) -> dict[str, Any]:
+    return next(node for node in graph["nodes"] if node["type"] == "MarkdownNote")
+
+
+@cache
+def _parts(weight_format: str, lora: bool) -> TransformerParts:
+    """A model file's sizes: fp8 as stored, or bf16 quantized at the first load; perhaps with Lightning's LoRA."""
+    source = full_size.transformer_checkpoint(torch.float8_e4m3fn if weight_format == "fp8" else torch.bfloat16)
+    if weight_format != "fp8":
+        weights = QuantizedWeights.of(source, weight_format, Path("cache"))
+        assert weights is not None
+        source = weights.checkpoint(data_start=0)
+    parts = TransformerParts(source, dtype=torch.bfloat16, hardware=full_size.fake_gpu(), source=full_size.EmptySource)
+    if lora:
+        parts.patch(lora_patches([(match(full_size.lightning_lora(parts.weights), parts.weights), 1.0)]))
+    return parts
+
+
+def _widgets(graph: Mapping[str, Any], class_type: str) -> dict[str, Any]:
+    """Values by name. A seed has one more, what happens to it after a run."""
+    inputs = json.loads((ROOT / "tests" / "data" / "object_info.json").read_text())[class_type]["inputs"]
+    node = next(node for node in graph["nodes"] if node["type"] == class_type)
+    names = [entry["name"] for entry in inputs if entry["type"] in WIDGET_TYPES]
+    if "seed" in names:
+        names.insert(names.index("seed") + 1, "after the run")
+    return dict(zip(names, node["widgets_values"], strict=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="into the notes of the workflows")
+    arguments = parser.parse_args()
+    for file in WORKFLOWS:
+        graph = json.loads(file.read_text())
+        plan, note = plan_of(graph), note_of(graph)
+        print(file.stem, *lines(plan), plan, sep="\n", end="\n\n")
+        if arguments.write:
+            note["widgets_values"][0] = stated(note["widgets_values"][0], plan)
+            file.write_text(json.dumps(graph, ensure_ascii=False, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
