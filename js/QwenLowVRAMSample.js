@@ -1,13 +1,13 @@
 // The panel on the Sample node: stage, memory and plan of a run, fed by the server's events. Changes no value.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { addPanel, nodeAt } from "./shared/panels.js";
 
 const NODE = "QwenLowVRAMSample";
 const EVENT = "qwen_lowvram.progress";
 const REPORT = "qwen_lowvram_report";
 const HEIGHT_PX = 104;
 const WIDTH_PX = 320; // of a new node
-const MARGIN_PX = 10; // the page keeps it free on every side
 
 const TEXT = "white-space:nowrap;overflow:hidden;text-overflow:ellipsis;";
 const ROW = "display:flex;align-items:center;gap:6px;height:16px;";
@@ -131,16 +131,7 @@ class Panel {
   }
 }
 
-/** The panel of a node by its id as the server gives it: inside subgraphs "12:5", node 5 of node 12's graph. */
-function panelOf(id) {
-  let graph = app.rootGraph;
-  let node;
-  for (const part of String(id).split(":")) {
-    node = graph?.getNodeById(part);
-    graph = node?.subgraph;
-  }
-  return panels.get(node);
-}
+const panelOf = (id) => panels.get(nodeAt(id));
 
 function showReport(id, output) {
   if (output?.[REPORT]) panelOf(id)?.report(output[REPORT][0]);
@@ -162,12 +153,7 @@ app.registerExtension({
     if (node.comfyClass !== NODE) return;
     const panel = new Panel();
     panels.set(node, panel);
-    const height = () => HEIGHT_PX + 2 * MARGIN_PX;
-    const limits = { margin: MARGIN_PX, getMinHeight: height, getMaxHeight: height };
-    const name = "qwen_lowvram_progress";
-    const widget = node.addDOMWidget(name, name, panel.element, { serialize: false, ...limits });
-    node.setSize([Math.max(node.size[0], WIDTH_PX), node.size[1]]); // a saved size comes later and wins
-    widget.serialize = false; // neither in the prompt nor in the file, where it would take an input's place
+    addPanel(node, panel.element, { name: "qwen_lowvram_progress", heightPx: HEIGHT_PX, widthPx: WIDTH_PX, fixed: true });
   },
 
   onNodeOutputsUpdated(outputs) {

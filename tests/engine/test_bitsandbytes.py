@@ -13,14 +13,12 @@ import pytest
 import torch
 from bnb_folder import dequantized, load_quantized
 from diffusers import BitsAndBytesConfig, QwenImageTransformer2DModel
-from live_bytes import LiveBytes
+from full_size_run import require_planned_peaks
 from qwenimage_lowvram.engine.checkpoints.checkpoint import Checkpoint, TensorEntry, open_checkpoint
 from qwenimage_lowvram.engine.errors import CheckpointError, DamagedFile, WrongModel
 from qwenimage_lowvram.engine.families.members import sort_transformer
 from qwenimage_lowvram.engine.formats.quant_states import with_quant_states
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.plan.memory import plan_memory
-from qwenimage_lowvram.engine.plan.request import GIB, Limits, SamplingRequest
 from qwenimage_lowvram.engine.transformer.model import Branch, QwenImageTransformer
 from safetensors.torch import load_file, save_file
 from small_checkpoint import make_transformer
@@ -162,25 +160,7 @@ def test_the_whole_transformer_takes_its_formats_size(case: str, block_bytes: fl
 
 @pytest.mark.parametrize("case", ["int8", "nf4", "nf4 double"])
 def test_the_plan_of_a_full_size_transformer_is_what_its_run_takes(case: str) -> None:
-    with FakeTensorMode(), LiveBytes("cuda") as live, torch.inference_mode():
-        transformer = QwenImageTransformer(
-            full_size_checkpoint(case, 3),
-            dtype=torch.bfloat16,
-            hardware=full_size.fake_gpu(),
-            source=full_size.EmptySource,
-        )
-        plan = plan_memory(transformer.footprint, SamplingRequest(512, 512, 2, 60), Limits(int(1.5 * GIB)))
-        transformer.load(plan.resident)
-        live.reset_peak()
-        transformer.modulation.announce([0.9])
-        assert abs(live.peak / plan.modulation_peak_bytes - 1) < 0.1
-        live.reset_peak()
-        with transformer.session(slots=plan.slots, mlp_chunk_tokens=plan.mlp_chunk_tokens) as session:
-            tokens = torch.empty(1, 32 * 32, 64, device="cuda", dtype=torch.bfloat16)
-            prompt = torch.empty(1, 60, 3584, device="cuda", dtype=torch.bfloat16)
-            session.forward([Branch(tokens, ((1, 32, 32),), prompt, None, 0.9) for _ in range(2)])
-        assert abs(live.peak / plan.sampling_peak_bytes - 1) < 0.1
-        assert live.peak <= plan.limit_bytes
+    require_planned_peaks(full_size_checkpoint(case, 3), 1.5)
 
 
 # damage

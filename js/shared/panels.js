@@ -1,0 +1,62 @@
+// What the nodes' panels share. The page imports this file like every script; alone it does nothing.
+import { app } from "../../../scripts/app.js";
+import { api } from "../../../scripts/api.js";
+
+const MARGIN_PX = 10; // the page keeps it free on every side
+
+/** A node by its id as the server gives it: inside subgraphs "12:5", node 5 of node 12's graph. */
+export function nodeAt(id) {
+  let graph = app.rootGraph;
+  let node;
+  for (const part of String(id).split(":")) {
+    node = graph?.getNodeById(part);
+    graph = node?.subgraph;
+  }
+  return node;
+}
+
+/** Put `element` on a node as a panel of at least that height, or of just that height if `fixed`. */
+export function addPanel(node, element, { name, heightPx, widthPx, fixed = false }) {
+  const height = () => heightPx + 2 * MARGIN_PX;
+  const limits = { margin: MARGIN_PX, getMinHeight: height, ...(fixed && { getMaxHeight: height }) };
+  const widget = node.addDOMWidget(name, name, element, { serialize: false, ...limits });
+  node.setSize([Math.max(node.size[0], widthPx), node.size[1]]); // a saved size comes later and wins
+  widget.serialize = false; // neither in the prompt nor in the file, where it would take an input's place
+}
+
+/**
+ * Register an extension that shows, on nodes of some classes, the text that their last run gave. `empty`: what is there
+ * before it, by class.
+ */
+export function showText({ extension, empty, name, className, css, heightPx, widthPx }) {
+  const panels = new WeakMap(); // node -> its element: goes when its node goes
+
+  function show(id, output) {
+    const panel = panels.get(nodeAt(id));
+    if (panel && output?.text) panel.textContent = output.text.join("\n");
+  }
+
+  app.registerExtension({
+    name: extension,
+
+    setup() {
+      api.addEventListener("executed", ({ detail }) => show(detail.display_node ?? detail.node, detail.output));
+    },
+
+    nodeCreated(node) {
+      if (!(node.comfyClass in empty)) return;
+      const panel = document.createElement("div");
+      panel.className = className;
+      panel.textContent = empty[node.comfyClass];
+      panel.style.cssText =
+        `box-sizing:border-box;width:100%;height:100%;min-height:${heightPx}px;padding:6px 8px;overflow:auto;` +
+        `user-select:text;border-radius:4px;color:var(--input-text);background:var(--comfy-input-bg);${css}`;
+      panels.set(node, panel);
+      addPanel(node, panel, { name, heightPx, widthPx });
+    },
+
+    onNodeOutputsUpdated(outputs) {
+      for (const [id, output] of Object.entries(outputs)) show(id, output);
+    },
+  });
+}
