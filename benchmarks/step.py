@@ -22,6 +22,7 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 from diffusers.hooks import apply_group_offloading
 from diffusers.hooks.group_offloading import ModuleGroup
+from diffusers_step import DEVICE, DTYPE, StepInputs, guide, guided_step, parameters_of
 from live_bytes import LiveBytes
 from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
@@ -29,18 +30,8 @@ from qwenimage_lowvram.engine.transformer.model import Branch, QwenImageTransfor
 from small_checkpoint import make_transformer
 from torch import Tensor
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DTYPE = torch.bfloat16
 TEXT_DIM = 512
 SIGMA = 0.5
-SCALE = 4.0
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    tokens: Tensor
-    grid: tuple[int, int, int]
-    prompts: tuple[Tensor, Tensor]
 
 
 def rows(quick: bool) -> list[dict[str, Any]]:
@@ -50,7 +41,7 @@ def rows(quick: bool) -> list[dict[str, Any]]:
         model = make_transformer(layers=layers, heads=heads, head_dim=128, text_dim=TEXT_DIM, seed=0)
         model.to(DTYPE).save_pretrained(folder)
         del model
-        inputs = _inputs(side)
+        inputs = StepInputs.random(side, side, TEXT_DIM, (64, 8))
         resident, activations = _resident(folder, inputs)
         contenders = [resident, _group_offload(folder, inputs, Path(scratch) / "offload", activations)]
         contenders += [_ours(folder, inputs, count, open_sessions) for count in (0, layers // 2, layers)]
@@ -90,45 +81,17 @@ def _in_turns(steps: list[Callable[[], Tensor]], rounds: int) -> list[float]:
     return [statistics.median(taken) for taken in seconds]
 
 
-def _inputs(side: int) -> _Inputs:
-    generator = torch.Generator().manual_seed(1)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(DEVICE, DTYPE)
-
-    return _Inputs(random(1, side * side, 64), (1, side, side), (random(1, 64, TEXT_DIM), random(1, 8, TEXT_DIM)))
-
-
-def _guide(positive: Tensor, negative: Tensor) -> Tensor:
-    combined = negative + SCALE * (positive - negative)
-    return combined * (positive.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True))
-
-
-def _diffusers_step(model: QwenImageTransformer2DModel, inputs: _Inputs) -> Tensor:
-    predictions = [
-        model(
-            hidden_states=inputs.tokens,
-            encoder_hidden_states=prompt,
-            timestep=torch.full((1,), SIGMA, device=DEVICE, dtype=DTYPE),
-            img_shapes=[[inputs.grid]],
-            return_dict=False,
-        )[0]
-        for prompt in inputs.prompts
-    ]
-    return _guide(*predictions)
-
-
-def _resident(folder: Path, inputs: _Inputs) -> tuple[_Contender, int]:
+def _resident(folder: Path, inputs: StepInputs) -> tuple[_Contender, int]:
     """diffusers with everything on the device, and the bytes of its activations."""
     model = QwenImageTransformer2DModel.from_pretrained(folder, torch_dtype=DTYPE).to(DEVICE)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     with LiveBytes(DEVICE.type) as live:
-        _diffusers_step(model, inputs)
+        guided_step(model, inputs, SIGMA)
     measured = {"peak_bytes": weights + live.peak, "fetched_bytes": 0}
-    return _Contender("diffusers", "resident", lambda: _diffusers_step(model, inputs), measured), live.peak
+    return _Contender("diffusers", "resident", lambda: guided_step(model, inputs, SIGMA), measured), live.peak
 
 
-def _group_offload(folder: Path, inputs: _Inputs, scratch: Path, activations: int) -> _Contender:
+def _group_offload(folder: Path, inputs: StepInputs, scratch: Path, activations: int) -> _Contender:
     model = QwenImageTransformer2DModel.from_pretrained(folder, torch_dtype=DTYPE)
     apply_group_offloading(
         model,
@@ -139,9 +102,9 @@ def _group_offload(folder: Path, inputs: _Inputs, scratch: Path, activations: in
         offload_to_disk_path=str(scratch),
     )
     with _counted_onloads() as count:
-        _diffusers_step(model, inputs)
+        guided_step(model, inputs, SIGMA)
     measured = {"peak_bytes": count["peak"] + activations, "fetched_bytes": count["bytes"]}
-    step = partial(_diffusers_step, model, inputs)
+    step = partial(guided_step, model, inputs, SIGMA)
     return _Contender("diffusers group offload", "1 block per group, from disk", step, measured)
 
 
@@ -152,9 +115,7 @@ def _counted_onloads() -> Iterator[dict[str, int]]:
     onload, offload = ModuleGroup.onload_, ModuleGroup.offload_
 
     def size(group: ModuleGroup) -> int:
-        # the group of what is outside the blocks lists its parameters twice, and moves them once
-        parameters = {p for module in group.modules for p in module.parameters()} | set(group.parameters)
-        return sum(p.numel() * DTYPE.itemsize for p in parameters)
+        return sum(p.numel() * DTYPE.itemsize for p in parameters_of(group))
 
     def counted_onload(group: ModuleGroup) -> None:
         onload(group)
@@ -173,7 +134,7 @@ def _counted_onloads() -> Iterator[dict[str, int]]:
         ModuleGroup.onload_, ModuleGroup.offload_ = onload, offload
 
 
-def _ours(folder: Path, inputs: _Inputs, resident: int, open_sessions: ExitStack) -> _Contender:
+def _ours(folder: Path, inputs: StepInputs, resident: int, open_sessions: ExitStack) -> _Contender:
     transformer = QwenImageTransformer(open_checkpoint(folder), dtype=DTYPE, hardware=Hardware.detect(DEVICE))
     transformer.load(range(resident))
     branches = [Branch(inputs.tokens, (inputs.grid,), prompt, None, SIGMA) for prompt in inputs.prompts]
@@ -183,7 +144,7 @@ def _ours(folder: Path, inputs: _Inputs, resident: int, open_sessions: ExitStack
     slots = 0 if resident == transformer.config.num_layers else 2
     with LiveBytes(DEVICE.type) as live, transformer.session(slots=slots) as session:
         before = transformer.store.fetched_bytes
-        _guide(*session.forward(branches))
+        guide(*session.forward(branches))
         fetched = transformer.store.fetched_bytes - before
     measured = {
         "peak_bytes": transformer.loaded_bytes + live.peak,
@@ -193,4 +154,4 @@ def _ours(folder: Path, inputs: _Inputs, resident: int, open_sessions: ExitStack
     }
     session = open_sessions.enter_context(transformer.session(slots=slots))
     case = f"{resident} resident, the others from disk"
-    return _Contender("ours", case, lambda: _guide(*session.forward(branches, more=True)), measured)
+    return _Contender("ours", case, lambda: guide(*session.forward(branches, more=True)), measured)

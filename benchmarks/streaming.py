@@ -36,8 +36,8 @@ from typing import Any
 import psutil
 import torch
 from devtools.cache import cache_folder
+from diffusers_step import DEVICE
 from random_blocks import REAL_BLOCKS, Stored, write_transformer
-from streaming_contenders import DEVICE
 from streaming_job import Job, Tier
 from torch import Tensor
 

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -20,6 +19,7 @@ from diffusers import QwenImageTransformer2DModel
 from diffusers.hooks import apply_group_offloading
 from diffusers.hooks.group_offloading import ModuleGroup
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
+from diffusers_step import DEVICE, DTYPE, StepInputs, guide, guided_step, parameters_of
 from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.plan.memory import MemoryPlan, activation_bytes, least_ram_bytes, plan_memory
@@ -29,9 +29,6 @@ from random_blocks import REAL_BLOCKS
 from streaming_job import PROMPT_TOKENS, Job, Moved, Tier, forget_files
 from torch import Tensor, nn
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DTYPE = torch.bfloat16
-SCALE = 4.0
 # of a limit: fragments of torch's allocator, and workspaces of cuBLAS and attention
 HEADROOM_BYTES = 384 * 1024**2
 _MB = 1024**2
@@ -49,29 +46,6 @@ class Contender:
     moved: Callable[[], Moved]
     once_bytes: int = 0
     once_seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    tokens: Tensor
-    grid: tuple[int, int, int]
-    prompts: tuple[Tensor, ...]
-
-
-def _inputs(job: Job, text_dim: int) -> _Inputs:
-    generator = torch.Generator().manual_seed(1)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(DEVICE, DTYPE)
-
-    height, width = job.height // 16, job.width // 16
-    prompts = tuple(random(1, count, text_dim) for count in PROMPT_TOKENS)
-    return _Inputs(random(1, height * width, 64), (1, height, width), prompts)
-
-
-def _guide(positive: Tensor, negative: Tensor) -> Tensor:
-    combined = negative + SCALE * (positive - negative)
-    return combined * (positive.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True))
 
 
 @contextmanager
@@ -101,7 +75,7 @@ def _ours(job: Job) -> Iterator[Contender]:
             nonlocal passes
             passes += 1
             branches = [Branch(inputs.tokens, (inputs.grid,), prompt, None, sigma) for prompt in inputs.prompts]
-            return _guide(*session.forward(branches, more=more))
+            return guide(*session.forward(branches, more=more))
 
         yield Contender(step, moved, transformer.modulation.fetched_bytes, once_seconds)
     transformer.unload()
@@ -133,18 +107,8 @@ def _diffusers_model(job: Job) -> QwenImageTransformer2DModel:
     return QwenImageTransformer2DModel.from_pretrained(job.folder, torch_dtype=DTYPE).eval()
 
 
-def _diffusers_step(model: QwenImageTransformer2DModel, inputs: _Inputs, sigma: float, more: bool) -> Tensor:
-    predictions = [
-        model(
-            hidden_states=inputs.tokens,
-            encoder_hidden_states=prompt,
-            timestep=torch.full((1,), sigma, device=DEVICE, dtype=DTYPE),
-            img_shapes=[[inputs.grid]],
-            return_dict=False,
-        )[0]
-        for prompt in inputs.prompts
-    ]
-    return _guide(*predictions)
+def _inputs(job: Job, text_dim: int) -> StepInputs:
+    return StepInputs.random(job.height // 16, job.width // 16, text_dim, PROMPT_TOKENS)
 
 
 @dataclass
@@ -156,7 +120,7 @@ class _Peer:
 
     def contender(self, model: QwenImageTransformer2DModel) -> Contender:
         inputs = _inputs(self.job, model.config.joint_attention_dim)
-        return Contender(partial(_diffusers_step, model, inputs), lambda: self.moved)
+        return Contender(lambda sigma, more: guided_step(model, inputs, sigma), lambda: self.moved)
 
 
 @contextmanager
@@ -194,10 +158,8 @@ def counted_groups(moved: Moved, tier: Tier) -> AbstractContextManager[object]:
 
     def counted(group: ModuleGroup) -> None:
         onload(group)
-        # the group of what is outside the blocks lists its parameters twice, and moves them once
-        parameters = {p for module in group.modules for p in module.parameters()} | set(group.parameters)
         in_block = isinstance(group.modules[0], QwenImageTransformerBlock)
-        moved.add(sum(p.nbytes for p in parameters), in_block=in_block, tier=tier)
+        moved.add(sum(p.nbytes for p in parameters_of(group)), in_block=in_block, tier=tier)
 
     return patch.object(ModuleGroup, "onload_", counted)
 

@@ -12,10 +12,11 @@ from typing import Any
 
 import psutil
 import torch
+from diffusers_step import DEVICE
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.speeds import measure_bus, measure_disk
 from random_blocks import REAL_BLOCKS
-from streaming_contenders import CONTENDERS, DEVICE, NotHere, synchronize
+from streaming_contenders import CONTENDERS, NotHere, synchronize
 from streaming_job import Job, Tier, forget_files
 from torch import Tensor
 
