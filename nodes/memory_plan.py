@@ -107,7 +107,18 @@ class QwenLowVRAMMemoryPlan:
                     "FLOAT",
                     {**limit, "tooltip": "What all weights may hold in RAM, in GiB. 0: what is free on this machine."},
                 ),
-            }
+            },
+            "optional": {
+                "reference_pictures": (
+                    "INT",
+                    {
+                        "default": 0,
+                        "min": 0,
+                        "max": 3,
+                        "tooltip": "Editing models: how many pictures of a megapixel they are shown.",
+                    },
+                ),
+            },
         }
 
     @classmethod
@@ -146,9 +157,10 @@ class QwenLowVRAMMemoryPlan:
         prompt_tokens: int,
         vram_limit_gb: float,
         ram_limit_gb: float,
+        reference_pictures: int = 0,
     ) -> dict[str, Any]:
         models = _Models.open(transformer, text_encoder, vae, weight_format)
-        request = PictureRequest(width, height, batch_size, cfg > 1, steps, prompt_tokens)
+        request = PictureRequest(width, height, batch_size, cfg > 1, steps, prompt_tokens, reference_pictures)
         ram_bytes = round(ram_limit_gb * GIB) or models.free_ram_bytes(request)
         capacities = [(f"{gb} GB", gb * GIB, gb * GIB - CONTEXT_BYTES - HEADROOM_BYTES) for gb in CARDS_GB]
         if vram_limit_gb > 0:

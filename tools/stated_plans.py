@@ -20,6 +20,7 @@ from qwenimage_lowvram.engine.lora.patch import lora_patches
 from qwenimage_lowvram.engine.plan.forecast import TYPICAL, Bound
 from qwenimage_lowvram.engine.plan.memory import MemoryPlan, plan_memory
 from qwenimage_lowvram.engine.plan.request import GIB, Limits, SamplingRequest, size_text
+from qwenimage_lowvram.engine.plan.stages import REFERENCE_TOKENS, SEEN_TOKENS
 from qwenimage_lowvram.engine.quantized.weights import QuantizedWeights
 from qwenimage_lowvram.engine.transformer.parts import TransformerParts
 
@@ -32,8 +33,7 @@ SPEEDS_TEXT = (
     f"{TYPICAL.disk_bytes / 1e9:g} GB/s from the disk"
 )
 WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
-REFERENCE_PX = 1024  # a reference picture has about a megapixel
-SEEN_TOKENS = 196  # and takes this many of the prompt, at 384x384
+SIDE_PX = 1024  # of an edited picture
 
 
 def plan_of(graph: Mapping[str, Any], **changed: Any) -> MemoryPlan:
@@ -43,14 +43,14 @@ def plan_of(graph: Mapping[str, Any], **changed: Any) -> MemoryPlan:
     sample = _widgets(graph, "QwenLowVRAMSample")
     types = [node["type"] for node in graph["nodes"]]
     latent = next((node for node in graph["nodes"] if node["type"] == "EmptySD3LatentImage"), None)
-    width, height = latent["widgets_values"][:2] if latent else (REFERENCE_PX, REFERENCE_PX)
+    width, height = latent["widgets_values"][:2] if latent else (SIDE_PX, SIDE_PX)
     references = types.count("LoadImage") if "QwenLowVRAMEncodeEditPrompt" in types else 0
     request = SamplingRequest(
         width,
         height,
         branches=2 if sample["cfg"] > 1 else 1,
         prompt_tokens=PROMPT_TOKENS + references * SEEN_TOKENS,
-        reference_tokens=references * (REFERENCE_PX // 16) ** 2,
+        reference_tokens=references * REFERENCE_TOKENS,
         timesteps=sample["steps"],
     )
     parts = _parts("fp8" if "fp8" in loader["transformer"] else loader["weight_format"], "QwenLowVRAMLoadLora" in types)

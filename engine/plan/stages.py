@@ -17,6 +17,10 @@ from .request import Limits, SamplingRequest, size_text
 
 # of families.PROMPT_TEMPLATE: before a prompt, dropped after encoding, and behind it, kept
 TEMPLATE_TOKENS, TEMPLATE_END_TOKENS = 34, 5
+# of families.EDIT_TEMPLATE
+EDIT_TEMPLATE_TOKENS = 64
+# a picture to change: of a megapixel for the transformer, and of 384x384 px with its label for the text encoder
+REFERENCE_TOKENS, SEEN_TOKENS = 64 * 64, 196 + 7
 # of a decoded picture: three channels in fp32
 PIXEL_BYTES = 12
 
@@ -63,7 +67,7 @@ class StagePlan:
 @dataclass(frozen=True)
 class PictureRequest:
     """width, height in px. batch: pictures at a time. guided: with a negative prompt. prompt_tokens: of each prompt,
-    without its template."""
+    without its template. references: pictures of about a megapixel that an editing model is shown."""
 
     width: int
     height: int
@@ -71,6 +75,7 @@ class PictureRequest:
     guided: bool
     steps: int
     prompt_tokens: int
+    references: int = 0
 
     def __post_init__(self) -> None:
         if min(self.batch, self.steps, self.prompt_tokens) < 1:
@@ -79,18 +84,24 @@ class PictureRequest:
     @property
     def sampling(self) -> SamplingRequest:
         branches = self.batch * (2 if self.guided else 1)
-        tokens = self.prompt_tokens + TEMPLATE_END_TOKENS
-        return SamplingRequest(self.width, self.height, branches, tokens, timesteps=self.steps)
+        shown = self.references * REFERENCE_TOKENS
+        return SamplingRequest(self.width, self.height, branches, self._kept_tokens, shown, self.steps)
 
     @property
     def encoded_tokens(self) -> tuple[int, int]:
         """Of both prompts, as the text encoder sees them; the negative one is encoded even where it is not used."""
-        return (TEMPLATE_TOKENS + self.prompt_tokens + TEMPLATE_END_TOKENS,) * 2
+        template = EDIT_TEMPLATE_TOKENS if self.references else TEMPLATE_TOKENS
+        return (template + self._kept_tokens,) * 2
+
+    @property
+    def _kept_tokens(self) -> int:
+        return self.prompt_tokens + TEMPLATE_END_TOKENS + self.references * SEEN_TOKENS
 
     def __str__(self) -> str:
         guided = "guided" if self.guided else "without guidance"
         steps = f"{self.steps} step{'s' if self.steps != 1 else ''}"
-        return f"{self.width}x{self.height}, batch {self.batch}, {guided}, {steps}"
+        shown = f", {self.references} to change" if self.references else ""
+        return f"{self.width}x{self.height}{shown}, batch {self.batch}, {guided}, {steps}"
 
 
 @dataclass(frozen=True)

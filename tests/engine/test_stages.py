@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from live_bytes import LiveBytes
 from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.errors import DoesNotFit, InvalidRequest
+from qwenimage_lowvram.engine.families.members import EDIT_TEMPLATE
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.plan.forecast import TYPICAL, Speeds
 from qwenimage_lowvram.engine.plan.memory import plan_memory
@@ -27,7 +28,7 @@ from qwenimage_lowvram.engine.plan.stages import (
 )
 from qwenimage_lowvram.engine.streaming import TensorReader
 from qwenimage_lowvram.engine.text.encoder import TextEncoder
-from qwenimage_lowvram.engine.text.prompts import PromptTokenizer
+from qwenimage_lowvram.engine.text.prompts import PromptTokenizer, with_places
 from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
 from qwenimage_lowvram.engine.transformer.parts import TransformerParts
 from qwenimage_lowvram.engine.vae import ImageVAE
@@ -141,6 +142,18 @@ def test_the_prompts_have_as_many_tokens_as_the_tokenizer_gives_them(comfyui_pat
     request = replace(REQUEST, prompt_tokens=6)
     assert request.encoded_tokens == (len(ids), len(ids))
     assert request.sampling.prompt_tokens == len(ids) - tokenizer.start(ids)
+
+
+@pytest.mark.parametrize("shown", [1, 3])
+def test_pictures_to_change_have_the_tokens_of_the_editing_prompt(shown: int, comfyui_path: Path) -> None:
+    tokenizer = PromptTokenizer(comfyui_path / "comfy" / "text_encoders" / "qwen25_tokenizer")
+    prompt = with_places("a red circle on white paper", shown, labelled=True)
+    ids = tokenizer.encode(prompt, template=EDIT_TEMPLATE, pictures=shown)
+    request = replace(REQUEST, prompt_tokens=6, references=shown)
+    seen = shown * (384 // 28 + 1) ** 2 - shown  # embeddings in the place of one token each
+    assert request.encoded_tokens == (len(ids) + seen, len(ids) + seen)
+    assert request.sampling.prompt_tokens == len(ids) + seen - tokenizer.start(ids)
+    assert request.sampling.reference_tokens == shown * (1024 // 16) ** 2
 
 
 def test_headers_tell_what_the_loaded_models_take(small_pipeline: Path, cpu: Hardware) -> None:

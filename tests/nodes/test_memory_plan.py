@@ -71,6 +71,12 @@ def test_every_stage_stays_within_each_cards_limit() -> None:
             assert 0 < ram <= 24.1
 
 
+def test_pictures_to_change_make_a_step_longer_and_leave_less_room_for_blocks() -> None:
+    steps, three = (tables(plan(reference_pictures=count)["result"][0])[0]["8 GB"] for count in (0, 3))
+    assert float(three["s per step"]) > 2 * float(steps["s per step"])
+    assert int(three["stay"]) < int(steps["stay"])
+
+
 def test_a_larger_card_is_never_slower_and_keeps_more_blocks() -> None:
     steps, _ = tables(plan()["result"][0])
     seconds = [float(steps[card]["s per step"]) for card in CARDS]
