@@ -11,7 +11,7 @@ import torch
 
 from ..engine.checkpoints.checkpoint import Checkpoint
 from ..engine.errors import InvalidRequest, Unsupported
-from ..engine.plan.stages import PIXEL_BYTES, Stage, decode_stage
+from ..engine.plan.stages import Stage, decode_stage
 from ..engine.streaming import read_params
 from ..engine.vae import ImageVAE, TilePlan
 from .limits import stage_bytes
@@ -26,7 +26,7 @@ def make_vae(
     device: torch.device | None = None,
     timeline: Timeline | None = None,
 ) -> "LowVRAMVAE":
-    """Read a VAE in diffusers' or ComfyUI's names; raises WrongModel for any but the family's RGB VAE.
+    """Read a VAE in diffusers' or ComfyUI's names; raises WrongModel for any but the family's VAEs.
 
     `device` None: ComfyUI's own choice."""
     shapes = {name: entry.shape for name, entry in checkpoint.tensors.items()}
@@ -68,7 +68,7 @@ class LowVRAMVAE(comfy.sd.VAE):
         self.downscale_index_formula = self.upscale_index_formula = None
         self.latent_channels = image_vae.latent_channels
         self.latent_dim = 3
-        self.output_channels = 3
+        self.output_channels = image_vae.image_channels
         self.pad_channel_value = 1.0
         self.extra_1d_channel = None
         self.crop_input = True
@@ -78,7 +78,7 @@ class LowVRAMVAE(comfy.sd.VAE):
         self.format_encoded = None
 
     def decode(self, samples_in: torch.Tensor, vae_options: dict[str, Any] | None = None) -> torch.Tensor:
-        """(B, 16, 1, h, w) -> (B, H, W, 3)."""
+        """(B, 16, 1, h, w) -> (B, H, W, 3); Layered's VAE, (B, 16, F, h, w) -> (B * F, H, W, 4)."""
         return self.decode_tiled(samples_in)
 
     def decode_tiled(
@@ -108,7 +108,8 @@ class LowVRAMVAE(comfy.sd.VAE):
         tile_t: int | None = None,
         overlap_t: int | None = None,
     ) -> torch.Tensor:
-        """As `encode`. Tile sizes are in pixels; borders beyond multiples of 8 pixels are cropped, alpha is dropped."""
+        """As `encode`. Tile sizes are in pixels; borders beyond multiples of 8 pixels are cropped. Alpha is dropped;
+        by Layered's VAE it is encoded, opaque where a picture has none."""
         vae = self.first_stage_model
         if pixel_samples.ndim != 4 or min(pixel_samples.shape[1:3]) < vae.scale:
             raise InvalidRequest(
@@ -171,7 +172,8 @@ class LowVRAMVAE(comfy.sd.VAE):
         with self.timeline.stage(Stage.DECODE, self.device, own_bytes=self.size) as running:
 
             def on_plan(tiles: TilePlan) -> None:
-                pictures = latents.shape[0] * tiles.width * tiles.height * PIXEL_BYTES
+                frames = latents.shape[2] if latents.ndim == 5 else 1
+                pictures = latents.shape[0] * frames * tiles.width * tiles.height * self.first_stage_model.pixel_bytes
                 host = self.device.type == "cpu"
                 running.planned(decode_stage(tiles, weights_bytes=self.size, ram_bytes=pictures, host=host))
 

@@ -185,11 +185,12 @@ def make_text_encoder(tokenizer: Any, size: TextSize, *, seed: int) -> torch.nn.
     )
 
 
-def make_vae(*, base_dim: int = 8, seed: int = 1) -> torch.nn.Module:
-    """diffusers' AutoencoderKLQwenImage with the real latent statistics; the real base_dim is 96."""
+def make_vae(*, base_dim: int = 8, seed: int = 1, channels: int = 3) -> torch.nn.Module:
+    """diffusers' AutoencoderKLQwenImage with the real latent statistics; the real base_dim is 96. Layered's VAE has 4
+    channels."""
     from diffusers import AutoencoderKLQwenImage
 
-    model = AutoencoderKLQwenImage(base_dim=base_dim, z_dim=16)
+    model = AutoencoderKLQwenImage(base_dim=base_dim, z_dim=16, input_channels=channels)
     return _randomize(model, seed, lambda name: name.endswith(".gamma"))
 
 

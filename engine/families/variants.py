@@ -34,12 +34,20 @@ class Variant(Enum):
 def variant_of(checkpoint: Checkpoint, chosen: Variant | None = None) -> Variant:
     """`chosen`, or what marks, pipeline folder, metadata and name say; QWEN_IMAGE where nothing is said.
 
-    Raises WrongModel where the name says 2511 and the mark is missing, as in many GGUF files: nothing else tells 2511
+    Raises WrongModel for a Layered file chosen to be another member, or the other way round: its tensors tell it.
+    Raises it where the name says 2511 and the mark is missing, as in many GGUF files: nothing else tells 2511
     from 2509, and its pictures come out wrong without. Raises it as well for a marked file that is chosen to be an
     older Edit. A marked file chosen as QWEN_IMAGE computes as 2511 does; without pictures the two are the same.
     """
     marked = is_marked_2511(checkpoint)
-    if is_layered(checkpoint):
+    layered = is_layered(checkpoint)
+    if chosen is not None and layered != (chosen is Variant.LAYERED):
+        is_it = "is" if layered else "is not"
+        raise WrongModel(
+            f"{checkpoint.path} {is_it} {Variant.LAYERED.value}, by its tensors; the variant {chosen.value} was "
+            "chosen. Choose auto, or another file."
+        )
+    if layered:
         return Variant.LAYERED
     if chosen is not None:
         if marked and chosen in (Variant.EDIT, Variant.EDIT_2509):

@@ -83,7 +83,8 @@ class Tiles(Protocol):
 @dataclass(frozen=True)
 class VAEFootprint:
     """A VAE's weights in bytes, decoder and encoder. plan_decode(height, width, limit_bytes): the tiles of a picture of
-    that many px, within that limit beside the weights; raises DoesNotFit."""
+    that many px, within that limit beside the weights; raises DoesNotFit. pixel_bytes: of a decoded picture."""
 
     weights_bytes: int
     plan_decode: Callable[[int, int, int], Tiles]
+    pixel_bytes: int

@@ -34,7 +34,7 @@ class SamplingRequest:
 
     width, height: of the picture in px. branches: prompts times pictures that run through a block in turn.
     prompt_tokens: of the longest prompt. reference_tokens: of all reference pictures of a branch together.
-    timesteps: how many the run has.
+    timesteps: how many the run has. frames: of the picture's latent; one more than the layers it is taken apart into.
     """
 
     width: int
@@ -43,6 +43,7 @@ class SamplingRequest:
     prompt_tokens: int
     reference_tokens: int = 0
     timesteps: int = 50
+    frames: int = 1
 
     def __post_init__(self) -> None:
         if self.width % PATCH_PX or self.height % PATCH_PX or min(self.width, self.height) < PATCH_PX:
@@ -53,8 +54,13 @@ class SamplingRequest:
             )
 
     @property
+    def frame_tokens(self) -> int:
+        return (self.width // PATCH_PX) * (self.height // PATCH_PX)
+
+    @property
     def image_tokens(self) -> int:
-        return (self.width // PATCH_PX) * (self.height // PATCH_PX) + self.reference_tokens
+        return self.frames * self.frame_tokens + self.reference_tokens
 
     def __str__(self) -> str:
-        return f"{self.width}x{self.height}, {self.branches} branch{'es' if self.branches != 1 else ''}"
+        frames = f", {self.frames} frames" if self.frames > 1 else ""
+        return f"{self.width}x{self.height}{frames}, {self.branches} branch{'es' if self.branches != 1 else ''}"

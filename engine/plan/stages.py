@@ -5,7 +5,7 @@ refused does not fit.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -21,8 +21,6 @@ TEMPLATE_TOKENS, TEMPLATE_END_TOKENS = 34, 5
 EDIT_TEMPLATE_TOKENS = 64
 # a picture to change: of a megapixel for the transformer, and of 384x384 px with its label for the text encoder
 REFERENCE_TOKENS, SEEN_TOKENS = 64 * 64, 196 + 7
-# of a decoded picture: three channels in fp32
-PIXEL_BYTES = 12
 
 
 class Stage(Enum):
@@ -67,7 +65,9 @@ class StagePlan:
 @dataclass(frozen=True)
 class PictureRequest:
     """width, height in px. batch: pictures at a time. guided: with a negative prompt. prompt_tokens: of each prompt,
-    without its template. references: pictures of about a megapixel that an editing model is shown."""
+    without its template. references: pictures of about a megapixel that an editing model is shown. layers: that each
+    picture is taken apart into, as Qwen-Image-Layered does; it is shown the picture, and makes it once more beside
+    them. 0: whole pictures."""
 
     width: int
     height: int
@@ -76,16 +76,32 @@ class PictureRequest:
     steps: int
     prompt_tokens: int
     references: int = 0
+    layers: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.batch, self.steps, self.prompt_tokens) < 1:
+        if min(self.batch, self.steps, self.prompt_tokens) < 1 or self.layers < 0:
             raise InvalidRequest(f"{self} cannot be made: batch, steps and prompt tokens have to be 1 or more.")
+        if self.layers and self.references:
+            raise InvalidRequest(f"{self} cannot be made: no model changes pictures and takes them apart. Ask for one.")
+
+    @property
+    def frames(self) -> int:
+        """Of each picture's latent."""
+        return self.layers + 1
+
+    @property
+    def pictures(self) -> int:
+        """That are decoded."""
+        return self.batch * self.frames
 
     @property
     def sampling(self) -> SamplingRequest:
         branches = self.batch * (2 if self.guided else 1)
-        shown = self.references * REFERENCE_TOKENS
-        return SamplingRequest(self.width, self.height, branches, self._kept_tokens, shown, self.steps)
+        request = SamplingRequest(
+            self.width, self.height, branches, self._kept_tokens, timesteps=self.steps, frames=self.frames
+        )
+        shown = request.frame_tokens if self.layers else self.references * REFERENCE_TOKENS
+        return replace(request, reference_tokens=shown)
 
     @property
     def encoded_tokens(self) -> tuple[int, int]:
@@ -101,7 +117,8 @@ class PictureRequest:
         guided = "guided" if self.guided else "without guidance"
         steps = f"{self.steps} step{'s' if self.steps != 1 else ''}"
         shown = f", {self.references} to change" if self.references else ""
-        return f"{self.width}x{self.height}{shown}, batch {self.batch}, {guided}, {steps}"
+        layers = f", {self.layers} layer{'s' if self.layers != 1 else ''}" if self.layers else ""
+        return f"{self.width}x{self.height}{shown}{layers}, batch {self.batch}, {guided}, {steps}"
 
 
 @dataclass(frozen=True)
@@ -188,7 +205,7 @@ def plan_picture(
     room = device_bytes - kept - models.vae.weights_bytes - tiles.peak_bytes
     block = models.transformer.resident_block_bytes
     kept += min(len(sampling.resident), room // block) * block
-    pictures = request.batch * request.width * request.height * PIXEL_BYTES
+    pictures = request.pictures * request.width * request.height * models.vae.pixel_bytes
     stages = (
         encode_stage(models.text_encoder, request.encoded_tokens, slots, speeds),
         load_stage(models.transformer, sampling, speeds),

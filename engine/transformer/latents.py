@@ -10,17 +10,18 @@ LATENT_PX = 8  # picture pixels per latent pixel and side
 
 
 def pack(latents: Tensor) -> Tensor:
-    """(B, C, 1, H, W) -> tokens (B, H/2 * W/2, 4 * C), each a 2x2 patch (diffusers QwenImagePipeline._pack_latents)."""
-    b, c, _, h, w = latents.shape
-    patches = latents.reshape(b, c, h // PATCH, PATCH, w // PATCH, PATCH)
-    return patches.permute(0, 2, 4, 1, 3, 5).reshape(b, (h // PATCH) * (w // PATCH), c * PATCH * PATCH)
+    """(B, C, F, H, W) -> tokens (B, F * H/2 * W/2, 4 * C), each a 2x2 patch, frame after frame (diffusers
+    QwenImageLayeredPipeline._pack_latents; of one frame, QwenImagePipeline's)."""
+    b, c, f, h, w = latents.shape
+    patches = latents.reshape(b, c, f, h // PATCH, PATCH, w // PATCH, PATCH)
+    return patches.permute(0, 2, 3, 5, 1, 4, 6).reshape(b, f * (h // PATCH) * (w // PATCH), c * PATCH * PATCH)
 
 
-def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """Tokens (B, N, 4 * C) of a latent of `height` x `width` -> (B, C, 1, height, width)."""
+def unpack(tokens: Tensor, height: int, width: int, frames: int = 1) -> Tensor:
+    """Tokens (B, N, 4 * C) of a latent of `frames` x `height` x `width` -> (B, C, frames, height, width)."""
     b, _, c = tokens.shape
-    patches = tokens.reshape(b, height // PATCH, width // PATCH, c // PATCH**2, PATCH, PATCH)
-    return patches.permute(0, 3, 1, 4, 2, 5).reshape(b, c // PATCH**2, 1, height, width)
+    patches = tokens.reshape(b, frames, height // PATCH, width // PATCH, c // PATCH**2, PATCH, PATCH)
+    return patches.permute(0, 4, 1, 2, 5, 3, 6).reshape(b, c // PATCH**2, frames, height, width)
 
 
 def require_even(latents: Tensor, what: str) -> None:
@@ -36,7 +37,7 @@ def require_even(latents: Tensor, what: str) -> None:
 
 
 def shape_in_patches(latents: Tensor) -> tuple[int, int, int]:
-    """(frames, height, width) of `latents` (B, C, 1, H, W) in patches, as the rotary embedding counts them."""
+    """(frames, height, width) of `latents` (B, C, F, H, W) in patches, as the rotary embedding counts them."""
     return latents.shape[2], latents.shape[3] // PATCH, latents.shape[4] // PATCH
 
 

@@ -10,16 +10,14 @@ from diffusers import QwenImageTransformer2DModel
 from torch import Tensor, nn
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..errors import InvalidRequest
-from ..families.members import Variant
+from ..families.members import TransformerConfig, Variant
 from ..hardware import Hardware
 from ..plan.footprint import TransformerFootprint
 from ..plan.memory import Annex, spread_order
 from ..streaming import BlockSource, BlockStreamer, FileSource, StoredBlock, Waits, WeightPatch, bind
-from .modulation import ModulationRow, ModulationTable
+from .modulation import ModulationRow, ModulationTable, Moment
 from .parts import BLOCKS, TransformerParts
-
-MAX_POSITIONS = 4096  # of diffusers' rotary tables
+from .positions import rotary_tables
 
 OnBlock = Callable[[int], None]
 
@@ -36,9 +34,9 @@ class Branch:
     """One forward pass: a prompt for one picture.
 
     tokens: packed, normalised latents (1, N, 64), the picture's tokens first, then those of its references.
-    shapes: (frames, height, width) in patches, of the picture, then of each reference.
+    shapes: (frames, height, width) in patches, of the picture, then of each reference; layers are frames.
     prompt_embeds: (1, L, joint_attention_dim); prompt_mask: (1, L) bool, None where nothing is masked.
-    timestep: sigma, 0..1.
+    timestep: sigma, 0..1. additional_t_cond: which of the model's two additional conditions, where it has them.
     """
 
     tokens: Tensor
@@ -46,6 +44,11 @@ class Branch:
     prompt_embeds: Tensor
     prompt_mask: Tensor | None
     timestep: float
+    additional_t_cond: int = 0
+
+    @property
+    def moment(self) -> Moment:
+        return self.timestep, self.additional_t_cond
 
 
 class QwenImageTransformer:
@@ -85,7 +88,7 @@ class QwenImageTransformer:
         self._outside.load_state_dict(parts.read_outside(), assign=True)
         self.store = parts.store
         self.annexes = {str(other.device): store for other, store in zip(others, parts.annex_stores, strict=True)}
-        self._embed = _TimestepEmbedding(self._outside, hardware.device, self.dtype, rounding, self.config.zero_cond_t)
+        self._embed = _TimestepEmbedding(self._outside, hardware.device, self.dtype, rounding, self.config)
         self.modulation = ModulationTable(parts.modulation_store, self._embed)
         self._parts = parts
         self._patches: dict[str, WeightPatch] = {}
@@ -189,9 +192,9 @@ class QwenImageTransformer:
             stack.callback(self.modulation.leave_device)
             yield TransformerSession(self, self._outside, streamers, mlp_chunk_tokens)
 
-    def embedding(self, timestep: float) -> Tensor:
+    def embedding(self, timestep: float, additional_t_cond: int = 0) -> Tensor:
         """The timestep's embedding (rows, inner_dim) on the device."""
-        return self._embed(timestep)
+        return self._embed(timestep, additional_t_cond)
 
     def _move_outside(self, device: torch.device) -> None:
         with torch.inference_mode(False):
@@ -206,16 +209,20 @@ class _TimestepEmbedding:
     device: torch.device
     dtype: torch.dtype
     rounding: TimestepRounding
-    zero_cond_t: bool
+    config: TransformerConfig
 
     @torch.no_grad()
-    def __call__(self, timestep: float) -> Tensor:
+    def __call__(self, timestep: float, additional_t_cond: int) -> Tensor:
         value = torch.full((1,), timestep, dtype=torch.float32, device=self.device)
         if self.rounding is TimestepRounding.DIFFUSERS:
             value = (value * 1000).to(self.dtype) / 1000
-        if self.zero_cond_t:
+        if self.config.zero_cond_t:
             value = torch.cat([value, value * 0])
-        embedding: Tensor = self.outside.time_text_embed(value, torch.empty((), dtype=self.dtype, device=self.device))
+        like = torch.empty((), dtype=self.dtype, device=self.device)
+        condition = None
+        if self.config.use_additional_t_cond:
+            condition = torch.full((1,), additional_t_cond, dtype=torch.long, device=self.device)
+        embedding: Tensor = self.outside.time_text_embed(value, like, condition)
         return embedding
 
 
@@ -246,11 +253,11 @@ class TransformerSession:
         """The velocity of each branch's picture, (1, N of the picture, 64), in one pass over the blocks.
 
         `more`: another pass follows. `on_block` is called before each block with its index; it may raise, and the
-        session can be used again after that. Raises InvalidRequest for positions beyond the rotary tables.
+        session can be used again after that. Raises what `rotary_tables` does.
         """
         self._transformer.return_outside()  # it may have been asked to leave since the last pass
-        rows = {b.timestep: self._transformer.modulation.row(b.timestep, on_block=on_block) for b in branches}
-        states = [self._begin(branch, rows[branch.timestep]) for branch in branches]
+        rows = {b.moment: self._transformer.modulation.row(*b.moment, on_block=on_block) for b in branches}
+        states = [self._begin(branch, rows[branch.moment]) for branch in branches]
         for streamer in self._streamers:
             for state in states:
                 state.move(streamer.device)
@@ -267,15 +274,8 @@ class TransformerSession:
 
     def _begin(self, branch: Branch, row: ModulationRow) -> "_State":
         outside, device = self._outside, self._transformer.hardware.device
-        length = branch.prompt_embeds.shape[1]
-        reach = max(max(h, w) // 2 for _, h, w in branch.shapes)
-        if reach + length > MAX_POSITIONS:
-            raise InvalidRequest(
-                f"The prompt has {length} tokens; beside pictures of up to {reach * 32} px the model has "
-                f"positions for {MAX_POSITIONS - reach}. Shorten the prompt."
-            )
-        # on the host: on the device diffusers caches the tables for ever, by size
-        rotary = outside.pos_embed([list(branch.shapes)], max_txt_seq_len=length, device=torch.device("cpu"))
+        layered = self._transformer.config.use_layer3d_rope
+        rotary = rotary_tables(outside.pos_embed, branch.shapes, branch.prompt_embeds.shape[1], layered=layered)
         index = None
         if outside.zero_cond_t:
             tokens = [h * w * f for f, h, w in branch.shapes]
@@ -285,7 +285,7 @@ class TransformerSession:
             img=outside.img_in(branch.tokens),
             txt=outside.txt_in(outside.txt_norm(branch.prompt_embeds)),
             mask=branch.prompt_mask,
-            temb=self._transformer.embedding(branch.timestep),
+            temb=self._transformer.embedding(*branch.moment),
             rotary=(rotary[0].to(device), rotary[1].to(device)),
             modulate_index=index,
             row=row,

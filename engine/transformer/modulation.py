@@ -13,6 +13,9 @@ from torch import Tensor
 from ..plan.memory import SPARE_ROWS
 from ..streaming import BlockStore, BlockStreamer, Waits
 
+# a timestep in 0..1 and the index of the additional condition, 0 where the model has none
+Moment = tuple[float, int]
+
 
 @dataclass(frozen=True)
 class ModulationRow:
@@ -29,20 +32,20 @@ class ModulationRow:
 
 
 class ModulationTable:
-    """Rows by timestep, for one set of weights.
+    """Rows by timestep and additional condition, for one set of weights.
 
     Each timestep is embedded and projected in a call of its own, as a plain forward does it, on the compute device:
     rows are bit-equal to what the blocks would have computed.
     """
 
-    def __init__(self, store: BlockStore, embed: Callable[[float], Tensor]) -> None:
-        """`store` streams the modulation weights (img_mod, txt_mod per block); `embed` maps a timestep in 0..1 to its
-        embedding (rows, dim) on the device."""
+    def __init__(self, store: BlockStore, embed: Callable[[float, int], Tensor]) -> None:
+        """`store` streams the modulation weights (img_mod, txt_mod per block); `embed` maps a timestep in 0..1 and the
+        index of the additional condition to their embedding (rows, dim) on the device."""
         self._store = store
         self._embed = embed
-        self._rows: dict[float, ModulationRow] = {}
-        self._announced: dict[float, None] = {}
-        self._current: tuple[float, ModulationRow] | None = None
+        self._rows: dict[Moment, ModulationRow] = {}
+        self._announced: dict[Moment, None] = {}
+        self._current: tuple[Moment, ModulationRow] | None = None
         self.waits = Waits()
 
     @property
@@ -57,20 +60,21 @@ class ModulationTable:
 
     def knows(self, timesteps: Iterable[float]) -> bool:
         """Their rows are here: announcing them reads nothing."""
-        return all(t in self._rows for t in timesteps)
+        return all((t, 0) in self._rows for t in timesteps)
 
     def announce(
         self, timesteps: Iterable[float], *, slots: int = 2, on_block: Callable[[int], None] | None = None
     ) -> None:
-        """Compute the rows that are missing, in one pass over the weights; none where all are known.
+        """Compute the rows that are missing, of additional condition 0, in one pass over the weights; none where all
+        are known.
 
         `on_block` is called before each block of the pass with its index, and may raise to end it.
         """
-        self._announced = dict.fromkeys(timesteps)
+        self._announced = dict.fromkeys((t, 0) for t in timesteps)
         self._forget_all_but(self._announced)
-        self._compute([t for t in self._announced if t not in self._rows], slots, on_block)
+        self._compute([moment for moment in self._announced if moment not in self._rows], slots, on_block)
 
-    def _compute(self, missing: list[float], slots: int, on_block: Callable[[int], None] | None) -> None:
+    def _compute(self, missing: list[Moment], slots: int, on_block: Callable[[int], None] | None) -> None:
         if not missing:
             return
         try:
@@ -79,8 +83,10 @@ class ModulationTable:
             self._store.release()  # host buffers and files; the device's slots went with the streamer
         self._rows.update(zip(missing, rows, strict=True))
 
-    def _project(self, missing: list[float], slots: int, on_block: Callable[[int], None] | None) -> list[ModulationRow]:
-        embedded = [self._embed(t) for t in missing]
+    def _project(
+        self, missing: list[Moment], slots: int, on_block: Callable[[int], None] | None
+    ) -> list[ModulationRow]:
+        embedded = [self._embed(*moment) for moment in missing]
         rows: list[ModulationRow] = []
         with BlockStreamer(self._store, slots=slots) as streamer:
             for index, block in streamer.visit():
@@ -99,13 +105,16 @@ class ModulationTable:
         """Host memory for such an output of every block."""
         return torch.empty(len(self._store.blocks), *output.shape, dtype=output.dtype)
 
-    def row(self, timestep: float, *, on_block: Callable[[int], None] | None = None) -> ModulationRow:
-        """The row of `timestep` on the device. One that was not announced costs a pass over the weights."""
-        if self._current is None or self._current[0] != timestep:
-            if timestep not in self._rows:
+    def row(
+        self, timestep: float, additional_t_cond: int = 0, *, on_block: Callable[[int], None] | None = None
+    ) -> ModulationRow:
+        """The row of a moment on the device. One that was not announced costs a pass over the weights."""
+        moment = timestep, additional_t_cond
+        if self._current is None or self._current[0] != moment:
+            if moment not in self._rows:
                 self._forget_all_but(self._announced)
-                self._compute([timestep], 1, on_block)
-            self._current = timestep, self._rows[timestep].to(self._store.hardware.device)
+                self._compute([moment], 1, on_block)
+            self._current = moment, self._rows[moment].to(self._store.hardware.device)
         return self._current[1]
 
     def forget(self) -> None:
@@ -117,7 +126,7 @@ class ModulationTable:
         """Give back the row on the device; the rows stay in host memory."""
         self._current = None
 
-    def _forget_all_but(self, wanted: dict[float, None]) -> None:
-        spare = [t for t in self._rows if t not in wanted]
-        for timestep in spare[: max(0, len(spare) - SPARE_ROWS)]:
-            del self._rows[timestep]
+    def _forget_all_but(self, wanted: dict[Moment, None]) -> None:
+        spare = [moment for moment in self._rows if moment not in wanted]
+        for moment in spare[: max(0, len(spare) - SPARE_ROWS)]:
+            del self._rows[moment]

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..chunking import ChunkedTokens
-from ..errors import Unsupported
 from ..families.members import TransformerConfig, Variant, sort_transformer
 from ..hardware import Hardware
 from ..plan.footprint import TransformerFootprint
@@ -48,13 +47,11 @@ class TransformerParts:
     ) -> None:
         """`others`: further devices that blocks may stay on. `variant` None: as the file says.
 
-        Raises WrongModel, DamagedFile, MissingFile, or Unsupported for a family member that is not supported.
+        Raises WrongModel, DamagedFile or MissingFile.
         """
         tensors = sort_transformer(checkpoint, variant)
         self.config = tensors.config
         self.variant = tensors.variant
-        if self.config.use_additional_t_cond or self.config.use_layer3d_rope:
-            raise Unsupported(f"{checkpoint.path} is {self.variant.value}, which is not supported yet. Use Qwen-Image.")
         self._dtype, self._source, self._where = dtype, source, str(checkpoint.path)
         self._outside = tensors.outside
         with torch.device("meta"):
@@ -149,6 +146,8 @@ class TransformerParts:
             joint_attention_dim=config.joint_attention_dim,
             axes_dims_rope=config.axes_dims_rope,
             zero_cond_t=config.zero_cond_t,
+            use_additional_t_cond=config.use_additional_t_cond,
+            use_layer3d_rope=config.use_layer3d_rope,
         )
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import InvalidRequest
 from ..plan.footprint import VAEFootprint
-from .keys import IMAGE_CHANNELS, check_is_image_vae, to_diffusers_names
+from .keys import RGBA, check_is_image_vae, to_diffusers_names
 from .network import Half, build_decoder, build_encoder
 from .tiles import Span, TilePlan, plan_tiles
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class ImageVAE(nn.Module):
-    """Qwen-Image's VAE for still images: what diffusers computes, without its video cache.
+    """Qwen-Image's VAE for still images: what diffusers computes, without its video cache. Layered's has alpha.
 
     * Tiles change memory, never pixels: the tiled result equals the untiled one up to the rounding of convolutions.
     * Live bytes beside the weights stay within `limit_bytes`, as the plan says beforehand.
@@ -49,7 +49,7 @@ class ImageVAE(nn.Module):
 
     @property
     def footprint(self) -> VAEFootprint:
-        return VAEFootprint(sum(p.nbytes for p in self.parameters()), self.plan_decode)
+        return VAEFootprint(sum(p.nbytes for p in self.parameters()), self.plan_decode, self.pixel_bytes)
 
     @property
     def scale(self) -> int:
@@ -59,6 +59,16 @@ class ImageVAE(nn.Module):
     @property
     def latent_channels(self) -> int:
         return self.decoder.whole[0].weight.shape[1]
+
+    @property
+    def image_channels(self) -> int:
+        """Of the pictures: RGB or RGBA."""
+        return self.decoder.network.local[-1].outputs
+
+    @property
+    def pixel_bytes(self) -> int:
+        """Of a decoded picture: its channels in fp32."""
+        return 4 * self.image_channels
 
     @property
     def weights_device(self) -> torch.device:
@@ -87,15 +97,16 @@ class ImageVAE(nn.Module):
         on_plan: OnPlan | None = None,
         out_device: torch.device | str = "cpu",
     ) -> torch.Tensor:
-        """Raw latents (B, 16, 1, h, w) or (B, 16, h, w) -> pictures (B, H, W, 3), fp32 in 0..1, one after another.
+        """Raw latents (B, 16, 1, h, w) or (B, 16, h, w) -> pictures (B, H, W, C), fp32 in 0..1, one after another.
 
+        C is `image_channels`. With alpha, frames are layers: (B, 16, F, h, w) -> (B * F, H, W, 4).
         `tile_px` is the most that an inner tile writes along an axis (0: as large as fits the limit).
         `on_tile(done, total)` is called after each tile; what it raises ends the decode. `on_plan` is called before
         each attempt: again in fp32 if fp16 overflowed, again in smaller tiles if memory ran out.
         Raises InvalidRequest for other shapes, DoesNotFit before anything is computed.
         """
-        if latents.ndim == 5 and latents.shape[2] == 1:
-            latents = latents[:, :, 0]
+        if latents.ndim == 5 and (latents.shape[2] == 1 or self.image_channels == RGBA):
+            latents = latents.movedim(2, 1).flatten(0, 1)
         if latents.ndim != 4 or latents.shape[1] != self.latent_channels or 0 in latents.shape:
             raise InvalidRequest(
                 f"The VAE decodes latents (B, {self.latent_channels}, 1, h, w) of still images, "
@@ -103,7 +114,7 @@ class ImageVAE(nn.Module):
             )
         b, _, h, w = latents.shape
         size = (h * self.scale, w * self.scale)
-        images = torch.empty(b, *size, IMAGE_CHANNELS, device=out_device)
+        images = torch.empty(b, *size, self.image_channels, device=out_device)
 
         def run(plan: TilePlan, dtype: torch.dtype) -> bool:
             for index in range(b):
@@ -127,12 +138,14 @@ class ImageVAE(nn.Module):
         on_plan: OnPlan | None = None,
         out_device: torch.device | str = "cpu",
     ) -> torch.Tensor:
-        """Pictures (B, H, W, 3) in 0..1 -> raw latents (B, 16, 1, H/8, W/8), fp32: the posterior's mean.
+        """Pictures (B, H, W, C) in 0..1 -> raw latents (B, 16, 1, H/8, W/8), fp32: the posterior's mean.
 
         Options and errors as in `decode`; H and W must be multiples of 8.
         """
-        if images.ndim != 4 or images.shape[-1] != IMAGE_CHANNELS or 0 in images.shape:
-            raise InvalidRequest(f"The VAE encodes pictures (B, H, W, {IMAGE_CHANNELS}), got {tuple(images.shape)}.")
+        if images.ndim != 4 or images.shape[-1] != self.image_channels or 0 in images.shape:
+            raise InvalidRequest(
+                f"The VAE encodes pictures (B, H, W, {self.image_channels}), got {tuple(images.shape)}."
+            )
         b, height, width, _ = images.shape
         self._check_size(height, width)
         shape = (b, self.latent_channels, 1, height // self.scale, width // self.scale)
@@ -152,13 +165,13 @@ class ImageVAE(nn.Module):
         return latents
 
     def _decode_one(self, latent: torch.Tensor, image: torch.Tensor, plan: TilePlan, tick: OnTile) -> bool:
-        """Fill image (H, W, 3) from latent (1, 16, h, w); False as soon as a tile is not finite."""
+        """Fill image (H, W, C) from latent (1, 16, h, w); False as soon as a tile is not finite."""
         features = [_apply(self.decoder.whole, [latent.contiguous(memory_format=torch.channels_last)])]
         for done, (row, column) in enumerate(plan, start=1):
             tile = _apply(self.decoder.local, features if plan.is_whole else [_cut(features[0], row, column, 1)])
             if not _is_finite(tile):
                 return False
-            pixels = _core(tile, row, column, self.scale)[0].permute(1, 2, 0).float()  # (h, w, 3)
+            pixels = _core(tile, row, column, self.scale)[0].permute(1, 2, 0).float()  # (h, w, C)
             pixels = pixels.mul_(0.5).add_(0.5).clamp_(0, 1)
             image[_pixels(row, self.scale), _pixels(column, self.scale)] = pixels
             del tile, pixels  # or they would live beside the next tile
@@ -166,7 +179,7 @@ class ImageVAE(nn.Module):
         return True
 
     def _encode_one(self, image: torch.Tensor, plan: TilePlan, dtype: torch.dtype, tick: OnTile) -> torch.Tensor:
-        """(1, H, W, 3) -> (1, 16, h, w)."""
+        """(1, H, W, C) -> (1, 16, h, w)."""
         device = self.weights_device
         features: list[torch.Tensor] = []
         for done, (row, column) in enumerate(plan, start=1):

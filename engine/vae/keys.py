@@ -12,8 +12,10 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..errors import DamagedFile, WrongModel
 
 LATENT_CHANNELS = 16
-IMAGE_CHANNELS = 3
-NAME = "qwen_image_vae.safetensors"
+# of the pictures that a VAE reads and draws -> its published name; four: Qwen-Image-Layered's, with alpha
+NAMES = {3: "qwen_image_vae.safetensors", 4: "qwen_image_layered_vae.safetensors"}
+RGB, RGBA = NAMES
+NAME = NAMES[RGB]
 MAX_WIDTH = 1024  # channels next to the picture; the published one has 96
 
 _ENDS = ("encoder.conv_in.weight", "decoder.conv_in.weight", "decoder.conv_out.weight", "post_quant_conv.weight")
@@ -61,9 +63,11 @@ def to_diffusers_names(state_dict: Mapping[str, _T]) -> dict[str, _T]:
     return renamed
 
 
-def check_is_image_vae(shapes: Mapping[str, Sequence[int]], where: str) -> None:
-    """Raise WrongModel, saying what the tensors of these shapes (diffusers' names) are, unless they are Qwen-Image's
-    RGB VAE of any width; DamagedFile where one is missing. `where` names the file.
+def check_is_image_vae(shapes: Mapping[str, Sequence[int]], where: str) -> int:
+    """How many channels its pictures have: RGB or RGBA.
+
+    Raises WrongModel, saying what the tensors of these shapes (diffusers' names) are, unless they are Qwen-Image's or
+    Qwen-Image-Layered's VAE of any width; DamagedFile where one is missing. `where` names the file.
     """
     use = f"Use {NAME}."
     # its blocks are nested in a way that the names above leave over
@@ -85,31 +89,35 @@ def check_is_image_vae(shapes: Mapping[str, Sequence[int]], where: str) -> None:
         raise WrongModel(f"{where} is Qwen-Image-2.1's VAE (64 latent channels, RGBA). {use}")
     if latent_channels != LATENT_CHANNELS:
         raise WrongModel(f"{where} has {latent_channels} latent channels; Qwen-Image's has {LATENT_CHANNELS}. {use}")
-    if image_channels == 4 or drawn_channels == 4:
-        raise WrongModel(
-            f"{where} is Qwen-Image-Layered's VAE (RGBA); only the RGB VAE of the other models works. {use}"
-        )
-    if (image_channels, drawn_channels) != (IMAGE_CHANNELS, IMAGE_CHANNELS) or width > MAX_WIDTH:
+    if image_channels != drawn_channels or image_channels not in NAMES or width > MAX_WIDTH:
         raise WrongModel(
             f"{where} reads {image_channels} channels, draws {drawn_channels} and is {width} wide, as none of "
             f"Qwen-Image's. {use}"
         )
-    for name, shape in _shapes_of_width(width).items():
+    for name, shape in _shapes_of(width, image_channels).items():
         if name not in shapes:
             raise DamagedFile(f"{where} has no tensor {name}: the file is cut or mixed up. Download it again.")
         if tuple(shapes[name]) != shape:
             raise WrongModel(f"{where} is not a Qwen-Image VAE: {name} {list(shapes[name])}, not {list(shape)}. {use}")
+    return image_channels
 
 
-def require_image_vae(checkpoint: Checkpoint) -> None:
-    """Raise WrongModel or DamagedFile unless the file holds Qwen-Image's RGB VAE, from its header alone."""
+def require_image_vae(checkpoint: Checkpoint, *, channels: int | None = None) -> None:
+    """Raise WrongModel or DamagedFile unless the file holds the VAE of pictures of so many channels (None: RGB or
+    RGBA), from its header alone."""
     shapes = {name: entry.shape for name, entry in to_diffusers_names(checkpoint.tensors).items()}
-    check_is_image_vae(shapes, str(checkpoint.path))
+    found = check_is_image_vae(shapes, str(checkpoint.path))
+    if channels not in (None, found):
+        which = {RGB: "of the models that make whole pictures (RGB)", RGBA: "of Qwen-Image-Layered (RGBA)"}
+        raise WrongModel(
+            f"{checkpoint.path} is the VAE {which[found]}; the transformer needs that {which[channels]}. "
+            f"Use {NAMES[channels]}."
+        )
 
 
 @cache
-def _shapes_of_width(width: int) -> dict[str, tuple[int, ...]]:
+def _shapes_of(width: int, image_channels: int) -> dict[str, tuple[int, ...]]:
     """The tensors that one frame needs, in diffusers' own network."""
     with torch.device("meta"):
-        network = AutoencoderKLQwenImage(base_dim=width, z_dim=LATENT_CHANNELS)
+        network = AutoencoderKLQwenImage(base_dim=width, z_dim=LATENT_CHANNELS, input_channels=image_channels)
     return {name: tuple(p.shape) for name, p in network.named_parameters() if ".time_conv." not in name}

@@ -23,7 +23,7 @@ class Half(nn.Module):
 
 
 def build_decoder(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Half:
-    """Latents -> RGB in -1..1: the middle block whole, the up blocks local."""
+    """Latents -> RGB(A) in -1..1: the middle block whole, the up blocks local."""
     parts = _Parts(tensors, dtype)
     whole = [parts.conv("post_quant_conv"), parts.conv("decoder.conv_in"), *parts.middle("decoder.mid_block")]
     local: list[nn.Module] = []
@@ -37,7 +37,7 @@ def build_decoder(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Ha
 
 
 def build_encoder(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Half:
-    """RGB in -1..1 -> the mean of the posterior: the down blocks local, the middle block whole."""
+    """RGB(A) in -1..1 -> the mean of the posterior: the down blocks local, the middle block whole."""
     parts = _Parts(tensors, dtype)
     local: list[nn.Module] = [parts.conv("encoder.conv_in")]
     for block in range(parts.count("encoder.down_blocks")):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
-from qwenimage_lowvram.engine.errors import Unsupported, WrongModel
+from qwenimage_lowvram.engine.errors import WrongModel
 from qwenimage_lowvram.engine.families.members import Component, identify, require, sort_text_encoder, sort_transformer
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
@@ -103,15 +103,6 @@ def test_a_transformer_is_sorted_alike_under_every_prefix(
     assert not config.zero_cond_t
     assert len(sorted_.outside) + sum(map(len, sorted_.blocks)) == len(transformer_shapes)
     assert "img_mod.1.weight" in sorted_.blocks[1]
-
-
-def test_a_layered_model_is_named_as_unsupported(
-    transformer_shapes: Shapes, tmp_path: Path, write_model: Callable[..., Path], cpu: Hardware
-) -> None:
-    shapes = {**transformer_shapes, "time_text_embed.addition_t_embedding.weight": (2, 128)}
-    checkpoint = open_checkpoint(write_model(tmp_path / "m.safetensors", shapes))
-    with pytest.raises(Unsupported, match="is Qwen-Image-Layered, which is not supported yet"):
-        QwenImageTransformer(checkpoint, dtype=torch.bfloat16, hardware=cpu)
 
 
 def test_a_missing_block_is_counted(
