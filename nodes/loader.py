@@ -18,7 +18,7 @@ from ..engine.plan.request import GIB
 from ..engine.text.encoder import TextEncoder
 from ..engine.text.prompts import PromptTokenizer
 from ..engine.transformer.model import QwenImageTransformer, TimestepRounding
-from ..engine.vae import require_image_vae
+from ..engine.vae import RGB, RGBA, require_image_vae
 from . import devices, files
 from .clip import LowVRAMCLIP
 from .format_choice import suitable_format
@@ -29,7 +29,7 @@ from .weight_cache import WEIGHT_FORMATS, check_weight_format, in_weight_format,
 from .words import AUTO, CATEGORY
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# the members of the family that work; None: what the file says
+# what a person may say; Layered is known by its tensors alone. None: what the file says
 VARIANTS: dict[str, Variant | None] = {AUTO: None} | {
     variant.value: variant for variant in Variant if variant is not Variant.LAYERED
 }
@@ -78,9 +78,11 @@ class Sources:
             checkpoint = open_checkpoint(path)
             require(checkpoint, component)
             opened.append(checkpoint)
-        if variant is not None:
-            variant_of(opened[0], _chosen(variant))
-        require_image_vae(opened[2])
+        if variant is None:
+            require_image_vae(opened[2])
+        else:
+            layered = variant_of(opened[0], _chosen(variant)) is Variant.LAYERED
+            require_image_vae(opened[2], channels=RGBA if layered else RGB)
         return opened[0], opened[1], opened[2]
 
 
@@ -118,7 +120,10 @@ class QwenLowVRAMLoader:
                 ),
                 "vae": (
                     files.component_choices("vae"),
-                    {"tooltip": "qwen_image_vae from models/vae, or the pipeline folder's own."},
+                    {
+                        "tooltip": "qwen_image_vae from models/vae (qwen_image_layered_vae for Qwen-Image-Layered), or "
+                        "the pipeline folder's own."
+                    },
                 ),
                 "dtype": (
                     ["auto", *DTYPES],

@@ -23,9 +23,12 @@ from .patcher import LowVRAMPatcher
 from .run import SamplingRun, plan_run, request_of
 from .speeds import KnownSpeeds
 from .timeline import Timeline
-from .unsupported import check_graph, check_patches, check_references, refuse, why_one_by_one
+from .unsupported import check_graph, check_layers, check_patches, check_references, refuse, why_one_by_one
 
 logger = logging.getLogger(__name__)
+
+# of ComfyUI's model configuration: it alone tells Layered from the other members
+ADDITIONAL_KEY = "use_additional_t_cond"
 
 
 class LowVRAMModel(comfy.model_base.QwenImage):
@@ -41,7 +44,10 @@ class LowVRAMModel(comfy.model_base.QwenImage):
         ram_limit_bytes: int | None = None,
         timeline: Timeline | None = None,
     ) -> None:
-        config = comfy.supported_models.QwenImage({"image_model": "qwen_image", "disable_unet_model_creation": True})
+        additional = {ADDITIONAL_KEY: True} if transformer.config.use_additional_t_cond else {}
+        config = comfy.supported_models.QwenImage(
+            {"image_model": "qwen_image", "disable_unet_model_creation": True, **additional}
+        )
         config.set_inference_dtype(transformer.dtype, None)
         super().__init__(config, device=comfy.model_management.unet_offload_device())
         self.transformer = transformer
@@ -115,6 +121,7 @@ def _outer_sample(
     check_references(model.transformer.variant, guider.conds)
     require_even(noise, "The picture")
     request = request_of(guider, noise.shape, sigmas, model.transformer.config.joint_attention_dim)
+    check_layers(model.transformer.variant, request.frames)
     model.transformer.patch(lora_patches(patcher.loras))
     model.model_loaded_weight_memory = model.transformer.loaded_bytes  # blocks that the LoRAs change have left
     speeds = KnownSpeeds(model.transformer.hardware, model.transformer.dtype, model.transformer.file)
@@ -154,7 +161,7 @@ class _Calls:
         self.run: SamplingRun | None = None
 
     def run_together(self, calls: list["_Call"]) -> list[Tensor]:
-        """Velocities of several calls, each (B, 16, 1, H, W), in one visit of the blocks."""
+        """Velocities of several calls, each (B, 16, F, H, W), in one visit of the blocks."""
         if self.run is None:
             raise Unsupported("The model was called outside of a sampler. Use a sampler node.")
         branches = [branch for call in calls for branch in call.branches()]
@@ -181,7 +188,8 @@ class _DiffusionModel(nn.Module):
         transformer_options: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """x (B, 16, 1, H, W) normalised, timestep (B,) sigma in 0..1, context (B, L, dim) -> velocity like x."""
+        """x (B, 16, F, H, W) normalised, timestep (B,) sigma in 0..1, context (B, L, dim), additional_t_cond (B,) of 0
+        and 1 -> velocity like x."""
         options = transformer_options or {}
         wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, options)
         executor = WrapperExecutor.new_class_executor(self._forward, self, wrappers)
@@ -204,12 +212,15 @@ class _DiffusionModel(nn.Module):
         check_patches(transformer_options)
         if control is not None:
             refuse("ControlNet (Apply ControlNet)", "remove the ControlNet, or use ComfyUI's own loader with it.")
-        if additional_t_cond is not None:
-            refuse("Additional time conditioning (Qwen-Image-Layered)", "use a Qwen-Image model.")
-        own_method = "index_timestep_zero" if calls.transformer.config.zero_cond_t else "index"
+        config = calls.transformer.config
+        if additional_t_cond is not None and not config.use_additional_t_cond:
+            refuse("Additional time conditioning", "use a Qwen-Image-Layered model, or remove the node that sets it.")
+        own_method = "index_timestep_zero" if config.zero_cond_t else "index"
+        if config.use_layer3d_rope:
+            own_method = "negative_index"
         if ref_latents and ref_latents_method not in (None, own_method):
             refuse(f"The reference method '{ref_latents_method}'", f"set it to '{own_method}', or remove that node.")
-        call = _Call(x, timestep, context, attention_mask, ref_latents or [], self.dtype)
+        call = _Call(x, timestep, context, attention_mask, ref_latents or [], additional_t_cond, self.dtype)
         return calls.lockstep.call(call, calls.run_together, lambda: torch.zeros_like(x))
 
 
@@ -223,11 +234,12 @@ class _Call:
         context: Tensor,
         attention_mask: Tensor | None,
         references: list[Tensor],
+        additional_t_cond: Tensor | None,
         dtype: torch.dtype,
     ) -> None:
-        for reference in references:
-            if reference.ndim == 5 and reference.shape[2] != 1:
-                refuse("A reference of several frames", "encode one picture at a time.")
+        self._additional = [0] if additional_t_cond is None else additional_t_cond.reshape(-1).tolist()
+        if not set(self._additional) <= {0, 1}:
+            refuse(f"An additional time condition of {self._additional}", "use 0 or 1.")
         if attention_mask is not None and attention_mask.is_floating_point():
             refuse("A fractional or additive attention mask", "use the conditioning of a text encode node as it is.")
         self._x = x.to(dtype)
@@ -243,8 +255,9 @@ class _Call:
         return self._x.shape[0]
 
     @property
-    def size(self) -> tuple[int, int]:
-        return self._x.shape[3], self._x.shape[4]
+    def size(self) -> tuple[int, int, int]:
+        """Height, width and frames."""
+        return self._x.shape[3], self._x.shape[4], self._x.shape[2]
 
     def branches(self) -> list[Branch]:
         images = [self._x, *self._references]
@@ -256,6 +269,7 @@ class _Call:
                 prompt_embeds=_sample(self._context, i),
                 prompt_mask=None if self._mask is None else _sample(self._mask, i),
                 timestep=self._timesteps[i],
+                additional_t_cond=int(self._additional[min(i, len(self._additional) - 1)]),
             )
             for i in range(self.batch)
         ]

@@ -45,14 +45,14 @@ class OutOfMemory(torch.OutOfMemoryError):
 
 
 def request_of(guider: Any, noise_shape: torch.Size, sigmas: Tensor, joint_attention_dim: int) -> SamplingRequest:
-    """What ComfyUI is about to sample: `noise_shape` is (B, 16, 1, H, W), the guider holds the conditions.
+    """What ComfyUI is about to sample: `noise_shape` is (B, 16, F, H, W), the guider holds the conditions.
 
     Raises Unsupported or InvalidRequest for latents and prompts of other models.
     """
-    if len(noise_shape) != 5 or noise_shape[2] != 1:
+    if len(noise_shape) != 5:
         raise Unsupported(
-            f"A latent of shape {list(noise_shape)} is not one picture per sample. Use EmptySD3LatentImage, or "
-            "encode pictures with this pack's VAE."
+            f"A latent of shape {list(noise_shape)} is no picture's. Use EmptySD3LatentImage, or encode pictures with "
+            "this pack's VAE."
         )
     entries = [(name, entry) for name, conds in guider.conds.items() for entry in conds or ()]
     # only this guider leaves the negative prompt out; others decide for themselves
@@ -74,6 +74,7 @@ def request_of(guider: Any, noise_shape: torch.Size, sigmas: Tensor, joint_atten
         prompt_tokens=max((prompt.shape[1] for prompt in prompts), default=0),
         reference_tokens=max(references, default=0),
         timesteps=max(1, len(sigmas) - 1),
+        frames=noise_shape[2],
     )
 
 

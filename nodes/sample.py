@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..engine.errors import Unsupported
 from ..engine.transformer.latents import PATCH, require_even
-from ..engine.transformer.sampling import lightning_sigmas, qwen_sigmas, true_cfg
-from .model import LowVRAMModel
+from ..engine.transformer.sampling import layered_sigmas, lightning_sigmas, qwen_sigmas, true_cfg
+from .model import ADDITIONAL_KEY, LowVRAMModel
 from .words import CATEGORY
 
 QWEN_SCHEDULER = "qwen_image"
@@ -147,7 +147,8 @@ class QwenLowVRAMSample:
             )
         if norm_rescale:
             guided.set_model_sampler_cfg_function(_rescaled_guidance)
-        sigmas = _sigmas(scheduler, latents, steps, denoise)
+        layered = bool(model.model.model_config.unet_config.get(ADDITIONAL_KEY))
+        sigmas = _sigmas(scheduler, latents, steps, denoise, layered)
         samples = comfy.sample.sample(
             guided,
             noise,
@@ -173,14 +174,15 @@ class QwenLowVRAMSample:
         return {"ui": ui, "result": ({**out, "samples": samples},)}
 
 
-def _sigmas(scheduler: str, latents: Tensor, steps: int, denoise: float) -> Tensor | None:
-    """None for ComfyUI's schedulers."""
+def _sigmas(scheduler: str, latents: Tensor, steps: int, denoise: float, layered: bool) -> Tensor | None:
+    """None for ComfyUI's schedulers. layered: of Qwen-Image-Layered."""
     if scheduler == LIGHTNING_SCHEDULER:
         return lightning_sigmas(steps, denoise=denoise)
     if scheduler != QWEN_SCHEDULER:
         return None
     height, width = latents.shape[-2:]
-    return qwen_sigmas(steps, (height // PATCH) * (width // PATCH), denoise=denoise)
+    own_sigmas = layered_sigmas if layered else qwen_sigmas
+    return own_sigmas(steps, (height // PATCH) * (width // PATCH), denoise=denoise)
 
 
 def _rescaled_guidance(args: dict[str, Any]) -> Tensor:

@@ -1,10 +1,12 @@
 """Say in words what a graph asks of our models that they do not do; nothing is silently ignored."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import comfy.hooks
 from comfy.patcher_extension import WrappersMP
+from torch import Tensor
 
 from ..engine.errors import InvalidRequest, Unsupported
 from ..engine.families.variants import Variant
@@ -54,10 +56,13 @@ def check_references(variant: Variant, conds: dict[str, list[dict[str, Any]]]) -
     """Raise InvalidRequest for an editing model that is shown no picture, unless a condition says that this is meant.
 
     The other way round is only worth a warning: files of editing models under other names pass for Qwen-Image. So is
-    a picture that patches do not cover: ComfyUI's own text nodes make such ones.
+    a picture that patches do not cover: ComfyUI's own text nodes make such ones. Raises InvalidRequest as well for
+    references that are no single picture.
     """
     entries = [entry for named in conds.values() for entry in named or ()]
-    sizes = {tuple(latent.shape[-2:]) for entry in entries for latent in entry.get("reference_latents") or ()}
+    references = [entry.get("reference_latents") or () for entry in entries]
+    _check_pictures(variant, references)
+    sizes = {tuple(latent.shape[-2:]) for latents in references for latent in latents}
     shown = bool(sizes)
     if variant.edits and not shown and not any(entry.get(NO_PICTURES_KEY) for entry in entries):
         raise InvalidRequest(
@@ -66,7 +71,7 @@ def check_references(variant: Variant, conds: dict[str, list[dict[str, Any]]]) -
             "(TextEncodeQwenImageEditPlus), or add ReferenceLatent. For pictures from text alone, choose a Qwen-Image "
             f"file, or set variant to {Variant.QWEN_IMAGE.value} in '{LOADER}'."
         )
-    if shown and not variant.edits:
+    if shown and not variant.edits and variant is not Variant.LAYERED:
         logger.warning(
             "%s is shown a picture to change, which it was not trained for. If the file is an Edit model under another "
             "name, set variant in '%s'.",
@@ -83,6 +88,38 @@ def check_references(variant: Variant, conds: dict[str, list[dict[str, Any]]]) -
                 PATCH * LATENT_PX,
                 ENCODE_EDIT,
             )
+
+
+def _check_pictures(variant: Variant, references: Sequence[Sequence[Tensor]]) -> None:
+    """Raise InvalidRequest for a reference of several frames, and for a second picture that is to be taken apart."""
+    for latents in references:
+        frames = max((latent.shape[2] for latent in latents if latent.ndim == 5), default=1)
+        if frames != 1:
+            raise InvalidRequest(
+                f"A reference latent has {frames} frames; a picture has one.\n\nWhat to do: encode one picture at a "
+                "time, and show a picture instead of its layers."
+            )
+        if variant is Variant.LAYERED and len(latents) > 1:
+            raise InvalidRequest(
+                f"{variant.value} takes one picture apart, and a prompt of this graph shows it {len(latents)}.\n\n"
+                "What to do: keep one ReferenceLatent per prompt."
+            )
+
+
+def check_layers(variant: Variant, frames: int) -> None:
+    """Raise InvalidRequest where the latent has no layers and the model makes them, or the other way round."""
+    if variant is Variant.LAYERED and frames == 1:
+        raise InvalidRequest(
+            f"{variant.value} makes layers, and this graph's latent has none.\n\nWhat to do: use "
+            "EmptyQwenImageLayeredLatentImage with 1 layer or more, and show the model the picture with "
+            f"ReferenceLatent; for a whole picture, choose a {Variant.QWEN_IMAGE.value} file in '{LOADER}'."
+        )
+    if variant is not Variant.LAYERED and frames != 1:
+        raise InvalidRequest(
+            f"The latent has {frames} frames, and {variant.value} makes one picture.\n\nWhat to do: use "
+            "EmptySD3LatentImage, or encode pictures with this pack's VAE; for layers, choose a "
+            f"{Variant.LAYERED.value} file in '{LOADER}'."
+        )
 
 
 def check_hooks(hooks: comfy.hooks.HookGroup) -> None:

@@ -24,6 +24,7 @@ from small_checkpoint import SplitFiles, make_pipeline, write_split_files
 
 SMALL = "small_qwen_image"
 SMALL_FULL = "small_qwen_image_full"
+SMALL_LAYERED = "small_qwen_image_layered"
 _scratch = pytest.StashKey[Path]()
 
 
@@ -85,6 +86,13 @@ def full_pipeline(comfyui_path: Path, tmp_path_factory: pytest.TempPathFactory) 
     """The same with the whole tokenizer: split files are read with ComfyUI's, which knows every token."""
     folder = tmp_path_factory.mktemp("checkpoint") / SMALL_FULL
     return make_pipeline(folder, full_tokenizer=True, comfyui=comfyui_path)
+
+
+@pytest.fixture(scope="session")
+def layered_pipeline(comfyui_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Qwen-Image-Layered's folder with the whole tokenizer."""
+    folder = tmp_path_factory.mktemp("checkpoint") / SMALL_LAYERED
+    return make_pipeline(folder, full_tokenizer=True, layered=True, comfyui=comfyui_path)
 
 
 @pytest.fixture(scope="session")

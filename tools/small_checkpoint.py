@@ -51,6 +51,10 @@ _SCHEDULER = {
     "use_exponential_sigmas": False, "use_karras_sigmas": False,
 }  # fmt: skip
 
+# what differs in Qwen-Image-Layered's folder
+_LAYERED_TRANSFORMER = {"use_additional_t_cond": True, "use_layer3d_rope": True}
+_LAYERED_SCHEDULER = {"shift_terminal": None, "time_shift_type": "linear"}
+
 # rotary axes of the reference (16, 56, 56 of 128) and of transformers' Qwen2.5-VL (16, 24, 24 of 64 pairs)
 _ROPE_AXES = {32: (4, 14, 14), 64: (8, 28, 28), 128: (16, 56, 56)}
 _TEXT_ROPE_SECTIONS = {16: (2, 3, 3), 32: (4, 6, 6), 64: (8, 12, 12), 128: (16, 24, 24)}
@@ -81,6 +85,7 @@ def make_pipeline(
     full_tokenizer: bool = False,
     max_shard_size: str | None = None,
     transformer_options: Mapping[str, Any] | None = None,
+    layered: bool = False,
     comfyui: Path | None = None,
 ) -> Path:
     """Write a pipeline folder that diffusers' QwenImagePipeline loads, and return it.
@@ -88,23 +93,30 @@ def make_pipeline(
     `full_tokenizer` keeps the whole vocabulary (152,064 rows), which ComfyUI's own CLIP needs: it knows ids by number.
     `max_shard_size` such as "200KB" shards the transformer and the text encoder, with index files.
     `transformer_options` are further arguments of QwenImageTransformer2DModel, such as zero_cond_t=True.
+    `layered`: Qwen-Image-Layered, for diffusers' QwenImageLayeredPipeline.
     """
-    from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
+    from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageLayeredPipeline, QwenImagePipeline
 
     tokenizer = make_tokenizer(full=full_tokenizer, comfyui=comfyui)
+    options = {**(_LAYERED_TRANSFORMER if layered else {}), **(transformer_options or {})}
     transformer = make_transformer(
-        layers=layers, heads=heads, head_dim=head_dim, text_dim=text.hidden, seed=seed, **(transformer_options or {})
+        layers=layers, heads=heads, head_dim=head_dim, text_dim=text.hidden, seed=seed, **options
     )
-    vae = make_vae(base_dim=vae_base_dim, seed=seed + 1)
+    vae = make_vae(base_dim=vae_base_dim, seed=seed + 1, channels=4 if layered else 3)
     text_encoder = make_text_encoder(tokenizer, text, seed=seed + 2)
     if dtype != torch.float32:
         transformer, vae, text_encoder = (model.to(dtype) for model in (transformer, vae, text_encoder))
-    pipeline = QwenImagePipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(**_SCHEDULER),
+    make, scheduler, others = QwenImagePipeline, _SCHEDULER, {}
+    if layered:
+        make, scheduler = QwenImageLayeredPipeline, {**_SCHEDULER, **_LAYERED_SCHEDULER}
+        others = {"processor": _make_processor(tokenizer)}
+    pipeline = make(
+        scheduler=FlowMatchEulerDiscreteScheduler(**scheduler),
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         transformer=transformer,
+        **others,
     )
     sharding = {"max_shard_size": max_shard_size} if max_shard_size else {}
     pipeline.save_pretrained(folder, **sharding)
@@ -192,6 +204,14 @@ def make_vae(*, base_dim: int = 8, seed: int = 1, channels: int = 3) -> torch.nn
 
     model = AutoencoderKLQwenImage(base_dim=base_dim, z_dim=16, input_channels=channels)
     return _randomize(model, seed, lambda name: name.endswith(".gamma"))
+
+
+def _make_processor(tokenizer: Any) -> Any:
+    from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
+
+    return Qwen2VLProcessor(
+        image_processor=Qwen2VLImageProcessor(), tokenizer=tokenizer, video_processor=Qwen2VLVideoProcessor()
+    )
 
 
 def _randomize(model: torch.nn.Module, seed: int, is_norm: Callable[[str], bool]) -> torch.nn.Module:

@@ -40,6 +40,19 @@ def qwen_sigmas(steps: int, image_tokens: int, *, denoise: float = 1.0) -> Tenso
     return torch.cat([stretched, stretched.new_zeros(1)]).float()[-(steps + 1) :]
 
 
+def layered_sigmas(steps: int, picture_tokens: int, *, denoise: float = 1.0) -> Tensor:
+    """Qwen-Image-Layered's sigmas for layers of that many tokens each, (steps + 1,) float32; denoise and errors as
+    `qwen_sigmas`.
+
+    The shift is the square root of the picture's tokens in those of 256x256 (diffusers QwenImageLayeredPipeline.
+    __call__: mu, as a linear shift), 2.5 at 640x640; no stretch.
+    """
+    t = _times(steps, denoise)
+    shift = math.sqrt(picture_tokens / BASE_TOKENS)
+    shifted = shift * t / (1 + (shift - 1) * t)
+    return torch.cat([shifted, shifted.new_zeros(1)]).float()[-(steps + 1) :]
+
+
 def _times(steps: int, denoise: float) -> Tensor:
     """Evenly from 1 to above 0, before any shift."""
     if steps < 1 or denoise <= 0:

@@ -1,5 +1,6 @@
 """Qwen-Image-Layered's VAE: pictures with alpha, and latents of several layers, as diffusers and ComfyUI have them."""
 
+import importlib
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -78,6 +79,8 @@ def test_alpha_counts(exact: ImageVAE) -> None:
 def test_native_nodes_give_what_they_give_with_the_native_vae(comfy: ModuleType, file: Path) -> None:
     import comfy.sd
     import comfy.utils
+
+    importlib.import_module("comfy_extras.nodes_post_processing")  # first: it and the next import each other
     from comfy_extras.nodes_latent import LatentCutToBatch
     from qwenimage_lowvram.nodes.vae import make_vae
 
