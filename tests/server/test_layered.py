@@ -1,0 +1,172 @@
+"""Qwen-Image-Layered through the real server: the layers of diffusers' pipeline, in ComfyUI's own graph and in ours."""
+
+import io
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from devtools.client import ComfyClient, ExecutionFailed, PromptRefused
+from devtools.server import ComfyServer
+from layered_reference import HEIGHT, WIDTH, layered_reference
+from PIL import Image
+from qwenimage_lowvram.engine.families.members import LATENTS_MEAN, LATENTS_STD
+from safetensors.torch import load_file
+from small_checkpoint import SplitFiles, write_split_files
+
+from .graphs import FOLDER, Prompt, changed, with_inputs
+
+PROMPT, NEGATIVE = "a cat, photo of the dog", "blurry"
+LAYERS, STEPS, SEED, CFG = 3, 3, 5, 4.0
+
+
+@pytest.fixture(scope="module")
+def photo(comfy_server: ComfyServer) -> str:
+    values = np.random.default_rng(0).integers(0, 255, (HEIGHT // 8, WIDTH // 8, 3), dtype=np.uint8)
+    picture = Image.fromarray(values).resize((WIDTH, HEIGHT), Image.Resampling.BILINEAR)
+    picture.save(comfy_server.base / "input" / "layered.png")
+    return "layered.png"
+
+
+@pytest.fixture(scope="module")
+def files(layered_pipeline: Path, models_dir: Path) -> SplitFiles:
+    """Layered's split files; its folder lies beside the others."""
+    shutil.copytree(layered_pipeline, models_dir / "diffusers" / layered_pipeline.name)
+    return write_split_files(layered_pipeline, models_dir, dtype="fp32", name="qwen_image_layered")
+
+
+def loader(transformer: str, text_encoder: str, vae: str) -> tuple[str, dict[str, Any]]:
+    return "QwenLowVRAMLoader", {
+        "transformer": transformer, "text_encoder": text_encoder, "vae": vae, "dtype": "fp32",
+        "weight_format": "as stored", "vram_limit_gb": 0.0, "timesteps": "fp32",
+    }  # fmt: skip
+
+
+@pytest.fixture
+def graph(files: SplitFiles, layered_pipeline: Path, photo: str) -> Callable[..., Prompt]:
+    """ComfyUI's graph for layers with our three models: loader 1, prompts 6 and 7, references 69 and 70, sampler 3."""
+
+    def make(*, folder: bool = False, sampler: str = "native") -> Prompt:
+        names = (f"{layered_pipeline.name} (folder)", FOLDER, FOLDER)
+        run = {"model": ["66", 0], "positive": ["69", 0], "negative": ["70", 0], "latent_image": ["83", 0], "cfg": CFG}
+        run |= {"seed": SEED, "steps": STEPS, "denoise": 1.0}
+        samplers = {
+            "native": ("KSampler", {**run, "sampler_name": "euler", "scheduler": "simple"}),
+            "ours": (
+                "QwenLowVRAMSample",
+                {**run, "model": ["1", 0], "sampler": "euler", "scheduler": "qwen_image", "norm_rescale": True},
+            ),
+        }
+        return changed(
+            {},
+            n1=loader(*(names if folder else (files.transformer, files.text_encoder, files.vae))),
+            n74=("LoadImage", {"image": photo}),
+            n78=("GetImageSize", {"image": ["74", 0]}),
+            n6=("CLIPTextEncode", {"clip": ["1", 1], "text": PROMPT}),
+            n7=("CLIPTextEncode", {"clip": ["1", 1], "text": NEGATIVE}),
+            n71=("VAEEncode", {"pixels": ["74", 0], "vae": ["1", 2]}),
+            n69=("ReferenceLatent", {"conditioning": ["6", 0], "latent": ["71", 0]}),
+            n70=("ReferenceLatent", {"conditioning": ["7", 0], "latent": ["71", 0]}),
+            n66=("ModelSamplingAuraFlow", {"model": ["1", 0], "shift": 1.0}),
+            n83=(
+                "EmptyQwenImageLayeredLatentImage",
+                {"width": ["78", 0], "height": ["78", 1], "layers": LAYERS, "batch_size": 1},
+            ),
+            n3=samplers[sampler],
+            n9=("SaveLatent", {"samples": ["3", 0], "filename_prefix": "layered"}),
+            n76=("LatentCutToBatch", {"samples": ["3", 0], "dim": "t", "slice_size": 1}),
+            n8=("VAEDecode", {"samples": ["76", 0], "vae": ["1", 2]}),
+            n60=("SaveImage", {"images": ["8", 0], "filename_prefix": "layered"}),
+        )
+
+    return make
+
+
+@pytest.fixture
+def saved(client: ComfyClient, comfy_server: ComfyServer) -> Callable[[Prompt], tuple[torch.Tensor, torch.Tensor]]:
+    """`saved(prompt)` -> the latents that its node 9 saves, and the pictures of its node 60 in 0..1."""
+
+    def run(prompt: Prompt) -> tuple[torch.Tensor, torch.Tensor]:
+        outputs = client.run(prompt).outputs
+        (latent,) = outputs["9"]["latents"]
+        file = comfy_server.base / "output" / latent["subfolder"] / latent["filename"]
+        opened = [Image.open(io.BytesIO(client.image(image))) for image in outputs["60"]["images"]]
+        assert {picture.mode for picture in opened} == {"RGBA"}
+        pictures = torch.stack([torch.from_numpy(np.array(picture)) for picture in opened])
+        return load_file(file)["latent_tensor"], pictures.float() / 255
+
+    return run
+
+
+@pytest.mark.parametrize("folder", [False, True], ids=["files", "folder"])
+def test_the_layers_are_those_of_diffusers(
+    folder: bool,
+    graph: Callable[..., Prompt],
+    saved: Callable[[Prompt], tuple[torch.Tensor, torch.Tensor]],
+    comfy_server: ComfyServer,
+    layered_pipeline: Path,
+    photo: str,
+) -> None:
+    latents, pictures = saved(graph(folder=folder, sampler="ours"))
+    shape = (1, 16, LAYERS + 1, HEIGHT // 8, WIDTH // 8)
+    made, layers = layered_reference(
+        layered_pipeline,
+        Image.open(comfy_server.base / "input" / photo),
+        torch.randn(shape, generator=torch.Generator().manual_seed(SEED)),
+        prompt=PROMPT,
+        negative=NEGATIVE,
+        cfg=CFG,
+        steps=STEPS,
+    )
+    mean, std = (torch.tensor(values).view(1, 16, 1, 1, 1) for values in (LATENTS_MEAN, LATENTS_STD))
+    wanted = made * std + mean
+    assert latents.shape == shape
+    assert wanted.std() > 0.5
+    assert (latents - wanted).abs().max() < 1e-4
+    assert pictures[1:].shape == layers.shape == (LAYERS, HEIGHT, WIDTH, 4)
+    assert (pictures[1:] - layers).abs().max() < 1.01 / 255
+
+
+def test_comfyuis_own_graph_runs_with_our_models_and_our_decoder_needs_no_cut(
+    client: ComfyClient, graph: Callable[..., Prompt], saved: Callable[[Prompt], tuple[torch.Tensor, torch.Tensor]]
+) -> None:
+    latents, pictures = saved(graph())
+    assert latents.shape[2] == LAYERS + 1
+    assert pictures.std() > 0.01
+    decode = ("QwenLowVRAMDecode", {"samples": ["3", 0], "vae": ["1", 2], "tile_size": 64})
+    _, own = saved(changed(graph(), n8=decode))
+    assert (own - pictures).abs().max() < 1.01 / 255
+
+
+def test_text_alone_makes_layers_too(graph: Callable[..., Prompt], client: ComfyClient) -> None:
+    prompt = with_inputs(graph(), "3", positive=["6", 0], negative=["7", 0])
+    assert len(client.run(prompt).outputs["60"]["images"]) == LAYERS + 1
+
+
+# bad input
+
+
+def test_a_vae_of_the_other_kind_is_refused_before_the_run(
+    client: ComfyClient, graph: Callable[..., Prompt], files: SplitFiles, split_files: dict[str, SplitFiles]
+) -> None:
+    plain = split_files["bf16"]
+    for given, words in (
+        (loader(files.transformer, files.text_encoder, plain.vae), "Use qwen_image_layered_vae.safetensors"),
+        (loader(plain.transformer, plain.text_encoder, files.vae), "Use qwen_image_vae.safetensors"),
+    ):
+        with pytest.raises(PromptRefused, match=words):
+            client.run(changed(graph(), n1=given))
+
+
+def test_graphs_for_the_other_kind_of_model_are_refused(
+    client: ComfyClient, graph: Callable[..., Prompt], split_files: dict[str, SplitFiles]
+) -> None:
+    size = {"width": WIDTH, "height": HEIGHT, "batch_size": 1}
+    with pytest.raises(ExecutionFailed, match="makes layers, and this graph's latent has none"):
+        client.run(changed(graph(), n83=("EmptySD3LatentImage", size)))
+    plain = split_files["bf16"]
+    with pytest.raises(ExecutionFailed, match=rf"The latent has {LAYERS + 1} frames, and Qwen-Image makes one picture"):
+        client.run(changed(graph(), n1=loader(plain.transformer, plain.text_encoder, plain.vae)))
