@@ -1,6 +1,7 @@
 """Qwen-Image-Layered through the real server: the layers of diffusers' pipeline, in ComfyUI's own graph and in ours."""
 
 import io
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from devtools.client import ComfyClient, ExecutionFailed, PromptRefused
 from devtools.server import ComfyServer
+from devtools.workflow import to_prompt
 from layered_reference import HEIGHT, WIDTH, layered_reference
 from PIL import Image
 from qwenimage_lowvram.engine.families.members import LATENTS_MEAN, LATENTS_STD
@@ -45,42 +47,58 @@ def loader(transformer: str, text_encoder: str, vae: str) -> tuple[str, dict[str
     }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def blueprint(comfyui_path: Path, object_info: Any) -> Prompt:
+    """ComfyUI's own graph for layers, with what our loader, node 1, gives in the place of its three loaders."""
+    file = comfyui_path / "blueprints" / "Image to Layers(Qwen-Image-Layered).json"
+    (inside,) = json.loads(file.read_text(encoding="utf-8"))["definitions"]["subgraphs"]
+    links = [link for link in inside["links"] if link["origin_id"] >= 0]  # others come from outside of it
+    within = {link["id"] for link in links}
+    for node in inside["nodes"]:
+        for entry in node["inputs"]:
+            entry["link"] = entry.get("link") if entry.get("link") in within else None
+    names = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
+    prompt = to_prompt({"nodes": inside["nodes"], "links": [[link[n] for n in names] for link in links]}, object_info)
+    given = ("UNETLoader", "CLIPLoader", "VAELoader")
+    slots = {node: given.index(entry["class_type"]) for node, entry in prompt.items() if entry["class_type"] in given}
+    assert len(slots) == 3
+    for entry in prompt.values():
+        for name, value in entry["inputs"].items():
+            if isinstance(value, list) and value[0] in slots:
+                entry["inputs"][name] = ["1", slots[value[0]]]
+    return changed(prompt, *slots)
+
+
 @pytest.fixture
-def graph(files: SplitFiles, layered_pipeline: Path, photo: str) -> Callable[..., Prompt]:
-    """ComfyUI's graph for layers with our three models: loader 1, prompts 6 and 7, references 69 and 70, sampler 3."""
+def graph(blueprint: Prompt, files: SplitFiles, layered_pipeline: Path, photo: str) -> Callable[..., Prompt]:
+    """That graph: prompts 6 and 7, references 69 and 70, latent 83, sampler 3, cut 76, decoder 8; saved by 9 and 60."""
 
     def make(*, folder: bool = False, sampler: str = "native") -> Prompt:
         names = (f"{layered_pipeline.name} (folder)", FOLDER, FOLDER)
-        run = {"model": ["66", 0], "positive": ["69", 0], "negative": ["70", 0], "latent_image": ["83", 0], "cfg": CFG}
-        run |= {"seed": SEED, "steps": STEPS, "denoise": 1.0}
-        samplers = {
-            "native": ("KSampler", {**run, "sampler_name": "euler", "scheduler": "simple"}),
-            "ours": (
-                "QwenLowVRAMSample",
-                {**run, "model": ["1", 0], "sampler": "euler", "scheduler": "qwen_image", "norm_rescale": True},
-            ),
-        }
-        return changed(
-            {},
+        prompt = changed(
+            blueprint,
             n1=loader(*(names if folder else (files.transformer, files.text_encoder, files.vae))),
             n74=("LoadImage", {"image": photo}),
-            n78=("GetImageSize", {"image": ["74", 0]}),
-            n6=("CLIPTextEncode", {"clip": ["1", 1], "text": PROMPT}),
-            n7=("CLIPTextEncode", {"clip": ["1", 1], "text": NEGATIVE}),
-            n71=("VAEEncode", {"pixels": ["74", 0], "vae": ["1", 2]}),
-            n69=("ReferenceLatent", {"conditioning": ["6", 0], "latent": ["71", 0]}),
-            n70=("ReferenceLatent", {"conditioning": ["7", 0], "latent": ["71", 0]}),
-            n66=("ModelSamplingAuraFlow", {"model": ["1", 0], "shift": 1.0}),
-            n83=(
-                "EmptyQwenImageLayeredLatentImage",
-                {"width": ["78", 0], "height": ["78", 1], "layers": LAYERS, "batch_size": 1},
-            ),
-            n3=samplers[sampler],
             n9=("SaveLatent", {"samples": ["3", 0], "filename_prefix": "layered"}),
-            n76=("LatentCutToBatch", {"samples": ["3", 0], "dim": "t", "slice_size": 1}),
-            n8=("VAEDecode", {"samples": ["76", 0], "vae": ["1", 2]}),
             n60=("SaveImage", {"images": ["8", 0], "filename_prefix": "layered"}),
         )
+        outside: dict[str, dict[str, Any]] = {
+            "71": {"pixels": ["74", 0]},
+            "78": {"image": ["74", 0]},
+            "83": {"layers": LAYERS},
+            "6": {"text": PROMPT},
+            "7": {"text": NEGATIVE},
+        }
+        for node, inputs in outside.items():
+            prompt = with_inputs(prompt, node, **inputs)
+        if sampler == "native":
+            return with_inputs(prompt, "3", seed=SEED, steps=STEPS, cfg=CFG)
+        run = {
+            "model": ["1", 0], "positive": ["69", 0], "negative": ["70", 0], "latent_image": ["83", 0], "cfg": CFG,
+            "seed": SEED, "steps": STEPS, "denoise": 1.0, "sampler": "euler", "scheduler": "qwen_image",
+            "norm_rescale": True,
+        }  # fmt: skip
+        return changed(prompt, n3=("QwenLowVRAMSample", run))
 
     return make
 
