@@ -37,10 +37,13 @@ def fake_gpu() -> Hardware:
     return Hardware(torch.device("cuda"), streams=False, pinned=False, prefetch=False, host_device=False)
 
 
-def transformer_checkpoint(dtype: torch.dtype = torch.bfloat16, *, layers: int = 60) -> Checkpoint:
-    """The 20 B transformer: every Linear weight inside the blocks in `dtype`, the rest in bf16 where dtype is fp8."""
+def transformer_checkpoint(
+    dtype: torch.dtype = torch.bfloat16, *, layers: int = 60, layered: bool = False
+) -> Checkpoint:
+    """The 20 B transformer: every Linear weight inside the blocks in `dtype`, the rest in bf16 where dtype is fp8.
+    `layered`: Qwen-Image-Layered's."""
     with torch.device("meta"):
-        model = QwenImageTransformer2DModel(num_layers=1)
+        model = QwenImageTransformer2DModel(num_layers=1, use_additional_t_cond=layered)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     for name in [name for name in shapes if name.startswith("transformer_blocks.0.")]:
         for i in range(1, layers):
@@ -61,9 +64,10 @@ def text_encoder_checkpoint(dtype: torch.dtype = torch.bfloat16, *, layers: int 
     return _checkpoint("text_encoder", shapes, dtype)
 
 
-def vae_checkpoint(dtype: torch.dtype = torch.bfloat16) -> Checkpoint:
+def vae_checkpoint(dtype: torch.dtype = torch.bfloat16, *, channels: int = 3) -> Checkpoint:
+    """Of RGB pictures; Qwen-Image-Layered's has 4 channels."""
     with torch.device("meta"):
-        model = AutoencoderKLQwenImage(base_dim=96, z_dim=16)
+        model = AutoencoderKLQwenImage(base_dim=96, z_dim=16, input_channels=channels)
     return _checkpoint("vae", {name: tuple(p.shape) for name, p in model.named_parameters()}, dtype)
 
 

@@ -18,6 +18,7 @@ from qwenimage_lowvram.engine.lora.files import match
 from qwenimage_lowvram.engine.lora.patch import lora_patches
 from qwenimage_lowvram.engine.plan.memory import MemoryPlan, activation_bytes, plan_memory, text_encoder_peak_bytes
 from qwenimage_lowvram.engine.plan.request import GIB, Limits, SamplingRequest
+from qwenimage_lowvram.engine.plan.stages import TEMPLATE_END_TOKENS, PictureRequest
 from qwenimage_lowvram.engine.quantized.weights import QuantizedWeights
 from qwenimage_lowvram.engine.text.encoder import TextEncoder
 from qwenimage_lowvram.engine.transformer.model import Branch, QwenImageTransformer
@@ -55,10 +56,12 @@ def make_transformer(stored: torch.dtype, *, layers: int = 60) -> QwenImageTrans
 
 
 def make_branch(request: SamplingRequest) -> Branch:
+    """With a reference of the picture's size, where there is one."""
     height, width = request.height // 16, request.width // 16
+    references = ((1, height, width),) if request.reference_tokens else ()
     return Branch(
-        torch.empty(1, height * width, 64, device="cuda", dtype=torch.bfloat16),
-        ((1, height, width),),
+        torch.empty(1, request.image_tokens, 64, device="cuda", dtype=torch.bfloat16),
+        ((request.frames, height, width), *references),
         torch.empty(1, request.prompt_tokens, 3584, device="cuda", dtype=torch.bfloat16),
         None,
         0.9,
@@ -132,6 +135,32 @@ def test_guided_pictures_fit_the_cards(
     assert live.peak <= limit
     assert 0.9 * plan.sampling_peak_bytes < live.peak < 1.1 * plan.sampling_peak_bytes
     assert plan.limit_bytes - plan.peak_bytes < transformer.footprint.resident_block_bytes or plan.streamed <= 1
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, FP8], ids=str)
+@pytest.mark.parametrize(("side", "layers", "card_gb"), [(640, 4, 4), (640, 4, 8), (1024, 4, 8), (640, 8, 4)])
+def test_layers_fit_the_cards(side: int, layers: int, card_gb: int, stored: torch.dtype, live: LiveBytes) -> None:
+    """Of Qwen-Image-Layered: each layer, the picture, and the picture that is taken apart count."""
+    transformer = QwenImageTransformer(
+        full_size.transformer_checkpoint(stored, layered=True),
+        dtype=torch.bfloat16,
+        hardware=full_size.fake_gpu(),
+        source=full_size.EmptySource,
+    )
+    request = PictureRequest(side, side, 1, True, 50, PROMPT_TOKENS - TEMPLATE_END_TOKENS, layers).sampling
+    tokens = (side // 16) ** 2
+    assert (request.frames, request.image_tokens) == (layers + 1, (layers + 2) * tokens)
+    limit = int(card_gb * 1e9) - CONTEXT_BYTES
+    plan = plan_memory(transformer.footprint, request, Limits(limit))
+
+    def stop(index: int) -> None:
+        if index == 3:
+            raise _Seen
+
+    with pytest.raises(_Seen):
+        sampling_peak(live, transformer, plan, on_block=stop)
+    assert live.peak <= limit
+    assert 0.9 * plan.sampling_peak_bytes < live.peak < 1.1 * plan.sampling_peak_bytes
 
 
 # blocks are alike and pass through the same slots: a few tell as much as sixty, in a tenth of the time

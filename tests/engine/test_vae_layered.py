@@ -5,8 +5,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import full_size
 import pytest
 import torch
+from live_bytes import LiveBytes
 from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.errors import InvalidRequest, WrongModel
 from qwenimage_lowvram.engine.vae import RGB, RGBA, ImageVAE, require_image_vae
@@ -105,6 +107,20 @@ def test_frames_of_another_vae_are_no_layers() -> None:
     vae = ImageVAE.from_state_dict(make_vae().state_dict(), dtype=torch.float32)
     with pytest.raises(InvalidRequest, match="still images"):
         vae.decode(random_latents(1, 16, 3, 8, 8))
+
+
+def test_layers_at_full_size_take_the_memory_of_one_picture_as_planned() -> None:
+    vae, plain = (
+        ImageVAE.without_weights(full_size.vae_checkpoint(channels=n), dtype=torch.bfloat16) for n in (RGBA, RGB)
+    )
+    assert (vae.footprint.pixel_bytes, plain.footprint.pixel_bytes) == (16, 12)
+    result_bytes = FRAMES * 640 * 640 * 16
+    planned = vae.plan_decode(640, 640, result_bytes=result_bytes).peak_bytes
+    assert planned - result_bytes == pytest.approx(plain.plan_decode(640, 640).peak_bytes, rel=0.02)
+    source = torch.empty(1, 16, FRAMES, 80, 80, device="meta")
+    with LiveBytes("meta") as live:
+        vae.decode(source, out_device="meta")
+    assert 0.9 * planned < live.peak < 1.1 * planned
 
 
 @pytest.mark.parametrize(("has", "needed"), [(RGBA, RGB), (RGB, RGBA)])
