@@ -7,7 +7,8 @@ import comfy.model_management
 import torch
 
 from ..engine.checkpoints.checkpoint import Checkpoint
-from ..engine.errors import DoesNotFit, QwenLowVRAMError
+from ..engine.errors import DoesNotFit, InvalidRequest, QwenLowVRAMError
+from ..engine.families.variants import Variant, variant_of
 from ..engine.hardware import Hardware
 from ..engine.plan.charts import Card, draw_cards
 from ..engine.plan.choice import choose_format
@@ -118,11 +119,22 @@ class QwenLowVRAMMemoryPlan:
                         "tooltip": "Editing models: how many pictures of a megapixel they are shown.",
                     },
                 ),
+                "layers": (
+                    "INT",
+                    {
+                        "default": 0,
+                        "min": 0,
+                        "max": 64,
+                        "tooltip": "That Qwen-Image-Layered takes a picture apart into. 0 for the other models.",
+                    },
+                ),
             },
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, transformer: str, text_encoder: str, vae: str, weight_format: str) -> bool | str:
+    def VALIDATE_INPUTS(
+        cls, transformer: str, text_encoder: str, vae: str, weight_format: str, layers: int | None = 0
+    ) -> bool | str:
         """Before the run: are the files there, and what they should be? Linked inputs are not known yet."""
         if None in (transformer, text_encoder, vae):
             return True
@@ -130,6 +142,8 @@ class QwenLowVRAMMemoryPlan:
             source = Sources.of(transformer, text_encoder, vae).open(AUTO)[0]
             if weight_format is not None:
                 check_weight_format(source, weight_format)
+            if layers is not None:
+                _check_layers(source, layers)
         except QwenLowVRAMError as error:
             return str(error)
         return True
@@ -158,9 +172,12 @@ class QwenLowVRAMMemoryPlan:
         vram_limit_gb: float,
         ram_limit_gb: float,
         reference_pictures: int = 0,
+        layers: int = 0,
     ) -> dict[str, Any]:
-        models = _Models.open(transformer, text_encoder, vae, weight_format)
-        request = PictureRequest(width, height, batch_size, cfg > 1, steps, prompt_tokens, reference_pictures)
+        models = _Models.open(transformer, text_encoder, vae, weight_format, layers)
+        request = PictureRequest(
+            width, height, batch_size, cfg > 1, steps, prompt_tokens, references=reference_pictures, layers=layers
+        )
         ram_bytes = round(ram_limit_gb * GIB) or models.free_ram_bytes(request)
         capacities = [(f"{gb} GB", gb * GIB, gb * GIB - CONTEXT_BYTES - HEADROOM_BYTES) for gb in CARDS_GB]
         if vram_limit_gb > 0:
@@ -185,8 +202,9 @@ class _Models:
     speeds_text: str
 
     @classmethod
-    def open(cls, transformer: str, text_encoder: str, vae: str, weight_format: str) -> "_Models":
+    def open(cls, transformer: str, text_encoder: str, vae: str, weight_format: str, layers: int) -> "_Models":
         transformer_file, text_file, vae_file = Sources.of(transformer, text_encoder, vae).open(AUTO)
+        _check_layers(transformer_file, layers)
         remembered = _speeds(transformer_file)
         return cls(
             TextEncoder(text_file, dtype=_dtype(text_file), hardware=CARD),
@@ -213,6 +231,16 @@ class _Models:
         except DoesNotFit as error:
             return Card(name, capacity_bytes, limit_bytes, None, weight_format, str(error))
         return Card(name, capacity_bytes, limit_bytes, plan, weight_format)
+
+
+def _check_layers(transformer: Checkpoint, layers: int) -> None:
+    """Raise InvalidRequest where the model makes layers and none are asked for, or the other way round."""
+    layered = variant_of(transformer) is Variant.LAYERED
+    if layered != (layers > 0):
+        makes, ask = ("layers", "1 or more") if layered else ("whole pictures", "0")
+        raise InvalidRequest(
+            f"{transformer.path} makes {makes}, and {layers} layers are asked for.\n\nWhat to do: set layers to {ask}."
+        )
 
 
 def _versions(source: Checkpoint, weight_format: str) -> dict[str, Checkpoint]:

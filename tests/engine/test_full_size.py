@@ -147,7 +147,7 @@ def test_layers_fit_the_cards(side: int, layers: int, card_gb: int, stored: torc
         hardware=full_size.fake_gpu(),
         source=full_size.EmptySource,
     )
-    request = PictureRequest(side, side, 1, True, 50, PROMPT_TOKENS - TEMPLATE_END_TOKENS, layers).sampling
+    request = PictureRequest(side, side, 1, True, 50, PROMPT_TOKENS - TEMPLATE_END_TOKENS, layers=layers).sampling
     tokens = (side // 16) ** 2
     assert (request.frames, request.image_tokens) == (layers + 1, (layers + 2) * tokens)
     limit = int(card_gb * 1e9) - CONTEXT_BYTES

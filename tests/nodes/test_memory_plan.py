@@ -184,3 +184,38 @@ def test_the_plan_changes_with_its_files_and_not_from_run_to_run() -> None:
 
     assert fingerprint() == fingerprint()
     assert fingerprint() != fingerprint(transformer="plan_fp8.safetensors")
+
+
+def test_layers_are_counted_and_asked_for_of_the_right_model() -> None:
+    import folder_paths
+    from qwenimage_lowvram.engine.errors import InvalidRequest
+    from qwenimage_lowvram.nodes.memory_plan import QwenLowVRAMMemoryPlan
+
+    models = Path(folder_paths.models_dir)
+    fp8 = torch.float8_e4m3fn
+    made = [
+        full_size.write_header(
+            full_size.transformer_checkpoint(fp8, layered=True),
+            models / "diffusion_models" / "plan_layered.safetensors",
+        ),
+        full_size.write_header(full_size.vae_checkpoint(channels=4), models / "vae" / "plan_layered_vae.safetensors"),
+    ]
+    files = FILES | {"transformer": made[0].name, "vae": made[1].name}
+    size = {"width": 640, "height": 640, "steps": 50}
+    try:
+        four, two = (plan(**files, **size, layers=n)["result"][0] for n in (4, 2))
+        assert four.startswith("Memory plan: 640x640, 4 layers, batch 1, guided, 50 steps")
+        seconds = [float(tables(text)[0]["24 GB"]["s per step"]) for text in (two, four)]
+        assert set(tables(four)[0]) == set(CARDS)
+        assert 1.4 < seconds[1] / seconds[0] < 2.0  # 6 pictures' tokens instead of 4, whose attention is quadratic
+        check = QwenLowVRAMMemoryPlan.VALIDATE_INPUTS
+        assert check(**files, weight_format="auto", layers=4) is True
+        assert check(**files, weight_format="auto", layers=None) is True
+        assert "makes layers, and 0 layers are asked for" in check(**files, weight_format="auto")
+        assert "set layers to 0" in check(**FILES, weight_format="auto", layers=3)
+        assert "Use qwen_image_layered_vae" in check(**(files | {"vae": FILES["vae"]}), weight_format="auto", layers=4)
+        with pytest.raises(InvalidRequest, match="set layers to 0"):
+            plan(layers=1)
+    finally:
+        for file in made:
+            file.unlink()
