@@ -21,6 +21,8 @@ Shapes = dict[str, tuple[int, ...]]
 NAMES = {
     "qwen_image_fp8_e4m3fn.safetensors": Variant.QWEN_IMAGE,
     "qwen_image_2512_bf16.safetensors": Variant.QWEN_IMAGE,
+    "qwen_image_2512_fp8_e4m3fn.safetensors": Variant.QWEN_IMAGE,
+    "qwen_image_2512_fp8_e4m3fn_scaled_comfyui_4steps_v1.0.safetensors": Variant.QWEN_IMAGE,
     "qwen-image-Q4_K_M.safetensors": Variant.QWEN_IMAGE,
     "credits_edited_by_me.safetensors": Variant.QWEN_IMAGE,
     "qwen_image_edit_fp8_e4m3fn.safetensors": Variant.EDIT,

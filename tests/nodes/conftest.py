@@ -25,6 +25,23 @@ def _as_nodes_run(comfy: ModuleType) -> Iterator[None]:
     management.unload_all_models()
 
 
+@pytest.fixture
+def models(comfy: Any, tmp_path: Path) -> Iterator[Callable[[str, Path], None]]:
+    """`models(kind, folder)` adds a folder to ComfyUI's for one test."""
+    import folder_paths
+
+    before = {kind: (list(paths), set(suffixes)) for kind, (paths, suffixes) in _folders(folder_paths).items()}
+    yield folder_paths.add_model_folder_path
+    _folders(folder_paths).clear()
+    _folders(folder_paths).update(before)
+    folder_paths.filename_list_cache.clear()
+
+
+def _folders(folder_paths: Any) -> dict[str, Any]:
+    folders: dict[str, Any] = folder_paths.folder_names_and_paths
+    return folders
+
+
 @pytest.fixture(scope="session")
 def make_transformer(small_pipeline: Path) -> Callable[..., QwenImageTransformer]:
     def make(dtype: torch.dtype = torch.float32, **options: Any) -> QwenImageTransformer:

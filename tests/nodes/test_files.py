@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +13,6 @@ from safetensors.torch import load_file
 from small_checkpoint import SplitFiles, write_split_files
 
 SMALL = "small (folder)"
-
-
-@pytest.fixture
-def models(comfy: Any, tmp_path: Path) -> Iterator[Callable[[str, Path], None]]:
-    """`models(kind, folder)` adds a folder to ComfyUI's for one test."""
-    import folder_paths
-
-    before = {kind: (list(paths), set(suffixes)) for kind, (paths, suffixes) in _folders(folder_paths).items()}
-    yield folder_paths.add_model_folder_path
-    _folders(folder_paths).clear()
-    _folders(folder_paths).update(before)
-    folder_paths.filename_list_cache.clear()
-
-
-def _folders(folder_paths: Any) -> dict[str, Any]:
-    folders: dict[str, Any] = folder_paths.folder_names_and_paths
-    return folders
 
 
 @pytest.fixture
