@@ -3,13 +3,14 @@
 import math
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from qwenimage_lowvram.engine.errors import InvalidRequest
 from qwenimage_lowvram.engine.transformer.latents import pack, patch_norm, require_even, shape_in_patches, unpack
-from qwenimage_lowvram.engine.transformer.sampling import lightning_sigmas, qwen_sigmas, true_cfg
+from qwenimage_lowvram.engine.transformer.sampling import layered_sigmas, lightning_sigmas, qwen_sigmas, true_cfg
 
 # Qwen-Image's scheduler_config.json
 SCHEDULER = {
@@ -46,6 +47,17 @@ def test_sigmas_are_the_reference_schedulers(width: int, height: int, steps: int
     # the reference rounds to fp32 in every step of its arithmetic
     assert (sigmas - reference_sigmas(steps, tokens)).abs().max() <= torch.finfo(torch.float32).eps
     assert (sigmas[0], sigmas[-1]) == (1, 0)
+    assert (sigmas.diff() < 0).all()
+
+
+@pytest.mark.parametrize("steps", [1, 4, 50])
+@pytest.mark.parametrize(("side", "shift"), [(640, 2.5), (1024, 4.0), (256, 1.0)])
+def test_sigmas_for_layers_are_those_of_the_reference_pipelines_mu(side: int, shift: float, steps: int) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(**SCHEDULER | {"time_shift_type": "linear", "shift_terminal": None})
+    times = np.linspace(1.0, 0, steps + 1)[:-1]  # as QwenImageLayeredPipeline.__call__ has them
+    scheduler.set_timesteps(sigmas=times, mu=shift)
+    sigmas = layered_sigmas(steps, (side // 16) ** 2)
+    assert (sigmas - scheduler.sigmas).abs().max() <= torch.finfo(torch.float32).eps
     assert (sigmas.diff() < 0).all()
 
 
