@@ -15,7 +15,7 @@ from ..engine.errors import Unsupported
 from ..engine.lora.patch import lora_patches
 from ..engine.plan.memory import MemoryPlan
 from ..engine.plan.report import MemoryReport
-from ..engine.transformer.latents import PATCH, pack, require_even, shape_in_patches, unpack
+from ..engine.transformer.latents import PATCH, pack, shape_in_patches, unpack
 from ..engine.transformer.model import Branch, QwenImageTransformer
 from .lockstep import KEY, Lockstep
 from .native_lora import PREFIX
@@ -23,7 +23,7 @@ from .patcher import LowVRAMPatcher
 from .run import SamplingRun, plan_run, request_of
 from .speeds import KnownSpeeds
 from .timeline import Timeline
-from .unsupported import check_graph, check_layers, check_patches, check_references, refuse, why_one_by_one
+from .unsupported import check_graph, check_layers, check_patches, check_references, check_size, refuse, why_one_by_one
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ def _outer_sample(
     model: LowVRAMModel = patcher.model
     check_graph(guider.model_options, guider.conds)
     check_references(model.transformer.variant, guider.conds)
-    require_even(noise, "The picture")
+    check_size(model.transformer.variant, noise)
     request = request_of(guider, noise.shape, sigmas, model.transformer.config.joint_attention_dim)
     check_layers(model.transformer.variant, request.frames)
     model.transformer.patch(lora_patches(patcher.loras))
@@ -166,7 +166,7 @@ class _Calls:
             raise Unsupported("The model was called outside of a sampler. Use a sampler node.")
         branches = [branch for call in calls for branch in call.branches()]
         tokens = iter(self.run.forward(branches))
-        return [torch.cat([unpack(next(tokens), *call.size) for _ in range(call.batch)]) for call in calls]
+        return [torch.cat([call.unpack(next(tokens)) for _ in range(call.batch)]) for call in calls]
 
 
 class _DiffusionModel(nn.Module):
@@ -242,7 +242,8 @@ class _Call:
             refuse(f"An additional time condition of {self._additional}", "use 0 or 1.")
         if attention_mask is not None and attention_mask.is_floating_point():
             refuse("A fractional or additive attention mask", "use the conditioning of a text encode node as it is.")
-        self._x = x.to(dtype)
+        self._size = x.shape[-2:]
+        self._x = pad_to_patch_size(x, (1, PATCH, PATCH)).to(dtype)
         self._timesteps = timestep.tolist()
         self._context = context.to(dtype)
         self._mask = None if attention_mask is None else attention_mask.bool()
@@ -254,10 +255,10 @@ class _Call:
     def batch(self) -> int:
         return self._x.shape[0]
 
-    @property
-    def size(self) -> tuple[int, int, int]:
-        """Height, width and frames."""
-        return self._x.shape[3], self._x.shape[4], self._x.shape[2]
+    def unpack(self, tokens: Tensor) -> Tensor:
+        """A branch's velocity, (1, 16, F, H, W), without what whole patches have beyond it."""
+        frames, height, width = self._x.shape[2:]
+        return unpack(tokens, height, width, frames)[..., : self._size[0], : self._size[1]]
 
     def branches(self) -> list[Branch]:
         images = [self._x, *self._references]

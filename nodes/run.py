@@ -22,7 +22,7 @@ from ..engine.plan.request import Limits, SamplingRequest, size_text
 from ..engine.plan.split import annex_bytes, split_blocks
 from ..engine.plan.stages import Stage, StagePlan, load_stage, modulation_stage, sampling_stage
 from ..engine.streaming import Waits
-from ..engine.transformer.latents import LATENT_PX, PATCH
+from ..engine.transformer.latents import LATENT_PX, PATCH, patches_of
 from ..engine.transformer.model import Branch, QwenImageTransformer, TransformerSession
 from .limits import host_bytes, stage_bytes
 from .patcher import LowVRAMPatcher
@@ -66,20 +66,19 @@ def request_of(guider: Any, noise_shape: torch.Size, sigmas: Tensor, joint_atten
                 f"The prompt's embeddings have {prompt.shape[-1]} dimensions, {joint_attention_dim} are needed.\n\n"
                 "What to do: encode the prompt with Qwen-Image's own text encoder, Qwen2.5-VL-7B."
             )
-    references = [sum(_patches(latent) for latent in entry.get("reference_latents") or ()) for _, entry in entries]
+    high, wide = patches_of(noise_shape)
+    references = [
+        sum(math.prod(patches_of(latent)) for latent in entry.get("reference_latents") or ()) for _, entry in entries
+    ]
     return SamplingRequest(
-        width=noise_shape[4] * LATENT_PX,
-        height=noise_shape[3] * LATENT_PX,
+        width=wide * PATCH * LATENT_PX,
+        height=high * PATCH * LATENT_PX,
         branches=max(1, len(entries)) * noise_shape[0],
         prompt_tokens=max((prompt.shape[1] for prompt in prompts), default=0),
         reference_tokens=max(references, default=0),
         timesteps=max(1, len(sigmas) - 1),
         frames=noise_shape[2],
     )
-
-
-def _patches(latent: Tensor) -> int:
-    return math.prod(-(-side // PATCH) for side in latent.shape[-2:])
 
 
 def plan_run(

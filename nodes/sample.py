@@ -1,5 +1,6 @@
 """The node that samples as the reference pipeline does, through ComfyUI's own samplers."""
 
+import math
 from typing import Any
 
 import comfy.sample
@@ -9,7 +10,7 @@ import latent_preview
 from torch import Tensor
 
 from ..engine.errors import Unsupported
-from ..engine.transformer.latents import PATCH, require_even
+from ..engine.transformer.latents import patches_of, require_even
 from ..engine.transformer.sampling import layered_sigmas, lightning_sigmas, qwen_sigmas, true_cfg
 from .model import ADDITIONAL_KEY, LowVRAMModel
 from .words import CATEGORY
@@ -137,7 +138,9 @@ class QwenLowVRAMSample:
             latent_image.get("downscale_ratio_spacial"),
             latent_image.get("downscale_ratio_temporal"),
         )
-        require_even(latents, "The picture")
+        layered = bool(model.model.model_config.unet_config.get(ADDITIONAL_KEY))
+        if not layered:
+            require_even(latents, "The picture")
         noise = comfy.sample.prepare_noise(latents, seed, latent_image.get("batch_index"))
         guided = model.clone()
         if norm_rescale and "sampler_cfg_function" in guided.model_options:
@@ -147,7 +150,6 @@ class QwenLowVRAMSample:
             )
         if norm_rescale:
             guided.set_model_sampler_cfg_function(_rescaled_guidance)
-        layered = bool(model.model.model_config.unet_config.get(ADDITIONAL_KEY))
         sigmas = _sigmas(scheduler, latents, steps, denoise, layered)
         samples = comfy.sample.sample(
             guided,
@@ -180,9 +182,8 @@ def _sigmas(scheduler: str, latents: Tensor, steps: int, denoise: float, layered
         return lightning_sigmas(steps, denoise=denoise)
     if scheduler != QWEN_SCHEDULER:
         return None
-    height, width = latents.shape[-2:]
     own_sigmas = layered_sigmas if layered else qwen_sigmas
-    return own_sigmas(steps, (height // PATCH) * (width // PATCH), denoise=denoise)
+    return own_sigmas(steps, math.prod(patches_of(latents)), denoise=denoise)
 
 
 def _rescaled_guidance(args: dict[str, Any]) -> Tensor:

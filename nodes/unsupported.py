@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..engine.errors import InvalidRequest, Unsupported
 from ..engine.families.variants import Variant
-from ..engine.transformer.latents import LATENT_PX, PATCH
+from ..engine.transformer.latents import LATENT_PX, PATCH, require_even
 from .words import ENCODE_EDIT, LOADER
 
 logger = logging.getLogger(__name__)
@@ -104,6 +104,22 @@ def _check_pictures(variant: Variant, references: Sequence[Sequence[Tensor]]) ->
                 f"{variant.value} takes one picture apart, and a prompt of this graph shows it {len(latents)}.\n\n"
                 "What to do: keep one ReferenceLatent per prompt."
             )
+
+
+def check_size(variant: Variant, latents: Tensor) -> None:
+    """Raise InvalidRequest where patches do not cover the latents (..., H, W). Layers are only worth a warning:
+    ComfyUI's graph makes them in the size of any picture, and its model wraps them round."""
+    if variant is not Variant.LAYERED:
+        require_even(latents, "The picture")
+    elif any(side % PATCH for side in latents.shape[-2:]):
+        height, width = latents.shape[-2:]
+        logger.warning(
+            "Layers of %dx%d px are no multiple of %d: at their end they are wrapped round, as ComfyUI's own model "
+            "does it. Scale the picture to such a size.",
+            width * LATENT_PX,
+            height * LATENT_PX,
+            PATCH * LATENT_PX,
+        )
 
 
 def check_layers(variant: Variant, frames: int) -> None:

@@ -1,7 +1,7 @@
 """Latents between ComfyUI's layout and the transformer's tokens; the picture sizes that the model can take."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import InvalidRequest
 
@@ -42,8 +42,18 @@ def shape_in_patches(latents: Tensor) -> tuple[int, int, int]:
 
 
 def patch_norm(latents: Tensor) -> Tensor:
-    """The norm of each 2x2 patch over all channels, (B, 1, T, H, W): that of a token of `pack`."""
+    """The norm of each 2x2 patch over all channels, (B, 1, T, H, W): that of a token of `pack`; where patches reach
+    beyond the latent, of what lies within it."""
+    height, width = latents.shape[-2:]
+    latents = nn.functional.pad(latents, (0, width % PATCH, 0, height % PATCH))
     b, c, t, h, w = latents.shape
     patches = latents.reshape(b, c, t, h // PATCH, PATCH, w // PATCH, PATCH)
     norm = torch.linalg.vector_norm(patches, dim=(1, 4, 6), keepdim=True)
-    return norm.expand(b, 1, t, h // PATCH, PATCH, w // PATCH, PATCH).reshape(b, 1, t, h, w)
+    spread = norm.expand(b, 1, t, h // PATCH, PATCH, w // PATCH, PATCH).reshape(b, 1, t, h, w)
+    return spread[..., :height, :width]
+
+
+def patches_of(latents: Tensor | torch.Size) -> tuple[int, int]:
+    """How many patches, high and wide, cover latents of this shape (..., H, W)."""
+    height, width = (latents if isinstance(latents, torch.Size) else latents.shape)[-2:]
+    return -(-height // PATCH), -(-width // PATCH)

@@ -9,7 +9,14 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from qwenimage_lowvram.engine.errors import InvalidRequest
-from qwenimage_lowvram.engine.transformer.latents import pack, patch_norm, require_even, shape_in_patches, unpack
+from qwenimage_lowvram.engine.transformer.latents import (
+    pack,
+    patch_norm,
+    patches_of,
+    require_even,
+    shape_in_patches,
+    unpack,
+)
 from qwenimage_lowvram.engine.transformer.sampling import layered_sigmas, lightning_sigmas, qwen_sigmas, true_cfg
 
 # Qwen-Image's scheduler_config.json
@@ -146,6 +153,14 @@ def test_the_norm_of_a_patch_is_that_of_its_token() -> None:
     norms = pack(latents).norm(dim=-1)  # (B, N)
     wanted = unpack(norms[..., None].expand(-1, -1, 4).contiguous(), 8, 12)
     assert torch.allclose(patch_norm(latents), wanted, rtol=1e-6)
+    assert torch.equal(patch_norm(latents[..., :6, :10]), patch_norm(latents)[..., :6, :10])
+    cut = latents[..., :7, :11].clone()
+    latents[..., 7, :] = latents[..., 11] = 0
+    assert torch.equal(patch_norm(cut), patch_norm(latents)[..., :7, :11])
+
+
+def test_patches_cover_latents_of_any_size() -> None:
+    assert patches_of(torch.empty(1, 16, 3, 7, 12)) == patches_of(torch.Size([8, 11])) == (4, 6)
 
 
 def test_even_latents_pass() -> None:

@@ -69,6 +69,29 @@ def test_layers_are_those_of_comfyuis_own_model(count: int, batch: int, picture:
     assert (made - wanted).abs().max() < 1e-4
 
 
+def test_layers_of_any_pictures_size_are_wrapped_round_as_comfyuis_own_model_does_it(
+    model: Any, native: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    odd = {"samples": torch.zeros(1, 16, 3, 11, 19)}  # of 6x10 patches
+    with caplog.at_level(logging.WARNING):
+        made = ksampler(model, *shown((11, 19)), odd)
+    assert "Layers of 152x88 px are no multiple of 16" in caplog.text
+    wanted = ksampler(native, *shown((11, 19)), odd)
+    assert made.shape == wanted.shape == (1, 16, 3, 11, 19)
+    assert (made - wanted).abs().max() < 1e-4
+    assert model.model.last_report.plan.request.frame_tokens == 60
+
+
+def test_our_sampler_takes_layers_of_any_pictures_size(model: Any) -> None:
+    from qwenimage_lowvram.nodes.sample import QwenLowVRAMSample
+
+    odd = {"samples": torch.zeros(1, 16, 3, 11, 19)}
+    out = QwenLowVRAMSample().sample(model, *shown((11, 19)), odd, 1, 2, 4.0, "euler", "qwen_image", 1.0, True)
+    samples = out["result"][0]["samples"]
+    assert samples.shape == (1, 16, 3, 11, 19)
+    assert torch.isfinite(samples).all()
+
+
 def test_the_picture_changes_every_layer(model: Any) -> None:
     one, other = (ksampler(model, *shown(size), layers(2)) for size in ((12, 20), (12, 16)))
     assert ((one - other).abs().mean(dim=(0, 1, 3, 4)) > 1e-3).all()

@@ -164,6 +164,17 @@ def test_text_alone_makes_layers_too(graph: Callable[..., Prompt], client: Comfy
     assert len(client.run(prompt).outputs["60"]["images"]) == LAYERS + 1
 
 
+def test_a_picture_of_any_size_is_taken_apart(
+    client: ComfyClient, comfy_server: ComfyServer, graph: Callable[..., Prompt]
+) -> None:
+    Image.linear_gradient("L").resize((150, 90)).convert("RGB").save(comfy_server.base / "input" / "any.png")
+    logged = len(comfy_server.log)
+    run = client.run(with_inputs(graph(), "74", image="any.png"))
+    (first, *_) = run.outputs["60"]["images"]
+    assert Image.open(io.BytesIO(client.image(first))).size == (144, 88)
+    assert "Layers of 144x88 px are no multiple of 16" in comfy_server.log[logged:]
+
+
 # bad input
 
 
