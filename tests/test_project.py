@@ -24,6 +24,7 @@ EDIT_URL = (
     "https://huggingface.co/Comfy-Org/Qwen-Image-Edit_ComfyUI/resolve/main/split_files/diffusion_models/"
     "qwen_image_edit_2509_fp8_e4m3fn.safetensors"
 )
+LAYERED_URL = "https://huggingface.co/Comfy-Org/Qwen-Image-Layered_ComfyUI/resolve/main/split_files"
 LIGHTNING_URLS = tuple(
     f"https://huggingface.co/lightx2v/Qwen-Image-Lightning/resolve/main/{file}"
     for file in (
@@ -150,7 +151,8 @@ def test_a_workflow_says_where_its_models_are(file: Path) -> None:
         assert models[-1]["directory"] == "loras"
     (note,) = (node["widgets_values"][0] for node in nodes if node["type"] == "MarkdownNote")
     for model in models:
-        assert model["url"] in (f"{MODELS_URL}/{model['directory']}/{model['name']}", EDIT_URL, *LIGHTNING_URLS)
+        common = [f"{folder}/{model['directory']}/{model['name']}" for folder in (MODELS_URL, LAYERED_URL)]
+        assert model["url"] in (*common, EDIT_URL, *LIGHTNING_URLS)
         assert model["url"].endswith(f"/{model['name']}")
         assert f"[{model['name']}]({model['url']})" in note
 

@@ -9,6 +9,7 @@ import argparse
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ SPEEDS_TEXT = (
 )
 WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 SIDE_PX = 1024  # of an edited picture
+PICTURE, LAYERS = "EmptySD3LatentImage", "EmptyQwenImageLayeredLatentImage"
 
 
 def plan_of(graph: Mapping[str, Any], **changed: Any) -> MemoryPlan:
@@ -42,9 +44,10 @@ def plan_of(graph: Mapping[str, Any], **changed: Any) -> MemoryPlan:
     loader = _widgets(graph, "QwenLowVRAMLoader") | changed
     sample = _widgets(graph, "QwenLowVRAMSample")
     types = [node["type"] for node in graph["nodes"]]
-    latent = next((node for node in graph["nodes"] if node["type"] == "EmptySD3LatentImage"), None)
+    latent = next((node for node in graph["nodes"] if node["type"] in (PICTURE, LAYERS)), None)
     width, height = latent["widgets_values"][:2] if latent else (SIDE_PX, SIDE_PX)
     references = types.count("LoadImage") if "QwenLowVRAMEncodeEditPrompt" in types else 0
+    layers = latent["widgets_values"][2] if latent and latent["type"] == LAYERS else 0
     request = SamplingRequest(
         width,
         height,
@@ -53,7 +56,10 @@ def plan_of(graph: Mapping[str, Any], **changed: Any) -> MemoryPlan:
         reference_tokens=references * REFERENCE_TOKENS,
         timesteps=sample["steps"],
     )
-    parts = _parts("fp8" if "fp8" in loader["transformer"] else loader["weight_format"], "QwenLowVRAMLoadLora" in types)
+    if layers:
+        request = replace(request, frames=layers + 1, reference_tokens=request.frame_tokens)
+    weight_format = "fp8" if "fp8" in loader["transformer"] else loader["weight_format"]
+    parts = _parts(weight_format, lora="QwenLowVRAMLoadLora" in types, layered=layers > 0)
     limits = Limits(round(loader["vram_limit_gb"] * GIB), round(loader["ram_limit_gb"] * GIB))
     return plan_memory(parts.footprint, request, limits)
 
@@ -63,6 +69,8 @@ def lines(plan: MemoryPlan) -> list[str]:
     request, bound = plan.request, {Bound.COMPUTE: "computing"}.get(plan.forecast.bound, plan.forecast.bound.value)
     megapixels = request.reference_tokens * 256 / 1e6
     shown = f", {megapixels:.1f} megapixels to change" if megapixels else ""
+    if request.frames > 1:
+        shown = f", {request.frames - 1} layers and the picture itself"
     guided = "guided" if request.branches > 1 else "no guidance: the negative prompt is not used"
     stay = [f"{len(plan.resident)} stay on the card", f"{len(plan.held)} in RAM"]
     stay += [f"{plan.from_file} are read from the file"] * (plan.from_file > 0)
@@ -92,9 +100,10 @@ def note_of(graph: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @cache
-def _parts(weight_format: str, lora: bool) -> TransformerParts:
+def _parts(weight_format: str, *, lora: bool, layered: bool) -> TransformerParts:
     """A model file's sizes: fp8 as stored, or bf16 quantized at the first load; perhaps with Lightning's LoRA."""
-    source = full_size.transformer_checkpoint(torch.float8_e4m3fn if weight_format == "fp8" else torch.bfloat16)
+    stored = torch.float8_e4m3fn if weight_format == "fp8" else torch.bfloat16
+    source = full_size.transformer_checkpoint(stored, layered=layered)
     if weight_format != "fp8":
         weights = QuantizedWeights.of(source, weight_format, Path("cache"))
         assert weights is not None

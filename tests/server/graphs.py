@@ -10,7 +10,8 @@ from devtools.workflow import set_widgets, to_prompt
 _ALL = sorted((Path(__file__).parents[2] / "workflows").glob("*.json"))
 LIGHTNING = [path for path in _ALL if "Lightning" in path.stem]  # with a LoRA
 EDITING = [path for path in _ALL if "Edit" in path.stem]
-WORKFLOWS = [path for path in _ALL if path not in (*LIGHTNING, *EDITING)]
+LAYERED = [path for path in _ALL if "layers" in path.stem]
+WORKFLOWS = [path for path in _ALL if path not in (*LIGHTNING, *EDITING, *LAYERED)]
 FOLDER = "from the folder"
 
 Prompt = dict[str, Any]

@@ -12,14 +12,14 @@ import pytest
 import torch
 from devtools.client import ComfyClient, ExecutionFailed, PromptRefused
 from devtools.server import ComfyServer
-from devtools.workflow import to_prompt
+from devtools.workflow import set_widgets, to_prompt
 from layered_reference import HEIGHT, WIDTH, layered_reference
 from PIL import Image
 from qwenimage_lowvram.engine.families.members import LATENTS_MEAN, LATENTS_STD
 from safetensors.torch import load_file
 from small_checkpoint import SplitFiles, write_split_files
 
-from .graphs import FOLDER, Prompt, changed, with_inputs
+from .graphs import FOLDER, LAYERED, Prompt, changed, with_inputs
 
 PROMPT, NEGATIVE = "a cat, photo of the dog", "blurry"
 LAYERS, STEPS, SEED, CFG = 3, 3, 5, 4.0
@@ -173,6 +173,27 @@ def test_a_picture_of_any_size_is_taken_apart(
     (first, *_) = run.outputs["60"]["images"]
     assert Image.open(io.BytesIO(client.image(first))).size == (144, 88)
     assert "Layers of 144x88 px are no multiple of 16" in comfy_server.log[logged:]
+
+
+@pytest.mark.parametrize("path", LAYERED, ids=lambda path: path.stem)
+def test_the_shipped_graph_runs(
+    client: ComfyClient, object_info: Any, files: SplitFiles, layered_pipeline: Path, photo: str, path: Path
+) -> None:
+    folder = {"transformer": f"{layered_pipeline.name} (folder)", "text_encoder": FOLDER, "vae": FOLDER}
+    graph = json.loads(path.read_text(encoding="utf-8"))
+    for node, values in {
+        "QwenLowVRAMLoader": {**folder, "weight_format": "as stored"},
+        "LoadImage": {"image": photo},
+        "ImageScaleToTotalPixels": {"megapixels": 0.02},
+        "QwenLowVRAMSample": {"steps": 2, "seed": SEED},
+    }.items():
+        graph = set_widgets(graph, object_info, node, **values)
+    run = client.run(to_prompt(graph, object_info))
+    request = run.ui("qwen_lowvram_report")[0]["plan"]["request"]
+    width, height = request["width"], request["height"]
+    assert (width % 32, height % 32, request["frames"]) == (0, 0, 5)
+    pictures = [Image.open(io.BytesIO(client.image(image))) for image in run.images()]
+    assert [(picture.size, picture.mode) for picture in pictures] == [((width, height), "RGBA")] * 5
 
 
 # bad input
