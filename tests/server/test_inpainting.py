@@ -1,6 +1,7 @@
 """Image to image, inpainting and outpainting through the real server: our nodes make the latents of diffusers'
 pipelines, and what a mask leaves out stays."""
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from devtools.client import ComfyClient
+from devtools.client import ComfyClient, ExecutionFailed
 from devtools.server import ComfyServer
 from inpaint_reference import EDIT_SIZE, Img2ImgPipeline, InpaintPipeline, edit_inpaint_pipeline, start_pipeline
 from PIL import Image
@@ -16,7 +17,16 @@ from qwenimage_lowvram.engine.families.members import LATENTS_MEAN, LATENTS_STD
 from qwenimage_lowvram.engine.transformer.latents import unpack
 from safetensors.torch import load_file
 
-from .graphs import FOLDER, Prompt, changed, with_inputs
+from .graphs import (
+    FOLDER,
+    IMAGE_TO_IMAGE,
+    INPAINT,
+    OUTPAINT,
+    Prompt,
+    changed,
+    with_inputs,
+    workflow_from_picture,
+)
 
 PROMPT, NEGATIVE = "a red circle", "blurry"
 SEED, CFG = 5, 4.0
@@ -182,3 +192,95 @@ def test_inpainting_with_an_edit_model_has_the_latents_of_diffusers(
     )
     assert wanted.std() > 0.5
     assert (ours - wanted).abs().max() < 1e-4
+
+
+# the shipped graphs
+
+
+PHOTO = (200, 150)
+# of the picture's right, in its own pixels; the graph's mask ends well before STAYS
+PAINTED, STAYS = (slice(40, 100), slice(140, 190)), 125
+
+
+@pytest.fixture(scope="module")
+def photo(comfy_server: ComfyServer) -> np.ndarray:
+    """A picture whose sides are no multiples of 16, as "photo.png" and, with a mask as the MaskEditor saves it, as
+    "painted.png"."""
+    picture = smooth(PHOTO, 2)
+    picture.save(comfy_server.base / "input" / "photo.png")
+    alpha = np.full(PHOTO[::-1], 255, dtype=np.uint8)
+    alpha[PAINTED] = 0
+    picture.putalpha(Image.fromarray(alpha))
+    picture.save(comfy_server.base / "input" / "painted.png")
+    return np.asarray(picture.convert("RGB")).astype(int)
+
+
+@pytest.fixture
+def shipped(object_info: dict[str, Any], full_pipeline: Path, models_dir: Path) -> Callable[..., Prompt]:
+    folder = {"transformer": f"{full_pipeline.name} (folder)", "text_encoder": FOLDER, "vae": FOLDER, "dtype": "fp32"}
+    prompts = {"positive": PROMPT, "negative": NEGATIVE}
+
+    def make(path: Path, picture: str) -> Prompt:
+        sample = {"seed": SEED, "steps": 2}
+        return workflow_from_picture(path, object_info, folder, picture, prompts=prompts, sample=sample)
+
+    return make
+
+
+def picture_of(client: ComfyClient, prompt: Prompt) -> np.ndarray:
+    (image,) = client.run(prompt).images()
+    return np.asarray(Image.open(io.BytesIO(client.image(image))).convert("RGB")).astype(int)
+
+
+def test_the_inpaint_graph_leaves_every_pixel_outside_its_mask_as_it_was(
+    client: ComfyClient, shipped: Callable[..., Prompt], photo: np.ndarray
+) -> None:
+    made = picture_of(client, shipped(INPAINT, "painted.png"))
+    assert made.shape == photo.shape
+    assert (made[:, :STAYS] == photo[:, :STAYS]).all()
+    assert (made[120:] == photo[120:]).all()
+    assert np.abs(made - photo)[PAINTED].mean() > 5
+
+
+def test_all_that_was_painted_is_new(client: ComfyClient, shipped: Callable[..., Prompt], photo: np.ndarray) -> None:
+    prompt = shipped(INPAINT, "painted.png")
+    # another picture instead of the decoded one: where the mask is 1, nothing else is left
+    black = ("EmptyImage", {"width": 64, "height": 64, "batch_size": 1, "color": 0})
+    made = picture_of(client, with_inputs(changed(prompt, n30=black), "19", source=["30", 0]))
+    assert made[PAINTED].max() == 0
+    assert (made[:, :STAYS] == photo[:, :STAYS]).all()
+
+
+def test_the_outpaint_graph_adds_to_a_picture_that_stays(
+    client: ComfyClient, shipped: Callable[..., Prompt], photo: np.ndarray
+) -> None:
+    made = picture_of(client, shipped(OUTPAINT, "photo.png"))
+    assert made.shape == (PHOTO[1], PHOTO[0] + 64, 3)
+    inside = PHOTO[0] - 4
+    assert (made[:, :inside] == photo[:, :inside]).all()
+    assert made[:, PHOTO[0] :].std() > 10  # grey before
+
+
+def test_the_image_to_image_graph_follows_its_picture_by_denoise(
+    client: ComfyClient, shipped: Callable[..., Prompt], photo: np.ndarray
+) -> None:
+    prompt = shipped(IMAGE_TO_IMAGE, "photo.png")
+    results = [picture_of(client, with_inputs(prompt, "4", denoise=denoise)) for denoise in (0.05, 0.5, 1.0)]
+    assert results[0].shape == (112, 144, 3)
+    changes = [np.abs(result - results[0]).mean() for result in results[1:]]
+    assert 1 < changes[0] < changes[1]
+
+
+def test_the_inpaint_graph_without_a_mask_says_how_to_paint_one(
+    client: ComfyClient, shipped: Callable[..., Prompt], photo: np.ndarray
+) -> None:
+    with pytest.raises(ExecutionFailed, match=r"noise mask is empty(.|\n)*MaskEditor"):
+        client.run(shipped(INPAINT, "photo.png"))
+
+
+def test_a_photo_that_was_not_scaled_is_refused_with_the_next_size(
+    client: ComfyClient, shipped: Callable[..., Prompt], photo: np.ndarray
+) -> None:
+    prompt = with_inputs(shipped(IMAGE_TO_IMAGE, "photo.png"), "12", pixels=["10", 0])
+    with pytest.raises(ExecutionFailed, match=r"200x144 px(.|\n)*Use 192x144; scale"):
+        client.run(prompt)
