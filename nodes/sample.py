@@ -201,7 +201,7 @@ def _noise_mask(mask: Tensor | None, latents: Tensor) -> Tensor | None:
     if not comfy.sampler_helpers.prepare_mask(masks, latents.shape, latents.device).any():
         raise InvalidRequest(
             "The noise mask is empty: nothing of the picture would change.\n\n"
-            "What to do: right-click the picture in Load Image, choose 'Open in MaskEditor' and paint over what is to "
+            "What to do: right-click the picture in Load Image, choose 'Open in Mask Editor' and paint over what is to "
             "change. Or leave out the node that sets the mask."
         )
     return masks

@@ -200,7 +200,7 @@ def test_what_the_mask_leaves_out_stays(ours: Any) -> None:
 @pytest.mark.parametrize("mask", [torch.zeros(1, 64, 64), torch.zeros(1, 1, HEIGHT, WIDTH)], ids=["LoadImage", "4D"])
 def test_an_empty_mask_is_refused_before_the_run(mask: torch.Tensor, ours: Any) -> None:
     ours.model.model.last_report = None
-    with pytest.raises(InvalidRequest, match=r"noise mask is empty(.|\n)*MaskEditor"):
+    with pytest.raises(InvalidRequest, match=r"noise mask is empty(.|\n)*Mask Editor"):
         sample(*masked(ours, mask))
     assert ours.model.model.last_report is None
 

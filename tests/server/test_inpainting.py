@@ -274,7 +274,7 @@ def test_the_image_to_image_graph_follows_its_picture_by_denoise(
 def test_the_inpaint_graph_without_a_mask_says_how_to_paint_one(
     client: ComfyClient, shipped: Callable[..., Prompt], photo: np.ndarray
 ) -> None:
-    with pytest.raises(ExecutionFailed, match=r"noise mask is empty(.|\n)*MaskEditor"):
+    with pytest.raises(ExecutionFailed, match=r"noise mask is empty(.|\n)*Mask Editor"):
         client.run(shipped(INPAINT, "photo.png"))
 
 
