@@ -4,12 +4,13 @@ import math
 from typing import Any
 
 import comfy.sample
+import comfy.sampler_helpers
 import comfy.samplers
 import comfy.utils
 import latent_preview
 from torch import Tensor
 
-from ..engine.errors import Unsupported
+from ..engine.errors import InvalidRequest, Unsupported
 from ..engine.transformer.latents import patches_of, require_even
 from ..engine.transformer.sampling import layered_sigmas, lightning_sigmas, qwen_sigmas, true_cfg
 from .model import ADDITIONAL_KEY, LowVRAMModel
@@ -141,6 +142,7 @@ class QwenLowVRAMSample:
         layered = bool(model.model.model_config.unet_config.get(ADDITIONAL_KEY))
         if not layered:
             require_even(latents, "The picture")
+        noise_mask = _noise_mask(latent_image.get("noise_mask"), latents)
         noise = comfy.sample.prepare_noise(latents, seed, latent_image.get("batch_index"))
         guided = model.clone()
         if norm_rescale and "sampler_cfg_function" in guided.model_options:
@@ -162,7 +164,7 @@ class QwenLowVRAMSample:
             negative,
             latents,
             denoise=denoise,
-            noise_mask=latent_image.get("noise_mask"),
+            noise_mask=noise_mask,
             sigmas=sigmas,
             callback=latent_preview.prepare_callback(guided, steps),
             disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
@@ -184,6 +186,28 @@ def _sigmas(scheduler: str, latents: Tensor, steps: int, denoise: float, layered
         return None
     own_sigmas = layered_sigmas if layered else qwen_sigmas
     return own_sigmas(steps, math.prod(patches_of(latents)), denoise=denoise)
+
+
+def _noise_mask(mask: Tensor | None, latents: Tensor) -> Tensor | None:
+    """A mask for each picture, (N, 1, 1, H, W): ComfyUI mixes several (N, H, W) into one, as frames of a video.
+
+    Raises InvalidRequest for more masks than pictures, and where nothing is masked: that run would change nothing.
+    """
+    if mask is None:
+        return None
+    masks = mask if mask.ndim == latents.ndim else mask.reshape(-1, 1, 1, *mask.shape[-2:])
+    if len(masks) > len(latents):
+        raise InvalidRequest(
+            f"There are {len(masks)} masks for a batch of {len(latents)}.\n\n"
+            "What to do: join the masks (MaskComposite), or make as many pictures (RepeatLatentBatch)."
+        )
+    if not comfy.sampler_helpers.prepare_mask(masks, latents.shape, latents.device).any():
+        raise InvalidRequest(
+            "The noise mask is empty: nothing of the picture would change.\n\n"
+            "What to do: right-click the picture in Load Image, choose 'Open in Mask Editor' and paint over what is to "
+            "change. Or leave out the node that sets the mask."
+        )
+    return masks
 
 
 def _rescaled_guidance(args: dict[str, Any]) -> Tensor:

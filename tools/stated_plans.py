@@ -34,8 +34,7 @@ SPEEDS_TEXT = (
     f"{TYPICAL.disk_bytes / 1e9:g} GB/s from the disk"
 )
 WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
-SIDE_PX = 1024  # of an edited picture
-PICTURE, LAYERS = "EmptySD3LatentImage", "EmptyQwenImageLayeredLatentImage"
+SIDE_PX = 1024  # of an edited picture, and of a megapixel as ComfyUI scales to it
 
 
 def plan_of(graph: Mapping[str, Any], **changed: Any) -> MemoryPlan:
@@ -44,10 +43,8 @@ def plan_of(graph: Mapping[str, Any], **changed: Any) -> MemoryPlan:
     loader = _widgets(graph, "QwenLowVRAMLoader") | changed
     sample = _widgets(graph, "QwenLowVRAMSample")
     types = [node["type"] for node in graph["nodes"]]
-    latent = next((node for node in graph["nodes"] if node["type"] in (PICTURE, LAYERS)), None)
-    width, height = latent["widgets_values"][:2] if latent else (SIDE_PX, SIDE_PX)
+    width, height, layers = _size(graph)
     references = types.count("LoadImage") if "QwenLowVRAMEncodeEditPrompt" in types else 0
-    layers = latent["widgets_values"][2] if latent and latent["type"] == LAYERS else 0
     request = SamplingRequest(
         width,
         height,
@@ -97,6 +94,20 @@ def stated(note: str, plan: MemoryPlan) -> str:
 
 def note_of(graph: Mapping[str, Any]) -> dict[str, Any]:
     return next(node for node in graph["nodes"] if node["type"] == "MarkdownNote")
+
+
+def _size(graph: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Width and height of the output, and layers: an empty latent's, a square one of a scaled or an edited picture."""
+    by_type = {node["type"]: node.get("widgets_values") for node in graph["nodes"]}
+    if "EmptyQwenImageLayeredLatentImage" in by_type:
+        width, height, layers, _ = by_type["EmptyQwenImageLayeredLatentImage"]
+        return width, height, layers
+    if "EmptySD3LatentImage" in by_type:
+        width, height, _ = by_type["EmptySD3LatentImage"]
+        return width, height, 0
+    _, megapixels, step = by_type.get("ImageScaleToTotalPixels", ("", 1.0, 1))
+    side = round(megapixels**0.5 * SIDE_PX / step) * step
+    return side, side, 0
 
 
 @cache

@@ -32,7 +32,7 @@ def require_even(latents: Tensor, what: str) -> None:
         near_w, near_h = (max(step, round(n * LATENT_PX / step) * step) for n in (width, height))
         raise InvalidRequest(
             f"{what} is {width * LATENT_PX}x{height * LATENT_PX} px; width and height must be multiples of {step}.\n"
-            f"Use {near_w}x{near_h}."
+            f"Use {near_w}x{near_h}; scale a picture to start from before it is encoded."
         )
 
 

@@ -173,7 +173,7 @@ def test_even_latents_pass() -> None:
 )
 def test_odd_latents_are_refused_with_the_nearest_size(height: int, width: int, size: str, nearest: str) -> None:
     with pytest.raises(
-        InvalidRequest, match=rf"The picture is {size} px; .* multiples of 16\.\nUse {nearest}\."
+        InvalidRequest, match=rf"The picture is {size} px; .* multiples of 16\.\nUse {nearest};"
     ) as caught:
         require_even(torch.empty(1, 16, 1, height, width), "The picture")
     w, h = map(int, nearest.split("x"))

@@ -11,10 +11,16 @@ _ALL = sorted((Path(__file__).parents[2] / "workflows").glob("*.json"))
 LIGHTNING = [path for path in _ALL if "Lightning" in path.stem]  # with a LoRA
 EDITING = [path for path in _ALL if "Edit" in path.stem]
 LAYERED = [path for path in _ALL if "layers" in path.stem]
-WORKFLOWS = [path for path in _ALL if path not in (*LIGHTNING, *EDITING, *LAYERED)]
+IMAGE_TO_IMAGE, INPAINT, OUTPAINT = (
+    next(path for path in _ALL if name in path.stem) for name in ("Image to image", "Inpaint", "Outpaint")
+)
+WORKFLOWS = [path for path in _ALL if path not in (*LIGHTNING, *EDITING, *LAYERED, IMAGE_TO_IMAGE, INPAINT, OUTPAINT)]
 FOLDER = "from the folder"
 
 Prompt = dict[str, Any]
+
+# of the scaled picture in the tests: ComfyUI's node counts 1024 * 1024 px
+MEGAPIXELS = 128 * 128 / 1024**2
 
 
 def workflow(
@@ -28,11 +34,45 @@ def workflow(
 ) -> Prompt:
     """A bundled graph with other values: loader 1, prompts 2, empty latent 3, sampler 4, decode 5, save 6."""
     graph = json.loads(path.read_text(encoding="utf-8"))
+    graph = _adapted(graph, object_info, loader, prompts, sample)
+    return to_prompt(set_widgets(graph, object_info, "EmptySD3LatentImage", **size), object_info)
+
+
+def workflow_from_picture(
+    path: Path,
+    object_info: Mapping[str, Any],
+    loader: Mapping[str, Any],
+    picture: str,
+    *,
+    prompts: Mapping[str, str],
+    sample: Mapping[str, Any],
+) -> Prompt:
+    """A bundled graph that starts from a picture, worked on at 128x128 px or as much in another shape, its edges in
+    proportion: sampler 4, decoder 5, save 6, the picture 10, what is scaled 11, and 13 which grows mask or picture."""
+    graph = json.loads(path.read_text(encoding="utf-8"))
+    graph = _adapted(graph, object_info, loader, prompts, sample)
+    small: dict[str, dict[str, Any]] = {
+        "LoadImage": {"image": picture},
+        "ImageScaleToTotalPixels": {"megapixels": MEGAPIXELS},
+        "GrowMask": {"expand": 4},
+        "ImageBlur": {"blur_radius": 2},
+        "ImagePadForOutpaint": {"left": 0, "right": 64, "feathering": 4},
+    }
+    for node, values in small.items():
+        graph = set_widgets(graph, object_info, node, **values)
+    return to_prompt(graph, object_info)
+
+
+def _adapted(
+    graph: dict[str, Any],
+    object_info: Mapping[str, Any],
+    loader: Mapping[str, Any],
+    prompts: Mapping[str, str],
+    sample: Mapping[str, Any],
+) -> dict[str, Any]:
     graph = set_widgets(graph, object_info, "QwenLowVRAMLoader", **{"weight_format": "as stored", **loader})
     graph = set_widgets(graph, object_info, "QwenLowVRAMEncodePrompts", **prompts)
-    graph = set_widgets(graph, object_info, "EmptySD3LatentImage", **size)
-    graph = set_widgets(graph, object_info, "QwenLowVRAMSample", **sample)
-    return to_prompt(graph, object_info)
+    return set_widgets(graph, object_info, "QwenLowVRAMSample", **sample)
 
 
 def changed(prompt: Mapping[str, Any], *removed: str, **nodes: tuple[str, dict[str, Any]]) -> Prompt:

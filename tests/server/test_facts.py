@@ -10,12 +10,24 @@ import numpy as np
 import pytest
 from bnb_folder import write_quantized_pipeline
 from devtools.client import ComfyClient
-from miniature.data import Item, Scene, caption
+from devtools.server import ComfyServer
+from miniature.data import Item, Scene, caption, paint
 from miniature.scorer import score
 from PIL import Image
 from split_files import write_split_files
 
-from .graphs import FOLDER, LIGHTNING, WORKFLOWS, changed, with_inputs, workflow
+from .graphs import (
+    FOLDER,
+    IMAGE_TO_IMAGE,
+    INPAINT,
+    LIGHTNING,
+    OUTPAINT,
+    WORKFLOWS,
+    changed,
+    with_inputs,
+    workflow,
+    workflow_from_picture,
+)
 
 MINIATURE = Path(__file__).parents[2] / "miniature"
 # combinations that the miniature has been trained on: this asks whether the pack draws what the weights know
@@ -155,3 +167,76 @@ def test_weights_quantized_on_load_show_it(
     report = assert_shows(client, prompt_of(WORKFLOWS[0], object_info, quantized, scene, language), scene)
     assert report["weight_format"].endswith(weight_format)
     shutil.rmtree(models_dir / "qwen_lowvram")  # other tests count what lies there
+
+
+# from a picture
+
+
+CIRCLE, SQUARE = Item("circle", "red", "large"), Item("square", "blue", "large")
+ONE, BOTH = Scene("white", (CIRCLE,), "left"), Scene("white", (CIRCLE, SQUARE), "left")
+HALF = 64  # of the picture's width
+
+
+@pytest.fixture
+def start(comfy_server: ComfyServer) -> np.ndarray:
+    """A circle in the left half; "circle.png" has the right half painted over in the MaskEditor, "half.png" lacks
+    it."""
+    picture = paint(ONE, random.Random(0))
+    alpha = np.full((128, 128, 1), 255, dtype=np.uint8)
+    alpha[:, HALF + 4 :] = 0
+    Image.fromarray(np.concatenate([picture, alpha], axis=2)).save(comfy_server.base / "input" / "circle.png")
+    Image.fromarray(picture[:, :HALF]).save(comfy_server.base / "input" / "half.png")
+    return picture
+
+
+def from_picture(path: Path, object_info: Any, loader: dict[str, Any], picture: str, scene: Scene) -> dict[str, Any]:
+    prompts = {"positive": caption(scene, "en", random.Random(0)), "negative": " "}
+    sample = {"seed": 1, "steps": 20, "cfg": 4.0}
+    return workflow_from_picture(path, object_info, loader, picture, prompts=prompts, sample=sample)
+
+
+def shown(client: ComfyClient, prompt: dict[str, Any]) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(client.image(client.run(prompt).images()[0]))).convert("RGB"))
+
+
+@pytest.mark.parametrize("sampler", ["Sample", "KSampler"])
+@pytest.mark.parametrize(("path", "picture"), [(INPAINT, "circle.png"), (OUTPAINT, "half.png")], ids=str)
+def test_a_shape_is_drawn_into_the_part_that_is_made_anew_and_the_rest_stays(
+    path: Path,
+    picture: str,
+    sampler: str,
+    client: ComfyClient,
+    object_info: Any,
+    loader: dict[str, Any],
+    start: np.ndarray,
+) -> None:
+    prompt = from_picture(path, object_info, loader, picture, BOTH)
+    if sampler == "KSampler":
+        own = ("sampler", "scheduler", "norm_rescale", "preset")
+        kept = {name: value for name, value in prompt["4"]["inputs"].items() if name not in own}
+        prompt = changed(prompt, n4=("KSampler", {**kept, "sampler_name": "euler", "scheduler": "simple"}))
+    made = shown(client, prompt)
+    assert made.shape == start.shape
+    assert (made[:, : HALF - 4] == start[:, : HALF - 4]).all()
+    verdict = score(made, BOTH)
+    assert verdict.correct, verdict
+
+
+@pytest.mark.parametrize("size", ["large", "small"])
+def test_image_to_image_keeps_the_size_and_place_of_a_shape_and_takes_the_colour_of_the_prompt(
+    size: str, client: ComfyClient, comfy_server: ComfyServer, object_info: Any, loader: dict[str, Any]
+) -> None:
+    blue = Scene("white", (Item("circle", "blue", None),), "left")  # of which size, only the picture says
+    seen = []
+    for chance in range(2):
+        picture = paint(Scene("white", (Item("circle", "red", size),), "left"), random.Random(chance))
+        Image.fromarray(picture).save(comfy_server.base / "input" / f"{size}{chance}.png")
+        made = shown(client, from_picture(IMAGE_TO_IMAGE, object_info, loader, f"{size}{chance}.png", blue))
+        verdict = score(made, blue)
+        assert verdict.correct, verdict
+        ((found,), (given,)) = verdict.found, score(picture, blue).found
+        assert found.size == given.size == size
+        assert abs(found.x - given.x) < 0.015
+        assert abs(found.y - given.y) < 0.015
+        seen.append(given)
+    assert seen[0].x - seen[1].x > 0.02  # places that the prompt does not tell apart
