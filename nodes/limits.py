@@ -1,6 +1,7 @@
 """How much memory a stage may use: the person's limits, what is free, and what our own models hold."""
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import comfy.model_management
@@ -30,28 +31,31 @@ def stage_bytes(
     wanted_bytes: int,
     *,
     reused: comfy.model_patcher.ModelPatcher | None = None,
+    beside: Sequence[comfy.model_patcher.ModelPatcher] = (),
 ) -> int:
     """What a stage may hold on `device`, at most `limit_bytes` (None: what is free) with all that is ours there.
 
     Whatever lies in the way of `wanted_bytes` is asked to leave first: other models through ComfyUI, and resident
     blocks of ours, which come back when their turn comes. `reused` is the model that the stage itself
-    works with: it stays, and counts as part of the stage.
+    works with, and `beside` are other people's that it needs as well: they stay, and count as part of the stage.
     """
     management = comfy.model_management
     wanted = wanted_bytes if limit_bytes is None else min(wanted_bytes, limit_bytes)
-    ours = [loaded for loaded in management.current_loaded_models if _is_ours(loaded.model) and loaded.device == device]
-    kept = [loaded for loaded in ours if reused is not None and reused.is_clone(loaded.model)]
+    there = [loaded for loaded in management.current_loaded_models if loaded.device == device]
+    own = [*beside, *([] if reused is None else [reused])]
+    kept = [loaded for loaded in there if any(patcher.is_clone(loaded.model) for patcher in own)]
+    others = [loaded for loaded in there if _is_ours(loaded.model) and loaded not in kept]
     held = sum(loaded.model_loaded_memory() for loaded in kept)
     if device.type != "cpu":  # as ComfyUI does: what lies in RAM is not asked to leave
         management.free_memory(wanted + HEADROOM_BYTES - held, device, keep_loaded=kept)
     free = int(management.get_free_memory(device)) + held - HEADROOM_BYTES
     if limit_bytes is None:
         return max(0, free)
-    for loaded in ours:
-        excess = _held(ours) - held + wanted - limit_bytes
-        if excess > 0 and not any(loaded is entry for entry in kept):
+    for loaded in others:
+        excess = _held(others) + wanted - limit_bytes
+        if excess > 0:
             _ask_away(loaded.model, excess)
-    return max(0, min(free, limit_bytes - (_held(ours) - held)))
+    return max(0, min(free, limit_bytes - _held(others)))
 
 
 def _is_ours(patcher: Any) -> bool:

@@ -21,6 +21,10 @@ class Lockstep:
         self._results: list[Tensor] | None = None
 
     @property
+    def recording(self) -> bool:
+        return self._recorded is not None
+
+    @property
     def active(self) -> bool:
         """Calls are being recorded or replayed, not run."""
         return self._recorded is not None or self._results is not None

@@ -17,6 +17,18 @@ from ..engine.plan.memory import MemoryPlan
 from ..engine.plan.report import MemoryReport
 from ..engine.transformer.latents import PATCH, pack, shape_in_patches, unpack
 from ..engine.transformer.model import Branch, QwenImageTransformer
+from .control import (
+    Residuals,
+    check_controls,
+    compute_once,
+    lend_base,
+    make_hints,
+    other_models,
+    residuals_of,
+    sample_of,
+    take_base_back,
+    with_controls,
+)
 from .lockstep import KEY, Lockstep
 from .native_lora import PREFIX
 from .patcher import LowVRAMPatcher
@@ -81,7 +93,10 @@ class LowVRAMModel(comfy.model_base.QwenImage):
         """What a run takes on the device beside the resident weights."""
         if self.calls.lockstep.active:
             return 0  # the calls must be made alike when they are recorded and when they are replayed
-        return self.plan.peak_bytes - self.plan.resident_bytes if self.plan else 0
+        if self.plan is None:
+            return 0
+        # the weights of ControlNets and model patches are counted by ComfyUI itself
+        return self.plan.peak_bytes - self.plan.resident_bytes - self.plan.request.controls.weights_bytes
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """The weights' names and shapes without the weights: ComfyUI's LoRA loaders look for their keys here."""
@@ -118,16 +133,26 @@ def _outer_sample(
     patcher = guider.model_patcher
     model: LowVRAMModel = patcher.model
     check_graph(guider.model_options, guider.conds)
+    check_controls(guider.conds, model.transformer.config.inner_dim)
     check_references(model.transformer.variant, guider.conds)
     check_size(model.transformer.variant, noise)
     request = request_of(guider, noise.shape, sigmas, model.transformer.config.joint_attention_dim)
     check_layers(model.transformer.variant, request.frames)
+    request, beside = with_controls(request, guider, noise.shape[0]), other_models(guider)
     model.transformer.patch(lora_patches(patcher.loras))
     model.model_loaded_weight_memory = model.transformer.loaded_bytes  # blocks that the LoRAs change have left
     speeds = KnownSpeeds(model.transformer.hardware, model.transformer.dtype, model.transformer.file)
-    model.plan = plan_run(model.transformer, request, model.limit_bytes, model.ram_limit_bytes, patcher, speeds)
+
+    def plan() -> MemoryPlan:
+        return plan_run(
+            model.transformer, request, model.limit_bytes, model.ram_limit_bytes, patcher, speeds, beside=beside
+        )
+
+    model.plan = plan()
+    if make_hints(model, guider.conds, noise):
+        model.plan = plan()  # the VAE may have moved what lay on the device
     reason = why_one_by_one(guider.model_options, KEY)
-    run = SamplingRun(model.transformer, model.plan, sigmas.cpu(), reason, speeds, model.timeline)
+    run = SamplingRun(model.transformer, model.plan, sigmas.cpu(), reason, speeds, model.timeline, beside=beside)
     model.calls.run = run
     finished = False
     try:
@@ -136,6 +161,7 @@ def _outer_sample(
         return result
     finally:
         model.calls.run = None
+        take_base_back(guider.conds)
         model.plan = run.plan
         model.model_loaded_weight_memory = model.transformer.loaded_bytes  # a smaller plan may have taken some away
         model.last_report = run.end(finished=finished)
@@ -145,9 +171,12 @@ def _calc_cond_batch(
     executor: Any, model: LowVRAMModel, conds: Any, x_in: Tensor, timestep: Tensor, model_options: Any
 ) -> Any:
     """Around the calls of one evaluation: all of them in one visit of the blocks, unless a foreign wrapper watches."""
+    calls = model.calls
+    lend_base(conds, calls.transformer)
     if why_one_by_one(model_options, KEY):
         return executor(model, conds, x_in, timestep, model_options)
-    calls = model.calls
+    if calls.run is not None:
+        conds = compute_once(conds, lambda: calls.lockstep.recording, calls.run.attempt)
     return calls.lockstep.together(lambda: executor(model, conds, x_in, timestep, model_options), calls.run_together)
 
 
@@ -210,8 +239,6 @@ class _DiffusionModel(nn.Module):
     ) -> Tensor:
         calls = self._calls
         check_patches(transformer_options)
-        if control is not None:
-            refuse("ControlNet (Apply ControlNet)", "remove the ControlNet, or use ComfyUI's own loader with it.")
         config = calls.transformer.config
         if additional_t_cond is not None and not config.use_additional_t_cond:
             refuse("Additional time conditioning", "use a Qwen-Image-Layered model, or remove the node that sets it.")
@@ -220,7 +247,8 @@ class _DiffusionModel(nn.Module):
             own_method = "negative_index"
         if ref_latents and ref_latents_method not in (None, own_method):
             refuse(f"The reference method '{ref_latents_method}'", f"set it to '{own_method}', or remove that node.")
-        call = _Call(x, timestep, context, attention_mask, ref_latents or [], additional_t_cond, self.dtype)
+        references, residuals = ref_latents or [], residuals_of(control)
+        call = _Call(x, timestep, context, attention_mask, references, additional_t_cond, residuals, self.dtype)
         return calls.lockstep.call(call, calls.run_together, lambda: torch.zeros_like(x))
 
 
@@ -235,6 +263,7 @@ class _Call:
         attention_mask: Tensor | None,
         references: list[Tensor],
         additional_t_cond: Tensor | None,
+        residuals: Residuals,
         dtype: torch.dtype,
     ) -> None:
         self._additional = [0] if additional_t_cond is None else additional_t_cond.reshape(-1).tolist()
@@ -249,6 +278,7 @@ class _Call:
         self._mask = None if attention_mask is None else attention_mask.bool()
         pictures = [reference if reference.ndim == 5 else reference.unsqueeze(2) for reference in references]
         # ComfyUI's own text nodes make references of odd sizes, and its model wraps them round to whole patches
+        self._residuals = residuals
         self._references = [pad_to_patch_size(picture, (1, PATCH, PATCH)).to(dtype) for picture in pictures]
 
     @property
@@ -271,6 +301,7 @@ class _Call:
                 prompt_mask=None if self._mask is None else _sample(self._mask, i),
                 timestep=self._timesteps[i],
                 additional_t_cond=int(self._additional[min(i, len(self._additional) - 1)]),
+                residuals=sample_of(self._residuals, i),
             )
             for i in range(self.batch)
         ]

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import comfy.model_management
 import comfy.samplers
 import torch
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ..engine.errors import DoesNotFit, InvalidRequest, Unsupported
@@ -88,10 +89,14 @@ def plan_run(
     ram_limit_bytes: int | None,
     patcher: LowVRAMPatcher,
     speeds: KnownSpeeds,
+    *,
+    beside: Sequence[ModelPatcher] = (),
 ) -> MemoryPlan:
-    """Raises DoesNotFit before anything is loaded."""
+    """`beside`: ControlNets and model patches, which the request counts. Raises DoesNotFit before anything is
+    loaded."""
     footprint = transformer.footprint
-    vram = stage_bytes(transformer.hardware.device, limit_bytes, most_bytes(footprint, request), reused=patcher)
+    most = most_bytes(footprint, request)
+    vram = stage_bytes(transformer.hardware.device, limit_bytes, most, reused=patcher, beside=beside)
     ram: int | None = ram_limit_bytes  # where the device is the host, what is free there is counted already
     if not footprint.host:
         least = least_ram_bytes(footprint, request)
@@ -131,8 +136,11 @@ class SamplingRun:
         one_by_one: str,
         speeds: KnownSpeeds,
         timeline: Timeline,
+        *,
+        beside: Sequence[ModelPatcher] = (),
     ) -> None:
         self.plan = plan
+        self._beside = beside
         self._transformer = transformer
         self._sigmas = sigmas
         self._one_by_one = one_by_one
@@ -165,14 +173,14 @@ class SamplingRun:
     def load(self) -> None:
         """Bring what stays on the device there."""
         with self._stage(Stage.LOAD, load_stage):
-            self._attempt(self._load)
+            self.attempt(self._load)
 
     def begin(self, model_sampling: Any) -> None:
         """The resident weights are on the device: compute the modulation table, then open the slots."""
         self._watch.start()
         logger.info("%s", self.plan)
         self._timesteps = [float(t) for t in model_sampling.timestep(self._sigmas[self._sigmas > 0]).float()]
-        self._attempt(self._open)
+        self.attempt(self._open)
 
     def forward(self, branches: list[Branch]) -> list[Tensor]:
         """One pass over the blocks for all branches."""
@@ -182,7 +190,7 @@ class SamplingRun:
             self._progress.step = len(self._seen) - 1
         more = timestep > min(self._timesteps, default=0.0)
         start = time.perf_counter()
-        result = self._attempt(lambda: self._opened().forward(branches, more=more, on_block=self._progress.sampling))
+        result = self.attempt(lambda: self._opened().forward(branches, more=more, on_block=self._progress.sampling))
         self._pass_seconds += time.perf_counter() - start
         self._passes += 1
         if self._passes == 1:
@@ -262,7 +270,7 @@ class SamplingRun:
         with self._timeline.stage(
             stage,
             transformer.hardware.device,
-            own_bytes=transformer.loaded_bytes,
+            own_bytes=transformer.loaded_bytes + sum(other.loaded_size() for other in self._beside),
             moved=self._moved,
             watch=self._watch,
         ) as running:
@@ -280,7 +288,7 @@ class SamplingRun:
             bus_seconds=waits.bus_seconds,
         )
 
-    def _attempt(self, action: Callable[[], T]) -> T:
+    def attempt(self, action: Callable[[], T]) -> T:
         """Do it; where memory runs out, plan smaller and do it once more. Raises OutOfMemory where that fails too."""
         for attempt in range(2):
             try:

@@ -40,14 +40,12 @@ def check_patches(options: dict[str, Any]) -> None:
 
 
 def check_graph(model_options: dict[str, Any], conds: dict[str, list[dict[str, Any]]]) -> None:
-    """Raise Unsupported for patches and ControlNets before anything is loaded."""
+    """Raise Unsupported for patches and GLIGEN before anything is loaded."""
     check_patches(model_options.get("transformer_options", {}))
     if "multigpu_clones" in model_options:
         refuse("Work split over several GPUs", "remove the multi-GPU node.")
     for entries in conds.values():
         for entry in entries:
-            if entry.get("control") is not None:
-                refuse("ControlNet (Apply ControlNet)", "remove the ControlNet, or use ComfyUI's own loader with it.")
             if entry.get("gligen") is not None:
                 refuse("GLIGEN", "remove the GLIGEN node.")
 

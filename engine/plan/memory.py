@@ -12,7 +12,7 @@ from functools import cache
 from ..errors import DoesNotFit
 from .footprint import TextEncoderFootprint, TransformerFootprint
 from .forecast import TYPICAL, Speeds, StepForecast, forecast_step
-from .request import GIB, Limits, SamplingRequest, size_text
+from .request import GIB, Controls, Limits, SamplingRequest, size_text
 
 # in the order in which they are tried; below 512 tokens a GPU is no longer filled
 MLP_CHUNKS = (None, 4096, 2048, 1024, 512)
@@ -86,11 +86,12 @@ class MemoryPlan:
         chunk = f", MLP in chunks of {self.mlp_chunk_tokens} tokens" if self.mlp_chunk_tokens else ""
         slots = f"{self.slots} slot{'s' if self.slots != 1 else ''}"
         ram = "" if self.limits.ram_bytes is None else f" of {size_text(self.limits.ram_bytes)}"
+        controls = f", {self.request.controls}" if self.request.controls else ""
         return (
             f"MemoryPlan({self.request}: {len(self.resident)} of {self.blocks} blocks resident, {len(self.held)} in "
             f"RAM, {self.from_file} read from the file, through {slots}, {size_text(self.streamed_bytes_per_step)} "
             f"per step{chunk}; peak {size_text(self.peak_bytes)} of {size_text(self.limit_bytes)}: weights "
-            f"{size_text(self.resident_bytes)}, activations {size_text(self.activation_bytes)}; RAM "
+            f"{size_text(self.resident_bytes)}, activations {size_text(self.activation_bytes)}{controls}; RAM "
             f"{size_text(self.ram_peak_bytes)}{ram}; {self.forecast}{''.join(f'; {annex}' for annex in self.annexes)})"
         )
 
@@ -233,14 +234,16 @@ class _Draft:
 
     def _peaks(self, resident: int) -> tuple[int, int, int]:
         """Of sampling, of the pass that computes the modulation table, and of one late timestep beside the slots."""
-        footprint = self.footprint
-        stays = footprint.outside_bytes + resident * footprint.resident_block_bytes
+        footprint, controls = self.footprint, self.request.controls
+        stays = footprint.outside_bytes + resident * footprint.resident_block_bytes + controls.weights_bytes
         staging = 0 if resident == footprint.blocks else footprint.staging_bytes
         modulation = footprint.modulation_slot_bytes
         decoding = footprint.modulation_staging_bytes + footprint.modulation_scratch_bytes
         run = stays + self._slots(resident) * footprint.slot_bytes + staging + footprint.scratch_bytes
+        run += controls.held_bytes
+        widest = max(activation_bytes(footprint, self.request, self.chunk), controls.working_bytes)
         return (
-            run + footprint.row_bytes + activation_bytes(footprint, self.request, self.chunk),
+            run + footprint.row_bytes + widest,
             stays + 2 * modulation + decoding + footprint.row_bytes,
             run + modulation + decoding + footprint.row_bytes,
         )
@@ -314,7 +317,11 @@ def spread_order(blocks: int) -> tuple[int, ...]:
 def _refusal(footprint: TransformerFootprint, request: SamplingRequest, limits: Limits) -> str:
     need, need_ram = least_bytes(footprint, request), least_ram_bytes(footprint, request)
     short_of_ram = limits.ram_bytes is not None and need_ram > limits.ram_bytes
-    ways = []
+    ways, beside = [], ""
+    if request.controls:
+        beside = f", {request.controls} of it"
+        if _fits(footprint, replace(request, controls=Controls()), limits):
+            ways.append("no ControlNet and no model patch")
     fewer = next(
         (n for n in range(request.branches - 1, 0, -1) if _fits(footprint, replace(request, branches=n), limits)), None
     )
@@ -333,7 +340,7 @@ def _refusal(footprint: TransformerFootprint, request: SamplingRequest, limits: 
     ways.append(" and ".join(raised))
     what = size_text(need) + (f" and {size_text(need_ram)} of RAM" if short_of_ram else "")
     limit = str(limits) if short_of_ram else size_text(limits.vram_bytes)
-    return f"Sampling needs {what} at least, the limit is {limit} ({request}).\nUse {', or '.join(ways)}."
+    return f"Sampling needs {what} at least{beside}, the limit is {limit} ({request}).\nUse {', or '.join(ways)}."
 
 
 def _fits(footprint: TransformerFootprint, request: SamplingRequest, limits: Limits) -> bool:

@@ -64,6 +64,8 @@ class MemoryReport:
             f"from the file ({size_text(self.fetched_bytes)}), modulation {size_text(self.modulation_bytes)}, "
             f"{self.waited_disk_seconds:.1f} s waited for the disk, {self.waited_bus_seconds:.1f} s for the bus",
         ]
+        if self.plan.request.controls:
+            lines.append(f"  beside the transformer: {self.plan.request.controls} planned, counted above")
         if self.out_of_memory:
             lines.append(f"  memory ran out {self.out_of_memory} times; the plan above is the last")
         if self.one_by_one:

@@ -29,12 +29,35 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Controls:
+    """What ControlNets and model patches take on the device beside the transformer, in bytes.
+
+    weights_bytes: stay there for the whole run. held_bytes: what they hand to the blocks, kept while those are visited.
+    working_bytes: their own pass at its widest, made before the blocks are visited.
+    """
+
+    weights_bytes: int = 0
+    held_bytes: int = 0
+    working_bytes: int = 0
+
+    def __bool__(self) -> bool:
+        return self != Controls()
+
+    def __str__(self) -> str:
+        return (
+            f"ControlNets and model patches {size_text(self.weights_bytes + self.held_bytes)} "
+            f"(weights {size_text(self.weights_bytes)})"
+        )
+
+
+@dataclass(frozen=True)
 class SamplingRequest:
     """What one step has to compute.
 
     width, height: of the picture in px. branches: prompts times pictures that run through a block in turn.
     prompt_tokens: of the longest prompt. reference_tokens: of all reference pictures of a branch together.
     timesteps: how many the run has. frames: of the picture's latent; one more than the layers it is taken apart into.
+    controls: what runs beside the transformer, for this size and batch.
     """
 
     width: int
@@ -44,6 +67,7 @@ class SamplingRequest:
     reference_tokens: int = 0
     timesteps: int = 50
     frames: int = 1
+    controls: Controls = Controls()
 
     def __post_init__(self) -> None:
         if self.width % PATCH_PX or self.height % PATCH_PX or min(self.width, self.height) < PATCH_PX:

@@ -241,30 +241,35 @@ def encode_stage(
 
 
 def load_stage(footprint: TransformerFootprint, plan: MemoryPlan, speeds: Speeds = TYPICAL) -> StagePlan:
-    """Resident blocks come from the file."""
+    """Resident blocks come from the file; ControlNets and model patches come as well, and are counted as weights."""
     seconds = _moving_seconds(len(plan.resident) * footprint.stored_bytes, footprint, speeds)
-    ram = footprint.ring_bytes + (plan.resident_bytes if footprint.host else 0)
-    return StagePlan(Stage.LOAD, plan.resident_bytes, 0, 0, ram, seconds)
+    weights = plan.resident_bytes + plan.request.controls.weights_bytes
+    ram = footprint.ring_bytes + (weights if footprint.host else 0)
+    return StagePlan(Stage.LOAD, weights, 0, 0, ram, seconds)
 
 
 def modulation_stage(footprint: TransformerFootprint, plan: MemoryPlan, speeds: Speeds = TYPICAL) -> StagePlan:
     """One pass over the modulation weights, for all timesteps of a run; nothing is held in host memory yet."""
-    passing = plan.modulation_peak_bytes - plan.resident_bytes - footprint.row_bytes
+    weights = plan.resident_bytes + plan.request.controls.weights_bytes
+    passing = plan.modulation_peak_bytes - weights - footprint.row_bytes
     seconds = _moving_seconds(footprint.blocks * footprint.modulation_stored_bytes, footprint, speeds)
     ram = plan.ram_peak_bytes - len(plan.held) * footprint.stored_bytes
-    return StagePlan(Stage.MODULATION, plan.resident_bytes, passing, footprint.row_bytes, ram, seconds)
+    return StagePlan(Stage.MODULATION, weights, passing, footprint.row_bytes, ram, seconds)
 
 
 def sampling_stage(footprint: TransformerFootprint, plan: MemoryPlan, speeds: Speeds = TYPICAL) -> StagePlan:
     """All steps. In the first one, blocks that will be held in host memory come from the file too."""
-    activations = plan.activation_bytes + footprint.row_bytes
+    controls = plan.request.controls
+    weights = plan.resident_bytes + controls.weights_bytes
+    widest = max(plan.activation_bytes, controls.working_bytes)
+    activations = widest + controls.held_bytes + footprint.row_bytes
     first = forecast_step(
         footprint, plan.request, speeds, streamed=plan.streamed, from_file=plan.streamed, slots=plan.slots
     )
     return StagePlan(
         Stage.SAMPLING,
-        plan.resident_bytes,
-        plan.sampling_peak_bytes - plan.resident_bytes - activations,
+        weights,
+        plan.sampling_peak_bytes - weights - activations,
         activations,
         plan.ram_peak_bytes,
         first.seconds + (plan.request.timesteps - 1) * plan.forecast.seconds,

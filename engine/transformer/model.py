@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import Enum
+from functools import reduce
+from operator import add
 
 import torch
 from diffusers import QwenImageTransformer2DModel
@@ -37,6 +39,7 @@ class Branch:
     shapes: (frames, height, width) in patches, of the picture, then of each reference; layers are frames.
     prompt_embeds: (1, L, joint_attention_dim); prompt_mask: (1, L) bool, None where nothing is masked.
     timestep: sigma, 0..1. additional_t_cond: which of the model's two additional conditions, where it has them.
+    residuals: of each ControlNet what is added behind each block, (1, n, dim) for the first n tokens, or None.
     """
 
     tokens: Tensor
@@ -45,6 +48,7 @@ class Branch:
     prompt_mask: Tensor | None
     timestep: float
     additional_t_cond: int = 0
+    residuals: tuple[Sequence[Tensor | None], ...] = ()
 
     @property
     def moment(self) -> Moment:
@@ -97,6 +101,11 @@ class QwenImageTransformer:
     def footprint(self) -> TransformerFootprint:
         """What a plan is made from; patches count."""
         return self._parts.footprint
+
+    @property
+    def outside(self) -> QwenImageTransformer2DModel:
+        """diffusers' model without its blocks; its weights are on the device after `return_outside`."""
+        return self._outside
 
     @property
     def weights(self) -> dict[str, tuple[int, ...]]:
@@ -289,6 +298,7 @@ class TransformerSession:
             rotary=(rotary[0].to(device), rotary[1].to(device)),
             modulate_index=index,
             row=row,
+            residuals=branch.residuals,
         )
 
     def _finish(self, branch: Branch, state: "_State") -> Tensor:
@@ -308,9 +318,10 @@ class _State:
     rotary: tuple[Tensor, Tensor]
     modulate_index: Tensor | None
     row: ModulationRow
+    residuals: tuple[Sequence[Tensor | None], ...]
 
     def move(self, device: torch.device) -> None:
-        """Hand everything but the table's row on to `device`."""
+        """Hand everything but the table's row and the residuals on to `device`."""
         self.img, self.txt, self.temb = self.img.to(device), self.txt.to(device), self.temb.to(device)
         self.rotary = (self.rotary[0].to(device), self.rotary[1].to(device))
         self.mask = None if self.mask is None else self.mask.to(device)
@@ -329,3 +340,12 @@ class _State:
             modulate_index=self.modulate_index,
         )
         del block.img_mod.value, block.txt_mod.value  # a resident block would keep the row on the device
+        self._add_residuals(index)
+
+    def _add_residuals(self, index: int) -> None:
+        """Behind block `index`. Several are summed up first, in their order, as ComfyUI does it."""
+        added = [net[index] for net in self.residuals if index < len(net)]
+        present = [residual for residual in added if residual is not None]
+        if present:
+            total = reduce(add, present).to(self.img.device)
+            self.img[:, : total.shape[1]] += total

@@ -29,7 +29,7 @@ from qwenimage_lowvram.engine.plan.memory import (
     text_encoder_peak_bytes,
 )
 from qwenimage_lowvram.engine.plan.report import MemoryReport
-from qwenimage_lowvram.engine.plan.request import GIB, Limits, SamplingRequest, size_text
+from qwenimage_lowvram.engine.plan.request import GIB, Controls, Limits, SamplingRequest, size_text
 
 ALIAS = Path(__file__).parents[2] / "tools" / "alias"
 MIB = 1024**2
@@ -99,6 +99,10 @@ requests = st.builds(
     prompt_tokens=st.integers(1, 2000),
     reference_tokens=st.sampled_from([0, 0, 4096, 12000]),
     timesteps=st.integers(1, 100),
+    controls=st.one_of(
+        st.just(Controls()),
+        st.builds(Controls, *(st.integers(0, most).map(lambda n: n * MIB) for most in (5000, 900, 900))),
+    ),
 )
 rates = st.sampled_from([1e8, 1e9, 2e9, 6e9, 25e9])
 speeds = st.builds(Speeds, st.sampled_from([1e11, 2e12, 20e12, 200e12]), rates, rates)
@@ -278,6 +282,20 @@ def test_a_refusal_does_not_fit_and_what_it_suggests_does(
         raised = replace(raised, ram_bytes=round(float(needed) * GIB))
     assert raised != allowed
     assert plan_memory(footprint, request, raised)
+
+
+def test_controls_are_counted_and_named() -> None:
+    request = SamplingRequest(1328, 1328, 2, 512)
+    controlled = replace(request, controls=Controls(3 * GIB, GIB // 4, GIB))
+    assert least_bytes(REAL, controlled) - least_bytes(REAL, request) == pytest.approx(3.5 * GIB, abs=0.25 * GIB)
+    plan, alone = (plan_memory(REAL, asked, Limits(12 * GIB)) for asked in (controlled, request))
+    assert 7 <= len(alone.resident) - len(plan.resident) <= 9  # blocks of 0.42 GiB
+    assert "ControlNets and model patches 3.25 GiB (weights 3.00 GiB)" in str(plan)
+    assert "ControlNet" not in str(alone)
+    with pytest.raises(DoesNotFit) as caught:
+        plan_memory(REAL, controlled, Limits(2 * GIB))
+    assert "at least, ControlNets and model patches 3.25 GiB (weights 3.00 GiB) of it, the limit" in str(caught.value)
+    assert "Use no ControlNet and no model patch, or" in str(caught.value)
 
 
 def test_a_refusal_for_want_of_ram_says_so() -> None:

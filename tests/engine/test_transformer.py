@@ -3,6 +3,7 @@
 import copy
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def make_branch(
 
 
 @torch.no_grad()
-def diffusers_forward(model: Any, branch: Branch) -> Tensor:
+def diffusers_forward(model: Any, branch: Branch, residuals: Sequence[Tensor] | None = None) -> Tensor:
     """As the pipeline calls it: its timestep is cast to the latents' dtype, and then divided."""
     timestep = torch.tensor([branch.timestep]).mul(1000).to(branch.tokens.dtype) / 1000
     out = model(
@@ -59,6 +60,7 @@ def diffusers_forward(model: Any, branch: Branch) -> Tensor:
         encoder_hidden_states_mask=branch.prompt_mask,
         timestep=timestep,
         img_shapes=[list(branch.shapes)],
+        controlnet_block_samples=residuals,
         return_dict=False,
     )[0]
     frames, height, width = branch.shapes[0]
@@ -120,6 +122,25 @@ def test_whatever_way_the_blocks_take_the_result_is_diffusers_own(
     dtype: torch.dtype, tiny: Tiny, hardware: Hardware
 ) -> None:
     assert is_diffusers_own("references", dtype, {"zero_cond_t": True}, tiny, hardware, [1, 2, 3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_residuals_are_added_where_diffusers_adds_them(dtype: torch.dtype, tiny: Tiny, hardware: Hardware) -> None:
+    model, folder = tiny(dtype)
+    transformer = QwenImageTransformer(
+        open_checkpoint(folder), dtype=dtype, hardware=hardware, rounding=TimestepRounding.DIFFUSERS
+    )
+    transformer.load(RESIDENT[2])
+    branch, plain = make_branch(13, dtype=dtype), make_branch(5, dtype=dtype)
+    generator = torch.Generator().manual_seed(1)
+    added = [torch.randn(1, branch.tokens.shape[1], 64, generator=generator).to(dtype) for _ in range(LAYERS)]
+    expected = [diffusers_forward(model, branch, added), diffusers_forward(model, plain)]
+    halves = tuple([part * residual for residual in added] for part in (0.25, 0.75))
+    for residuals in ((added,), halves, ([None] * LAYERS, added), (added, [])):
+        result = run(transformer, [replace(branch, residuals=residuals), plain])
+        for made, wanted in zip(result, expected, strict=True):
+            assert torch.equal(made, wanted) if residuals is not halves else torch.allclose(made, wanted, atol=0.1)
+    assert not torch.equal(expected[0], run(transformer, [branch])[0])
 
 
 @pytest.mark.parametrize("chunk", [64, 80, 100])

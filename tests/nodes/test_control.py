@@ -1,0 +1,334 @@
+"""ControlNets beside our MODEL: ComfyUI's own loader and nodes, against ComfyUI's own model on the same weights."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from control_files import write_fun, write_instantx
+from diffusers import QwenImageTransformer2DModel
+from live_bytes import LiveBytes
+from native_sizes import teach
+from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
+from qwenimage_lowvram.engine.errors import DoesNotFit, Unsupported
+from qwenimage_lowvram.engine.families.variants import Variant
+from qwenimage_lowvram.engine.plan.memory import least_bytes
+from qwenimage_lowvram.engine.plan.request import Controls, SamplingRequest, size_text
+from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from .conftest import cond, empty_latent
+from .test_model import STEPS, ksampler, one_by_one, references
+from .test_native_editing import native_model, picture
+from .test_out_of_memory import FullMemory
+
+SIZE = 256, 256
+MANY = 20  # layers: each residual is for three blocks
+Apply = Callable[..., tuple[Any, Any]]
+
+
+@pytest.fixture(scope="module")
+def files(small_pipeline: Path, comfy: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("controlnet")
+    write_instantx(folder / "union.safetensors", small_pipeline / "transformer", layers=MANY)
+    write_instantx(folder / "other.safetensors", small_pipeline / "transformer", layers=2, seed=21)
+    write_instantx(folder / "inpaint.safetensors", small_pipeline / "transformer", layers=2, mask_channels=4)
+    write_fun(folder / "fun.safetensors", small_pipeline / "transformer")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def load(files: Path, comfy: Any) -> Iterator[Callable[[str], Any]]:
+    """ComfyUI's ControlNetLoader; each file once."""
+    import comfy.model_detection
+    import folder_paths
+
+    import nodes
+
+    folder_paths.add_model_folder_path("controlnet", str(files))
+    loaded: dict[str, Any] = {}
+
+    def load(name: str) -> Any:
+        if name not in loaded:
+            loaded[name] = nodes.ControlNetLoader().load_controlnet(f"{name}.safetensors")[0]
+        return loaded[name]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comfy.model_detection, "detect_unet_config", comfy.model_detection.detect_unet_config)
+        teach()
+        yield load
+
+
+@pytest.fixture(scope="module")
+def vae(small_pipeline: Path, comfy: Any) -> Any:
+    from qwenimage_lowvram.nodes.vae import make_vae
+
+    return make_vae(open_checkpoint(small_pipeline / "vae"), dtype=torch.float32, limit_bytes=None)
+
+
+@pytest.fixture(scope="module")
+def native(small_pipeline: Path, comfy: Any) -> Any:
+    return native_model(small_pipeline, Variant.QWEN_IMAGE)
+
+
+@pytest.fixture
+def apply(load: Callable[[str], Any], vae: Any) -> Apply:
+    """ComfyUI's 'Apply ControlNet' on both prompts; the hint is of another size than the picture."""
+
+    def apply(positive: Any, negative: Any, net: str = "union", seed: int = 3, **options: Any) -> tuple[Any, Any]:
+        import nodes
+
+        settings = {"strength": 0.8, "start_percent": 0.0, "end_percent": 1.0, "image": picture(120, 72, seed)}
+        node = nodes.ControlNetApplyAdvanced()
+        result: tuple[Any, Any] = node.apply_controlnet(positive, negative, load(net), vae=vae, **(settings | options))
+        return result
+
+    return apply
+
+
+def both(model: Any, native: Any, conds: tuple[Any, Any], latent: Any = None, *args: Any, **options: Any) -> Any:
+    """Our latents, after comparing them with those of ComfyUI's own model."""
+    latent = empty_latent() if latent is None else latent
+    made = ksampler(model, *conds, latent, *args, **options)
+    wanted = ksampler(native, *conds, latent, *args, **options)
+    assert wanted.std() > 0.5
+    assert (made - wanted).abs().max() < 1e-4
+    return made
+
+
+def inpainting(apply: Apply, load: Any, vae: Any) -> tuple[Any, Any]:
+    from comfy_extras.nodes_controlnet import ControlNetInpaintingAliMamaApply
+
+    mask = torch.zeros(1, 72, 120)
+    mask[:, 20:50, 30:90] = 1
+    node = ControlNetInpaintingAliMamaApply
+    return node.execute(cond(), cond(5, 2), load("inpaint"), vae, picture(120, 72), mask, 0.9, 0.0, 1.0).result
+
+
+CASES: dict[str, Callable[[Apply], tuple[Any, Any]]] = {
+    "prompts of different length": lambda apply: apply(cond(), cond(5, 2)),
+    "prompts of the same length": lambda apply: apply(cond(), cond(9, 2)),
+    "the positive prompt alone": lambda apply: (apply(cond(), cond(5, 2))[0], cond(5, 2)),
+    "the beginning alone": lambda apply: apply(cond(), cond(5, 2), end_percent=0.5),
+    "the end alone": lambda apply: apply(cond(), cond(5, 2), start_percent=0.5),
+    "two nets": lambda apply: apply(*apply(cond(), cond(5, 2)), net="other", seed=4, strength=0.5),
+    "two nets, one after the other": lambda apply: apply(
+        *apply(cond(), cond(5, 2), end_percent=0.5), net="other", start_percent=0.5
+    ),
+    "the same net twice": lambda apply: apply(*apply(cond(), cond(5, 2)), seed=4),
+    "a reference": lambda apply: apply(cond(reference_latents=references((8, 8))), cond(5, 2)),
+    "an area": lambda apply: apply(cond() + cond(7, 3, area=(4, 8, 0, 2)), cond(5, 2)),
+    "Fun": lambda apply: apply(cond(), cond(5, 2), net="fun"),
+    "Fun behind Union": lambda apply: apply(*apply(cond(), cond(5, 2)), net="fun"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_controlled_picture_is_that_of_comfyuis_own_model(case: str, model: Any, native: Any, apply: Apply) -> None:
+    conds = CASES[case](apply)
+    made = both(model, native, conds)
+    assert (made - ksampler(model, cond(), cond(5, 2), empty_latent())).abs().max() > 0.01
+    report = model.model.last_report
+    assert report.one_by_one == ""
+    assert report.passes == STEPS
+
+
+def test_inpainting_is_that_of_comfyuis_own_model(model: Any, native: Any, apply: Apply, load: Any, vae: Any) -> None:
+    both(model, native, inpainting(apply, load, vae))
+
+
+@pytest.mark.parametrize("hints", [1, 2])
+def test_a_batch_takes_one_hint_for_all_or_one_for_each(model: Any, native: Any, apply: Apply, hints: int) -> None:
+    image = torch.cat([picture(120, 72, seed) for seed in range(hints)])
+    both(model, native, apply(cond(), cond(9, 2), image=image), empty_latent(batch=2))
+
+
+def test_calls_one_by_one_are_controlled_the_same(model: Any, native: Any, apply: Apply) -> None:
+    for net in ("union", "fun"):
+        conds = apply(cond(), cond(5, 2), net=net)
+        together = both(model, native, conds)
+        alone = ksampler(one_by_one(model), *conds, empty_latent())
+        assert "wrapper" in model.model.last_report.one_by_one
+        assert (together - alone).abs().max() < 1e-5
+
+
+def test_the_sample_node_and_custom_samplers_are_controlled_too(model: Any, native: Any, apply: Apply) -> None:
+    import comfy.samplers
+    from comfy_extras.nodes_custom_sampler import BasicScheduler, CFGGuider, RandomNoise, SamplerCustomAdvanced
+    from qwenimage_lowvram.nodes.sample import QwenLowVRAMSample
+
+    conds = apply(cond(), cond(5, 2))
+
+    def custom(model: Any) -> torch.Tensor:
+        guider = CFGGuider.execute(model, *conds, 3.0)[0]
+        sigmas = BasicScheduler.execute(model, "simple", STEPS, 1.0)[0]
+        noise, sampler = RandomNoise.execute(5)[0], comfy.samplers.sampler_object("euler")
+        result: torch.Tensor = SamplerCustomAdvanced.execute(noise, guider, sampler, sigmas, empty_latent())[0][
+            "samples"
+        ]
+        return result
+
+    assert (custom(model) - custom(native)).abs().max() < 1e-4
+    out = QwenLowVRAMSample().sample(model, *conds, empty_latent(), 5, STEPS, 3.0, "euler", "simple", 1.0, False)
+    wanted = ksampler(native, *conds, empty_latent(), seed=5)
+    assert (out["result"][0]["samples"] - wanted).abs().max() < 1e-4
+
+
+def test_a_controlnet_computes_once_for_each_condition_and_step(model: Any, load: Any, apply: Apply) -> None:
+    passes = 0
+
+    def count(*_: Any) -> None:
+        nonlocal passes
+        passes += 1
+
+    handle = load("union").control_model.register_forward_hook(count)
+    try:
+        ksampler(model, *apply(cond(), cond(5, 2)), empty_latent())
+    finally:
+        handle.remove()
+    assert passes == 2 * STEPS
+
+
+def test_its_picture_is_encoded_before_the_run(model: Any, vae: Any, apply: Apply) -> None:
+    when = []
+    encode = vae.encode
+
+    def watch(image: torch.Tensor) -> Any:
+        when.append(model.model.calls.run is None)
+        return encode(image)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vae, "encode", watch)
+        ksampler(model, *apply(cond(), cond(5, 2)), empty_latent())
+    assert when == [True]
+
+
+# memory
+
+
+def controlled(model: Any, conds: tuple[Any, Any]) -> SamplingRequest:
+    """What the last run planned for."""
+    ksampler(model, *conds, empty_latent(*SIZE))
+    request: SamplingRequest = model.model.last_report.plan.request
+    assert request.controls
+    return request
+
+
+@contextmanager
+def bfloat16_by_default() -> Iterator[None]:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def fake_net(kind: str) -> Any:
+    """A ControlNet of the real size on a card that is not there."""
+    import comfy.controlnet
+    import comfy.ldm.qwen_image.controlnet as controlnet
+    import comfy.ops
+
+    options = {"device": "cuda", "dtype": torch.bfloat16, "operations": comfy.ops.disable_weight_init}
+    if kind == "union":
+        return comfy.controlnet.ControlNet(controlnet.QwenImageControlNetModel(num_layers=5, **options))
+    return comfy.controlnet.QwenFunControlNet(controlnet.QwenImageFunControlNetModel(**options))
+
+
+@pytest.mark.parametrize("kind", ["union", "fun"])
+@pytest.mark.parametrize(("width", "height", "batch"), [(1328, 1328, 1), (1664, 928, 2), (512, 512, 1)])
+def test_a_pass_of_a_controlnet_of_the_real_size_takes_what_is_planned(
+    kind: str, width: int, height: int, batch: int, comfy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import comfy.ldm.qwen_image.model as qwen
+    from comfy.ldm.modules.attention import attention_pytorch
+    from qwenimage_lowvram.nodes.control import BorrowedBase, held_bytes, working_bytes
+
+    monkeypatch.setattr(qwen, "optimized_attention_masked", attention_pytorch)  # as on a card
+    request = SamplingRequest(width, height, 2 * batch, 512)
+    with bfloat16_by_default(), FakeTensorMode(), LiveBytes("cuda") as live:
+        net = fake_net(kind)
+        with torch.device("cuda"):
+            base = QwenImageTransformer2DModel(num_layers=0)
+        inputs = {
+            "x": torch.empty(batch, 16, 1, height // 8, width // 8, device="cuda", dtype=torch.bfloat16),
+            "timesteps": torch.empty(batch, device="cuda", dtype=torch.bfloat16),
+            "context": torch.empty(batch, 512, 3584, device="cuda", dtype=torch.bfloat16),
+            "base_model": BorrowedBase(128, (16, 56, 56), base),
+        }
+        before = live.now
+        hint = torch.empty_like(inputs["x"])
+        live.reset_peak()
+        answer = net.control_model(hint=hint, **inputs)
+        held, peak = live.now - before, live.peak - before
+        del answer
+    planned = held_bytes(net, request, batch)
+    assert 0.8 * planned < held <= planned
+    planned += working_bytes(net, request, batch)
+    assert 0.7 * planned < peak <= planned
+
+
+def test_a_controlnet_is_named_in_plan_report_and_refusal(
+    model: Any, transformer: QwenImageTransformer, apply: Apply, load: Any
+) -> None:
+    conds = apply(cond(), cond(5, 2))
+    request = controlled(model, conds)
+    weights = load("union").control_model_wrapped.model_size()
+    assert request.controls.weights_bytes == weights
+    words = f"(weights {size_text(weights)})"
+    report = model.model.last_report
+    assert f"ControlNets and model patches {size_text(weights + request.controls.held_bytes)} {words}" in str(
+        report.plan
+    )
+    assert "beside the transformer: ControlNets and model patches" in str(report)
+    model.detach()
+    fetched = transformer.store.fetched_blocks
+    model.model.limit_bytes = least_bytes(transformer.footprint, request) - 1
+    with pytest.raises(DoesNotFit, match="no ControlNet and no model patch") as refusal:
+        ksampler(model, *conds, empty_latent(*SIZE))
+    assert words in str(refusal.value)
+    assert transformer.store.fetched_blocks == fetched
+    ksampler(model, cond(), cond(5, 2), empty_latent(*SIZE))
+    assert model.model.last_report.plan.request.controls == Controls()
+
+
+def test_memory_that_runs_out_once_changes_no_controlled_picture(model: Any, apply: Apply) -> None:
+    conds = apply(cond(), cond(5, 2), net="other")
+
+    def sample() -> torch.Tensor:
+        model.detach()
+        return ksampler(model, *conds, empty_latent(), steps=2)
+
+    expected = sample()
+    with FullMemory(0, 0) as memory:
+        sample()
+    retried = 0
+    for point in range(1, memory.operations, memory.operations // 60):
+        try:
+            with FullMemory(point, 1):
+                made = sample()
+        except (torch.OutOfMemoryError, DoesNotFit):
+            continue  # in ComfyUI's own operations around the run, or in the VAE
+        assert torch.equal(made, expected)
+        retried += model.model.last_report.out_of_memory
+    assert retried > 30
+
+
+# what is refused
+
+
+def test_a_controlnet_for_another_width_is_refused(model: Any, apply: Apply, load: Any) -> None:
+    conds = apply(cond(), cond(5, 2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load("union").control_model, "inner_dim", 3072)
+        with pytest.raises(Unsupported, match="3072 wide where the model is 64"):
+            ksampler(model, *conds, empty_latent())
+
+
+def test_a_run_that_fails_leaves_no_model_with_a_controlnet(model: Any, apply: Apply, load: Any) -> None:
+    conds = apply(cond(), cond(5, 2), net="fun")
+    with FullMemory(400, 10**9), pytest.raises(torch.OutOfMemoryError):
+        ksampler(model, *conds, empty_latent())
+    assert "base_model" not in conds[0][0][1]["control"].extra_args

@@ -1,0 +1,32 @@
+"""Let ComfyUI's own loaders open small Qwen-Image files: they take heads and widths for granted, and not from shapes.
+
+A real server loads it as a custom node.
+"""
+
+from typing import Any
+
+import comfy.model_detection
+
+NODE_CLASS_MAPPINGS: dict[str, Any] = {}
+_ROPE_AXES = {32: [4, 14, 14], 64: [8, 28, 28], 128: [16, 56, 56]}
+
+
+def teach() -> None:
+    """From now on, in this process."""
+    detect = comfy.model_detection.detect_unet_config
+
+    def detect_with_sizes(state_dict: Any, key_prefix: str, *args: Any, **kwargs: Any) -> Any:
+        config = detect(state_dict, key_prefix, *args, **kwargs)
+        if config is not None and config.get("image_model") == "qwen_image":
+            head_dim = state_dict[f"{key_prefix}transformer_blocks.0.attn.norm_q.weight"].shape[0]
+            config["attention_head_dim"] = head_dim
+            config["num_attention_heads"] = state_dict[f"{key_prefix}img_in.weight"].shape[0] // head_dim
+            config["joint_attention_dim"] = state_dict[f"{key_prefix}txt_norm.weight"].shape[0]
+            config["axes_dims_rope"] = _ROPE_AXES[head_dim]
+        return config
+
+    comfy.model_detection.detect_unet_config = detect_with_sizes
+
+
+if __name__ != "native_sizes":  # not imported by a test, but by ComfyUI
+    teach()
