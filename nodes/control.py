@@ -18,8 +18,10 @@ from comfy.ldm.qwen_image.controlnet import QwenImageControlNetModel, QwenImageF
 from diffusers import QwenImageTransformer2DModel
 from torch import Tensor
 
+from ..engine.plan.footprint import TransformerFootprint
 from ..engine.plan.request import Controls, SamplingRequest
 from ..engine.transformer.model import QwenImageTransformer
+from .patches import patched_bytes
 from .unsupported import refuse
 
 Conds = dict[str, list[dict[str, Any]]]
@@ -70,7 +72,9 @@ def other_models(guider: Any) -> list[comfy.model_patcher.ModelPatcher]:
     return list(dict.fromkeys([*models, *patcher.get_nested_additional_models(), *patcher.model_patches_models()]))
 
 
-def with_controls(request: SamplingRequest, guider: Any, batch: int) -> SamplingRequest:
+def with_controls(
+    request: SamplingRequest, guider: Any, batch: int, footprint: TransformerFootprint
+) -> SamplingRequest:
     """The request with what runs beside the transformer; `batch` pictures are made at a time."""
     entries = [entry for entries in guider.conds.values() for entry in entries or ()]
     controls = [entry["control"] for entry in entries if entry.get("control") is not None]
@@ -81,7 +85,12 @@ def with_controls(request: SamplingRequest, guider: Any, batch: int) -> Sampling
     working = max((working_bytes(net, picture, batch) for net in _nets(entries)), default=0)
     _, asked = comfy.sampler_helpers.get_additional_models(guider.conds, guider.model_patcher.model_dtype())
     weights = sum(model.model_size() for model in other_models(guider))
-    return replace(request, controls=Controls(int(weights), held, working + int(asked)))
+    options = guider.model_options.get("transformer_options", {})
+    patches = patched_bytes(options, request, footprint, batch)
+    return replace(
+        request,
+        controls=Controls(int(weights), held + patches.held_bytes, max(working + int(asked), patches.working_bytes)),
+    )
 
 
 def _dtype(net: Any) -> torch.dtype:

@@ -1,6 +1,8 @@
 """Our transformer as ComfyUI's MODEL: what native samplers call, translated to branches."""
 
 import logging
+from collections.abc import Iterable
+from math import prod
 from typing import Any
 
 import comfy.model_base
@@ -15,6 +17,7 @@ from ..engine.errors import Unsupported
 from ..engine.lora.patch import lora_patches
 from ..engine.plan.memory import MemoryPlan
 from ..engine.plan.report import MemoryReport
+from ..engine.transformer.hooks import Hooked
 from ..engine.transformer.latents import PATCH, pack, shape_in_patches, unpack
 from ..engine.transformer.model import Branch, QwenImageTransformer
 from .control import (
@@ -32,10 +35,11 @@ from .control import (
 from .lockstep import KEY, Lockstep
 from .native_lora import PREFIX
 from .patcher import LowVRAMPatcher
+from .patches import BlockPatches, check_patches, has_patches, make_images_fit, sees_each_call
 from .run import SamplingRun, plan_run, request_of
 from .speeds import KnownSpeeds
 from .timeline import Timeline
-from .unsupported import check_graph, check_layers, check_patches, check_references, check_size, refuse, why_one_by_one
+from .unsupported import check_graph, check_layers, check_references, check_size, refuse, why_one_by_one
 
 logger = logging.getLogger(__name__)
 
@@ -133,12 +137,15 @@ def _outer_sample(
     patcher = guider.model_patcher
     model: LowVRAMModel = patcher.model
     check_graph(guider.model_options, guider.conds)
+    options = guider.model_options.get("transformer_options", {})
+    check_patches(options)
     check_controls(guider.conds, model.transformer.config.inner_dim)
     check_references(model.transformer.variant, guider.conds)
     check_size(model.transformer.variant, noise)
     request = request_of(guider, noise.shape, sigmas, model.transformer.config.joint_attention_dim)
     check_layers(model.transformer.variant, request.frames)
-    request, beside = with_controls(request, guider, noise.shape[0]), other_models(guider)
+    request = with_controls(request, guider, noise.shape[0], model.transformer.footprint)
+    beside = other_models(guider)
     model.transformer.patch(lora_patches(patcher.loras))
     model.model_loaded_weight_memory = model.transformer.loaded_bytes  # blocks that the LoRAs change have left
     speeds = KnownSpeeds(model.transformer.hardware, model.transformer.dtype, model.transformer.file)
@@ -149,9 +156,9 @@ def _outer_sample(
         )
 
     model.plan = plan()
-    if make_hints(model, guider.conds, noise):
+    if make_hints(model, guider.conds, noise) | make_images_fit(options, noise):
         model.plan = plan()  # the VAE may have moved what lay on the device
-    reason = why_one_by_one(guider.model_options, KEY)
+    reason = _why_one_by_one(guider.model_options, guider.conds.values())
     run = SamplingRun(model.transformer, model.plan, sigmas.cpu(), reason, speeds, model.timeline, beside=beside)
     model.calls.run = run
     finished = False
@@ -167,13 +174,18 @@ def _outer_sample(
         model.last_report = run.end(finished=finished)
 
 
+def _why_one_by_one(model_options: Any, conds: Iterable[Any]) -> str:
+    """Why calls may not share each visit of a block; empty where they may."""
+    return why_one_by_one(model_options, KEY) or sees_each_call(model_options.get("transformer_options", {}), conds)
+
+
 def _calc_cond_batch(
     executor: Any, model: LowVRAMModel, conds: Any, x_in: Tensor, timestep: Tensor, model_options: Any
 ) -> Any:
     """Around the calls of one evaluation: all of them in one visit of the blocks, unless a foreign wrapper watches."""
     calls = model.calls
     lend_base(conds, calls.transformer)
-    if why_one_by_one(model_options, KEY):
+    if _why_one_by_one(model_options, conds):
         return executor(model, conds, x_in, timestep, model_options)
     if calls.run is not None:
         conds = compute_once(conds, lambda: calls.lockstep.recording, calls.run.attempt)
@@ -193,8 +205,13 @@ class _Calls:
         """Velocities of several calls, each (B, 16, F, H, W), in one visit of the blocks."""
         if self.run is None:
             raise Unsupported("The model was called outside of a sampler. Use a sampler node.")
-        branches = [branch for call in calls for branch in call.branches()]
-        tokens = iter(self.run.forward(branches))
+        branches: list[Branch] = []
+        hooked = []
+        for call in calls:
+            if call.patches is not None:
+                hooked.append(Hooked(range(len(branches), len(branches) + call.batch), call.patches))
+            branches += call.branches()
+        tokens = iter(self.run.forward(branches, hooked))
         return [torch.cat([call.unpack(next(tokens)) for _ in range(call.batch)]) for call in calls]
 
 
@@ -247,8 +264,13 @@ class _DiffusionModel(nn.Module):
             own_method = "negative_index"
         if ref_latents and ref_latents_method not in (None, own_method):
             refuse(f"The reference method '{ref_latents_method}'", f"set it to '{own_method}', or remove that node.")
+        if calls.lockstep.active and (reason := sees_each_call(transformer_options)):
+            refuse(f"A hook that sets a model patch ({reason})", "set the patch on the model, without a hook.")
         references, residuals = ref_latents or [], residuals_of(control)
         call = _Call(x, timestep, context, attention_mask, references, additional_t_cond, residuals, self.dtype)
+        if has_patches(transformer_options):
+            given = x.to(self.dtype)
+            call.patches = BlockPatches(transformer_options, given, config.num_layers, call.reference_tokens)
         return calls.lockstep.call(call, calls.run_together, lambda: torch.zeros_like(x))
 
 
@@ -279,11 +301,16 @@ class _Call:
         pictures = [reference if reference.ndim == 5 else reference.unsqueeze(2) for reference in references]
         # ComfyUI's own text nodes make references of odd sizes, and its model wraps them round to whole patches
         self._residuals = residuals
+        self.patches: BlockPatches | None = None
         self._references = [pad_to_patch_size(picture, (1, PATCH, PATCH)).to(dtype) for picture in pictures]
 
     @property
     def batch(self) -> int:
         return self._x.shape[0]
+
+    @property
+    def reference_tokens(self) -> list[int]:
+        return [prod(shape_in_patches(picture)) for picture in self._references]
 
     def unpack(self, tokens: Tensor) -> Tensor:
         """A branch's velocity, (1, 16, F, H, W), without what whole patches have beyond it."""

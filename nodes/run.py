@@ -23,6 +23,7 @@ from ..engine.plan.request import Limits, SamplingRequest, size_text
 from ..engine.plan.split import annex_bytes, split_blocks
 from ..engine.plan.stages import Stage, StagePlan, load_stage, modulation_stage, sampling_stage
 from ..engine.streaming import Waits
+from ..engine.transformer.hooks import Hooked
 from ..engine.transformer.latents import LATENT_PX, PATCH, patches_of
 from ..engine.transformer.model import Branch, QwenImageTransformer, TransformerSession
 from .limits import host_bytes, stage_bytes
@@ -182,15 +183,16 @@ class SamplingRun:
         self._timesteps = [float(t) for t in model_sampling.timestep(self._sigmas[self._sigmas > 0]).float()]
         self.attempt(self._open)
 
-    def forward(self, branches: list[Branch]) -> list[Tensor]:
-        """One pass over the blocks for all branches."""
+    def forward(self, branches: list[Branch], hooked: Sequence[Hooked] = ()) -> list[Tensor]:
+        """One pass over the blocks for all branches; `hooked` are those with something around their blocks."""
         timestep = min(branch.timestep for branch in branches)
         if timestep not in self._seen:
             self._seen.add(timestep)
             self._progress.step = len(self._seen) - 1
         more = timestep > min(self._timesteps, default=0.0)
         start = time.perf_counter()
-        result = self.attempt(lambda: self._opened().forward(branches, more=more, on_block=self._progress.sampling))
+        on_block = self._progress.sampling
+        result = self.attempt(lambda: self._opened().forward(branches, hooked=hooked, more=more, on_block=on_block))
         self._pass_seconds += time.perf_counter() - start
         self._passes += 1
         if self._passes == 1:

@@ -24,24 +24,8 @@ def refuse(what: str, instead: str) -> None:
     raise Unsupported(f"{what} does not work with the models of '{LOADER}' yet.\n\nWhat to do: {instead}")
 
 
-def check_patches(options: dict[str, Any]) -> None:
-    """Raise Unsupported for patches in `transformer_options` that the transformer would not see.
-
-    Some nodes (skip-layer guidance, perturbed attention) set them for single calls only.
-    """
-    for kind, patches in options.get("patches", {}).items():
-        if patches:
-            refuse(f"A model patch ('{kind}')", "remove the node that patches attention or blocks of the model.")
-    for kind, patches in options.get("patches_replace", {}).items():
-        if patches:
-            refuse(f"A node that replaces blocks ('{kind}')", "remove the node that replaces parts of the model.")
-    if options.get("rope_options"):
-        refuse("Scaled rotary positions (the ScaleROPE node)", "remove that node.")
-
-
 def check_graph(model_options: dict[str, Any], conds: dict[str, list[dict[str, Any]]]) -> None:
-    """Raise Unsupported for patches and GLIGEN before anything is loaded."""
-    check_patches(model_options.get("transformer_options", {}))
+    """Raise Unsupported for what the graph asks for beside patches and ControlNets, before anything is loaded."""
     if "multigpu_clones" in model_options:
         refuse("Work split over several GPUs", "remove the multi-GPU node.")
     for entries in conds.values():

@@ -17,6 +17,7 @@ from ..hardware import Hardware
 from ..plan.footprint import TransformerFootprint
 from ..plan.memory import Annex, spread_order
 from ..streaming import BlockSource, BlockStreamer, FileSource, StoredBlock, Waits, WeightPatch, bind
+from .hooks import Hooked, run_hooked
 from .modulation import ModulationRow, ModulationTable, Moment
 from .parts import BLOCKS, TransformerParts
 from .positions import rotary_tables
@@ -257,16 +258,23 @@ class TransformerSession:
 
     @torch.no_grad()
     def forward(
-        self, branches: Sequence[Branch], *, more: bool = False, on_block: OnBlock | None = None
+        self,
+        branches: Sequence[Branch],
+        *,
+        hooked: Sequence[Hooked] = (),
+        more: bool = False,
+        on_block: OnBlock | None = None,
     ) -> list[Tensor]:
         """The velocity of each branch's picture, (1, N of the picture, 64), in one pass over the blocks.
 
-        `more`: another pass follows. `on_block` is called before each block with its index; it may raise, and the
-        session can be used again after that. Raises what `rotary_tables` does.
+        `hooked`: branches with something around their blocks. `more`: another pass follows. `on_block` is called
+        before each block with its index; it may raise, and the session can be used again after that. Raises what
+        `rotary_tables` does.
         """
         self._transformer.return_outside()  # it may have been asked to leave since the last pass
         rows = {b.moment: self._transformer.modulation.row(*b.moment, on_block=on_block) for b in branches}
         states = [self._begin(branch, rows[branch.moment]) for branch in branches]
+        alone = set(range(len(states))).difference(*(group.branches for group in hooked))
         for streamer in self._streamers:
             for state in states:
                 state.move(streamer.device)
@@ -274,8 +282,12 @@ class TransformerSession:
                 if on_block is not None:
                     on_block(index)
                 block.img_mlp.chunk_tokens = block.txt_mlp.chunk_tokens = self._mlp_chunk_tokens
+                for i in sorted(alone):
+                    states[i].run(index, block)
+                for group in hooked:
+                    run_hooked([states[i] for i in group.branches], group.hook, index, block)
                 for state in states:
-                    state.run(index, block)
+                    state.add_residuals(index)
         for state in states:
             state.move(self._transformer.hardware.device)
         del rows
@@ -340,9 +352,8 @@ class _State:
             modulate_index=self.modulate_index,
         )
         del block.img_mod.value, block.txt_mod.value  # a resident block would keep the row on the device
-        self._add_residuals(index)
 
-    def _add_residuals(self, index: int) -> None:
+    def add_residuals(self, index: int) -> None:
         """Behind block `index`. Several are summed up first, in their order, as ComfyUI does it."""
         added = [net[index] for net in self.residuals if index < len(net)]
         present = [residual for residual in added if residual is not None]

@@ -27,24 +27,6 @@ def sample(model: Any, **options: Any) -> torch.Tensor:
     return result
 
 
-def _skip_layer(model: Any) -> Any:
-    from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
-
-    return SkipLayerGuidanceDiT.execute(model, 3.0, 0.0, 1.0, "1,2", "1,2", 0.0)[0]
-
-
-def _skip_layer_simple(model: Any) -> Any:
-    from comfy_extras.nodes_slg import SkipLayerGuidanceDiTSimple
-
-    return SkipLayerGuidanceDiTSimple.execute(model, 0.0, 1.0, "1,2", "1,2")[0]
-
-
-@pytest.mark.parametrize("patch", [_skip_layer, _skip_layer_simple])
-def test_blocks_replaced_for_single_calls_are_refused_too(model: Any, patch: Any) -> None:
-    with pytest.raises(Unsupported, match="replaces blocks"):
-        ksampler(patch(model), cond(), cond(5, 2), empty_latent())
-
-
 def test_another_nodes_guidance_is_used_or_refused_never_dropped(model: Any) -> None:
     from comfy_extras.nodes_model_advanced import RescaleCFG
 

@@ -184,15 +184,21 @@ def _control(model: Any) -> tuple[Any, Any]:
     return model, cond(control=Control())
 
 
-def _block_patch(model: Any) -> tuple[Any, Any]:
+def _attention_patch(model: Any) -> tuple[Any, Any]:
     clone = model.clone()
-    clone.set_model_double_block_patch(lambda args: args)
+    clone.set_model_attn1_patch(lambda *args, **kwargs: {})
     return clone, cond()
 
 
-def _block_replacement(model: Any) -> tuple[Any, Any]:
+def _input_patch(model: Any) -> tuple[Any, Any]:
     clone = model.clone()
-    clone.set_model_patch_replace(lambda args, extra: args, "dit", "double_block", 0)
+    clone.set_model_post_input_patch(lambda args: args)
+    return clone, cond()
+
+
+def _attention_replacement(model: Any) -> tuple[Any, Any]:
+    clone = model.clone()
+    clone.set_model_patch_replace(lambda args, extra: args, "attn1", "double_block", 0)
     return clone, cond()
 
 
@@ -215,8 +221,9 @@ def _reference_method(model: Any) -> tuple[Any, Any]:
     ("prepare", "words"),
     [
         (_control, "ControlNet"),
-        (_block_patch, "model patch"),
-        (_block_replacement, "replaces blocks"),
+        (_attention_patch, "model patch .'attn1_patch'"),
+        (_input_patch, "model patch .'post_input'"),
+        (_attention_replacement, "replaces .*'attn1'"),
         (_weight_hook, "hook"),
         (_float_mask, "attention mask"),
         (_reference_method, "reference method 'offset'"),
