@@ -251,7 +251,7 @@ def test_a_patch_of_the_real_size_takes_what_is_planned(comfy: Any) -> None:
 
     with FakeTensorMode(), LiveBytes("cuda") as live:
         with torch.device("cuda"):
-            blocks = QwenImageBlockWiseControlNet(num_layers=1, operations=comfy.ops.manual_cast)
+            blocks = QwenImageBlockWiseControlNet(num_layers=1, dim=3072, operations=comfy.ops.manual_cast)
         patch = DiffSynthCnetPatch.__new__(DiffSynthCnetPatch)
         patch.model_patch, patch.vae, patch.strength = SimpleNamespace(model=blocks), SimpleNamespace(), 0.7
         patch.vae.spacial_compression_encode = lambda: 8
