@@ -1,13 +1,18 @@
-"""Let ComfyUI's own loaders open small Qwen-Image files: they take heads and widths for granted, and not from shapes.
+"""Let ComfyUI's own loaders open small Qwen-Image files: they take heads and widths for granted.
 
-A real server loads it as a custom node.
+In a test's process, or in a real server through a custom node.
 """
 
+from pathlib import Path
 from typing import Any
 
 import comfy.model_detection
 
-NODE_CLASS_MAPPINGS: dict[str, Any] = {}
+_NODE = """from native_sizes import teach
+
+teach()
+NODE_CLASS_MAPPINGS = {}
+"""
 _ROPE_AXES = {32: [4, 14, 14], 64: [8, 28, 28], 128: [16, 56, 56]}
 
 
@@ -28,5 +33,7 @@ def teach() -> None:
     comfy.model_detection.detect_unet_config = detect_with_sizes
 
 
-if __name__ != "native_sizes":  # not imported by a test, but by ComfyUI
-    teach()
+def custom_node() -> str:
+    """The text of a custom node, one file, that teaches the server which loads it."""
+    folder = str(Path(__file__).parent)
+    return f"import sys\n\nsys.path.insert(0, {folder!r})\n\n{_NODE}"

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from .footprint import TransformerFootprint
 from .memory import Annex, most_bytes, without_annexes
-from .request import SamplingRequest
+from .request import Controls, SamplingRequest
 
 
 def split_blocks(
@@ -29,6 +29,7 @@ def split_blocks(
 
 
 def annex_bytes(footprint: TransformerFootprint, request: SamplingRequest, blocks: int) -> int:
-    """What a device takes on which so many blocks stay, and nothing else of the model."""
+    """What a device takes on which so many blocks stay, and nothing else of the model or beside it."""
     away = footprint.blocks - blocks
-    return most_bytes(replace(footprint, blocks=blocks, elsewhere=away, outside_bytes=0), request)
+    there = replace(footprint, blocks=blocks, elsewhere=away, outside_bytes=0)
+    return most_bytes(there, replace(request, controls=Controls()))
