@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from qwenimage_lowvram.engine.errors import DoesNotFit, Unsupported
 from qwenimage_lowvram.engine.families.variants import Variant
 from qwenimage_lowvram.engine.plan.memory import least_bytes
 from qwenimage_lowvram.engine.plan.request import Controls, SamplingRequest, size_text
+from qwenimage_lowvram.engine.plan.split import annex_bytes
 from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .conftest import cond, empty_latent
+from .test_devices import CARD
 from .test_model import STEPS, ksampler, one_by_one, references
 from .test_native_editing import native_model, picture
 from .test_out_of_memory import FullMemory
@@ -146,12 +149,51 @@ def test_a_batch_takes_one_hint_for_all_or_one_for_each(model: Any, native: Any,
 
 
 def test_calls_one_by_one_are_controlled_the_same(model: Any, native: Any, apply: Apply) -> None:
-    for net in ("union", "fun"):
-        conds = apply(cond(), cond(5, 2), net=net)
+    for net, length in (("union", 5), ("union", 9), ("fun", 9)):  # of one length, ComfyUI batches both prompts
+        conds = apply(cond(), cond(length, 2), net=net)
         together = both(model, native, conds)
         alone = ksampler(one_by_one(model), *conds, empty_latent())
         assert "wrapper" in model.model.last_report.one_by_one
         assert (together - alone).abs().max() < 1e-5
+
+
+def test_a_wrapper_that_skips_calls_is_controlled_the_same(model: Any, native: Any, apply: Apply) -> None:
+    from comfy_extras.nodes_easycache import EasyCacheNode
+
+    cached = (EasyCacheNode.execute(m, 0.2, 0.15, 0.95, False)[0] for m in (model, native))
+    both(*cached, apply(cond(), cond(5, 2)), steps=6)
+    assert "easycache" in model.model.last_report.one_by_one
+
+
+def test_the_sampler_may_give_the_negative_prompt_the_same_net(
+    model: Any, native: Any, load: Any, vae: Any, apply: Apply
+) -> None:
+    positive, _ = apply(cond(), cond(5, 2))
+    positive[0][1]["control_apply_to_uncond"] = True  # as the older 'Apply ControlNet' does it
+    made = both(model, native, (positive, cond(5, 2)))
+    assert (made - both(model, native, apply(cond(), cond(5, 2)))).abs().max() < 1e-5
+    held = model.model.last_report.plan.request.controls.held_bytes
+    ksampler(model, positive, cond(5, 2), empty_latent())
+    assert model.model.last_report.plan.request.controls.held_bytes == held
+
+
+def test_blocks_on_a_second_device_are_controlled_too(small_pipeline: Path, native: Any, apply: Apply) -> None:
+    from qwenimage_lowvram.nodes.model import make_model
+
+    transformer = QwenImageTransformer(
+        open_checkpoint(small_pipeline / "transformer"),
+        dtype=torch.float32,
+        hardware=CARD,
+        others=[replace(CARD, device=torch.device("cpu:0"))],
+    )
+    conds = apply(cond(), cond(5, 2), net="other")
+    ksampler(model := make_model(transformer, None), *conds, empty_latent())
+    request = model.model.last_report.plan.request
+    model.model.limit_bytes = least_bytes(transformer.footprint, request) + transformer.footprint.slot_bytes
+    both(model, native, conds)
+    (annex,) = model.model.last_report.plan.annexes
+    alone = replace(request, controls=Controls())  # which run on the first device
+    assert annex.peak_bytes == annex_bytes(transformer.footprint, alone, len(annex.blocks))
 
 
 def test_the_sample_node_and_custom_samplers_are_controlled_too(model: Any, native: Any, apply: Apply) -> None:
