@@ -1,10 +1,9 @@
 """Model patches and replaced blocks: called around our blocks as ComfyUI's own transformer calls them, or refused."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from comfy_extras.nodes_model_patch import DiffSynthCnetPatch
 from torch import Tensor
 
 from ..engine.plan.footprint import TransformerFootprint
@@ -14,6 +13,9 @@ from .unsupported import refuse
 
 # the blocks that a node may name; Qwen-Image has none of the second kind, and nodes name both
 KINDS_OF_BLOCKS = ("double_block", "single_block")
+# DiffSynth's patch: keeps an encoded picture, and nothing from one block to the next. Known by its name, for ComfyUI
+# loads the file of its nodes under another name than an import does
+CONTROL_PATCH = "DiffSynthCnetPatch"
 # tensors of a picture's states that a control patch has alive at once beside them: two norms, their sum, two layers
 PATCH_WIDTHS = 6
 
@@ -39,8 +41,8 @@ def patches_of(options: dict[str, Any]) -> list[Any]:
     return list(options.get("patches", {}).get("double_block", []))
 
 
-def control_patches(options: dict[str, Any]) -> Iterator[DiffSynthCnetPatch]:
-    yield from (patch for patch in patches_of(options) if isinstance(patch, DiffSynthCnetPatch))
+def control_patches(options: dict[str, Any]) -> list[Any]:
+    return [patch for patch in patches_of(options) if type(patch).__name__ == CONTROL_PATCH]
 
 
 def has_patches(options: dict[str, Any]) -> bool:
@@ -50,7 +52,7 @@ def has_patches(options: dict[str, Any]) -> bool:
 def sees_each_call(options: dict[str, Any], conds: Iterable[Any] = ()) -> str:
     """Which patch may keep something from one block to the next, so that calls may not take turns; empty if none."""
     for patch in patches_of(options):
-        if not isinstance(patch, DiffSynthCnetPatch):
+        if type(patch).__name__ != CONTROL_PATCH:
             return f"the model patch {_name(patch)} sees each call"
     for place, function in options.get("patches_replace", {}).get("dit", {}).items():
         if place[0] == "double_block":
@@ -129,7 +131,7 @@ def make_images_fit(options: dict[str, Any], noise: Tensor) -> bool:
 
     True where there was one to do it.
     """
-    patches = list(control_patches(options))
+    patches = control_patches(options)
     for patch in patches:
         model = patch.model_patch.model
         model.control_block = lambda *_: 0.0  # only what comes before it is wanted
@@ -148,7 +150,7 @@ def patched_bytes(
     and back; around a block they are alive twice more."""
     if not has_patches(options):
         return Controls()
-    patches = list(control_patches(options))
+    patches = control_patches(options)
     unit = footprint.inner_dim * footprint.element_bytes
     tokens = request.image_tokens - request.reference_tokens
     states = (request.image_tokens + request.prompt_tokens) * unit

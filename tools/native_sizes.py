@@ -3,14 +3,17 @@
 In a test's process, or in a real server through a custom node.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import comfy.model_detection
 
-_NODE = """from native_sizes import teach
+_NODE = """import nodes
+from native_sizes import teach, teach_patches
 
 teach()
+teach_patches(nodes.NODE_CLASS_MAPPINGS["ModelPatchLoader"], layers=4, width=64)
 NODE_CLASS_MAPPINGS = {}
 """
 _ROPE_AXES = {32: [4, 14, 14], 64: [8, 28, 28], 128: [16, 56, 56]}
@@ -31,6 +34,12 @@ def teach() -> None:
         return config
 
     comfy.model_detection.detect_unet_config = detect_with_sizes
+
+
+def teach_patches(loader: type, *, layers: int, width: int) -> None:
+    """Let ComfyUI's ModelPatchLoader open DiffSynth patches of this size. Its class is the one that a graph runs."""
+    names = loader.load_model_patch.__globals__  # type: ignore[attr-defined]
+    names["QwenImageBlockWiseControlNet"] = partial(names["QwenImageBlockWiseControlNet"], num_layers=layers, dim=width)
 
 
 def custom_node() -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from control_files import write_fun, write_instantx
+from control_files import write_diffsynth, write_fun, write_instantx
 from devtools.client import ComfyClient, ExecutionFailed
 from devtools.server import ComfyServer
 from native_sizes import custom_node
@@ -26,6 +26,7 @@ def server(start_server: Callable[..., ComfyServer], server_base: Path, full_pip
     write_instantx(folder / "union.safetensors", full_pipeline / "transformer", layers=20)
     write_instantx(folder / "inpaint.safetensors", full_pipeline / "transformer", layers=2, mask_channels=4)
     write_fun(folder / "fun.safetensors", full_pipeline / "transformer")
+    write_diffsynth(server_base / "models" / "model_patches" / "canny.safetensors", full_pipeline / "transformer")
     values = np.random.default_rng(0).integers(0, 255, (9, 15, 4), dtype=np.uint8)
     Image.fromarray(values).resize((120, 72)).save(server_base / "input" / "control.png")
     node = server_base / "custom_nodes" / "small_sizes.py"
@@ -93,9 +94,23 @@ def _inpaint(prompt: Prompt) -> Prompt:
     )
 
 
+def _diffsynth(prompt: Prompt) -> Prompt:
+    sample = prompt["4"]["inputs"]
+    patch = {"model": sample["model"], "model_patch": ["12", 0], "vae": prompt["8"]["inputs"]["vae"]}
+    return changed(
+        prompt,
+        "8",
+        "9",
+        n4=("KSampler", sample | {"model": ["11", 0], "positive": ["2", 0], "negative": ["2", 1]}),
+        n11=("QwenImageDiffsynthControlnet", patch | {"image": ["10", 0], "strength": 0.7}),
+        n12=("ModelPatchLoader", {"name": "canny.safetensors"}),
+    )
+
+
 CHANGES: dict[str, Callable[[Prompt], Prompt]] = {
     "union": lambda prompt: prompt,
     "inpainting": _inpaint,
+    "diffsynth": _diffsynth,
     "fun": lambda prompt: with_inputs(prompt, "9", control_net_name="fun.safetensors"),
 }
 
@@ -110,7 +125,9 @@ def test_a_controlled_graph_has_the_latents_of_comfyuis_own_loaders(
     assert (made - wanted).abs().max() < 1e-4
     uncontrolled = with_inputs(graph(True), "4", positive=["2", 0], negative=["2", 1])
     assert (made - latents(server, uncontrolled)).abs().max() > 0.01
-    assert "ControlNets and model patches" in server.log
+    reports = server.log.split("MemoryReport: ")[1:]
+    assert "ControlNets and model patches" in reports[-2]
+    assert "one after another" not in reports[-2]
 
 
 def test_a_controlnet_that_does_not_fit_is_refused_in_the_graph(
