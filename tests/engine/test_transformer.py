@@ -4,6 +4,7 @@ import copy
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.errors import InvalidRequest
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.plan.memory import spread_order
+from qwenimage_lowvram.engine.transformer.hooks import Hooked
 from qwenimage_lowvram.engine.transformer.model import Branch, QwenImageTransformer, TimestepRounding
 from qwenimage_lowvram.engine.transformer.positions import MAX_POSITIONS
 from qwenimage_lowvram.engine.transformer.sampling import qwen_sigmas
@@ -141,6 +143,36 @@ def test_residuals_are_added_where_diffusers_adds_them(dtype: torch.dtype, tiny:
         for made, wanted in zip(result, expected, strict=True):
             assert torch.equal(made, wanted) if residuals is not halves else torch.allclose(made, wanted, atol=0.1)
     assert not torch.equal(expected[0], run(transformer, [branch])[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_hook_stands_around_every_block_of_its_branches_alone(
+    dtype: torch.dtype, tiny: Tiny, hardware: Hardware
+) -> None:
+    model, folder = tiny(dtype, zero_cond_t=True)
+    transformer = QwenImageTransformer(
+        open_checkpoint(folder), dtype=dtype, hardware=hardware, rounding=TimestepRounding.DIFFUSERS
+    )
+    transformer.load(RESIDENT[1])
+    branches = [make_branch(n, dtype=dtype, references=REFERENCES) for n in (9, 5)]
+    branches.insert(1, replace(branches[0], tokens=branches[0].tokens.flip(1)))
+    expected = [diffusers_forward(model, branch) for branch in branches]
+    seen = []
+
+    def watch(index: int, states: Any, temb: Tensor, rotary: Any, block: Any, change: float = 1.0) -> Any:
+        img, txt = states
+        seen.append((index, img.shape[0], txt.shape[:2], temb.shape[0], rotary[0].shape[0], rotary[1].shape[0]))
+        img, txt = block(img, txt)
+        img *= change
+        return img, txt
+
+    with transformer.session(slots=2) as session:
+        result = session.forward(branches, hooked=[Hooked(range(2), watch)])
+        changed = session.forward(branches, hooked=[Hooked(range(1, 2), partial(watch, change=1.01))])
+    tokens = branches[0].tokens.shape[1]
+    assert seen[:LAYERS] == [(i, 2, (2, 9), 4, tokens, 9) for i in range(LAYERS)]
+    assert all(torch.equal(made, wanted) for made, wanted in zip(result, expected, strict=True))
+    assert [torch.equal(made, wanted) for made, wanted in zip(changed, expected, strict=True)] == [True, False, True]
 
 
 @pytest.mark.parametrize("chunk", [64, 80, 100])

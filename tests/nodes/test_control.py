@@ -358,6 +358,31 @@ def test_memory_that_runs_out_once_changes_no_controlled_picture(model: Any, app
     assert retried > 30
 
 
+def test_a_controlnet_on_the_card_stays_there_and_is_counted_once(
+    load: Any, comfy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import comfy.model_management as management
+    from qwenimage_lowvram.nodes.limits import HEADROOM_BYTES, stage_bytes
+
+    card, free, size = torch.device("meta"), 900 << 20, 300 << 20
+    patcher = load("union").control_model_wrapped
+    monkeypatch.setattr(patcher, "load_device", card)
+    monkeypatch.setattr(patcher, "loaded_size", lambda: size)
+    asked: list[bool] = []
+    monkeypatch.setattr(management.LoadedModel, "model_unload", lambda *_: asked.append(True) or True)
+    monkeypatch.setattr(management.LoadedModel, "is_dead", lambda _: False)
+    monkeypatch.setattr(management, "current_loaded_models", [management.LoadedModel(patcher)])
+    monkeypatch.setattr(
+        management, "get_free_memory", lambda *_, torch_free_too=False: (free, 0) if torch_free_too else free
+    )
+    monkeypatch.setattr(management, "soft_empty_cache", lambda *_: None)
+    assert stage_bytes(card, None, 2 << 30, beside=[patcher]) == free + size - HEADROOM_BYTES
+    assert stage_bytes(card, 500 << 20, 2 << 30, beside=[patcher]) == 500 << 20
+    assert not asked
+    assert stage_bytes(card, None, 2 << 30) == free - HEADROOM_BYTES
+    assert asked
+
+
 # what is refused
 
 
