@@ -1,5 +1,7 @@
 """ControlNets beside our MODEL: ComfyUI's own loader and nodes, against ComfyUI's own model on the same weights."""
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -392,6 +394,23 @@ def test_a_controlnet_for_another_width_is_refused(model: Any, apply: Apply, loa
         patch.setattr(load("union").control_model, "inner_dim", 3072)
         with pytest.raises(Unsupported, match="3072 wide where the model is 64"):
             ksampler(model, *conds, empty_latent())
+
+
+@pytest.mark.parametrize("net", ["union", "fun"])
+def test_a_controlnet_that_is_kept_keeps_no_model(net: str, make_transformer: Any, apply: Apply) -> None:
+    from qwenimage_lowvram.nodes.model import make_model
+
+    conds = apply(cond(), cond(5, 2), net=net)
+    model = make_model(make_transformer(), None)
+    ksampler(model, *conds, empty_latent(), steps=1)
+    gone = weakref.ref(model.model.transformer)
+    gc.disable()
+    try:
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
+    assert conds[0][0][1]["control"] is not None
 
 
 def test_a_run_that_fails_leaves_no_model_with_a_controlnet(model: Any, apply: Apply, load: Any) -> None:
