@@ -23,6 +23,7 @@ from ..engine.plan.request import Controls, SamplingRequest
 from ..engine.transformer.model import QwenImageTransformer
 from .patches import patched_bytes
 from .unsupported import refuse
+from .words import LOADER
 
 Conds = dict[str, list[dict[str, Any]]]
 # one sequence of residuals (B, n, dim) for each net
@@ -70,6 +71,14 @@ def other_models(guider: Any) -> list[comfy.model_patcher.ModelPatcher]:
     models, _ = comfy.sampler_helpers.get_additional_models(guider.conds, patcher.model_dtype())
     models = models + comfy.sampler_helpers.get_additional_models_from_model_options(guider.model_options)
     return list(dict.fromkeys([*models, *patcher.get_nested_additional_models(), *patcher.model_patches_models()]))
+
+
+def check_devices(models: Iterable[comfy.model_patcher.ModelPatcher], device: torch.device) -> None:
+    """Raise Unsupported for models beside the transformer on another device than its own."""
+    for other in models:
+        if other.load_device != device:
+            what = f"A {type(other.model).__name__} on {other.load_device} beside a transformer on {device}"
+            refuse(what, f"set transformer_device to auto in '{LOADER}'.")
 
 
 def with_controls(

@@ -23,6 +23,7 @@ from ..engine.transformer.model import Branch, QwenImageTransformer
 from .control import (
     Residuals,
     check_controls,
+    check_devices,
     compute_once,
     lend_base,
     make_hints,
@@ -146,6 +147,7 @@ def _outer_sample(
     check_layers(model.transformer.variant, request.frames)
     request = with_controls(request, guider, noise.shape[0], model.transformer.footprint)
     beside = other_models(guider)
+    check_devices(beside, model.transformer.hardware.device)
     model.transformer.patch(lora_patches(patcher.loras))
     model.model_loaded_weight_memory = model.transformer.loaded_bytes  # blocks that the LoRAs change have left
     speeds = KnownSpeeds(model.transformer.hardware, model.transformer.dtype, model.transformer.file)

@@ -396,6 +396,14 @@ def test_a_controlnet_for_another_width_is_refused(model: Any, apply: Apply, loa
             ksampler(model, *conds, empty_latent())
 
 
+def test_a_controlnet_on_another_device_is_refused(model: Any, apply: Apply, load: Any) -> None:
+    conds = apply(cond(), cond(5, 2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load("union").control_model_wrapped, "load_device", torch.device("meta"))
+        with pytest.raises(Unsupported, match="QwenImageControlNetModel on meta beside a transformer on cpu"):
+            ksampler(model, *conds, empty_latent())
+
+
 @pytest.mark.parametrize("net", ["union", "fun"])
 def test_a_controlnet_that_is_kept_keeps_no_model(net: str, make_transformer: Any, apply: Apply) -> None:
     from qwenimage_lowvram.nodes.model import make_model
