@@ -53,9 +53,11 @@ def _all_nets(conds: Conds) -> Iterator[Any]:
     return _nets(entry for entries in conds.values() for entry in entries or ())
 
 
-def check_controls(conds: Conds, inner_dim: int) -> None:
-    """Raise Unsupported for ControlNets that were made for other models."""
+def check_controls(conds: Conds, inner_dim: int, frames: int) -> None:
+    """Raise Unsupported for ControlNets that were made for other models, or beside latents of several `frames`."""
     for net in _all_nets(conds):
+        if frames > 1:
+            refuse("A ControlNet beside layers", "remove the ControlNet, or use a Qwen-Image or Edit model.")
         model = getattr(net, "control_model", None)
         known = isinstance(model, (QwenImageControlNetModel, QwenImageFunControlNetModel))
         width = _width(net) if known and isinstance(net, comfy.controlnet.ControlNet) else None

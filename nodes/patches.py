@@ -36,28 +36,28 @@ def check_patches(options: dict[str, Any]) -> None:
         refuse("Scaled rotary positions (the ScaleROPE node)", "remove that node.")
 
 
-def patches_of(options: dict[str, Any]) -> list[Any]:
+def behind_blocks(options: dict[str, Any]) -> list[Any]:
     """What is called behind every block."""
     return list(options.get("patches", {}).get("double_block", []))
 
 
 def control_patches(options: dict[str, Any]) -> list[Any]:
-    return [patch for patch in patches_of(options) if type(patch).__name__ == CONTROL_PATCH]
+    return [patch for patch in behind_blocks(options) if type(patch).__name__ == CONTROL_PATCH]
 
 
 def has_patches(options: dict[str, Any]) -> bool:
-    return bool(patches_of(options) or options.get("patches_replace", {}).get("dit"))
+    return bool(behind_blocks(options) or options.get("patches_replace", {}).get("dit"))
 
 
 def sees_each_call(options: dict[str, Any], conds: Iterable[Any] = ()) -> str:
     """Which patch may keep something from one block to the next, so that calls may not take turns; empty if none."""
-    for patch in patches_of(options):
+    for patch in behind_blocks(options):
         if type(patch).__name__ != CONTROL_PATCH:
             return f"the model patch {_name(patch)} sees each call"
     for place, function in options.get("patches_replace", {}).get("dit", {}).items():
         if place[0] == "double_block":
             return f"{_name(function)} replaces block {place[1]} of each call"
-    if patches_of(options) and any("area" in entry for entries in conds for entry in entries or ()):
+    if behind_blocks(options) and any("area" in entry for entries in conds for entry in entries or ()):
         return "a model patch keeps its picture for one size at a time, and there is an area"
     return ""
 
@@ -75,7 +75,7 @@ class BlockPatches:
         if reference_tokens:
             self._options["reference_image_num_tokens"] = reference_tokens
         self._x = x
-        self._behind = patches_of(options)
+        self._behind = behind_blocks(options)
         self._instead = options.get("patches_replace", {}).get("dit", {})
 
     def __call__(

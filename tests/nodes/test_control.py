@@ -400,6 +400,16 @@ def test_a_controlnet_for_another_width_is_refused(model: Any, apply: Apply, loa
             ksampler(model, *conds, empty_latent())
 
 
+def test_a_controlnet_beside_layers_is_refused(apply: Apply) -> None:
+    from qwenimage_lowvram.nodes.control import check_controls
+
+    positive, _ = apply(cond(), cond(5, 2))
+    entries = {"positive": [positive[0][1]], "negative": None}
+    check_controls(entries, 64, 1)
+    with pytest.raises(Unsupported, match="A ControlNet beside layers"):
+        check_controls(entries, 64, 3)
+
+
 def test_a_controlnet_on_another_device_is_refused(model: Any, apply: Apply, load: Any) -> None:
     conds = apply(cond(), cond(5, 2))
     with pytest.MonkeyPatch.context() as patch:
