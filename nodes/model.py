@@ -224,6 +224,7 @@ class _DiffusionModel(nn.Module):
         super().__init__()
         self._calls = calls
         self.dtype = calls.transformer.dtype
+        self.in_channels = calls.transformer.config.in_channels  # RenormCFG asks for it
 
     def forward(
         self,

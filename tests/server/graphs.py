@@ -1,7 +1,7 @@
 """The bundled workflows as prompts, and small changes to prompts."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +84,37 @@ def changed(prompt: Mapping[str, Any], *removed: str, **nodes: tuple[str, dict[s
 def with_inputs(prompt: Mapping[str, Any], node: str, **inputs: Any) -> Prompt:
     """The prompt with some inputs of one node changed."""
     return {**prompt, node: {**prompt[node], "inputs": {**prompt[node]["inputs"], **inputs}}}
+
+
+# ComfyUI's loaders: the input of ours that takes the file, and the slot of ours that gives what theirs do
+_NATIVE = {
+    "UNETLoader": ("model", "unet_name", "transformer", 0),
+    "CLIPLoader": ("clip", "clip_name", "text_encoder", 1),
+    "VAELoader": ("vae", "vae_name", "vae", 2),
+}
+
+
+def with_our_loader(prompt: Prompt, *, replaced: Sequence[str], variant: str = "auto") -> Prompt:
+    """A prompt that has ComfyUI's three loaders, with ours for those of "model", "clip" and "vae" that are named."""
+    loader: dict[str, Any] = {"dtype": "fp32", "weight_format": "as stored", "vram_limit_gb": 0.0}
+    loader |= {"timesteps": "fp32", "variant": variant}
+    slots = {}
+    for node, value in prompt.items():
+        if value["class_type"] in _NATIVE:
+            kind, theirs, ours, slot = _NATIVE[value["class_type"]]
+            loader[ours] = value["inputs"][theirs]
+            if kind in replaced:
+                slots[node] = slot
+    rest = {node: value for node, value in prompt.items() if node not in slots}
+
+    def moved(value: Any) -> Any:
+        linked = isinstance(value, list) and len(value) == 2 and value[0] in slots
+        return ["ours", slots[value[0]]] if linked else value
+
+    return {
+        "ours": {"class_type": "QwenLowVRAMLoader", "inputs": loader},
+        **{
+            node: {**value, "inputs": {name: moved(given) for name, given in value["inputs"].items()}}
+            for node, value in rest.items()
+        },
+    }

@@ -1,0 +1,80 @@
+"""A server whose own loaders open small files too; the same graph runs there with theirs and with our loader."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from devtools.client import ComfyClient, Run
+from devtools.server import ComfyServer
+from PIL import Image
+from qwenimage_lowvram.engine.families.variants import MARK_2511
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from small_checkpoint import SplitFiles, write_split_files
+
+from .graphs import Prompt, with_our_loader
+
+SHARED = ("model", "clip", "vae")  # what our loader may stand for in a graph
+TOLERANCE = 1e-4  # of fp32 latents whose standard deviation is about 1
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """The server, the names of its files, and what a graph makes there. `files["2511"]` has that model's mark."""
+
+    server: ComfyServer
+    client: ComfyClient
+    files: dict[str, SplitFiles]
+
+    def photo(self, name: str, width: int, height: int, *, mode: str = "RGB", seed: int = 0) -> str:
+        """A smooth random picture in the server's input folder."""
+        values = np.random.default_rng(seed).integers(0, 255, (max(1, height // 8), max(1, width // 8), 3), np.uint8)
+        picture = Image.fromarray(values).resize((width, height), Image.Resampling.BILINEAR)
+        picture.convert(mode).save(self.server.base / "input" / name)
+        return name
+
+    def latents(self, run: Run) -> torch.Tensor:
+        """What the run's only SaveLatent saved."""
+        (saved,) = (entry for output in run.outputs.values() for entry in output.get("latents", ()))
+        return load_file(self.server.base / "output" / saved["subfolder"] / saved["filename"])["latent_tensor"]
+
+    def both(
+        self, prompt: Prompt, *, replaced: tuple[str, ...] = SHARED, variant: str = "auto"
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents of a graph that has ComfyUI's loaders: with our loader in their place, and as it is."""
+        ours = with_our_loader(prompt, replaced=replaced, variant=variant)
+        theirs = self.latents(self.client.run(prompt))
+        return self.latents(self.client.run(ours)), theirs
+
+    def assert_same(self, prompt: Prompt, **options: Any) -> None:
+        ours, theirs = self.both(prompt, **options)
+        assert ours.shape == theirs.shape
+        assert theirs.std() > 0.3
+        assert (ours - theirs).abs().max() < TOLERANCE * max(1.0, float(theirs.std()))
+
+
+@pytest.fixture(scope="session")
+def mixing(
+    start_server: Callable[..., ComfyServer], full_pipeline: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Mixing:
+    base = tmp_path_factory.mktemp("mixing")
+    plain = write_split_files(full_pipeline, base / "models", dtype="fp32")
+    marked = f"marked_{plain.transformer}"
+    _mark(base / "models" / "diffusion_models" / plain.transformer, marked)
+    (base / "custom_nodes").mkdir()
+    shutil.copy(Path(__file__).with_name("small_comfyui.py"), base / "custom_nodes")
+    server = start_server(base=base)
+    files = {"plain": plain, "2511": SplitFiles(marked, plain.text_encoder, plain.vae)}
+    return Mixing(server, ComfyClient(server.url), files)
+
+
+def _mark(file: Path, name: str) -> None:
+    """A copy of the file as ComfyUI tells Edit-2511 from its elders."""
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+    save_file(load_file(file) | {MARK_2511: torch.empty(0)}, file.with_name(name), metadata)
