@@ -37,6 +37,7 @@ from .lockstep import KEY, Lockstep
 from .native_lora import PREFIX
 from .patcher import LowVRAMPatcher
 from .patches import BlockPatches, check_patches, has_patches, make_images_fit, sees_each_call
+from .references import at_zero, check_methods, places_of
 from .run import SamplingRun, plan_run, request_of
 from .speeds import KnownSpeeds
 from .timeline import Timeline
@@ -141,6 +142,7 @@ def _outer_sample(
     options = guider.model_options.get("transformer_options", {})
     check_patches(options)
     check_references(model.transformer.variant, guider.conds)
+    check_methods(guider.conds, model.transformer.config)
     check_size(model.transformer.variant, noise)
     request = request_of(guider, noise.shape, sigmas, model.transformer.config.joint_attention_dim)
     check_layers(model.transformer.variant, request.frames)
@@ -262,15 +264,11 @@ class _DiffusionModel(nn.Module):
         config = calls.transformer.config
         if additional_t_cond is not None and not config.use_additional_t_cond:
             refuse("Additional time conditioning", "use a Qwen-Image-Layered model, or remove the node that sets it.")
-        own_method = "index_timestep_zero" if config.zero_cond_t else "index"
-        if config.use_layer3d_rope:
-            own_method = "negative_index"
-        if ref_latents and ref_latents_method not in (None, own_method):
-            refuse(f"The reference method '{ref_latents_method}'", f"set it to '{own_method}', or remove that node.")
+        method = None if config.use_layer3d_rope else ref_latents_method  # which has but one
         if calls.lockstep.active and (reason := sees_each_call(transformer_options)):
             refuse(f"A hook that sets a model patch ({reason})", "set the patch on the model, without a hook.")
         references, residuals = ref_latents or [], residuals_of(control)
-        call = _Call(x, timestep, context, attention_mask, references, additional_t_cond, residuals, self.dtype)
+        call = _Call(x, timestep, context, attention_mask, references, method, additional_t_cond, residuals, self.dtype)
         if has_patches(transformer_options):
             given = x.to(self.dtype)
             call.patches = BlockPatches(transformer_options, given, config.num_layers, call.reference_tokens)
@@ -287,6 +285,7 @@ class _Call:
         context: Tensor,
         attention_mask: Tensor | None,
         references: list[Tensor],
+        method: str | None,
         additional_t_cond: Tensor | None,
         residuals: Residuals,
         dtype: torch.dtype,
@@ -306,6 +305,8 @@ class _Call:
         self._residuals = residuals
         self.patches: BlockPatches | None = None
         self._references = [pad_to_patch_size(picture, (1, PATCH, PATCH)).to(dtype) for picture in pictures]
+        self._places = places_of(method, pictures)
+        self._at_zero = at_zero(method)
 
     @property
     def batch(self) -> int:
@@ -332,6 +333,8 @@ class _Call:
                 timestep=self._timesteps[i],
                 additional_t_cond=int(self._additional[min(i, len(self._additional) - 1)]),
                 residuals=sample_of(self._residuals, i),
+                places=self._places,
+                references_at_zero=self._at_zero,
             )
             for i in range(self.batch)
         ]

@@ -20,7 +20,7 @@ from ..streaming import BlockSource, BlockStreamer, FileSource, StoredBlock, Wai
 from .hooks import Hooked, run_hooked
 from .modulation import ModulationRow, ModulationTable, Moment
 from .parts import BLOCKS, TransformerParts
-from .positions import rotary_tables
+from .positions import Place, Shape, place_pictures, rotary_tables
 
 OnBlock = Callable[[int], None]
 
@@ -41,15 +41,19 @@ class Branch:
     prompt_embeds: (1, L, joint_attention_dim); prompt_mask: (1, L) bool, None where nothing is masked.
     timestep: sigma, 0..1. additional_t_cond: which of the model's two additional conditions, where it has them.
     residuals: of each ControlNet what is added behind each block, (1, n, dim) for the first n tokens, or None.
+    places: of each shape among the rotary positions; empty: each centred, in a frame of its own, as diffusers has them.
+    references_at_zero: whether a model that has learned it (zero_cond_t) computes references at timestep zero.
     """
 
     tokens: Tensor
-    shapes: tuple[tuple[int, int, int], ...]
+    shapes: tuple[Shape, ...]
     prompt_embeds: Tensor
     prompt_mask: Tensor | None
     timestep: float
     additional_t_cond: int = 0
     residuals: tuple[Sequence[Tensor | None], ...] = ()
+    places: tuple[Place, ...] = ()
+    references_at_zero: bool = True
 
     @property
     def moment(self) -> Moment:
@@ -297,11 +301,14 @@ class TransformerSession:
         outside, device = self._outside, self._transformer.hardware.device
         layered = self._transformer.config.use_layer3d_rope
         rotary = rotary_tables(outside.pos_embed, branch.shapes, branch.prompt_embeds.shape[1], layered=layered)
+        if branch.places:
+            rotary = place_pictures(outside.pos_embed, branch.shapes, branch.places), rotary[1]
         index = None
         if outside.zero_cond_t:
             tokens = [h * w * f for f, h, w in branch.shapes]
             index = torch.zeros(1, sum(tokens), dtype=torch.int, device=device)
-            index[:, tokens[0] :] = 1
+            if branch.references_at_zero:
+                index[:, tokens[0] :] = 1
         return _State(
             img=outside.img_in(branch.tokens),
             txt=outside.txt_in(outside.txt_norm(branch.prompt_embeds)),

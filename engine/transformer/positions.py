@@ -1,15 +1,17 @@
-"""Where the tokens of a branch stand: its rotary tables, as diffusers places them. Knows no weights."""
+"""Where the tokens of a branch stand: its rotary tables, as diffusers places them, or elsewhere. Knows no weights."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InvalidRequest
 
-MAX_POSITIONS = 4096  # of diffusers' rotary tables
+MAX_POSITIONS = 4096  # of diffusers' rotary tables, either side of 0
 
-Shape = tuple[int, int, int]
+Shape = tuple[int, int, int]  # frames, height, width in patches
+Place = tuple[int, int, int]  # frame, patches down and to the right of the centre
 
 
 def rotary_tables(embed: nn.Module, shapes: Sequence[Shape], length: int, *, layered: bool) -> tuple[Tensor, Tensor]:
@@ -36,3 +38,25 @@ def rotary_tables(embed: nn.Module, shapes: Sequence[Shape], length: int, *, lay
     # on the host: on the device diffusers caches the tables for ever, by size
     pictures, text = embed([given], max_txt_seq_len=length, device=torch.device("cpu"))
     return pictures[: sum(f * h * w for f, h, w in shapes)], text
+
+
+def place_pictures(rope: Any, shapes: Sequence[Shape], places: Sequence[Place]) -> Tensor:
+    """Rotary factors (tokens of all pictures, head_dim / 2) of pictures that lie at `places`.
+
+    `rope` is diffusers' QwenEmbedRope. At place (i, 0, 0) picture i has the factors that `rope` gives it. Raises
+    InvalidRequest for positions beyond its tables.
+    """
+    table = torch.cat([rope.neg_freqs, rope.pos_freqs])  # row MAX_POSITIONS is position 0
+    axes = table.split([size // 2 for size in rope.axes_dim], dim=1)
+    factors = []
+    for shape, (frame, down, right) in zip(shapes, places, strict=True):
+        starts = frame, down - (shape[1] - shape[1] // 2), right - (shape[2] - shape[2] // 2)
+        if any(not -MAX_POSITIONS <= s <= MAX_POSITIONS - n for s, n in zip(starts, shape, strict=True)):
+            raise InvalidRequest(
+                f"A reference picture begins {max(down, right) * 16} px beside the centre of the others, and the model "
+                f"has {MAX_POSITIONS} positions of 16 px.\n\nWhat to do: show fewer or smaller pictures."
+            )
+        rows = [axes[i][MAX_POSITIONS + starts[i] :][: shape[i]] for i in range(3)]
+        views = [rows[0][:, None, None], rows[1][None, :, None], rows[2][None, None, :]]
+        factors.append(torch.cat([view.expand(*shape, -1) for view in views], dim=-1).flatten(0, 2))
+    return torch.cat(factors)

@@ -214,7 +214,7 @@ def _float_mask(model: Any) -> tuple[Any, Any]:
 
 
 def _reference_method(model: Any) -> tuple[Any, Any]:
-    return model, cond(reference_latents=references((6, 8)), reference_latents_method="offset")
+    return model, cond(reference_latents=references((6, 8)), reference_latents_method="index_timestep_zero")
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def _reference_method(model: Any) -> tuple[Any, Any]:
         (_attention_replacement, "replaces .*'attn1'"),
         (_weight_hook, "hook"),
         (_float_mask, "attention mask"),
-        (_reference_method, "reference method 'offset'"),
+        (_reference_method, "reference method 'index_timestep_zero' of Qwen-Image-Edit-2511 with another model"),
     ],
 )
 def test_what_is_not_supported_is_named(model: Any, prepare: Any, words: str) -> None:

@@ -1,0 +1,52 @@
+"""What "Edit Model Reference Method" asks for: where references lie beside the picture, and at which timestep."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..engine.families.members import TransformerConfig, Variant
+from ..engine.transformer.latents import PATCH
+from ..engine.transformer.positions import Place
+from .unsupported import refuse
+from .words import LOADER
+
+INDEX, INDEX_AT_ZERO = "index", "index_timestep_zero"
+_BESIDE = ("offset", "uxo")
+_BEFORE = "negative_index"  # of layered pictures
+
+
+def check_methods(conds: dict[str, list[dict[str, Any]]], config: TransformerConfig) -> None:
+    """Raise Unsupported for methods that ComfyUI's own model, or this one, does not have."""
+    entries = [entry for named in conds.values() for entry in named or () if entry.get("reference_latents")]
+    known = (_BEFORE,) if config.use_layer3d_rope else (INDEX, INDEX_AT_ZERO, *_BESIDE)
+    for method in {entry.get("reference_latents_method") for entry in entries} - {None}:
+        if method not in known:
+            refuse(f"The reference method '{method}'", f"set it to '{known[0]}', or remove that node.")
+        if method == INDEX_AT_ZERO and not config.zero_cond_t:
+            refuse(
+                f"The reference method '{INDEX_AT_ZERO}' of {Variant.EDIT_2511.value} with another model",
+                f"set the method to '{INDEX}', or, if the file is that model, set variant to it in '{LOADER}'.",
+            )
+
+
+def at_zero(method: str | None) -> bool:
+    """Whether a model that can computes references at timestep zero; such a model's own method does."""
+    return method in (None, INDEX_AT_ZERO)
+
+
+def places_of(method: str | None, references: Sequence[Tensor]) -> tuple[Place, ...]:
+    """Of the picture and of each reference (B, 16, 1, h, w); none where each has a frame of its own, in order.
+
+    "offset" and "uxo" lay all references into one frame, each below or to the right of those before it.
+    """
+    if method not in _BESIDE:
+        return ()
+    places = [(0, 0, 0)]
+    height = width = 0  # of what lies there already, in latents
+    for reference in references:
+        h, w = reference.shape[-2:]
+        down, right = (0, width) if h + height > w + width else (height, 0)
+        height, width = max(height, h + down), max(width, w + right)
+        places.append((1, -(-down // PATCH), -(-right // PATCH)))
+    return tuple(places)
