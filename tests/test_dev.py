@@ -87,9 +87,51 @@ def test_a_reroute_is_followed() -> None:
     assert to_prompt(graph, INFO)["3"]["inputs"]["model"] == ["1", 0]
 
 
-def test_subgraphs_and_unknown_nodes_are_refused() -> None:
-    with pytest.raises(CannotConvert, match="subgraphs"):
-        to_prompt(chain() | {"definitions": {"subgraphs": [{}]}}, INFO)
+def nested(values: Any = ()) -> dict[str, Any]:
+    """Load -> a subgraph with a Pass and a Sample in it -> Pass."""
+    inside = {
+        "id": "sub",
+        "inputNode": {"id": -10},
+        "outputNode": {"id": -20},
+        "inputs": [{"name": "wire", "linkIds": [1]}, {"name": "steps", "linkIds": [4]}],
+        "outputs": [{"name": "MODEL", "linkIds": [3]}],
+        "nodes": [
+            node(1, "Pass", [], [("model", "MODEL", 1)], ["MODEL"]),
+            node(2, "Sample", [42, "randomize", 20], [("model", "MODEL", 2), ("steps", "INT", 4)]),
+        ],
+        "links": [
+            {"id": i, "origin_id": a, "origin_slot": b, "target_id": c, "target_slot": d, "type": kind}
+            for i, a, b, c, d, kind in (
+                (1, -10, 0, 1, 0, "MODEL"),
+                (2, 1, 0, 2, 0, "MODEL"),
+                (3, 1, 0, -20, 0, "MODEL"),
+                (4, -10, 1, 2, 1, "INT"),
+            )
+        ],
+    }
+    graph = chain(middle="sub")
+    instance = node(2, "sub", values, [("wire", "MODEL", 7), ("steps", "INT", None)], ["MODEL"])
+    graph["nodes"][1] = instance | {"properties": {"proxyWidgets": [["-1", "steps"], ["2", "seed"]]}}
+    graph["nodes"][2] = node(3, "Pass", [], [("model", "MODEL", 8)])
+    return graph | {"definitions": {"subgraphs": [inside]}}
+
+
+def test_a_subgraph_is_unpacked_and_what_its_node_says_of_widgets_counts() -> None:
+    prompt = to_prompt(nested(), INFO)
+    assert set(prompt) == {"1", "2:1", "2:2", "3"}
+    assert prompt["2:1"]["inputs"] == {"model": ["1", 0]}
+    assert prompt["2:2"]["inputs"] == {"seed": 42, "steps": 20, "model": ["2:1", 0]}
+    assert prompt["3"]["inputs"] == {"model": ["2:1", 0]}
+    assert to_prompt(nested([9, 7]), INFO)["2:2"]["inputs"] == {"seed": 7, "steps": 9, "model": ["2:1", 0]}
+
+
+def test_a_bypassed_subgraph_hands_its_input_through() -> None:
+    graph = nested()
+    graph["nodes"][1]["mode"] = 4
+    assert to_prompt(graph, INFO)["3"]["inputs"] == {"model": ["1", 0]}
+
+
+def test_unknown_nodes_are_refused() -> None:
     with pytest.raises(CannotConvert, match=r"'Nope' \(node 2\)"):
         to_prompt(chain(middle="Nope"), INFO)
 

@@ -2,8 +2,9 @@
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
+
+from .subgraphs import BOUNDARY, FlatGraph, Link
 
 Graph = Mapping[str, Any]
 ObjectInfo = Mapping[str, Any]
@@ -17,35 +18,27 @@ class CannotConvert(ValueError):
     """The graph has something that this converter does not do; the message names the node."""
 
 
-@dataclass(frozen=True)
-class _Link:
-    source: int
-    slot: int
-    kind: str
-
-
 def to_prompt(graph: Graph, object_info: ObjectInfo) -> dict[str, dict[str, Any]]:
-    """The prompt of a flat graph (format 0.4): what the page's graphToPrompt sends, without titles.
+    """The prompt of a graph (format 0.4), subgraphs unpacked: what the page's graphToPrompt sends, without titles.
 
     Notes are left out, muted nodes too; bypassed nodes hand their input of the same type through.
-    Raises CannotConvert for subgraphs, group nodes, primitives and nodes that the server does not have.
+    Raises CannotConvert for group nodes, primitives and nodes that the server does not have.
     """
-    if (graph.get("definitions") or {}).get("subgraphs"):
-        raise CannotConvert("The graph has subgraphs. Unpack them in the page (right click) and save again.")
-    nodes = {node["id"]: node for node in graph["nodes"]}
-    links = {link[0]: _Link(link[1], link[2], str(link[5])) for link in graph["links"]}
+    flat = FlatGraph()
+    flat.add(graph, {each["id"]: each for each in (graph.get("definitions") or {}).get("subgraphs") or ()})
     prompt = {}
-    for node in sorted(graph["nodes"], key=lambda node: node.get("order", 0)):
-        if node["type"] in _NOTES or node["type"] == "Reroute" or node.get("mode", 0) in (_MUTED, _BYPASSED):
+    for node in sorted(flat.nodes.values(), key=lambda node: node.get("order", 0)):
+        if node["type"] in (*_NOTES, "Reroute", BOUNDARY) or node.get("mode", 0) in (_MUTED, _BYPASSED):
             continue
         if node["type"] not in object_info:
             raise CannotConvert(f"The server has no node {node['type']!r} (node {node['id']}).")
         values: dict[str, Any] = _widget_values(node, object_info[node["type"]])
-        for entry in node.get("inputs") or ():
-            source = _follow(entry.get("link"), nodes, links)
+        values |= {name: value for (owner, name), value in flat.values.items() if owner == node["id"]}
+        for entry in node["inputs"]:
+            source = _follow(entry["link"], flat)
             if source is not None:
-                values[entry["name"]] = [str(source.source), source.slot]
-        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": values}
+                values[entry["name"]] = [source.source, source.slot]
+        prompt[node["id"]] = {"class_type": node["type"], "inputs": values}
     return prompt
 
 
@@ -92,17 +85,19 @@ def _widget_values(node: Mapping[str, Any], node_info: Mapping[str, Any]) -> dic
     return {name: value for name, value in zip(widget_names(node_info), saved, strict=False) if name is not None}
 
 
-def _follow(link_id: int | None, nodes: Mapping[Any, Any], links: Mapping[int, _Link]) -> _Link | None:
-    """The link that really feeds an input, through reroutes and bypassed nodes; None where nothing does."""
+def _follow(link_id: str | None, flat: FlatGraph) -> Link | None:
+    """The link that really feeds an input, through reroutes, boundaries and bypassed nodes; None where nothing does."""
     while link_id is not None:
-        link = links[link_id]
-        node = nodes[link.source]
+        link = flat.links[link_id]
+        node = flat.nodes[link.source]
         if node["type"] == "PrimitiveNode":
             raise CannotConvert(f"Node {node['id']} is a primitive. Type its value into the widget instead.")
         if node.get("mode", 0) == _MUTED:
             return None
         if node["type"] == "Reroute":
-            link_id = node["inputs"][0].get("link")
+            link_id = node["inputs"][0]["link"]
+        elif node["type"] == BOUNDARY:
+            link_id = node["inputs"][link.slot]["link"]
         elif node.get("mode", 0) == _BYPASSED:
             link_id = _bypass(node, link)
         else:
@@ -110,12 +105,12 @@ def _follow(link_id: int | None, nodes: Mapping[Any, Any], links: Mapping[int, _
     return None
 
 
-def _bypass(node: Mapping[str, Any], link: _Link) -> int | None:
+def _bypass(node: Mapping[str, Any], link: Link) -> str | None:
     """Which of a bypassed node's input links stands for its output: the same position first, then the same type."""
-    inputs = list(node.get("inputs") or ())
+    inputs = node["inputs"]
     kind = node["outputs"][link.slot]["type"]
     ordered = inputs[link.slot : link.slot + 1] + inputs
-    return next((entry.get("link") for entry in ordered if entry["type"] == kind), None)
+    return next((entry["link"] for entry in ordered if entry["type"] == kind), None)
 
 
 def _spec(spec: Any) -> tuple[Any, Mapping[str, Any]]:
