@@ -13,7 +13,8 @@ class TransformerFootprint:
     staging_bytes: room on the device for the largest stored parameter, 0 where stored bytes need no decoding (native).
     scratch_bytes: what decoding a block allocates on the device for a moment. modulation_*: the same of a block's
     modulation weights. ring_bytes: host memory that file bytes pass through. host: the device is the host, and has no
-    other memory. elsewhere: blocks that stay on other devices, and are not among `blocks`.
+    other memory. elsewhere: blocks that stay on other devices, and are not among `blocks`. zero_cond_t: references are
+    modulated as at timestep zero, token by token.
     """
 
     blocks: int
@@ -34,6 +35,7 @@ class TransformerFootprint:
     ring_bytes: int = 0
     host: bool = False
     elsewhere: int = 0
+    zero_cond_t: bool = False
 
     @property
     def all_blocks(self) -> int:
@@ -41,8 +43,9 @@ class TransformerFootprint:
 
     @property
     def row_bytes(self) -> int:
-        """One timestep's row of the modulation table: 6 vectors each for picture and text, in every block."""
-        return self.all_blocks * 12 * self.inner_dim * self.element_bytes
+        """One timestep's row of the modulation table: 6 vectors each for picture, references where they have their own,
+        and text, in every block."""
+        return self.all_blocks * (18 if self.zero_cond_t else 12) * self.inner_dim * self.element_bytes
 
     @property
     def resident_block_bytes(self) -> int:

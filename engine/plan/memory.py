@@ -166,7 +166,8 @@ def activation_bytes(footprint: TransformerFootprint, request: SamplingRequest, 
 
     The factors count the tensors of one token's width that are alive at once in diffusers'
     QwenImageTransformerBlock: in the joint attention (q, k, v, rotary embedding in fp32), and around the two MLPs,
-    whose hidden width is four times the model's, before and after GELU.
+    whose hidden width is four times the model's, before and after GELU. Where each token has its own gates
+    (zero_cond_t), the first lives on through the MLPs.
     """
     unit = footprint.inner_dim * footprint.element_bytes
     image, text = request.image_tokens * unit, request.prompt_tokens * unit
@@ -181,7 +182,8 @@ def activation_bytes(footprint: TransformerFootprint, request: SamplingRequest, 
         8 * n if chunk is None or n <= chunk * unit else n + 8 * chunk * unit for n in (image, text)
     )
     mlps = max(6 * image + 4 * text + wide_image, 7 * image + 6 * text + wide_text)
-    return request.branches * carried + max(attention, mlps)
+    gate = image if footprint.zero_cond_t else 0
+    return request.branches * carried + max(attention + gate, mlps + 2 * gate)
 
 
 def text_encoder_peak_bytes(footprint: TextEncoderFootprint, prompt_tokens: Sequence[int], slots: int) -> int:

@@ -123,6 +123,7 @@ class TransformerParts:
             modulation_scratch_bytes=self.modulation_store.scratch_bytes,
             ring_bytes=self.store.ring_bytes + self.modulation_store.ring_bytes,
             host=self._hardware.host_device,
+            zero_cond_t=self.config.zero_cond_t,
         )
 
     def read_outside(self, patches: Mapping[str, WeightPatch] | None = None) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from live_bytes import LiveBytes
 from qwenimage_lowvram.engine.checkpoints.checkpoint import Checkpoint
+from qwenimage_lowvram.engine.families.variants import Variant
 from qwenimage_lowvram.engine.lora.files import match
 from qwenimage_lowvram.engine.lora.patch import lora_patches
 from qwenimage_lowvram.engine.plan.memory import MemoryPlan, activation_bytes, plan_memory, text_encoder_peak_bytes
@@ -56,9 +57,9 @@ def make_transformer(stored: torch.dtype, *, layers: int = 60) -> QwenImageTrans
 
 
 def make_branch(request: SamplingRequest) -> Branch:
-    """With a reference of the picture's size, where there is one."""
+    """With references of the picture's size, where there are any."""
     height, width = request.height // 16, request.width // 16
-    references = ((1, height, width),) if request.reference_tokens else ()
+    references = ((1, height, width),) * (request.reference_tokens // (height * width))
     return Branch(
         torch.empty(1, request.image_tokens, 64, device="cuda", dtype=torch.bfloat16),
         ((request.frames, height, width), *references),
@@ -160,6 +161,48 @@ def test_layers_fit_the_cards(side: int, layers: int, card_gb: int, stored: torc
     with pytest.raises(_Seen):
         sampling_peak(live, transformer, plan, on_block=stop)
     assert live.peak <= limit
+    assert 0.9 * plan.sampling_peak_bytes < live.peak < 1.1 * plan.sampling_peak_bytes
+
+
+# tokens of a prompt with so many pictures as the tower sees them: 384x384 px, by the first Edit 1024x1024 px
+EDITS = [
+    (Variant.EDIT, 1, 1600),
+    (Variant.EDIT_2509, 1, 400),
+    (Variant.EDIT_2509, 3, 800),
+    (Variant.EDIT_2511, 1, 400),
+    (Variant.EDIT_2511, 3, 800),
+]
+
+
+@pytest.mark.parametrize("weight_format", ["bf16", "int8", "nf4"])
+@pytest.mark.parametrize(("variant", "pictures", "prompt_tokens"), EDITS, ids=str)
+@pytest.mark.parametrize("card_gb", [4, 8])
+def test_guided_edits_fit_the_cards(
+    card_gb: int,
+    variant: Variant,
+    pictures: int,
+    prompt_tokens: int,
+    weight_format: str,
+    checkpoints: dict[str, Checkpoint],
+    live: LiveBytes,
+) -> None:
+    transformer = QwenImageTransformer(
+        checkpoints[weight_format],
+        dtype=torch.bfloat16,
+        hardware=full_size.fake_gpu(),
+        source=full_size.EmptySource,
+        variant=variant,
+    )
+    request = SamplingRequest(1024, 1024, 2, prompt_tokens, reference_tokens=4096 * pictures)
+    plan = plan_memory(transformer.footprint, request, Limits(int(card_gb * 1e9) - CONTEXT_BYTES))
+
+    def stop(index: int) -> None:
+        if index == 3:
+            raise _Seen
+
+    with pytest.raises(_Seen):
+        sampling_peak(live, transformer, plan, on_block=stop)
+    assert live.peak <= plan.limit_bytes
     assert 0.9 * plan.sampling_peak_bytes < live.peak < 1.1 * plan.sampling_peak_bytes
 
 
