@@ -13,7 +13,7 @@ import torch
 from devtools.client import ComfyClient, ExecutionFailed
 from devtools.server import ComfyServer
 from devtools.workflow import set_widgets, to_prompt
-from edit_reference import HEIGHT, WIDTH, edit_plus_pipeline
+from edit_reference import FIRST_HEIGHT, FIRST_WIDTH, HEIGHT, WIDTH, edit_pipeline, edit_plus_pipeline
 from PIL import Image
 from qwenimage_lowvram.engine.families.members import LATENTS_MEAN, LATENTS_STD
 from qwenimage_lowvram.engine.transformer.latents import unpack
@@ -24,7 +24,7 @@ from .graphs import EDITING, FOLDER, Prompt, changed, with_inputs
 PROMPT, NEGATIVE = "make the dog red", "blurry"
 STEPS, SEED, CFG = 3, 5, 4.0
 MEGAPIXELS = WIDTH * HEIGHT / 1024**2
-EDIT_2509, EDIT_2511 = "Qwen-Image-Edit-2509", "Qwen-Image-Edit-2511"
+EDIT, EDIT_2509, EDIT_2511 = "Qwen-Image-Edit", "Qwen-Image-Edit-2509", "Qwen-Image-Edit-2511"
 
 
 @pytest.fixture(scope="module")
@@ -89,21 +89,23 @@ def latents(client: ComfyClient, comfy_server: ComfyServer) -> Callable[[Prompt]
     return run
 
 
-def reference(folder: Path, pictures: list[Image.Image], variant: str) -> torch.Tensor:
+def reference(
+    pipeline: Any, pictures: Any, *, width: int = WIDTH, height: int = HEIGHT, steps: int = STEPS
+) -> torch.Tensor:
     """The latents of diffusers' pipeline as ComfyUI has them."""
-    made = edit_plus_pipeline(folder, zero_cond_t=variant == EDIT_2511)(
+    made = pipeline(
         image=pictures,
         prompt=PROMPT,
         negative_prompt=NEGATIVE,
         true_cfg_scale=CFG,
-        width=pictures[0].width,
-        height=pictures[0].height,
-        num_inference_steps=STEPS,
+        width=width,
+        height=height,
+        num_inference_steps=steps,
         generator=torch.Generator().manual_seed(SEED),
         output_type="latent",
     ).images
     mean, std = (torch.tensor(values).view(1, 16, 1, 1, 1) for values in (LATENTS_MEAN, LATENTS_STD))
-    return unpack(made, pictures[0].height // 8, pictures[0].width // 8) * std + mean
+    return unpack(made, height // 8, width // 8) * std + mean
 
 
 @pytest.mark.parametrize(
@@ -120,7 +122,28 @@ def test_an_edit_has_the_latents_of_diffusers(
     full_pipeline: Path,
 ) -> None:
     ours = latents(graph(variant, *shown))
-    wanted = reference(full_pipeline, [opened[number] for number in shown], variant)
+    pictures = [opened[number] for number in shown]
+    pipeline = edit_plus_pipeline(full_pipeline, zero_cond_t=variant == EDIT_2511)
+    wanted = reference(pipeline, pictures, width=pictures[0].width, height=pictures[0].height)
+    assert ours.shape == wanted.shape
+    assert wanted.std() > 0.5
+    assert (ours - wanted).abs().max() < 1e-4
+
+
+def test_an_edit_by_the_first_model_has_the_latents_of_diffusers(
+    graph: Callable[..., Prompt],
+    latents: Callable[[Prompt], torch.Tensor],
+    opened: list[Image.Image],
+    full_pipeline: Path,
+    comfy_server: ComfyServer,
+) -> None:
+    """At the real size of the picture, which nothing can change; the output is smaller."""
+    shown = opened[0].resize((FIRST_WIDTH, FIRST_HEIGHT), Image.Resampling.BILINEAR)
+    shown.save(comfy_server.base / "input" / "first.png")
+    prompt = graph(EDIT, 0, megapixels=1.0, width=WIDTH, height=HEIGHT)
+    prompt = with_inputs(with_inputs(prompt, "10", image="first.png"), "4", steps=2)
+    ours = latents(prompt)
+    wanted = reference(edit_pipeline(full_pipeline), shown, steps=2)
     assert ours.shape == wanted.shape
     assert wanted.std() > 0.5
     assert (ours - wanted).abs().max() < 1e-4
@@ -210,6 +233,39 @@ def test_an_edit_model_without_a_picture_in_a_text_graph_names_the_node_to_use(
     )
     with pytest.raises(ExecutionFailed, match=r"shows it none(.|\n)*'Encode Edit Prompt \(low VRAM\)'"):
         client.run(with_inputs(prompt, "4", latent_image=["3", 0]))
+
+
+def test_comfyuis_text_node_without_a_picture_is_refused_too(client: ComfyClient, graph: Callable[..., Prompt]) -> None:
+    with pytest.raises(ExecutionFailed, match=r"shows it none(.|\n)*'Encode Edit Prompt \(low VRAM\)'"):
+        client.run(native(graph(EDIT_2509), "TextEncodeQwenImageEditPlus"))
+
+
+def test_a_text_model_that_is_shown_a_picture_is_warned_of(
+    client: ComfyClient, comfy_server: ComfyServer, graph: Callable[..., Prompt]
+) -> None:
+    logged = len(comfy_server.log)
+    assert client.run(graph("Qwen-Image", 0, megapixels=0.01)).images()
+    assert "Qwen-Image is shown a picture to change, which it was not trained for" in comfy_server.log[logged:]
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "L", "P"])
+def test_a_file_of_any_kind_is_edited_as_its_colours_alone(
+    mode: str,
+    graph: Callable[..., Prompt],
+    latents: Callable[[Prompt], torch.Tensor],
+    opened: list[Image.Image],
+    comfy_server: ComfyServer,
+) -> None:
+    """Load Image drops transparency and repeats grey; it rounds grey otherwise than the converted picture."""
+    shown = opened[0].resize((96, 128)).convert(mode)
+    if mode == "RGBA":
+        shown.putalpha(Image.linear_gradient("L").resize(shown.size))
+    results = []
+    for name, picture in ((f"{mode}.png", shown), (f"{mode}-plain.png", shown.convert("RGB"))):
+        picture.save(comfy_server.base / "input" / name)
+        results.append(latents(with_inputs(graph(EDIT_2509, 0, megapixels=0.0), "10", image=name)))
+    difference = (results[0] - results[1]).abs()
+    assert difference.mean() < (0.02 * results[1].std() if mode == "L" else 1e-6)
 
 
 def test_a_transparent_picture_and_a_batch_of_four_are_named(client: ComfyClient, graph: Callable[..., Prompt]) -> None:
