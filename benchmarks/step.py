@@ -26,7 +26,8 @@ from diffusers_step import DEVICE, DTYPE, StepInputs, guide, guided_step, parame
 from live_bytes import LiveBytes
 from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.transformer.model import Branch, QwenImageTransformer
+from qwenimage_lowvram.engine.transformer.branch import Branch
+from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
 from small_checkpoint import make_transformer
 from torch import Tensor
 

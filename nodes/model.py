@@ -2,14 +2,12 @@
 
 import logging
 from collections.abc import Iterable
-from math import prod
 from typing import Any
 
 import comfy.model_base
 import comfy.model_management
 import comfy.supported_models
 import torch
-from comfy.ldm.common_dit import pad_to_patch_size
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor, nn
 
@@ -17,11 +15,11 @@ from ..engine.errors import Unsupported
 from ..engine.lora.patch import lora_patches
 from ..engine.plan.memory import MemoryPlan
 from ..engine.plan.report import MemoryReport
+from ..engine.transformer.branch import Branch
 from ..engine.transformer.hooks import Hooked
-from ..engine.transformer.latents import PATCH, pack, shape_in_patches, unpack
-from ..engine.transformer.model import Branch, QwenImageTransformer
+from ..engine.transformer.model import QwenImageTransformer
+from .call import Call
 from .control import (
-    Residuals,
     check_controls,
     check_devices,
     compute_once,
@@ -29,7 +27,6 @@ from .control import (
     make_hints,
     other_models,
     residuals_of,
-    sample_of,
     take_base_back,
     with_controls,
 )
@@ -37,8 +34,9 @@ from .lockstep import KEY, Lockstep
 from .native_lora import PREFIX
 from .patcher import LowVRAMPatcher
 from .patches import BlockPatches, check_patches, has_patches, make_images_fit, sees_each_call
-from .references import at_zero, check_methods, places_of
-from .run import SamplingRun, plan_run, request_of
+from .planning import plan_run, request_of
+from .references import check_methods
+from .run import SamplingRun
 from .speeds import KnownSpeeds
 from .timeline import Timeline
 from .unsupported import check_graph, check_layers, check_references, check_size, refuse, why_one_by_one
@@ -205,7 +203,7 @@ class _Calls:
         self.lockstep = Lockstep()
         self.run: SamplingRun | None = None
 
-    def run_together(self, calls: list["_Call"]) -> list[Tensor]:
+    def run_together(self, calls: list[Call]) -> list[Tensor]:
         """Velocities of several calls, each (B, 16, F, H, W), in one visit of the blocks."""
         if self.run is None:
             raise Unsupported("The model was called outside of a sampler. Use a sampler node.")
@@ -268,79 +266,8 @@ class _DiffusionModel(nn.Module):
         if calls.lockstep.active and (reason := sees_each_call(transformer_options)):
             refuse(f"A hook that sets a model patch ({reason})", "set the patch on the model, without a hook.")
         references, residuals = ref_latents or [], residuals_of(control)
-        call = _Call(x, timestep, context, attention_mask, references, method, additional_t_cond, residuals, self.dtype)
+        call = Call(x, timestep, context, attention_mask, references, method, additional_t_cond, residuals, self.dtype)
         if has_patches(transformer_options):
             given = x.to(self.dtype)
             call.patches = BlockPatches(transformer_options, given, config.num_layers, call.reference_tokens)
         return calls.lockstep.call(call, calls.run_together, lambda: torch.zeros_like(x))
-
-
-class _Call:
-    """One call of the diffusion model by ComfyUI: a batch of pictures, each a branch."""
-
-    def __init__(
-        self,
-        x: Tensor,
-        timestep: Tensor,
-        context: Tensor,
-        attention_mask: Tensor | None,
-        references: list[Tensor],
-        method: str | None,
-        additional_t_cond: Tensor | None,
-        residuals: Residuals,
-        dtype: torch.dtype,
-    ) -> None:
-        self._additional = [0] if additional_t_cond is None else additional_t_cond.reshape(-1).tolist()
-        if not set(self._additional) <= {0, 1}:
-            refuse(f"An additional time condition of {self._additional}", "use 0 or 1.")
-        if attention_mask is not None and attention_mask.is_floating_point():
-            refuse("A fractional or additive attention mask", "use the conditioning of a text encode node as it is.")
-        self._size = x.shape[-2:]
-        self._x = pad_to_patch_size(x, (1, PATCH, PATCH)).to(dtype)
-        self._timesteps = timestep.tolist()
-        self._context = context.to(dtype)
-        self._mask = None if attention_mask is None else attention_mask.bool()
-        pictures = [reference if reference.ndim == 5 else reference.unsqueeze(2) for reference in references]
-        # ComfyUI's own text nodes make references of odd sizes, and its model wraps them round to whole patches
-        self._residuals = residuals
-        self.patches: BlockPatches | None = None
-        self._references = [pad_to_patch_size(picture, (1, PATCH, PATCH)).to(dtype) for picture in pictures]
-        self._places = places_of(method, pictures)
-        self._at_zero = at_zero(method)
-
-    @property
-    def batch(self) -> int:
-        return self._x.shape[0]
-
-    @property
-    def reference_tokens(self) -> list[int]:
-        return [prod(shape_in_patches(picture)) for picture in self._references]
-
-    def unpack(self, tokens: Tensor) -> Tensor:
-        """A branch's velocity, (1, 16, F, H, W), without what whole patches have beyond it."""
-        frames, height, width = self._x.shape[2:]
-        return unpack(tokens, height, width, frames)[..., : self._size[0], : self._size[1]]
-
-    def branches(self) -> list[Branch]:
-        images = [self._x, *self._references]
-        shapes = tuple(shape_in_patches(image) for image in images)
-        return [
-            Branch(
-                tokens=torch.cat([pack(_sample(image, i)) for image in images], dim=1),
-                shapes=shapes,
-                prompt_embeds=_sample(self._context, i),
-                prompt_mask=None if self._mask is None else _sample(self._mask, i),
-                timestep=self._timesteps[i],
-                additional_t_cond=int(self._additional[min(i, len(self._additional) - 1)]),
-                residuals=sample_of(self._residuals, i),
-                places=self._places,
-                references_at_zero=self._at_zero,
-            )
-            for i in range(self.batch)
-        ]
-
-
-def _sample(batch: Tensor, index: int) -> Tensor:
-    """Sample `index` of a batch, or the only one there is, with its batch dimension."""
-    index = min(index, batch.shape[0] - 1)
-    return batch[index : index + 1]

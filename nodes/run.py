@@ -1,7 +1,6 @@
 """One sampling run: what it asks for, the plan for it, its passes, and the report of it."""
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -14,20 +13,17 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ..engine.errors import DoesNotFit, InvalidRequest, Unsupported
+from ..engine.errors import DoesNotFit
 from ..engine.plan.forecast import corrected, step_flops
-from ..engine.plan.memory import MemoryPlan, least_ram_bytes, most_bytes, most_ram_bytes, plan_memory
+from ..engine.plan.memory import MemoryPlan, plan_memory
 from ..engine.plan.picture_report import Moved
 from ..engine.plan.report import MemoryReport
-from ..engine.plan.request import Limits, SamplingRequest, size_text
-from ..engine.plan.split import annex_bytes, split_blocks
+from ..engine.plan.request import size_text
 from ..engine.plan.stages import Stage, StagePlan, load_stage, modulation_stage, sampling_stage
 from ..engine.streaming import Waits
+from ..engine.transformer.branch import Branch
 from ..engine.transformer.hooks import Hooked
-from ..engine.transformer.latents import LATENT_PX, PATCH, patches_of
-from ..engine.transformer.model import Branch, QwenImageTransformer, TransformerSession
-from .limits import host_bytes, stage_bytes
-from .patcher import LowVRAMPatcher
+from ..engine.transformer.model import QwenImageTransformer, TransformerSession
 from .progress import MemoryWatch, RunProgress
 from .speeds import KnownSpeeds
 from .timeline import Timeline
@@ -44,82 +40,6 @@ T = TypeVar("T")
 
 class OutOfMemory(torch.OutOfMemoryError):
     """Memory ran out twice, the second time with a smaller plan. ComfyUI knows it for what it is, and unloads."""
-
-
-def request_of(guider: Any, noise_shape: torch.Size, sigmas: Tensor, joint_attention_dim: int) -> SamplingRequest:
-    """What ComfyUI is about to sample: `noise_shape` is (B, 16, F, H, W), the guider holds the conditions.
-
-    Raises Unsupported or InvalidRequest for latents and prompts of other models.
-    """
-    if len(noise_shape) != 5:
-        raise Unsupported(
-            f"A latent of shape {list(noise_shape)} is no picture's. Use EmptySD3LatentImage, or encode pictures with "
-            "this pack's VAE."
-        )
-    entries = [(name, entry) for name, conds in guider.conds.items() for entry in conds or ()]
-    # only this guider leaves the negative prompt out; others decide for themselves
-    plain = type(guider) is comfy.samplers.CFGGuider
-    if plain and math.isclose(guider.cfg, 1.0) and not guider.model_options.get("disable_cfg1_optimization"):
-        entries = [(name, entry) for name, entry in entries if name != "negative"]
-    prompts = [entry["cross_attn"] for _, entry in entries if entry.get("cross_attn") is not None]
-    for prompt in prompts:
-        if prompt.shape[-1] != joint_attention_dim:
-            raise InvalidRequest(
-                f"The prompt's embeddings have {prompt.shape[-1]} dimensions, {joint_attention_dim} are needed.\n\n"
-                "What to do: encode the prompt with Qwen-Image's own text encoder, Qwen2.5-VL-7B."
-            )
-    high, wide = patches_of(noise_shape)
-    references = [
-        sum(math.prod(patches_of(latent)) for latent in entry.get("reference_latents") or ()) for _, entry in entries
-    ]
-    return SamplingRequest(
-        width=wide * PATCH * LATENT_PX,
-        height=high * PATCH * LATENT_PX,
-        branches=max(1, len(entries)) * noise_shape[0],
-        prompt_tokens=max((prompt.shape[1] for prompt in prompts), default=0),
-        reference_tokens=max(references, default=0),
-        timesteps=max(1, len(sigmas) - 1),
-        frames=noise_shape[2],
-    )
-
-
-def plan_run(
-    transformer: QwenImageTransformer,
-    request: SamplingRequest,
-    limit_bytes: int | None,
-    ram_limit_bytes: int | None,
-    patcher: LowVRAMPatcher,
-    speeds: KnownSpeeds,
-    *,
-    beside: Sequence[ModelPatcher] = (),
-) -> MemoryPlan:
-    """`beside`: ControlNets and model patches, which the request counts. Raises DoesNotFit before anything is
-    loaded."""
-    footprint = transformer.footprint
-    most = most_bytes(footprint, request)
-    vram = stage_bytes(transformer.hardware.device, limit_bytes, most, reused=patcher, beside=beside)
-    ram: int | None = ram_limit_bytes  # where the device is the host, what is free there is counted already
-    if not footprint.host:
-        least = least_ram_bytes(footprint, request)
-        unified = transformer.hardware.unified
-        ram = host_bytes(transformer, ram_limit_bytes, least if unified else most_ram_bytes(footprint, request), least)
-        if unified:  # the device's memory is the host's too: what is free must not be given out twice
-            ram = min(ram, least)
-    annexes = split_blocks(footprint, request, vram, _other_budgets(transformer, request, limit_bytes))
-    return plan_memory(footprint, request, Limits(vram, ram), speeds.get(), annexes)
-
-
-def _other_budgets(
-    transformer: QwenImageTransformer, request: SamplingRequest, limit_bytes: int | None
-) -> list[tuple[str, int]]:
-    """What may be held on each of the model's further devices."""
-    wanted = annex_bytes(transformer.footprint, request, transformer.footprint.blocks)
-    budgets = []
-    for name, store in transformer.annexes.items():
-        held = store.resident_bytes  # ComfyUI does not know of it: what it calls free is beside it
-        free = stage_bytes(torch.device(name), limit_bytes, wanted - held) + held
-        budgets.append((name, free if limit_bytes is None else min(free, limit_bytes)))
-    return budgets
 
 
 class SamplingRun:

@@ -7,7 +7,8 @@ from qwenimage_lowvram.engine.checkpoints.checkpoint import Checkpoint
 from qwenimage_lowvram.engine.plan.footprint import TransformerFootprint
 from qwenimage_lowvram.engine.plan.memory import plan_memory
 from qwenimage_lowvram.engine.plan.request import GIB, Limits, SamplingRequest
-from qwenimage_lowvram.engine.transformer.model import Branch, QwenImageTransformer
+from qwenimage_lowvram.engine.transformer.branch import Branch
+from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 

@@ -24,7 +24,8 @@ from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.plan.memory import MemoryPlan, activation_bytes, least_ram_bytes, plan_memory
 from qwenimage_lowvram.engine.plan.request import Limits
-from qwenimage_lowvram.engine.transformer.model import Branch, QwenImageTransformer
+from qwenimage_lowvram.engine.transformer.branch import Branch
+from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
 from random_blocks import REAL_BLOCKS
 from streaming_job import PROMPT_TOKENS, Job, Moved, Tier, forget_files
 from torch import Tensor, nn

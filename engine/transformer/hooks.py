@@ -7,6 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .branch import BranchState
+
 # (pictures' states (B, N, dim), texts' states (B, L, dim))
 States = tuple[Tensor, Tensor]
 
@@ -34,18 +36,7 @@ class Hooked:
     hook: BlockHook
 
 
-class _Runs(Protocol):
-    """A branch between two blocks."""
-
-    img: Tensor
-    txt: Tensor
-    temb: Tensor
-    rotary: tuple[Tensor, Tensor]
-
-    def run(self, index: int, block: torch.nn.Module) -> None: ...
-
-
-def run_hooked(branches: Sequence[_Runs], hook: BlockHook, index: int, block: torch.nn.Module) -> None:
+def run_hooked(branches: Sequence[BranchState], hook: BlockHook, index: int, block: torch.nn.Module) -> None:
     """Run one block on branches of the same sizes, through their hook."""
 
     def run(img: Tensor, txt: Tensor) -> States:
@@ -65,6 +56,6 @@ def _join(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _share(branches: Sequence[_Runs], img: Tensor, txt: Tensor) -> None:
+def _share(branches: Sequence[BranchState], img: Tensor, txt: Tensor) -> None:
     for i, branch in enumerate(branches):
         branch.img, branch.txt = img[i : i + 1], txt[i : i + 1]

@@ -4,12 +4,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import Enum
-from functools import reduce
-from operator import add
 
 import torch
 from diffusers import QwenImageTransformer2DModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..families.members import TransformerConfig, Variant
@@ -17,10 +15,11 @@ from ..hardware import Hardware
 from ..plan.footprint import TransformerFootprint
 from ..plan.memory import Annex, spread_order
 from ..streaming import BlockSource, BlockStreamer, FileSource, StoredBlock, Waits, WeightPatch, bind
+from .branch import Branch, BranchState
 from .hooks import Hooked, run_hooked
-from .modulation import ModulationRow, ModulationTable, Moment
+from .modulation import ModulationRow, ModulationTable
 from .parts import BLOCKS, TransformerParts
-from .positions import Place, Shape, place_pictures, rotary_tables
+from .positions import place_pictures, rotary_tables
 
 OnBlock = Callable[[int], None]
 
@@ -30,34 +29,6 @@ class TimestepRounding(Enum):
 
     FP32 = "fp32"
     DIFFUSERS = "diffusers"
-
-
-@dataclass(frozen=True)
-class Branch:
-    """One forward pass: a prompt for one picture.
-
-    tokens: packed, normalised latents (1, N, 64), the picture's tokens first, then those of its references.
-    shapes: (frames, height, width) in patches, of the picture, then of each reference; layers are frames.
-    prompt_embeds: (1, L, joint_attention_dim); prompt_mask: (1, L) bool, None where nothing is masked.
-    timestep: sigma, 0..1. additional_t_cond: which of the model's two additional conditions, where it has them.
-    residuals: of each ControlNet what is added behind each block, (1, n, dim) for the first n tokens, or None.
-    places: of each shape among the rotary positions; empty: each centred, in a frame of its own, as diffusers has them.
-    references_at_zero: whether a model that has learned it (zero_cond_t) computes references at timestep zero.
-    """
-
-    tokens: Tensor
-    shapes: tuple[Shape, ...]
-    prompt_embeds: Tensor
-    prompt_mask: Tensor | None
-    timestep: float
-    additional_t_cond: int = 0
-    residuals: tuple[Sequence[Tensor | None], ...] = ()
-    places: tuple[Place, ...] = ()
-    references_at_zero: bool = True
-
-    @property
-    def moment(self) -> Moment:
-        return self.timestep, self.additional_t_cond
 
 
 class QwenImageTransformer:
@@ -297,7 +268,7 @@ class TransformerSession:
         del rows
         return [self._finish(branch, states.pop(0)) for branch in branches]
 
-    def _begin(self, branch: Branch, row: ModulationRow) -> "_State":
+    def _begin(self, branch: Branch, row: ModulationRow) -> BranchState:
         outside, device = self._outside, self._transformer.hardware.device
         layered = self._transformer.config.use_layer3d_rope
         rotary = rotary_tables(outside.pos_embed, branch.shapes, branch.prompt_embeds.shape[1], layered=layered)
@@ -309,7 +280,7 @@ class TransformerSession:
             index = torch.zeros(1, sum(tokens), dtype=torch.int, device=device)
             if branch.references_at_zero:
                 index[:, tokens[0] :] = 1
-        return _State(
+        return BranchState(
             img=outside.img_in(branch.tokens),
             txt=outside.txt_in(outside.txt_norm(branch.prompt_embeds)),
             mask=branch.prompt_mask,
@@ -320,50 +291,7 @@ class TransformerSession:
             residuals=branch.residuals,
         )
 
-    def _finish(self, branch: Branch, state: "_State") -> Tensor:
+    def _finish(self, branch: Branch, state: BranchState) -> Tensor:
         velocity = self._outside.proj_out(self._outside.norm_out(state.img, state.temb[:1]))
         frames, height, width = branch.shapes[0]
         return velocity[:, : frames * height * width]
-
-
-@dataclass
-class _State:
-    """What a branch carries from block to block."""
-
-    img: Tensor  # (1, N, dim)
-    txt: Tensor  # (1, L, dim)
-    mask: Tensor | None
-    temb: Tensor
-    rotary: tuple[Tensor, Tensor]
-    modulate_index: Tensor | None
-    row: ModulationRow
-    residuals: tuple[Sequence[Tensor | None], ...]
-
-    def move(self, device: torch.device) -> None:
-        """Hand everything but the table's row and the residuals on to `device`."""
-        self.img, self.txt, self.temb = self.img.to(device), self.txt.to(device), self.temb.to(device)
-        self.rotary = (self.rotary[0].to(device), self.rotary[1].to(device))
-        self.mask = None if self.mask is None else self.mask.to(device)
-        self.modulate_index = None if self.modulate_index is None else self.modulate_index.to(device)
-
-    def run(self, index: int, block: nn.Module) -> None:
-        device = self.img.device
-        block.img_mod.value, block.txt_mod.value = self.row.img[index].to(device), self.row.txt[index].to(device)
-        self.txt, self.img = block(
-            hidden_states=self.img,
-            encoder_hidden_states=self.txt,
-            encoder_hidden_states_mask=self.mask,
-            temb=self.temb,
-            image_rotary_emb=self.rotary,
-            joint_attention_kwargs=None,
-            modulate_index=self.modulate_index,
-        )
-        del block.img_mod.value, block.txt_mod.value  # a resident block would keep the row on the device
-
-    def add_residuals(self, index: int) -> None:
-        """Behind block `index`. Several are summed up first, in their order, as ComfyUI does it."""
-        added = [net[index] for net in self.residuals if index < len(net)]
-        present = [residual for residual in added if residual is not None]
-        if present:
-            total = reduce(add, present).to(self.img.device)
-            self.img[:, : total.shape[1]] += total

@@ -19,7 +19,8 @@ from qwenimage_lowvram.engine.errors import CheckpointError, DamagedFile, WrongM
 from qwenimage_lowvram.engine.families.members import sort_transformer
 from qwenimage_lowvram.engine.formats.quant_states import with_quant_states
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.transformer.model import Branch, QwenImageTransformer
+from qwenimage_lowvram.engine.transformer.branch import Branch
+from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
 from safetensors.torch import load_file, save_file
 from small_checkpoint import make_transformer
 from torch._subclasses.fake_tensor import FakeTensorMode

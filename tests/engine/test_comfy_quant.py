@@ -22,7 +22,8 @@ from qwenimage_lowvram.engine.formats.int8_convrot import CHUNK_WEIGHTS, INT8_CO
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.streaming import read_params
 from qwenimage_lowvram.engine.text.encoder import TextEncoder
-from qwenimage_lowvram.engine.transformer.model import Branch, QwenImageTransformer
+from qwenimage_lowvram.engine.transformer.branch import Branch
+from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
 from safetensors.torch import load_file, save_file
 from small_checkpoint import write_split_files
 from torch.profiler import ProfilerActivity, profile

@@ -22,7 +22,8 @@ from qwenimage_lowvram.engine.plan.request import GIB, Limits, SamplingRequest
 from qwenimage_lowvram.engine.plan.stages import TEMPLATE_END_TOKENS, PictureRequest
 from qwenimage_lowvram.engine.quantized.weights import QuantizedWeights
 from qwenimage_lowvram.engine.text.encoder import TextEncoder
-from qwenimage_lowvram.engine.transformer.model import Branch, QwenImageTransformer
+from qwenimage_lowvram.engine.transformer.branch import Branch
+from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 SIZES = [(1664, 928), (1328, 1328)]

@@ -23,7 +23,8 @@ from qwenimage_lowvram.engine.families.vision import sort_vision
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.streaming import read_params
 from qwenimage_lowvram.engine.text.encoder import TextEncoder
-from qwenimage_lowvram.engine.transformer.model import Branch, QwenImageTransformer
+from qwenimage_lowvram.engine.transformer.branch import Branch
+from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
 from qwenimage_lowvram.engine.vae import ImageVAE, require_image_vae
 from safetensors.torch import save
 from small_checkpoint import TextSize, make_text_encoder, make_tokenizer, make_transformer

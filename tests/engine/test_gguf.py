@@ -24,7 +24,8 @@ from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.plan.memory import plan_text_encoder, text_encoder_peak_bytes
 from qwenimage_lowvram.engine.plan.request import GIB
 from qwenimage_lowvram.engine.text.encoder import TextEncoder
-from qwenimage_lowvram.engine.transformer.model import Branch, QwenImageTransformer
+from qwenimage_lowvram.engine.transformer.branch import Branch
+from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
 from safetensors.torch import load_file
 from small_checkpoint import TextSize, make_text_encoder, make_tokenizer, make_transformer
 from torch._subclasses.fake_tensor import FakeTensorMode

@@ -11,8 +11,9 @@ from qwenimage_lowvram.engine.errors import InvalidRequest, WrongModel
 from qwenimage_lowvram.engine.families.members import sort_transformer
 from qwenimage_lowvram.engine.families.variants import Variant
 from qwenimage_lowvram.engine.hardware import Hardware
+from qwenimage_lowvram.engine.transformer.branch import Branch
 from qwenimage_lowvram.engine.transformer.latents import pack, shape_in_patches, unpack
-from qwenimage_lowvram.engine.transformer.model import Branch, QwenImageTransformer, TimestepRounding
+from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer, TimestepRounding
 from qwenimage_lowvram.engine.transformer.positions import MAX_POSITIONS
 from torch import Tensor
 

@@ -31,7 +31,8 @@ from qwenimage_lowvram.engine.quantized.files import State, cache_path, cached_f
 from qwenimage_lowvram.engine.quantized.layout import FORMATS
 from qwenimage_lowvram.engine.quantized.weights import QuantizedWeights
 from qwenimage_lowvram.engine.streaming import TensorReader, read_params
-from qwenimage_lowvram.engine.transformer.model import Branch, QwenImageTransformer
+from qwenimage_lowvram.engine.transformer.branch import Branch
+from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_checkpoint import make_transformer

@@ -26,7 +26,8 @@ from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.plan.memory import plan_memory
 from qwenimage_lowvram.engine.plan.request import Limits, SamplingRequest
-from qwenimage_lowvram.engine.transformer.model import Branch, QwenImageTransformer
+from qwenimage_lowvram.engine.transformer.branch import Branch
+from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
 
 torch.set_num_threads(2)
 process = psutil.Process()

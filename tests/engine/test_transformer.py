@@ -16,8 +16,9 @@ from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.errors import InvalidRequest
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.plan.memory import spread_order
+from qwenimage_lowvram.engine.transformer.branch import Branch
 from qwenimage_lowvram.engine.transformer.hooks import Hooked
-from qwenimage_lowvram.engine.transformer.model import Branch, QwenImageTransformer, TimestepRounding
+from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer, TimestepRounding
 from qwenimage_lowvram.engine.transformer.positions import MAX_POSITIONS
 from qwenimage_lowvram.engine.transformer.sampling import qwen_sigmas
 from torch import Tensor

@@ -13,7 +13,7 @@ import torch
 from control_files import write_fun, write_instantx
 from diffusers import QwenImageTransformer2DModel
 from live_bytes import LiveBytes
-from native_sizes import teach
+from native_sizes import teach_transformer
 from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.errors import DoesNotFit, Unsupported
 from qwenimage_lowvram.engine.families.variants import Variant
@@ -62,7 +62,7 @@ def load(files: Path, comfy: Any) -> Iterator[Callable[[str], Any]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(comfy.model_detection, "detect_unet_config", comfy.model_detection.detect_unet_config)
-        teach()
+        teach_transformer()
         yield load
 
 

@@ -1,6 +1,5 @@
 """A server whose own loaders open small files too; the same graph runs there with theirs and with our loader."""
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,19 @@ from .graphs import Prompt, with_our_loader
 
 SHARED = ("model", "clip", "vae")  # what our loader may stand for in a graph
 TOLERANCE = 1e-4  # of fp32 latents whose standard deviation is about 1
+# a custom node, one file
+SMALL_SIZES = f"""import sys
+
+import nodes
+
+sys.path.insert(0, {str(Path(__file__).parents[2] / "tools")!r})
+from native_sizes import teach_patches, teach_text_encoder, teach_transformer
+
+teach_transformer()
+teach_text_encoder()
+teach_patches(nodes.NODE_CLASS_MAPPINGS["ModelPatchLoader"], layers=4, width=64)
+NODE_CLASS_MAPPINGS = {{}}
+"""
 
 
 @dataclass(frozen=True)
@@ -67,7 +79,7 @@ def mixing(
     marked = f"marked_{plain.transformer}"
     _mark(base / "models" / "diffusion_models" / plain.transformer, marked)
     (base / "custom_nodes").mkdir()
-    shutil.copy(Path(__file__).with_name("small_comfyui.py"), base / "custom_nodes")
+    (base / "custom_nodes" / "small_sizes.py").write_text(SMALL_SIZES, encoding="utf-8")
     server = start_server(base=base)
     files = {"plain": plain, "2511": SplitFiles(marked, plain.text_encoder, plain.vae)}
     return Mixing(server, ComfyClient(server.url), files)

@@ -1,138 +1,83 @@
-"""ControlNet graphs through a real server: our loader, and ComfyUI's own, of transformer and VAE, on the same files."""
+"""ControlNet graphs through a real server: with ComfyUI's own loaders, and with ours in their place."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from control_files import write_diffsynth, write_fun, write_instantx
-from devtools.client import ComfyClient, ExecutionFailed
-from devtools.server import ComfyServer
-from native_sizes import custom_node
+from devtools.client import ExecutionFailed
 from PIL import Image
-from safetensors.torch import load_file
-from split_files import SplitFiles, write_split_files
 
-from .graphs import FOLDER, Prompt, changed, with_inputs
+from .conftest import SHARED, TOLERANCE, Mixing
+from .graphs import Prompt, changed, with_inputs, with_our_loader
+from .test_mixing import graph
 
-STEPS = 3
+POSITIVE, NEGATIVE = ["9", 0], ["9", 1]
 
 
 @pytest.fixture(scope="module")
-def server(start_server: Callable[..., ComfyServer], server_base: Path, full_pipeline: Path) -> Iterator[ComfyServer]:
-    """A server whose own loaders open small files, with ControlNets and a picture to control with."""
-    folder = server_base / "models" / "controlnet"
+def controls(mixing: Mixing, full_pipeline: Path) -> Mixing:
+    """The server with ControlNets, and a picture to control with."""
+    folder, patches = (mixing.server.base / "models" / name for name in ("controlnet", "model_patches"))
+    folder.mkdir(exist_ok=True)
+    patches.mkdir(exist_ok=True)
     write_instantx(folder / "union.safetensors", full_pipeline / "transformer", layers=20)
     write_instantx(folder / "inpaint.safetensors", full_pipeline / "transformer", layers=2, mask_channels=4)
     write_fun(folder / "fun.safetensors", full_pipeline / "transformer")
-    write_diffsynth(server_base / "models" / "model_patches" / "canny.safetensors", full_pipeline / "transformer")
+    write_diffsynth(patches / "canny.safetensors", full_pipeline / "transformer")
     values = np.random.default_rng(0).integers(0, 255, (9, 15, 4), dtype=np.uint8)
-    Image.fromarray(values).resize((120, 72)).save(server_base / "input" / "control.png")
-    node = server_base / "custom_nodes" / "small_sizes.py"
-    node.write_text(custom_node(), encoding="utf-8")
-    yield start_server()
-    node.unlink()
+    Image.fromarray(values).resize((120, 72)).save(mixing.server.base / "input" / "control.png")
+    return mixing
 
 
-@pytest.fixture(scope="module")
-def files(full_pipeline: Path, server_base: Path) -> SplitFiles:
-    return write_split_files(full_pipeline, server_base / "models", dtype="fp32", name="control")
+def uncontrolled(controls: Mixing) -> Prompt:
+    """The picture to control with is 11."""
+    prompt = with_inputs(graph(controls), "6", batch_size=2)
+    return changed(prompt, n11=("LoadImage", {"image": "control.png"}))
 
 
-@pytest.fixture
-def graph(full_pipeline: Path, files: SplitFiles) -> Callable[[bool], Prompt]:
-    """`graph(ours)`: whose loaders; conditions 8, sampler 4, saved latent 7."""
-
-    def make(ours: bool) -> Prompt:
-        loader = {
-            "transformer": f"{full_pipeline.name} (folder)", "text_encoder": FOLDER, "vae": FOLDER, "dtype": "fp32",
-            "weight_format": "as stored", "vram_limit_gb": 0.0, "timesteps": "fp32", "variant": "auto",
-        }  # fmt: skip
-        model, vae = (["1", 0], ["1", 2]) if ours else (["20", 0], ["21", 0])
-        control = {
-            "positive": ["2", 0], "negative": ["2", 1], "control_net": ["9", 0], "image": ["10", 0], "strength": 0.8,
-            "start_percent": 0.0, "end_percent": 0.9, "vae": vae,
-        }  # fmt: skip
-        sample = {
-            "model": model, "positive": ["8", 0], "negative": ["8", 1], "latent_image": ["3", 0], "seed": 5,
-            "steps": STEPS, "cfg": 4.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0,
-        }  # fmt: skip
-        native = {
-            "n20": ("UNETLoader", {"unet_name": files.transformer, "weight_dtype": "default"}),
-            "n21": ("VAELoader", {"vae_name": files.vae}),
-        }
-        return changed(
-            {},
-            n1=("QwenLowVRAMLoader", loader),
-            n2=("QwenLowVRAMEncodePrompts", {"clip": ["1", 1], "positive": "a red circle", "negative": "blurry"}),
-            n3=("EmptySD3LatentImage", {"width": 96, "height": 64, "batch_size": 2}),
-            n4=("KSampler", sample),
-            n7=("SaveLatent", {"samples": ["4", 0], "filename_prefix": "control"}),
-            n8=("ControlNetApplyAdvanced", control),
-            n9=("ControlNetLoader", {"control_net_name": "union.safetensors"}),
-            n10=("LoadImage", {"image": "control.png"}),
-            **({} if ours else native),
-        )
-
-    return make
+def with_net(prompt: Prompt, file: str, apply: str = "ControlNetApplyAdvanced", **inputs: object) -> Prompt:
+    """Conditions 9 and ControlNet 10 before the sampler."""
+    control = {
+        "positive": ["4", 0], "negative": ["5", 0], "control_net": ["10", 0], "image": ["11", 0], "strength": 0.8,
+        "start_percent": 0.0, "end_percent": 0.9, "vae": ["3", 0],
+    }  # fmt: skip
+    nodes = {"n9": (apply, control | inputs), "n10": ("ControlNetLoader", {"control_net_name": file})}
+    return with_inputs(changed(prompt, **nodes), "7", positive=POSITIVE, negative=NEGATIVE)
 
 
-def latents(server: ComfyServer, prompt: Prompt) -> torch.Tensor:
-    (saved,) = ComfyClient(server.url).run(prompt).outputs["7"]["latents"]
-    return load_file(server.base / "output" / saved["subfolder"] / saved["filename"])["latent_tensor"]
+def with_diffsynth(prompt: Prompt) -> Prompt:
+    patch = {"model": ["1", 0], "model_patch": ["10", 0], "vae": ["3", 0], "image": ["11", 0], "strength": 0.7}
+    nodes = {
+        "n9": ("QwenImageDiffsynthControlnet", patch),
+        "n10": ("ModelPatchLoader", {"name": "canny.safetensors"}),
+    }
+    return with_inputs(changed(prompt, **nodes), "7", model=["9", 0])
 
 
-def _inpaint(prompt: Prompt) -> Prompt:
-    inputs = prompt["8"]["inputs"] | {"mask": ["10", 1]}
-    return changed(
-        prompt,
-        "8",
-        "9",
-        n8=("ControlNetInpaintingAliMamaApply", inputs),
-        n9=("ControlNetLoader", {"control_net_name": "inpaint.safetensors"}),
-    )
-
-
-def _diffsynth(prompt: Prompt) -> Prompt:
-    sample = prompt["4"]["inputs"]
-    patch = {"model": sample["model"], "model_patch": ["12", 0], "vae": prompt["8"]["inputs"]["vae"]}
-    return changed(
-        prompt,
-        "8",
-        "9",
-        n4=("KSampler", sample | {"model": ["11", 0], "positive": ["2", 0], "negative": ["2", 1]}),
-        n11=("QwenImageDiffsynthControlnet", patch | {"image": ["10", 0], "strength": 0.7}),
-        n12=("ModelPatchLoader", {"name": "canny.safetensors"}),
-    )
-
-
+INPAINTING = "ControlNetInpaintingAliMamaApply"
 CHANGES: dict[str, Callable[[Prompt], Prompt]] = {
-    "union": lambda prompt: prompt,
-    "inpainting": _inpaint,
-    "diffsynth": _diffsynth,
-    "fun": lambda prompt: with_inputs(prompt, "9", control_net_name="fun.safetensors"),
+    "union": lambda prompt: with_net(prompt, "union.safetensors"),
+    "inpainting": lambda prompt: with_net(prompt, "inpaint.safetensors", INPAINTING, mask=["11", 1]),
+    "fun": lambda prompt: with_net(prompt, "fun.safetensors"),
+    "diffsynth": with_diffsynth,
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_controlled_graph_has_the_latents_of_comfyuis_own_loaders(
-    change: str, server: ComfyServer, graph: Callable[[bool], Prompt]
-) -> None:
-    made, wanted = (latents(server, CHANGES[change](graph(ours))) for ours in (True, False))
-    assert wanted.shape == (2, 16, 1, 8, 12)
+def test_a_controlled_graph_has_the_latents_of_comfyuis_own_loaders(change: str, controls: Mixing) -> None:
+    plain = uncontrolled(controls)
+    made, wanted = controls.both(CHANGES[change](plain))
+    report = controls.server.log.split("MemoryReport: ")[-1]
     assert wanted.std() > 0.5
-    assert (made - wanted).abs().max() < 1e-4
-    uncontrolled = with_inputs(graph(True), "4", positive=["2", 0], negative=["2", 1])
-    assert (made - latents(server, uncontrolled)).abs().max() > 0.01
-    reports = server.log.split("MemoryReport: ")[1:]
-    assert "ControlNets and model patches" in reports[-2]
-    assert "one after another" not in reports[-2]
+    assert (made - wanted).abs().max() < TOLERANCE
+    assert (made - controls.latents(controls.client.run(with_our_loader(plain, replaced=SHARED)))).abs().max() > 0.01
+    assert "ControlNets and model patches" in report
+    assert "one after another" not in report
 
 
-def test_a_controlnet_that_does_not_fit_is_refused_in_the_graph(
-    server: ComfyServer, graph: Callable[[bool], Prompt]
-) -> None:
-    prompt = with_inputs(graph(True), "1", vram_limit_gb=0.01)
+def test_a_controlnet_that_does_not_fit_is_refused_in_the_graph(controls: Mixing) -> None:
+    prompt = with_our_loader(CHANGES["union"](uncontrolled(controls)), replaced=SHARED)
     with pytest.raises(ExecutionFailed, match="no ControlNet and no model patch"):
-        latents(server, prompt)
+        controls.client.run(with_inputs(prompt, "ours", vram_limit_gb=0.01))

@@ -1,0 +1,83 @@
+"""One prompt for one picture: what the transformer is given, and what it carries from block to block."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+
+import torch
+from torch import Tensor, nn
+
+from .modulation import ModulationRow, Moment
+from .positions import Place, Shape
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One forward pass: a prompt for one picture.
+
+    tokens: packed, normalised latents (1, N, 64), the picture's tokens first, then those of its references.
+    shapes: (frames, height, width) in patches, of the picture, then of each reference; layers are frames.
+    prompt_embeds: (1, L, joint_attention_dim); prompt_mask: (1, L) bool, None where nothing is masked.
+    timestep: sigma, 0..1. additional_t_cond: which of the model's two additional conditions, where it has them.
+    residuals: of each ControlNet what is added behind each block, (1, n, dim) for the first n tokens, or None.
+    places: of each shape among the rotary positions; empty: each centred, in a frame of its own, as diffusers has them.
+    references_at_zero: whether a model that has learned it (zero_cond_t) computes references at timestep zero.
+    """
+
+    tokens: Tensor
+    shapes: tuple[Shape, ...]
+    prompt_embeds: Tensor
+    prompt_mask: Tensor | None
+    timestep: float
+    additional_t_cond: int = 0
+    residuals: tuple[Sequence[Tensor | None], ...] = ()
+    places: tuple[Place, ...] = ()
+    references_at_zero: bool = True
+
+    @property
+    def moment(self) -> Moment:
+        return self.timestep, self.additional_t_cond
+
+
+@dataclass
+class BranchState:
+    """What a branch carries from block to block."""
+
+    img: Tensor  # (1, N, dim)
+    txt: Tensor  # (1, L, dim)
+    mask: Tensor | None
+    temb: Tensor
+    rotary: tuple[Tensor, Tensor]
+    modulate_index: Tensor | None
+    row: ModulationRow
+    residuals: tuple[Sequence[Tensor | None], ...]
+
+    def move(self, device: torch.device) -> None:
+        """Hand everything but the table's row and the residuals on to `device`."""
+        self.img, self.txt, self.temb = self.img.to(device), self.txt.to(device), self.temb.to(device)
+        self.rotary = (self.rotary[0].to(device), self.rotary[1].to(device))
+        self.mask = None if self.mask is None else self.mask.to(device)
+        self.modulate_index = None if self.modulate_index is None else self.modulate_index.to(device)
+
+    def run(self, index: int, block: nn.Module) -> None:
+        device = self.img.device
+        block.img_mod.value, block.txt_mod.value = self.row.img[index].to(device), self.row.txt[index].to(device)
+        self.txt, self.img = block(
+            hidden_states=self.img,
+            encoder_hidden_states=self.txt,
+            encoder_hidden_states_mask=self.mask,
+            temb=self.temb,
+            image_rotary_emb=self.rotary,
+            joint_attention_kwargs=None,
+            modulate_index=self.modulate_index,
+        )
+        del block.img_mod.value, block.txt_mod.value  # a resident block would keep the row on the device
+
+    def add_residuals(self, index: int) -> None:
+        """Behind block `index`. Several are summed up first, in their order, as ComfyUI does it."""
+        added = [net[index] for net in self.residuals if index < len(net)]
+        present = [residual for residual in added if residual is not None]
+        if present:
+            total = reduce(add, present).to(self.img.device)
+            self.img[:, : total.shape[1]] += total
