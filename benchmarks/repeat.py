@@ -165,15 +165,15 @@ class _Contender(ABC):
 class _Ours(_Contender):
     @classmethod
     def prepare(cls, folder: Path) -> None:
-        from qwenimage_lowvram.nodes import clip, model  # noqa: F401
-        from qwenimage_lowvram.nodes.speeds import KnownSpeeds
+        from qwenimage_lowvram.nodes.adapters import clip, model  # noqa: F401
+        from qwenimage_lowvram.nodes.adapters.speeds import KnownSpeeds
 
         file = folder / "pipeline" / "transformer" / WEIGHTS
         KnownSpeeds(Hardware.detect(CPU), torch.float32, file).get()
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
-        from qwenimage_lowvram.nodes.clip import LowVRAMCLIP
-        from qwenimage_lowvram.nodes.model import make_model
+        from qwenimage_lowvram.nodes.adapters.clip import LowVRAMCLIP
+        from qwenimage_lowvram.nodes.adapters.model import make_model
 
         hardware = Hardware.detect(CPU)
         pipeline = folder / "pipeline"

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from .vae import LowVRAMVAE
+from .adapters.vae import LowVRAMVAE
 from .words import CATEGORY
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .clip import LowVRAMCLIP
+from .adapters.clip import LowVRAMCLIP
 from .words import CATEGORY
 
 

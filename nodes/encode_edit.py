@@ -16,8 +16,8 @@ from ..engine.transformer.latents import LATENT_PX
 from ..engine.vision.edit_sizes import MOST_PICTURES, EditSizes, plan_sizes
 from ..engine.vision.patches import require_rgb
 from ..engine.vision.resample import resample
-from .clip import LowVRAMCLIP
-from .unsupported import NO_PICTURES_KEY
+from .adapters.clip import LowVRAMCLIP
+from .adapters.unsupported import NO_PICTURES_KEY
 from .words import AUTO, CATEGORY
 
 LATENT_CHANNELS = 16

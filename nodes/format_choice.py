@@ -12,8 +12,8 @@ from ..engine.plan.choice import choose_format
 from ..engine.plan.request import Limits, SamplingRequest
 from ..engine.quantized.weights import QuantizedWeights
 from ..engine.transformer.parts import TransformerParts
-from .limits import could_be_free
-from .speeds import KnownSpeeds
+from .adapters.limits import could_be_free
+from .adapters.speeds import KnownSpeeds
 from .weight_cache import AS_STORED, weight_cache_folder
 
 logger = logging.getLogger(__name__)

@@ -20,11 +20,11 @@ from ..engine.text.prompts import PromptTokenizer
 from ..engine.transformer.model import QwenImageTransformer, TimestepRounding
 from ..engine.vae import RGB, RGBA, require_image_vae
 from . import devices, files
-from .clip import LowVRAMCLIP
+from .adapters.clip import LowVRAMCLIP
+from .adapters.model import make_model
+from .adapters.timeline import Timeline
+from .adapters.vae import make_vae
 from .format_choice import suitable_format
-from .model import make_model
-from .timeline import Timeline
-from .vae import make_vae
 from .weight_cache import WEIGHT_FORMATS, check_weight_format, in_weight_format, losses, prompt_cache
 from .words import AUTO, CATEGORY
 

@@ -8,8 +8,8 @@ import folder_paths
 
 from ..engine.errors import MissingFile, Unsupported
 from ..engine.lora.files import LoraMatch, match, open_lora
-from .patcher import LowVRAMPatcher
-from .progress import tell
+from .adapters.patcher import LowVRAMPatcher
+from .adapters.progress import tell
 from .words import CATEGORY
 
 logger = logging.getLogger(__name__)

@@ -22,11 +22,11 @@ from ..engine.text.encoder import TextEncoder
 from ..engine.transformer.parts import TransformerParts
 from ..engine.vae import ImageVAE
 from . import files
+from .adapters.limits import HEADROOM_BYTES, free_ram
+from .adapters.speeds import KnownSpeeds
 from .format_choice import TYPICAL_REQUEST, versions_of
-from .limits import HEADROOM_BYTES, free_ram
 from .loader import Sources
 from .pictures import as_image, preview
-from .speeds import KnownSpeeds
 from .weight_cache import AS_STORED, WEIGHT_FORMATS, check_weight_format, weight_cache_folder
 from .words import AUTO, CATEGORY
 

@@ -11,9 +11,9 @@ import torch
 from ..engine.errors import InvalidRequest
 from ..engine.plan.charts import draw_timeline
 from ..engine.plan.picture_report import PictureReport
-from .model import LowVRAMModel
+from .adapters.model import LowVRAMModel
+from .adapters.unsupported import refuse
 from .pictures import as_image, preview
-from .unsupported import refuse
 from .words import CATEGORY, LOADER
 
 JSON_VERSION = 1

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..engine.errors import InvalidRequest, Unsupported
 from ..engine.transformer.latents import patches_of, require_even
 from ..engine.transformer.sampling import layered_sigmas, lightning_sigmas, qwen_sigmas, true_cfg
-from .model import ADDITIONAL_KEY, LowVRAMModel
+from .adapters.model import ADDITIONAL_KEY, LowVRAMModel
 from .words import CATEGORY
 
 QWEN_SCHEDULER = "qwen_image"

@@ -15,7 +15,7 @@ from ..engine.quantized.files import FINISHED, UNUSED, CachedFile, cache_path, c
 from ..engine.quantized.layout import FORMATS
 from ..engine.quantized.weights import QuantizedWeights
 from ..engine.text.cache import Entry, PromptCache
-from .limits import stage_bytes
+from .adapters.limits import stage_bytes
 from .words import AUTO, CATEGORY
 
 AS_STORED = "as stored"

@@ -30,7 +30,7 @@ def native(comfy: ModuleType, file: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def ours(comfy: ModuleType, file: Path) -> Any:
-    from qwenimage_lowvram.nodes.vae import make_vae
+    from qwenimage_lowvram.nodes.adapters.vae import make_vae
 
     return make_vae(open_checkpoint(file), dtype=torch.float32, limit_bytes=None)
 
@@ -154,7 +154,7 @@ def test_an_interruption_ends_the_decode_after_a_tile(comfy: ModuleType, ours: A
 
 
 def test_a_limit_holds_weights_and_tiles(comfy: ModuleType, ours: Any, file: Path) -> None:
-    from qwenimage_lowvram.nodes.vae import LowVRAMVAE
+    from qwenimage_lowvram.nodes.adapters.vae import LowVRAMVAE
 
     latents = torch.randn(1, 16, 1, 64, 64)
     weights = ours.size

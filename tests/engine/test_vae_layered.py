@@ -84,7 +84,7 @@ def test_native_nodes_give_what_they_give_with_the_native_vae(comfy: ModuleType,
 
     importlib.import_module("comfy_extras.nodes_post_processing")  # first: it and the next import each other
     from comfy_extras.nodes_latent import LatentCutToBatch
-    from qwenimage_lowvram.nodes.vae import make_vae
+    from qwenimage_lowvram.nodes.adapters.vae import make_vae
 
     import nodes
 

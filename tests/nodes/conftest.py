@@ -61,7 +61,7 @@ def transformer(make_transformer: Callable[..., QwenImageTransformer]) -> QwenIm
 @pytest.fixture
 def model(transformer: QwenImageTransformer) -> Any:
     """A MODEL that may use all memory."""
-    from qwenimage_lowvram.nodes.model import make_model
+    from qwenimage_lowvram.nodes.adapters.model import make_model
 
     return make_model(transformer, None)
 

@@ -28,7 +28,7 @@ PROMPTS = {
 
 @pytest.fixture(scope="module")
 def ours(full_pipeline: Path, comfy: Any) -> Any:
-    from qwenimage_lowvram.nodes.clip import LowVRAMCLIP
+    from qwenimage_lowvram.nodes.adapters.clip import LowVRAMCLIP
 
     hardware = Hardware.detect(torch.device("cpu"))
     encoder = TextEncoder(open_checkpoint(full_pipeline / "text_encoder"), dtype=torch.float32, hardware=hardware)

@@ -68,7 +68,7 @@ def load(files: Path, comfy: Any) -> Iterator[Callable[[str], Any]]:
 
 @pytest.fixture(scope="module")
 def vae(small_pipeline: Path, comfy: Any) -> Any:
-    from qwenimage_lowvram.nodes.vae import make_vae
+    from qwenimage_lowvram.nodes.adapters.vae import make_vae
 
     return make_vae(open_checkpoint(small_pipeline / "vae"), dtype=torch.float32, limit_bytes=None)
 
@@ -184,7 +184,7 @@ def test_the_sampler_may_give_the_negative_prompt_the_same_net(
 
 
 def test_blocks_on_a_second_device_are_controlled_too(small_pipeline: Path, native: Any, apply: Apply) -> None:
-    from qwenimage_lowvram.nodes.model import make_model
+    from qwenimage_lowvram.nodes.adapters.model import make_model
 
     transformer = QwenImageTransformer(
         open_checkpoint(small_pipeline / "transformer"),
@@ -292,7 +292,7 @@ def test_a_pass_of_a_controlnet_of_the_real_size_takes_what_is_planned(
 ) -> None:
     import comfy.ldm.qwen_image.model as qwen
     from comfy.ldm.modules.attention import attention_pytorch
-    from qwenimage_lowvram.nodes.control import BorrowedBase, held_bytes, working_bytes
+    from qwenimage_lowvram.nodes.adapters.control import BorrowedBase, held_bytes, working_bytes
 
     monkeypatch.setattr(qwen, "optimized_attention_masked", attention_pytorch)  # as on a card
     request = SamplingRequest(width, height, 2 * batch, 512)
@@ -368,7 +368,7 @@ def test_a_controlnet_on_the_card_stays_there_and_is_counted_once(
     load: Any, comfy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import comfy.model_management as management
-    from qwenimage_lowvram.nodes.limits import HEADROOM_BYTES, stage_bytes
+    from qwenimage_lowvram.nodes.adapters.limits import HEADROOM_BYTES, stage_bytes
 
     card, free, size = torch.device("meta"), 900 << 20, 300 << 20
     patcher = load("union").control_model_wrapped
@@ -401,7 +401,7 @@ def test_a_controlnet_for_another_width_is_refused(model: Any, apply: Apply, loa
 
 
 def test_a_controlnet_beside_layers_is_refused(apply: Apply) -> None:
-    from qwenimage_lowvram.nodes.control import check_controls
+    from qwenimage_lowvram.nodes.adapters.control import check_controls
 
     positive, _ = apply(cond(), cond(5, 2))
     entries = {"positive": [positive[0][1]], "negative": None}
@@ -420,7 +420,7 @@ def test_a_controlnet_on_another_device_is_refused(model: Any, apply: Apply, loa
 
 @pytest.mark.parametrize("net", ["union", "fun"])
 def test_a_controlnet_that_is_kept_keeps_no_model(net: str, make_transformer: Any, apply: Apply) -> None:
-    from qwenimage_lowvram.nodes.model import make_model
+    from qwenimage_lowvram.nodes.adapters.model import make_model
 
     conds = apply(cond(), cond(5, 2), net=net)
     model = make_model(make_transformer(), None)

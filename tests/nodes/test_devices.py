@@ -23,7 +23,7 @@ def run(model: Any) -> torch.Tensor:
 
 
 def test_blocks_on_a_second_device_make_the_same_picture(model: Any, small_pipeline: Path) -> None:
-    from qwenimage_lowvram.nodes.model import make_model
+    from qwenimage_lowvram.nodes.adapters.model import make_model
 
     expected = run(model)
     model.detach()

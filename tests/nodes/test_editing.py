@@ -19,7 +19,7 @@ by_name = pytest.mark.parametrize("variant", EDITING, ids=lambda variant: varian
 @pytest.fixture
 def make_model(make_transformer: Callable[..., Any]) -> Callable[[Variant], Any]:
     def make(variant: Variant) -> Any:
-        from qwenimage_lowvram.nodes.model import make_model
+        from qwenimage_lowvram.nodes.adapters.model import make_model
 
         return make_model(make_transformer(variant=variant), None)
 
@@ -53,7 +53,7 @@ def test_an_edit_model_that_is_shown_a_picture_samples(
 def test_an_edit_model_without_a_picture_samples_where_a_condition_says_that_this_is_meant(
     make_model: Callable[[Variant], Any],
 ) -> None:
-    from qwenimage_lowvram.nodes.unsupported import NO_PICTURES_KEY
+    from qwenimage_lowvram.nodes.adapters.unsupported import NO_PICTURES_KEY
 
     meant = cond(**{NO_PICTURES_KEY: True})
     edited = ksampler(make_model(Variant.EDIT_2509), meant, cond(5, 2), empty_latent())

@@ -29,7 +29,7 @@ def native(full_pipeline: Path, comfy: Any) -> Iterator[Any]:
 
 @pytest.fixture
 def make_clip(full_pipeline: Path, comfy: Any) -> Callable[..., Any]:
-    from qwenimage_lowvram.nodes.clip import LowVRAMCLIP
+    from qwenimage_lowvram.nodes.adapters.clip import LowVRAMCLIP
 
     def make(variant: Variant | None = None) -> Any:
         hardware = Hardware.detect(torch.device("cpu"))
@@ -41,7 +41,7 @@ def make_clip(full_pipeline: Path, comfy: Any) -> Callable[..., Any]:
 
 @pytest.fixture
 def vae(full_pipeline: Path) -> Any:
-    from qwenimage_lowvram.nodes.vae import make_vae
+    from qwenimage_lowvram.nodes.adapters.vae import make_vae
 
     return make_vae(open_checkpoint(full_pipeline / "vae"), dtype=torch.float32, limit_bytes=None)
 
@@ -158,7 +158,7 @@ def test_without_a_picture_an_editing_model_draws_from_text(
     make_clip: Callable[..., Any], vae: Any, full_pipeline: Path
 ) -> None:
     from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
-    from qwenimage_lowvram.nodes.model import make_model
+    from qwenimage_lowvram.nodes.adapters.model import make_model
 
     positive, negative, latent = encode(make_clip(), vae)["result"]
     assert latent["samples"].shape == (1, 16, 1, 20, 20)

@@ -22,7 +22,7 @@ REQUEST = SamplingRequest(96, 64, 2, 9, timesteps=STEPS)
 
 def on_card(folder: Path, *, blocks_in_ram: int | None) -> Any:
     """A MODEL whose blocks are all streamed; so many of them may stay in host memory."""
-    from qwenimage_lowvram.nodes.model import make_model
+    from qwenimage_lowvram.nodes.adapters.model import make_model
 
     transformer = QwenImageTransformer(open_checkpoint(folder / "transformer"), dtype=torch.float32, hardware=CARD)
     footprint = transformer.footprint

@@ -34,7 +34,7 @@ def cache(tmp_path: Path) -> PromptCache:
 @pytest.fixture
 def load(folder: Path, cache: PromptCache, comfy: Any) -> Callable[..., Any]:
     """`load(**options)` -> our CLIP as a new process has it; kept=None: without the cache."""
-    from qwenimage_lowvram.nodes.clip import LowVRAMCLIP
+    from qwenimage_lowvram.nodes.adapters.clip import LowVRAMCLIP
 
     def make(dtype: torch.dtype = torch.float32, *, kept: PromptCache | None = cache) -> Any:
         hardware = Hardware.detect(torch.device("cpu"))

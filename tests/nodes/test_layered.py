@@ -145,7 +145,7 @@ def test_a_layered_model_in_a_graph_for_whole_pictures_is_refused(model: Any) ->
 
 @pytest.mark.parametrize("variant", [Variant.QWEN_IMAGE, Variant.EDIT_2511], ids=lambda variant: variant.value)
 def test_layers_for_another_model_are_refused(variant: Variant, make_transformer: Callable[..., Any]) -> None:
-    from qwenimage_lowvram.nodes.model import make_model
+    from qwenimage_lowvram.nodes.adapters.model import make_model
 
     said = refused(make_model(make_transformer(variant=variant), None), *shown(), layers(2))
     assert said.startswith(f"The latent has 3 frames, and {variant.value} makes one picture.")
@@ -160,7 +160,7 @@ def test_two_pictures_and_layers_as_a_picture_are_refused(model: Any) -> None:
 
 
 def test_a_condition_that_the_model_does_not_have_is_refused(make_transformer: Callable[..., Any]) -> None:
-    from qwenimage_lowvram.nodes.model import make_model
+    from qwenimage_lowvram.nodes.adapters.model import make_model
 
     clone = make_model(make_transformer(), None).clone()
     clone.set_model_unet_function_wrapper(

@@ -27,7 +27,7 @@ def _no_collection() -> Iterator[None]:
 def test_what_a_model_held_goes_with_it(
     host_device: bool, make_transformer: Callable[..., QwenImageTransformer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qwenimage_lowvram.nodes.model import make_model
+    from qwenimage_lowvram.nodes.adapters.model import make_model
 
     detect = Hardware.detect
     monkeypatch.setattr(Hardware, "detect", lambda device: replace(detect(device), host_device=host_device))

@@ -75,7 +75,7 @@ def merged(folder: Path, target: Path, *loras: tuple[Path, float]) -> Path:
 
 
 def model_of(folder: Path) -> Any:
-    from qwenimage_lowvram.nodes.model import make_model
+    from qwenimage_lowvram.nodes.adapters.model import make_model
 
     hardware = Hardware.detect(torch.device("cpu"))
     return make_model(QwenImageTransformer(open_checkpoint(folder), dtype=torch.float32, hardware=hardware), None)

@@ -55,7 +55,7 @@ def tables(text: str) -> tuple[dict[str, dict[str, str]], dict[str, dict[str, st
 
 
 def test_every_stage_stays_within_each_cards_limit() -> None:
-    from qwenimage_lowvram.nodes.limits import HEADROOM_BYTES
+    from qwenimage_lowvram.nodes.adapters.limits import HEADROOM_BYTES
     from qwenimage_lowvram.nodes.memory_plan import CONTEXT_BYTES
 
     steps, peaks = tables(plan()["result"][0])

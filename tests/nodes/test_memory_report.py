@@ -36,10 +36,10 @@ class Graph:
         from qwenimage_lowvram.engine.text.encoder import TextEncoder
         from qwenimage_lowvram.engine.text.prompts import PromptTokenizer
         from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
-        from qwenimage_lowvram.nodes.clip import LowVRAMCLIP
-        from qwenimage_lowvram.nodes.model import make_model
-        from qwenimage_lowvram.nodes.timeline import Timeline
-        from qwenimage_lowvram.nodes.vae import make_vae
+        from qwenimage_lowvram.nodes.adapters.clip import LowVRAMCLIP
+        from qwenimage_lowvram.nodes.adapters.model import make_model
+        from qwenimage_lowvram.nodes.adapters.timeline import Timeline
+        from qwenimage_lowvram.nodes.adapters.vae import make_vae
 
         options = {"dtype": torch.float32, "hardware": Hardware.detect(CPU)}
         timeline = Timeline()
@@ -214,14 +214,14 @@ def test_a_report_before_any_run_says_what_to_do(graph: Graph) -> None:
 
 @pytest.fixture
 def timeline(comfy: Any) -> Iterator[Any]:
-    from qwenimage_lowvram.nodes.timeline import Timeline
+    from qwenimage_lowvram.nodes.adapters.timeline import Timeline
 
     yield Timeline()
     assert not [thread for thread in threading.enumerate() if thread.name == "qwen-timeline"]
 
 
 def test_a_long_run_keeps_few_samples_over_its_whole_length(timeline: Any) -> None:
-    from qwenimage_lowvram.nodes.timeline import MOST_SAMPLES, MOST_STAGES
+    from qwenimage_lowvram.nodes.adapters.timeline import MOST_SAMPLES, MOST_STAGES
 
     with timeline.stage(Stage.SAMPLING, CPU):
         for _ in range(3 * MOST_SAMPLES):

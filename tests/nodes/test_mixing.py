@@ -105,8 +105,8 @@ def test_the_vae_does_not_ask_itself_to_leave(
     comfy: Any, small_pipeline: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import comfy.model_management as management
-    from qwenimage_lowvram.nodes.limits import stage_bytes
-    from qwenimage_lowvram.nodes.vae import make_vae
+    from qwenimage_lowvram.nodes.adapters.limits import stage_bytes
+    from qwenimage_lowvram.nodes.adapters.vae import make_vae
 
     vae = make_vae(open_checkpoint(small_pipeline / "vae"), dtype=torch.float32, limit_bytes=None)
     monkeypatch.setattr(vae.patcher, "load_device", torch.device("meta"))

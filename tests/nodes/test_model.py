@@ -335,7 +335,7 @@ def test_decoding_stays_within_the_limit_beside_resident_blocks(
     model: Any, transformer: QwenImageTransformer, small_pipeline: Any
 ) -> None:
     from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
-    from qwenimage_lowvram.nodes.vae import make_vae
+    from qwenimage_lowvram.nodes.adapters.vae import make_vae
 
     ksampler(model, cond(), cond(5, 2), empty_latent())
     held = model.loaded_size()

@@ -35,8 +35,8 @@ def native(full_pipeline: Path, comfy: Any) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def ours(full_pipeline: Path, comfy: Any) -> Any:
-    from qwenimage_lowvram.nodes.clip import LowVRAMCLIP
-    from qwenimage_lowvram.nodes.vae import make_vae
+    from qwenimage_lowvram.nodes.adapters.clip import LowVRAMCLIP
+    from qwenimage_lowvram.nodes.adapters.vae import make_vae
 
     hardware = Hardware.detect(CPU)
     encoder = TextEncoder(open_checkpoint(full_pipeline / "text_encoder"), dtype=torch.float32, hardware=hardware)
@@ -67,7 +67,7 @@ def native_model(folder: Path, variant: Variant) -> Any:
 
 
 def our_model(folder: Path, variant: Variant) -> Any:
-    from qwenimage_lowvram.nodes.model import make_model
+    from qwenimage_lowvram.nodes.adapters.model import make_model
 
     transformer = QwenImageTransformer(
         open_checkpoint(folder / "transformer"), dtype=torch.float32, hardware=Hardware.detect(CPU), variant=variant

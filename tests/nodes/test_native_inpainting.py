@@ -35,8 +35,8 @@ def native(full_pipeline: Path, comfy: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def ours(full_pipeline: Path, comfy: Any) -> Any:
-    from qwenimage_lowvram.nodes.model import make_model
-    from qwenimage_lowvram.nodes.vae import make_vae
+    from qwenimage_lowvram.nodes.adapters.model import make_model
+    from qwenimage_lowvram.nodes.adapters.vae import make_vae
 
     transformer = QwenImageTransformer(
         open_checkpoint(full_pipeline / "transformer"),

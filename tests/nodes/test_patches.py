@@ -32,7 +32,7 @@ def native(small_pipeline: Path, comfy: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def vae(small_pipeline: Path, comfy: Any) -> Any:
-    from qwenimage_lowvram.nodes.vae import make_vae
+    from qwenimage_lowvram.nodes.adapters.vae import make_vae
 
     return make_vae(open_checkpoint(small_pipeline / "vae"), dtype=torch.float32, limit_bytes=None)
 
@@ -247,7 +247,7 @@ def test_what_a_block_does_not_take_from_others_is_refused(model: Any, name: str
 def test_a_patch_of_the_real_size_takes_what_is_planned(comfy: Any) -> None:
     import comfy.ops
     from comfy_extras.nodes_model_patch import DiffSynthCnetPatch, QwenImageBlockWiseControlNet
-    from qwenimage_lowvram.nodes.patches import PATCH_WIDTHS
+    from qwenimage_lowvram.nodes.adapters.patches import PATCH_WIDTHS
 
     with FakeTensorMode(), LiveBytes("cuda") as live:
         with torch.device("cuda"):

@@ -31,7 +31,7 @@ def native(full_pipeline: Path, comfy: Any) -> Iterator[Any]:
 
 @pytest.fixture
 def make_clip(full_pipeline: Path, comfy: Any) -> Callable[..., Any]:
-    from qwenimage_lowvram.nodes.clip import LowVRAMCLIP
+    from qwenimage_lowvram.nodes.adapters.clip import LowVRAMCLIP
 
     def make(folder: Path = full_pipeline, **options: Any) -> Any:
         hardware = Hardware.detect(torch.device("cpu"))
@@ -48,7 +48,7 @@ def ours(make_clip: Callable[..., Any]) -> Any:
 
 @pytest.fixture
 def vae(full_pipeline: Path) -> Any:
-    from qwenimage_lowvram.nodes.vae import make_vae
+    from qwenimage_lowvram.nodes.adapters.vae import make_vae
 
     return make_vae(open_checkpoint(full_pipeline / "vae"), dtype=torch.float32, limit_bytes=None)
 
@@ -217,7 +217,7 @@ def test_embeddings_in_a_prompt_are_named(ours: Any) -> None:
 def test_an_encoder_without_a_tower_still_encodes_text_and_says_what_it_lacks(
     full_pipeline: Path, tmp_path: Path
 ) -> None:
-    from qwenimage_lowvram.nodes.clip import LowVRAMCLIP
+    from qwenimage_lowvram.nodes.adapters.clip import LowVRAMCLIP
 
     source = full_pipeline / "text_encoder"
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))

@@ -41,12 +41,12 @@ def picture(folder: Path, size: tuple[int, int], negative: str | None, dtype: to
     from qwenimage_lowvram.engine.text.encoder import TextEncoder
     from qwenimage_lowvram.engine.text.prompts import PromptTokenizer
     from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
-    from qwenimage_lowvram.nodes.clip import LowVRAMCLIP
+    from qwenimage_lowvram.nodes.adapters.clip import LowVRAMCLIP
+    from qwenimage_lowvram.nodes.adapters.model import make_model
+    from qwenimage_lowvram.nodes.adapters.vae import make_vae
     from qwenimage_lowvram.nodes.decode import QwenLowVRAMDecode
     from qwenimage_lowvram.nodes.encode import QwenLowVRAMEncodePrompts
-    from qwenimage_lowvram.nodes.model import make_model
     from qwenimage_lowvram.nodes.sample import QwenLowVRAMSample
-    from qwenimage_lowvram.nodes.vae import make_vae
 
     options = {"dtype": dtype, "hardware": Hardware.detect(torch.device("cpu"))}
     encoder = TextEncoder(open_checkpoint(folder / "text_encoder"), **options)

@@ -16,7 +16,7 @@ CPU = Hardware.detect(torch.device("cpu"))
 def known(comfy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """`known(dtype)`; ComfyUI's user folder is a new one."""
     import folder_paths
-    from qwenimage_lowvram.nodes.speeds import KnownSpeeds
+    from qwenimage_lowvram.nodes.adapters.speeds import KnownSpeeds
 
     monkeypatch.setattr(folder_paths, "get_user_directory", lambda: str(tmp_path / "user"))
     model = tmp_path / "models" / "model.safetensors"

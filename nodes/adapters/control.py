@@ -18,12 +18,12 @@ from comfy.ldm.qwen_image.controlnet import QwenImageControlNetModel, QwenImageF
 from diffusers import QwenImageTransformer2DModel
 from torch import Tensor
 
-from ..engine.plan.footprint import TransformerFootprint
-from ..engine.plan.request import Controls, SamplingRequest
-from ..engine.transformer.model import QwenImageTransformer
+from ...engine.plan.footprint import TransformerFootprint
+from ...engine.plan.request import Controls, SamplingRequest
+from ...engine.transformer.model import QwenImageTransformer
+from ..words import LOADER
 from .patches import patched_bytes
 from .unsupported import refuse
-from .words import LOADER
 
 Conds = dict[str, list[dict[str, Any]]]
 # one sequence of residuals (B, n, dim) for each net

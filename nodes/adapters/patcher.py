@@ -8,8 +8,8 @@ import comfy.patcher_extension
 import comfy.utils
 import torch
 
-from ..engine.errors import InvalidRequest
-from ..engine.lora.files import LoraMatch, match
+from ...engine.errors import InvalidRequest
+from ...engine.lora.files import LoraMatch, match
 from .native_lora import PREFIX, lora_of_patches
 from .unsupported import check_hooks, refuse
 

@@ -8,9 +8,9 @@ import torch
 from comfy.weight_adapter import LoHaAdapter, LoKrAdapter, LoRAAdapter
 from torch import Tensor
 
-from ..engine.checkpoints.checkpoint import TensorEntry
-from ..engine.formats import TORCH_DTYPES
-from ..engine.lora.files import LoraFile
+from ...engine.checkpoints.checkpoint import TensorEntry
+from ...engine.formats import TORCH_DTYPES
+from ...engine.lora.files import LoraFile
 from .unsupported import refuse
 
 PREFIX = "diffusion_model."  # of a weight's name in ComfyUI's model

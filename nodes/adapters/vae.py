@@ -9,11 +9,11 @@ import comfy.sd
 import comfy.utils
 import torch
 
-from ..engine.checkpoints.checkpoint import Checkpoint
-from ..engine.errors import InvalidRequest, Unsupported
-from ..engine.plan.stages import Stage, decode_stage
-from ..engine.streaming import read_params
-from ..engine.vae import ImageVAE, TilePlan
+from ...engine.checkpoints.checkpoint import Checkpoint
+from ...engine.errors import InvalidRequest, Unsupported
+from ...engine.plan.stages import Stage, decode_stage
+from ...engine.streaming import read_params
+from ...engine.vae import ImageVAE, TilePlan
 from .limits import stage_bytes
 from .timeline import Timeline
 

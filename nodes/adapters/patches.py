@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.plan.footprint import TransformerFootprint
-from ..engine.plan.request import Controls, SamplingRequest
-from ..engine.transformer.hooks import States
+from ...engine.plan.footprint import TransformerFootprint
+from ...engine.plan.request import Controls, SamplingRequest
+from ...engine.transformer.hooks import States
 from .unsupported import refuse
 
 # the blocks that a node may name; Qwen-Image has none of the second kind, and nodes name both

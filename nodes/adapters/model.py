@@ -11,13 +11,13 @@ import torch
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor, nn
 
-from ..engine.errors import Unsupported
-from ..engine.lora.patch import lora_patches
-from ..engine.plan.memory import MemoryPlan
-from ..engine.plan.report import MemoryReport
-from ..engine.transformer.branch import Branch
-from ..engine.transformer.hooks import Hooked
-from ..engine.transformer.model import QwenImageTransformer
+from ...engine.errors import Unsupported
+from ...engine.lora.patch import lora_patches
+from ...engine.plan.memory import MemoryPlan
+from ...engine.plan.report import MemoryReport
+from ...engine.transformer.branch import Branch
+from ...engine.transformer.hooks import Hooked
+from ...engine.transformer.model import QwenImageTransformer
 from .call import Call
 from .control import (
     check_controls,

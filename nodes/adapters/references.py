@@ -5,11 +5,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ..engine.families.members import TransformerConfig, Variant
-from ..engine.transformer.latents import PATCH
-from ..engine.transformer.positions import Place
+from ...engine.families.members import TransformerConfig, Variant
+from ...engine.transformer.latents import PATCH
+from ...engine.transformer.positions import Place
+from ..words import LOADER
 from .unsupported import refuse
-from .words import LOADER
 
 INDEX, INDEX_AT_ZERO = "index", "index_timestep_zero"
 _BESIDE = ("offset", "uxo")

@@ -13,17 +13,17 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ..engine.errors import DoesNotFit
-from ..engine.plan.forecast import corrected, step_flops
-from ..engine.plan.memory import MemoryPlan, plan_memory
-from ..engine.plan.picture_report import Moved
-from ..engine.plan.report import MemoryReport
-from ..engine.plan.request import size_text
-from ..engine.plan.stages import Stage, StagePlan, load_stage, modulation_stage, sampling_stage
-from ..engine.streaming import Waits
-from ..engine.transformer.branch import Branch
-from ..engine.transformer.hooks import Hooked
-from ..engine.transformer.model import QwenImageTransformer, TransformerSession
+from ...engine.errors import DoesNotFit
+from ...engine.plan.forecast import corrected, step_flops
+from ...engine.plan.memory import MemoryPlan, plan_memory
+from ...engine.plan.picture_report import Moved
+from ...engine.plan.report import MemoryReport
+from ...engine.plan.request import size_text
+from ...engine.plan.stages import Stage, StagePlan, load_stage, modulation_stage, sampling_stage
+from ...engine.streaming import Waits
+from ...engine.transformer.branch import Branch
+from ...engine.transformer.hooks import Hooked
+from ...engine.transformer.model import QwenImageTransformer, TransformerSession
 from .progress import MemoryWatch, RunProgress
 from .speeds import KnownSpeeds
 from .timeline import Timeline

@@ -8,10 +8,10 @@ import comfy.hooks
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ..engine.errors import InvalidRequest, Unsupported
-from ..engine.families.variants import Variant
-from ..engine.transformer.latents import LATENT_PX, PATCH, require_even
-from .words import ENCODE_EDIT, LOADER
+from ...engine.errors import InvalidRequest, Unsupported
+from ...engine.families.variants import Variant
+from ...engine.transformer.latents import LATENT_PX, PATCH, require_even
+from ..words import ENCODE_EDIT, LOADER
 
 logger = logging.getLogger(__name__)
 

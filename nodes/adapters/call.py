@@ -6,8 +6,8 @@ import torch
 from comfy.ldm.common_dit import pad_to_patch_size
 from torch import Tensor
 
-from ..engine.transformer.branch import Branch
-from ..engine.transformer.latents import PATCH, pack, shape_in_patches, unpack
+from ...engine.transformer.branch import Branch
+from ...engine.transformer.latents import PATCH, pack, shape_in_patches, unpack
 from .control import Residuals, sample_of
 from .patches import BlockPatches
 from .references import at_zero, places_of

@@ -9,8 +9,8 @@ import comfy.model_patcher
 import psutil
 import torch
 
-from ..engine.transformer.model import QwenImageTransformer
-from ..engine.vae import ImageVAE
+from ...engine.transformer.model import QwenImageTransformer
+from ...engine.vae import ImageVAE
 from .patcher import LowVRAMPatcher
 
 # of what is free: fragments of torch's allocator, cuBLAS, cuDNN and attention workspaces

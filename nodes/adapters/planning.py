@@ -9,12 +9,12 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ..engine.errors import InvalidRequest, Unsupported
-from ..engine.plan.memory import MemoryPlan, least_ram_bytes, most_bytes, most_ram_bytes, plan_memory
-from ..engine.plan.request import Limits, SamplingRequest
-from ..engine.plan.split import annex_bytes, split_blocks
-from ..engine.transformer.latents import LATENT_PX, PATCH, patches_of
-from ..engine.transformer.model import QwenImageTransformer
+from ...engine.errors import InvalidRequest, Unsupported
+from ...engine.plan.memory import MemoryPlan, least_ram_bytes, most_bytes, most_ram_bytes, plan_memory
+from ...engine.plan.request import Limits, SamplingRequest
+from ...engine.plan.split import annex_bytes, split_blocks
+from ...engine.transformer.latents import LATENT_PX, PATCH, patches_of
+from ...engine.transformer.model import QwenImageTransformer
 from .limits import host_bytes, stage_bytes
 from .patcher import LowVRAMPatcher
 from .speeds import KnownSpeeds

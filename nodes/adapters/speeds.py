@@ -9,10 +9,10 @@ import comfy.model_management
 import folder_paths
 import torch
 
-from ..engine.atomic_files import whole_file
-from ..engine.hardware import Hardware
-from ..engine.plan.forecast import Speeds
-from ..engine.speeds import measure_bus, measure_disk, measure_flops
+from ...engine.atomic_files import whole_file
+from ...engine.hardware import Hardware
+from ...engine.plan.forecast import Speeds
+from ...engine.speeds import measure_bus, measure_disk, measure_flops
 
 logger = logging.getLogger(__name__)
 

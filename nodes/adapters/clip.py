@@ -12,18 +12,18 @@ import comfy.utils
 import torch
 from torch import Tensor, nn
 
-from ..engine.families.members import EDIT_TEMPLATE, PICTURE_PLACE, PROMPT_TEMPLATE
-from ..engine.families.variants import Variant
-from ..engine.plan.memory import plan_text_encoder, text_encoder_peak_bytes
-from ..engine.plan.picture_report import Moved
-from ..engine.plan.stages import Stage, encode_stage
-from ..engine.text.cache import PromptCache
-from ..engine.text.encoder import TextEncoder
-from ..engine.text.key import PromptKey, arithmetic_of
-from ..engine.text.looking import Looking
-from ..engine.text.picture_prompts import PICTURE, PicturePrompt
-from ..engine.text.prompts import PromptTokenizer, drop_template
-from ..engine.vision.patches import patch_picture
+from ...engine.families.members import EDIT_TEMPLATE, PICTURE_PLACE, PROMPT_TEMPLATE
+from ...engine.families.variants import Variant
+from ...engine.plan.memory import plan_text_encoder, text_encoder_peak_bytes
+from ...engine.plan.picture_report import Moved
+from ...engine.plan.stages import Stage, encode_stage
+from ...engine.text.cache import PromptCache
+from ...engine.text.encoder import TextEncoder
+from ...engine.text.key import PromptKey, arithmetic_of
+from ...engine.text.looking import Looking
+from ...engine.text.picture_prompts import PICTURE, PicturePrompt
+from ...engine.text.prompts import PromptTokenizer, drop_template
+from ...engine.vision.patches import patch_picture
 from .limits import stage_bytes
 from .timeline import Timeline
 from .unsupported import refuse
