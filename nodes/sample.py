@@ -1,5 +1,6 @@
 """The node that samples as the reference pipeline does, through ComfyUI's own samplers."""
 
+import logging
 import math
 from typing import Any
 
@@ -11,10 +12,12 @@ import latent_preview
 from torch import Tensor
 
 from ..engine.errors import InvalidRequest, Unsupported
-from ..engine.transformer.latents import patches_of, require_even
+from ..engine.transformer.latents import patches_of
 from ..engine.transformer.sampling import layered_sigmas, lightning_sigmas, qwen_sigmas, true_cfg
 from .adapters.model import ADDITIONAL_KEY, LowVRAMModel
 from .words import CATEGORY
+
+logger = logging.getLogger(__name__)
 
 QWEN_SCHEDULER = "qwen_image"
 LIGHTNING_SCHEDULER = "lightning"
@@ -140,8 +143,6 @@ class QwenLowVRAMSample:
             latent_image.get("downscale_ratio_temporal"),
         )
         layered = bool(model.model.model_config.unet_config.get(ADDITIONAL_KEY))
-        if not layered:
-            require_even(latents, "The picture")
         noise_mask = _noise_mask(latent_image.get("noise_mask"), latents)
         noise = comfy.sample.prepare_noise(latents, seed, latent_image.get("batch_index"))
         guided = model.clone()
@@ -153,6 +154,12 @@ class QwenLowVRAMSample:
         if norm_rescale:
             guided.set_model_sampler_cfg_function(_rescaled_guidance)
         sigmas = _sigmas(scheduler, latents, steps, denoise, layered)
+        if sigmas is not None and "model_sampling" in model.object_patches:
+            logger.warning(
+                "A node sets the shift of the schedule (ModelSamplingAuraFlow, for one), which the scheduler '%s' has "
+                "of its own. For that node's shift choose the scheduler 'simple'.",
+                scheduler,
+            )
         samples = comfy.sample.sample(
             guided,
             noise,

@@ -48,7 +48,7 @@ FLAGGED = [
     r"://raw\.githubusercontent\.com",
     r"(?<![.\w])(eval|exec)\(",
 ]
-DEVELOPERS_ONLY = ("tests/", "tools/", "benchmarks/", "docs/", "miniature/", ".ci/", ".github/", "dev.py")
+DEVELOPERS_ONLY = ("tests/", "tools/", "benchmarks/", "docs/", "miniature", ".ci/", ".github/", "dev.py")
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ class EditPlusPipeline(QwenImageEditPlusPipeline):
             f"Picture {i + 1}: <|vision_start|><|image_pad|><|vision_end|>" for i in range(len(image or ()))
         )
         (text,) = [prompt] if isinstance(prompt, str) else prompt
-        return _embeds(self, shown + text, image)
+        return embeds_of(self, shown + text, image)
 
 
 class EditPipeline(QwenImageEditPipeline):
@@ -41,13 +41,13 @@ class EditPipeline(QwenImageEditPipeline):
 
     def _get_qwen_prompt_embeds(self, prompt: Any, image: Any = None, *_: Any) -> Embeds:
         (text,) = [prompt] if isinstance(prompt, str) else prompt
-        return _embeds(self, text, [image])
+        return embeds_of(self, text, [image])
 
 
 def edit_plus_pipeline(folder: Path, *, zero_cond_t: bool = False) -> EditPlusPipeline:
     """Of the models of a text-to-image folder. Its references and pictures are WIDTH x HEIGHT px, either way round."""
     pipeline_qwenimage_edit_plus.VAE_IMAGE_SIZE = WIDTH * HEIGHT
-    models = _models(folder)
+    models = edit_models(folder)
     models["transformer"] = QwenImageTransformer2DModel.from_pretrained(
         folder / "transformer", zero_cond_t=zero_cond_t
     ).eval()
@@ -58,12 +58,20 @@ def edit_plus_pipeline(folder: Path, *, zero_cond_t: bool = False) -> EditPlusPi
 
 def edit_pipeline(folder: Path) -> EditPipeline:
     """Of the models of a text-to-image folder. Its picture is FIRST_WIDTH x FIRST_HEIGHT px."""
-    pipeline = EditPipeline(**_models(folder))
+    pipeline = EditPipeline(**edit_models(folder))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def _models(folder: Path) -> dict[str, Any]:
+def open_edit_folder(folder: Path, pixels: int, *, dtype: torch.dtype = torch.float32) -> EditPlusPipeline:
+    """Of an Edit-2509 pipeline folder. Its references are `pixels` large."""
+    pipeline_qwenimage_edit_plus.VAE_IMAGE_SIZE = pixels
+    pipeline = EditPlusPipeline.from_pretrained(folder, torch_dtype=dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def edit_models(folder: Path) -> dict[str, Any]:
     models: dict[str, Any] = QwenImagePipeline.from_pretrained(folder).components
     processor = Qwen2VLProcessor(
         image_processor=Qwen2VLImageProcessor(min_pixels=56 * 56, max_pixels=MOST_SEEN_PIXELS),
@@ -73,7 +81,7 @@ def _models(folder: Path) -> dict[str, Any]:
     return models | {"processor": processor}
 
 
-def _embeds(pipeline: Any, text: str, pictures: Any) -> Embeds:
+def embeds_of(pipeline: Any, text: str, pictures: Any) -> Embeds:
     inputs = pipeline.processor(
         text=[pipeline.prompt_template_encode.format(text)], images=pictures, return_tensors="pt"
     )

@@ -11,13 +11,9 @@ from diffusers import (
     QwenImageInpaintPipeline,
     QwenImagePipeline,
 )
-from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
+from edit_reference import Embeds, edit_models, embeds_of
 
 Kind = TypeVar("Kind")
-
-# of a picture that neither the editing pipeline nor its processor resamples: 32 and 28 divide both sides, and no other
-# such size in this shape is nearer to a megapixel
-EDIT_SIZE = (672, 1568)
 
 
 class _Encoding:
@@ -42,17 +38,11 @@ class InpaintPipeline(_Encoding, QwenImageInpaintPipeline):
 
 
 class EditInpaintPipeline(_Encoding, QwenImageEditInpaintPipeline):
-    """Tells the text encoder which tokens are pictures, as `edit_reference.EditPlusPipeline` does."""
+    """Tells the text encoder which tokens are pictures, as `edit_reference.EditPipeline` does."""
 
-    def _get_qwen_prompt_embeds(
-        self, prompt: Any = None, image: Any = None, device: Any = None, dtype: Any = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _get_qwen_prompt_embeds(self, prompt: Any = None, image: Any = None, *_: Any) -> Embeds:
         (text,) = [prompt] if isinstance(prompt, str) else prompt
-        inputs = self.processor(text=[self.prompt_template_encode.format(text)], images=image, return_tensors="pt")
-        if "mm_token_type_ids" not in inputs:
-            raise RuntimeError("The processor does not say which tokens are pictures.")
-        states = self.text_encoder.model(**inputs).last_hidden_state[:, self.prompt_template_encode_start_idx :]
-        return states, torch.ones(states.shape[:2], dtype=torch.long)
+        return embeds_of(self, text, image)
 
 
 def start_pipeline(kind: type[Kind], folder: Path) -> Kind:
@@ -63,13 +53,7 @@ def start_pipeline(kind: type[Kind], folder: Path) -> Kind:
 
 
 def edit_inpaint_pipeline(folder: Path) -> EditInpaintPipeline:
-    """Of the models of a text-to-image folder; for pictures of EDIT_SIZE."""
-    models = QwenImagePipeline.from_pretrained(folder).components
-    processor = Qwen2VLProcessor(
-        image_processor=Qwen2VLImageProcessor(size={"shortest_edge": 56 * 56, "longest_edge": 16384 * 28 * 28}),
-        tokenizer=models["tokenizer"],
-        video_processor=Qwen2VLVideoProcessor(),
-    )
-    pipeline = EditInpaintPipeline(**models, processor=processor)
+    """Of the models of a text-to-image folder; for pictures of FIRST_WIDTH x FIRST_HEIGHT px."""
+    pipeline = EditInpaintPipeline(**edit_models(folder))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -60,6 +60,7 @@ class Component(Enum):
     VAE = "a VAE"
     LORA = "a LoRA"
     CONTROLNET = "a ControlNet"
+    MODEL_PATCH = "a model patch (DiffSynth)"
     OTHER_QUANTIZATION = "a model quantized for another program (Nunchaku, GPTQ, AWQ)"
     FLUX = "a Flux transformer"
     WAN = "a Wan video transformer"
@@ -75,6 +76,7 @@ _FOLDER_OF = {
     Component.VAE: "vae",
     Component.LORA: "loras",
     Component.CONTROLNET: "controlnet",
+    Component.MODEL_PATCH: "model_patches",
 }
 
 # what a person cannot see in the folders
@@ -89,6 +91,7 @@ _EXAMPLE_OF = {
 # the first pattern that matches any key decides, so the telling ones stand first
 _SIGNS: tuple[tuple[str, Component], ...] = (
     (r"lora_(up|down|A|B)\b|\.lora\.(up|down)\.|lokr_w|hada_w", Component.LORA),
+    (r"^controlnet_blocks\.\d+\.x_rms\.", Component.MODEL_PATCH),
     (r"^(controlnet_|control_model\.)", Component.CONTROLNET),
     (r"\.(qweight|wscales)$", Component.OTHER_QUANTIZATION),
     (r"transformer_blocks\.\d+\.attn\.add_q_proj\.weight", Component.TRANSFORMER),

@@ -71,16 +71,15 @@ def variant_of(checkpoint: Checkpoint, chosen: Variant | None = None) -> Variant
 
 def is_marked_2511(checkpoint: Checkpoint) -> bool:
     """Whether reference pictures are computed at timestep zero."""
-    return _states(checkpoint, "zero_cond_t", MARK_2511)
+    return bool((checkpoint.config or {}).get("zero_cond_t")) or _has(checkpoint, MARK_2511)
 
 
 def is_layered(checkpoint: Checkpoint) -> bool:
-    return _states(checkpoint, "use_layer3d_rope", _LAYERED)
+    return bool((checkpoint.config or {}).get("use_layer3d_rope")) or _has(checkpoint, _LAYERED)
 
 
-def _states(checkpoint: Checkpoint, setting: str, tensor: str) -> bool:
-    stated = (checkpoint.config or {}).get(setting)
-    return any(name.endswith(tensor) for name in checkpoint.tensors) if stated is None else bool(stated)
+def _has(checkpoint: Checkpoint, tensor: str) -> bool:
+    return any(name.endswith(tensor) for name in checkpoint.tensors)
 
 
 def _titles(checkpoint: Checkpoint) -> list[str]:

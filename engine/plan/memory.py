@@ -325,12 +325,12 @@ def _refusal(footprint: TransformerFootprint, request: SamplingRequest, limits: 
         if _fits(footprint, replace(request, controls=Controls()), limits):
             ways.append("no ControlNet and no model patch")
     fewer = next(
-        (n for n in range(request.branches - 1, 0, -1) if _fits(footprint, replace(request, branches=n), limits)), None
+        (n for n in range(request.branches - 1, 0, -1) if _fits(footprint, request.with_branches(n), limits)), None
     )
     if fewer is not None:
         ways.append(f"a smaller batch or no guidance ({fewer} instead of {request.branches} branches)")
     for width, height in SUGGESTED_SIZES:
-        smaller = replace(request, width=width, height=height)
+        smaller = request.with_size(width, height)
         if width * height < request.width * request.height and _fits(footprint, smaller, limits):
             ways.append(f"{width}x{height} ({size_text(least_bytes(footprint, smaller))})")
             break

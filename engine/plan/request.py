@@ -1,6 +1,7 @@
 """What is asked for and what is allowed: the values that a plan is made from. Imports no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import ceil
 
 from ..errors import InvalidRequest
 
@@ -33,15 +34,23 @@ class Controls:
     """What ControlNets and model patches take on the device beside the transformer, in bytes.
 
     weights_bytes: stay there for the whole run. held_bytes: what they hand to the blocks, kept while those are visited.
-    working_bytes: their own pass at its widest, made before the blocks are visited.
+    working_bytes: their own pass at its widest, made before the blocks are visited; fixed_bytes: of it, whatever the
+    picture's size. pictures: how many are made at a time.
     """
 
     weights_bytes: int = 0
     held_bytes: int = 0
     working_bytes: int = 0
+    fixed_bytes: int = 0
+    pictures: int = 1
 
     def __bool__(self) -> bool:
-        return self != Controls()
+        return bool(self.weights_bytes or self.held_bytes or self.working_bytes)
+
+    def scaled(self, part: float) -> "Controls":
+        """For this part of the tokens."""
+        working = self.fixed_bytes + ceil((self.working_bytes - self.fixed_bytes) * part)
+        return replace(self, held_bytes=ceil(self.held_bytes * part), working_bytes=working)
 
     def __str__(self) -> str:
         return (
@@ -84,6 +93,18 @@ class SamplingRequest:
     @property
     def image_tokens(self) -> int:
         return self.frames * self.frame_tokens + self.reference_tokens
+
+    def with_branches(self, branches: int) -> "SamplingRequest":
+        """The same with fewer pictures, or without guidance."""
+        prompts = max(1, self.branches // self.controls.pictures)
+        part = ceil(branches / prompts) / self.controls.pictures
+        return replace(self, branches=branches, controls=self.controls.scaled(part))
+
+    def with_size(self, width: int, height: int) -> "SamplingRequest":
+        smaller = replace(self, width=width, height=height)
+        text = self.prompt_tokens
+        part = (smaller.frame_tokens + text) / (self.frame_tokens + text)
+        return replace(smaller, controls=self.controls.scaled(part))
 
     def __str__(self) -> str:
         frames = f", {self.frames} frames" if self.frames > 1 else ""

@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor, nn
 
-from ..errors import InvalidRequest
-
 PATCH = 2  # latent pixels per token and side
 LATENT_PX = 8  # picture pixels per latent pixel and side
 
@@ -22,18 +20,6 @@ def unpack(tokens: Tensor, height: int, width: int, frames: int = 1) -> Tensor:
     b, _, c = tokens.shape
     patches = tokens.reshape(b, frames, height // PATCH, width // PATCH, c // PATCH**2, PATCH, PATCH)
     return patches.permute(0, 4, 1, 2, 5, 3, 6).reshape(b, c // PATCH**2, frames, height, width)
-
-
-def require_even(latents: Tensor, what: str) -> None:
-    """Raise InvalidRequest unless the transformer's patches cover `latents` (..., H, W); `what` names them."""
-    height, width = latents.shape[-2:]
-    if height % PATCH or width % PATCH:
-        step = PATCH * LATENT_PX
-        near_w, near_h = (max(step, round(n * LATENT_PX / step) * step) for n in (width, height))
-        raise InvalidRequest(
-            f"{what} is {width * LATENT_PX}x{height * LATENT_PX} px; width and height must be multiples of {step}.\n"
-            f"Use {near_w}x{near_h}; scale a picture to start from before it is encoded."
-        )
 
 
 def shape_in_patches(latents: Tensor) -> tuple[int, int, int]:

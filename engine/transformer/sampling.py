@@ -13,16 +13,13 @@ BASE_TOKENS, MAX_TOKENS = 256, 8192
 BASE_SHIFT, MAX_SHIFT = 0.5, 0.9
 SHIFT_TERMINAL = 0.02
 
-
 # Qwen-Image-Lightning's scheduler: the same shift for every size, no stretch
 LIGHTNING_SHIFT = 3.0
 
 
 def lightning_sigmas(steps: int, *, denoise: float = 1.0) -> Tensor:
     """The sigmas that Lightning models are distilled for, (steps + 1,) float32; denoise and errors as `qwen_sigmas`."""
-    t = _times(steps, denoise)
-    shifted = LIGHTNING_SHIFT * t / (1 + (LIGHTNING_SHIFT - 1) * t)
-    return torch.cat([shifted, shifted.new_zeros(1)]).float()[-(steps + 1) :]
+    return _shifted(LIGHTNING_SHIFT, steps, denoise)
 
 
 def qwen_sigmas(steps: int, image_tokens: int, *, denoise: float = 1.0) -> Tensor:
@@ -47,8 +44,11 @@ def layered_sigmas(steps: int, picture_tokens: int, *, denoise: float = 1.0) -> 
     The shift is the square root of the picture's tokens in those of 256x256 (diffusers QwenImageLayeredPipeline.
     __call__: mu, as a linear shift), 2.5 at 640x640; no stretch.
     """
+    return _shifted(math.sqrt(picture_tokens / BASE_TOKENS), steps, denoise)
+
+
+def _shifted(shift: float, steps: int, denoise: float) -> Tensor:
     t = _times(steps, denoise)
-    shift = math.sqrt(picture_tokens / BASE_TOKENS)
     shifted = shift * t / (1 + (shift - 1) * t)
     return torch.cat([shifted, shifted.new_zeros(1)]).float()[-(steps + 1) :]
 

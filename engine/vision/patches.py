@@ -54,7 +54,9 @@ def patch_picture(pixels: Tensor) -> PatchedPicture:
     try:
         size = smart_resize(height, width, TOKEN_PX, LEAST_PIXELS, MOST_PIXELS)
     except ValueError as error:
-        raise InvalidRequest(f"A picture of {width}x{height} px is too long to be seen: {error}. Crop it.") from error
+        raise InvalidRequest(
+            f"A picture of {width}x{height} px is too long to be seen: one side may be 200 times the other. Crop it."
+        ) from error
     if size != (height, width):
         image = interpolate(image.unsqueeze(0), size, mode="bilinear", align_corners=False)[0]
     processor = Qwen2VLImageProcessor(do_resize=False, do_rescale=False)

@@ -22,6 +22,7 @@ class Call:
         x: Tensor,
         timestep: Tensor,
         context: Tensor,
+        *,
         attention_mask: Tensor | None,
         references: list[Tensor],
         method: str | None,

@@ -1,6 +1,7 @@
 """Our text encoder as ComfyUI's CLIP: tokens in, conditioning out, and nothing left on the device."""
 
 import logging
+import re
 from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
@@ -92,6 +93,7 @@ class LowVRAMCLIP(comfy.sd.CLIP):
     ) -> dict[str, Any]:
         """In ComfyUI's form: {name: [[(id, weight), ...]]}, with a picture in the place of an id for each of `images`.
         Weights are always 1, as for every Qwen-Image encoder."""
+        text = _as_comfyui_reads(text)
         pictures = [{"type": "image", "data": image, "original_type": "image"} for image in images or ()]
         template = llama_template or (ONE_PICTURE_TEMPLATE if pictures else PROMPT_TEMPLATE)
         tokens = self.tokenizer.encode(text, template=template, pictures=len(pictures))
@@ -116,7 +118,8 @@ class LowVRAMCLIP(comfy.sd.CLIP):
         """A CONDITIONING for each prompt, all of them in one visit of the encoder; each shows all of `images`, which
         are seen once."""
         pictures = tuple(patch_picture(image) for image in images)
-        ids = [self.tokenizer.encode(prompt, template=template, pictures=len(pictures)) for prompt in prompts]
+        texts = [_as_comfyui_reads(prompt) for prompt in prompts]
+        ids = [self.tokenizer.encode(text, template=template, pictures=len(pictures)) for text in texts]
         conds = self.encode_tokens([PicturePrompt(tuple(tokens), pictures) for tokens in ids])
         return [[[cond, self.add_hooks_to_dict({"pooled_output": None})]] for cond in conds]
 
@@ -214,6 +217,17 @@ class LowVRAMCLIP(comfy.sd.CLIP):
         refuse("Generating text with the encoder", "use ComfyUI's own CLIP loader for that.")
 
 
+def _as_comfyui_reads(text: str) -> str:
+    """Escaped brackets are brackets, though no weights are read. Raises Unsupported for embeddings."""
+    if re.search(r"(?:^|\s)embedding:\S", text):
+        _refuse_embedding()
+    return text.replace("\\(", "(").replace("\\)", ")")
+
+
+def _refuse_embedding() -> None:
+    refuse("An embedding in a prompt (embedding:...)", "write the prompt in words.")
+
+
 def _prompt_of(pairs: Sequence[tuple[Any, ...]]) -> PicturePrompt:
     """From ComfyUI's form. Raises Unsupported for what is neither a token nor a picture."""
     tokens, pictures = [], []
@@ -224,5 +238,5 @@ def _prompt_of(pairs: Sequence[tuple[Any, ...]]) -> PicturePrompt:
             tokens.append(PICTURE)
             pictures.append(patch_picture(element["data"]))
         else:
-            refuse("An embedding in a prompt (embedding:...)", "write the prompt in words.")
+            _refuse_embedding()
     return PicturePrompt(tuple(tokens), tuple(pictures))

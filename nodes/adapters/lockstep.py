@@ -44,7 +44,7 @@ class Lockstep:
             self._recorded = []
             execute()
             recorded, self._recorded = self._recorded, None
-            self._results = run(recorded)
+            self._results = run(recorded) if recorded else []  # none where no prompt is active at this step
             answer = execute()
             if self._results:
                 raise RuntimeError(f"{len(self._results)} of {len(recorded)} recorded calls were not made again")

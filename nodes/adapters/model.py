@@ -1,13 +1,15 @@
 """Our transformer as ComfyUI's MODEL: what native samplers call, translated to branches."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import comfy.model_base
 import comfy.model_management
 import comfy.supported_models
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor, nn
 
@@ -19,27 +21,19 @@ from ...engine.transformer.branch import Branch
 from ...engine.transformer.hooks import Hooked
 from ...engine.transformer.model import QwenImageTransformer
 from .call import Call
-from .control import (
-    check_controls,
-    check_devices,
-    compute_once,
-    lend_base,
-    make_hints,
-    other_models,
-    residuals_of,
-    take_base_back,
-    with_controls,
-)
+from .conditions import Conds, conditions_of_run, entries_of, size_of
+from .control import ControlNets, check_controls, check_devices, other_models
+from .control_memory import controls_of
 from .lockstep import KEY, Lockstep
 from .native_lora import PREFIX
 from .patcher import LowVRAMPatcher
-from .patches import BlockPatches, check_patches, has_patches, make_images_fit, sees_each_call
+from .patches import BlockPatches, PatchPictures, check_patches, has_patches, sees_each_call
 from .planning import plan_run, request_of
 from .references import check_methods
 from .run import SamplingRun
 from .speeds import KnownSpeeds
 from .timeline import Timeline
-from .unsupported import check_graph, check_layers, check_references, check_size, refuse, why_one_by_one
+from .unsupported import check_graph, check_latents, check_layers, check_references, check_size, refuse, why_one_by_one
 
 logger = logging.getLogger(__name__)
 
@@ -134,51 +128,71 @@ def _outer_sample(
 ) -> Any:
     """Around a whole run of any native sampler: plan and refuse before anything is loaded, report afterwards."""
     guider = executor.class_obj
-    patcher = guider.model_patcher
-    model: LowVRAMModel = patcher.model
-    check_graph(guider.model_options, guider.conds)
-    options = guider.model_options.get("transformer_options", {})
-    check_patches(options)
-    check_references(model.transformer.variant, guider.conds)
-    check_methods(guider.conds, model.transformer.config)
-    check_size(model.transformer.variant, noise)
-    request = request_of(guider, noise.shape, sigmas, model.transformer.config.joint_attention_dim)
-    check_layers(model.transformer.variant, request.frames)
-    check_controls(guider.conds, model.transformer.config.inner_dim, request.frames)
-    request = with_controls(request, guider, noise.shape[0], model.transformer.footprint)
+    model: LowVRAMModel = guider.model_patcher.model
     beside = other_models(guider)
-    check_devices(beside, model.transformer.hardware.device)
-    model.transformer.patch(lora_patches(patcher.loras))
-    model.model_loaded_weight_memory = model.transformer.loaded_bytes  # blocks that the LoRAs change have left
-    speeds = KnownSpeeds(model.transformer.hardware, model.transformer.dtype, model.transformer.file)
-
-    def plan() -> MemoryPlan:
-        return plan_run(
-            model.transformer, request, model.limit_bytes, model.ram_limit_bytes, patcher, speeds, beside=beside
-        )
-
-    model.plan = plan()
-    if make_hints(model, guider.conds, noise) | make_images_fit(options, noise):
-        model.plan = plan()  # the VAE may have moved what lay on the device
-    reason = _why_one_by_one(guider.model_options, guider.conds.values())
-    run = SamplingRun(model.transformer, model.plan, sigmas.cpu(), reason, speeds, model.timeline, beside=beside)
-    model.calls.run = run
+    _check(model, guider, noise, beside)
+    conds = conditions_of_run(guider, noise)
+    calls = model.calls
+    calls.controls = ControlNets(conds, noise.shape, model.transformer)
+    options = guider.model_options.get("transformer_options", {})
+    calls.pictures = PatchPictures(options, model.transformer.hardware.device)
     finished = False
     try:
+        calls.run = _planned_run(model, guider, conds, noise, sigmas, beside)
         result = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
         finished = True
         return result
     finally:
-        model.calls.run = None
-        take_base_back(guider.conds)
-        model.plan = run.plan
-        model.model_loaded_weight_memory = model.transformer.loaded_bytes  # a smaller plan may have taken some away
-        model.last_report = run.end(finished=finished)
+        run, controls = calls.run, calls.controls
+        calls.run = calls.controls = calls.pictures = None
+        controls.release()
+        if run is not None:
+            model.plan = run.plan
+            model.model_loaded_weight_memory = model.transformer.loaded_bytes  # a smaller plan may have taken some away
+            model.last_report = run.end(finished=finished)
 
 
-def _why_one_by_one(model_options: Any, conds: Iterable[Any]) -> str:
+def _check(model: LowVRAMModel, guider: Any, noise: Tensor, beside: Sequence[ModelPatcher]) -> None:
+    """Raise Unsupported or InvalidRequest for what the graph asks of our model that it does not do."""
+    transformer = model.transformer
+    check_graph(guider.model_options, guider.conds)
+    check_patches(guider.model_options.get("transformer_options", {}))
+    check_references(transformer.variant, guider.conds)
+    check_methods(guider.conds, transformer.config)
+    check_latents(noise)
+    check_size(noise)
+    check_layers(transformer.variant, noise.shape[2])
+    check_controls(guider.conds, transformer.config.inner_dim, noise.shape[2])
+    check_devices(beside, transformer.hardware.device)
+
+
+def _planned_run(
+    model: LowVRAMModel, guider: Any, conds: Conds, noise: Tensor, sigmas: Tensor, beside: Sequence[ModelPatcher]
+) -> SamplingRun:
+    """The plan, and the pictures of ControlNets and model patches, which are encoded before the run's memory is laid
+    out. Raises DoesNotFit."""
+    transformer, patcher, calls = model.transformer, guider.model_patcher, model.calls
+    request = request_of(conds, noise.shape, sigmas, transformer.config.joint_attention_dim)
+    controls = controls_of(conds, guider, noise.shape, request, transformer.footprint, beside)
+    request = replace(request, controls=controls)
+    transformer.patch(lora_patches(patcher.loras))
+    model.model_loaded_weight_memory = transformer.loaded_bytes  # blocks that the LoRAs change have left
+    speeds = KnownSpeeds(transformer.hardware, transformer.dtype, transformer.file)
+
+    def plan() -> MemoryPlan:
+        return plan_run(transformer, request, model.limit_bytes, model.ram_limit_bytes, patcher, speeds, beside=beside)
+
+    model.plan = plan()
+    sizes = {size_of(entry, noise.shape) for entry in entries_of(conds)}
+    if calls.controls.make_hints() | calls.pictures.encode(sizes, noise):
+        model.plan = plan()  # the VAE may have moved what lay on the device
+    reason = _why_one_by_one(guider.model_options)
+    return SamplingRun(transformer, model.plan, sigmas.cpu(), reason, speeds, model.timeline, beside=beside)
+
+
+def _why_one_by_one(model_options: Any) -> str:
     """Why calls may not share each visit of a block; empty where they may."""
-    return why_one_by_one(model_options, KEY) or sees_each_call(model_options.get("transformer_options", {}), conds)
+    return why_one_by_one(model_options, KEY) or sees_each_call(model_options.get("transformer_options", {}))
 
 
 def _calc_cond_batch(
@@ -186,11 +200,11 @@ def _calc_cond_batch(
 ) -> Any:
     """Around the calls of one evaluation: all of them in one visit of the blocks, unless a foreign wrapper watches."""
     calls = model.calls
-    lend_base(conds, calls.transformer)
-    if _why_one_by_one(model_options, conds):
+    alone = bool(_why_one_by_one(model_options))
+    if calls.run is not None and calls.controls is not None:
+        conds = calls.controls.once(conds, lambda: alone or calls.lockstep.recording, calls.run.attempt)
+    if alone:
         return executor(model, conds, x_in, timestep, model_options)
-    if calls.run is not None:
-        conds = compute_once(conds, lambda: calls.lockstep.recording, calls.run.attempt)
     return calls.lockstep.together(lambda: executor(model, conds, x_in, timestep, model_options), calls.run_together)
 
 
@@ -202,6 +216,8 @@ class _Calls:
         self.transformer = transformer
         self.lockstep = Lockstep()
         self.run: SamplingRun | None = None
+        self.controls: ControlNets | None = None
+        self.pictures: PatchPictures | None = None
 
     def run_together(self, calls: list[Call]) -> list[Tensor]:
         """Velocities of several calls, each (B, 16, F, H, W), in one visit of the blocks."""
@@ -265,9 +281,20 @@ class _DiffusionModel(nn.Module):
         method = None if config.use_layer3d_rope else ref_latents_method  # which has but one
         if calls.lockstep.active and (reason := sees_each_call(transformer_options)):
             refuse(f"A hook that sets a model patch ({reason})", "set the patch on the model, without a hook.")
-        references, residuals = ref_latents or [], residuals_of(control)
-        call = Call(x, timestep, context, attention_mask, references, method, additional_t_cond, residuals, self.dtype)
+        call = Call(
+            x,
+            timestep,
+            context,
+            attention_mask=attention_mask,
+            references=ref_latents or [],
+            method=method,
+            additional_t_cond=additional_t_cond,
+            residuals=control or (),
+            dtype=self.dtype,
+        )
         if has_patches(transformer_options):
             given = x.to(self.dtype)
-            call.patches = BlockPatches(transformer_options, given, config.num_layers, call.reference_tokens)
+            call.patches = BlockPatches(
+                transformer_options, given, config.num_layers, call.reference_tokens, calls.pictures
+            )
         return calls.lockstep.call(call, calls.run_together, lambda: torch.zeros_like(x))

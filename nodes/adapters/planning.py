@@ -2,40 +2,30 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
-import comfy.samplers
 import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...engine.errors import InvalidRequest, Unsupported
+from ...engine.errors import InvalidRequest
 from ...engine.plan.memory import MemoryPlan, least_ram_bytes, most_bytes, most_ram_bytes, plan_memory
 from ...engine.plan.request import Limits, SamplingRequest
 from ...engine.plan.split import annex_bytes, split_blocks
 from ...engine.transformer.latents import LATENT_PX, PATCH, patches_of
 from ...engine.transformer.model import QwenImageTransformer
+from .conditions import Conds, entries_of
 from .limits import host_bytes, stage_bytes
 from .patcher import LowVRAMPatcher
 from .speeds import KnownSpeeds
 
 
-def request_of(guider: Any, noise_shape: torch.Size, sigmas: Tensor, joint_attention_dim: int) -> SamplingRequest:
-    """What ComfyUI is about to sample: `noise_shape` is (B, 16, F, H, W), the guider holds the conditions.
+def request_of(conds: Conds, noise_shape: torch.Size, sigmas: Tensor, joint_attention_dim: int) -> SamplingRequest:
+    """What ComfyUI is about to sample: `noise_shape` is (B, 16, F, H, W), and each condition takes a call.
 
-    Raises Unsupported or InvalidRequest for latents and prompts of other models.
+    Raises InvalidRequest for prompts of other models.
     """
-    if len(noise_shape) != 5:
-        raise Unsupported(
-            f"A latent of shape {list(noise_shape)} is no picture's. Use EmptySD3LatentImage, or encode pictures with "
-            "this pack's VAE."
-        )
-    entries = [(name, entry) for name, conds in guider.conds.items() for entry in conds or ()]
-    # only this guider leaves the negative prompt out; others decide for themselves
-    plain = type(guider) is comfy.samplers.CFGGuider
-    if plain and math.isclose(guider.cfg, 1.0) and not guider.model_options.get("disable_cfg1_optimization"):
-        entries = [(name, entry) for name, entry in entries if name != "negative"]
-    prompts = [entry["cross_attn"] for _, entry in entries if entry.get("cross_attn") is not None]
+    entries = entries_of(conds)
+    prompts = [entry["cross_attn"] for entry in entries if entry.get("cross_attn") is not None]
     for prompt in prompts:
         if prompt.shape[-1] != joint_attention_dim:
             raise InvalidRequest(
@@ -44,7 +34,7 @@ def request_of(guider: Any, noise_shape: torch.Size, sigmas: Tensor, joint_atten
             )
     high, wide = patches_of(noise_shape)
     references = [
-        sum(math.prod(patches_of(latent)) for latent in entry.get("reference_latents") or ()) for _, entry in entries
+        sum(math.prod(patches_of(latent)) for latent in entry.get("reference_latents") or ()) for entry in entries
     ]
     return SamplingRequest(
         width=wide * PATCH * LATENT_PX,

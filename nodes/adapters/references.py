@@ -22,7 +22,8 @@ def check_methods(conds: dict[str, list[dict[str, Any]]], config: TransformerCon
     known = (_BEFORE,) if config.use_layer3d_rope else (INDEX, INDEX_AT_ZERO, *_BESIDE)
     for method in {entry.get("reference_latents_method") for entry in entries} - {None}:
         if method not in known:
-            refuse(f"The reference method '{method}'", f"set it to '{known[0]}', or remove that node.")
+            instead = "" if config.use_layer3d_rope else f"set it to '{INDEX}', or "
+            refuse(f"The reference method '{method}' of 'Edit Model Reference Method'", f"{instead}remove that node.")
         if method == INDEX_AT_ZERO and not config.zero_cond_t:
             refuse(
                 f"The reference method '{INDEX_AT_ZERO}' of {Variant.EDIT_2511.value} with another model",

@@ -252,7 +252,7 @@ class SamplingRun:
         """Correct what is known of this machine's speeds by what this run took."""
         footprint, plan, passes = self._transformer.footprint, self.plan, self._passes - 1
         small = step_flops(footprint, plan.request) < TELLING_FLOPS
-        if self._one_by_one or self._retries or passes < 1 or small:
+        if self._one_by_one or self._retries or plan.request.controls or passes < 1 or small:
             return
         seconds, waited = self._first_pass  # which reads what stays in host memory, and is like no other
         waits = self._waited - waited

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...engine.errors import InvalidRequest, Unsupported
 from ...engine.families.variants import Variant
-from ...engine.transformer.latents import LATENT_PX, PATCH, require_even
+from ...engine.transformer.latents import LATENT_PX, PATCH
 from ..words import ENCODE_EDIT, LOADER
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ def check_graph(model_options: dict[str, Any], conds: dict[str, list[dict[str, A
     if "multigpu_clones" in model_options:
         refuse("Work split over several GPUs", "remove the multi-GPU node.")
     for entries in conds.values():
-        for entry in entries:
+        for entry in entries or ():
             if entry.get("gligen") is not None:
                 refuse("GLIGEN", "remove the GLIGEN node.")
 
@@ -55,8 +55,8 @@ def check_references(variant: Variant, conds: dict[str, list[dict[str, Any]]]) -
         )
     if shown and not variant.edits and variant is not Variant.LAYERED:
         logger.warning(
-            "%s is shown a picture to change, which it was not trained for. If the file is an Edit model under another "
-            "name, set variant in '%s'.",
+            "%s is shown a picture to change, which it was not trained for; a LoRA may have taught it. If the file is "
+            "an Edit model under another name, set variant in '%s'.",
             variant.value,
             LOADER,
         )
@@ -64,11 +64,11 @@ def check_references(variant: Variant, conds: dict[str, list[dict[str, Any]]]) -
         if height % PATCH or width % PATCH:
             logger.warning(
                 "A reference picture of %dx%d px is no multiple of %d: at its end it is wrapped round, as ComfyUI's "
-                "own model does it. '%s' chooses sizes that fit.",
+                "own model does it. %s.",
                 width * LATENT_PX,
                 height * LATENT_PX,
                 PATCH * LATENT_PX,
-                ENCODE_EDIT,
+                "Scale it first" if variant is Variant.LAYERED else f"'{ENCODE_EDIT}' chooses sizes that fit",
             )
 
 
@@ -88,19 +88,28 @@ def _check_pictures(variant: Variant, references: Sequence[Sequence[Tensor]]) ->
             )
 
 
-def check_size(variant: Variant, latents: Tensor) -> None:
-    """Raise InvalidRequest where patches do not cover the latents (..., H, W). Layers are only worth a warning:
-    ComfyUI's graph makes them in the size of any picture, and its model wraps them round."""
-    if variant is not Variant.LAYERED:
-        require_even(latents, "The picture")
-    elif any(side % PATCH for side in latents.shape[-2:]):
-        height, width = latents.shape[-2:]
+def check_latents(latents: Tensor) -> None:
+    """Raise Unsupported for latents of other models."""
+    if latents.ndim != 5:
+        raise Unsupported(
+            f"A latent of shape {list(latents.shape)} is no picture's. Use EmptySD3LatentImage, or encode pictures "
+            "with this pack's VAE."
+        )
+
+
+def check_size(latents: Tensor) -> None:
+    """Warn where patches do not cover the latents (..., H, W): ComfyUI's own model wraps them round, and graphs start
+    from pictures of any size."""
+    if any(side % PATCH for side in latents.shape[-2:]):
+        height, width = (side * LATENT_PX for side in latents.shape[-2:])
+        step = PATCH * LATENT_PX
         logger.warning(
-            "Layers of %dx%d px are no multiple of %d: at their end they are wrapped round, as ComfyUI's own model "
-            "does it. Scale the picture to such a size.",
-            width * LATENT_PX,
-            height * LATENT_PX,
-            PATCH * LATENT_PX,
+            "A picture of %dx%d px is no multiple of %d: at its end it is wrapped round, as ComfyUI's own model does "
+            "it. Scale or pad it to %dx%d to avoid that.",
+            width,
+            height,
+            step,
+            *(-(-side // step) * step for side in (width, height)),
         )
 
 

@@ -146,7 +146,7 @@ class LowVRAMVAE(comfy.sd.VAE):
     ) -> torch.Tensor:
         """Make room for the plan, then work within what there is; progress and interruption after each tile."""
         vae = self.first_stage_model
-        limit = None if self.limit_bytes is None else max(1, self.limit_bytes - self.size)
+        limit = None if self.limit_bytes is None else self.limit_bytes - self.size
         # of a picture larger than any card, ask for half the card: tiles need no more
         half = comfy.model_management.get_total_memory(self.device) // 2
         room = min(plan(*size, limit, tile_px).peak_bytes, half)

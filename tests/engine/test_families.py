@@ -44,12 +44,14 @@ OTHERS = {
     "vae of diffusers": ("decoder.conv_in.weight", Component.VAE),
     "vae of Wan": ("decoder.conv1.weight", Component.VAE),
     "sd3": ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", Component.STABLE_DIFFUSION),
+    "DiffSynth": ("controlnet_blocks.0.x_rms.weight", Component.MODEL_PATCH),
     "controlnet of diffusers": ("controlnet_blocks.0.weight", Component.CONTROLNET),
     "nunchaku": ("transformer_blocks.0.attn.to_qkv.qweight", Component.OTHER_QUANTIZATION),
     "2.1": ("transformer_blocks.0.attn.add_q_proj.weight", Component.TRANSFORMER_2_1),
     "something": ("weight", Component.UNKNOWN),
 }
 FOLDERS = {Component.LORA: "loras", Component.VAE: "vae", Component.CONTROLNET: "controlnet"}
+FOLDERS |= {Component.MODEL_PATCH: "model_patches"}
 
 
 @pytest.mark.parametrize(("name", "component"), OTHERS.values(), ids=OTHERS.keys())

@@ -105,6 +105,24 @@ class _Seen(Exception):
     """Enough blocks have passed."""
 
 
+def assert_fits(
+    live: LiveBytes, transformer: QwenImageTransformer, request: SamplingRequest, card_gb: float
+) -> MemoryPlan:
+    """All blocks find their place; three of them, and what comes before the blocks, tell the peak: within the card, and
+    within 10 % of the plan, which is returned."""
+    plan = plan_memory(transformer.footprint, request, Limits(int(card_gb * 1e9) - CONTEXT_BYTES))
+
+    def stop(index: int) -> None:
+        if index == 3:
+            raise _Seen
+
+    with pytest.raises(_Seen):
+        sampling_peak(live, transformer, plan, on_block=stop)
+    assert live.peak <= plan.limit_bytes
+    assert 0.9 * plan.sampling_peak_bytes < live.peak < 1.1 * plan.sampling_peak_bytes
+    return plan
+
+
 @pytest.mark.parametrize("weight_format", ["bf16", "int8", "nf4"])
 @pytest.mark.parametrize(("width", "height", "batch"), REQUESTS)
 @pytest.mark.parametrize("card_gb", CARDS)
@@ -117,7 +135,6 @@ def test_guided_pictures_fit_the_cards(
     checkpoints: dict[str, Checkpoint],
     live: LiveBytes,
 ) -> None:
-    """All sixty blocks find their place; three of them, and what comes before the blocks, tell the peak."""
     transformer = QwenImageTransformer(
         checkpoints[weight_format],
         dtype=torch.bfloat16,
@@ -125,17 +142,7 @@ def test_guided_pictures_fit_the_cards(
         source=full_size.EmptySource,
     )
     request = SamplingRequest(width, height, 2 * batch, PROMPT_TOKENS)
-    limit = int(card_gb * 1e9) - CONTEXT_BYTES
-    plan = plan_memory(transformer.footprint, request, Limits(limit))
-
-    def stop(index: int) -> None:
-        if index == 3:
-            raise _Seen
-
-    with pytest.raises(_Seen):
-        sampling_peak(live, transformer, plan, on_block=stop)
-    assert live.peak <= limit
-    assert 0.9 * plan.sampling_peak_bytes < live.peak < 1.1 * plan.sampling_peak_bytes
+    plan = assert_fits(live, transformer, request, card_gb)
     assert plan.limit_bytes - plan.peak_bytes < transformer.footprint.resident_block_bytes or plan.streamed <= 1
 
 
@@ -152,17 +159,7 @@ def test_layers_fit_the_cards(side: int, layers: int, card_gb: int, stored: torc
     request = PictureRequest(side, side, 1, True, 50, PROMPT_TOKENS - TEMPLATE_END_TOKENS, layers=layers).sampling
     tokens = (side // 16) ** 2
     assert (request.frames, request.image_tokens) == (layers + 1, (layers + 2) * tokens)
-    limit = int(card_gb * 1e9) - CONTEXT_BYTES
-    plan = plan_memory(transformer.footprint, request, Limits(limit))
-
-    def stop(index: int) -> None:
-        if index == 3:
-            raise _Seen
-
-    with pytest.raises(_Seen):
-        sampling_peak(live, transformer, plan, on_block=stop)
-    assert live.peak <= limit
-    assert 0.9 * plan.sampling_peak_bytes < live.peak < 1.1 * plan.sampling_peak_bytes
+    assert_fits(live, transformer, request, card_gb)
 
 
 # tokens of a prompt with so many pictures as the tower sees them: 384x384 px, by the first Edit 1024x1024 px
@@ -195,16 +192,7 @@ def test_guided_edits_fit_the_cards(
         variant=variant,
     )
     request = SamplingRequest(1024, 1024, 2, prompt_tokens, reference_tokens=4096 * pictures)
-    plan = plan_memory(transformer.footprint, request, Limits(int(card_gb * 1e9) - CONTEXT_BYTES))
-
-    def stop(index: int) -> None:
-        if index == 3:
-            raise _Seen
-
-    with pytest.raises(_Seen):
-        sampling_peak(live, transformer, plan, on_block=stop)
-    assert live.peak <= plan.limit_bytes
-    assert 0.9 * plan.sampling_peak_bytes < live.peak < 1.1 * plan.sampling_peak_bytes
+    assert_fits(live, transformer, request, card_gb)
 
 
 # blocks are alike and pass through the same slots: a few tell as much as sixty, in a tenth of the time
@@ -315,13 +303,4 @@ def test_a_lightning_lora_fits_a_4_gb_card(
     transformer.patch(lora_patches([(lora, 1.0)]))
     assert transformer.footprint.stored_bytes - before == pytest.approx(lora.nbytes / 60, rel=0.01)
     request = SamplingRequest(1328, 1328, 1, PROMPT_TOKENS, timesteps=8)
-    plan = plan_memory(transformer.footprint, request, Limits(int(4e9) - CONTEXT_BYTES))
-
-    def stop(index: int) -> None:
-        if index == 3:
-            raise _Seen
-
-    with pytest.raises(_Seen):
-        sampling_peak(live, transformer, plan, on_block=stop)
-    assert live.peak <= plan.limit_bytes
-    assert 0.9 * plan.sampling_peak_bytes < live.peak < 1.1 * plan.sampling_peak_bytes
+    assert_fits(live, transformer, request, 4)

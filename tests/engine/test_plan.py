@@ -269,9 +269,9 @@ def test_a_refusal_does_not_fit_and_what_it_suggests_does(
     message = str(caught.value)
     assert f"({request})" in message
     for branches in re.findall(r"\((\d+) instead of \d+ branches\)", message):
-        assert plan_memory(footprint, replace(request, branches=int(branches)), allowed)
+        assert plan_memory(footprint, request.with_branches(int(branches)), allowed)
     for width, height in re.findall(r"(?:Use|or) (\d+)x(\d+) \(", message):
-        assert plan_memory(footprint, replace(request, width=int(width), height=int(height)), allowed)
+        assert plan_memory(footprint, request.with_size(int(width), int(height)), allowed)
     raised = allowed
     for needed in re.findall(r"a VRAM limit of ([\d.]+) GB or more", message):
         assert least_bytes(footprint, request) > allowed.vram_bytes
@@ -296,6 +296,24 @@ def test_controls_are_counted_and_named() -> None:
         plan_memory(REAL, controlled, Limits(2 * GIB))
     assert "at least, ControlNets and model patches 3.25 GiB (weights 3.00 GiB) of it, the limit" in str(caught.value)
     assert "Use no ControlNet and no model patch, or" in str(caught.value)
+
+
+def test_a_refusal_knows_that_smaller_pictures_take_smaller_controls() -> None:
+    """The bytes are InstantX's Union at 1328x1328 in bf16, each prompt with its own."""
+    held, working, weights = 431_000_000, 547_000_000, int(3.3 * GIB)
+    four = replace(SamplingRequest(1328, 1328, 8, 60), controls=Controls(weights, 4 * held, 4 * working, pictures=4))
+    with pytest.raises(DoesNotFit, match=r"a smaller batch or no guidance \(\d instead of 8 branches\)"):
+        plan_memory(REAL, four, Limits(least_bytes(REAL, four.with_branches(2))))
+    one = replace(SamplingRequest(1328, 1328, 2, 60), controls=Controls(weights, held, working))
+    assert least_bytes(REAL, four.with_branches(2)) == least_bytes(REAL, one)
+    with pytest.raises(DoesNotFit, match=r"1024x1024 \("):
+        plan_memory(REAL, one, Limits(least_bytes(REAL, one.with_size(1024, 1024))))
+
+
+def test_without_guidance_a_picture_may_keep_all_that_controls_it() -> None:
+    controls = Controls(GIB, GIB // 4, GIB // 2, fixed_bytes=GIB // 8, pictures=1)
+    assert replace(SamplingRequest(1328, 1328, 2, 60), controls=controls).with_branches(1).controls == controls
+    assert controls.scaled(0.5) == Controls(GIB, GIB // 8, GIB // 8 + 3 * GIB // 16, GIB // 8)
 
 
 def test_a_refusal_for_want_of_ram_says_so() -> None:

@@ -13,7 +13,6 @@ from qwenimage_lowvram.engine.transformer.latents import (
     pack,
     patch_norm,
     patches_of,
-    require_even,
     shape_in_patches,
     unpack,
 )
@@ -161,20 +160,3 @@ def test_the_norm_of_a_patch_is_that_of_its_token() -> None:
 
 def test_patches_cover_latents_of_any_size() -> None:
     assert patches_of(torch.empty(1, 16, 3, 7, 12)) == patches_of(torch.Size([8, 11])) == (4, 6)
-
-
-def test_even_latents_pass() -> None:
-    require_even(torch.empty(1, 16, 1, 8, 12), "The picture")
-
-
-@pytest.mark.parametrize(
-    ("height", "width", "size", "nearest"),
-    [(8, 11, "88x64", "96x64"), (9, 12, "96x72", "96x64"), (1, 2, "16x8", "16x16"), (83, 166, "1328x664", "1328x672")],
-)
-def test_odd_latents_are_refused_with_the_nearest_size(height: int, width: int, size: str, nearest: str) -> None:
-    with pytest.raises(
-        InvalidRequest, match=rf"The picture is {size} px; .* multiples of 16\.\nUse {nearest};"
-    ) as caught:
-        require_even(torch.empty(1, 16, 1, height, width), "The picture")
-    w, h = map(int, nearest.split("x"))
-    assert w % 16 == h % 16 == 0, caught.value

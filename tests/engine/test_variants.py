@@ -53,13 +53,14 @@ def test_only_editing_models_edit() -> None:
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-@pytest.mark.parametrize("marked", ["tensor", "configuration"])
+@pytest.mark.parametrize("marked", ["tensor", "configuration", "tensor against configuration"])
 def test_edit_2511_is_known_by_its_mark_under_any_name(
     marked: str, prefix: str, transformer_shapes: Shapes, tmp_path: Path, write_model: Callable[..., Path]
 ) -> None:
     shapes = {prefix + name: shape for name, shape in transformer_shapes.items()}
-    metadata = {"config": json.dumps({"zero_cond_t": True})} if marked == "configuration" else None
-    if marked == "tensor":
+    stated = {"zero_cond_t": marked == "configuration"}
+    metadata = None if marked == "tensor" else {"config": json.dumps(stated)}
+    if marked != "configuration":
         shapes[prefix + MARK_2511] = (0,)
     file = write_model(tmp_path / "my_model.safetensors", shapes, metadata=metadata)
     found = sort_transformer(open_checkpoint(file))

@@ -18,6 +18,7 @@ PROMPTS = {
     "English": "a sign that says hello",
     "Chinese": "白色背景上的红色圆形",
     "brackets": "(a cat:1.2) [dog] {not|random} <lora:x:1>",
+    "escaped brackets": r"a cat \(sitting\) \\(and\\) (a dog:1.2)",
     "700 words": "word " * 700,
     "empty": "",
     "a template of its own": "<|im_start|>system\nShort.<|im_end|>\n<|im_start|>user\na sign<|im_end|>\n",
@@ -92,6 +93,8 @@ def test_a_limit_that_the_encoder_does_not_fit_in_is_refused_before_reading(ours
         (lambda clip: clip.get_sd(), "CLIPSave"),
         (lambda clip: clip.get_key_patches(), "CLIPMerge"),
         (lambda clip: clip.generate({}), "Generating text"),
+        (lambda clip: clip.tokenize("a cat, embedding:style.pt"), "An embedding in a prompt"),
+        (lambda clip: clip.encode_prompts(["a cat", "embedding:bad_hands"]), "An embedding in a prompt"),
     ],
 )
 def test_what_is_not_supported_is_named(ours: Any, ask: Any, words: str) -> None:

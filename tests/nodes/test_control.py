@@ -21,6 +21,7 @@ from qwenimage_lowvram.engine.plan.memory import least_bytes
 from qwenimage_lowvram.engine.plan.request import Controls, SamplingRequest, size_text
 from qwenimage_lowvram.engine.plan.split import annex_bytes
 from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
+from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .conftest import cond, empty_latent
@@ -112,6 +113,13 @@ def inpainting(apply: Apply, load: Any, vae: Any) -> tuple[Any, Any]:
     return node.execute(cond(), cond(5, 2), load("inpaint"), vae, picture(120, 72), mask, 0.9, 0.0, 1.0).result
 
 
+def halves(apply: Apply, net: str) -> tuple[Any, Any]:
+    """The left part of the picture with one prompt and control, the right part with others."""
+    left, _ = apply(cond(7, 3, area=(8, 8, 0, 0)), cond(5, 2), net=net)
+    right, _ = apply(cond(9, 4, area=(8, 8, 0, 4)), cond(5, 2), net=net, seed=9)
+    return left + right, cond(5, 2)
+
+
 CASES: dict[str, Callable[[Apply], tuple[Any, Any]]] = {
     "prompts of different length": lambda apply: apply(cond(), cond(5, 2)),
     "prompts of the same length": lambda apply: apply(cond(), cond(9, 2)),
@@ -125,7 +133,9 @@ CASES: dict[str, Callable[[Apply], tuple[Any, Any]]] = {
     "the same net twice": lambda apply: apply(*apply(cond(), cond(5, 2)), seed=4),
     "a reference": lambda apply: apply(cond(reference_latents=references((8, 8))), cond(5, 2)),
     "an area": lambda apply: apply(cond() + cond(7, 3, area=(4, 8, 0, 2)), cond(5, 2)),
+    "halves with a picture each": lambda apply: halves(apply, "other"),
     "Fun": lambda apply: apply(cond(), cond(5, 2), net="fun"),
+    "Fun on halves": lambda apply: halves(apply, "fun"),
     "Fun behind Union": lambda apply: apply(*apply(cond(), cond(5, 2)), net="fun"),
 }
 
@@ -138,6 +148,19 @@ def test_a_controlled_picture_is_that_of_comfyuis_own_model(case: str, model: An
     report = model.model.last_report
     assert report.one_by_one == ""
     assert report.passes == STEPS
+
+
+@pytest.mark.parametrize("net", ["other", "fun"])
+def test_one_controlnet_serves_the_picture_and_an_area_of_its_height(
+    net: str, model: Any, native: Any, apply: Apply
+) -> None:
+    """ComfyUI's own, which keeps a hint for any width, needs one for each."""
+    part = cond(7, 3, area=(8, 8, 0, 4))
+    made = ksampler(model, *apply(cond() + part, cond(5, 2), net=net), empty_latent())
+    (whole, negative), (alone, _) = apply(cond(), cond(5, 2), net=net), apply(part, cond(5, 2), net=net)
+    wanted = ksampler(native, whole + alone, negative, empty_latent())
+    assert wanted.std() > 0.5
+    assert (made - wanted).abs().max() < 1e-4
 
 
 def test_inpainting_is_that_of_comfyuis_own_model(model: Any, native: Any, apply: Apply, load: Any, vae: Any) -> None:
@@ -239,7 +262,10 @@ def test_a_controlnet_computes_once_for_each_condition_and_step(model: Any, load
     assert passes == 2 * STEPS
 
 
-def test_its_picture_is_encoded_before_the_run(model: Any, vae: Any, apply: Apply) -> None:
+@pytest.mark.parametrize(("area", "sizes"), [({}, 1), ({"area": (4, 8, 0, 2)}, 2), ({"area": (8, 6, 0, 0)}, 2)])
+def test_its_picture_is_encoded_before_the_run(
+    area: dict[str, Any], sizes: int, model: Any, vae: Any, apply: Apply
+) -> None:
     when = []
     encode = vae.encode
 
@@ -249,8 +275,68 @@ def test_its_picture_is_encoded_before_the_run(model: Any, vae: Any, apply: Appl
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vae, "encode", watch)
-        ksampler(model, *apply(cond(), cond(5, 2)), empty_latent())
-    assert when == [True]
+        positive, negative = apply(cond() + cond(7, 3, **area), cond(5, 2))
+        ksampler(model, positive, negative, empty_latent())
+    assert when == [True] * sizes
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt(model: Any, conds: tuple[Any, Any]) -> None:
+    import comfy.sample
+
+    def stop(*_: Any) -> None:
+        raise Interrupted
+
+    noise = torch.randn(1, 16, 1, 8, 12)
+    with pytest.raises(Interrupted):
+        comfy.sample.sample(
+            model, noise, 4, 3.0, "euler", "simple", *conds, torch.zeros_like(noise), callback=stop, seed=1
+        )
+
+
+@pytest.mark.parametrize("net", ["other", "fun"])
+def test_an_interrupted_run_leaves_no_picture_for_the_next(net: str, model: Any, native: Any, apply: Apply) -> None:
+    conds = apply(cond(), cond(5, 2), net=net)
+    interrupt(model, conds)
+    both(model, native, conds, empty_latent(128, 64))
+    interrupt(model, pair := apply(cond(), cond(5, 2), net=net, image=torch.cat([picture(120, 72, s) for s in (1, 2)])))
+    both(model, native, pair, empty_latent(batch=2))
+
+
+@pytest.mark.parametrize("way", ["together", "one by one"])
+def test_memory_that_runs_out_in_a_controlnet_is_planned_anew(way: str, model: Any, apply: Apply) -> None:
+    conds = apply(cond(), cond(5, 2), net="other")
+    sampled = model if way == "together" else one_by_one(model)
+    expected = ksampler(sampled, *conds, empty_latent())
+    passes = 0
+
+    def run_out(*_: Any) -> None:
+        nonlocal passes
+        passes += 1
+        if passes == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    handle = conds[0][0][1]["control"].control_model.register_forward_pre_hook(run_out)
+    try:
+        assert torch.equal(ksampler(sampled, *conds, empty_latent()), expected)
+    finally:
+        handle.remove()
+    assert model.model.last_report.out_of_memory == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_fun_controlnet_may_be_of_another_dtype(
+    dtype: torch.dtype, model: Any, native: Any, apply: Apply, files: Path
+) -> None:
+    name = f"fun_{str(dtype).removeprefix('torch.')}"
+    weights = {key: weight.to(dtype) for key, weight in load_file(files / "fun.safetensors").items()}
+    save_file(weights, files / f"{name}.safetensors")
+    conds = apply(cond(), cond(5, 2), net=name)
+    assert conds[0][0][1]["control"].control_model.dtype == dtype
+    both(model, native, conds)
 
 
 # memory
@@ -292,10 +378,11 @@ def test_a_pass_of_a_controlnet_of_the_real_size_takes_what_is_planned(
 ) -> None:
     import comfy.ldm.qwen_image.model as qwen
     from comfy.ldm.modules.attention import attention_pytorch
-    from qwenimage_lowvram.nodes.adapters.control import BorrowedBase, held_bytes, working_bytes
+    from qwenimage_lowvram.nodes.adapters.borrowed_base import BorrowedBase
+    from qwenimage_lowvram.nodes.adapters.control_memory import held_bytes, working_bytes
 
     monkeypatch.setattr(qwen, "optimized_attention_masked", attention_pytorch)  # as on a card
-    request = SamplingRequest(width, height, 2 * batch, 512)
+    tokens = batch * (width // 16) * (height // 16)
     with bfloat16_by_default(), FakeTensorMode(), LiveBytes("cuda") as live:
         net = fake_net(kind)
         with torch.device("cuda"):
@@ -312,10 +399,54 @@ def test_a_pass_of_a_controlnet_of_the_real_size_takes_what_is_planned(
         answer = net.control_model(hint=hint, **inputs)
         held, peak = live.now - before, live.peak - before
         del answer
-    planned = held_bytes(net, request, batch)
+    planned = held_bytes(net, tokens)
     assert 0.8 * planned < held <= planned
-    planned += working_bytes(net, request, batch)
+    planned += working_bytes(net, tokens + batch * 512)
     assert 0.7 * planned < peak <= planned
+
+
+def test_conditions_that_comfyui_adds_for_areas_are_planned(model: Any, apply: Apply) -> None:
+    """For each area of the positive prompt the negative one is computed too, with the same ControlNet."""
+    passes: list[int] = []
+    conds = halves(apply, "other")
+    control = conds[0][0][1]["control"].control_model
+    handle = control.register_forward_hook(lambda *call: passes.append(len(call[2]["x"])), with_kwargs=True)
+    asked = []
+    together = model.model.calls.run_together
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(model.model.calls, "run_together", lambda calls: asked.append(len(calls)) or together(calls))
+            ksampler(model, *conds, empty_latent())
+    finally:
+        handle.remove()
+    request = model.model.last_report.plan.request
+    assert set(asked) == {request.branches} == {5}
+    assert len(passes) == 4 * STEPS  # those of the two halves
+    half = ksampler(model, *apply(cond(), cond(5, 2), net="other"), empty_latent(64, 64))
+    assert half.shape[-1] == 8
+    assert request.controls.held_bytes == 2 * model.model.last_report.plan.request.controls.held_bytes
+
+
+def test_without_guidance_the_negative_prompts_control_is_not_planned(model: Any, apply: Apply) -> None:
+    conds = apply(cond(), cond(5, 2), net="other")
+    held = []
+    for cfg in (3.0, 1.0):
+        ksampler(model, *conds, empty_latent(), cfg=cfg)
+        held.append(model.model.last_report.plan.request.controls.held_bytes)
+    assert held[0] == 2 * held[1] > 0
+
+
+def test_one_by_one_no_pass_of_a_controlnet_is_larger_than_planned(model: Any, apply: Apply) -> None:
+    """ComfyUI would batch prompts of the same length."""
+    passes: list[int] = []
+    conds = apply(cond(), cond(9, 2))
+    control = conds[0][0][1]["control"].control_model
+    handle = control.register_forward_hook(lambda *call: passes.append(len(call[2]["x"])), with_kwargs=True)
+    try:
+        ksampler(one_by_one(model), *conds, empty_latent())
+    finally:
+        handle.remove()
+    assert passes == [1] * 2 * STEPS
 
 
 def test_a_controlnet_is_named_in_plan_report_and_refusal(
@@ -440,3 +571,30 @@ def test_a_run_that_fails_leaves_no_model_with_a_controlnet(model: Any, apply: A
     with FullMemory(400, 10**9), pytest.raises(torch.OutOfMemoryError):
         ksampler(model, *conds, empty_latent())
     assert "base_model" not in conds[0][0][1]["control"].extra_args
+
+
+def test_a_refused_run_leaves_no_model_and_no_picture_with_a_chain(make_transformer: Any, apply: Apply) -> None:
+    from qwenimage_lowvram.nodes.adapters import model as adapter
+    from qwenimage_lowvram.nodes.adapters.control import chain
+
+    conds = apply(*apply(cond(), cond(5, 2), net="fun"), net="other")
+    plan, plans = adapter.plan_run, 0
+
+    def refuse_the_second(*args: Any, **options: Any) -> Any:
+        nonlocal plans
+        plans += 1
+        if plans == 2:
+            raise DoesNotFit("The VAE has taken the room.")
+        return plan(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapter, "plan_run", refuse_the_second)
+        with pytest.raises(DoesNotFit):
+            ksampler(model := adapter.make_model(make_transformer(), None), *conds, empty_latent())
+    for net in chain(conds[0][0][1]["control"]):
+        assert net.cond_hint is None
+        assert net.extra_args.get("base_model") is None
+    gone = weakref.ref(model.model.transformer)
+    del model
+    gc.collect()
+    assert gone() is None

@@ -66,4 +66,4 @@ def test_a_text_to_image_model_that_is_shown_a_picture_samples_with_a_warning(
     shown = cond(reference_latents=references((6, 8)))
     with caplog.at_level(logging.WARNING):
         assert torch.isfinite(ksampler(make_model(Variant.QWEN_IMAGE), shown, cond(5, 2), empty_latent())).all()
-    assert "Qwen-Image is shown a picture to change, which it was not trained for." in caplog.text
+    assert "Qwen-Image is shown a picture to change, which it was not trained for;" in caplog.text

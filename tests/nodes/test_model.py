@@ -74,6 +74,18 @@ def test_calls_together_equal_calls_one_by_one(model: Any, case: str, sampler: s
     assert torch.equal(together, alone)
 
 
+def test_steps_at_which_no_prompt_is_active_run_no_block(model: Any) -> None:
+    first, last = cond(9, end_percent=0.2), cond(7, 3, start_percent=0.8)
+    for positive in (last, first + last):
+        together, alone = (
+            ksampler(asked, positive, cond(5, 2), empty_latent(), steps=6, cfg=1.0)
+            for asked in (model, one_by_one(model))
+        )
+        assert torch.equal(together, alone)
+    ksampler(model, first + last, cond(5, 2), empty_latent(), steps=6, cfg=1.0)
+    assert 0 < model.model.last_report.passes < 6
+
+
 @pytest.mark.parametrize(("batch", "negative"), [(1, True), (1, False), (3, True)])
 def test_each_block_is_fetched_once_per_step(
     model: Any, transformer: QwenImageTransformer, batch: int, negative: bool
@@ -135,17 +147,27 @@ def test_a_patched_model_sampling_is_used_and_undone(model: Any) -> None:
     assert torch.equal(plain, ksampler(model, cond(), cond(5, 2), empty_latent()))
 
 
+@pytest.mark.parametrize(("scheduler", "said"), [("qwen_image", True), ("simple", False)])
+def test_a_shift_that_the_schedule_leaves_out_is_said(
+    scheduler: str, said: bool, model: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    from comfy_extras.nodes_model_advanced import ModelSamplingAuraFlow
+    from qwenimage_lowvram.nodes.sample import QwenLowVRAMSample
+
+    shifted = ModelSamplingAuraFlow().patch_aura(model, 3.1)[0]
+    with caplog.at_level(logging.WARNING):
+        QwenLowVRAMSample().sample(
+            shifted, cond(), cond(5, 2), empty_latent(), 5, 1, 1.0, "euler", scheduler, 1.0, False
+        )
+    assert ("A node sets the shift of the schedule" in caplog.text) == said
+
+
 def test_nothing_is_held_by_modules_that_comfyui_could_move(model: Any) -> None:
     assert not list(model.model.diffusion_model.parameters())
     assert not [name for name, _ in model.model.named_parameters()]
 
 
 # what is refused, and in which words
-
-
-def test_an_odd_latent_is_refused_with_the_nearest_size(model: Any) -> None:
-    with pytest.raises(InvalidRequest, match=r"72x64 px; width and height must be multiples of 16.\nUse 64x64"):
-        ksampler(model, cond(), cond(5, 2), empty_latent(72, 64))
 
 
 def test_an_odd_reference_is_wrapped_round_with_a_warning(model: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -202,6 +224,12 @@ def _attention_replacement(model: Any) -> tuple[Any, Any]:
     return clone, cond()
 
 
+def _attention_override(model: Any) -> tuple[Any, Any]:
+    clone = model.clone()
+    clone.model_options["transformer_options"]["optimized_attention_override"] = lambda function, *args: function(*args)
+    return clone, cond()
+
+
 def _weight_hook(model: Any) -> tuple[Any, Any]:
     import comfy.hooks
 
@@ -223,7 +251,8 @@ def _reference_method(model: Any) -> tuple[Any, Any]:
         (_control, "ControlNet"),
         (_attention_patch, "model patch .'attn1_patch'"),
         (_input_patch, "model patch .'post_input'"),
-        (_attention_replacement, "replaces .*'attn1'"),
+        (_attention_replacement, "replaces 'attn1' at"),
+        (_attention_override, "An attention override"),
         (_weight_hook, "hook"),
         (_float_mask, "attention mask"),
         (_reference_method, "reference method 'index_timestep_zero' of Qwen-Image-Edit-2511 with another model"),

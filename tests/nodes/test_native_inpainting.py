@@ -1,5 +1,6 @@
 """Image to image, inpainting and outpainting: our MODEL, VAE and Sample make what ComfyUI's own classes make."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -210,13 +211,18 @@ def test_more_masks_than_pictures_are_refused(ours: Any) -> None:
         sample(*masked(ours, torch.cat([box(), box()])))
 
 
-@pytest.mark.parametrize("sampler", [ksampler, sample], ids=["KSampler", "Sample"])
-def test_a_picture_that_patches_do_not_cover_is_refused_with_the_next_size(
-    sampler: Callable[..., torch.Tensor], ours: Any
+def test_a_picture_of_any_size_is_wrapped_round_as_comfyuis_own_model_does_it(
+    ours: Any, native: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    odd = torch.rand(1, 70, 108, 3)
-    with pytest.raises(InvalidRequest, match=r"The picture is 104x64 px(.|\n)*Use 96x64; scale a picture"):
-        sampler(*masked(ours, box(), odd))
+    odd = torch.rand(1, 90, 156, 3)  # 11x19 latents, of 6x10 patches
+    with caplog.at_level(logging.WARNING):
+        made = ksampler(*masked(ours, box(), odd))
+    assert "A picture of 152x88 px is no multiple of 16" in caplog.text
+    assert "pad it to 160x96" in caplog.text
+    wanted = ksampler(*masked(native, box(), odd))
+    assert made.shape == wanted.shape == (1, 16, 1, 11, 19)
+    assert (made - wanted).abs().max() < 1e-4
+    assert sample(*masked(ours, box(), odd)).isfinite().all()
 
 
 def test_denoise_0_gives_the_picture_back_and_runs_nothing(ours: Any) -> None:

@@ -103,14 +103,20 @@ def test_a_patched_picture_is_that_of_comfyuis_own_model(case: str, model: Any, 
     assert report.passes == STEPS
 
 
-def test_an_area_runs_alone_beside_a_patch_that_keeps_one_size(model: Any, native: Any, diffsynth: Patch) -> None:
-    conds = cond() + cond(7, 3, area=(4, 8, 0, 2)), cond(5, 2)
+@pytest.mark.parametrize("area", [(4, 8, 0, 2), (8, 8, 0, 4)])
+def test_a_patch_has_its_picture_in_the_size_of_each_area(
+    area: tuple[int, ...], model: Any, native: Any, diffsynth: Patch
+) -> None:
+    conds = cond() + cond(7, 3, area=area), cond(5, 2)
     made, wanted = (ksampler(diffsynth(m), *conds, empty_latent()) for m in (model, native))
     assert (made - wanted).abs().max() < 1e-4
-    assert "one size at a time" in model.model.last_report.one_by_one
+    assert model.model.last_report.one_by_one == ""
 
 
-def test_the_patchs_picture_is_encoded_before_the_run(model: Any, vae: Any, diffsynth: Patch) -> None:
+@pytest.mark.parametrize(("area", "sizes"), [({}, 1), ({"area": (4, 8, 0, 2)}, 2)])
+def test_the_patchs_picture_is_encoded_before_the_run(
+    area: dict[str, Any], sizes: int, model: Any, vae: Any, diffsynth: Patch
+) -> None:
     patched = diffsynth(model)
     when = []
     encode = vae.encode
@@ -121,8 +127,8 @@ def test_the_patchs_picture_is_encoded_before_the_run(model: Any, vae: Any, diff
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vae, "encode", watch)
-        ksampler(patched, cond(), cond(5, 2), empty_latent())
-    assert when == [True]
+        ksampler(patched, cond() + cond(7, 3, **area), cond(5, 2), empty_latent())
+    assert when == [True] * sizes
 
 
 def test_a_model_patch_is_in_the_plan(

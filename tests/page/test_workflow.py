@@ -223,7 +223,7 @@ def test_an_interrupted_run_is_called_so(page: Any, small: Any, vue: bool) -> No
 
 
 def test_a_failed_run_is_called_so(page: Any, small: Any) -> None:
-    page.load(small(width=136))  # 17 latents: no whole patches
+    page.load(small(width=16384, height=16384))  # for which 4 GB are too few
     assert page.run()["status"] == "error"
     assert lines_of(page)[0] == "Failed"
 

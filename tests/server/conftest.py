@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from control_files import write_diffsynth, write_fun, write_instantx
 from devtools.client import ComfyClient, Run
 from devtools.server import ComfyServer
 from PIL import Image
@@ -83,6 +84,22 @@ def mixing(
     server = start_server(base=base)
     files = {"plain": plain, "2511": SplitFiles(marked, plain.text_encoder, plain.vae)}
     return Mixing(server, ComfyClient(server.url), files)
+
+
+@pytest.fixture(scope="session")
+def controls(mixing: Mixing, full_pipeline: Path) -> Mixing:
+    """The server with ControlNets, and pictures to control with, of which a part is transparent: a mask."""
+    folder, patches = (mixing.server.base / "models" / name for name in ("controlnet", "model_patches"))
+    folder.mkdir(exist_ok=True)
+    patches.mkdir(exist_ok=True)
+    write_instantx(folder / "union.safetensors", full_pipeline / "transformer", layers=20)
+    write_instantx(folder / "inpaint.safetensors", full_pipeline / "transformer", layers=2, mask_channels=4)
+    write_fun(folder / "fun.safetensors", full_pipeline / "transformer")
+    write_diffsynth(patches / "canny.safetensors", full_pipeline / "transformer")
+    values = np.random.default_rng(0).integers(0, 255, (9, 15, 4), dtype=np.uint8)
+    for name, size in (("control", (120, 72)), ("wide", (128, 64))):
+        Image.fromarray(values).resize(size).save(mixing.server.base / "input" / f"{name}.png")
+    return mixing
 
 
 def _mark(file: Path, name: str) -> None:

@@ -1,34 +1,15 @@
 """ControlNet graphs through a real server: with ComfyUI's own loaders, and with ours in their place."""
 
 from collections.abc import Callable
-from pathlib import Path
 
-import numpy as np
 import pytest
-from control_files import write_diffsynth, write_fun, write_instantx
 from devtools.client import ExecutionFailed
-from PIL import Image
 
 from .conftest import SHARED, TOLERANCE, Mixing
 from .graphs import Prompt, changed, with_inputs, with_our_loader
 from .test_mixing import graph
 
 POSITIVE, NEGATIVE = ["9", 0], ["9", 1]
-
-
-@pytest.fixture(scope="module")
-def controls(mixing: Mixing, full_pipeline: Path) -> Mixing:
-    """The server with ControlNets, and a picture to control with."""
-    folder, patches = (mixing.server.base / "models" / name for name in ("controlnet", "model_patches"))
-    folder.mkdir(exist_ok=True)
-    patches.mkdir(exist_ok=True)
-    write_instantx(folder / "union.safetensors", full_pipeline / "transformer", layers=20)
-    write_instantx(folder / "inpaint.safetensors", full_pipeline / "transformer", layers=2, mask_channels=4)
-    write_fun(folder / "fun.safetensors", full_pipeline / "transformer")
-    write_diffsynth(patches / "canny.safetensors", full_pipeline / "transformer")
-    values = np.random.default_rng(0).integers(0, 255, (9, 15, 4), dtype=np.uint8)
-    Image.fromarray(values).resize((120, 72)).save(mixing.server.base / "input" / "control.png")
-    return mixing
 
 
 def uncontrolled(controls: Mixing) -> Prompt:

@@ -20,7 +20,7 @@ from .graphs import WORKFLOWS, changed, with_inputs, workflow
 @pytest.fixture
 def pack(tmp_path: Path) -> Path:
     """A copy: another version of the code would encode again."""
-    parts = shutil.ignore_patterns(".*", "tests", "miniature", "benchmarks", "__pycache__")
+    parts = shutil.ignore_patterns(".*", "tests", "miniature*", "benchmarks", "__pycache__")
     return Path(shutil.copytree(REPOSITORY, tmp_path / "pack" / PACK_NAME, ignore=parts))
 
 

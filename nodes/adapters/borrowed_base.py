@@ -1,0 +1,30 @@
+"""The parts of a transformer that ComfyUI's Fun ControlNet borrows from the model it controls."""
+
+from collections.abc import Callable, Sequence
+
+import comfy.ldm.flux.layers
+import comfy.ldm.qwen_image.model
+from diffusers import QwenImageTransformer2DModel
+from torch import Tensor, nn
+from torch.func import functional_call
+
+
+class BorrowedBase:
+    """Computes in the dtype of what it is given, as ComfyUI's own layers do: ControlNets may have another than ours."""
+
+    patch_size = 2
+    process_img = comfy.ldm.qwen_image.model.QwenImageTransformer2DModel.process_img
+
+    def __init__(self, head_dim: int, rope_axes: Sequence[int], outside: QwenImageTransformer2DModel) -> None:
+        self.pe_embedder = comfy.ldm.flux.layers.EmbedND(dim=head_dim, theta=10000, axes_dim=list(rope_axes))
+        self.img_in, self.txt_in = _casting(outside.img_in), _casting(outside.txt_in)
+        self.txt_norm, self.time_text_embed = _casting(outside.txt_norm), _casting(outside.time_text_embed)
+
+
+def _casting(module: nn.Module) -> Callable[..., Tensor]:
+    def call(*inputs: Tensor) -> Tensor:
+        weights = {name: weight.to(inputs[-1].dtype) for name, weight in module.named_parameters()}
+        result: Tensor = functional_call(module, weights, inputs)
+        return result
+
+    return call
