@@ -1,6 +1,7 @@
-"""Score a miniature on held-out captions: diffusers' own pipeline draws, the scorer looks.
+"""Score a miniature on held-out captions or edits: diffusers' own pipeline draws, the scorer looks.
 
 python tools/miniature/evaluate.py miniature --count 200
+python tools/miniature/evaluate.py miniature-edit --edit --count 200
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from edit_reference import EditPlusPipeline, open_edit_folder
+
 from miniature.data import Scene, held_out_captions
-from miniature.scorer import Verdict, score
+from miniature.edits import Edit, held_out_edits, paint_edit
+from miniature.scorer import Verdict, score, score_edit
 
 SIDE_PX, STEPS, CFG = 128, 20, 4.0
 
@@ -55,25 +59,75 @@ def draw(
     return pictures
 
 
-def summarise(cases: Sequence[tuple[str, str, Scene]], verdicts: Sequence[Verdict]) -> dict[str, dict[str, float]]:
-    """Return the part of pictures right, in all facts (`every fact`) and in each, by language and number of shapes."""
+def edit_pictures(
+    pipeline: EditPlusPipeline, instruction: str, pictures: Sequence[np.ndarray], *, seed: int, guidance: float = CFG
+) -> np.ndarray:
+    """Return the picture that the instruction makes of those shown, (128, 128, 3) uint8."""
+    output = pipeline(
+        image=[Image.fromarray(picture) for picture in pictures],
+        prompt=instruction,
+        negative_prompt=" " if guidance > 1 else None,
+        true_cfg_scale=guidance,
+        num_inference_steps=STEPS,
+        height=SIDE_PX,
+        width=SIDE_PX,
+        generator=torch.Generator().manual_seed(seed),
+        output_type="np",
+    )
+    return (output.images[0] * 255).round().astype(np.uint8)
+
+
+def score_edits(
+    folder: Path, cases: Sequence[tuple[str, str, Edit]], *, seed: int, dtype: torch.dtype, guidance: float
+) -> tuple[list[Verdict], list[np.ndarray]]:
+    """Return the verdicts, and for each edit one row: two pictures shown (or one and nothing), and the one made."""
+    pipeline = open_edit_folder(folder, SIDE_PX * SIDE_PX, dtype=dtype)
+    verdicts, rows = [], []
+    for i, (_, text, edit) in enumerate(cases):
+        shown, _ = paint_edit(edit, f"held out {i}")
+        made = edit_pictures(pipeline, text, shown, seed=seed + i, guidance=guidance)
+        verdicts.append(score_edit(made, edit.target, shown[edit.kept]))
+        rows.append(np.concatenate([*shown, *[np.zeros_like(made)] * (2 - len(shown)), made], axis=1))
+    return verdicts, rows
+
+
+def shapes(scene: Scene) -> str:
+    return f"{len(scene.items)} shape{'s' * (len(scene.items) > 1)}"
+
+
+def summarise(cases: Sequence[tuple[str, ...]], verdicts: Sequence[Verdict]) -> dict[str, dict[str, float]]:
+    """Return the part of pictures right, in all facts (`every fact`) and in each, over all and by each of its groups'
+    names in `cases`."""
     groups: dict[str, list[Verdict]] = defaultdict(list)
-    for (language, _, scene), verdict in zip(cases, verdicts, strict=True):
-        for group in ("all", language, f"{len(scene.items)} shape{'s' * (len(scene.items) > 1)}"):
+    for names, verdict in zip(cases, verdicts, strict=True):
+        for group in ("all", *names):
             groups[group].append(verdict)
     return {
-        name: {"captions": len(members), "every fact": float(np.mean([v.correct for v in members]))}
+        name: {"pictures": len(members), "every fact": float(np.mean([v.correct for v in members]))}
         | {fact: float(np.mean([v.facts[fact] for v in members])) for fact in members[0].facts}
         for name, members in groups.items()
     }
 
 
-def write_contact_sheet(path: Path, pictures: Sequence[np.ndarray], *, columns: int = 8) -> None:
+def write_contact_sheet(path: Path, pictures: Sequence[np.ndarray], *, width_px: int = 8 * SIDE_PX) -> None:
+    columns = max(1, width_px // pictures[0].shape[1])
     rows = [np.concatenate(pictures[i : i + columns], axis=1) for i in range(0, len(pictures), columns)]
     sheet = np.zeros((SIDE_PX * len(rows), rows[0].shape[1], 3), np.uint8)
     for i, row in enumerate(rows):
         sheet[SIDE_PX * i : SIDE_PX * (i + 1), : row.shape[1]] = row
     Image.fromarray(sheet).save(path)
+
+
+def draw_all(arguments: argparse.Namespace, captions: Sequence[str], dtype: torch.dtype) -> list[np.ndarray]:
+    pipeline = QwenImagePipeline.from_pretrained(arguments.folder, torch_dtype=dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    settings = {"guidance": arguments.cfg}
+    if arguments.lightning:
+        pipeline.load_lora_weights(str(arguments.lightning))
+        shift = {"base_shift": math.log(3), "max_shift": math.log(3), "shift_terminal": None}
+        pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config, **shift)
+        settings = {"steps": 4, "guidance": 1.0}
+    return draw(pipeline, captions, seed=arguments.seed, batch=arguments.batch, **settings)
 
 
 def main() -> None:
@@ -82,27 +136,28 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0, help="of the noise; the captions stay the same")
     parser.add_argument("--batch", type=int, default=25)
+    parser.add_argument("--cfg", type=float, default=CFG, help="1: no guidance")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="the computation's")
     parser.add_argument("--sheet", type=Path, help="write the first 64 pictures here")
     parser.add_argument("--failures", type=int, default=0, help="list so many of the wrong ones")
+    parser.add_argument("--edit", action="store_true", help="the folder is an editing miniature: score edits")
     parser.add_argument("--lightning", type=Path, help="a LoRA of distill.py: four steps, no guidance")
     arguments = parser.parse_args()
 
-    pipeline = QwenImagePipeline.from_pretrained(arguments.folder, torch_dtype=getattr(torch, arguments.dtype))
-    pipeline.set_progress_bar_config(disable=True)
-    cases = held_out_captions(arguments.count)
     start = time.monotonic()
-    settings = {}
-    if arguments.lightning:
-        pipeline.load_lora_weights(str(arguments.lightning))
-        shift = {"base_shift": math.log(3), "max_shift": math.log(3), "shift_terminal": None}
-        pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config, **shift)
-        settings = {"steps": 4, "guidance": 1.0}
-    captions = [text for _, text, _ in cases]
-    pictures = draw(pipeline, captions, seed=arguments.seed, batch=arguments.batch, **settings)
-    verdicts = [score(picture, scene) for picture, (_, _, scene) in zip(pictures, cases, strict=True)]
-    for group, parts in summarise(cases, verdicts).items():
-        print(f"{group:9}", json.dumps({name: round(part, 3) for name, part in parts.items()}))
+    dtype = getattr(torch, arguments.dtype)
+    if arguments.edit:
+        cases = held_out_edits(arguments.count)
+        settings = {"seed": arguments.seed, "dtype": dtype, "guidance": arguments.cfg}
+        verdicts, pictures = score_edits(arguments.folder, cases, **settings)
+        groups = [(language, edit.kind, f"{edit.kind} {language}") for language, _, edit in cases]
+    else:
+        cases = held_out_captions(arguments.count)
+        pictures = draw_all(arguments, [text for _, text, _ in cases], dtype)
+        verdicts = [score(picture, scene) for picture, (_, _, scene) in zip(pictures, cases, strict=True)]
+        groups = [(language, shapes(scene)) for language, _, scene in cases]
+    for group, parts in summarise(groups, verdicts).items():
+        print(f"{group:13}", json.dumps({name: round(part, 3) for name, part in parts.items()}))
     print(f"{time.monotonic() - start:.0f} s")
     wrong = [i for i, verdict in enumerate(verdicts) if not verdict.correct]
     for i in random.Random(0).sample(wrong, min(arguments.failures, len(wrong))):

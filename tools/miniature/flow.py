@@ -90,11 +90,22 @@ def word(scene: Scene, rng: random.Random) -> str:
 
 
 def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None, **_: object
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    *,
+    bias: torch.Tensor | None = None,
+    **_: object,
 ) -> torch.Tensor:
-    """Plain attention, (B, S, H, D) each: for so few tokens twice as fast to train on a CPU as the fused kernel."""
+    """Plain attention, (B, S, H, D) each: for so few tokens twice as fast to train on a CPU as the fused kernel.
+
+    `bias`, (S), is added to the scores of each key.
+    """
     query, key, value = (t.transpose(1, 2) for t in (query, key, value))
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+    if bias is not None:
+        scores = scores + bias
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, -math.inf)
     return (scores.softmax(-1).to(value.dtype) @ value).transpose(1, 2)

@@ -16,17 +16,19 @@ SPECK = 0.0025  # part of the picture: smaller foreground is noise, larger is on
 LARGE = 0.29  # diameter as part of the shorter side: between the large (0.36) and the small (0.22)
 OVERLAP = 0.72  # least intersection over union with the ideal shape, which must also beat the two others
 OFF_CENTRE = 0.12
+STAYED = 0.025  # of the side, 3 of 128 px: what an edit leaves may be off in place and diameter by as much
 
 
 @dataclass(frozen=True)
 class Found:
-    """One shape in the picture; `shape` is None if it is none of the known; x and y in 0..1."""
+    """One shape in the picture; `shape` is None if it is none of the known; x, y and diameter in 0..1."""
 
     shape: str | None
     colour: str
     size: str
     x: float
     y: float
+    diameter: float
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def _describe_part(picture: np.ndarray, mask: np.ndarray, box: tuple[slice, slic
     y = (box[0].start + rows[0] + height / 2) / picture.shape[0]
     x = (box[1].start + columns[0] + width / 2) / picture.shape[1]
     diameter = (height * width) ** 0.5 / min(picture.shape[:2])
-    return Found(_name_shape(mask), name_colour(rgb), "large" if diameter > LARGE else "small", x, y)
+    return Found(_name_shape(mask), name_colour(rgb), "large" if diameter > LARGE else "small", x, y, diameter)
 
 
 def _name_shape(mask: np.ndarray) -> str | None:
@@ -105,6 +107,20 @@ def score(picture: np.ndarray, scene: Scene) -> Verdict:
         return Verdict(facts | wrong, found, background)
     verdicts = [_compare(order, scene) for order in permutations(found)]
     return Verdict(facts | max(verdicts, key=lambda v: sum(v.values())), found, background)
+
+
+def score_edit(picture: np.ndarray, target: Scene, kept: np.ndarray) -> Verdict:
+    """Compare the picture with the scene wanted, and its shapes' places and diameters with those in the picture `kept`:
+    whether all have `stayed`."""
+    verdict, (_, before) = score(picture, target), describe(kept)
+    stayed = len(before) == len(verdict.found) and any(
+        all(_stayed(was, now) for was, now in zip(before, order, strict=True)) for order in permutations(verdict.found)
+    )
+    return Verdict(verdict.facts | {"stayed": stayed}, verdict.found, verdict.background)
+
+
+def _stayed(was: Found, now: Found) -> bool:
+    return max(abs(was.x - now.x), abs(was.y - now.y), abs(was.diameter - now.diameter)) < STAYED
 
 
 def _compare(found: Sequence[Found], scene: Scene) -> dict[str, bool]:

@@ -1,6 +1,7 @@
 """Cut the Qwen2.5 tokenizer down to what the templates and captions use, every string tokenised as the full one does.
 
 Run once, by hand: `python tools/miniature/tokenizer.py FULL_TOKENIZER_FOLDER OUT`. Training starts from the result.
+With --edit it is the editing miniature's, which knows the words of instructions as well.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from transformers import Qwen2Tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from miniature.data import LANGUAGES, caption, draw_scene, forget_some_facts
+from miniature.edits import every_order, instruction
 
 # the pipelines' own templates, so that the 34 and 64 tokens that they drop are the same here
 TEXT_TEMPLATE = (
@@ -33,8 +35,12 @@ EDIT_WORDS = (
     "make the circle red, change the colour of the background to blue, move it to the left, turn into a square"
     "把圆形变成红色，把背景改成蓝色"
 )
+PICTURES = {
+    n: "".join(f"Picture {i}: <|vision_start|><|image_pad|><|vision_end|>" for i in range(1, n + 1)) for n in (1, 2)
+}
 TEXT_PREFIX_TOKENS, EDIT_PREFIX_TOKENS = 34, 64
 SAMPLES = 20_000
+WORDINGS = 41  # of each order, odd: both languages get their share
 
 
 def prune(full_folder: Path, texts: list[str], out: Path) -> Qwen2Tokenizer:
@@ -77,12 +83,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("full", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--edit", action="store_true")
     arguments = parser.parse_args()
     rng = random.Random(0)
     texts = {TEXT_TEMPLATE.format(" "), TEXT_TEMPLATE.format(""), EDIT_TEMPLATE.format(EDIT_WORDS)}
     for i in range(SAMPLES):
         scene = forget_some_facts(draw_scene(rng, held_out=i % 2 == 0), rng)
         texts.update(TEXT_TEMPLATE.format(caption(scene, language, rng)) for language in LANGUAGES)
+    if arguments.edit:
+        texts.update(EDIT_TEMPLATE.format(PICTURES[n] + " ") for n in PICTURES)
+        for i, order in enumerate(every_order() * WORDINGS):
+            text = instruction(order, LANGUAGES[i % len(LANGUAGES)], rng)
+            texts.update(EDIT_TEMPLATE.format(PICTURES[n] + text) for n in PICTURES)
     small = prune(arguments.full, sorted(texts), arguments.out)
     print(f"{len(small)} tokens, {len(texts)} texts tokenised as by the full tokenizer")
 
