@@ -154,7 +154,7 @@ class QwenLowVRAMMemoryPlan:
             return ""
         opened = Sources.of(transformer, text_encoder, vae).open(AUTO)
         speeds = _speeds(opened[0])
-        free = free_ram() // GIB
+        free = 0 if settings.get("ram_limit_gb") else free_ram() // GIB  # which counts where no limit is set
         return "/".join([*(checkpoint.identity for checkpoint in opened), str(speeds), str(free)])
 
     def plan(
