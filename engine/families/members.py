@@ -11,6 +11,7 @@ from ..errors import WrongModel
 from ..formats.comfy_quant import with_comfy_quants
 from ..formats.quant_states import with_quant_states
 from .gguf_names import TEXT_ARCHITECTURES, text_encoder_config, text_encoder_names
+from .prefixes import find_prefix, under_prefix
 from .variants import Variant, is_layered, is_marked_2511, variant_of
 
 # Qwen-Image's prompt template, and how many of its tokens are dropped from the embeddings
@@ -104,8 +105,18 @@ _SIGNS: tuple[tuple[str, Component], ...] = (
     ),
     (r"double_blocks\.\d+\.img_attn\.|single_transformer_blocks\.", Component.FLUX),
     (r"blocks\.\d+\.cross_attn\.q\.weight", Component.WAN),
-    (r"^(decoder|encoder)\.(conv_in|conv1|up_blocks|upsamples|downsamples)\.", Component.VAE),
+    (r"(^|\.)(decoder|encoder)\.(conv_in|conv1|up_blocks|upsamples|downsamples)\.", Component.VAE),
 )
+
+# names that a component of the 20 B family has, and those of a part of it, by which its prefix is found all the same
+_BLOCK, _LAYER = "transformer_blocks.0.attn.add_q_proj.weight", "layers.0.self_attn.q_proj.weight"
+_TRANSFORMER = ((_BLOCK, "img_in.weight", "transformer_blocks.0.img_mod.1.weight"), (_BLOCK,), ("img_in.weight",))
+_TEXT = (("embed_tokens.weight", _LAYER, "layers.0.self_attn.q_proj.bias"), (_LAYER,), ("embed_tokens.weight",))
+_VAE = (
+    ("decoder.conv1.weight", "decoder.head.2.weight", "conv2.weight"),
+    ("decoder.conv_in.weight", "decoder.conv_out.weight", "post_quant_conv.weight"),
+)
+_WHOLE = {Component.TRANSFORMER: _TRANSFORMER[:1], Component.TEXT_ENCODER: _TEXT[:1], Component.VAE: _VAE}
 
 
 def identify(tensors: Mapping[str, TensorEntry]) -> Component:
@@ -122,13 +133,20 @@ def identify(tensors: Mapping[str, TensorEntry]) -> Component:
     return Component.UNKNOWN
 
 
+def components(tensors: Mapping[str, TensorEntry]) -> set[Component]:
+    """Which of the family's three components a file holds, by names that must be there: all of them in an all-in-one
+    file."""
+    return {component for component, anchors in _WHOLE.items() if find_prefix(tensors, anchors) is not None}
+
+
 def require(checkpoint: Checkpoint, wanted: Component) -> None:
-    """Raise WrongModel, saying what the file is and where it belongs, unless it is `wanted`."""
+    """Raise WrongModel, saying what the file is and where it belongs, unless it is `wanted`, or holds it beside
+    others."""
     found = identify(checkpoint.tensors)
     architecture = checkpoint.metadata.get("general.architecture")
     if found is Component.TEXT_ENCODER and architecture not in (None, *TEXT_ARCHITECTURES):
         found = Component.OTHER_TEXT_ENCODER
-    if found is wanted:
+    if found is wanted or {found, wanted} <= components(checkpoint.tensors):
         return
     size = f"{len(checkpoint.tensors)} tensors"
     stated = size if architecture is None else f"GGUF architecture {architecture!r:.99}, {size}"
@@ -178,7 +196,8 @@ def sort_transformer(checkpoint: Checkpoint, chosen: Variant | None = None) -> T
     """
     require(checkpoint, Component.TRANSFORMER)
     variant = variant_of(checkpoint, chosen)
-    tensors = {_transformer_name(name): entry for name, entry in described_tensors(checkpoint).items()}
+    described = described_tensors(checkpoint)
+    tensors = under_prefix(described, find_prefix(described, _TRANSFORMER) or "")
     outside, blocks = split_blocks(checkpoint, tensors, "transformer_blocks.")
     return TransformerTensors(variant, _transformer_config(checkpoint, variant, tensors, len(blocks)), outside, blocks)
 
@@ -196,10 +215,10 @@ def sort_text_encoder(checkpoint: Checkpoint) -> TextEncoderTensors:
     """Raises WrongModel where the file is no Qwen2.5-VL, or lacks tensors."""
     require(checkpoint, Component.TEXT_ENCODER)
     tensors = text_encoder_names(checkpoint.tensors)
-    for name, entry in described_tensors(checkpoint).items():
-        bare = re.sub(r"^(model\.)?(language_model\.)?(model\.)?", "", name)
-        if bare.startswith(("layers.", "embed_tokens.", "norm.")):
-            tensors[bare] = entry
+    described = described_tensors(checkpoint)
+    for name, entry in under_prefix(described, find_prefix(described, _TEXT) or "").items():
+        if name.startswith(("layers.", "embed_tokens.", "norm.")):
+            tensors[name] = entry
     outside, layers = split_blocks(checkpoint, tensors, "layers.")
     missing = [n for n in ("embed_tokens.weight", "norm.weight") if n not in outside]
     if missing:
@@ -207,13 +226,14 @@ def sort_text_encoder(checkpoint: Checkpoint) -> TextEncoderTensors:
     return TextEncoderTensors(_text_config(checkpoint, outside, layers), outside, layers)
 
 
+def vae_tensors(checkpoint: Checkpoint) -> dict[str, TensorEntry]:
+    """A VAE's tensors under its own names, whichever program wrote them; all of the file's where no VAE is known."""
+    return under_prefix(checkpoint.tensors, find_prefix(checkpoint.tensors, _VAE) or "")
+
+
 def described_tensors(checkpoint: Checkpoint) -> dict[str, TensorEntry]:
     """The tensors with what notes beside them tell of their formats."""
     return with_comfy_quants(with_quant_states(checkpoint.tensors), checkpoint.metadata, checkpoint.path)
-
-
-def _transformer_name(name: str) -> str:
-    return name.removeprefix("model.").removeprefix("diffusion_model.")
 
 
 def split_blocks(

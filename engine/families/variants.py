@@ -89,14 +89,17 @@ def _titles(checkpoint: Checkpoint) -> list[str]:
 
 
 def _named(text: str) -> Variant | None:
-    """What a name such as Qwen_Image_Edit_2511-Q4_K_M or QwenImageEdit2509 says."""
+    """What a name says, such as Qwen_Image_Edit_2511-Q4_K_M, QwenEdit_25-11, QIE-2511-merge or qwen-image-edit-plus."""
     words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", text).lower()
-    if not re.search(r"(?<![a-z])(qwen)?(image)?edit(?![a-z])", words):
+    edit = re.search(r"(?<![a-z])((qwen)?(image)?edit|qie)(?![a-z])", words)
+    if not edit and "qwen" not in words:
         return None
-    for year_and_month, variant in (("2511", Variant.EDIT_2511), ("2509", Variant.EDIT_2509)):
-        if re.search(rf"(?<!\d){year_and_month}(?!\d)", words):
+    for month, variant in (("11", Variant.EDIT_2511), ("09", Variant.EDIT_2509)):
+        if re.search(rf"(?<!\d)25[-_. ]?{month}(?!\d)", words):
             return variant
-    return Variant.EDIT
+    if not edit:
+        return None
+    return Variant.EDIT_2509 if re.match(r"[-_. ]*plus(?![a-z])", words[edit.end() :]) else Variant.EDIT
 
 
 def _of_pipeline(checkpoint: Checkpoint) -> Variant | None:

@@ -13,8 +13,11 @@ from ..checkpoints.checkpoint import GGUF_SUFFIX, Checkpoint, TensorEntry, open_
 from ..errors import CheckpointError, MissingFile, WrongModel
 from .gguf_names import VISION_ARCHITECTURE, VISION_PROJECTOR, vision_config, vision_names
 from .members import Component, described_tensors, identify, shape_of, sort_text_encoder, split_blocks
+from .prefixes import find_prefix, under_prefix
 
 _MARK = "mmproj"
+# names by which a vision part is found within its encoder's file
+_OWN = (("visual.patch_embed.proj.weight",), ("visual.blocks.0.attn.qkv.weight",))
 # of Qwen2.5-VL, where a file does not state them; no tensor's shape tells them
 _HEAD_DIM, _WINDOW_PX, _MERGE, _FULL_ATTENTION_EVERY = 80, 112, 2, 8
 
@@ -115,8 +118,9 @@ def _model_words(file: Path) -> list[str]:
 
 
 def _own_tensors(encoder: Checkpoint) -> dict[str, TensorEntry]:
-    matches = [(re.match(r"(model\.)?visual\.", name), name, e) for name, e in described_tensors(encoder).items()]
-    return {name[match.end() :]: entry for match, name, entry in matches if match}
+    described = described_tensors(encoder)
+    prefix = find_prefix(described, _OWN)
+    return {} if prefix is None else under_prefix(described, f"{prefix}visual.")
 
 
 def _require_mmproj(checkpoint: Checkpoint) -> None:

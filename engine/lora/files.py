@@ -18,7 +18,7 @@ from .layers import LoraLayer, PeftSettings, peft_settings
 
 # where diffusers keeps PEFT's configuration in the metadata, as JSON
 _SETTINGS = "lora_adapter_metadata"
-_ALPHA_DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32")
+_ALPHA_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I64", "I32", "I16", "I8", "U8")
 # weights that see nothing but the timestep
 _MODULATION = re.compile(r"\.(img|txt)_mod\.|^time_text_embed\.")
 
@@ -39,12 +39,14 @@ class LoraFile:
 class LoraMatch:
     """What a file changes in one transformer: a delta for each weight or bias, by its name.
 
-    `unmatched`: the file's keys that have no part in it, such as those of a text encoder.
+    `unmatched`: the file's keys that have no part in it, such as those of a text encoder. `empty_layers`: those whose
+    change has rank 0, which is none.
     """
 
     lora: LoraFile
     deltas: Mapping[str, Delta] = field(repr=False)
     unmatched: tuple[str, ...] = field(repr=False)
+    empty_layers: int = 0
 
     @property
     def matched_keys(self) -> int:
@@ -66,7 +68,8 @@ class LoraMatch:
 
     def __str__(self) -> str:
         counts = f"{self.matched_keys} keys matched, {self.unmatched_keys} not; {len(self.deltas)} weights changed"
-        return f"LoraMatch({self.lora.path.name}: {counts})"
+        empty = f"; {self.empty_layers} layers of rank 0 change nothing" if self.empty_layers else ""
+        return f"LoraMatch({self.lora.path.name}: {counts}{empty})"
 
 
 def open_lora(path: Path) -> LoraFile:
@@ -88,6 +91,7 @@ def match(lora: LoraFile, weights: Mapping[str, tuple[int, ...]]) -> LoraMatch:
     alphas = _read_alphas({name: parts["alpha"] for name, parts in layers.items() if "alpha" in parts})
     settings = _settings(lora)
     deltas: dict[str, Delta] = {}
+    empty = 0
     for name, parts in layers.items():
         layer = LoraLayer(
             lora.path,
@@ -97,12 +101,17 @@ def match(lora: LoraFile, weights: Mapping[str, tuple[int, ...]]) -> LoraMatch:
             alphas.get(name),
             settings,
         )
+        if layer.is_empty:
+            empty += 1
+            continue
         made, used = layer.deltas(weights)
         deltas.update((delta.weight, delta) for delta in made)
         unmatched.extend(key for part, (key, _) in parts.items() if part not in used)
+    if not deltas and empty:
+        raise DamagedFile(f"{lora.path} changes nothing: all of its {empty} layers have rank 0. Download it again.")
     if not deltas:
         raise _wrong_model(lora, unmatched)
-    return LoraMatch(lora, deltas, tuple(unmatched))
+    return LoraMatch(lora, deltas, tuple(unmatched), empty)
 
 
 def _sort_keys(lora: LoraFile, weights: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, _Parts], list[str]]:

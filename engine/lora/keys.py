@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 # what trainers put before a layer's dotted name; several may stand in a row
-_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "base_model.model.", "transformer.", "pipe.dit.")
+_PREFIXES = ("model.", "diffusion_model.", "base_model.", "transformer.", "pipe.", "dit.", "unet.", "module.")
 # what they put before a name whose dots have become underscores
 _FLAT_PREFIXES = ("lora_unet__", "lora_unet_", "lora_transformer_", "lycoris_")
 

@@ -42,6 +42,15 @@ class LoraLayer:
     alpha: float | None
     settings: PeftSettings
 
+    @property
+    def is_empty(self) -> bool:
+        """A LoRA of rank 0, as tools that shrink each layer by its own leave it: the product of nothing."""
+        ends = [self.entries.get(part) for part in PARTS_OF["LoRA"]]
+        if len(ends) != len(self.entries.keys() - {"alpha"}) or any(end is None for end in ends):
+            return False
+        up, down = (end.shape for end in ends if end is not None)
+        return len(up) > 1 and prod(up) == prod(down) == 0 and up[1] == down[0] == 0
+
     def deltas(self, weights: Mapping[str, tuple[int, ...]]) -> tuple[list[Delta], set[str]]:
         """Its deltas, none or one for the weight and for the bias; and the parts that they are made of.
 

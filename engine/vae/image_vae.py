@@ -9,7 +9,7 @@ from torch import nn
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import InvalidRequest
 from ..plan.footprint import VAEFootprint
-from .keys import RGBA, check_is_image_vae, to_diffusers_names
+from .keys import RGBA, check_is_image_vae, needed_tensors, to_diffusers_names
 from .network import Half, build_decoder, build_encoder
 from .tiles import Span, TilePlan, plan_tiles
 
@@ -44,7 +44,7 @@ class ImageVAE(nn.Module):
     def without_weights(cls, checkpoint: Checkpoint, *, dtype: torch.dtype) -> "ImageVAE":
         """On the meta device, from a file's header alone: it plans, and computes nothing. Raises as
         `from_state_dict` does."""
-        tensors = {name: torch.empty(e.shape, device="meta") for name, e in checkpoint.tensors.items()}
+        tensors = {name: torch.empty(e.shape, device="meta") for name, e in needed_tensors(checkpoint).items()}
         return cls.from_state_dict(tensors, dtype=dtype)
 
     @property

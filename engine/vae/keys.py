@@ -8,14 +8,16 @@ from typing import TypeVar
 import torch
 from diffusers import AutoencoderKLQwenImage
 
-from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.checkpoint import Checkpoint, TensorEntry
 from ..errors import DamagedFile, WrongModel
+from ..families.members import vae_tensors
 
 LATENT_CHANNELS = 16
 # of the pictures that a VAE reads and draws -> its published name; four: Qwen-Image-Layered's, with alpha
 NAMES = {3: "qwen_image_vae.safetensors", 4: "qwen_image_layered_vae.safetensors"}
 RGB, RGBA = NAMES
 NAME = NAMES[RGB]
+UPSCALING = 2  # of decoders that are trained to draw each pixel as 2x2 ones
 MAX_WIDTH = 1024  # channels next to the picture; the published one has 96
 
 _ENDS = ("encoder.conv_in.weight", "decoder.conv_in.weight", "decoder.conv_out.weight", "post_quant_conv.weight")
@@ -89,6 +91,10 @@ def check_is_image_vae(shapes: Mapping[str, Sequence[int]], where: str) -> int:
         raise WrongModel(f"{where} is Qwen-Image-2.1's VAE (64 latent channels, RGBA). {use}")
     if latent_channels != LATENT_CHANNELS:
         raise WrongModel(f"{where} has {latent_channels} latent channels; Qwen-Image's has {LATENT_CHANNELS}. {use}")
+    if drawn_channels == image_channels * UPSCALING**2:
+        raise WrongModel(
+            f"{where} is a VAE that upscales (it draws {drawn_channels} channels for {UPSCALING} times the size). {use}"
+        )
     if image_channels != drawn_channels or image_channels not in NAMES or width > MAX_WIDTH:
         raise WrongModel(
             f"{where} reads {image_channels} channels, draws {drawn_channels} and is {width} wide, as none of "
@@ -105,14 +111,27 @@ def check_is_image_vae(shapes: Mapping[str, Sequence[int]], where: str) -> int:
 def require_image_vae(checkpoint: Checkpoint, *, channels: int | None = None) -> None:
     """Raise WrongModel or DamagedFile unless the file holds the VAE of pictures of so many channels (None: RGB or
     RGBA), from its header alone."""
-    shapes = {name: entry.shape for name, entry in to_diffusers_names(checkpoint.tensors).items()}
-    found = check_is_image_vae(shapes, str(checkpoint.path))
+    found = check_is_image_vae(_shapes(to_diffusers_names(vae_tensors(checkpoint))), str(checkpoint.path))
     if channels not in (None, found):
         which = {RGB: "of the models that make whole pictures (RGB)", RGBA: "of Qwen-Image-Layered (RGBA)"}
         raise WrongModel(
             f"{checkpoint.path} is the VAE {which[found]}; the transformer needs that {which[channels]}. "
             f"Use {NAMES[channels]}."
         )
+
+
+def needed_tensors(checkpoint: Checkpoint) -> dict[str, TensorEntry]:
+    """What one frame needs of the file, under diffusers' names: no video tensors, nothing that strayed into it.
+
+    Raises WrongModel or DamagedFile as `require_image_vae` does."""
+    entries = to_diffusers_names(vae_tensors(checkpoint))
+    shapes = _shapes(entries)
+    channels = check_is_image_vae(shapes, str(checkpoint.path))
+    return {name: entries[name] for name in _shapes_of(shapes["decoder.conv_out.weight"][1], channels)}
+
+
+def _shapes(entries: Mapping[str, TensorEntry]) -> dict[str, tuple[int, ...]]:
+    return {name: entry.shape for name, entry in entries.items()}
 
 
 @cache

@@ -13,7 +13,7 @@ from ...engine.checkpoints.checkpoint import Checkpoint
 from ...engine.errors import InvalidRequest, Unsupported
 from ...engine.plan.stages import Stage, decode_stage
 from ...engine.streaming import read_params
-from ...engine.vae import ImageVAE, TilePlan
+from ...engine.vae import ImageVAE, TilePlan, needed_tensors
 from .limits import stage_bytes
 from .timeline import Timeline
 
@@ -29,10 +29,11 @@ def make_vae(
     """Read a VAE in diffusers' or ComfyUI's names; raises WrongModel for any but the family's VAEs.
 
     `device` None: ComfyUI's own choice."""
-    shapes = {name: entry.shape for name, entry in checkpoint.tensors.items()}
+    needed = needed_tensors(checkpoint)
+    shapes = {name: entry.shape for name, entry in needed.items()}
     # outside the node's inference mode, so that the weights may be used in any thread
     with torch.inference_mode(False):
-        tensors = read_params(checkpoint.tensors, shapes, dtype, str(checkpoint.path))
+        tensors = read_params(needed, shapes, dtype, str(checkpoint.path))
         vae = ImageVAE.from_state_dict(tensors, dtype=dtype)
         return LowVRAMVAE(vae, limit_bytes=limit_bytes, device=device, timeline=timeline)
 

@@ -9,9 +9,17 @@ import pytest
 import torch
 from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.errors import WrongModel
-from qwenimage_lowvram.engine.families.members import Component, identify, require, sort_text_encoder, sort_transformer
+from qwenimage_lowvram.engine.families.members import (
+    Component,
+    identify,
+    require,
+    sort_text_encoder,
+    sort_transformer,
+    vae_tensors,
+)
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
+from qwenimage_lowvram.engine.vae import needed_tensors, require_image_vae
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -54,6 +62,15 @@ FOLDERS = {Component.LORA: "loras", Component.VAE: "vae", Component.CONTROLNET: 
 FOLDERS |= {Component.MODEL_PATCH: "model_patches"}
 
 
+@pytest.fixture(scope="module")
+def vae_shapes() -> Shapes:
+    """Names and shapes of a narrow Qwen-Image VAE in diffusers' names, its video tensors included."""
+    from diffusers import AutoencoderKLQwenImage
+
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in AutoencoderKLQwenImage(base_dim=4).named_parameters()}
+
+
 @pytest.mark.parametrize(("name", "component"), OTHERS.values(), ids=OTHERS.keys())
 def test_another_model_in_the_transformers_place_is_named(
     name: str, component: Component, tmp_path: Path, write_model: Callable[..., Path]
@@ -92,7 +109,9 @@ def test_each_file_passes_in_its_own_place_only(
             require(checkpoint, wanted)
 
 
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])
+@pytest.mark.parametrize(
+    "prefix", ["", "model.diffusion_model.", "diffusion_model.", "transformer.", "module.", "dit."]
+)
 def test_a_transformer_is_sorted_alike_under_every_prefix(
     prefix: str, transformer_shapes: Shapes, tmp_path: Path, write_model: Callable[..., Path]
 ) -> None:
@@ -167,7 +186,10 @@ def test_rotary_axes_that_do_not_add_up_are_refused(
         sort_transformer(open_checkpoint(write_model(tmp_path / "m", transformer_shapes, metadata=metadata)))
 
 
-@pytest.mark.parametrize("prefix", ["model.", "model.language_model.", "language_model.model.", ""])
+@pytest.mark.parametrize(
+    "prefix",
+    ["model.", "model.language_model.", "language_model.model.", "", "text_encoders.qwen25_7b.transformer.model."],
+)
 def test_a_text_encoder_is_sorted_alike_under_every_prefix(
     prefix: str, tmp_path: Path, write_model: Callable[..., Path]
 ) -> None:
@@ -210,3 +232,35 @@ def test_the_text_encoder_of_another_model_is_not_taken_for_a_damaged_one(
     shapes = {**dict.fromkeys(names, (128, 128)), "model.embed_tokens.weight": (9, 128), "model.norm.weight": (128,)}
     with pytest.raises(WrongModel, match=r"is the text encoder of another model.*a Qwen2.5-VL text encoder is needed"):
         sort_text_encoder(open_checkpoint(write_model(tmp_path / "m.safetensors", shapes)))
+
+
+def test_an_all_in_one_file_holds_each_of_its_three_components(
+    transformer_shapes: Shapes, vae_shapes: Shapes, tmp_path: Path, write_model: Callable[..., Path]
+) -> None:
+    text = {f"text_encoders.qwen25_7b.transformer.{name}": shape for name, shape in TEXT.items()}
+    drawn = {f"model.diffusion_model.{name}": shape for name, shape in transformer_shapes.items()}
+    vae = {f"vae.{name}": shape for name, shape in vae_shapes.items()}
+    file = open_checkpoint(write_model(tmp_path / "all.safetensors", {**drawn, **text, **vae}))
+    for component in (Component.TRANSFORMER, Component.TEXT_ENCODER, Component.VAE):
+        require(file, component)
+    assert sort_transformer(file).config.num_layers == 2
+    assert len(sort_text_encoder(file).layers) == 3
+    assert set(vae_tensors(file)) == set(vae_shapes)
+
+
+@pytest.mark.parametrize("prefix", ["", "vae.", "first_stage_model."])
+def test_a_vae_is_read_under_every_prefix_without_what_strayed_into_its_file(
+    prefix: str, vae_shapes: Shapes, tmp_path: Path, write_model: Callable[..., Path]
+) -> None:
+    strays = {"loss.weight": (3,), f"{prefix}ema.decay": (1,)}
+    shapes = {prefix + name: shape for name, shape in vae_shapes.items()} | strays
+    file = open_checkpoint(write_model(tmp_path / "vae.safetensors", shapes))
+    require(file, Component.VAE)
+    require_image_vae(file)
+    assert not [name for name in needed_tensors(file) if "ema" in name or "loss" in name or "time_conv" in name]
+
+
+def test_a_vae_that_upscales_is_named(vae_shapes: Shapes, tmp_path: Path, write_model: Callable[..., Path]) -> None:
+    shapes = vae_shapes | {"decoder.conv_out.weight": (12, *vae_shapes["decoder.conv_out.weight"][1:])}
+    with pytest.raises(WrongModel, match=r"upscales .* 12 channels"):
+        require_image_vae(open_checkpoint(write_model(tmp_path / "vae.safetensors", shapes)))

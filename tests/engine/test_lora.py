@@ -159,13 +159,51 @@ def by_diffusers(file: Path, strength: float, transformer: Any) -> Weights:
     }
 
 
-@pytest.mark.parametrize("alpha", [torch.tensor(3), torch.tensor([3.0]), torch.tensor(3.0).bfloat16()], ids=str)
+@pytest.mark.parametrize(
+    "alpha",
+    [
+        torch.tensor(3),
+        torch.tensor([3.0]),
+        torch.tensor(3.0).bfloat16(),
+        torch.tensor(3.0).to(torch.float8_e4m3fn),
+        torch.tensor(3.0).to(torch.float8_e5m2),
+        torch.tensor(3, dtype=torch.int8),
+        torch.tensor(3, dtype=torch.uint8),
+    ],
+    ids=str,
+)
 def test_an_alpha_of_any_dtype_is_divided_by_the_rank(
     alpha: torch.Tensor, shapes: dict[str, tuple[int, ...]], tmp_path: Path
 ) -> None:
     parts = make_parts("lora", shapes["img_in.weight"], rank=4) | {"alpha": alpha}
     file = write_lora(tmp_path / "l.safetensors", {"img_in": parts}, "Lightning")
     assert match(open_lora(file), shapes).deltas["img_in.weight"].scale == 3 / 4
+
+
+@pytest.mark.parametrize("prefix", ["unet.", "dit.", "module.", "pipe.unet.", "base_model.model.module."])
+def test_a_prefix_in_no_list_of_comfyui_is_taken_off(
+    prefix: str, shapes: dict[str, tuple[int, ...]], tmp_path: Path
+) -> None:
+    file = tmp_path / "l.safetensors"
+    save_file(
+        {f"{prefix}{TO_Q}.lora_A.weight": torch.ones(2, 64), f"{prefix}{TO_Q}.lora_B.weight": torch.ones(64, 2)}, file
+    )
+    found = match(open_lora(file), shapes)
+    assert (list(found.deltas), found.unmatched) == ([f"{TO_Q}.weight"], ())
+
+
+def test_a_layer_of_rank_0_changes_nothing_and_is_counted(shapes: dict[str, tuple[int, ...]], tmp_path: Path) -> None:
+    file = tmp_path / "l.safetensors"
+    ranks = {"attn.to_q": 2, "attn.to_k": 0}
+    tensors = {}
+    for layer, rank in ranks.items():
+        tensors[f"{BLOCK}0.{layer}.lora_A.weight"] = torch.ones(rank, 64)
+        tensors[f"{BLOCK}0.{layer}.lora_B.weight"] = torch.ones(64, rank)
+        tensors[f"{BLOCK}0.{layer}.alpha"] = torch.tensor(float(rank))
+    save_file(tensors, file)
+    found = match(open_lora(file), shapes)
+    assert (list(found.deltas), found.unmatched, found.empty_layers) == ([f"{TO_Q}.weight"], (), 1)
+    assert "1 layers of rank 0 change nothing" in str(found)
 
 
 # kinds
@@ -575,7 +613,7 @@ BAD_FILES: dict[str, tuple[dict[str, torch.Tensor], type[Exception], str]] = {
     "no rank": (
         {".lora_A.weight": torch.zeros(0, WIDTH), ".lora_B.weight": torch.zeros(WIDTH, 0)},
         DamagedFile,
-        r"has shape \[64, 0\]",
+        "all of its 1 layers have rank 0",
     ),
     "two ranks": (
         {".lora_A.weight": torch.zeros(2, WIDTH), ".lora_B.weight": torch.zeros(WIDTH, 3)},

@@ -31,6 +31,11 @@ NAMES = {
     "qwen_image_edit_2509_fp8_e4m3fn.safetensors": Variant.EDIT_2509,
     "Qwen-Image-Edit-2509-Q4_K_M.safetensors": Variant.EDIT_2509,
     "QwenImageEdit2509.safetensors": Variant.EDIT_2509,
+    "qwen-image-edit-plus-Q8_0.safetensors": Variant.EDIT_2509,
+    "QwenEdit_25-09.safetensors": Variant.EDIT_2509,
+    "QIE-2509-v2.safetensors": Variant.EDIT_2509,
+    "QIE_merge.safetensors": Variant.EDIT,
+    "qwen_image_20251109.safetensors": Variant.QWEN_IMAGE,
     "svdq-edit_12509x.safetensors": Variant.EDIT,
 }
 
@@ -68,7 +73,17 @@ def test_edit_2511_is_known_by_its_mark_under_any_name(
     assert found.config.zero_cond_t
 
 
-@pytest.mark.parametrize("name", ["qwen_image_edit_2511_fp8mixed", "Qwen-Image-Edit-2511-Q4_K_M", "qwenImageEdit2511"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "qwen_image_edit_2511_fp8mixed",
+        "Qwen-Image-Edit-2511-Q4_K_M",
+        "qwenImageEdit2511",
+        "QIE-2511-merge",
+        "QwenEdit_25-11",
+        "qwen_2511_rapid",
+    ],
+)
 def test_2511_by_name_without_its_mark_is_refused_with_the_way_out(
     name: str, transformer_shapes: Shapes, tmp_path: Path, write_model: Callable[..., Path]
 ) -> None:
