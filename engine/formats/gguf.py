@@ -7,7 +7,7 @@ from math import prod
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
-from .gguf_blocks import DECODERS, SCRATCH_PER_WEIGHT
+from .gguf_blocks import DECODERS, SCRATCH_PER_WEIGHT, TABLE_BYTES
 
 # large enough that a GPU is not kept waiting for launches
 CHUNK_WEIGHTS = 1024**2
@@ -43,14 +43,16 @@ class GgufCodec:
         return (*shape[:-1], shape[-1] // self.block_weights * self.block_bytes)
 
     def scratch_bytes(self, shape: Sequence[int]) -> int:
-        return min(prod(shape), CHUNK_WEIGHTS) * SCRATCH_PER_WEIGHT
+        return min(prod(shape), CHUNK_WEIGHTS) * SCRATCH_PER_WEIGHT + TABLE_BYTES.get(self.type, 0)
 
     def decode_into(self, out: Tensor, parts: Sequence[Tensor]) -> None:
         blocks = parts[0].view(-1, self.block_bytes)
         weights = out.view(-1, self.block_weights)
         chunk = CHUNK_WEIGHTS // self.block_weights
         for start in range(0, len(blocks), chunk):
-            weights[start : start + chunk].copy_(DECODERS[self.type](blocks[start : start + chunk]))
+            decoded = DECODERS[self.type](blocks[start : start + chunk])
+            weights[start : start + chunk].view(decoded.shape).copy_(decoded)
+            del decoded  # before the next one is made
 
 
 GGUF = tuple(GgufCodec(kind) for kind in DECODERS)

@@ -1,11 +1,14 @@
 """What the bytes of one ggml block mean: a table from type to a function (n, block bytes) uint8 -> (n, weights) fp32.
 
+A result may have more dimensions than two, if its weights stand in their order.
+
 Every function computes what llama.cpp's reference does, in its order of roundings
 (https://github.com/ggml-org/llama.cpp, ggml/src/ggml-quants.c and gguf-py/gguf/quants.py): a block holds a scale or
 two in fp16, packed integers, and for the K types 6- or 4-bit scales of 16 or 32 weights each. No loop over blocks; at
 most 6 bytes of memory per weight.
 """
 
+import struct
 from collections.abc import Callable, Mapping
 
 import torch
@@ -67,12 +70,29 @@ def q6_k(blocks: Tensor) -> Tensor:
     return _scaled(_integers(q.sub_(32)), scale)
 
 
+def iq4_nl(blocks: Tensor) -> Tensor:
+    return _looked_up(blocks[:, 2:]).mul_(_half(blocks, 0).unsqueeze(2)).transpose(1, 2)
+
+
+def iq4_xs(blocks: Tensor) -> Tensor:
+    low = _unpack(blocks[:, 4:8].unsqueeze(2), 4)  # of two neighbours' scales, the first one's bits are the lower ones
+    high = _unpack(blocks[:, 2:4].unsqueeze(2), 2)
+    scale = _integers(low.bitwise_or_(high.bitwise_left_shift_(4)).sub_(32)).mul_(_half(blocks, 0))
+    return _looked_up(blocks[:, 8:]).unflatten(1, (8, 16)).mul_(scale[:, :, None, None]).transpose(2, 3)
+
+
 DECODERS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "Q8_0": q8_0, "Q6_K": q6_k, "Q5_K": q5_k, "Q5_1": q5_1, "Q5_0": q5_0, "Q4_K": q4_k, "Q4_1": q4_1, "Q4_0": q4_0,
-    "Q3_K": q3_k, "Q2_K": q2_k,
+    "Q3_K": q3_k, "Q2_K": q2_k, "IQ4_NL": iq4_nl, "IQ4_XS": iq4_xs,
 }  # fmt: skip
+# what IQ4's 4 bits stand for (kvalues_iq4nl): 16 numbers of one byte each, as two of eight
+_NONLINEAR = struct.unpack(
+    "<2q", struct.pack("16b", -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+)
 # the most that a function allocates, its result included, in bytes per weight
 SCRATCH_PER_WEIGHT = 6
+# and whatever the number of weights: IQ4's table
+TABLE_BYTES: Mapping[str, int] = dict.fromkeys(("IQ4_NL", "IQ4_XS"), 4096)
 
 
 def _half(blocks: Tensor, at: int) -> Tensor:
@@ -93,6 +113,15 @@ def _unpack(packed: Tensor, bits: int) -> Tensor:
 
 def _with_high_bits(low: Tensor, low_bits: int, high: Tensor, high_bits: int) -> Tensor:
     return _unpack(low, low_bits).bitwise_or_(_unpack(high, high_bits).bitwise_left_shift_(low_bits))
+
+
+def _looked_up(packed: Tensor) -> Tensor:
+    """(n, bytes) uint8 -> (n, bytes, 2) fp32: what the 4 lower and the 4 higher bits of each stand for."""
+    numbers = torch.full((2,), _NONLINEAR[0], dtype=torch.int64, device=packed.device)
+    numbers[1:].fill_(_NONLINEAR[1])  # filled in: a list would be copied from the host, which waits
+    sixteen = numbers.view(torch.int8).float()
+    of_byte = torch.stack([sixteen.repeat(16), sixteen.repeat_interleave(16)], dim=1)
+    return of_byte.index_select(0, packed.flatten().int()).unflatten(0, packed.shape)
 
 
 def _scales_and_minima(blocks: Tensor) -> tuple[Tensor, Tensor]:

@@ -33,9 +33,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 # where a type's fp16 numbers lie in its block
 HALVES = {
     "Q8_0": [0], "Q4_0": [0], "Q5_0": [0], "Q4_1": [0, 2], "Q5_1": [0, 2], "Q4_K": [0, 2], "Q5_K": [0, 2],
-    "Q2_K": [80, 82], "Q3_K": [108], "Q6_K": [208],
+    "Q2_K": [80, 82], "Q3_K": [108], "Q6_K": [208], "IQ4_NL": [0], "IQ4_XS": [0],
 }  # fmt: skip
-BOTH_WAYS = [codec for codec in GGUF if not codec.type.endswith("_K")]
+BOTH_WAYS = [codec for codec in GGUF if not codec.type.endswith("_K") and not codec.type.startswith("IQ")]
 by_name = pytest.mark.parametrize("codec", GGUF, ids=lambda codec: codec.name)
 
 
