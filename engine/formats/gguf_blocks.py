@@ -75,10 +75,11 @@ def iq4_nl(blocks: Tensor) -> Tensor:
 
 
 def iq4_xs(blocks: Tensor) -> Tensor:
+    weights = _looked_up(blocks[:, 8:]).unflatten(1, (8, 16))  # before the scales: this is where it takes most
     low = _unpack(blocks[:, 4:8].unsqueeze(2), 4)  # of two neighbours' scales, the first one's bits are the lower ones
     high = _unpack(blocks[:, 2:4].unsqueeze(2), 2)
     scale = _integers(low.bitwise_or_(high.bitwise_left_shift_(4)).sub_(32)).mul_(_half(blocks, 0))
-    return _looked_up(blocks[:, 8:]).unflatten(1, (8, 16)).mul_(scale[:, :, None, None]).transpose(2, 3)
+    return weights.mul_(scale[:, :, None, None]).transpose(2, 3)
 
 
 DECODERS: Mapping[str, Callable[[Tensor], Tensor]] = {
