@@ -18,6 +18,7 @@ from .bnb4 import FP4, NF4
 from .gguf import GGUF, GgufCodec
 from .int8 import BNB_INT8, INT8
 from .int8_convrot import INT8_CONVROT
+from .kitchen import KITCHEN
 from .plain import PLAIN, TORCH_DTYPES
 from .scaled_fp8 import SCALED_FP8
 
@@ -58,7 +59,7 @@ class Encoder(Codec, Protocol):
 
 
 ENCODERS: Mapping[str, Encoder] = {codec.name: codec for codec in (*PLAIN, *SCALED_FP8, INT8, NF4, FP4)}
-_DECODERS: tuple[Codec, ...] = (BNB_INT8, *INT8_CONVROT.values(), *GGUF)
+_DECODERS: tuple[Codec, ...] = (BNB_INT8, *INT8_CONVROT.values(), *KITCHEN.values(), *GGUF)
 CODECS: Mapping[str, Codec] = {**ENCODERS, **{codec.name: codec for codec in _DECODERS}}
 
 _PLAIN_OF_DTYPE = {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "F8_E4M3": "fp8_e4m3fn", "F8_E5M2": "fp8_e5m2"}
@@ -68,6 +69,8 @@ _BNB_SCALES = ("absmax", "nested_absmax", "nested_quant_map", "nested_offset")
 # ComfyUI's int8 is told by its notes (comfy_quant.py)
 _INT8_OF_DTYPE = {name.upper(): name for name in (INT8.name, *(codec.name for codec in INT8_CONVROT.values()))}
 _SCALED_OF_DTYPE = {"F8_E4M3": "fp8_e4m3fn_scaled", "F8_E5M2": "fp8_e5m2_scaled", **_INT8_OF_DTYPE}
+_KITCHEN_DATA = {"nvfp4": torch.uint8, "mxfp8": torch.float8_e4m3fn}
+_KITCHEN_SCALES = ("weight_scale", "weight_scale_2")
 # what a scale is called beside `<layer>.weight`: older and newer ComfyUI files
 _SCALE_NAMES = ("scale_weight", "weight_scale")
 
@@ -99,6 +102,11 @@ def raw_layout(part: TensorEntry) -> tuple[torch.dtype, tuple[int, ...]]:
         return torch.uint8, _GGUF_OF_DTYPE[part.dtype].raw_shape(part.shape)
     if part.dtype in _INT8_OF_DTYPE:
         return torch.int8, part.shape
+    if part.dtype in KITCHEN:
+        codec = KITCHEN[part.dtype]
+        return _KITCHEN_DATA.get(codec.name, torch.int8), codec.raw_shape(part.shape)
+    if part.dtype == "F8_E8M0":  # powers of two, as scales: the bytes they are
+        return torch.uint8, part.shape
     return TORCH_DTYPES[part.dtype], part.shape
 
 
@@ -123,6 +131,9 @@ def stored_param(name: str, tensors: Mapping[str, TensorEntry], where: str) -> S
         if not _is_scale(row_maxima, data) or row_maxima.shape != data.shape[:1]:
             raise _unknown_format(where, name, data)
         return StoredParam(name, data.shape, BNB_INT8.name, (data, row_maxima))
+    if data.dtype in KITCHEN:
+        found = (tensors.get(f"{layer}.{scale}") for scale in _KITCHEN_SCALES)
+        return StoredParam(name, data.shape, KITCHEN[data.dtype].name, (data, *(scale for scale in found if scale)))
     scales = [tensors[f"{layer}.{scale}"] for scale in _SCALE_NAMES if f"{layer}.{scale}" in tensors]
     others = (n.removeprefix(f"{layer}.") for n in tensors if n.startswith(f"{layer}.")) if name != layer else ()
     if any(other.startswith("weight_") and other not in _SCALE_NAMES for other in others):

@@ -7,14 +7,16 @@ may mix formats. Weights alone are read: `input_scale` and `full_precision_matri
 what they are multiplied with, which stays as it is here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from ..checkpoints.checkpoint import TensorEntry, parse_json
 from ..errors import DamagedFile, MissingPackage, WrongModel
 from .int8_convrot import INT8_CONVROT, load_operator
+from .kitchen import KITCHEN, load_kitchen
 from .notes import read_notes
 
 _NOTE = ".comfy_quant"
@@ -22,13 +24,21 @@ _HEADER = "_quantization_metadata"
 # ComfyUI takes this prefix off before it reads the header's notes, which may be written with or without it
 _PREFIX = "model.diffusion_model."
 _STORED_AS = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "int8_tensorwise": "I8"}
+# the dtypes of the data, of its scales, and of the tensor's scale; fp8 scales may be written as plain bytes
+_KITCHEN_PARTS = {
+    "nvfp4": (("U8",), ("F8_E4M3", "U8"), ("F32",)),
+    "mxfp8": (("F8_E4M3",), ("F8_E8M0", "U8")),
+    "convrot_w4a4": (("I8",), ("F32",)),
+}
+_SCALES = ("weight_scale", "weight_scale_2")
 _GROUP = 256  # where a rotated layer's note names none
 
 
 def with_comfy_quants(
     tensors: Mapping[str, TensorEntry], metadata: Mapping[str, str], path: Path
 ) -> dict[str, TensorEntry]:
-    """The tensors without notes, with every int8 weight that has one as dtype INT8 or INT8_CONVROT<group>.
+    """The tensors without notes, with every weight that has one under the dtype that its codec is found by (INT8,
+    INT8_CONVROT<group>, NVFP4, MXFP8, CONVROT_W4A4_<group>), in its logical shape.
 
     `metadata` is the header's, `path` names the model in errors. Raises DamagedFile where a note and its tensors
     disagree, WrongModel for a quantization that is not read here, MissingPackage where rotated weights need one.
@@ -37,8 +47,12 @@ def with_comfy_quants(
     for layer, note in _notes(tensors, metadata, path).items():
         if f"{layer}.weight" in tensors:
             result[f"{layer}.weight"] = _described(tensors, layer, note)
-    if any(entry.dtype.startswith("INT8_CONVROT") for entry in result.values()):
-        _require_comfy_kitchen(path)
+    kinds = {entry.dtype for entry in result.values()}
+    if any(kind.startswith("INT8_CONVROT") for kind in kinds):
+        _require_comfy_kitchen(path, "rotated int8 weights (convrot)", "0.2.15", load_operator)
+    if kinds & set(KITCHEN):
+        named = ", ".join(sorted(KITCHEN[kind].name for kind in kinds & set(KITCHEN)))
+        _require_comfy_kitchen(path, f"weights in {named}", "0.2.26", load_kitchen)
     return result
 
 
@@ -60,10 +74,12 @@ def _described(tensors: Mapping[str, TensorEntry], layer: str, note: Mapping[str
     where = f"{entry.file}: {f'{layer}.weight'!r}"
     if not isinstance(kind, str):
         raise DamagedFile(f"{where} has a quantization note without a format. Download it again.")
+    if kind in _KITCHEN_PARTS:
+        return _described_for_kitchen(tensors, layer, note, kind)
     if kind not in _STORED_AS:
         raise WrongModel(
             f"{where} is stored in ComfyUI's {kind!r:.99}, which is not supported. Use a file in bf16, fp8 or int8 "
-            f"(formats of ComfyUI's that are read: {', '.join(_STORED_AS)}, the last with or without convrot)."
+            f"(formats of ComfyUI's that are read: {', '.join([*_STORED_AS, *_KITCHEN_PARTS])})."
         )
     if entry.dtype != _STORED_AS[kind] or f"{layer}.weight_scale" not in tensors:
         raise DamagedFile(
@@ -75,14 +91,51 @@ def _described(tensors: Mapping[str, TensorEntry], layer: str, note: Mapping[str
     group = _rotated_group(note, where)
     if group is None:
         return replace(entry, dtype="INT8")
+    _require_group(group, entry.shape, where)
+    return replace(entry, dtype=f"INT8_CONVROT{group}")
+
+
+def _described_for_kitchen(
+    tensors: Mapping[str, TensorEntry], layer: str, note: Mapping[str, Any], kind: str
+) -> TensorEntry:
+    entry = tensors[f"{layer}.weight"]
+    where = f"{entry.file}: {f'{layer}.weight'!r}"
+    group = _rotated_group({"convrot": True, **note}, where) if kind == "convrot_w4a4" else None
+    codec = KITCHEN[kind.upper() if group is None else f"CONVROT_W4A4_{_require_group(group, None, where)}"]
+    stored, *scale_dtypes = _KITCHEN_PARTS[kind]
+    shape = (*entry.shape[:-1], entry.shape[-1] * codec.packed) if entry.shape else ()
+    scales = [tensors.get(f"{layer}.{name}") for name in _SCALES[: len(scale_dtypes)]]
+    if f"{layer}.pre_quant_scale" in tensors:
+        raise WrongModel(
+            f"{where} has scales for what it is multiplied with (pre_quant_scale), which is not supported. Use a file "
+            "in bf16, fp8 or int8."
+        )
+    fits = entry.dtype in stored and len(shape) == 2 and 0 not in shape and shape[1] % codec.block == 0
+    counts = [codec.scale_count(shape), 1] if fits else []
+    found = [(scale.dtype, prod(scale.shape)) if scale else None for scale in scales]
+    if not fits or any(
+        one is None or one[0] not in dtypes or one[1] != count
+        for one, dtypes, count in zip(found, scale_dtypes, counts, strict=False)
+    ):
+        raise DamagedFile(
+            f"{where}, {entry.dtype}{list(entry.shape)}, and its scales are not what its note promises, {kind}. "
+            "Download it again."
+        )
+    if group is not None:
+        _require_group(group, shape, where)
+    return replace(entry, dtype=codec.dtype, shape=shape)
+
+
+def _require_group(group: int, shape: tuple[int, ...] | None, where: str) -> int:
+    """The group, where rows can be rotated in it; a shape of None is not known yet."""
     if group not in INT8_CONVROT:
         raise WrongModel(
             f"{where} is rotated in groups of {group}, which is not supported. Use a file with groups of "
             f"{', '.join(map(str, INT8_CONVROT))} (ComfyUI's default is {_GROUP}), or one without convrot."
         )
-    if len(entry.shape) != 2 or entry.shape[1] % group:
-        raise DamagedFile(f"{where} {list(entry.shape)} cannot be rotated in groups of {group}. Download it again.")
-    return replace(entry, dtype=f"INT8_CONVROT{group}")
+    if shape is not None and (len(shape) != 2 or shape[1] % group):
+        raise DamagedFile(f"{where} {list(shape)} cannot be rotated in groups of {group}. Download it again.")
+    return group
 
 
 def _rotated_group(note: Mapping[str, Any], where: str) -> int | None:
@@ -97,12 +150,12 @@ def _rotated_group(note: Mapping[str, Any], where: str) -> int | None:
     return group
 
 
-def _require_comfy_kitchen(path: Path) -> None:
+def _require_comfy_kitchen(path: Path, what: str, version: str, load: Callable[[], Any]) -> None:
     try:
-        load_operator()
+        load()
     except (ImportError, AttributeError) as error:
         raise MissingPackage(
-            f"{path} holds rotated int8 weights (convrot), which are read with the package comfy-kitchen, 0.2.15 or "
-            f"newer ({error}). Install it with `pip install comfy-kitchen`, update ComfyUI, which brings it, or use a "
-            "file in bf16, fp8 or int8 without convrot."
+            f"{path} holds {what}, which are read with the package comfy-kitchen, {version} or newer ({error}). "
+            "Install it with `pip install comfy-kitchen`, update ComfyUI, which brings it, or use a file in bf16, fp8 "
+            "or int8 without convrot."
         ) from error

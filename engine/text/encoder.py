@@ -15,9 +15,10 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 
 from ..checkpoints.checkpoint import Checkpoint, TensorEntry
 from ..chunking import ChunkedTokens
-from ..errors import InvalidRequest
+from ..errors import InvalidRequest, WrongModel
 from ..families.members import sort_text_encoder
 from ..formats import CODECS, raw_layout, stored_param
+from ..formats.kitchen import MXFP8, NVFP4
 from ..hardware import Hardware
 from ..plan.footprint import TextEncoderFootprint
 from ..streaming import (
@@ -212,6 +213,11 @@ class _EmbeddingRows:
     def __init__(self, parts: Sequence[TensorEntry], codec: str, dtype: torch.dtype) -> None:
         self._reader = TensorReader()
         self._parts, self._codec, self.dtype = parts, CODECS[codec], dtype
+        if parts[0].dtype in (NVFP4.dtype, MXFP8.dtype):
+            raise WrongModel(
+                f"{parts[0].file}: the embeddings are stored in {codec}, whose scales belong to 128 rows together. Use "
+                "a text encoder whose embeddings are in bf16, fp8 or int8."
+            )
 
     def gather(self, ids: Sequence[int]) -> Tensor:
         """(len(ids), hidden) in the compute dtype, on the host."""

@@ -14,11 +14,13 @@ import pytest
 import torch
 from comfy_files import KINDS, note_bytes, read_dequantized
 from full_size_run import require_planned_peaks
-from qwenimage_lowvram.engine.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from qwenimage_lowvram.engine.checkpoints.checkpoint import Checkpoint, TensorEntry, open_checkpoint
 from qwenimage_lowvram.engine.errors import CheckpointError, DamagedFile, MissingPackage, WrongModel
 from qwenimage_lowvram.engine.families.members import sort_transformer
+from qwenimage_lowvram.engine.formats import raw_layout
 from qwenimage_lowvram.engine.formats.comfy_quant import with_comfy_quants
 from qwenimage_lowvram.engine.formats.int8_convrot import CHUNK_WEIGHTS, INT8_CONVROT, load_operator
+from qwenimage_lowvram.engine.formats.kitchen import KITCHEN
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.streaming import read_params
 from qwenimage_lowvram.engine.text.encoder import TextEncoder
@@ -53,6 +55,15 @@ LAYERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "fp8 e4m3": ("float8_e4m3fn", "TensorCoreFP8E4M3Layout", {"scale": "recalculate"}),
     "fp8 e5m2": ("float8_e5m2", "TensorCoreFP8E5M2Layout", {"scale": "recalculate"}),
 }
+# sides of whole tiles of scales, with a tile that is not full, and of several chunks
+KITCHEN_LAYERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "nvfp4": ("nvfp4", "TensorCoreNVFP4Layout", {}),
+    "mxfp8": ("mxfp8", "TensorCoreMXFP8Layout", {}),
+    "w4a4 rotated in 256": ("convrot_w4a4", "TensorCoreConvRotW4A4Layout", {}),
+    "w4a4 rotated in 64": ("convrot_w4a4", "TensorCoreConvRotW4A4Layout", {"convrot_groupsize": 64}),
+}
+LAYERS |= KITCHEN_LAYERS
+KITCHEN_SHAPES = [(96, 512), (160, 256), (1184, 2048), (128, 1024)]
 INT8_LAYERS = [name for name in LAYERS if name.startswith("int8")]
 FP8_LAYERS = [name for name in LAYERS if name.startswith("fp8")]
 
@@ -77,8 +88,10 @@ def written_by_comfyui(name: str, shape: tuple[int, int], dtype: torch.dtype, **
     return {key: value.detach().clone() for key, value in state.items()}
 
 
-def dequantized_by_comfyui(state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    linear = make_linear(tuple(state["layer.weight"].shape), dtype)
+def dequantized_by_comfyui(
+    state: Mapping[str, torch.Tensor], dtype: torch.dtype, shape: tuple[int, int] | None = None
+) -> torch.Tensor:
+    linear = make_linear(shape or tuple(state["layer.weight"].shape), dtype)
     linear.load_state_dict({key.removeprefix("layer."): value for key, value in state.items()})
     result = linear.weight.dequantize()
     assert result.dtype is dtype
@@ -104,6 +117,51 @@ def test_an_int8_layer_decodes_bit_for_bit_as_comfyui_does(
     # rotation spreads a row over its group, so that its scale is a row's, too
     scale = a_weight(*shape).abs().max() if name == "int8" else a_weight(*shape).abs().amax(1, keepdim=True)
     assert ((decoded - a_weight(*shape)).abs() <= scale * 0.05).all()
+
+
+@pytest.mark.parametrize("name", KITCHEN_LAYERS)
+@pytest.mark.parametrize("shape", KITCHEN_SHAPES, ids=str)
+@compute
+def test_a_layer_in_blocks_or_4_bits_decodes_bit_for_bit_as_comfyui_does(
+    name: str, dtype: torch.dtype, shape: tuple[int, int], tmp_path: Path, comfy: ModuleType
+) -> None:
+    state = written_by_comfyui(name, shape, dtype)
+    save_file(state, tmp_path / "m.safetensors")
+    decoded = ours(tmp_path / "m.safetensors", shape, dtype)
+    assert torch.equal(decoded, dequantized_by_comfyui(state, dtype, shape))
+    error = (decoded.float() - a_weight(*shape)).norm() / a_weight(*shape).norm()
+    assert error < (0.04 if name == "mxfp8" else 0.2)
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp8"])
+def test_block_scales_written_as_bytes_are_read_as_well(name: str, tmp_path: Path, comfy: ModuleType) -> None:
+    state = written_by_comfyui(name, (160, 256), torch.bfloat16)
+    expected = dequantized_by_comfyui(state, torch.bfloat16, (160, 256))
+    state["layer.weight_scale"] = state["layer.weight_scale"].view(torch.uint8)
+    save_file(state, tmp_path / "m.safetensors")
+    assert torch.equal(ours(tmp_path / "m.safetensors", (160, 256), torch.bfloat16), expected)
+
+
+@pytest.mark.parametrize("kind", KITCHEN)
+@pytest.mark.parametrize("shape", [(3072, 2048), (160, 1024)], ids=str)
+@compute
+def test_decoding_blocks_or_4_bits_allocates_no_more_than_it_says(
+    kind: str, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    codec = KITCHEN[kind]
+    data = torch.zeros(codec.raw_shape(shape), dtype=raw_layout(an_entry(kind, shape))[0])
+    floating = codec.block == 1
+    scales = torch.ones(codec.scale_count(shape), dtype=torch.float32 if floating else torch.uint8)
+    parts = [data, scales, *([torch.tensor(1.0)] if kind == "NVFP4" else [])]
+    out = torch.empty(shape, dtype=dtype)
+    with torch.inference_mode():
+        codec.decode_into(out, parts)  # the library keeps its tables
+        peak = allocated_peak_bytes(lambda: codec.decode_into(out, parts))
+    assert min(prod(shape), CHUNK_WEIGHTS // 2) * 2 <= peak <= codec.scratch_bytes(shape) <= 32 * 1024**2
+
+
+def an_entry(dtype: str, shape: tuple[int, int]) -> TensorEntry:
+    return TensorEntry(Path("m.safetensors"), 0, 0, dtype, shape)
 
 
 @pytest.mark.parametrize("name", FP8_LAYERS)
@@ -319,12 +377,18 @@ REFUSED: dict[str, tuple[Change, type[CheckpointError], str]] = {
     "too long": (lambda t, n: b" " * 5000, DamagedFile, "5000 bytes"),
     "no format": (lambda t, n: n.pop("format"), DamagedFile, "without a format"),
     "a format that is no text": (lambda t, n: n.update(format=[1]), DamagedFile, "without a format"),
-    "nvfp4": (
-        lambda t, n: n.update(format="nvfp4"),
+    "a format of tomorrow": (
+        lambda t, n: n.update(format="nvfp2"),
         WrongModel,
-        r"ComfyUI's 'nvfp4'.*float8_e4m3fn, .*int8_tensorwise",
+        r"ComfyUI's 'nvfp2'.*float8_e4m3fn, .*int8_tensorwise, nvfp4",
     ),
-    "int4": (lambda t, n: n.update(format="convrot_w4a4"), WrongModel, "'convrot_w4a4', which is not supported"),
+    "nvfp4": (lambda t, n: n.update(format="nvfp4"), DamagedFile, "not what its note promises, nvfp4"),
+    "mxfp8": (lambda t, n: n.update(format="mxfp8"), DamagedFile, "not what its note promises, mxfp8"),
+    "w4a4 of another group": (
+        lambda t, n: n.update(format="convrot_w4a4", convrot_groupsize=4096),
+        WrongModel,
+        "groups of 4096",
+    ),
     "another dtype": (lambda t, n: n.update(format="float8_e4m3fn"), DamagedFile, r"I8\[64, 64\].* not what its note"),
     "no scale": (lambda t, n: t.pop(f"{WEIGHT}.weight_scale"), DamagedFile, "not what its note promises"),
     "another group": (lambda t, n: n.update(convrot_groupsize=4096), WrongModel, "groups of 4096.*16, 64, 256, 1024"),
