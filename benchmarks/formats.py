@@ -18,12 +18,14 @@ from typing import Any
 
 import gguf
 import torch
-from comfy_kitchen.tensor import TensorWiseINT8Layout
+from comfy_kitchen import quantize_convrot_w4a4_weight
+from comfy_kitchen.tensor import TensorCoreMXFP8Layout, TensorCoreNVFP4Layout, TensorWiseINT8Layout
 from gguf import GGMLQuantizationType
 from qwenimage_lowvram.engine.formats import CODECS, ENCODERS
 from qwenimage_lowvram.engine.formats.bnb4 import NF4
 from qwenimage_lowvram.engine.formats.gguf import GGUF, GgufCodec
 from qwenimage_lowvram.engine.formats.int8_convrot import INT8_CONVROT
+from qwenimage_lowvram.engine.formats.kitchen import KITCHEN
 from qwenimage_lowvram.engine.formats.scaled_fp8 import SCALED_FP8
 from torch import Tensor
 
@@ -62,6 +64,9 @@ def _formats() -> Iterator[_Format]:
     for group, rotated in INT8_CONVROT.items():
         encode = partial(_rotated, group)
         yield _Format(rotated.name, rotated.name, encode, encode, False)
+    for codec in KITCHEN.values():
+        encode = partial(_by_comfyui, codec.name)
+        yield _Format(codec.name, codec.name, encode, encode, False)
     for codec in GGUF:
         yield _Format(codec.name, codec.name, partial(_random_blocks, codec), partial(_quantized, codec), False)
 
@@ -86,6 +91,16 @@ def _rotated(group: int, weight: Tensor) -> Parts:
     """By comfy-kitchen."""
     data, params = TensorWiseINT8Layout.quantize(weight, per_channel=True, convrot=True, convrot_groupsize=group)
     return [data, params.scale]
+
+
+def _by_comfyui(name: str, weight: Tensor) -> Parts:
+    """nvfp4, mxfp8 or convrot_w4a4_<group>, by comfy-kitchen."""
+    if name.startswith("convrot"):
+        return list(quantize_convrot_w4a4_weight(weight, int(name.rpartition("_")[2])))
+    layout = TensorCoreNVFP4Layout if name == "nvfp4" else TensorCoreMXFP8Layout
+    data, params = layout.quantize(weight)
+    scales = [params.block_scale, params.scale] if name == "nvfp4" else [params.scale]
+    return [data, *scales]
 
 
 def _random_blocks(codec: GgufCodec, weight: Tensor) -> Parts:

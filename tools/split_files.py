@@ -38,7 +38,8 @@ def write_split_files(
     dtype, text_dtype: bf16, fp16, fp32; fp8 (a plain cast of the blocks' matrices, the rest bf16); fp8_scaled (with
     `scale_weight` and the marker `scaled_fp8`); fp8_quant, fp8_quant_row, fp8_quant_row_flat (with `weight_scale` of
     shape (), (N, 1), (N,) and `comfy_quant`, ComfyUI's newer files); fp8mixed (the same, modulations in bf16); int8,
-    int8_row, int8_convrot (ComfyUI's int8; the text encoder's embeddings too); gguf_q8_0, gguf_q4_0, ... (GGUF files).
+    int8_row, int8_convrot (ComfyUI's int8; the text encoder's embeddings too); nvfp4, mxfp8, convrot_w4a4 (ComfyUI's as
+    well); gguf_q8_0, gguf_q4_0, ... (GGUF files).
     text_dtype defaults to fp8_scaled beside any fp8, vae_dtype to bf16 (fp32 beside fp32). `prefix` stands before the
     transformer's keys ("model.diffusion_model."; never in GGUF files, whose converters take it off).
     Configurations lie in the metadata under "config", because a small model's heads cannot be told from shapes.
@@ -65,7 +66,8 @@ def _store(weights: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
     stored: dict[str, Tensor] = {}
     for key, value in weights.items():
         matrix = key.endswith(".weight") and value.ndim == 2 and key.startswith(places)
-        if not matrix or (dtype == "fp8mixed" and "_mod." in key):
+        narrow = dtype == "convrot_w4a4" and value.shape[-1] % 64  # its blocks are wider than such rows
+        if not matrix or narrow or (dtype == "fp8mixed" and "_mod." in key):
             stored[key] = value.to(torch.bfloat16)
             continue
         layer = key.removesuffix(".weight")
