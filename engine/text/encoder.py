@@ -200,6 +200,7 @@ def _with_pictures(rows: "_EmbeddingRows", ids: Sequence[int], seen: Sequence[Se
 
 
 def _hf_config(config: Any) -> Qwen2_5_VLTextConfig:
+    # transformers 4 warns of a rope_theta among these, transformers 5 puts it there itself
     rope = {"type": "default", "rope_type": "default", "mrope_section": list(config["mrope_section"])}
     own = ("rope_theta", "mrope_section")
     result = Qwen2_5_VLTextConfig(
@@ -207,7 +208,7 @@ def _hf_config(config: Any) -> Qwen2_5_VLTextConfig:
         bos_token_id=None,
         eos_token_id=None,
         rope_theta=config["rope_theta"],
-        rope_scaling={**rope, "rope_theta": config["rope_theta"]},
+        rope_scaling=rope,
     )
     result._attn_implementation = "sdpa"
     return result
