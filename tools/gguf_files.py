@@ -53,7 +53,7 @@ def write_gguf_text_encoder(file: Path, weights: Mapping[str, Tensor], config: M
     writer.add_head_count(text["num_attention_heads"])
     writer.add_head_count_kv(text["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(text["rms_norm_eps"])
-    rope = text.get("rope_parameters") or text["rope_scaling"]
+    rope = text.get("rope_parameters") or {**text["rope_scaling"], "rope_theta": text["rope_theta"]}  # transformers 4
     writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_rope_dimension_sections([*rope["mrope_section"], 0])
     writer.add_token_list([f"token {i}" for i in range(100)])  # a list that readers of weights step over

@@ -158,7 +158,8 @@ def make_text_encoder(tokenizer: Any, size: TextSize, *, seed: int) -> torch.nn.
 
     # the real vocabulary has a few hundred rows more than the tokenizer has tokens, in a multiple of 256
     vocab_size = -(-(len(tokenizer) + 1) // 256) * 256
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": _TEXT_ROPE_SECTIONS[size.hidden // size.heads]}
+    # as the published file has it, which transformers 4 and 5 read
+    rope = {"type": "default", "rope_type": "default", "mrope_section": _TEXT_ROPE_SECTIONS[size.hidden // size.heads]}
     config = Qwen2_5_VLConfig(
         text_config={
             "hidden_size": size.hidden,
@@ -169,7 +170,8 @@ def make_text_encoder(tokenizer: Any, size: TextSize, *, seed: int) -> torch.nn.
             "vocab_size": vocab_size,
             "max_position_embeddings": 128000,
             "rms_norm_eps": 1e-6,
-            "rope_parameters": rope,
+            "rope_scaling": rope,
+            "rope_theta": 1e6,
             "tie_word_embeddings": False,
             "use_sliding_window": False,
             "bos_token_id": token("<|endoftext|>"),

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from transformers import Qwen2_5_VLTextConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLDecoderLayer,
-    Qwen2_5_VLRMSNorm,
     Qwen2_5_VLRotaryEmbedding,
 )
 
@@ -169,7 +168,7 @@ class TextEncoder:
     def _norm(self) -> nn.Module:
         """The final norm, read from the file, on the device."""
         read = read_params(self._outside, self._norm_shape, self.dtype, self._where, self._source)
-        norm = Qwen2_5_VLRMSNorm(self._config.hidden_size, eps=self._config.rms_norm_eps)
+        norm = _norm_class()(self._config.hidden_size, eps=self._config.rms_norm_eps)
         norm.weight = nn.Parameter(read["norm.weight"].to(self.hardware.device), requires_grad=False)
         return norm
 
@@ -179,6 +178,14 @@ def _empty_layer(config: Qwen2_5_VLTextConfig) -> nn.Module:
         layer = Qwen2_5_VLDecoderLayer(config, 0).eval()
     layer.mlp = ChunkedTokens(layer.mlp, MLP_CHUNK_TOKENS)
     return layer
+
+
+def _norm_class() -> type[nn.Module]:
+    """transformers before 5.2 has the norm under the name of the network that it was copied from."""
+    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as network
+
+    found: type[nn.Module] = getattr(network, "Qwen2_5_VLRMSNorm", None) or network.Qwen2RMSNorm
+    return found
 
 
 def _hidden_states(output: Any) -> Tensor:
@@ -194,6 +201,7 @@ def _with_pictures(rows: "_EmbeddingRows", ids: Sequence[int], seen: Sequence[Se
 
 
 def _hf_config(config: Any) -> Qwen2_5_VLTextConfig:
+    # transformers 4 warns of a rope_theta among these, transformers 5 puts it there itself
     rope = {"type": "default", "rope_type": "default", "mrope_section": list(config["mrope_section"])}
     own = ("rope_theta", "mrope_section")
     result = Qwen2_5_VLTextConfig(
@@ -201,7 +209,7 @@ def _hf_config(config: Any) -> Qwen2_5_VLTextConfig:
         bos_token_id=None,
         eos_token_id=None,
         rope_theta=config["rope_theta"],
-        rope_scaling={**rope, "rope_theta": config["rope_theta"]},
+        rope_scaling=rope,
     )
     result._attn_implementation = "sdpa"
     return result

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
-from transformers import Qwen2Tokenizer
+from transformers import Qwen2TokenizerFast
 
 from ..errors import MissingFile
 from ..families.members import (
@@ -27,7 +27,8 @@ class PromptTokenizer:
     def __init__(self, folder: Path) -> None:
         if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
             raise MissingFile(f"{folder} holds no tokenizer (tokenizer.json, or vocab.json and merges.txt).")
-        self._tokenizer = Qwen2Tokenizer.from_pretrained(str(folder), local_files_only=True)
+        # transformers 5 has one class under both names; that of transformers 4 without Fast reads no tokenizer.json
+        self._tokenizer = Qwen2TokenizerFast.from_pretrained(str(folder), local_files_only=True)
         templates = ((PROMPT_TEMPLATE, PROMPT_TEMPLATE_TOKENS), (EDIT_TEMPLATE, EDIT_TEMPLATE_TOKENS))
         # the last token may join with the prompt's first characters
         self._templates = [(self._ids(text.split("{}")[0])[: count - 1], count) for text, count in templates]

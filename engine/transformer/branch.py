@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cache, reduce
 from operator import add
+from typing import Any
 
+import diffusers
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 from .modulation import ModulationRow, Moment
@@ -66,11 +69,10 @@ class BranchState:
         self.txt, self.img = block(
             hidden_states=self.img,
             encoder_hidden_states=self.txt,
-            encoder_hidden_states_mask=self.mask,
             temb=self.temb,
             image_rotary_emb=self.rotary,
-            joint_attention_kwargs=None,
             modulate_index=self.modulate_index,
+            **_mask_arguments(self.mask, self.img.shape[1]),
         )
         del block.img_mod.value, block.txt_mod.value  # a resident block would keep the row on the device
 
@@ -81,3 +83,21 @@ class BranchState:
         if present:
             total = reduce(add, present).to(self.img.device)
             self.img[:, : total.shape[1]] += total
+
+
+def _mask_arguments(mask: Tensor | None, image_tokens: int) -> dict[str, Any]:
+    """How a block of the installed diffusers is told which of the prompt's tokens are masked.
+
+    Before 0.39 a block ignores the prompt's mask, and takes the joint one of prompt and image; later ones refuse that.
+    """
+    if mask is None:
+        return {"encoder_hidden_states_mask": None, "joint_attention_kwargs": None}
+    if _blocks_join_masks():
+        return {"encoder_hidden_states_mask": mask, "joint_attention_kwargs": None}
+    joint = torch.cat([mask, mask.new_ones(len(mask), image_tokens)], dim=1)
+    return {"encoder_hidden_states_mask": None, "joint_attention_kwargs": {"attention_mask": joint[:, None, None, :]}}
+
+
+@cache
+def _blocks_join_masks() -> bool:
+    return Version(diffusers.__version__) >= Version("0.39.0.dev0")

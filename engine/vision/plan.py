@@ -44,7 +44,9 @@ def vision_peak_bytes(footprint: VisionFootprint, patches: Sequence[int], slots:
     unit = total * footprint.hidden_size * element
     single = total * footprint.hidden_size * 4
     indices = 24 * total  # which window a patch belongs to, and its row and column
-    carried = total * (footprint.patch_values * element + 2 * footprint.head_dim * 4) + unit + indices
+    # sine and cosine in fp32, and the angles, which transformers 4 keeps for as long
+    rotary = 4 * footprint.head_dim * 7 // 2
+    carried = total * (footprint.patch_values * element + rotary) + unit + indices
     attention = 4 * unit + 4 * single + (2 * single if element < 4 else 0)
     mlp = 2 * unit + 3 * total * footprint.intermediate_size * element
     passing = slots * footprint.slot_bytes + footprint.staging_bytes + footprint.scratch_bytes

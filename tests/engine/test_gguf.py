@@ -195,7 +195,8 @@ def test_a_gguf_encoders_settings_are_those_of_its_header(encoder_file: tuple[An
     config, text = sort_text_encoder(open_checkpoint(file)).config, model.config.text_config
     assert config["num_attention_heads"] == text.num_attention_heads
     assert config["num_key_value_heads"] == text.num_key_value_heads
-    assert config["mrope_section"] == tuple(text.rope_parameters["mrope_section"])
+    rope = getattr(text, "rope_parameters", None) or text.rope_scaling  # transformers 4
+    assert config["mrope_section"] == tuple(rope["mrope_section"])
     assert config["rope_theta"] == 1e6
     assert abs(config["rms_norm_eps"] - 1e-6) < 1e-12
 
