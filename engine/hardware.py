@@ -4,8 +4,9 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
+
+from .host_ram import HostRam
 
 # Windows grants page-locked memory up to about half of RAM, and lets the card borrow from the same half
 PINNED_PART = 0.4 if os.name == "nt" else 0.9
@@ -40,7 +41,7 @@ class Hardware:
             prefetch=gpu or host,
             host_device=host,
             unified=device.type == "mps",
-            pinned_limit_bytes=int(psutil.virtual_memory().total * PINNED_PART),
+            pinned_limit_bytes=int(HostRam.now().total_bytes * PINNED_PART),
         )
 
     @property
