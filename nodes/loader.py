@@ -25,6 +25,7 @@ from .adapters.model import make_model
 from .adapters.timeline import Timeline
 from .adapters.vae import make_vae
 from .format_choice import suitable_format
+from .inputs import at_input
 from .weight_cache import WEIGHT_FORMATS, check_weight_format, in_weight_format, losses, prompt_cache
 from .words import AUTO, CATEGORY
 
@@ -47,7 +48,9 @@ class Sources:
 
     @classmethod
     def of(cls, transformer: str, text_encoder: str, vae: str) -> "Sources":
-        folder = files.pipeline_folder(transformer) if files.is_folder(transformer) else None
+        with at_input("transformer"):
+            transformer_path = transformer_source(transformer)
+        folder = transformer_path.parent if files.is_folder(transformer) else None
 
         def component(kind: str, choice: str, subfolder: str) -> Path:
             if choice != files.FROM_FOLDER:
@@ -59,31 +62,53 @@ class Sources:
                 )
             return folder / subfolder
 
-        return cls(
-            transformer=folder / "transformer" if folder else files.model_file("diffusion_models", transformer),
-            text_encoder=component("text_encoders", text_encoder, "text_encoder"),
-            vae=component("vae", vae, "vae"),
-            tokenizer=folder / "tokenizer" if folder and text_encoder == files.FROM_FOLDER else COMFYUI_TOKENIZER,
-        )
+        with at_input("text_encoder"):
+            text_path = component("text_encoders", text_encoder, "text_encoder")
+        with at_input("vae"):
+            vae_path = component("vae", vae, "vae")
+        tokenizer = folder / "tokenizer" if folder and text_encoder == files.FROM_FOLDER else COMFYUI_TOKENIZER
+        return cls(transformer_path, text_path, vae_path, tokenizer)
 
-    def open(self, variant: str | None) -> tuple[Checkpoint, Checkpoint, Checkpoint]:
+    def open(self, variant: str) -> tuple[Checkpoint, Checkpoint, Checkpoint]:
         """Headers only. Raises where a file is missing, damaged, not what its place needs, or another variant than
-        the chosen one (None: not known yet)."""
-        opened = []
-        for path, component in (
-            (self.transformer, Component.TRANSFORMER),
-            (self.text_encoder, Component.TEXT_ENCODER),
-            (self.vae, Component.VAE),
-        ):
-            checkpoint = open_checkpoint(path)
-            require(checkpoint, component)
-            opened.append(checkpoint)
-        if variant is None:
-            require_image_vae(opened[2])
-        else:
-            layered = variant_of(opened[0], _chosen(variant)) is Variant.LAYERED
-            require_image_vae(opened[2], channels=RGBA if layered else RGB)
-        return opened[0], opened[1], opened[2]
+        the chosen one; the message begins with the input's name."""
+        with at_input("transformer"):
+            transformer = open_component(self.transformer, Component.TRANSFORMER)
+        with at_input("text_encoder"):
+            text_encoder = open_component(self.text_encoder, Component.TEXT_ENCODER)
+        with at_input("vae"):
+            vae = open_component(self.vae, Component.VAE)
+        with at_input("variant"):
+            layered = variant_of(transformer, _chosen(variant)) is Variant.LAYERED
+        with at_input("vae"):
+            require_image_vae(vae, channels=RGBA if layered else RGB)
+        return transformer, text_encoder, vae
+
+
+def transformer_source(transformer: str) -> Path:
+    """Raises MissingFile unless it is a file or pipeline folder of ComfyUI's."""
+    if files.is_folder(transformer):
+        return files.pipeline_folder(transformer) / "transformer"
+    return files.model_file("diffusion_models", transformer)
+
+
+def open_component(path: Path, component: Component) -> Checkpoint:
+    """Headers only. Raises where the file is missing, damaged, or not what that place needs."""
+    checkpoint = open_checkpoint(path)
+    require(checkpoint, component)
+    return checkpoint
+
+
+def wrong_transformer(transformer: str | None) -> str:
+    """What is wrong with the file chosen for the transformer; empty for nothing, and for a linked input, which is not
+    known yet."""
+    if transformer is None:
+        return ""
+    try:
+        open_component(transformer_source(transformer), Component.TRANSFORMER)
+    except QwenLowVRAMError as error:
+        return str(error)
+    return ""
 
 
 class QwenLowVRAMLoader:
@@ -214,35 +239,23 @@ class QwenLowVRAMLoader:
         }
 
     @classmethod
-    def VALIDATE_INPUTS(
-        cls,
-        transformer: str,
-        text_encoder: str,
-        vae: str,
-        weight_format: str | None = AUTO,
-        variant: str | None = AUTO,
-    ) -> bool | str:
-        """Before the run: are the files there, whole, each in its own place, and can they be held in that format?
-        Linked inputs are not known yet."""
-        if None in (transformer, text_encoder, vae):
-            return True
-        try:
-            sources = Sources.of(transformer, text_encoder, vae).open(variant)
-            if weight_format is not None:
-                check_weight_format(sources[0], weight_format)
-        except QwenLowVRAMError as error:
-            return str(error)
-        return True
+    def VALIDATE_INPUTS(cls, transformer: str | None) -> bool | str:
+        """Before the run: is the transformer there, whole, and one? ComfyUI says the answer once for every input that
+        is named here, so this names one; `load` looks at the others before it loads anything."""
+        return wrong_transformer(transformer) or True
 
     @classmethod
     def IS_CHANGED(cls, transformer: str, text_encoder: str, vae: str, **settings: Any) -> str:
         if None in (transformer, text_encoder, vae):
             return ""  # linked: not known yet, and what is linked is in the cache's key
-        sources = Sources.of(transformer, text_encoder, vae)
-        tokenizer = [f"{file.name} {file.stat().st_mtime_ns}" for file in sorted(sources.tokenizer.iterdir())]
-        opened = sources.open(settings.get("variant", AUTO))
-        lost = losses(opened[0], settings.get("weight_format"))
-        vision = mmproj_identity(opened[1])
+        try:
+            sources = Sources.of(transformer, text_encoder, vae)
+            tokenizer = [f"{file.name} {file.stat().st_mtime_ns}" for file in sorted(sources.tokenizer.iterdir())]
+            opened = sources.open(settings.get("variant") or AUTO)
+            lost = losses(opened[0], settings.get("weight_format"))
+            vision = mmproj_identity(opened[1])
+        except (QwenLowVRAMError, OSError) as error:
+            return str(error)  # `load` raises it, and another error than this would hide it
         return "/".join([*(checkpoint.identity for checkpoint in opened), vision, *tokenizer, str(lost)])
 
     def load(
@@ -262,6 +275,8 @@ class QwenLowVRAMLoader:
     ) -> tuple[Any, Any, Any]:
         sources = Sources.of(transformer, text_encoder, vae)
         transformer_file, text_file, vae_file = sources.open(variant)
+        with at_input("weight_format"):
+            check_weight_format(transformer_file, weight_format)
         management = comfy.model_management
         hardware = Hardware.detect(devices.device_of(transformer_device, management.get_torch_device()))
         text_hardware = Hardware.detect(devices.device_of(text_encoder_device, management.text_encoder_device()))

@@ -6,10 +6,11 @@ from typing import Any
 
 import folder_paths
 
-from ..engine.errors import MissingFile, Unsupported
+from ..engine.errors import MissingFile, QwenLowVRAMError, Unsupported
 from ..engine.lora.files import LoraMatch, match, open_lora
 from .adapters.patcher import LowVRAMPatcher
 from .adapters.progress import tell
+from .inputs import at_input
 from .words import CATEGORY
 
 logger = logging.getLogger(__name__)
@@ -52,8 +53,24 @@ class QwenLowVRAMLoadLora:
         }
 
     @classmethod
+    def VALIDATE_INPUTS(cls, lora_name: str | None) -> bool | str:
+        """Before the run: is the file there, and whole? A linked input is not known yet."""
+        if lora_name is None:
+            return True
+        try:
+            open_lora(_file_of(lora_name))
+        except QwenLowVRAMError as error:
+            return str(error)
+        return True
+
+    @classmethod
     def IS_CHANGED(cls, lora_name: str | None = None, **others: Any) -> str:
-        return "" if lora_name is None else open_lora(_file_of(lora_name)).identity
+        if lora_name is None:
+            return ""
+        try:
+            return open_lora(_file_of(lora_name)).identity
+        except (QwenLowVRAMError, OSError) as error:
+            return str(error)  # `load` raises it, and another error than this would hide it
 
     def load(self, model: Any, lora_name: str, strength: float) -> dict[str, Any]:
         if not isinstance(model, LowVRAMPatcher):
@@ -62,7 +79,8 @@ class QwenLowVRAMLoadLora:
                 "for models of ComfyUI's own loaders."
             )
         transformer = model.model.transformer
-        lora = match(open_lora(_file_of(lora_name)), transformer.weights)
+        with at_input("lora_name"):
+            lora = match(open_lora(_file_of(lora_name)), transformer.weights)
         text = "\n".join([str(lora), *warnings_of(lora, transformer.weight_format), *_listed(lora)])
         logger.info("%s", text)
         tell(text)

@@ -25,7 +25,8 @@ from . import files
 from .adapters.limits import HEADROOM_BYTES, free_ram
 from .adapters.speeds import KnownSpeeds
 from .format_choice import TYPICAL_REQUEST, versions_of
-from .loader import Sources
+from .inputs import at_input
+from .loader import Sources, wrong_transformer
 from .pictures import as_image, preview
 from .weight_cache import AS_STORED, WEIGHT_FORMATS, check_weight_format, weight_cache_folder
 from .words import AUTO, CATEGORY
@@ -132,28 +133,19 @@ class QwenLowVRAMMemoryPlan:
         }
 
     @classmethod
-    def VALIDATE_INPUTS(
-        cls, transformer: str, text_encoder: str, vae: str, weight_format: str, layers: int | None = 0
-    ) -> bool | str:
-        """Before the run: are the files there, and what they should be? Linked inputs are not known yet."""
-        if None in (transformer, text_encoder, vae):
-            return True
-        try:
-            source = Sources.of(transformer, text_encoder, vae).open(AUTO)[0]
-            if weight_format is not None:
-                check_weight_format(source, weight_format)
-            if layers is not None:
-                _check_layers(source, layers)
-        except QwenLowVRAMError as error:
-            return str(error)
-        return True
+    def VALIDATE_INPUTS(cls, transformer: str | None) -> bool | str:
+        """Before the run: is the transformer there, whole, and one? `plan` looks at the other inputs."""
+        return wrong_transformer(transformer) or True
 
     @classmethod
     def IS_CHANGED(cls, transformer: str, text_encoder: str, vae: str, **settings: Any) -> str:
         if None in (transformer, text_encoder, vae):
             return ""
-        opened = Sources.of(transformer, text_encoder, vae).open(AUTO)
-        speeds = _speeds(opened[0])
+        try:
+            opened = Sources.of(transformer, text_encoder, vae).open(AUTO)
+            speeds = _speeds(opened[0])
+        except (QwenLowVRAMError, OSError) as error:
+            return str(error)  # `plan` raises it, and another error than this would hide it
         free = 0 if settings.get("ram_limit_gb") else free_ram() // GIB  # which counts where no limit is set
         return "/".join([*(checkpoint.identity for checkpoint in opened), str(speeds), str(free)])
 
@@ -204,7 +196,10 @@ class _Models:
     @classmethod
     def open(cls, transformer: str, text_encoder: str, vae: str, weight_format: str, layers: int) -> "_Models":
         transformer_file, text_file, vae_file = Sources.of(transformer, text_encoder, vae).open(AUTO)
-        _check_layers(transformer_file, layers)
+        with at_input("weight_format"):
+            check_weight_format(transformer_file, weight_format)
+        with at_input("layers"):
+            _check_layers(transformer_file, layers)
         remembered = _speeds(transformer_file)
         return cls(
             TextEncoder(text_file, dtype=_dtype(text_file), hardware=CARD),

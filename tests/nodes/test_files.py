@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from gguf_files import write_gguf_text_encoder, write_gguf_vision
-from qwenimage_lowvram.engine.errors import MissingFile, WrongModel
+from qwenimage_lowvram.engine.errors import MissingFile, QwenLowVRAMError, WrongModel
 from qwenimage_lowvram.engine.families.variants import Variant
 from safetensors.torch import load_file
 from small_checkpoint import SplitFiles, write_split_files
@@ -38,6 +38,23 @@ def loader() -> Any:
     return QwenLowVRAMLoader
 
 
+SETTINGS = {"dtype": "fp32", "weight_format": "as stored", "vram_limit_gb": 0.0, "timesteps": "fp32"}
+
+
+def says(transformer: Any, text_encoder: Any, vae: Any, **settings: Any) -> str:
+    """What the loader says of these inputs before it loads anything: of the transformer before the run, of the others
+    when it runs. Empty if nothing."""
+    said = loader().VALIDATE_INPUTS(transformer)
+    raised = ""
+    try:
+        loader()().load(transformer, text_encoder, vae, **(SETTINGS | settings))
+    except QwenLowVRAMError as error:
+        raised = str(error)
+    assert said is True or raised == f"transformer: {said}"
+    assert not raised or loader().IS_CHANGED(transformer, text_encoder, vae, **settings) == raised
+    return raised
+
+
 def choices(name: str) -> list[str]:
     listed: list[str] = loader().INPUT_TYPES()["required"][name][0]
     return listed
@@ -49,8 +66,8 @@ def test_the_files_of_comfyuis_folders_are_listed_and_open(split: tuple[SplitFil
     assert SMALL in choices("transformer")
     assert names.text_encoder in choices("text_encoder")
     assert names.vae in choices("vae")
-    assert loader().VALIDATE_INPUTS(names.transformer, names.text_encoder, names.vae) is True
-    assert loader().VALIDATE_INPUTS(SMALL, "from the folder", "from the folder") is True
+    assert says(names.transformer, names.text_encoder, names.vae) == ""
+    assert says(SMALL, "from the folder", "from the folder") == ""
 
 
 def test_the_folders_of_extra_model_paths_are_listed_and_open(models: Any, full_pipeline: Path, tmp_path: Path) -> None:
@@ -65,8 +82,8 @@ def test_the_folders_of_extra_model_paths_are_listed_and_open(models: Any, full_
     )
     load_extra_path_config(str(tmp_path / "extra_model_paths.yaml"))
     assert names.transformer in choices("transformer")
-    assert loader().VALIDATE_INPUTS(names.transformer, names.text_encoder, names.vae) is True
-    assert loader().VALIDATE_INPUTS("deep/small (folder)", "from the folder", "from the folder") is True
+    assert says(names.transformer, names.text_encoder, names.vae) == ""
+    assert says("deep/small (folder)", "from the folder", "from the folder") == ""
 
 
 def _ways_out(root: Path, kind: str) -> list[Any]:
@@ -117,18 +134,15 @@ def _ways_out(root: Path, kind: str) -> list[Any]:
 def test_no_input_reaches_a_file_outside_the_folders(name: str, split: tuple[SplitFiles, Path]) -> None:
     names, root = split
     right = {"transformer": names.transformer, "text_encoder": names.text_encoder, "vae": names.vae}
-    assert loader().VALIDATE_INPUTS(**right) is True
+    assert says(**right) == ""
     kind = {"transformer": "diffusion_models", "text_encoder": "text_encoders", "vae": "vae"}[name]
-    settings = {"dtype": "auto", "weight_format": "auto", "vram_limit_gb": 0.0, "timesteps": "fp32"}
     for way in _ways_out(root, kind):
-        said = loader().VALIDATE_INPUTS(**(right | {name: way}))
-        assert isinstance(said, str), way
-        assert said.startswith("There is no"), way
+        with pytest.raises(MissingFile) as refused:
+            loader()().load(**(right | {name: way}), **SETTINGS)
+        said = says(**(right | {name: way}))
+        assert said == str(refused.value)
+        assert said.startswith(f"{name}: There is no"), way
         assert "outside" not in said.replace(repr(way), "").replace(repr(way).removesuffix(" (folder)'"), ""), way
-        with pytest.raises(MissingFile, match="There is no"):
-            loader()().load(**(right | {name: way}), **settings)
-        with pytest.raises(MissingFile, match="There is no"):
-            loader().IS_CHANGED(**(right | {name: way}), **settings)
 
 
 def test_a_pipelines_index_leads_nowhere_else(split: tuple[SplitFiles, Path]) -> None:
@@ -137,7 +151,7 @@ def test_a_pipelines_index_leads_nowhere_else(split: tuple[SplitFiles, Path]) ->
     (transformer / "x.safetensors.index.json").write_text(
         '{"weight_map": {"a": "../../../../outside_diffusion_models.safetensors"}}'
     )
-    said = loader().VALIDATE_INPUTS(SMALL, "from the folder", "from the folder")
+    said = says(SMALL, "from the folder", "from the folder")
     assert "no .safetensors file of its own folder" in said
 
 
@@ -151,7 +165,8 @@ def test_a_vae_of_another_kind_is_named_before_the_run(split: tuple[SplitFiles, 
     names, root = split
     flux = AutoencoderKL(block_out_channels=(32,), latent_channels=16).state_dict()
     save_file(flux, root / "models" / "vae" / "ae.safetensors")
-    said = loader().VALIDATE_INPUTS(names.transformer, names.text_encoder, "ae.safetensors")
+    said = says(names.transformer, names.text_encoder, "ae.safetensors")
+    assert said.startswith("vae: ")
     assert "ae.safetensors is a VAE of the Stable Diffusion or Flux kind. Use qwen_image_vae.safetensors." in said
 
 
@@ -161,9 +176,9 @@ def test_a_gguf_file_under_another_ending_is_named(split: tuple[SplitFiles, Path
     quantized = write_split_files(full_pipeline, root / "quantized", dtype="gguf_q8_0")
     shutil.copy(root / "quantized" / "diffusion_models" / quantized.transformer, folder / "renamed.safetensors")
     shutil.copy(folder / names.transformer, folder / "renamed.gguf")
-    said = loader().VALIDATE_INPUTS("renamed.safetensors", names.text_encoder, names.vae)
+    said = says("renamed.safetensors", names.text_encoder, names.vae)
     assert "renamed.safetensors is not a safetensors file, but a GGUF file. Give it the ending .gguf." in said
-    said = loader().VALIDATE_INPUTS("renamed.gguf", names.text_encoder, names.vae)
+    said = says("renamed.gguf", names.text_encoder, names.vae)
     assert "renamed.gguf is no GGUF file, but a safetensors file. Give it the ending .safetensors." in said
 
 
@@ -172,13 +187,13 @@ def test_2511_without_its_mark_is_refused_until_it_is_chosen(split: tuple[SplitF
     folder = root / "models" / "diffusion_models"
     (folder / names.transformer).rename(folder / "Qwen-Image-Edit-2511-bf16.safetensors")
     files = ("Qwen-Image-Edit-2511-bf16.safetensors", names.text_encoder, names.vae)
-    said = loader().VALIDATE_INPUTS(*files)
+    said = says(*files)
     assert "has lost that model's mark" in said
     assert "Choose the variant Qwen-Image-Edit-2511" in said
     settings = {"dtype": "fp32", "weight_format": "auto", "vram_limit_gb": 0.0, "timesteps": "fp32"}
     with pytest.raises(WrongModel, match="has lost that model's mark"):
         loader()().load(*files, **settings)
-    assert loader().VALIDATE_INPUTS(*files, variant="Qwen-Image-Edit-2511") is True
+    assert says(*files, variant="Qwen-Image-Edit-2511") == ""
     loader().IS_CHANGED(*files, **settings, variant="Qwen-Image-Edit-2511")
     model, _, _ = loader()().load(*files, **settings, variant="Qwen-Image-Edit-2511")
     assert model.model.transformer.variant is Variant.EDIT_2511
@@ -205,5 +220,5 @@ def test_a_vision_part_beside_a_gguf_encoder_counts_as_part_of_the_choice(
 
 def test_an_unknown_variant_is_refused(split: tuple[SplitFiles, Path]) -> None:
     names, _ = split
-    said = loader().VALIDATE_INPUTS(names.transformer, names.text_encoder, names.vae, variant="Qwen-Image-Layered")
-    assert said.startswith("There is no variant 'Qwen-Image-Layered'. Use one of: auto, Qwen-Image,")
+    said = says(names.transformer, names.text_encoder, names.vae, variant="Qwen-Image-Layered")
+    assert said.startswith("variant: There is no variant 'Qwen-Image-Layered'. Use one of: auto, Qwen-Image,")

@@ -165,15 +165,19 @@ def test_the_picture_is_on_the_node_as_in_the_output() -> None:
     assert image.max() == 1
 
 
-def test_a_file_that_is_missing_or_misplaced_is_named_before_the_run() -> None:
+def test_a_file_that_is_missing_or_misplaced_is_named_before_anything_is_planned() -> None:
+    from qwenimage_lowvram.engine.errors import InvalidRequest, MissingFile
     from qwenimage_lowvram.nodes.memory_plan import QwenLowVRAMMemoryPlan
 
     check = QwenLowVRAMMemoryPlan.VALIDATE_INPUTS
-    assert check(**FILES, weight_format="nf4") is True
-    assert "gone.safetensors" in check(**(FILES | {"vae": "gone.safetensors"}), weight_format="auto")
-    fp8 = FILES | {"transformer": "plan_fp8.safetensors"}
-    assert "quantized already" in check(**fp8, weight_format="nf4")
-    assert check(**(FILES | {"transformer": None}), weight_format="auto") is True
+    assert check(FILES["transformer"]) is True
+    assert check(None) is True
+    assert "gone.safetensors" in check("gone.safetensors")
+    with pytest.raises(MissingFile, match=r"^vae: There is no 'gone.safetensors'"):
+        plan(vae="gone.safetensors")
+    assert "gone.safetensors" in QwenLowVRAMMemoryPlan.IS_CHANGED(**FILES | {"vae": "gone.safetensors"})
+    with pytest.raises(InvalidRequest, match=r"^weight_format: .*quantized already"):
+        plan(transformer="plan_fp8.safetensors", weight_format="nf4")
 
 
 def test_the_plan_changes_with_its_files_and_not_from_run_to_run() -> None:
@@ -188,8 +192,7 @@ def test_the_plan_changes_with_its_files_and_not_from_run_to_run() -> None:
 
 def test_layers_are_counted_and_asked_for_of_the_right_model() -> None:
     import folder_paths
-    from qwenimage_lowvram.engine.errors import InvalidRequest
-    from qwenimage_lowvram.nodes.memory_plan import QwenLowVRAMMemoryPlan
+    from qwenimage_lowvram.engine.errors import QwenLowVRAMError
 
     models = Path(folder_paths.models_dir)
     fp8 = torch.float8_e4m3fn
@@ -208,14 +211,13 @@ def test_layers_are_counted_and_asked_for_of_the_right_model() -> None:
         seconds = [float(tables(text)[0]["24 GB"]["s per step"]) for text in (two, four)]
         assert set(tables(four)[0]) == set(CARDS)
         assert 1.4 < seconds[1] / seconds[0] < 2.0  # 6 pictures' tokens instead of 4, whose attention is quadratic
-        check = QwenLowVRAMMemoryPlan.VALIDATE_INPUTS
-        assert check(**files, weight_format="auto", layers=4) is True
-        assert check(**files, weight_format="auto", layers=None) is True
-        assert "makes layers, and 0 layers are asked for" in check(**files, weight_format="auto")
-        assert "set layers to 0" in check(**FILES, weight_format="auto", layers=3)
-        assert "Use qwen_image_layered_vae" in check(**(files | {"vae": FILES["vae"]}), weight_format="auto", layers=4)
-        with pytest.raises(InvalidRequest, match="set layers to 0"):
-            plan(layers=1)
+        for wrong, words in (
+            (files, "^layers: .*makes layers, and 0 layers are asked for"),
+            ({"layers": 1}, "^layers: .*(.|\n)*set layers to 0"),
+            (files | {"vae": FILES["vae"], "layers": 4}, "^vae: .*Use qwen_image_layered_vae"),
+        ):
+            with pytest.raises(QwenLowVRAMError, match=words):
+                plan(**wrong)
     finally:
         for file in made:
             file.unlink()

@@ -129,4 +129,4 @@ def test_the_vae_does_not_ask_itself_to_leave(
 def test_a_linked_input_of_the_loader_is_left_to_the_run(comfy: Any) -> None:
     from qwenimage_lowvram.nodes.loader import QwenLowVRAMLoader
 
-    assert QwenLowVRAMLoader.VALIDATE_INPUTS(None, None, None) is True
+    assert QwenLowVRAMLoader.VALIDATE_INPUTS(None) is True

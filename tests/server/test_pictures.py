@@ -297,7 +297,6 @@ def test_a_request_that_cannot_be_met_says_what_would_work(client: ComfyClient, 
         ({"transformer": "nowhere (folder)"}, "no pipeline folder 'nowhere'"),
         ({"transformer": "encoder.safetensors"}, r"is a Qwen2.5-VL text encoder.*text_encoders"),
         ({"transformer": "cut.safetensors"}, "cut off"),
-        ({"transformer": "single.safetensors", "text_encoder": FOLDER}, "is a single file"),
     ],
 )
 def test_wrong_files_are_named_before_the_run(
@@ -310,7 +309,6 @@ def test_wrong_files_are_named_before_the_run(
 ) -> None:
     transformers = models_dir / "diffusion_models"
     whole = (transformers / split_files["bf16"].transformer).read_bytes()
-    (transformers / "single.safetensors").write_bytes(whole)
     (transformers / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
     encoder = (models_dir / "text_encoders" / split_files["bf16"].text_encoder).read_bytes()
     (transformers / "encoder.safetensors").write_bytes(encoder)
@@ -319,7 +317,7 @@ def test_wrong_files_are_named_before_the_run(
         with pytest.raises(PromptRefused, match=words):
             client.run(with_inputs(base_prompt, "1", **(others | inputs)))
     finally:
-        for name in ("single", "cut", "encoder"):
+        for name in ("cut", "encoder"):
             (transformers / f"{name}.safetensors").unlink()
 
 
