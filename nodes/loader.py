@@ -18,15 +18,24 @@ from ..engine.plan.request import GIB
 from ..engine.text.encoder import TextEncoder
 from ..engine.text.prompts import PromptTokenizer
 from ..engine.transformer.model import QwenImageTransformer, TimestepRounding
+from ..engine.transformer.positions import Positions
 from ..engine.vae import RGB, RGBA, require_image_vae
 from . import devices, files
 from .adapters.clip import LowVRAMCLIP
 from .adapters.model import make_model
 from .adapters.timeline import Timeline
 from .adapters.vae import make_vae
-from .format_choice import suitable_format
+from .format_choice import Parts, advice_for, fastest_format, limits_now
 from .inputs import at_input
-from .weight_cache import WEIGHT_FORMATS, check_weight_format, in_weight_format, losses, prompt_cache
+from .weight_cache import (
+    AS_STORED,
+    FASTEST,
+    WEIGHT_FORMATS,
+    check_weight_format,
+    in_weight_format,
+    losses,
+    prompt_cache,
+)
 from .words import AUTO, CATEGORY
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -162,10 +171,10 @@ class QwenLowVRAMLoader:
                     list(WEIGHT_FORMATS),
                     {
                         "default": AUTO,
-                        "tooltip": "How weights are held and streamed. auto: as stored, or int8 or nf4 where that "
-                        "makes a step over 10 % faster on this machine. fp8, int8, nf4 and fp4 quantize the blocks of "
-                        "a bf16, fp16 or fp32 file at the first load and keep them on the disk (27.2 GB become 13.6 "
-                        "in fp8 or int8, 7.6 in nf4 or fp4).",
+                        "tooltip": "How weights are held and streamed. auto: as stored. fp8, int8, nf4 and fp4 "
+                        "quantize the blocks of a bf16, fp16 or fp32 file at the first load and keep them on the disk "
+                        "(27.2 GB become 13.6 in fp8 or int8, 7.6 in nf4 or fp4). fastest: int8 or nf4 where that "
+                        "makes a step over 10 % faster on this machine, so the image depends on the machine.",
                     },
                 ),
                 "vram_limit_gb": (
@@ -235,6 +244,16 @@ class QwenLowVRAMLoader:
                         "tooltip": "Where pictures are decoded. auto: ComfyUI's device for VAEs.",
                     },
                 ),
+                "positions": (
+                    [positions.value for positions in Positions],
+                    {
+                        "default": Positions.COMFYUI.value,
+                        "advanced": True,
+                        "tooltip": "How image positions are counted where a side has an odd number of 16 px patches "
+                        "(1328 has 83) or a reference is longer than the image. comfyui: the same image as ComfyUI's "
+                        "own loader makes. diffusers: the same as the diffusers pipeline.",
+                    },
+                ),
             },
         }
 
@@ -272,6 +291,7 @@ class QwenLowVRAMLoader:
         transformer_device: str = AUTO,
         text_encoder_device: str = AUTO,
         vae_device: str = AUTO,
+        positions: str = Positions.COMFYUI.value,
     ) -> tuple[Any, Any, Any]:
         sources = Sources.of(transformer, text_encoder, vae)
         transformer_file, text_file, vae_file = sources.open(variant)
@@ -284,21 +304,14 @@ class QwenLowVRAMLoader:
         limits = _Limits(round(vram_limit_gb * GIB) or None, round(ram_limit_gb * GIB) or None)
         compute = _compute_dtype(dtype, transformer_file, hardware.device)
         member = variant_of(transformer_file, _chosen(variant))
-        if weight_format == AUTO:
-            weight_format = suitable_format(
-                transformer_file,
-                member,
-                dtype=compute,
-                hardware=hardware,
-                vram_bytes=limits.vram_bytes,
-                ram_bytes=limits.ram_bytes,
-            )
+        weight_format, advice = _format_of(transformer_file, weight_format, Parts(member, compute, hardware), limits)
         model = QwenImageTransformer(
             in_weight_format(transformer_file, weight_format, limits.on(hardware.device)),
             dtype=compute,
             hardware=hardware,
             others=[Hardware.detect(other) for other in devices.others_of(transformer_device, hardware.device)],
             rounding=TimestepRounding(timesteps),
+            positions=Positions(positions),
             variant=member,
         )
         encoder = TextEncoder(
@@ -320,7 +333,7 @@ class QwenLowVRAMLoader:
             prompt_cache(),
             member,
         )
-        return make_model(model, limits.vram_bytes, limits.ram_bytes, timeline), clip, image_vae
+        return make_model(model, limits.vram_bytes, limits.ram_bytes, timeline, advice), clip, image_vae
 
 
 @dataclass(frozen=True)
@@ -334,6 +347,16 @@ class _Limits:
         """Of the memory of `device`."""
         given = [limit for limit in (self.vram_bytes, self.ram_bytes) if limit is not None]
         return min(given, default=None) if device.type == "cpu" else self.vram_bytes
+
+
+def _format_of(source: Checkpoint, weight_format: str, parts: Parts, limits: _Limits) -> tuple[str, str]:
+    """The format that is held, and a sentence where another one would be much faster."""
+    if weight_format not in (AUTO, AS_STORED, FASTEST):
+        return weight_format, ""
+    now = limits_now(parts.hardware.device, limits.vram_bytes, limits.ram_bytes)
+    if weight_format == FASTEST:
+        return fastest_format(source, parts, now), ""
+    return AS_STORED, advice_for(source, parts, now)
 
 
 def _chosen(variant: str) -> Variant | None:

@@ -24,11 +24,11 @@ from ..engine.vae import ImageVAE
 from . import files
 from .adapters.limits import HEADROOM_BYTES, free_ram
 from .adapters.speeds import KnownSpeeds
-from .format_choice import TYPICAL_REQUEST, versions_of
+from .format_choice import TYPICAL_REQUEST, advice_of, versions_of
 from .inputs import at_input
 from .loader import Sources, wrong_transformer
 from .pictures import as_image, preview
-from .weight_cache import AS_STORED, WEIGHT_FORMATS, check_weight_format, weight_cache_folder
+from .weight_cache import AS_STORED, FASTEST, WEIGHT_FORMATS, check_weight_format, weight_cache_folder
 from .words import AUTO, CATEGORY
 
 CARDS_GB = (4, 6, 8, 12, 16, 24)
@@ -72,7 +72,7 @@ class QwenLowVRAMMemoryPlan:
                 ),
                 "weight_format": (
                     list(WEIGHT_FORMATS),
-                    {"default": AUTO, "tooltip": "As in the loader. auto: what the loader would choose on each card."},
+                    {"default": AUTO, "tooltip": "As in the loader. fastest: what it would choose on each card."},
                 ),
                 "width": (
                     "INT",
@@ -178,7 +178,9 @@ class QwenLowVRAMMemoryPlan:
         cards = [models.card(request, *capacity, ram_bytes) for capacity in capacities]
         prompts = f"prompts of {prompt_tokens} token{'s' if prompt_tokens != 1 else ''}"
         title, subtitle = f"Memory plan: {request}", f"{transformer}, {prompts}, {models.speeds_text}"
-        text = "\n".join([title, subtitle, f"RAM limit {ram_bytes / GIB:.1f} GiB", "", *_table(cards)])
+        advice = [line for name, _, limit in capacities for line in models.advice(name, limit, ram_bytes)]
+        lines = [title, subtitle, f"RAM limit {ram_bytes / GIB:.1f} GiB", "", *_table(cards)]
+        text = "\n".join([*lines, *([""] if advice else []), *advice])
         picture = draw_cards(title, subtitle, cards)
         return {"ui": {"images": preview(picture), "text": [text]}, "result": (text, as_image(picture))}
 
@@ -189,6 +191,7 @@ class _Models:
 
     text_encoder: TextEncoder
     transformers: dict[str, TransformerFootprint]
+    others: dict[str, TransformerFootprint]  # what it could be in, where it stays as stored
     vae: ImageVAE
     speeds: Speeds
     speeds_text: str
@@ -201,12 +204,19 @@ class _Models:
         with at_input("layers"):
             _check_layers(transformer_file, layers)
         remembered = _speeds(transformer_file)
+
+        def footprints(versions: dict[str, Checkpoint]) -> dict[str, TransformerFootprint]:
+            dtype = _dtype(transformer_file)
+            return {
+                name: TransformerParts(version, dtype=dtype, hardware=CARD).footprint
+                for name, version in versions.items()
+            }
+
+        stored = weight_format in (AUTO, AS_STORED)
         return cls(
             TextEncoder(text_file, dtype=_dtype(text_file), hardware=CARD),
-            {
-                name: TransformerParts(version, dtype=_dtype(transformer_file), hardware=CARD).footprint
-                for name, version in _versions(transformer_file, weight_format).items()
-            },
+            footprints(_versions(transformer_file, weight_format)),
+            footprints(versions_of(transformer_file)) if stored else {},
             ImageVAE.without_weights(vae_file, dtype=_dtype(vae_file)),
             remembered or TYPICAL,
             "speeds of this machine" if remembered else "typical speeds: no run has told this machine's yet",
@@ -227,6 +237,14 @@ class _Models:
             return Card(name, capacity_bytes, limit_bytes, None, weight_format, str(error))
         return Card(name, capacity_bytes, limit_bytes, plan, weight_format)
 
+    def advice(self, name: str, limit_bytes: int, ram_bytes: int) -> list[str]:
+        """A line for the card where another format would be much faster."""
+        if len(self.others) < 2:
+            return []
+        choice = choose_format(self.others, TYPICAL_REQUEST, Limits(limit_bytes, ram_bytes), self.speeds)
+        advice = advice_of(choice)
+        return [f"On {name}: {advice}"] if advice else []
+
 
 def _check_layers(transformer: Checkpoint, layers: int) -> None:
     """Raise InvalidRequest where the model makes layers and none are asked for, or the other way round."""
@@ -239,9 +257,9 @@ def _check_layers(transformer: Checkpoint, layers: int) -> None:
 
 
 def _versions(source: Checkpoint, weight_format: str) -> dict[str, Checkpoint]:
-    if weight_format == AUTO:
+    if weight_format == FASTEST:
         return versions_of(source)
-    if weight_format == AS_STORED:
+    if weight_format in (AUTO, AS_STORED):
         return {AS_STORED: source}
     weights = QuantizedWeights.of(source, weight_format, weight_cache_folder())
     return {weight_format: source if weights is None else weights.checkpoint(data_start=0)}

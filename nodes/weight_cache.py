@@ -1,5 +1,6 @@
 """Quantized weights and encoded prompts in models/qwen_lowvram: a node shows and clears them."""
 
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,13 @@ from ..engine.quantized.layout import FORMATS
 from ..engine.quantized.weights import QuantizedWeights
 from ..engine.text.cache import Entry, PromptCache
 from .adapters.limits import stage_bytes
+from .adapters.progress import tell
 from .words import AUTO, CATEGORY
 
-AS_STORED = "as stored"
-WEIGHT_FORMATS = (AUTO, AS_STORED, *FORMATS)
+logger = logging.getLogger(__name__)
+
+AS_STORED, FASTEST = "as stored", "fastest"
+WEIGHT_FORMATS = (AUTO, AS_STORED, *FORMATS, FASTEST)  # auto is as stored: the default makes one image everywhere
 SHOW, CLEAR_UNUSED, CLEAR_ALL, CLEAR_PROMPTS = "show", "clear unused", "clear all", "clear prompts"
 
 
@@ -41,7 +45,8 @@ def check_weight_format(source: Checkpoint, weight_format: str) -> None:
 
 
 def in_weight_format(source: Checkpoint, weight_format: str, limit_bytes: int | None) -> Checkpoint:
-    """The source with its blocks in that format: as it is, from the cache, or quantized now (shown, interruptible)."""
+    """The source with its blocks in that format (not FASTEST, which is none): as it is, from the cache, or quantized
+    now (said, shown, interruptible)."""
     weights = _weights(source, weight_format)
     if weights is None:
         return source
@@ -55,12 +60,12 @@ def losses(source: Checkpoint, weight_format: str | None) -> int:
 
     A loaded model reads it at every run: as part of the loader's IS_CHANGED this loads the model again.
     """
-    formats = FORMATS if weight_format == AUTO else {weight_format} & FORMATS.keys()
+    formats = FORMATS if weight_format == FASTEST else {weight_format} & FORMATS.keys()
     return sum(_lent.losses(cache_path(source, name, weight_cache_folder())) for name in formats)
 
 
 def _weights(source: Checkpoint, weight_format: str) -> QuantizedWeights | None:
-    if weight_format in (AUTO, AS_STORED):
+    if weight_format in (AUTO, AS_STORED, FASTEST):
         return None
     return QuantizedWeights.of(source, weight_format, weight_cache_folder())
 
@@ -69,6 +74,12 @@ def _make(weights: QuantizedWeights, limit_bytes: int | None) -> Checkpoint:
     device = comfy.model_management.get_torch_device()
     if stage_bytes(device, limit_bytes, weights.working_bytes) < weights.working_bytes:
         device = torch.device("cpu")  # the same file, later
+    text = (
+        f"Quantizing {weights.source.path.name} to {weights.weight_format}, once: {weights.nbytes / 1e9:.1f} GB in "
+        f"{weights.path.parent}"
+    )
+    logger.info("%s", text)
+    tell(text)
     bar = comfy.utils.ProgressBar(len(weights.blocks))
 
     def on_block(done: int, total: int) -> None:

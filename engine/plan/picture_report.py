@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..numerics import NUMERICS_VERSION
 from .report import MemoryReport
 from .request import Limits, size_text
 from .stages import Stage, StagePlan
@@ -105,6 +106,7 @@ class PictureReport:
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {
+            "numerics_version": NUMERICS_VERSION,
             "machine": dict(self.machine),
             "stages": [stage.as_dict() for stage in self.stages],
             "seconds": self.seconds,

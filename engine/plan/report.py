@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..numerics import NUMERICS_VERSION
 from .memory import MemoryPlan
 from .request import size_text
 
@@ -41,8 +42,9 @@ class MemoryReport:
     first_step_seconds: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: the fields, the plan's, and both as text."""
-        return {**asdict(self), "plan_text": str(self.plan), "text": str(self)}
+        """For JSON: the fields, the plan's, both as text, and which numbers the engine makes."""
+        texts = {"plan_text": str(self.plan), "text": str(self)}
+        return {**asdict(self), **texts, "numerics_version": NUMERICS_VERSION}
 
     def __repr__(self) -> str:
         vram = (

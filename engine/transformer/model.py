@@ -19,7 +19,7 @@ from .branch import Branch, BranchState
 from .hooks import Hooked, run_hooked
 from .modulation import ModulationRow, ModulationTable
 from .parts import BLOCKS, TransformerParts
-from .positions import place_pictures, rotary_tables
+from .positions import Positions, branch_tables
 
 OnBlock = Callable[[int], None]
 
@@ -35,8 +35,8 @@ class QwenImageTransformer:
     """Qwen-Image's transformer with its blocks in a BlockStore.
 
     Guarantees: a branch's result is bit-equal to diffusers' forward pass of that branch alone, wherever the blocks
-    live; one pass visits each block once, whatever the number of branches. Weights are in no `nn.Module` that others
-    see: nothing but the methods here moves them.
+    live (with ComfyUI's positions: to that with those rotary tables); one pass visits each block once, whatever the
+    number of branches. Weights are in no `nn.Module` that others see: nothing but the methods here moves them.
     """
 
     def __init__(
@@ -47,6 +47,7 @@ class QwenImageTransformer:
         hardware: Hardware,
         others: Sequence[Hardware] = (),
         rounding: TimestepRounding = TimestepRounding.FP32,
+        positions: Positions = Positions.DIFFUSERS,
         variant: Variant | None = None,
         source: Callable[[Sequence[StoredBlock]], BlockSource] = FileSource,
     ) -> None:
@@ -60,6 +61,7 @@ class QwenImageTransformer:
         )
         self.config = parts.config
         self.variant = parts.variant
+        self.positions = positions
         self.dtype = dtype
         self.hardware = hardware
         self.file = checkpoint.largest_file
@@ -244,7 +246,7 @@ class TransformerSession:
 
         `hooked`: branches with something around their blocks. `more`: another pass follows. `on_block` is called
         before each block with its index; it may raise, and the session can be used again after that. Raises what
-        `rotary_tables` does.
+        `branch_tables` does.
         """
         self._transformer.return_outside()  # it may have been asked to leave since the last pass
         rows = {b.moment: self._transformer.modulation.row(*b.moment, on_block=on_block) for b in branches}
@@ -271,9 +273,14 @@ class TransformerSession:
     def _begin(self, branch: Branch, row: ModulationRow) -> BranchState:
         outside, device = self._outside, self._transformer.hardware.device
         layered = self._transformer.config.use_layer3d_rope
-        rotary = rotary_tables(outside.pos_embed, branch.shapes, branch.prompt_embeds.shape[1], layered=layered)
-        if branch.places:
-            rotary = place_pictures(outside.pos_embed, branch.shapes, branch.places), rotary[1]
+        rotary = branch_tables(
+            outside.pos_embed,
+            branch.shapes,
+            branch.places,
+            branch.prompt_embeds.shape[1],
+            self._transformer.positions,
+            layered=layered,
+        )
         index = None
         if outside.zero_cond_t:
             tokens = [h * w * f for f, h, w in branch.shapes]

@@ -53,6 +53,7 @@ class LowVRAMModel(comfy.model_base.QwenImage):
         limit_bytes: int | None,
         ram_limit_bytes: int | None = None,
         timeline: Timeline | None = None,
+        advice: str = "",
     ) -> None:
         additional = {ADDITIONAL_KEY: True} if transformer.config.use_additional_t_cond else {}
         config = comfy.supported_models.QwenImage(
@@ -68,6 +69,7 @@ class LowVRAMModel(comfy.model_base.QwenImage):
         self.plan: MemoryPlan | None = None
         self.last_report: MemoryReport | None = None
         self.timeline = timeline or Timeline()
+        self.advice = advice
 
     @property
     def planned_bytes(self) -> int:
@@ -111,10 +113,11 @@ def make_model(
     limit_bytes: int | None,
     ram_limit_bytes: int | None = None,
     timeline: Timeline | None = None,
+    advice: str = "",
 ) -> LowVRAMPatcher:
     """A MODEL around `transformer`; a limit of None uses what is free. `timeline`: where its stages are measured,
-    shared with the CLIP and VAE of the same loader."""
-    model = LowVRAMModel(transformer, limit_bytes, ram_limit_bytes, timeline)
+    shared with the CLIP and VAE of the same loader. `advice`: what a person is told beside each plan."""
+    model = LowVRAMModel(transformer, limit_bytes, ram_limit_bytes, timeline, advice)
     patcher = LowVRAMPatcher(
         model, load_device=transformer.hardware.device, offload_device=comfy.model_management.unet_offload_device()
     )
@@ -187,7 +190,9 @@ def _planned_run(
     if calls.controls.make_hints() | calls.pictures.encode(sizes, noise):
         model.plan = plan()  # the VAE may have moved what lay on the device
     reason = _why_one_by_one(guider.model_options)
-    return SamplingRun(transformer, model.plan, sigmas.cpu(), reason, speeds, model.timeline, beside=beside)
+    return SamplingRun(
+        transformer, model.plan, sigmas.cpu(), reason, speeds, model.timeline, beside=beside, advice=model.advice
+    )
 
 
 def _why_one_by_one(model_options: Any) -> str:

@@ -59,8 +59,10 @@ class SamplingRun:
         timeline: Timeline,
         *,
         beside: Sequence[ModelPatcher] = (),
+        advice: str = "",
     ) -> None:
         self.plan = plan
+        self._advice = advice
         self._beside = beside
         self._transformer = transformer
         self._sigmas = sigmas
@@ -87,7 +89,7 @@ class SamplingRun:
             blocks=transformer.footprint.blocks,
             steps=len(sigmas) - 1,
             limit_bytes=plan.limit_bytes,
-            plan=str(plan),
+            plan="\n".join(text for text in (str(plan), advice) if text),
             forecast_seconds=plan.forecast.seconds,
         )
 
@@ -100,6 +102,8 @@ class SamplingRun:
         """The resident weights are on the device: compute the modulation table, then open the slots."""
         self._watch.start()
         logger.info("%s", self.plan)
+        if self._advice:
+            logger.info("%s", self._advice)
         self._timesteps = [float(t) for t in model_sampling.timestep(self._sigmas[self._sigmas > 0]).float()]
         self.attempt(self._open)
 

@@ -13,6 +13,7 @@ from qwenimage_lowvram.engine.errors import InvalidRequest, Unsupported
 from qwenimage_lowvram.engine.families.variants import Variant
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
+from qwenimage_lowvram.engine.transformer.positions import Positions
 from safetensors.torch import load_file
 
 from .conftest import cond, empty_latent
@@ -24,7 +25,9 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def transformer(layered_pipeline: Path) -> QwenImageTransformer:
     checkpoint = open_checkpoint(layered_pipeline / "transformer")
-    return QwenImageTransformer(checkpoint, dtype=torch.float32, hardware=Hardware.detect(CPU))
+    return QwenImageTransformer(
+        checkpoint, dtype=torch.float32, hardware=Hardware.detect(CPU), positions=Positions.COMFYUI
+    )
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +62,18 @@ def shown(size: tuple[int, int] = (12, 20)) -> tuple[Any, Any]:
     return cond(9, reference_latents=picture), cond(5, 2, reference_latents=picture)
 
 
-# as far as ComfyUI and the reference agree: an even number of patches, and not more frames than half a side has
+@pytest.mark.parametrize("size", [(14, 22), (6, 10), (12, 6)], ids=str)
+@pytest.mark.parametrize("reference", [(14, 22), (18, 10)], ids=str)
+def test_layers_of_any_count_of_patches_are_those_of_comfyuis_own_model(
+    size: tuple[int, int], reference: tuple[int, int], model: Any, native: Any
+) -> None:
+    # 7x11, 3x5 and 6x3 patches: odd, and fewer in half a side than there are layers
+    latent = layers(4, width=size[1] * 8, height=size[0] * 8)
+    made, wanted = (ksampler(m, *shown(reference), latent) for m in (model, native))
+    assert wanted.std() > 0.5
+    assert (made - wanted).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize(("count", "batch", "picture"), [(4, 1, True), (1, 1, True), (2, 2, True), (3, 1, False)])
 def test_layers_are_those_of_comfyuis_own_model(count: int, batch: int, picture: bool, model: Any, native: Any) -> None:
     positive, negative = shown() if picture else (cond(), cond(5, 2))

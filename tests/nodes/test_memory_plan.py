@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from live_bytes import LiveBytes
 from PIL import Image
+from qwenimage_lowvram.engine.plan.forecast import TYPICAL
 
 CARDS = ("4 GB", "6 GB", "8 GB", "12 GB", "16 GB", "24 GB")
 FILES = {"transformer": "plan_bf16.safetensors", "text_encoder": "plan_te.safetensors", "vae": "plan_vae.safetensors"}
@@ -107,10 +109,35 @@ def test_formats_are_planned_without_being_made(comfy: Any) -> None:
     assert int(small["stay"]) > int(fp8["stay"]) > int(stored["stay"])
 
 
-def test_auto_is_what_the_loader_would_choose_on_each_card() -> None:
-    formats = [row["format"] for row in tables(plan(weight_format="auto")["result"][0])[0].values()]
-    assert formats[-1] in ("as stored", "int8")
-    assert set(formats) <= {"as stored", "int8", "nf4"}
+def formats_of(text: str) -> dict[str, str]:
+    return {card: row["format"] for card, row in tables(text)[0].items()}
+
+
+@pytest.fixture
+def slow_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qwenimage_lowvram.nodes import memory_plan
+
+    slow = replace(TYPICAL, disk_bytes=0.5e9)
+    monkeypatch.setattr(memory_plan, "_speeds", lambda transformer: slow)
+
+
+def test_auto_is_as_stored_and_says_where_fastest_would_be_much_faster(slow_disk: None) -> None:
+    text, fastest = (plan(weight_format=name, ram_limit_gb=2.0)["result"][0] for name in ("auto", "fastest"))
+    assert set(formats_of(text).values()) == {"as stored"}
+    chosen = formats_of(fastest)
+    assert set(chosen.values()) <= {"as stored", "int8", "nf4"}
+    assert "nf4" in chosen.values() or "int8" in chosen.values()
+    advised = dict(re.findall(r"On (\d+ GB): (\w+) weights would take [\d.]+ s per step", text))
+    assert advised
+    assert advised.items() <= chosen.items()
+    assert "weight_format fastest" in text
+    assert "On " not in fastest
+
+
+@pytest.mark.parametrize("weight_format", ["as stored", "nf4"])
+def test_advice_is_given_where_nothing_was_chosen_yet(weight_format: str, slow_disk: None) -> None:
+    text = plan(weight_format=weight_format, ram_limit_gb=2.0)["result"][0]
+    assert ("weight_format fastest" in text) == (weight_format != "nf4")
 
 
 def test_what_does_not_fit_is_said_and_the_others_are_planned() -> None:

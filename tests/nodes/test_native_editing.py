@@ -14,9 +14,11 @@ from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.text.encoder import TextEncoder
 from qwenimage_lowvram.engine.text.prompts import PromptTokenizer
 from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
+from qwenimage_lowvram.engine.transformer.positions import Positions
 from safetensors.torch import load_file
 from split_files import wan_vae_name
 
+from .conftest import cond
 from .native_encoder import as_clip, native_encoder
 from .test_model import ksampler
 
@@ -66,11 +68,15 @@ def native_model(folder: Path, variant: Variant) -> Any:
     return comfy.model_patcher.ModelPatcher(model, load_device=CPU, offload_device=CPU)
 
 
-def our_model(folder: Path, variant: Variant) -> Any:
+def our_model(folder: Path, variant: Variant, positions: Positions = Positions.COMFYUI) -> Any:
     from qwenimage_lowvram.nodes.adapters.model import make_model
 
     transformer = QwenImageTransformer(
-        open_checkpoint(folder / "transformer"), dtype=torch.float32, hardware=Hardware.detect(CPU), variant=variant
+        open_checkpoint(folder / "transformer"),
+        dtype=torch.float32,
+        hardware=Hardware.detect(CPU),
+        variant=variant,
+        positions=positions,
     )
     return make_model(transformer, None)
 
@@ -87,9 +93,16 @@ def edit(models: Any, variant: Variant, *pictures: torch.Tensor) -> Any:
     return encode(models.clip, models.vae, "make it red", "blurry", 0.02, 0, 0, 1, variant.value, **images)["result"]
 
 
-# whose patches are even in number, and none longer than the first: ComfyUI places other ones otherwise than
-# the reference does
-SHOWN = {"one": [(192, 128)], "three": [(192, 128), (128, 128), (100, 150)]}
+SHOWN = {
+    "one": [(192, 128)],
+    "three": [(192, 128), (128, 128), (100, 150)],
+    "odd": [(176, 112)],
+    "longer ones": [(112, 112), (320, 64)],
+}
+# height and width in patches: even, odd, odd one way, and below any reference
+SIZES = [(8, 12), (7, 11), (7, 3), (4, 9)]
+# of references, in latents: odd counts of patches, half patches, longer than most of the images
+REFERENCES = [(14, 22), (9, 13), (40, 6)]
 
 
 @pytest.mark.parametrize("variant", [Variant.EDIT_2509, Variant.EDIT_2511], ids=lambda variant: variant.value)
@@ -103,9 +116,35 @@ def test_an_edit_is_that_of_comfyuis_own_models(
         positive, negative, latent = edit(models, variant, *pictures)
         results.append(ksampler(make(full_pipeline, variant), positive, negative, latent))
     made, wanted = results
-    assert made.shape == (1, 16, 1, 16, 24)
+    assert made.shape[1:3] == (16, 1)
     assert wanted.std() > 0.5
     assert (made - wanted).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("count", "method"), [(0, None), *((count, m) for count in (1, 3) for m in (None, "index", "offset", "uxo"))]
+)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_images_of_any_count_of_patches_are_comfyuis_own(
+    size: tuple[int, int], count: int, method: str | None, full_pipeline: Path
+) -> None:
+    latent = {"samples": torch.zeros(1, 16, 1, size[0] * 2, size[1] * 2)}
+    generator = torch.Generator().manual_seed(3)
+    shown = [torch.randn(1, 16, 1, *reference, generator=generator) for reference in REFERENCES[:count]]
+    extra = ({"reference_latents": shown} if shown else {}) | ({"reference_latents_method": method} if method else {})
+    variant = Variant.EDIT_2509 if shown else Variant.QWEN_IMAGE
+    models = our_model(full_pipeline, variant), native_model(full_pipeline, variant)
+    made, wanted = (ksampler(model, cond(**extra), cond(5, 2, **extra), latent) for model in models)
+    assert wanted.std() > 0.5
+    assert (made - wanted).abs().max() < 1e-4
+
+
+def test_positions_of_diffusers_are_another_image_at_odd_counts_only(full_pipeline: Path) -> None:
+    ours = [our_model(full_pipeline, Variant.QWEN_IMAGE, positions) for positions in Positions]
+    for size, same in (((8, 12), True), ((7, 12), False)):
+        latent = {"samples": torch.zeros(1, 16, 1, size[0] * 2, size[1] * 2)}
+        made, other = (ksampler(model, cond(), cond(5, 2), latent) for model in ours)
+        assert torch.equal(made, other) == same
 
 
 @pytest.mark.parametrize("clip", ["ours", "native"])

@@ -1,5 +1,6 @@
 """The loader quantizes at its first load, is interrupted like any node, and notices when its cache has been cleared."""
 
+import logging
 import math
 import os
 import shutil
@@ -77,6 +78,45 @@ def test_the_loader_holds_blocks_in_the_chosen_format(weight_format: str, codec:
     made = file.stat().st_ino, file.stat().st_mtime_ns
     assert load(weight_format).weight_format == codec
     assert (file.stat().st_ino, file.stat().st_mtime_ns) == made
+
+
+def with_forecasts(monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float]) -> None:
+    """As on a machine where a step in each format takes so long."""
+    from qwenimage_lowvram.engine.plan.choice import FormatChoice
+    from qwenimage_lowvram.engine.plan.forecast import StepForecast
+    from qwenimage_lowvram.nodes import format_choice
+
+    forecasts = {name: StepForecast(one, 0.0, 0.0, overlapped=True) for name, one in seconds.items()}
+    choice = FormatChoice(min(seconds, key=lambda name: seconds[name]), forecasts)
+    monkeypatch.setattr(format_choice, "choose_format", lambda *_: choice)
+
+
+def test_auto_is_as_stored_whatever_is_free_and_says_what_would_be_faster(
+    pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qwenimage_lowvram.nodes.loader import QwenLowVRAMLoader
+
+    with_forecasts(monkeypatch, {"as stored": 9.0, "int8": 5.0, "nf4": 3.0})
+    settings = {"dtype": "fp32", "vram_limit_gb": 0.0, "timesteps": "fp32"}
+    for name in ("auto", "as stored"):
+        model = QwenLowVRAMLoader().load(**chosen(name), **settings)[0].model
+        assert model.transformer.weight_format == "fp32"
+        assert "nf4 weights would take 3.0 s per step" in model.advice
+        assert "instead of 9.0 s as stored" in model.advice
+    assert not cache().exists()
+    with_forecasts(monkeypatch, {"as stored": 4.0, "int8": 5.0, "nf4": 3.0})
+    assert QwenLowVRAMLoader().load(**chosen("auto"), **settings)[0].model.advice == ""
+
+
+def test_fastest_is_what_the_forecasts_say_and_tells_what_it_writes(
+    pipeline: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with_forecasts(monkeypatch, {"as stored": 9.0, "int8": 5.0, "nf4": 3.0})
+    with caplog.at_level(logging.INFO):
+        assert load("fastest").weight_format == "nf4"
+    assert f"Quantizing transformer to nf4, once: 0.0 GB in {cache()}" in caplog.text
+    with_forecasts(monkeypatch, {"as stored": 2.0, "int8": 5.0, "nf4": 3.0})
+    assert load("fastest").weight_format == "fp32"
 
 
 def test_looking_at_the_inputs_quantizes_nothing(pipeline: Path) -> None:

@@ -70,7 +70,9 @@ def _adapted(
     prompts: Mapping[str, str],
     sample: Mapping[str, Any],
 ) -> dict[str, Any]:
-    graph = set_widgets(graph, object_info, "QwenLowVRAMLoader", **{"weight_format": "as stored", **loader})
+    # what most tests compare with is the diffusers pipeline
+    settings = {"weight_format": "as stored", "positions": "diffusers", **loader}
+    graph = set_widgets(graph, object_info, "QwenLowVRAMLoader", **settings)
     graph = set_widgets(graph, object_info, "QwenLowVRAMEncodePrompts", **prompts)
     return set_widgets(graph, object_info, "QwenLowVRAMSample", **sample)
 

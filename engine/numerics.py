@@ -1,0 +1,6 @@
+"""Which numbers this engine makes: a version that grows whenever they change. Imports nothing."""
+
+# Grows when the same files, settings and seed make another image than before (beyond what another card, driver or torch
+# changes); the changelog says what changed. It stands in every report, so that two reports can be compared.
+# 1: 0.1.0 before its release. 2: ComfyUI's positions, and weights as stored, unless a person chooses otherwise.
+NUMERICS_VERSION = 2
