@@ -12,6 +12,8 @@ from .link import link_folder, remove_link
 
 SMALL = "small_qwen_image"
 MINIATURE = REPOSITORY / "miniature"
+# of images that are compared with the diffusers pipeline's
+COMPARED = {"dtype": "fp32", "positions": "diffusers"}
 _LATENT, _ENCODE, _SAMPLE = "EmptySD3LatentImage", "QwenLowVRAMEncodePrompts", "QwenLowVRAMSample"
 
 
@@ -56,7 +58,7 @@ def _small(base: Path) -> DemoModel:
         folder,
         trained=False,
         compare=True,
-        loader_inputs={"dtype": "fp32"},
+        loader_inputs=COMPARED,
         other_inputs={_LATENT: {"width": 256, "height": 144, "batch_size": 1}, _SAMPLE: {"steps": 8}},
     )
 
@@ -68,7 +70,7 @@ def _miniature(base: Path) -> DemoModel:
         "miniature (folder)",
         MINIATURE,
         compare=True,
-        loader_inputs={"dtype": "fp32"},
+        loader_inputs=COMPARED,
         other_inputs={
             _LATENT: {"width": 128, "height": 128, "batch_size": 1},
             _ENCODE: {"positive": "a large red circle in the middle of a blue background", "negative": " "},

@@ -43,7 +43,8 @@ def to_prompt(graph: Graph, object_info: ObjectInfo) -> dict[str, dict[str, Any]
 
 
 def set_widgets(graph: Graph, object_info: ObjectInfo, class_type: str, **values: Any) -> dict[str, Any]:
-    """A copy of the graph in which every node of `class_type` has these widget values."""
+    """A copy of the graph in which every node of `class_type` has these widget values. One that was saved before the
+    node had all of its widgets gets the others' defaults, as in the page."""
     changed: dict[str, Any] = copy.deepcopy(dict(graph))
     names = list(widget_names(object_info[class_type]))
     unknown = [name for name in values if name not in names]
@@ -53,6 +54,8 @@ def set_widgets(graph: Graph, object_info: ObjectInfo, class_type: str, **values
         )
     for node in changed["nodes"]:
         if node["type"] == class_type:
+            saved = node["widgets_values"]
+            saved += [_default(object_info[class_type], name) for name in names[len(saved) :]]
             for name, value in values.items():
                 node["widgets_values"][names.index(name)] = value
     return changed
@@ -69,6 +72,13 @@ def widget_names(node_info: Mapping[str, Any]) -> Iterator[str | None]:
             yield name
             if options.get("control_after_generate") or (kind == "INT" and name in ("seed", "noise_seed")):
                 yield None
+
+
+def _default(node_info: Mapping[str, Any], name: str | None) -> Any:
+    """Of a widget; None for a control_after_generate entry."""
+    specs = (group[name] for group in node_info["input"].values() if name in group)
+    kind, options = _spec(next(specs, (None,)))
+    return options.get("default", kind[0] if isinstance(kind, list) and kind else None)
 
 
 def choices(object_info: ObjectInfo, class_type: str, name: str) -> list[str]:
