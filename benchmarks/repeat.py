@@ -198,7 +198,7 @@ class _Ours(_Contender):
         return positive, negative
 
     def tokenizer(self) -> Any:
-        return self.clip.prompt_tokenizer._tokenizer
+        return self.clip.tokenizer._tokenizer
 
     def with_lora(self, file: Path, strength: float) -> Any:
         patched = self.model.clone()
