@@ -1,7 +1,7 @@
 // The list on the Quantized Weights node, as the node's last run or clearing gave it, and buttons that clear. A button
 // is no value: nothing of it is in the graph, so that no graph clears by itself.
-import { app } from "../../../scripts/app.js";
-import { api } from "../../../scripts/api.js";
+import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
 import { addPanel, showText } from "./shared/panels.js";
 
 const KIND = "QwenLowVRAMWeightCache";
