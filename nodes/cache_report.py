@@ -15,7 +15,8 @@ _STATES = {UNUSED_WEIGHTS: UNUSED, ALL_WEIGHTS: FINISHED}
 
 def shown(folder: Path, prompts: PromptCache) -> str:
     """The list, one line for each file. What cannot be read is a line too, never an error."""
-    return "\n".join([*_weights(folder), *_told(lambda: [_prompts(prompts.entries())])])
+    odd = [f"{prompts.folder.name}/{name}, {State.FOREIGN.value}" for name in prompts.odd_names()]
+    return "\n".join([*_weights(folder), *_told(lambda: [_prompts(prompts.entries())]), *odd])
 
 
 def cleared(folder: Path, prompts: PromptCache, what: str) -> str:

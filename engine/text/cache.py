@@ -117,6 +117,14 @@ class PromptCache:
         except OSError as error:
             raise CacheError(f"{self.folder} cannot be read ({error}). Check that this user may read it.") from error
 
+    def odd_names(self) -> list[str]:
+        """What has an entry's name and is no plain file: it is left alone. Nothing where the folder cannot be read."""
+        try:
+            names = sorted(os.listdir(self.folder))
+        except OSError:
+            return []
+        return [name for name in names if _OURS.fullmatch(name) and is_odd(self.folder / name)]
+
     def clear(self) -> Cleared:
         """Remove every entry, and say which went. Goes on after one that cannot be removed.
 

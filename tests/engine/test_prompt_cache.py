@@ -402,6 +402,7 @@ def test_what_is_no_file_under_an_entrys_name_is_skipped_and_stays(
     assert all("no plain file" in warning for warning in warnings_of(caplog))
     cache.clear()
     assert set(files_in(cache)) == {file, part}
+    assert cache.odd_names() == sorted([file.name, part.name])
     assert aside.read_bytes() == bytes(10)
 
 

@@ -256,6 +256,14 @@ def test_odd_names_and_records_are_shown_as_one_line_each(pipeline: Path) -> Non
     assert lines[-1].endswith("not a file of ours, is left alone")
 
 
+def test_what_is_no_file_among_the_prompts_is_shown(pipeline: Path) -> None:
+    name = f"{'0' * 32}.safetensors"
+    (cache() / "prompts" / name).mkdir(parents=True)
+    assert shown("show").splitlines()[1:] == ["prompts: none", f"prompts/{name}, not a file of ours, is left alone"]
+    assert "removed prompts: none" in after_clearing("prompts")
+    assert (cache() / "prompts" / name).is_dir()
+
+
 def test_a_folder_that_cannot_be_read_is_a_line_and_no_error(pipeline: Path) -> None:
     cache().mkdir(parents=True)
     (cache() / "prompts").write_bytes(b"no folder")
