@@ -4,7 +4,8 @@
 
 Both draw the same pictures from the same small files (random weights, fp32, on the CPU), each in a process of its own,
 with files that the operating system has in its cache: ours under a limit that leaves part of the blocks streamed (read
-at every step, on a CPU from the file), ComfyUI's own classes with everything in RAM. Texts are encoded again where they
+at every step, on a CPU from the file), ComfyUI's own classes with everything in RAM; both with the tokenizer's files
+that ComfyUI ships (those of a pipeline folder take transformers a second longer). Texts are encoded again where they
 changed, as ComfyUI runs a graph. Where the latents of a picture differ by more than 1e-4 of the largest, the benchmark
 ends with an error.
 
@@ -47,7 +48,7 @@ from qwenimage_lowvram.engine.text.cache import PromptCache
 from qwenimage_lowvram.engine.text.encoder import TextEncoder
 from qwenimage_lowvram.engine.text.prompts import PromptTokenizer
 from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
-from small_checkpoint import TextSize, make_pipeline
+from small_checkpoint import TOKENIZER_IN_COMFYUI, TextSize, make_pipeline
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -154,6 +155,10 @@ class _Contender(ABC):
         """Positive and negative CONDITIONING."""
 
     @abstractmethod
+    def tokenizer(self) -> Any:
+        """The tokenizer of transformers that it uses."""
+
+    @abstractmethod
     def with_lora(self, file: Path, strength: float) -> Any:
         """A MODEL."""
 
@@ -179,7 +184,7 @@ class _Ours(_Contender):
         pipeline = folder / "pipeline"
         encoder = TextEncoder(open_checkpoint(pipeline / "text_encoder"), dtype=torch.float32, hardware=hardware)
         kept = PromptCache(folder / "prompts")
-        self.clip = LowVRAMCLIP(encoder, PromptTokenizer(pipeline / "tokenizer"), None, kept=kept)
+        self.clip = LowVRAMCLIP(encoder, PromptTokenizer(require_comfyui() / TOKENIZER_IN_COMFYUI), None, kept=kept)
         transformer = QwenImageTransformer(
             open_checkpoint(pipeline / "transformer"), dtype=torch.float32, hardware=hardware
         )
@@ -191,6 +196,9 @@ class _Ours(_Contender):
     def encode(self, prompt: str) -> tuple[Any, Any]:
         positive, negative = self.clip.encode_prompts([prompt, NEGATIVE])
         return positive, negative
+
+    def tokenizer(self) -> Any:
+        return self.clip.tokenizer._tokenizer
 
     def with_lora(self, file: Path, strength: float) -> Any:
         patched = self.model.clone()
@@ -242,6 +250,9 @@ class _ComfyUI(_Contender):
     def _encode(self, text: str) -> Any:
         return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))
 
+    def tokenizer(self) -> Any:
+        return self.clip.tokenizer.qwen25_7b.tokenizer
+
     def with_lora(self, file: Path, strength: float) -> Any:
         import comfy.sd
         import comfy.utils
@@ -289,6 +300,7 @@ def _draw(who: str, folder: Path, pictures: tuple[Picture, ...]) -> tuple[list[d
         base = peak.bytes
         start = time.perf_counter()
         contender = kind(folder, stack)
+        tokenizer = contender.tokenizer()
         conds: tuple[Any, Any] = (None, None)
         prompt = None
         for picture in pictures:
@@ -306,6 +318,7 @@ def _draw(who: str, folder: Path, pictures: tuple[Picture, ...]) -> tuple[list[d
                     "seconds": end - start,
                     "first_step_seconds": first_step - start,
                     "peak_bytes": peak.bytes - base,
+                    "tokenizer": f"{type(tokenizer).__name__}, {Path(tokenizer.name_or_path).name}",
                     **contender.read(),
                 }
             )

@@ -1,6 +1,6 @@
 """The nodes, in ComfyUI's words. The only part of the pack that imports ComfyUI."""
 
-from . import words
+from . import routes, words
 from .decode import QwenLowVRAMDecode
 from .encode import QwenLowVRAMEncodePrompts
 from .encode_edit import QwenLowVRAMEncodeEditPrompt
@@ -10,6 +10,8 @@ from .memory_plan import QwenLowVRAMMemoryPlan
 from .memory_report import QwenLowVRAMMemoryReport
 from .sample import QwenLowVRAMSample
 from .weight_cache import QwenLowVRAMWeightCache
+
+routes.register()
 
 NODE_CLASS_MAPPINGS = {
     "QwenLowVRAMLoader": QwenLowVRAMLoader,

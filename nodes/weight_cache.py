@@ -1,7 +1,6 @@
 """Quantized weights and encoded prompts in models/qwen_lowvram: a node shows and clears them."""
 
 import logging
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +11,26 @@ import torch
 
 from ..engine.checkpoints.checkpoint import Checkpoint
 from ..engine.errors import InvalidRequest
-from ..engine.quantized.files import FINISHED, UNUSED, CachedFile, cache_path, cached_files, clear
+from ..engine.quantized.files import cache_path
 from ..engine.quantized.layout import FORMATS
 from ..engine.quantized.weights import QuantizedWeights
-from ..engine.text.cache import Entry, PromptCache
+from ..engine.text.cache import PromptCache
 from .adapters.limits import stage_bytes
 from .adapters.progress import tell
+from .cache_report import shown
 from .words import AUTO, CATEGORY
 
 logger = logging.getLogger(__name__)
 
 AS_STORED, FASTEST = "as stored", "fastest"
 WEIGHT_FORMATS = (AUTO, AS_STORED, *FORMATS, FASTEST)  # auto is as stored: the default makes one image everywhere
-SHOW, CLEAR_UNUSED, CLEAR_ALL, CLEAR_PROMPTS = "show", "clear unused", "clear all", "clear prompts"
+SHOW = "show"
+# older graphs hold these; a value stays in its graph, and would be done again after every restart
+OLD_ACTIONS = ("clear unused", "clear all", "clear prompts")
+HOW_TO_CLEAR = (
+    "To clear, use the buttons on the node. A program sends POST /qwen_lowvram/clear with the JSON "
+    '{"clear": "unused"}, "all" or "prompts".'
+)
 
 
 def weight_cache_folder() -> Path:
@@ -114,8 +120,8 @@ class QwenLowVRAMWeightCache:
 
     CATEGORY = CATEGORY
     DESCRIPTION = (
-        "Shows the quantized weights and the encoded prompts that are kept in models/qwen_lowvram, and clears them. "
-        "What is cleared is made again from its model file when it is needed."
+        "Shows the quantized weights and the encoded prompts that are kept in models/qwen_lowvram; its buttons clear "
+        "them. What is cleared is made again from its model file when it is needed."
     )
     SEARCH_ALIASES = ("cache", "clear cache", "quantize", "disk space", "nf4", "int8", "prompts", "qwen")
     RETURN_TYPES = ("STRING",)
@@ -129,12 +135,11 @@ class QwenLowVRAMWeightCache:
         return {
             "required": {
                 "action": (
-                    [SHOW, CLEAR_UNUSED, CLEAR_ALL, CLEAR_PROMPTS],
+                    [SHOW, *OLD_ACTIONS],
                     {
                         "default": SHOW,
-                        "tooltip": "show: list the files. clear unused: remove those that are damaged, or whose model "
-                        "file is gone or changed. clear all: remove all of them. clear prompts: remove the encoded "
-                        "prompts, and no weights.",
+                        "tooltip": "show: list the files. The values that clear, of older graphs, list them too: "
+                        "to clear, use the buttons on the node.",
                     },
                 )
             }
@@ -142,39 +147,11 @@ class QwenLowVRAMWeightCache:
 
     @classmethod
     def IS_CHANGED(cls, action: str) -> float:
-        # the folder may have changed; but a graph left on "clear all" must not clear at every run
-        return float("nan") if action == SHOW else 0.0
+        return float("nan")  # the folder may have changed
 
     def run(self, action: str) -> dict[str, Any]:
-        folder, prompts = weight_cache_folder(), prompt_cache()
-        states = {CLEAR_UNUSED: UNUSED, CLEAR_ALL: FINISHED}.get(action, frozenset())
-        removed = clear(folder, states)
-        removed_prompts = prompts.clear() if action == CLEAR_PROMPTS else []
-        kept = cached_files(folder)
-        lines = [f"{folder}: {_count(kept)}", *(_line(file) for file in kept), _prompts(prompts.entries())]
-        if states:
-            lines += ["", f"removed: {_count(removed)}", *(_line(file) for file in removed)]
-        if action == CLEAR_PROMPTS:
-            lines += ["", f"removed {_prompts(removed_prompts)}"]
-        text = "\n".join(lines)
+        text = shown(weight_cache_folder(), prompt_cache())
+        if action != SHOW:
+            text += f"\n\nNothing was cleared: {action!r} in a graph would clear again after every restart."
+            text += f"\n{HOW_TO_CLEAR}"
         return {"ui": {"text": [text]}, "result": (text,)}
-
-
-def _count(files: list[CachedFile]) -> str:
-    if not files:
-        return "nothing"
-    return f"{len(files)} {'file' if len(files) == 1 else 'files'}, {sum(f.nbytes for f in files) / 1e9:.2f} GB"
-
-
-def _prompts(entries: list[Entry]) -> str:
-    if not entries:
-        return "prompts: none"
-    return f"prompts: {len(entries)}, {sum(entry.nbytes for entry in entries) / 1e6:.1f} MB"
-
-
-def _line(file: CachedFile) -> str:
-    source = Path(file.source)
-    name = f"{source.parent.name}/{source.name}" if file.source and not source.suffix else source.name
-    made = time.strftime("%Y-%m-%d %H:%M", time.localtime(file.made))
-    known = f"{name}, {file.weight_format}" if file.source else file.path.name
-    return f"{known}, {file.nbytes / 1e9:.2f} GB, {made}, {file.state.value}"

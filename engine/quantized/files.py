@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import BinaryIO
 
 from .. import atomic_files
-from ..atomic_files import UNFINISHED
+from ..atomic_files import UNFINISHED, Held, is_file, is_odd
 from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
-from ..errors import CacheError, CheckpointError
+from ..errors import CacheError, CheckpointError, MissingFile
 
 SUFFIX = ".safetensors"
 MAKER = "qwenimage_lowvram"  # under the metadata key "quantized_by", which tells our files from others
+PATIENCE_SECONDS = 10.0  # for a virus scanner: what is given up took minutes to make
+
+_OUR_NAME = re.compile(rf".+\.[0-9a-f]{{16}}(\.[0-9a-f]{{8}}{SUFFIX}{UNFINISHED}|{SUFFIX})", re.DOTALL)
 
 
 def cache_path(source: Checkpoint, weight_format: str, folder: Path) -> Path:
@@ -33,15 +36,25 @@ def whole_file(path: Path, *, mtime_s: int) -> Iterator[BinaryIO]:
     replaced.
     """
     try:
-        with atomic_files.whole_file(path, mtime_s=mtime_s) as stream:
+        with atomic_files.whole_file(path, mtime_s=mtime_s, patience_s=PATIENCE_SECONDS) as stream:
             yield stream
+    except Held as error:
+        raise _is_held(path, error) from error
+    except FileExistsError as error:
+        raise _is_in_the_way(path) from error
     except OSError as error:
         raise _cannot_write(path, error) from error
 
 
+def require_place(path: Path) -> None:
+    """Raise CacheError where something that is no plain file has that name, and would be in the way of the file."""
+    if is_odd(path):
+        raise _is_in_the_way(path)
+
+
 def remove_dead(folder: Path) -> None:
     """Remove the unfinished files of processes that are no more. Those that are being written stay."""
-    atomic_files.remove_dead(_listed(folder, SUFFIX + UNFINISHED))
+    atomic_files.remove_dead(path for path in _listed(folder, SUFFIX + UNFINISHED) if _OUR_NAME.fullmatch(path.name))
 
 
 class State(Enum):
@@ -52,6 +65,8 @@ class State(Enum):
     GONE = "its model file is gone"
     DAMAGED = "damaged"
     UNFINISHED = "being written"
+    UNREADABLE = "cannot be read, is left alone"
+    FOREIGN = "not a file of ours, is left alone"
 
 
 UNUSED = frozenset({State.CHANGED, State.GONE, State.DAMAGED})
@@ -60,7 +75,9 @@ FINISHED = UNUSED | {State.USABLE}
 
 @dataclass(frozen=True)
 class CachedFile:
-    """A file of the folder. `source` is the model file that it was made from, empty where that is unknown."""
+    """A file of the folder, or what stands where one could. `source` is the model file that it was made from, empty
+    where that is unknown. Texts are as the file has them, and may hold anything.
+    """
 
     path: Path
     source: str
@@ -70,59 +87,71 @@ class CachedFile:
     state: State
 
 
+@dataclass(frozen=True)
+class Cleared:
+    """The files that are removed, and those that could not be, with the reason."""
+
+    removed: tuple[CachedFile, ...]
+    failed: tuple[tuple[CachedFile, str], ...]
+
+
 def cached_files(folder: Path) -> list[CachedFile]:
-    """The quantized weights in `folder`, by name; files of others are left out. Reads headers only."""
+    """The quantized weights in `folder`, by name, and what has such a name without being one; other files of others
+    are left out. Reads headers only."""
     found = [_described(path) for path in (*_listed(folder, SUFFIX), *_listed(folder, SUFFIX + UNFINISHED))]
     return [file for file in found if file is not None]
 
 
-def clear(folder: Path, states: Collection[State]) -> list[CachedFile]:
-    """Remove the files in those states, and return them; unfinished ones of dead processes go anyway.
-
-    Raises CacheError where one cannot be removed.
+def clear(folder: Path, states: Collection[State]) -> Cleared:
+    """Remove the finished files of ours in those states, and say which went; unfinished ones of dead processes go
+    anyway. Goes on after one that cannot be removed. Raises CacheError where the folder cannot be read.
     """
     remove_dead(folder)
-    removed = []
-    for file in cached_files(folder):
-        if file.state in states and file.state is not State.UNFINISHED:
-            try:
-                file.path.unlink(missing_ok=True)
-            except OSError as error:
-                raise CacheError(
-                    f"{file.path} cannot be removed ({error}).\n\nWhat to do: end the run that uses it, then try again."
-                ) from error
-            removed.append(file)
-    return removed
+    files = {file.path: file for file in cached_files(folder) if file.state in FINISHED.intersection(states)}
+    done = atomic_files.remove(files)
+    return Cleared(
+        tuple(files[path] for path in done.gone), tuple((files[path], why) for path, why in done.failed.items())
+    )
 
 
 def _described(path: Path) -> CachedFile | None:
+    """None for a whole file of others, and for one that has gone meanwhile."""
     try:
-        stat = path.stat()
-        if path.suffix == UNFINISHED:
-            return CachedFile(path, "", "", stat.st_size, stat.st_mtime, State.UNFINISHED)
-        metadata = open_checkpoint(path).metadata
+        stat = path.lstat()
     except OSError:
-        return None  # gone meanwhile
-    except CheckpointError:
-        # nothing tells whose it is but its name
-        state = State.DAMAGED if _is_named_as_ours(path) else None
-        return CachedFile(path, "", "", stat.st_size, stat.st_mtime, state) if state else None
+        return None
+    named_as_ours = _OUR_NAME.fullmatch(path.name) is not None
+
+    def told(state: State, source: str = "", weight_format: str = "") -> CachedFile:
+        return CachedFile(path, source, weight_format, stat.st_size, stat.st_mtime, state)
+
+    if not is_file(path):  # never opened: opening a pipe waits for its other end
+        return told(State.FOREIGN)
+    if path.suffix == UNFINISHED:
+        return told(State.UNFINISHED if named_as_ours else State.FOREIGN)
+    try:
+        metadata = open_checkpoint(path).metadata
+    except MissingFile:
+        return told(State.UNREADABLE) if is_file(path) and named_as_ours else None
+    except (CheckpointError, OSError, ValueError):
+        return told(State.DAMAGED) if named_as_ours else None  # nothing tells whose it is but its name
     if metadata.get("quantized_by") != MAKER:
         return None
     source, weight_format = metadata.get("source", ""), metadata.get("weight_format", "")
-    state = _state(Path(source), metadata.get("source_identity", ""))
-    return CachedFile(path, source, weight_format, stat.st_size, stat.st_mtime, state)
+    return told(_state(source, metadata.get("source_identity", "")), source, weight_format)
 
 
-def _state(source: Path, identity: str) -> State:
+def _state(source: str, identity: str) -> State:
+    """Of a file that was made from that source. The text may be anything: a path with a NUL, of a pipe, too long."""
+    path = Path(source)
     try:
-        return State.USABLE if open_checkpoint(source).identity == identity else State.CHANGED
+        if not (path.is_file() or path.is_dir()):
+            return State.GONE
+        return State.USABLE if open_checkpoint(path).identity == identity else State.CHANGED
     except CheckpointError:
-        return State.CHANGED if source.exists() else State.GONE
-
-
-def _is_named_as_ours(path: Path) -> bool:
-    return re.search(r"\.[0-9a-f]{16}$", path.stem) is not None
+        return State.CHANGED
+    except (OSError, ValueError):
+        return State.GONE
 
 
 def _listed(folder: Path, suffix: str) -> list[Path]:
@@ -132,6 +161,21 @@ def _listed(folder: Path, suffix: str) -> list[Path]:
         return []
     except OSError as error:
         raise CacheError(f"{folder} cannot be read ({error}). Check that this user may read it.") from error
+
+
+def _is_held(path: Path, error: OSError) -> CacheError:
+    return CacheError(
+        f"{path} was written whole, but another program holds it, as virus scanners do ({error}). Nothing is left of "
+        "it.\n\nWhat to do: except that folder from the scanner, end the other programs that use it, or check that "
+        "this user may replace files there; then run it again, or choose weight_format auto."
+    )
+
+
+def _is_in_the_way(path: Path) -> CacheError:
+    return CacheError(
+        f"{path} is a folder, a link or something else that is no plain file, where quantized weights are to be "
+        "written. It is left alone.\n\nWhat to do: move it away, or choose weight_format auto."
+    )
 
 
 def _cannot_write(path: Path, error: OSError) -> CacheError:

@@ -26,7 +26,7 @@ from ..families.members import Component, described_tensors, require, split_bloc
 from ..formats import TORCH_DTYPES, StoredParam, stored_param
 from ..formats.chunks import CHUNK_WEIGHTS
 from ..streaming import TensorReader
-from .files import MAKER, cache_path, remove_dead, whole_file
+from .files import MAKER, cache_path, remove_dead, require_place, whole_file
 from .layout import FORMATS, UNQUANTIZED, Matrix, Part, quantized_matrix
 
 logger = logging.getLogger(__name__)
@@ -96,6 +96,7 @@ class QuantizedWeights:
     def check_room(self) -> None:
         """Raise CacheError where the file has to be made and the disk lacks room. Reads headers only."""
         if not self._header_fits():
+            require_place(self.path)
             self._require_room()
 
     def _require_room(self) -> None:
@@ -115,6 +116,8 @@ class QuantizedWeights:
 
     def open(self) -> Checkpoint | None:
         """The source with its blocks' matrices from the file; None where it has to be made (again)."""
+        if not self.path.is_file():  # a pipe would be waited for
+            return None
         try:
             file = open_checkpoint(self.path)
         except MissingFile:
@@ -241,7 +244,7 @@ class QuantizedWeights:
 
     def _header_fits(self) -> bool:
         try:
-            return self._is_ours(open_checkpoint(self.path))
+            return self.path.is_file() and self._is_ours(open_checkpoint(self.path))
         except CheckpointError:
             return False
 

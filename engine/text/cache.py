@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from ..atomic_files import UNFINISHED, remove_dead, whole_file
+from ..atomic_files import UNFINISHED, is_odd, remove, remove_dead, whole_file
 from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..errors import CacheError, DamagedFile, MissingFile
 from ..formats import TORCH_DTYPES
@@ -41,11 +41,20 @@ class Entry:
         return self.path.suffix == SUFFIX
 
 
+@dataclass(frozen=True)
+class Cleared:
+    """The entries that are removed, and those that could not be, with the reason."""
+
+    removed: tuple[Entry, ...]
+    failed: tuple[tuple[Entry, str], ...]
+
+
 class PromptCache:
     """A folder of embeddings, `limit_bytes` of files at most; those that were not used for longest go first.
 
     Guarantees: `get` gives what `put` was given for that key, bit for bit, or None. An entry that is damaged or holds
-    anything else is removed, with a warning. A disk that is full, or a folder that may not be read or written, costs
+    anything else is removed, with a warning. What is no plain file (a folder, a link, a pipe) is never opened, counted
+    or removed, whatever its name. A disk that is full, or a folder that may not be read or written, costs
     a warning, never the run. Several processes may use the folder at once: entries appear whole or not at all, and
     what processes that write at the same moment have beyond the limit goes before the last of them is done.
     """
@@ -58,7 +67,10 @@ class PromptCache:
     def get(self, key: PromptKey) -> Tensor | None:
         """The embeddings kept for that key, on the host, in the shape and dtype they were given in."""
         path = self._path(key)
-        if not os.path.exists(path):
+        if is_odd(path):
+            logger.warning("A prompt is encoded again: %s is no plain file. It is left alone.", path)
+            return None
+        if not path.exists():
             return None
         try:
             tensor = _read(path, key)
@@ -105,20 +117,29 @@ class PromptCache:
         except OSError as error:
             raise CacheError(f"{self.folder} cannot be read ({error}). Check that this user may read it.") from error
 
-    def clear(self) -> list[Entry]:
-        """Remove every entry, and return them. Raises CacheError where one cannot be removed."""
-        removed = []
+    def odd_names(self) -> list[str]:
+        """What has an entry's name and is no plain file: it is left alone. Nothing where the folder cannot be read."""
         try:
-            for entry in self._files_of_the_living():
-                if entry.is_whole:
-                    entry.path.unlink(missing_ok=True)
-                    removed.append(entry)
+            names = sorted(os.listdir(self.folder))
+        except OSError:
+            return []
+        return [name for name in names if _OURS.fullmatch(name) and is_odd(self.folder / name)]
+
+    def clear(self) -> Cleared:
+        """Remove every entry, and say which went. Goes on after one that cannot be removed.
+
+        Raises CacheError where the folder cannot be read.
+        """
+        try:
+            entries = {entry.path: entry for entry in self._files_of_the_living() if entry.is_whole}
         except OSError as error:
             raise CacheError(
-                f"{self.folder} cannot be cleared ({error}).\n\n"
-                "What to do: end the run that uses it, or check that this user may write there."
+                f"{self.folder} cannot be cleared ({error}).\n\nWhat to do: check that this user may read it."
             ) from error
-        return removed
+        done = remove(entries)
+        return Cleared(
+            tuple(entries[path] for path in done.gone), tuple((entries[path], why) for path, why in done.failed.items())
+        )
 
     def _path(self, key: PromptKey) -> Path:
         return self.folder / f"{key.digest}{SUFFIX}"
@@ -131,7 +152,7 @@ class PromptCache:
             if held + nbytes <= self.limit_bytes:
                 break
             if entry.is_whole:
-                with suppress(PermissionError):  # Windows: somebody reads it
+                with suppress(OSError):  # Windows: somebody reads it
                     entry.path.unlink(missing_ok=True)
                     held -= entry.nbytes
         return held + nbytes <= self.limit_bytes
@@ -143,7 +164,7 @@ class PromptCache:
         return self._files()
 
     def _files(self) -> list[Entry]:
-        """The least recently used first; files of others in the folder are left out."""
+        """The least recently used first; files of others in the folder are left out, and what is no file."""
         found = []
         try:
             listed = list(os.scandir(self.folder))
@@ -151,7 +172,9 @@ class PromptCache:
             return []
         for item in listed:
             if _OURS.fullmatch(item.name):
-                with suppress(FileNotFoundError):
+                with suppress(OSError):  # gone meanwhile
+                    if not item.is_file(follow_symlinks=False):
+                        continue
                     stat = item.stat(follow_symlinks=False)
                     found.append(Entry(Path(item.path), stat.st_size, stat.st_mtime_ns))
         return sorted(found, key=lambda entry: (entry.used_ns, entry.path.name))

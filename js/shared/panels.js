@@ -26,14 +26,18 @@ export function addPanel(node, element, { name, heightPx, widthPx, fixed = false
 
 /**
  * Register an extension that shows, on nodes of some classes, the text that their last run gave. `empty`: what is there
- * before it, by class.
+ * before it, by class. Returns (node, text) => void, which shows another text.
  */
 export function showText({ extension, empty, name, className, css, heightPx, widthPx }) {
   const panels = new WeakMap(); // node -> its element: goes when its node goes
 
+  function setText(node, text) {
+    const panel = panels.get(node);
+    if (panel) panel.textContent = text;
+  }
+
   function show(id, output) {
-    const panel = panels.get(nodeAt(id));
-    if (panel && output?.text) panel.textContent = output.text.join("\n");
+    if (output?.text) setText(nodeAt(id), output.text.join("\n"));
   }
 
   app.registerExtension({
@@ -59,4 +63,6 @@ export function showText({ extension, empty, name, className, css, heightPx, wid
       for (const [id, output] of Object.entries(outputs)) show(id, output);
     },
   });
+
+  return setText;
 }

@@ -21,7 +21,7 @@ from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.errors import CacheError
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.text import key as prompt_key
-from qwenimage_lowvram.engine.text.cache import LIMIT_BYTES, PromptCache
+from qwenimage_lowvram.engine.text.cache import LIMIT_BYTES, Cleared, PromptCache
 from qwenimage_lowvram.engine.text.encoder import TextEncoder
 from qwenimage_lowvram.engine.text.key import PromptKey, arithmetic_of
 from safetensors import safe_open
@@ -373,9 +373,57 @@ def test_files_of_others_are_not_counted_and_stay(cache: PromptCache) -> None:
     for number in range(4):
         cache.put(a_key(number), a_tensor(number))
     assert len(kept(cache)) == 2
-    assert len(cache.clear()) == 2
+    assert len(cache.clear().removed) == 2
     assert set(files_in(cache)) == set(others)
-    assert cache.clear() == []
+    assert cache.clear() == Cleared((), ())
+
+
+@pytest.mark.parametrize("kind", ["a folder", "a pipe", "a link"])
+def test_what_is_no_file_under_an_entrys_name_is_skipped_and_stays(
+    kind: str, cache: PromptCache, caplog: pytest.LogCaptureFixture
+) -> None:
+    if kind == "a pipe" and not hasattr(os, "mkfifo"):
+        pytest.skip("Windows has no pipes among its files")
+    cache.limit_bytes = 2 * entry_bytes(cache)
+    aside = cache.folder.parent / "elsewhere"
+    aside.write_bytes(bytes(10))
+    make = {"a folder": Path.mkdir, "a pipe": getattr(os, "mkfifo", None), "a link": lambda at: at.symlink_to(aside)}
+    file = cache.folder / f"{a_key(9).digest}.safetensors"
+    part = cache.folder / f"{a_key(9).digest}.01234567.safetensors.part"
+    for path in (file, part):
+        make[kind](path)
+    os.utime(file, (1, 1), follow_symlinks=False)  # the first to go, if it were an entry
+    for number in range(4):
+        cache.put(a_key(number), a_tensor(number))
+    assert warnings_of(caplog) == []
+    assert kept(cache) == {2, 3, 9}
+    assert cache.get(a_key(9)) is None
+    cache.put(a_key(9), a_tensor(9))
+    assert all("no plain file" in warning for warning in warnings_of(caplog))
+    cache.clear()
+    assert set(files_in(cache)) == {file, part}
+    assert cache.odd_names() == sorted([file.name, part.name])
+    assert aside.read_bytes() == bytes(10)
+
+
+def test_clearing_prompts_goes_on_after_one_that_cannot_be_removed(
+    cache: PromptCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(3):
+        cache.put(a_key(number), a_tensor(number))
+        used(cache, number, 1000 + number)
+    held, unlink = cache.folder / f"{a_key(1).digest}.safetensors", Path.unlink
+
+    def refused(path: Path, **options: Any) -> None:
+        if path == held:
+            raise PermissionError(errno.EACCES, "The process cannot access the file")
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    cleared = cache.clear()
+    assert len(cleared.removed) == 2
+    assert [(entry.path, why) for entry, why in cleared.failed] == [(held, "The process cannot access the file")]
+    assert kept(cache) == {1}
 
 
 def test_a_usual_prompt_fits_a_thousand_times_and_the_longest_a_hundred_times(cache: PromptCache) -> None:
@@ -390,7 +438,8 @@ def test_a_usual_prompt_fits_a_thousand_times_and_the_longest_a_hundred_times(ca
 
 def test_a_folder_that_is_not_there_is_empty_and_not_made(cache: PromptCache) -> None:
     assert cache.get(KEY) is None
-    assert cache.entries() == cache.clear() == []
+    assert cache.entries() == []
+    assert cache.clear() == Cleared((), ())
     assert not cache.folder.exists()
 
 

@@ -611,11 +611,30 @@ def test_where_another_process_holds_its_file_that_one_is_used(
         raise PermissionError(errno.EACCES, "The process cannot access the file")  # as on Windows
 
     monkeypatch.setattr(os, "replace", refused)
+    monkeypatch.setattr(quantized_files, "PATIENCE_SECONDS", 0.1)
     assert weights_of(source, "nf4", cache).make(CPU) == first
     assert parts_in(cache) == []
     cache_path(source, "nf4", cache).unlink()
-    with pytest.raises(CacheError, match="cannot be written"):
+    with pytest.raises(CacheError, match=r"(?s)was written whole, but another program holds it.*except that folder"):
         quantize(source, "nf4", cache)
+
+
+def test_a_scanner_that_holds_the_finished_file_for_seconds_costs_no_quantizing(
+    source: Checkpoint, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace_file, attempts = os.replace, []
+
+    def scanned(*args: Any) -> None:
+        attempts.append(time.monotonic())
+        if len(attempts) < 5:
+            raise PermissionError(errno.EACCES, "The process cannot access the file")  # as on Windows
+        replace_file(*args)
+
+    monkeypatch.setattr(os, "replace", scanned)
+    made = quantize(source, "nf4", cache)
+    assert len(attempts) == 5
+    assert weights_of(source, "nf4", cache).open() == made
+    assert parts_in(cache) == []
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -710,15 +729,125 @@ def test_the_folder_is_listed_and_cleared(source: Checkpoint, folder: Path, tmp_
     assert (usable.source, usable.weight_format) == (str(source.path), "nf4")
     assert usable.nbytes == usable.path.stat().st_size
     assert abs(usable.made - time.time()) < 600
-    removed = clear(cache, quantized_files.UNUSED)
+    removed = clear(cache, quantized_files.UNUSED).removed
     assert {file.state for file in removed} == {State.GONE, State.DAMAGED}
     assert set(cache.iterdir()) == {usable.path, *others}
-    assert [file.path for file in clear(cache, quantized_files.FINISHED)] == [usable.path]
+    assert [file.path for file in clear(cache, quantized_files.FINISHED).removed] == [usable.path]
     assert set(cache.iterdir()) == set(others)
 
 
+def odd_things(folder: Path) -> list[Path]:
+    """What nobody expects under names like those of our files."""
+    name = "model.nf4.0123456789abcdef"
+    a_folder, a_link, a_part, theirs, unreadable = (
+        folder / name
+        for name in (
+            f"a{name}.safetensors",
+            f"b{name}.safetensors",
+            f"c{name}.01234567.safetensors.part",
+            "download.safetensors.part",
+            f"e{name}.safetensors",
+        )
+    )
+    a_folder.mkdir(parents=True)
+    a_part.mkdir()
+    (folder.parent / "elsewhere").write_bytes(b"somebody's")
+    a_link.symlink_to(folder.parent / "elsewhere")
+    theirs.write_bytes(b"of a download")
+    unreadable.write_bytes(b"")
+    made = [a_folder, a_link, a_part, theirs, unreadable]
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(folder / f"f{name}.safetensors")
+        os.mkfifo(folder / f"g{name}.01234567.safetensors.part")
+        made += [folder / f"f{name}.safetensors", folder / f"g{name}.01234567.safetensors.part"]
+    return made
+
+
+def test_odd_things_are_shown_and_left_alone(source: Checkpoint, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = odd_things(cache)
+    unreadable, opened = odd[4], Path.open
+
+    def refused(path: Path, *args: Any, **options: Any) -> Any:
+        if path == unreadable:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return opened(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", refused)
+    quantize(source, "nf4", cache)
+    states = {file.path: file.state for file in cached_files(cache)}
+    assert {path: states.get(path) for path in odd} == {
+        path: State.UNREADABLE if path == unreadable else State.FOREIGN for path in odd
+    }
+    cleared = clear(cache, list(State))
+    assert [file.state for file in cleared.removed] == [State.USABLE]
+    assert cleared.failed == ()
+    assert set(cache.iterdir()) == set(odd)
+    assert (cache.parent / "elsewhere").read_bytes() == b"somebody's"
+
+
+@pytest.mark.parametrize(
+    "record", ["a\0b", "\ud800", "x" * 300, "/" + "y/" * 3000, "", "line\nbreak", "a pipe"], ids=ascii
+)
+def test_a_record_that_names_no_file_is_shown_and_cleared(record: str, tmp_path: Path, cache: Path) -> None:
+    if record == "a pipe":
+        if not hasattr(os, "mkfifo"):
+            pytest.skip("Windows has no pipes among its files")
+        record = str(tmp_path / "pipe.safetensors")
+        os.mkfifo(record)
+    header = {"__metadata__": {"quantized_by": quantized_files.MAKER, "source": record, "weight_format": "n\0"}}
+    raw = json.dumps(header).encode()
+    file = cache / "odd.nf4.0123456789abcdef.safetensors"
+    cache.mkdir(parents=True)
+    file.write_bytes(len(raw).to_bytes(8, "little") + raw)
+    (shown,) = cached_files(cache)
+    assert (shown.source, shown.state) == (record, State.GONE if record else shown.state)
+    assert clear(cache, quantized_files.UNUSED).removed == (shown,)
+    assert not file.exists()
+
+
+@pytest.mark.parametrize("kind", ["a folder", "a pipe", "a link"])
+def test_what_is_in_the_way_of_a_file_is_named_before_the_run_and_left_alone(
+    kind: str, source: Checkpoint, cache: Path
+) -> None:
+    file = cache_path(source, "nf4", cache)
+    cache.mkdir(parents=True)
+    if kind == "a pipe" and not hasattr(os, "mkfifo"):
+        pytest.skip("Windows has no pipes among its files")
+    make = {"a folder": Path.mkdir, "a pipe": getattr(os, "mkfifo", None), "a link": lambda at: at.symlink_to("none")}
+    make[kind](file)
+    before = file.lstat()
+    weights = weights_of(source, "nf4", cache)
+    with pytest.raises(CacheError, match=r"(?s)no plain file.*left alone.*move it away"):
+        weights.check_room()
+    assert weights.open() is None
+    with pytest.raises(CacheError, match=r"(?s)no plain file.*left alone.*move it away"):
+        weights.make(CPU)
+    assert file.lstat() == before
+    assert list(cache.iterdir()) == [file]
+
+
+def test_clearing_goes_on_after_a_file_that_cannot_be_removed(
+    source: Checkpoint, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("fp4", "int8", "nf4"):
+        quantize(source, name, cache)
+    files = [cache_path(source, name, cache) for name in ("fp4", "int8", "nf4")]
+    unlink = Path.unlink
+
+    def held(path: Path, **options: Any) -> None:
+        if path == files[1]:
+            raise PermissionError(errno.EACCES, "The process cannot access the file")
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", held)
+    cleared = clear(cache, quantized_files.FINISHED)
+    assert [file.path for file in cleared.removed] == [files[0], files[2]]
+    assert [(file.path, why) for file, why in cleared.failed] == [(files[1], "The process cannot access the file")]
+
+
 def test_a_folder_that_is_not_there_is_empty(tmp_path: Path) -> None:
-    assert cached_files(tmp_path / "none") == clear(tmp_path / "none", quantized_files.FINISHED) == []
+    assert cached_files(tmp_path / "none") == []
+    assert clear(tmp_path / "none", quantized_files.FINISHED) == quantized_files.Cleared((), ())
     remove_dead(tmp_path / "none")
 
 

@@ -1,5 +1,6 @@
 """The loader quantizes at its first load, is interrupted like any node, and notices when its cache has been cleared."""
 
+import json
 import logging
 import math
 import os
@@ -62,6 +63,13 @@ def shown(action: str) -> str:
     answer = QwenLowVRAMWeightCache().run(action)
     assert answer["ui"] == {"text": [answer["result"][0]]}
     return answer["result"][0]
+
+
+def after_clearing(what: str) -> str:
+    from qwenimage_lowvram.nodes.cache_report import cleared
+    from qwenimage_lowvram.nodes.weight_cache import prompt_cache
+
+    return cleared(cache(), prompt_cache(), what)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +177,7 @@ def test_a_model_whose_cache_was_cleared_is_loaded_again(pipeline: Path) -> None
     before = fingerprint("nf4")
     load("nf4")
     assert fingerprint("nf4") == before  # or every second run would load again
-    shown("clear all")
+    after_clearing("all")
     after = fingerprint("nf4")
     assert after != before
     assert fingerprint("nf4") == after
@@ -191,28 +199,36 @@ def test_the_node_lists_what_there_is_and_its_size(pipeline: Path) -> None:
     assert all(line.endswith(", usable") for line in lines)
 
 
-def test_the_node_clears_what_is_not_used_or_everything(pipeline: Path) -> None:
+def test_clearing_removes_what_is_not_used_or_everything(pipeline: Path) -> None:
     load("nf4")
     os.utime(weights_in(pipeline), (1, 1))
     load("nf4")
     assert [line.rpartition(", ")[2] for line in shown("show").splitlines()[1:]].count("usable") == 1
-    report = shown("clear unused")
+    report = after_clearing("unused")
     assert "removed: 1 file" in report
     assert report.splitlines()[-1].endswith("its model file has changed")
     identity = open_checkpoint(pipeline / "transformer").identity
     (kept,) = cache().iterdir()
     assert identity in kept.name
-    assert "removed: nothing" in shown("clear unused")
-    assert "removed: 1 file" in shown("clear all")
+    assert "removed: nothing" in after_clearing("unused")
+    assert "removed: 1 file" in after_clearing("all")
     assert list(cache().iterdir()) == []
 
 
-def test_a_graph_left_on_clear_all_clears_once(pipeline: Path) -> None:
+@pytest.mark.parametrize("action", ["clear unused", "clear all", "clear prompts"])
+def test_a_graph_that_holds_an_old_value_that_clears_only_shows(action: str, pipeline: Path) -> None:
     from qwenimage_lowvram.nodes.weight_cache import QwenLowVRAMWeightCache
 
-    assert math.isnan(QwenLowVRAMWeightCache.IS_CHANGED("show"))
-    for action in ("clear all", "clear prompts"):
-        assert QwenLowVRAMWeightCache.IS_CHANGED(action) == QwenLowVRAMWeightCache.IS_CHANGED(action)
+    load("nf4")
+    os.utime(weights_in(pipeline), (1, 1))  # unused now
+    files = list(cache().iterdir())
+    assert action in QwenLowVRAMWeightCache.INPUT_TYPES()["required"]["action"][0]
+    report = shown(action)
+    assert list(cache().iterdir()) == files
+    assert report.startswith(shown("show"))
+    assert "Nothing was cleared" in report
+    assert "POST /qwen_lowvram/clear" in report
+    assert math.isnan(QwenLowVRAMWeightCache.IS_CHANGED(action))
 
 
 def test_prompts_and_weights_are_cleared_apart(pipeline: Path) -> None:
@@ -225,12 +241,69 @@ def test_prompts_and_weights_are_cleared_apart(pipeline: Path) -> None:
     nbytes = sum(entry.nbytes for entry in prompt_cache().entries())
     count = f"prompts: 2, {nbytes / 1e6:.1f} MB"
     assert shown("show").splitlines()[-1] == count
-    for action in ("clear unused", "clear all"):
-        assert count in shown(action).splitlines()
+    for what in ("unused", "all"):
+        assert count in after_clearing(what).splitlines()
     assert len(prompt_cache().entries()) == 2
     load("nf4")
-    report = shown("clear prompts")
+    report = after_clearing("prompts")
     assert report.startswith(f"{cache()}: 1 file, ")
     assert report.endswith(f"prompts: none\n\nremoved {count}")
     assert prompt_cache().entries() == []
-    assert shown("clear prompts").endswith("removed prompts: none")
+    assert after_clearing("prompts").endswith("removed prompts: none")
+
+
+def test_one_that_cannot_be_removed_is_named_and_the_others_go(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load("nf4")
+    load("int8")
+    (held,) = cache().glob("*.int8.*")
+    unlink = Path.unlink
+
+    def refused(path: Path, **options: Any) -> None:
+        if path == held:
+            raise PermissionError(13, "The process cannot access the file")
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    report = after_clearing("all").splitlines()
+    assert "removed: 1 file, 0.00 GB" in report
+    assert report[-1].startswith(f"not removed (The process cannot access the file): {NAME}/transformer, int8, ")
+    assert report[0].startswith(f"{cache()}: 1 file, ")
+    assert list(cache().iterdir()) == [held]
+
+
+def test_odd_names_and_records_are_shown_as_one_line_each(pipeline: Path) -> None:
+    name = "a\nb.nf4.0123456789abcdef.safetensors"
+    record = {"quantized_by": "qwenimage_lowvram", "source": "/x/a\0\ud800\nb.safetensors", "weight_format": "n\r4"}
+    raw = json.dumps({"__metadata__": record}).encode()
+    cache().mkdir(parents=True)
+    (cache() / "c.nf4.0123456789abcdef.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw)
+    (cache() / "d.nf4.0123456789abcdef.safetensors").mkdir()
+    if os.name != "nt":
+        (cache() / name).write_bytes(b"damaged")
+    os.utime(cache() / "c.nf4.0123456789abcdef.safetensors", (10**10, 10**10))
+    text = shown("show")
+    assert all(c == "\n" or c.isprintable() for c in text)
+    json.dumps(text).encode()
+    _, *lines, _ = text.splitlines()
+    assert len(lines) == len(list(cache().iterdir()))
+    assert lines[-2].startswith("a\\x00\\ud800\\nb.safetensors, n\\r4, 0.00 GB, ")
+    assert lines[-2].endswith("its model file is gone")
+    assert lines[-1].endswith("not a file of ours, is left alone")
+
+
+def test_what_is_no_file_among_the_prompts_is_shown(pipeline: Path) -> None:
+    name = f"{'0' * 32}.safetensors"
+    (cache() / "prompts" / name).mkdir(parents=True)
+    assert shown("show").splitlines()[1:] == ["prompts: none", f"prompts/{name}, not a file of ours, is left alone"]
+    assert "removed prompts: none" in after_clearing("prompts")
+    assert (cache() / "prompts" / name).is_dir()
+
+
+def test_a_folder_that_cannot_be_read_is_a_line_and_no_error(pipeline: Path) -> None:
+    cache().mkdir(parents=True)
+    (cache() / "prompts").write_bytes(b"no folder")
+    first, second = shown("show").splitlines()
+    assert first == f"{cache()}: nothing"
+    assert "cannot be read" in second
+    assert "cannot be cleared" in after_clearing("prompts")
+    (cache() / "prompts").unlink()

@@ -1,4 +1,5 @@
-"""The Quantized Weights node shows its list, on the page as in the output, and saves nothing of it."""
+"""The Quantized Weights node shows its list, on the page as in the output, and its buttons clear; nothing of either is
+saved."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,19 @@ ADD = """() => {
   graph.add(node);
   return node.id;
 }"""
+BUTTONS = "() => [...document.querySelectorAll('.qwen-lowvram-clear button')].map((b) => b.textContent)"
+# a person gets there with Tab, and presses Enter: the browser makes a click of it
+PRESS = """(what) => {
+  const button = document.querySelector(`.qwen-lowvram-clear button[data-clear=${what}]`);
+  button.focus();
+  const focused = document.activeElement === button && button.tabIndex === 0;
+  button.click();
+  return focused;
+}"""
+SETTLED = """() => new Promise((done) => {
+  const look = () => document.querySelector('.qwen-lowvram-clear [aria-disabled]') ? setTimeout(look, 50) : done(true);
+  look();
+})"""
 SHOWN = "() => document.querySelector('.qwen-lowvram-weights').innerText"
 
 
@@ -38,3 +52,56 @@ def test_the_node_shows_its_list_on_the_page(page: Any, models_dir: Path) -> Non
     assert saved["widgets_values"] == ["show"]
     page.screenshot("weight-cache")
     assert page.unexpected_messages() == []
+
+
+@pytest.mark.parametrize("what", ["unused", "all"])
+def test_a_button_clears_and_shows_what_is_left(what: str, page: Any, models_dir: Path) -> None:
+    page.evaluate(ADD)
+    page.evaluate("() => new Promise((done) => setTimeout(done, 500))")
+    assert page.evaluate(BUTTONS) == ["Clear unused", "Clear all weights", "Clear prompts"]
+    folder = models_dir / "qwen_lowvram"
+    folder.mkdir(exist_ok=True)
+    damaged, odd = (folder / f"{name}.nf4.0123456789abcdef.safetensors" for name in ("model", "odd"))
+    damaged.write_bytes(b"")
+    odd.mkdir()
+    assert page.evaluate(PRESS, what) is True
+    assert page.evaluate(SETTLED) is True
+    lines = page.evaluate(SHOWN).splitlines()
+    assert lines[0] == f"{folder}: nothing"
+    assert "removed: 1 file, 0.00 GB" in lines
+    assert any(line.endswith("not a file of ours, is left alone") for line in lines)
+    assert [path.name for path in folder.glob("*.safetensors")] == [odd.name]
+    odd.rmdir()
+    (saved,) = page.serialize()["nodes"]
+    assert saved["widgets_values"] == ["show"]
+    (inputs,) = (node["inputs"] for node in page.prompt().values())
+    assert inputs == {"action": "show"}
+    page.screenshot(f"weight-cache-{what}")
+    assert page.unexpected_messages() == []
+
+
+def test_a_graph_with_an_old_value_that_clears_still_opens_and_clears_nothing(page: Any, models_dir: Path) -> None:
+    page.evaluate(ADD)
+    graph = page.serialize()
+    graph["nodes"][0]["widgets_values"] = ["clear all"]
+    file = models_dir / "qwen_lowvram" / "old.nf4.0123456789abcdef.safetensors"
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(b"")
+    page.load(graph)
+    assert page.run()["status"] == "success"
+    assert "Nothing was cleared" in page.evaluate(SHOWN)
+    assert file.exists()
+    file.unlink()
+    assert page.unexpected_messages() == []
+
+
+def test_the_buttons_speak_chinese(open_page: Any, client: ComfyClient) -> None:
+    page = open_page({"Comfy.Locale": "zh"})
+    try:
+        page.evaluate(ADD)
+        page.evaluate("() => new Promise((done) => setTimeout(done, 500))")
+        assert page.evaluate(BUTTONS) == ["清理未使用的权重", "清理全部权重", "清理提示词"]
+        page.screenshot("weight-cache-zh")
+        assert page.unexpected_messages() == []
+    finally:
+        client.post("/settings", {"Comfy.Locale": "en"})

@@ -71,6 +71,5 @@ def test_after_a_restart_a_known_prompt_reads_no_weight_of_the_encoder(
         red, blue = (picture(client, with_inputs(prompt, "2", positive=f"a {word} square")) for word in ("red", "blue"))
         assert np.array_equal(red, blue)
         assert not np.array_equal(red, expected)
-        cleared = client.run({"1": {"class_type": "QwenLowVRAMWeightCache", "inputs": {"action": "clear prompts"}}})
-        assert "removed prompts: 4, " in cleared.ui("text")[0]
+        assert "removed prompts: 4, " in client.post("/qwen_lowvram/clear", {"clear": "prompts"})["text"]
         assert list(prompts.iterdir()) == []

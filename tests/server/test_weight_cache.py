@@ -2,6 +2,8 @@
 from the cache."""
 
 import io
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,23 @@ def picture(client: ComfyClient, prompt: dict[str, Any]) -> tuple[np.ndarray, Ru
 def files_in(folder: Path) -> list[Path]:
     """The quantized weights; encoded prompts have a folder of their own in there."""
     return [path for path in folder.iterdir() if path.name != "prompts"] if folder.exists() else []
+
+
+def cleared(client: ComfyClient, what: str) -> str:
+    text = client.post("/qwen_lowvram/clear", {"clear": what})["text"]
+    assert isinstance(text, str)
+    return text
+
+
+def answer(client: ComfyClient, method: str, body: bytes, **headers: str) -> tuple[int, str]:
+    """Status and text of a request for clearing."""
+    names = {name.replace("_", "-"): value for name, value in headers.items()}
+    request = urllib.request.Request(f"{client.url}/qwen_lowvram/clear", body or None, names, method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
 
 
 def stamp(file: Path) -> tuple[int, int]:
@@ -147,13 +166,34 @@ def test_the_node_shows_and_clears_and_the_next_run_quantizes_again(
     shown = node("show")
     assert shown.startswith(f"{cache}: 1 file, ")
     assert f"{full_pipeline.name}/transformer, fp4, " in shown
-    assert node("clear unused").endswith("removed: nothing")
-    assert "removed: 1 file" in node("clear all")
+    assert cleared(client, "unused").endswith("removed: nothing")
+    assert "Nothing was cleared" in node("clear all")
+    assert len(files_in(cache)) == 1
+    assert "removed: 1 file" in cleared(client, "all")
     assert files_in(cache) == []
     assert f"{cache}: nothing" in node("show")
     again, _ = picture(client, with_inputs(graph, "4", seed=SEED + 1))
     assert not np.array_equal(again, first)
     assert len(files_in(cache)) == 1
+
+
+def test_only_a_request_of_the_own_page_or_a_program_clears(client: ComfyClient, cache: Path) -> None:
+    cache.mkdir(exist_ok=True)
+    file = cache / "model.nf4.0123456789abcdef.safetensors"  # damaged: any clearing of weights removes it
+    file.write_bytes(b"")
+    everything, json_type = b'{"clear": "all"}', {"Content_Type": "application/json"}
+    for body in (b"", b"{", b"[]", b'{"clear": null}', b'{"clear": ["all"]}', b'{"clear": "../.."}', b"[" * 900):
+        status, text = answer(client, "POST", body or b" ", **json_type)
+        assert (status, "unused, all, prompts" in text) == (400, True)
+    assert answer(client, "POST", everything + b" " * 1000, **json_type)[0] == 400
+    assert answer(client, "POST", everything, Content_Type="text/plain")[0] == 415
+    assert answer(client, "GET", b"")[0] in (404, 405)
+    assert answer(client, "POST", everything, Sec_Fetch_Site="cross-site", **json_type)[0] == 403
+    assert answer(client, "POST", everything, Origin="http://example.org", **json_type)[0] == 403
+    assert file.exists()
+    status, text = answer(client, "POST", everything, **json_type)
+    assert (status, "removed: 1 file" in text) == (200, True)
+    assert not file.exists()
 
 
 def test_a_quantized_file_in_another_format_is_refused_before_anything_is_loaded(
