@@ -11,7 +11,7 @@ import comfy.supported_models
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...engine.errors import Unsupported
 from ...engine.lora.patch import lora_patches
@@ -33,7 +33,7 @@ from .planning import plan_run, request_of
 from .references import check_methods
 from .run import SamplingRun
 from .speeds import KnownSpeeds
-from .stand_ins import Parts, refuse_compiling, refuse_reaching
+from .stand_ins import WithoutLayers, refuse_compiling
 from .timeline import Timeline
 from .unsupported import check_graph, check_latents, check_layers, check_references, check_size, refuse, why_one_by_one
 
@@ -243,36 +243,16 @@ class _Calls:
         return [torch.cat([call.unpack(next(tokens)) for _ in range(call.batch)]) for call in calls]
 
 
-class _DiffusionModel(nn.Module):
+class _DiffusionModel(WithoutLayers):
     """What BaseModel.apply_model calls. Has no parameters: nothing here is ComfyUI's to move, cast or patch."""
 
     def __init__(self, calls: _Calls) -> None:
-        super().__init__()
+        super().__init__(calls.transformer.weights)
         self._calls = calls
         self.dtype = calls.transformer.dtype
         config = calls.transformer.config
         self.in_channels = config.in_channels  # RenormCFG asks for it
         self.inner_dim, self.patch_size = config.inner_dim, PATCH
-        self._parts = Parts(calls.transformer.weights)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("__") or "_parts" not in self.__dict__:
-                raise
-        return self._parts.of_model(name)
-
-    def named_modules(self, memo: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Only as a part of ComfyUI's model: who looks for layers or weights here would find none."""
-        if memo is None:
-            refuse_reaching("named_modules, parameters")
-        return super().named_modules(memo, *args, **kwargs)
-
-    @property
-    def watched(self) -> bool:
-        """Whether another node looks at each call, or answers it."""
-        return bool(self._forward_hooks or self._forward_pre_hooks or {"forward", "_forward"} & self.__dict__.keys())
 
     def forward(
         self,

@@ -65,6 +65,33 @@ class Part:
         raise refuse_reaching(self._path)
 
 
+class WithoutLayers(nn.Module):
+    """A module whose layers are looked for as ComfyUI's own has them, and are `Part`s."""
+
+    def __init__(self, weights: Mapping[str, tuple[int, ...]]) -> None:
+        super().__init__()
+        self._parts = Parts(weights)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or "_parts" not in self.__dict__:
+                raise
+        return self._parts.of_model(name)
+
+    def named_modules(self, memo: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Only as a part of ComfyUI's model: who looks for layers or weights here would find none."""
+        if memo is None:
+            refuse_reaching("named_modules, parameters")
+        return super().named_modules(memo, *args, **kwargs)
+
+    @property
+    def watched(self) -> bool:
+        """Whether another node looks at each call, or answers it."""
+        return bool(self._forward_hooks or self._forward_pre_hooks or {"forward", "_forward"} & self.__dict__.keys())
+
+
 def refuse_reaching(path: str) -> Any:
     refuse(
         f"A node that reaches into the model (diffusion_model.{path})",
