@@ -11,7 +11,7 @@ import comfy.supported_models
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...engine.errors import Unsupported
 from ...engine.lora.patch import lora_patches
@@ -19,6 +19,7 @@ from ...engine.plan.memory import MemoryPlan
 from ...engine.plan.report import MemoryReport
 from ...engine.transformer.branch import Branch
 from ...engine.transformer.hooks import Hooked
+from ...engine.transformer.latents import PATCH
 from ...engine.transformer.model import QwenImageTransformer
 from .call import Call
 from .conditions import Conds, conditions_of_run, entries_of, size_of
@@ -32,6 +33,7 @@ from .planning import plan_run, request_of
 from .references import check_methods
 from .run import SamplingRun
 from .speeds import KnownSpeeds
+from .stand_ins import WithoutLayers, refuse_compiling
 from .timeline import Timeline
 from .unsupported import check_graph, check_latents, check_layers, check_references, check_size, refuse, why_one_by_one
 
@@ -70,6 +72,11 @@ class LowVRAMModel(comfy.model_base.QwenImage):
         self.last_report: MemoryReport | None = None
         self.timeline = timeline or Timeline()
         self.advice = advice
+
+    def _apply_model(self, *args: Any, **kwargs: Any) -> Any:
+        if type(self.diffusion_model) is not _DiffusionModel:
+            refuse_compiling()
+        return super()._apply_model(*args, **kwargs)
 
     @property
     def planned_bytes(self) -> int:
@@ -158,6 +165,7 @@ def _outer_sample(
 def _check(model: LowVRAMModel, guider: Any, noise: Tensor, beside: Sequence[ModelPatcher]) -> None:
     """Raise Unsupported or InvalidRequest for what the graph asks of our model that it does not do."""
     transformer = model.transformer
+    guider.model_patcher.check_guests()
     check_graph(guider.model_options, guider.conds)
     check_patches(guider.model_options.get("transformer_options", {}))
     check_references(transformer.variant, guider.conds)
@@ -189,14 +197,16 @@ def _planned_run(
     sizes = {size_of(entry, noise.shape) for entry in entries_of(conds)}
     if calls.controls.make_hints() | calls.pictures.encode(sizes, noise):
         model.plan = plan()  # the VAE may have moved what lay on the device
-    reason = _why_one_by_one(guider.model_options)
+    reason = _why_one_by_one(model, guider.model_options)
     return SamplingRun(
         transformer, model.plan, sigmas.cpu(), reason, speeds, model.timeline, beside=beside, advice=model.advice
     )
 
 
-def _why_one_by_one(model_options: Any) -> str:
+def _why_one_by_one(model: LowVRAMModel, model_options: Any) -> str:
     """Why calls may not share each visit of a block; empty where they may."""
+    if model.diffusion_model.watched:
+        return "a hook or another forward of the model sees each call"
     return why_one_by_one(model_options, KEY) or sees_each_call(model_options.get("transformer_options", {}))
 
 
@@ -205,7 +215,7 @@ def _calc_cond_batch(
 ) -> Any:
     """Around the calls of one evaluation: all of them in one visit of the blocks, unless a foreign wrapper watches."""
     calls = model.calls
-    alone = bool(_why_one_by_one(model_options))
+    alone = bool(_why_one_by_one(model, model_options))
     if calls.run is not None and calls.controls is not None:
         conds = calls.controls.once(conds, lambda: alone or calls.lockstep.recording, calls.run.attempt)
     if alone:
@@ -238,14 +248,16 @@ class _Calls:
         return [torch.cat([call.unpack(next(tokens)) for _ in range(call.batch)]) for call in calls]
 
 
-class _DiffusionModel(nn.Module):
+class _DiffusionModel(WithoutLayers):
     """What BaseModel.apply_model calls. Has no parameters: nothing here is ComfyUI's to move, cast or patch."""
 
     def __init__(self, calls: _Calls) -> None:
-        super().__init__()
+        super().__init__(calls.transformer.weights)
         self._calls = calls
         self.dtype = calls.transformer.dtype
-        self.in_channels = calls.transformer.config.in_channels  # RenormCFG asks for it
+        config = calls.transformer.config
+        self.in_channels = config.in_channels  # RenormCFG asks for it
+        self.inner_dim, self.patch_size = config.inner_dim, PATCH
 
     def forward(
         self,

@@ -1,11 +1,12 @@
 """LoRAs that ComfyUI's own loaders have read, as files in memory that our engine understands. Copies no matrix."""
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from comfy.weight_adapter import LoHaAdapter, LoKrAdapter, LoRAAdapter
+from comfy.weight_adapter import BypassInjectionManager, LoHaAdapter, LoKrAdapter, LoRAAdapter
 from torch import Tensor
 
 from ...engine.checkpoints.checkpoint import TensorEntry
@@ -52,6 +53,18 @@ def lora_of_patches(patches: Mapping[Any, Any]) -> LoraFile:
                 tensors[full] = _entry(full, value if isinstance(value, Tensor) else torch.tensor(float(value)))
     path = Path("the LoRA of another node")
     return LoraFile(path, tensors, {}, f"memory {id(patches)}")
+
+
+def bypass_adapters(injection: Any) -> dict[str, tuple[Any, float]]:
+    """What ComfyUI's bypass LoRA loader would inject: a layer's name -> (adapter, strength); empty for other code.
+
+    An injection is two functions; what they work on is known to their manager alone.
+    """
+    if not inspect.isfunction(injection.inject):
+        return {}
+    held = inspect.getclosurevars(injection.inject).nonlocals.values()
+    managers = [value for value in held if isinstance(value, BypassInjectionManager)]
+    return {name: given for manager in managers for name, given in manager.adapters.items()}
 
 
 def _entry(name: str, tensor: Tensor) -> TensorEntry:

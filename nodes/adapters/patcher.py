@@ -10,7 +10,8 @@ import torch
 
 from ...engine.errors import InvalidRequest
 from ...engine.lora.files import LoraMatch, match
-from .native_lora import PREFIX, lora_of_patches
+from .native_lora import PREFIX, bypass_adapters, lora_of_patches
+from .stand_ins import refuse_compiling, refuse_reaching
 from .unsupported import check_hooks, refuse
 
 
@@ -94,6 +95,16 @@ class LowVRAMPatcher(comfy.model_patcher.ModelPatcher):
             self.add_lora(match(lora_of_patches(names), self.model.transformer.weights), strength_patch)
         return list(names)
 
+    def set_injections(self, key: str, injections: list[Any]) -> None:
+        """ComfyUI's bypass LoRA loaders come here; their LoRA is added to the weights, as the other loaders' is."""
+        for injection in injections:
+            adapters = bypass_adapters(injection)
+            if not adapters:
+                refuse(f"A node that injects code into modules ({key})", "remove that node.")
+            for strength in dict.fromkeys(strength for _, strength in adapters.values()):
+                given = {f"{name}.weight": adapter for name, (adapter, own) in adapters.items() if own == strength}
+                self.add_patches(given, strength)
+
     def _keep_books(self, loaded_bytes: int, device: Any, patches_uuid: Any) -> None:
         self.model.device = torch.device(device)
         self.model.model_loaded_weight_memory = loaded_bytes
@@ -101,6 +112,34 @@ class LowVRAMPatcher(comfy.model_patcher.ModelPatcher):
         self.model.lowvram_patch_counter = 0
         self.model.model_offload_buffer_memory = 0
         self.model.current_weight_patches_uuid = patches_uuid
+
+    # what would change modules: ours hold nothing
+
+    def get_model_object(self, name: str) -> Any:
+        if name.startswith(PREFIX):
+            refuse_reaching(name.removeprefix(PREFIX))
+        return super().get_model_object(name)
+
+    def add_object_patch(self, name: str, obj: Any) -> None:
+        super().add_object_patch(name, obj)
+        self.check_guests()
+
+    def add_wrapper_with_key(self, wrapper_type: str, key: str, wrapper: Any) -> None:
+        if "compile" in str(key):
+            refuse_compiling()
+        super().add_wrapper_with_key(wrapper_type, key, wrapper)
+
+    def check_guests(self) -> None:
+        """Raise Unsupported for what other nodes have left with this MODEL and nothing would come of."""
+        for name in self.object_patches:
+            if f"{name}.".startswith(PREFIX):
+                refuse_reaching(name.removeprefix(PREFIX))
+        if "manual_cast_dtype" in self.object_patches:
+            self.set_model_compute_dtype(self.object_patches["manual_cast_dtype"])
+        if self.patches or self.weight_wrapper_patches:
+            refuse("A node that changes weights in its own way", "use a LoRA loader.")
+        if self.injections:
+            refuse(f"A node that injects code into modules ({', '.join(map(str, self.injections))})", "remove it.")
 
     # what would change or copy weights that are not there to be changed
 
