@@ -1,8 +1,23 @@
 """ComfyUI-QwenImage-LowVRAM: Qwen-Image on small graphics cards."""
 
 if __package__:  # a plain import of this file, as test collection does it, is not ComfyUI loading the pack
-    from .nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
+    import logging
 
-    WEB_DIRECTORY = "./js"
+    import comfyui_version
+
+    from .engine.environment import environment_problem, import_problem
+
+    NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, WEB_DIRECTORY = {}, {}, None
+    _problem = environment_problem(comfyui_version.__version__)
+    if _problem is None:
+        try:
+            from .nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
+
+            WEB_DIRECTORY = "./js"
+        except (ImportError, AttributeError, RuntimeError) as error:  # names that another version does not have
+            logging.getLogger(__name__).debug("The import that failed:", exc_info=True)
+            _problem = import_problem(error, comfyui_version.__version__)
+    if _problem is not None:
+        logging.getLogger(__name__).error("%s", _problem)
 
     __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "WEB_DIRECTORY"]

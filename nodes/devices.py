@@ -1,7 +1,11 @@
 """The devices that a person can choose for a part of the model."""
 
+from dataclasses import replace
+
 import torch
 
+from ..engine.hardware import Hardware
+from .switches import may_pin
 from .words import AUTO
 
 CPU = "cpu"
@@ -27,6 +31,12 @@ def others_of(choice: str, first: torch.device) -> list[torch.device]:
 
 def device_of(choice: str, default: torch.device) -> torch.device:
     return default if choice in (AUTO, ALL_CARDS) else torch.device(choice)
+
+
+def hardware_of(device: torch.device) -> Hardware:
+    """The device as ComfyUI's switches let it be used."""
+    hardware = Hardware.detect(device)
+    return hardware if may_pin() else replace(hardware, pinned=False, pinned_limit_bytes=0)
 
 
 def _accelerators() -> list[str]:

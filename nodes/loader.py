@@ -13,14 +13,13 @@ from ..engine.errors import InvalidRequest, QwenLowVRAMError
 from ..engine.families.members import Component, require
 from ..engine.families.variants import Variant, variant_of
 from ..engine.families.vision import mmproj_identity
-from ..engine.hardware import Hardware
 from ..engine.plan.request import GIB
 from ..engine.text.encoder import TextEncoder
 from ..engine.text.prompts import PromptTokenizer
 from ..engine.transformer.model import QwenImageTransformer, TimestepRounding
 from ..engine.transformer.positions import Positions
 from ..engine.vae import RGB, RGBA, require_image_vae
-from . import devices, files
+from . import devices, files, switches
 from .adapters.clip import LowVRAMCLIP
 from .adapters.model import make_model
 from .adapters.timeline import Timeline
@@ -298,8 +297,10 @@ class QwenLowVRAMLoader:
         with at_input("weight_format"):
             check_weight_format(transformer_file, weight_format)
         management = comfy.model_management
-        hardware = Hardware.detect(devices.device_of(transformer_device, management.get_torch_device()))
-        text_hardware = Hardware.detect(devices.device_of(text_encoder_device, management.text_encoder_device()))
+        switches.tell_unfollowed()
+        hardware = devices.hardware_of(devices.device_of(transformer_device, management.get_torch_device()))
+        text_default = switches.text_encoder_device(hardware.device)
+        text_hardware = devices.hardware_of(devices.device_of(text_encoder_device, text_default))
         vae_on = devices.device_of(vae_device, management.vae_device())
         limits = _Limits(round(vram_limit_gb * GIB) or None, round(ram_limit_gb * GIB) or None)
         compute = _compute_dtype(dtype, transformer_file, hardware.device)
@@ -309,7 +310,7 @@ class QwenLowVRAMLoader:
             in_weight_format(transformer_file, weight_format, limits.on(hardware.device)),
             dtype=compute,
             hardware=hardware,
-            others=[Hardware.detect(other) for other in devices.others_of(transformer_device, hardware.device)],
+            others=[devices.hardware_of(other) for other in devices.others_of(transformer_device, hardware.device)],
             rounding=TimestepRounding(timesteps),
             positions=Positions(positions),
             variant=member,
@@ -320,7 +321,7 @@ class QwenLowVRAMLoader:
         timeline = Timeline()
         image_vae = make_vae(
             vae_file,
-            dtype=_compute_dtype(dtype, vae_file, vae_on),
+            dtype=_vae_dtype(dtype, vae_file, vae_on),
             limit_bytes=limits.on(vae_on),
             device=vae_on,
             timeline=timeline,
@@ -372,3 +373,9 @@ def _compute_dtype(choice: str, checkpoint: Checkpoint, device: torch.device) ->
     if checkpoint.full_precision or not can_bf16:
         return torch.float32
     return torch.bfloat16
+
+
+def _vae_dtype(choice: str, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+    """A dtype that a person chose in the node comes before ComfyUI's switches."""
+    by_switch = switches.vae_dtype() if choice == "auto" else None
+    return by_switch or _compute_dtype(choice, checkpoint, device)

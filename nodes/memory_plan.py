@@ -22,7 +22,7 @@ from ..engine.text.encoder import TextEncoder
 from ..engine.transformer.parts import TransformerParts
 from ..engine.vae import ImageVAE
 from . import files
-from .adapters.limits import HEADROOM_BYTES, free_ram
+from .adapters.limits import headroom_bytes, free_ram
 from .adapters.speeds import KnownSpeeds
 from .format_choice import TYPICAL_REQUEST, advice_of, versions_of
 from .inputs import at_input
@@ -171,7 +171,7 @@ class QwenLowVRAMMemoryPlan:
             width, height, batch_size, cfg > 1, steps, prompt_tokens, references=reference_pictures, layers=layers
         )
         ram_bytes = round(ram_limit_gb * GIB) or models.free_ram_bytes(request)
-        capacities = [(f"{gb} GB", gb * GIB, gb * GIB - CONTEXT_BYTES - HEADROOM_BYTES) for gb in CARDS_GB]
+        capacities = [(f"{gb} GB", gb * GIB, gb * GIB - CONTEXT_BYTES - headroom_bytes()) for gb in CARDS_GB]
         if vram_limit_gb > 0:
             limit = round(vram_limit_gb * GIB)
             capacities.append((f"limit {vram_limit_gb:g} GB", limit, limit))

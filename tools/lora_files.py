@@ -15,7 +15,7 @@ Parts = dict[str, Tensor]
 class Style:
     """How a trainer spells a key: prefix, layer (with underscores if `flat`), and the ends of LoRA's two matrices.
 
-    comfyui, diffusers: which of them reads the style right.
+    comfyui, diffusers: which of them reads the style right. newer: diffusers does from 0.40 on at the earliest.
     """
 
     prefix: str
@@ -25,6 +25,7 @@ class Style:
     flat: bool = False
     comfyui: bool = True
     diffusers: bool = True
+    newer: bool = False
 
     def key(self, layer: str, part: str) -> str:
         name = layer.replace(".", "_") if self.flat else layer
@@ -39,21 +40,21 @@ STYLES: Mapping[str, Style] = {
     "Lightning": Style("", *_DOWN_UP, True),
     "Lightning without alpha": Style("", *_DOWN_UP, False, diffusers=False),
     "ai-toolkit": Style("diffusion_model.", *_A_B, False),
-    "ai-toolkit with alpha": Style("diffusion_model.", *_A_B, True),
+    "ai-toolkit with alpha": Style("diffusion_model.", *_A_B, True, newer=True),
     "diffusion_model, down and up": Style("diffusion_model.", *_DOWN_UP, True),
-    "diffusion_model, down and up without alpha": Style("diffusion_model.", *_DOWN_UP, False),
+    "diffusion_model, down and up without alpha": Style("diffusion_model.", *_DOWN_UP, False, newer=True),
     "musubi-tuner": Style("lora_unet_", *_DOWN_UP, True, flat=True),
-    "musubi-tuner without alpha": Style("lora_unet_", *_DOWN_UP, False, flat=True),
+    "musubi-tuner without alpha": Style("lora_unet_", *_DOWN_UP, False, flat=True, newer=True),
     "diffusers": Style("transformer.", *_A_B, False),
     "diffusers with alpha": Style("transformer.", *_A_B, True, diffusers=False),
     "OneTrainer": Style("transformer.", *_DOWN_UP, True, diffusers=False),
     "OneTrainer without alpha": Style("transformer.", *_DOWN_UP, False, diffusers=False),
     "OneTrainer, older": Style("lora_transformer_", *_DOWN_UP, True, flat=True, comfyui=False, diffusers=False),
     "DiffSynth-Studio": Style("", ".lora_A.default.weight", ".lora_B.default.weight", False),
-    "DiffSynth-Studio with alpha": Style("", ".lora_A.default.weight", ".lora_B.default.weight", True),
+    "DiffSynth-Studio with alpha": Style("", ".lora_A.default.weight", ".lora_B.default.weight", True, newer=True),
     "DiffSynth-Studio, whole pipeline": Style("pipe.dit.", *_A_B, False, comfyui=False, diffusers=False),
     "bare A and B": Style("", *_A_B, False, diffusers=False),
-    "bare A and B with alpha": Style("", *_A_B, True),
+    "bare A and B with alpha": Style("", *_A_B, True, newer=True),
     "bare A and B, no ending": Style("", ".lora_A", ".lora_B", False, diffusers=False),
     "SimpleTuner LyCORIS": Style("lycoris_", *_DOWN_UP, True, flat=True, diffusers=False),
     "SimpleTuner LyCORIS without alpha": Style("lycoris_", *_DOWN_UP, False, flat=True, diffusers=False),

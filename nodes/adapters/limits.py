@@ -1,20 +1,24 @@
 """How much memory a stage may use: the person's limits, what is free, and what our own models hold."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
-import psutil
 import torch
+from comfy.model_management import LoadedModel
 
+from ...engine.host_ram import HostRam, RamBound
 from ...engine.transformer.model import QwenImageTransformer
 from ...engine.vae import ImageVAE
+from ..switches import cache_ram_bytes, reserved_bytes
 from .patcher import LowVRAMPatcher
 
-# of what is free: fragments of torch's allocator, cuBLAS, cuDNN and attention workspaces
+# of what is free, even where nothing is reserved: fragments of torch's allocator, cuBLAS, cuDNN, attention workspaces
 HEADROOM_BYTES = 384 * 1024**2
+# beyond the free RAM at which ComfyUI empties its caches of outputs, where a person set that
+CACHE_MARGIN_BYTES = 1_400 * 1024**2
 # of free RAM, for the system, its page cache and other programs; ComfyUI empties its caches of outputs when a tenth of
 # RAM (at least 2 GiB, at most 10) is no longer free, and this stays clear of that
 RAM_HEADROOM_BYTES = 3_500 * 1024**2
@@ -41,21 +45,41 @@ def stage_bytes(
     """
     management = comfy.model_management
     wanted = wanted_bytes if limit_bytes is None else min(wanted_bytes, limit_bytes)
-    there = [loaded for loaded in management.current_loaded_models if loaded.device == device]
+    headroom = headroom_bytes()
+    there = _loaded(device)
     own = [*beside, *([] if reused is None else [reused])]
-    kept = [loaded for loaded in there if any(patcher.is_clone(loaded.model) for patcher in own)]
-    others = [loaded for loaded in there if _is_ours(loaded.model) and loaded not in kept]
-    held = sum(loaded.model_loaded_memory() for loaded in kept)
+    kept = {patcher: loaded for patcher, loaded in there.items() if any(mine.is_clone(patcher) for mine in own)}
+    others = [patcher for patcher in there if _is_ours(patcher) and patcher not in kept]
+    held = _held(kept)
     if device.type != "cpu":  # as ComfyUI does: what lies in RAM is not asked to leave
-        management.free_memory(wanted + HEADROOM_BYTES - held, device, keep_loaded=kept)
-    free = int(management.get_free_memory(device)) + held - HEADROOM_BYTES
+        management.free_memory(wanted + headroom - held, device, keep_loaded=list(kept.values()))
+    free = _free(device) + held - headroom
     if limit_bytes is None:
         return max(0, free)
-    for loaded in others:
+    for patcher in others:
         excess = _held(others) + wanted - limit_bytes
         if excess > 0:
-            _ask_away(loaded.model, excess)
+            _ask_away(patcher, excess)
     return max(0, min(free, limit_bytes - _held(others)))
+
+
+def headroom_bytes() -> int:
+    """Of what is free on a device, what stays free: what ComfyUI reserves for others, and no less than our own
+    workspaces take."""
+    return max(HEADROOM_BYTES, reserved_bytes())
+
+
+def _loaded(device: torch.device) -> dict[Any, LoadedModel]:
+    """The patchers of ComfyUI's list on `device` and their entries, without those whose model is gone."""
+    entries = ((entry.model, entry) for entry in list(comfy.model_management.current_loaded_models))
+    return {patcher: entry for patcher, entry in entries if patcher is not None and entry.device == device}
+
+
+def _free(device: torch.device) -> int:
+    free = int(comfy.model_management.get_free_memory(device))
+    if device.type in ("cpu", "mps"):  # the host's memory, of which ComfyUI asks the system alone
+        return min(free, HostRam.now().available_bytes)
+    return free
 
 
 def _is_ours(patcher: Any) -> bool:
@@ -69,8 +93,8 @@ def _ask_away(patcher: Any, nbytes: int) -> None:
         patcher.detach()
 
 
-def _held(models: list[comfy.model_management.LoadedModel]) -> int:
-    return sum(loaded.model_loaded_memory() for loaded in models)
+def _held(patchers: Iterable[Any]) -> int:
+    return sum(int(patcher.loaded_size()) for patcher in patchers)
 
 
 def host_bytes(transformer: QwenImageTransformer, limit_bytes: int | None, wanted_bytes: int, least_bytes: int) -> int:
@@ -97,14 +121,17 @@ def host_bytes(transformer: QwenImageTransformer, limit_bytes: int | None, wante
 
 def could_be_free(device: torch.device) -> tuple[int, int]:
     """(bytes on `device`, bytes of RAM) that a model could have if all others left."""
-    management = comfy.model_management
-    loaded = [entry for entry in management.current_loaded_models if entry.device == device]
-    on_device = int(management.get_free_memory(device)) + _held(loaded) - HEADROOM_BYTES
+    on_device = _free(device) + _held(_loaded(device)) - headroom_bytes()
     return max(0, on_device), max(0, free_ram() + sum(model.store.held_bytes for model in _holders))
 
 
 def free_ram() -> int:
     """Bytes of RAM that models may have; negative where even the system's share is taken."""
-    memory = psutil.virtual_memory()
-    headroom = min(RAM_HEADROOM_MOST, max(RAM_HEADROOM_BYTES, int(memory.total * RAM_HEADROOM_PART)))
-    return int(memory.available) - headroom
+    system, *others = HostRam.now().bounds
+    # ComfyUI looks at the system's free RAM alone
+    kept = max(_reserve(system), cache_ram_bytes() and cache_ram_bytes() + CACHE_MARGIN_BYTES)
+    return min([system.available_bytes - kept, *(other.available_bytes - _reserve(other) for other in others)])
+
+
+def _reserve(bound: RamBound) -> int:
+    return min(RAM_HEADROOM_MOST, max(RAM_HEADROOM_BYTES, int(bound.total_bytes * RAM_HEADROOM_PART)))

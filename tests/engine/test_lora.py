@@ -6,12 +6,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from live_bytes import LiveBytes
 from lora_files import DORA, KINDS, STYLES, Parts, change_of, make_parts, write_lora
+from packaging.version import Version
 from qwenimage_lowvram.engine.checkpoints.checkpoint import TensorEntry
 from qwenimage_lowvram.engine.errors import DamagedFile, InvalidRequest, MissingFile, Unsupported, WrongModel
 from qwenimage_lowvram.engine.formats import raw_layout
@@ -118,6 +120,8 @@ def assert_same(one: Weights, other: Weights, tolerance: float = 1e-6) -> None:
 
 # spellings
 
+NEWER_DIFFUSERS = Version(diffusers.__version__) >= Version("0.40")
+
 
 @pytest.mark.parametrize("style", STYLES)
 def test_every_trainers_keys_change_the_same_weights(
@@ -142,7 +146,7 @@ def test_every_trainers_keys_change_the_same_weights(
     assert_same(ours, expected)
     if STYLES[style].comfyui:
         assert_same(ours, by_comfyui(file, 0.8, weights))
-    if STYLES[style].diffusers:
+    if STYLES[style].diffusers and (NEWER_DIFFUSERS or not STYLES[style].newer):
         assert_same(ours, by_diffusers(file, 0.8, tiny()[0]))
 
 

@@ -499,7 +499,7 @@ def test_a_controlnet_on_the_card_stays_there_and_is_counted_once(
     load: Any, comfy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import comfy.model_management as management
-    from qwenimage_lowvram.nodes.adapters.limits import HEADROOM_BYTES, stage_bytes
+    from qwenimage_lowvram.nodes.adapters.limits import headroom_bytes, stage_bytes
 
     card, free, size = torch.device("meta"), 900 << 20, 300 << 20
     patcher = load("union").control_model_wrapped
@@ -513,10 +513,10 @@ def test_a_controlnet_on_the_card_stays_there_and_is_counted_once(
         management, "get_free_memory", lambda *_, torch_free_too=False: (free, 0) if torch_free_too else free
     )
     monkeypatch.setattr(management, "soft_empty_cache", lambda *_: None)
-    assert stage_bytes(card, None, 2 << 30, beside=[patcher]) == free + size - HEADROOM_BYTES
+    assert stage_bytes(card, None, 2 << 30, beside=[patcher]) == free + size - headroom_bytes()
     assert stage_bytes(card, 500 << 20, 2 << 30, beside=[patcher]) == 500 << 20
     assert not asked
-    assert stage_bytes(card, None, 2 << 30) == free - HEADROOM_BYTES
+    assert stage_bytes(card, None, 2 << 30) == free - headroom_bytes()
     assert asked
 
 

@@ -57,14 +57,14 @@ def tables(text: str) -> tuple[dict[str, dict[str, str]], dict[str, dict[str, st
 
 
 def test_every_stage_stays_within_each_cards_limit() -> None:
-    from qwenimage_lowvram.nodes.adapters.limits import HEADROOM_BYTES
+    from qwenimage_lowvram.nodes.adapters.limits import headroom_bytes
     from qwenimage_lowvram.nodes.memory_plan import CONTEXT_BYTES
 
     steps, peaks = tables(plan()["result"][0])
     assert tuple(steps) == tuple(peaks) == CARDS
     for card, row in peaks.items():
         limit = float(row.pop("limit"))
-        left = int(card.split()[0]) - (CONTEXT_BYTES + HEADROOM_BYTES) / 1024**3
+        left = int(card.split()[0]) - (CONTEXT_BYTES + headroom_bytes()) / 1024**3
         assert limit == pytest.approx(left, abs=0.01)
         assert list(row) == ["encode", "load", "modulation", "sampling", "decode"]
         for cell in row.values():

@@ -1,0 +1,307 @@
+"""ComfyUI's own switches: each is followed, named, or of no matter; and none is new to us."""
+
+import ast
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from qwenimage_lowvram.engine.errors import QwenLowVRAMError
+from qwenimage_lowvram.engine.hardware import Hardware
+
+from .conftest import cond, empty_latent
+from .test_model import ksampler
+
+GIB = 1024**3
+# of ComfyUI 0.33 to 0.38, where the installed one may not have them
+NEWER = (
+    "use_ck_attention",
+    "disable_fast_disk",
+    "disable_nvml_pressure",
+    "enable_triton_backend",
+    "disable_comfy_compiler",
+    "disable_cuda_graphs",
+    "assert_graph_breaks",
+    "disabled_nodes_config",
+    "disable_partner_nodes",
+    "offline",
+    "disable_assets",
+    "date_based_output",
+)
+HONOURED = (
+    "reserve_vram vram_headroom disable_pinned_memory cache_ram gpu_only cpu_vae fp16_vae bf16_vae fp32_vae force_fp32 "
+    "disable_smart_memory novram"
+).split()
+NAMED = "use_sage_attention use_flash_attention use_split_cross_attention force_fp16 fp16_unet bf16_unet fast".split()
+
+
+@pytest.fixture
+def given(comfy: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`given(name=value)`: as if ComfyUI had been started with that switch."""
+    import comfy.cli_args
+
+    def give(**values: Any) -> None:
+        for name, value in values.items():
+            monkeypatch.setattr(comfy.cli_args.args, name, value, raising=False)
+
+    return give
+
+
+def test_every_switch_of_comfyui_is_in_the_table(comfy: Any) -> None:
+    from comfy.cli_args import parser
+    from qwenimage_lowvram.nodes.switches import SWITCHES, Follow
+
+    names = {action.dest for action in parser._actions}
+    assert len(names) > 90
+    assert sorted(names - SWITCHES.keys()) == [], "ComfyUI has new switches: follow them, name them, or say why not."
+    assert sorted(set(NEWER) - SWITCHES.keys()) == []
+    assert all(SWITCHES[name].follow is Follow.HONOURED for name in HONOURED)
+    assert all(SWITCHES[name].follow is Follow.NAMED for name in NAMED)
+    assert all(len(switch.reason) > 5 for switch in SWITCHES.values())
+
+
+def test_the_table_knows_the_switches_of_other_versions() -> None:
+    """`COMFYUI_OTHER_PATH`: another ComfyUI, whose parser is read, not run."""
+    from qwenimage_lowvram.nodes.switches import SWITCHES
+
+    other = os.environ.get("COMFYUI_OTHER_PATH")
+    if not other:
+        pytest.skip("set COMFYUI_OTHER_PATH to the folder of another ComfyUI")
+    tree = ast.parse((Path(other) / "comfy" / "cli_args.py").read_text(encoding="utf-8"))
+    texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    names = {text[2:].replace("-", "_") for text in texts if text.startswith("--") and " " not in text}
+    assert sorted(names - SWITCHES.keys()) == []
+
+
+def test_what_is_not_followed_is_said_once(given: Any, caplog: pytest.LogCaptureFixture) -> None:
+    from qwenimage_lowvram.nodes.switches import tell_unfollowed
+
+    tell_unfollowed()
+    assert not caplog.records
+    given(use_sage_attention=True, fast={"fp16_accumulation"}, cpu_vae=True, highvram=True)
+    with caplog.at_level(logging.WARNING):
+        tell_unfollowed()
+    (record,) = caplog.records
+    assert "--use-sage-attention" in record.message
+    assert "--fast" in record.message
+    assert "are not followed yet" in record.message
+    assert "--cpu-vae" not in record.message
+
+
+def test_the_loader_says_what_is_not_followed(
+    given: Any, load: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    given(force_fp16=True)
+    with caplog.at_level(logging.WARNING):
+        load()
+    assert sum("--force-fp16, which is not followed yet" in record.message for record in caplog.records) == 1
+
+
+@pytest.fixture
+def load(small_pipeline: Path, models: Any) -> Any:
+    from qwenimage_lowvram.nodes.loader import QwenLowVRAMLoader
+
+    models("diffusers", str(small_pipeline.parent))
+    from qwenimage_lowvram.nodes import files
+
+    def run(**options: Any) -> Any:
+        choices = {
+            "transformer": f"{small_pipeline.name}{files.FOLDER_MARK}"
+            if hasattr(files, "FOLDER_MARK")
+            else next(name for name in files.transformer_choices() if small_pipeline.name in name),
+            "text_encoder": files.FROM_FOLDER,
+            "vae": files.FROM_FOLDER,
+            "dtype": "auto",
+            "weight_format": "as stored",
+            "vram_limit_gb": 0.0,
+            "timesteps": "fp32",
+        }
+        return QwenLowVRAMLoader().load(**{**choices, **options})
+
+    return run
+
+
+# what stays free on the card
+
+
+def free_on_card(monkeypatch: pytest.MonkeyPatch, free: int) -> torch.device:
+    import comfy.model_management as management
+
+    monkeypatch.setattr(
+        management, "get_free_memory", lambda *_, torch_free_too=False: (free, 0) if torch_free_too else free
+    )
+    monkeypatch.setattr(management, "soft_empty_cache", lambda *_: None)
+    return torch.device("meta")
+
+
+def test_what_comfyui_reserves_stays_free(comfy: Any, monkeypatch: pytest.MonkeyPatch, given: Any) -> None:
+    import comfy.model_management as management
+    from qwenimage_lowvram.nodes.adapters.limits import HEADROOM_BYTES, could_be_free, stage_bytes
+
+    card = free_on_card(monkeypatch, 8 * GIB)
+    default = management.EXTRA_RESERVED_VRAM
+    assert default >= HEADROOM_BYTES
+    assert stage_bytes(card, None, GIB) == could_be_free(card)[0] == 8 * GIB - default
+    monkeypatch.setattr(management, "EXTRA_RESERVED_VRAM", 2.5 * GIB)  # what --reserve-vram 2.5 makes of it
+    assert stage_bytes(card, None, GIB) == could_be_free(card)[0] == int(5.5 * GIB)
+    given(vram_headroom=0.5)
+    assert stage_bytes(card, None, GIB) == could_be_free(card)[0] == 5 * GIB
+    monkeypatch.setattr(management, "EXTRA_RESERVED_VRAM", 0.0)
+    given(vram_headroom=0)
+    assert stage_bytes(card, None, GIB) == 8 * GIB - HEADROOM_BYTES
+
+
+PROBE = """
+import sys, json
+sys.argv = ["main.py", *sys.argv[1:]]
+import comfy.options; comfy.options.enable_args_parsing()
+import comfy.model_management as management
+from qwenimage_lowvram.nodes import switches, devices
+from qwenimage_lowvram.nodes.adapters.limits import headroom_bytes
+from qwenimage_lowvram.nodes.loader import _compute_dtype
+import torch
+class File: full_precision = False
+print(json.dumps({
+    "reserved": headroom_bytes(), "pin": switches.may_pin(), "cache": switches.cache_ram_bytes(),
+    "dtype": str(_compute_dtype("auto", File, torch.device("cuda"))) if "--force-fp32" in sys.argv else "",
+    "vae": str(switches.vae_dtype()), "unfollowed": switches.unfollowed(),
+    "smart": not management.DISABLE_SMART_MEMORY, "vae_device": str(management.vae_device()),
+    "offload": str(management.vae_offload_device()) }))
+"""
+
+
+def started_with(*switches: str) -> dict[str, Any]:
+    import json
+
+    paths = [*os.environ["PYTHONPATH"].split(os.pathsep), os.path.expanduser(os.environ["COMFYUI_PATH"])]
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, *switches],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_a_server_s_command_line_is_followed() -> None:
+    found = started_with(
+        *"--cpu --reserve-vram 1.5 --vram-headroom 0.5 --disable-pinned-memory --cache-ram 20 --bf16-vae --force-fp32 "
+        "--disable-smart-memory --cpu-vae --use-split-cross-attention --fast fp16_accumulation --fp8_e5m2-unet".split()
+    )
+    assert found == {
+        "reserved": 2 * GIB,
+        "pin": False,
+        "cache": 20 * GIB,
+        "dtype": "torch.float32",
+        "vae": "torch.bfloat16",
+        "unfollowed": ["--fp8_e5m2-unet", "--use-split-cross-attention", "--fast"],
+        "smart": False,
+        "vae_device": "cpu",
+        "offload": "cpu",
+    }
+
+
+# the others
+
+
+def test_no_memory_is_page_locked_where_that_is_switched_off(given: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qwenimage_lowvram.nodes.devices import hardware_of
+
+    card = torch.device("cuda")
+    assert hardware_of(card) == Hardware.detect(card)
+    assert hardware_of(card).pinned
+    given(disable_pinned_memory=True)
+    assert not hardware_of(card).pinned
+    assert hardware_of(card).pinned_limit_bytes == 0
+
+
+def test_ram_stays_clear_of_where_comfyui_empties_its_caches(given: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qwenimage_lowvram.engine.host_ram import HostRam, RamBound
+    from qwenimage_lowvram.nodes.adapters import limits
+
+    bounds = [RamBound("the system", 64 * GIB, 60 * GIB)]
+    monkeypatch.setattr(HostRam, "now", lambda: HostRam(tuple(bounds)))
+    assert limits.free_ram() == 60 * GIB - int(64 * GIB * limits.RAM_HEADROOM_PART)
+    given(cache_ram=[1.0])
+    assert limits.free_ram() == 60 * GIB - int(64 * GIB * limits.RAM_HEADROOM_PART)
+    given(cache_ram=[24.0, 60.0])
+    assert limits.free_ram() == 36 * GIB - limits.CACHE_MARGIN_BYTES
+    bounds.append(RamBound("a container", 32 * GIB, 20 * GIB))
+    assert limits.free_ram() == 20 * GIB - int(32 * GIB * limits.RAM_HEADROOM_PART)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("fp16_vae", torch.float16), ("bf16_vae", torch.bfloat16), ("fp32_vae", torch.float32)]
+)
+def test_the_vae_s_dtype_is_comfyui_s_where_the_node_says_auto(
+    name: str, dtype: torch.dtype, given: Any, load: Any
+) -> None:
+    given(**{name: True})
+    assert load()[2].vae_dtype == dtype
+    assert load(dtype="fp32")[2].vae_dtype == torch.float32
+
+
+def test_force_fp32_makes_auto_fp32(load: Any, comfy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import comfy.model_management as management
+    from qwenimage_lowvram.nodes.loader import _compute_dtype
+
+    monkeypatch.setattr(management, "FORCE_FP32", True)
+    file = SimpleNamespace(full_precision=False)
+    assert _compute_dtype("auto", file, torch.device("cuda")) == torch.float32  # type: ignore[arg-type]
+
+
+def test_cpu_vae_is_where_the_vae_goes(given: Any, load: Any) -> None:
+    given(cpu_vae=True)
+    assert load()[2].device == torch.device("cpu")
+
+
+def test_with_novram_the_encoder_stays_on_the_transformer_s_device(given: Any, comfy: Any) -> None:
+    from qwenimage_lowvram.nodes.switches import text_encoder_device
+
+    card = torch.device("cuda:1")
+    assert text_encoder_device(card) == torch.device("cpu")
+    given(novram=True)
+    assert text_encoder_device(card) == card
+
+
+def test_gpu_only_keeps_encoder_results_and_vae_on_the_card(
+    given: Any, comfy: Any, load: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import comfy.model_management as management
+
+    given(gpu_only=True)
+    monkeypatch.setattr(management, "vram_state", management.VRAMState.HIGH_VRAM)
+    card = management.get_torch_device()
+    model, clip, vae = load()
+    assert clip.encoder.hardware.device == vae.output_device == vae.patcher.offload_device == card
+    assert model.offload_device == card
+    latent = ksampler(model, cond(), cond(5, 2), empty_latent(), steps=1)
+    assert vae.decode(latent).device == card
+    assert clip.encode_from_tokens(clip.tokenize("a cup")).device == card
+
+
+def test_without_smart_memory_our_models_leave_for_any_other(
+    model: Any, comfy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import comfy.model_management as management
+
+    ksampler(model, cond(), cond(5, 2), empty_latent(), steps=1)
+    assert model.loaded_size() > 0
+    management.free_memory(0, model.load_device)
+    assert model.loaded_size() > 0
+    monkeypatch.setattr(management, "DISABLE_SMART_MEMORY", True)
+    management.free_memory(0, model.load_device)
+    assert model.loaded_size() == model.model.transformer.loaded_bytes == 0
+
+
+def test_a_refusal_is_our_error(given: Any, load: Any) -> None:
+    with pytest.raises(QwenLowVRAMError):
+        load(weight_format="none")

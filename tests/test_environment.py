@@ -1,0 +1,134 @@
+"""Where the installed packages or ComfyUI do not fit, one line says so, and ComfyUI runs on."""
+
+import os
+import shutil
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+
+import pytest
+from devtools.cache import REPOSITORY
+from qwenimage_lowvram.engine.environment import environment_problem, import_problem
+
+FITTING = {
+    "torch": "2.6.0+cu124",
+    "transformers": "4.57.1",
+    "diffusers": "0.37.0",
+    "accelerate": "1.0.0",
+    "safetensors": "0.4.3",
+}
+
+
+def problem(comfyui: str = "0.30.0", **changed: str) -> str | None:
+    versions = FITTING | changed
+
+    def installed(name: str) -> str:
+        if not versions[name]:
+            raise PackageNotFoundError(name)
+        return versions[name]
+
+    return environment_problem(comfyui, installed)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{}, {"transformers": "5.24.0", "diffusers": "0.42.1", "torch": "2.14.1"}, {"diffusers": "0.43.0.dev0"}],
+    ids=str,
+)
+def test_versions_within_the_bounds_are_no_problem(changed: dict[str, str]) -> None:
+    assert problem(**changed) is None
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"transformers": "4.56.2"}, 'transformers 4.56.2 is too old .*pip install "transformers>=4.57,<6"'),
+        ({"transformers": "6.0.0"}, "transformers 6.0.0 is too new"),
+        ({"diffusers": "0.36.0"}, 'diffusers 0.36.0 is too old .*pip install "diffusers>=0.37,<1"'),
+        ({"diffusers": ""}, "diffusers is not installed"),
+        ({"torch": "2.5.1+cu121"}, r"torch 2.5.1\+cu121 is too old .*install torch >= 2.6, < 3, then restart"),
+        ({"comfyui": "0.29.9"}, "ComfyUI 0.29.9 is too old .*install ComfyUI >= 0.30.0"),
+        ({"comfyui": "0.29.9", "diffusers": "0.9"}, "ComfyUI 0.29.9 is too old.*; diffusers 0.9 is too old"),
+    ],
+    ids=str,
+)
+def test_a_version_beyond_the_bounds_is_named_in_one_line_with_what_to_do(changed: dict[str, str], words: str) -> None:
+    import re
+
+    said = problem(**changed)
+    assert said is not None
+    assert "\n" not in said
+    assert "What to do" in said
+    assert re.search(words, said), said
+
+
+def test_an_import_that_fails_is_told_in_one_line_with_the_versions() -> None:
+    said = import_problem(ImportError("cannot import\nname 'x'"), "9.9.9", lambda name: FITTING[name])
+    assert "\n" not in said
+    assert "ComfyUI 9.9.9, torch 2.6.0+cu124, transformers 4.57.1" in said
+    assert "cannot import name 'x'" in said
+
+
+LOAD = """
+import asyncio, logging, sys
+logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stdout)
+sys.path.insert(0, sys.argv[1])
+from comfy.cli_args import args
+args.cpu = True
+import nodes
+loaded = asyncio.run(nodes.load_custom_node(sys.argv[2]))
+print("loaded", loaded, len([name for name in nodes.NODE_CLASS_MAPPINGS if name.startswith("QwenLowVRAM")]))
+print("heavy", "diffusers" in sys.modules)
+"""
+
+
+def load(comfyui: Path, pack: Path, before: Path) -> str:
+    """What ComfyUI's own loader makes of the pack, with `before` ahead of the installed packages."""
+    environ = os.environ | {"PYTHONPATH": str(before), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", LOAD, str(comfyui), str(pack)]
+    result = subprocess.run(command, env=environ, capture_output=True, text=True, encoding="utf-8")
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "words"),
+    [
+        ("diffusers", "0.36.0", "diffusers 0.36.0 is too old"),
+        ("transformers", "6.0.0", "transformers 6.0.0 is too new"),
+    ],
+)
+def test_comfyui_loads_no_node_of_ours_and_runs_on_where_a_package_does_not_fit(
+    name: str, version: str, words: str, comfyui_path: Path, tmp_path: Path
+) -> None:
+    said = tmp_path / f"{name}-{version}.dist-info"
+    said.mkdir()
+    (said / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n", encoding="utf-8")
+    output = load(comfyui_path, REPOSITORY, tmp_path)
+    assert [line for line in output.splitlines() if line.startswith("ERROR")] == [
+        line for line in output.splitlines() if words in line
+    ]
+    assert "Traceback" not in output
+    assert "loaded True 0" in output
+    assert "heavy False" in output
+
+
+def test_comfyui_loads_no_node_of_ours_and_runs_on_where_a_name_is_gone(comfyui_path: Path, tmp_path: Path) -> None:
+    pack = tmp_path / "pack"
+    for part in ("engine", "nodes"):
+        shutil.copytree(REPOSITORY / part, pack / part)
+    shutil.copy(REPOSITORY / "__init__.py", pack)
+    (pack / "nodes" / "decode.py").write_text("from comfy.model_management import what_is_gone\n", encoding="utf-8")
+    output = load(comfyui_path, pack, tmp_path)
+    (line,) = (line for line in output.splitlines() if line.startswith("ERROR"))
+    assert "do not fit together" in line
+    assert "what_is_gone" in line
+    assert "Traceback" not in output
+    assert "loaded True 0" in output
+
+
+def test_comfyui_loads_the_nodes_where_all_fits(comfyui_path: Path, tmp_path: Path) -> None:
+    output = load(comfyui_path, REPOSITORY, tmp_path)
+    assert "ERROR" not in output
+    assert "loaded True 9" in output
