@@ -22,7 +22,7 @@ from ..engine.text.encoder import TextEncoder
 from ..engine.transformer.parts import TransformerParts
 from ..engine.vae import ImageVAE
 from . import files
-from .adapters.limits import headroom_bytes, free_ram
+from .adapters.limits import free_ram, headroom_bytes
 from .adapters.speeds import KnownSpeeds
 from .format_choice import TYPICAL_REQUEST, advice_of, versions_of
 from .inputs import at_input

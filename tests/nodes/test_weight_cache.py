@@ -22,6 +22,7 @@ def pipeline(comfy: Any, small_pipeline: Path) -> Iterator[Path]:
     """The small pipeline among ComfyUI's own models, without anything in the cache."""
     import folder_paths
 
+    shutil.rmtree(cache(), ignore_errors=True)  # of other tests
     folder = Path(folder_paths.models_dir) / "diffusers" / NAME
     shutil.copytree(small_pipeline, folder)
     os.utime(weights_in(folder))  # another source for each test
