@@ -11,14 +11,16 @@ import pytest
 from devtools import bench, link
 from devtools.bench import table
 from devtools.browser import installed_browsers
-from devtools.cache import SetupError, cache_folder
+from devtools.cache import REPOSITORY, SetupError, cache_folder
 from devtools.comfyui import find_comfyui, unpack_folder, verify_digest
 from devtools.demo import ProgressPrinter, format_report
 from devtools.demo_model import choose_model
 from devtools.environment import requirement_lines, unsatisfied, venv_folder
 from devtools.link import LinkKind, link_folder, remove_link
+from devtools.overlay import OVERLAYS, with_overlay
 from devtools.prepare import Need, announce
 from devtools.workflow import CannotConvert, choices, set_widgets, to_prompt, widget_names
+from qwenimage_lowvram.engine.environment import PACKAGES
 
 INFO: dict[str, Any] = {
     "Load": {
@@ -266,6 +268,18 @@ def test_an_environment_is_asked_for_what_it_lacks(tmp_path: Path) -> None:
     wanted = ["pytest>=1", "pytest<1", "no-such-package-at-all", "no-such-package; python_version < '3'"]
     assert unsatisfied(here, wanted) == ["pytest<1", "no-such-package-at-all"]
     assert (stamp.read_bytes() if stamp.exists() else None) == before
+
+
+def test_other_packages_come_before_those_of_the_environment_and_are_no_torch(tmp_path: Path) -> None:
+    found = with_overlay({"PYTHONPATH": "ours", "HOME": "h"}, tmp_path)
+    assert found == {"PYTHONPATH": os.pathsep.join([str(tmp_path), "ours"]), "HOME": "h"}
+    for overlay in OVERLAYS:
+        assert not [line for line in overlay.requirements if line.startswith("torch")]
+        assert [name for name in overlay.tests if not (REPOSITORY / name).exists()] == []
+    oldest = dict(line.split("==") for line in OVERLAYS[0].requirements if "==" in line)
+    for bounds in PACKAGES:
+        if bounds.name in oldest:
+            assert oldest[bounds.name].startswith(bounds.oldest), "the README and the check promise an older one"
 
 
 def test_what_is_missing_is_announced_and_a_full_disk_refused(

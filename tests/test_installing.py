@@ -78,7 +78,7 @@ def write_package(site: Path, name: str, version: str, needs: Sequence[str]) -> 
     lines += [f"Requires-Dist: {need}" for need in needs]
     (folder / "METADATA").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (folder / "WHEEL").write_text("Wheel-Version: 1.0\nGenerator: t\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-    (folder / "RECORD").write_text("")
+    (folder / "RECORD").touch()
 
 
 def make_environment(folder: Path, packages: Mapping[str, Sequence[str]], column: int) -> Path:

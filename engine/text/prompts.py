@@ -28,7 +28,10 @@ class PromptTokenizer:
         if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
             raise MissingFile(f"{folder} holds no tokenizer (tokenizer.json, or vocab.json and merges.txt).")
         # transformers 5 has one class under both names; that of transformers 4 without Fast reads no tokenizer.json
-        self._tokenizer = Qwen2TokenizerFast.from_pretrained(str(folder), local_files_only=True)
+        # transformers 5 writes a list of extra tokens, which transformers 4 cannot read; they are in tokenizer.json too
+        self._tokenizer = Qwen2TokenizerFast.from_pretrained(
+            str(folder), local_files_only=True, extra_special_tokens={}
+        )
         templates = ((PROMPT_TEMPLATE, PROMPT_TEMPLATE_TOKENS), (EDIT_TEMPLATE, EDIT_TEMPLATE_TOKENS))
         # the last token may join with the prompt's first characters
         self._templates = [(self._ids(text.split("{}")[0])[: count - 1], count) for text, count in templates]

@@ -1,15 +1,17 @@
-"""`python dev.py test`: lint, format, types and tests, all of them, whichever fail."""
+"""`python dev.py test`: lint, format, types and tests, all, whichever fail; the engine's with other packages too."""
 
 import subprocess
 
-from .cache import REPOSITORY
+from .cache import REPOSITORY, SetupError
+from .overlay import OVERLAYS, Overlay, overlay_arguments, prepare_overlay, with_overlay
 from .prepare import Prepared, child_environment
 
 
 def run_checks(prepared: Prepared, pytest_arguments: list[str]) -> int:
     """Run every check, pytest last; 0 if all passed. Prints which did not, before pytest's closing line."""
     commands = (["ruff", "check"], ["ruff", "format", "--check"], ["mypy"], ["pytest", *pytest_arguments])
-    failed = []
+    # where all tests run; a person who names some wants those
+    failed = [] if pytest_arguments else [overlay.name for overlay in OVERLAYS if _run_over(overlay, prepared)]
     code = 0
     for command in commands:
         name = " ".join(command[:2]) if command[0] == "ruff" else command[0]
@@ -22,3 +24,16 @@ def run_checks(prepared: Prepared, pytest_arguments: list[str]) -> int:
         if code:
             failed.append(name)
     return (code or 1) if failed else 0
+
+
+def _run_over(overlay: Overlay, prepared: Prepared) -> int:
+    """The engine's tests with other packages; 0 if all passed."""
+    print(f"== {overlay.name}: {' '.join(overlay.requirements)}", flush=True)
+    try:
+        folder = prepare_overlay(overlay, prepared.python)
+    except SetupError as error:
+        print(error, flush=True)
+        return 1
+    environment = with_overlay(child_environment(prepared), folder)
+    command = [prepared.python.with_name("pytest"), *overlay_arguments(overlay)]
+    return subprocess.run(command, cwd=REPOSITORY, env=environment).returncode
