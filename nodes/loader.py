@@ -1,11 +1,11 @@
 """The node that opens a model: files and settings in, MODEL, CLIP and VAE out. Reads headers and small weights."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import comfy.model_management
-import comfy.text_encoders.qwen_image
 import torch
 
 from ..engine.checkpoints.checkpoint import Checkpoint, open_checkpoint
@@ -42,7 +42,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 VARIANTS: dict[str, Variant | None] = {AUTO: None} | {
     variant.value: variant for variant in Variant if variant is not Variant.LAYERED
 }
-COMFYUI_TOKENIZER = Path(comfy.text_encoders.qwen_image.__file__).parent / "qwen25_tokenizer"
+# found without importing the module, whose place is no promise of ComfyUI's
+_TEXT_ENCODERS = find_spec("comfy.text_encoders")
+COMFYUI_TOKENIZER = Path(
+    next(iter((_TEXT_ENCODERS and _TEXT_ENCODERS.submodule_search_locations) or ("",))), "qwen25_tokenizer"
+)
 
 
 @dataclass(frozen=True)

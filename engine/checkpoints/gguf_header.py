@@ -6,22 +6,15 @@ import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import IntEnum
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from gguf.constants import (
-    GGML_QUANT_SIZES,
-    GGUF_DEFAULT_ALIGNMENT,
-    GGUF_MAGIC,
-    GGUF_VERSION,
-    GGMLQuantizationType,
-    GGUFValueType,
-)
-
 from ..errors import DamagedFile
+from ..packages import ggml_types
 
-MAGIC = GGUF_MAGIC.to_bytes(4, "little")
+MAGIC = b"GGUF"
 # vocabularies of 150,000 tokens and their merges take 6 MB
 MAX_HEADER_BYTES = 32_000_000
 MAX_ENTRIES = 50_000  # tensors, or settings; large models have 2,000
@@ -30,7 +23,16 @@ MAX_NAME = 256  # bytes of a tensor's or a setting's name
 # longer lists (vocabularies) are skipped
 _MAX_LIST = 64
 
-_VERSIONS = (2, GGUF_VERSION)
+_VERSIONS = (2, 3)
+_DEFAULT_ALIGNMENT = 32
+
+
+class GGUFValueType(IntEnum):
+    """Of a setting (https://github.com/ggml-org/ggml, docs/gguf.md)."""
+
+    UINT8, INT8, UINT16, INT16, UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY, UINT64, INT64, FLOAT64 = range(13)
+
+
 _SCALARS = {
     GGUFValueType.UINT8: "<B", GGUFValueType.INT8: "<b", GGUFValueType.UINT16: "<H", GGUFValueType.INT16: "<h",
     GGUFValueType.UINT32: "<I", GGUFValueType.INT32: "<i", GGUFValueType.UINT64: "<Q", GGUFValueType.INT64: "<q",
@@ -60,7 +62,8 @@ class GgufHeader:
 
 
 def read_gguf_header(file: Path) -> GgufHeader:
-    """Raises DamagedFile where the header is none, or promises more bytes than there are; OSError as open does."""
+    """Raises DamagedFile where the header is none, or promises more bytes than there are; MissingPackage; OSError as
+    open does."""
     with file.open("rb") as stream:
         stat = os.fstat(stream.fileno())
         reader = _Reader(file, stream, stat.st_size)
@@ -178,7 +181,7 @@ class _Reader:
 
 
 def _alignment(file: Path, settings: Mapping[str, str]) -> int:
-    text = settings.get("general.alignment", str(GGUF_DEFAULT_ALIGNMENT))
+    text = settings.get("general.alignment", str(_DEFAULT_ALIGNMENT))
     value = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0
     if value < 1 or value & (value - 1):
         raise DamagedFile(f"{file}: its alignment is {text:.99}, no power of two. Download it again.")
@@ -186,13 +189,14 @@ def _alignment(file: Path, settings: Mapping[str, str]) -> int:
 
 
 def _tensor(file: Path, name: str, type_number: int, shape: tuple[int, ...], offset: int, file_size: int) -> GgufTensor:
+    types = ggml_types()
     try:
-        kind = GGMLQuantizationType(type_number)
+        kind = types.GGMLQuantizationType(type_number)
     except ValueError as error:
         raise DamagedFile(
             f"{file}: {name!r} has the unknown ggml type {type_number}. Update the gguf package, or use another."
         ) from error
-    block, block_bytes = GGML_QUANT_SIZES[kind]
+    block, block_bytes = types.GGML_QUANT_SIZES[kind]
     row = shape[-1] if shape else 1
     nbytes = prod(shape) // block * block_bytes
     if row % block or offset + nbytes > file_size:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..packages import bitsandbytes
+
 BLOCK = 64  # weights that share a scale (absmax)
 NESTED_BLOCK = 256  # scales that share a scale, where scales are quantized too
 # a whole number of nested blocks
@@ -32,14 +34,14 @@ class Bnb4Codec:
         absmax = torch.empty(-(-flat.numel() // BLOCK), dtype=torch.float32, device=flat.device)
         for start in range(0, flat.numel(), CHUNK_WEIGHTS):
             chunk = flat[start : start + CHUNK_WEIGHTS]
-            codes, largest = _operators().quantize_4bit(chunk, BLOCK, self.name, torch.uint8)
+            codes, largest = load_operators().quantize_4bit(chunk, BLOCK, self.name, torch.uint8)
             packed[start // 2 :][: codes.numel()] = codes.view(-1)
             absmax[start // BLOCK :][: largest.numel()] = largest
         if not double:
             return packed, absmax
         code = _dynamic_code().to(weight.device)
         offset = absmax.mean()
-        scales, nested = _operators().quantize_blockwise(absmax - offset, code, NESTED_BLOCK)
+        scales, nested = load_operators().quantize_blockwise(absmax - offset, code, NESTED_BLOCK)
         return packed, scales, nested, code, offset
 
     def decode_into(self, out: Tensor, parts: Sequence[Tensor]) -> None:
@@ -54,7 +56,7 @@ class Bnb4Codec:
             codes = packed[start // 2 : start // 2 + (count + 1) // 2]
             shape = [count // BLOCK, BLOCK] if count % BLOCK == 0 else [count]
             # without a name, so that it is gone before the next chunk
-            chunk.copy_(_operators().dequantize_4bit(codes, scales, BLOCK, self.name, shape, out.dtype).view(-1))
+            chunk.copy_(load_operators().dequantize_4bit(codes, scales, BLOCK, self.name, shape, out.dtype).view(-1))
 
     @property
     def code(self) -> Tensor:
@@ -68,28 +70,26 @@ class Bnb4Codec:
 def _scales(codes: Tensor, first: int, nested: Tensor, code: Tensor, offset: Tensor) -> Tensor:
     """The scales that `codes` store in uint8; `first` is the nested block that they begin with."""
     absmax = nested[first : first + -(-len(codes) // NESTED_BLOCK)]
-    return _operators().dequantize_blockwise(codes, absmax, code, NESTED_BLOCK, torch.float32).add_(offset)
+    return load_operators().dequantize_blockwise(codes, absmax, code, NESTED_BLOCK, torch.float32).add_(offset)
 
 
 @cache
-def _operators() -> Any:
-    import bitsandbytes  # noqa: F401  # registers the operators; takes a second, and most files need none of them
-
+def load_operators() -> Any:
+    """bitsandbytes' operators. Raises MissingPackage."""
+    bitsandbytes()
     return torch.ops.bitsandbytes
 
 
 @cache
 def _dynamic_code() -> Tensor:
-    from bitsandbytes.functional import create_dynamic_map
-
-    return create_dynamic_map()
+    code: Tensor = bitsandbytes().create_dynamic_map()
+    return code
 
 
 @cache
 def _four_bit_code(name: str) -> Tensor:
-    from bitsandbytes.functional import get_4bit_type
-
-    return get_4bit_type(name, device="cpu")
+    code: Tensor = bitsandbytes().get_4bit_type(name, device="cpu")
+    return code
 
 
 NF4, FP4 = Bnb4Codec("nf4"), Bnb4Codec("fp4")

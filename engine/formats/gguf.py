@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
+from ..packages import ggml_types
 from .gguf_blocks import DECODERS, SCRATCH_PER_WEIGHT, TABLE_BYTES
 
 # large enough that a GPU is not kept waiting for launches
@@ -32,11 +33,11 @@ class GgufCodec:
 
     @property
     def block_weights(self) -> int:
-        return GGML_QUANT_SIZES[GGMLQuantizationType[self.type]][0]
+        return _block_size(self.type)[0]
 
     @property
     def block_bytes(self) -> int:
-        return GGML_QUANT_SIZES[GGMLQuantizationType[self.type]][1]
+        return _block_size(self.type)[1]
 
     def raw_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape of the bytes that store a weight of `shape`."""
@@ -53,6 +54,14 @@ class GgufCodec:
             decoded = DECODERS[self.type](blocks[start : start + chunk])
             weights[start : start + chunk].view(decoded.shape).copy_(decoded)
             del decoded  # before the next one is made
+
+
+@cache
+def _block_size(kind: str) -> tuple[int, int]:
+    """Weights and bytes of a block of that ggml type."""
+    types = ggml_types()
+    size: tuple[int, int] = types.GGML_QUANT_SIZES[types.GGMLQuantizationType[kind]]
+    return size
 
 
 GGUF = tuple(GgufCodec(kind) for kind in DECODERS)

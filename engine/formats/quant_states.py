@@ -9,7 +9,7 @@ from typing import Any
 
 from ..checkpoints.checkpoint import TensorEntry
 from ..errors import DamagedFile, WrongModel
-from .bnb4 import BLOCK, NESTED_BLOCK
+from .bnb4 import BLOCK, NESTED_BLOCK, load_operators
 from .notes import read_notes
 
 # JSON as bytes, written by bitsandbytes/functional.py (QuantState.as_dict)
@@ -21,10 +21,13 @@ def with_quant_states(tensors: Mapping[str, TensorEntry]) -> dict[str, TensorEnt
     """The tensors, with every 4-bit weight as dtype NF4 or FP4 in its true shape instead of U8 in none.
 
     A doubly quantized weight also gets `<name>.nested_offset`, a number that its file states as text. Raises
-    DamagedFile where a note and its tensors disagree, WrongModel for another block size.
+    DamagedFile where a note and its tensors disagree, WrongModel for another block size, MissingPackage where there are
+    such weights and bitsandbytes is not there.
     """
     result = dict(tensors)
     notes = {name: match for name in tensors if (match := _NOTE.fullmatch(name)) and match[1] in tensors}
+    if notes:
+        load_operators()
     for name, note in read_notes({name: tensors[name] for name in notes}).items():
         result |= _described(tensors, notes[name][1], notes[name][2], note)
         del result[name]

@@ -2,15 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen2_5_VLTextConfig
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
-    Qwen2_5_VLDecoderLayer,
-    Qwen2_5_VLRotaryEmbedding,
-)
 
 from ..checkpoints.checkpoint import Checkpoint, TensorEntry
 from ..chunking import ChunkedTokens
@@ -33,6 +28,9 @@ from ..streaming import (
 )
 from ..vision.tower import SeenPicture, VisionTower
 from .picture_prompts import PICTURE, require_places, token_positions
+
+if TYPE_CHECKING:
+    from transformers import Qwen2_5_VLTextConfig
 
 MLP_CHUNK_TOKENS = 512
 
@@ -125,7 +123,7 @@ class TextEncoder:
         states = self._embed(prompts, shown)
         norm = self._norm()
         try:
-            rotary = Qwen2_5_VLRotaryEmbedding(self._config).to(self.hardware.device)
+            rotary = _network().Qwen2_5_VLRotaryEmbedding(self._config).to(self.hardware.device)
             positions = [
                 self._rotary(rotary, state, token_positions(ids, seen))
                 for state, ids, seen in zip(states, prompts, shown, strict=True)
@@ -173,17 +171,23 @@ class TextEncoder:
         return norm
 
 
-def _empty_layer(config: Qwen2_5_VLTextConfig) -> nn.Module:
+def _empty_layer(config: "Qwen2_5_VLTextConfig") -> nn.Module:
     with torch.device("meta"):
-        layer = Qwen2_5_VLDecoderLayer(config, 0).eval()
+        layer = _network().Qwen2_5_VLDecoderLayer(config, 0).eval()
     layer.mlp = ChunkedTokens(layer.mlp, MLP_CHUNK_TOKENS)
     return layer
 
 
+def _network() -> Any:
+    """transformers' modules of Qwen2.5-VL, imported when an encoder is opened: it takes seconds."""
+    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
+
+    return modeling_qwen2_5_vl
+
+
 def _norm_class() -> type[nn.Module]:
     """transformers before 5.2 has the norm under the name of the network that it was copied from."""
-    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as network
-
+    network = _network()
     found: type[nn.Module] = getattr(network, "Qwen2_5_VLRMSNorm", None) or network.Qwen2RMSNorm
     return found
 
@@ -200,7 +204,9 @@ def _with_pictures(rows: "_EmbeddingRows", ids: Sequence[int], seen: Sequence[Se
     return torch.cat([next(pictures if token == PICTURE else text) for token in ids])
 
 
-def _hf_config(config: Any) -> Qwen2_5_VLTextConfig:
+def _hf_config(config: Any) -> "Qwen2_5_VLTextConfig":
+    from transformers import Qwen2_5_VLTextConfig
+
     # transformers 4 warns of a rope_theta among these, transformers 5 puts it there itself
     rope = {"type": "default", "rope_type": "default", "mrope_section": list(config["mrope_section"])}
     own = ("rope_theta", "mrope_section")

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import transformers
 
 
 def _code_version() -> str:
@@ -47,6 +46,8 @@ class PromptKey:
 
 def arithmetic_of(device: torch.device) -> str:
     """What decides the last bits of a result on that device: the libraries, the chip, and torch's settings for it."""
+    import transformers  # here: its version is of interest once prompts are encoded, and by then it is there
+
     libraries = f"torch {torch.__version__}, transformers {transformers.__version__}"
     if device.type == "cpu":
         backends = torch.backends.mkldnn

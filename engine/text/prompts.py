@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
-from transformers import Qwen2TokenizerFast
 
 from ..errors import MissingFile
 from ..families.members import (
@@ -27,6 +26,8 @@ class PromptTokenizer:
     def __init__(self, folder: Path) -> None:
         if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
             raise MissingFile(f"{folder} holds no tokenizer (tokenizer.json, or vocab.json and merges.txt).")
+        from transformers import Qwen2TokenizerFast  # takes seconds where ComfyUI has not imported it
+
         # transformers 5 has one class under both names; that of transformers 4 without Fast reads no tokenizer.json
         # transformers 5 writes a list of extra tokens, which transformers 4 cannot read; they are in tokenizer.json too
         self._tokenizer = Qwen2TokenizerFast.from_pretrained(

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, reduce
+from importlib.metadata import version
 from operator import add
 from typing import Any
 
-import diffusers
 import torch
 from packaging.version import Version
 from torch import Tensor, nn
@@ -100,4 +100,4 @@ def _mask_arguments(mask: Tensor | None, image_tokens: int) -> dict[str, Any]:
 
 @cache
 def _blocks_join_masks() -> bool:
-    return Version(diffusers.__version__) >= Version("0.39.0.dev0")
+    return Version(version("diffusers")) >= Version("0.39.0.dev0")

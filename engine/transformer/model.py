@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import QwenImageTransformer2DModel
 from torch import Tensor
 
 from ..checkpoints.checkpoint import Checkpoint
@@ -20,6 +20,9 @@ from .hooks import Hooked, run_hooked
 from .modulation import ModulationRow, ModulationTable
 from .parts import BLOCKS, TransformerParts
 from .positions import Positions, branch_tables
+
+if TYPE_CHECKING:
+    from diffusers import QwenImageTransformer2DModel
 
 OnBlock = Callable[[int], None]
 
@@ -81,7 +84,7 @@ class QwenImageTransformer:
         return self._parts.footprint
 
     @property
-    def outside(self) -> QwenImageTransformer2DModel:
+    def outside(self) -> "QwenImageTransformer2DModel":
         """diffusers' model without its blocks; its weights are on the device after `return_outside`."""
         return self._outside
 
@@ -192,7 +195,7 @@ class QwenImageTransformer:
 class _TimestepEmbedding:
     """Timestep -> embedding (rows, inner_dim). Not a method of the transformer, to which its table would refer."""
 
-    outside: QwenImageTransformer2DModel
+    outside: "QwenImageTransformer2DModel"
     device: torch.device
     dtype: torch.dtype
     rounding: TimestepRounding
@@ -219,7 +222,7 @@ class TransformerSession:
     def __init__(
         self,
         transformer: QwenImageTransformer,
-        outside: QwenImageTransformer2DModel,
+        outside: "QwenImageTransformer2DModel",
         streamers: Sequence[BlockStreamer],
         mlp_chunk_tokens: int | None,
     ) -> None:

@@ -3,17 +3,16 @@
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import prod
+from typing import TYPE_CHECKING
 
 import torch
-from accelerate import init_empty_weights
-from diffusers import QwenImageTransformer2DModel
-from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
 from torch import Tensor, nn
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..chunking import ChunkedTokens
 from ..families.members import TransformerConfig, Variant, sort_transformer
 from ..hardware import Hardware
+from ..packages import accelerate, diffusers_transformer
 from ..plan.footprint import TransformerFootprint
 from ..streaming import (
     BlockSource,
@@ -25,6 +24,10 @@ from ..streaming import (
     read_params,
     store_block,
 )
+
+if TYPE_CHECKING:
+    from diffusers import QwenImageTransformer2DModel
+    from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
 
 BLOCKS = "transformer_blocks."
 
@@ -131,14 +134,14 @@ class TransformerParts:
         own = [patch for name, patch in (patches or {}).items() if name in self._outside_shapes]
         return read_params(self._outside, self._outside_shapes, self._dtype, self._where, self._source, own)
 
-    def empty_model(self) -> QwenImageTransformer2DModel:
+    def empty_model(self) -> "QwenImageTransformer2DModel":
         """diffusers' model without its blocks, its parameters on the meta device."""
-        with init_empty_weights():  # unlike the meta device, it makes the rotary tables
+        with accelerate().init_empty_weights():  # unlike the meta device, it makes the rotary tables
             return self._model().eval()
 
-    def _model(self) -> QwenImageTransformer2DModel:
+    def _model(self) -> "QwenImageTransformer2DModel":
         config = self.config
-        return QwenImageTransformer2DModel(
+        return diffusers_transformer().QwenImageTransformer2DModel(
             in_channels=config.in_channels,
             out_channels=config.out_channels,
             num_layers=0,
@@ -152,14 +155,18 @@ class TransformerParts:
         )
 
 
-def _whole_block(config: TransformerConfig) -> QwenImageTransformerBlock:
+def _whole_block(config: TransformerConfig) -> "QwenImageTransformerBlock":
     with torch.device("meta"):
-        return QwenImageTransformerBlock(
-            dim=config.inner_dim,
-            num_attention_heads=config.num_attention_heads,
-            attention_head_dim=config.attention_head_dim,
-            zero_cond_t=config.zero_cond_t,
-        ).eval()
+        return (
+            diffusers_transformer()
+            .QwenImageTransformerBlock(
+                dim=config.inner_dim,
+                num_attention_heads=config.num_attention_heads,
+                attention_head_dim=config.attention_head_dim,
+                zero_cond_t=config.zero_cond_t,
+            )
+            .eval()
+        )
 
 
 def _empty_block(config: TransformerConfig) -> nn.Module:

@@ -2,17 +2,13 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import TypeVar
-
-import torch
-from diffusers import AutoencoderKLQwenImage
 
 from ..checkpoints.checkpoint import Checkpoint, TensorEntry
 from ..errors import DamagedFile, WrongModel
 from ..families.members import vae_tensors
+from .shapes import LATENT_CHANNELS, image_vae_shapes
 
-LATENT_CHANNELS = 16
 # of the pictures that a VAE reads and draws -> its published name; four: Qwen-Image-Layered's, with alpha
 NAMES = {3: "qwen_image_vae.safetensors", 4: "qwen_image_layered_vae.safetensors"}
 RGB, RGBA = NAMES
@@ -100,7 +96,7 @@ def check_is_image_vae(shapes: Mapping[str, Sequence[int]], where: str) -> int:
             f"{where} reads {image_channels} channels, draws {drawn_channels} and is {width} wide, as none of "
             f"Qwen-Image's. {use}"
         )
-    for name, shape in _shapes_of(width, image_channels).items():
+    for name, shape in image_vae_shapes(width, image_channels).items():
         if name not in shapes:
             raise DamagedFile(f"{where} has no tensor {name}: the file is cut or mixed up. Download it again.")
         if tuple(shapes[name]) != shape:
@@ -127,16 +123,8 @@ def needed_tensors(checkpoint: Checkpoint) -> dict[str, TensorEntry]:
     entries = to_diffusers_names(vae_tensors(checkpoint))
     shapes = _shapes(entries)
     channels = check_is_image_vae(shapes, str(checkpoint.path))
-    return {name: entries[name] for name in _shapes_of(shapes["decoder.conv_out.weight"][1], channels)}
+    return {name: entries[name] for name in image_vae_shapes(shapes["decoder.conv_out.weight"][1], channels)}
 
 
 def _shapes(entries: Mapping[str, TensorEntry]) -> dict[str, tuple[int, ...]]:
     return {name: entry.shape for name, entry in entries.items()}
-
-
-@cache
-def _shapes_of(width: int, image_channels: int) -> dict[str, tuple[int, ...]]:
-    """The tensors that one frame needs, in diffusers' own network."""
-    with torch.device("meta"):
-        network = AutoencoderKLQwenImage(base_dim=width, z_dim=LATENT_CHANNELS, input_channels=image_channels)
-    return {name: tuple(p.shape) for name, p in network.named_parameters() if ".time_conv." not in name}

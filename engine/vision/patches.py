@@ -6,7 +6,6 @@ from functools import cached_property
 
 from torch import Tensor
 from torch.nn.functional import interpolate
-from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor, smart_resize
 
 from ..errors import InvalidRequest
 
@@ -48,6 +47,8 @@ def patch_picture(pixels: Tensor) -> PatchedPicture:
     ComfyUI's own encoder does it (bilinear). Raises InvalidRequest for anything but one RGB picture, or for one that is
     200 times as long as wide.
     """
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor, smart_resize
+
     require_rgb(pixels, "A picture in a prompt")
     image = pixels[0].detach().float().cpu().movedim(-1, 0)
     height, width = image.shape[1:]

@@ -3,15 +3,10 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
-    Qwen2_5_VisionTransformerPretrainedModel,
-    Qwen2_5_VLVisionBlock,
-)
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import WrongModel
@@ -30,6 +25,9 @@ from ..streaming import (
 )
 from .patches import CHANNELS, FRAMES, MERGE, PATCH_PX, PatchedPicture
 from .plan import VisionFootprint
+
+if TYPE_CHECKING:
+    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,13 +133,15 @@ class VisionTower:
         # the table of rotary frequencies is in no file; it depends on the heads' size alone
         small = {"hidden_size": self.footprint.head_dim, "num_heads": 1, "out_hidden_size": 1, "depth": 0}
         with torch.random.fork_rng(devices=()):  # it draws first weights, which nobody uses
-            made = Qwen2_5_VisionTransformerPretrainedModel(_hf_config({**self._settings, **small}))
+            made = _network().Qwen2_5_VisionTransformerPretrainedModel(_hf_config({**self._settings, **small}))
         tower.rotary_pos_emb = made.rotary_pos_emb.to(self.hardware.device)
         return tower
 
     def _empty_tower(self) -> nn.Module:
         with torch.device("meta"):
-            return Qwen2_5_VisionTransformerPretrainedModel(_hf_config({**self._settings, "depth": 0})).eval()
+            return (
+                _network().Qwen2_5_VisionTransformerPretrainedModel(_hf_config({**self._settings, "depth": 0})).eval()
+            )
 
     def _require_known_patches(self) -> None:
         names = ("in_channels", "temporal_patch_size", "patch_size", "spatial_merge_size")
@@ -168,9 +168,17 @@ class _StreamedBlocks(nn.Module):
             yield block
 
 
-def _empty_block(config: Qwen2_5_VLVisionConfig) -> nn.Module:
+def _network() -> Any:
+    """transformers' modules of Qwen2.5-VL, imported when a tower is opened: it takes seconds."""
+    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
+
+    return modeling_qwen2_5_vl
+
+
+def _empty_block(config: "Qwen2_5_VLVisionConfig") -> nn.Module:
     with torch.device("meta"):
-        return Qwen2_5_VLVisionBlock(config).eval()
+        block: nn.Module = _network().Qwen2_5_VLVisionBlock(config).eval()
+    return block
 
 
 def _merged(output: Any) -> Tensor:
@@ -178,7 +186,9 @@ def _merged(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output.pooler_output
 
 
-def _hf_config(settings: Mapping[str, Any]) -> Qwen2_5_VLVisionConfig:
+def _hf_config(settings: Mapping[str, Any]) -> "Qwen2_5_VLVisionConfig":
+    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+
     config = Qwen2_5_VLVisionConfig(**settings)
     config._attn_implementation = "sdpa"
     return config

@@ -1,12 +1,15 @@
 """The parts of a transformer that ComfyUI's Fun ControlNet borrows from the model it controls."""
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import comfy.ldm.flux.layers
 import comfy.ldm.qwen_image.model
-from diffusers import QwenImageTransformer2DModel
 from torch import Tensor, nn
 from torch.func import functional_call
+
+if TYPE_CHECKING:
+    from diffusers import QwenImageTransformer2DModel
 
 
 class BorrowedBase:
@@ -15,7 +18,7 @@ class BorrowedBase:
     patch_size = 2
     process_img = comfy.ldm.qwen_image.model.QwenImageTransformer2DModel.process_img
 
-    def __init__(self, head_dim: int, rope_axes: Sequence[int], outside: QwenImageTransformer2DModel) -> None:
+    def __init__(self, head_dim: int, rope_axes: Sequence[int], outside: "QwenImageTransformer2DModel") -> None:
         self.pe_embedder = comfy.ldm.flux.layers.EmbedND(dim=head_dim, theta=10000, axes_dim=list(rope_axes))
         self.img_in, self.txt_in = _casting(outside.img_in), _casting(outside.txt_in)
         self.txt_norm, self.time_text_embed = _casting(outside.txt_norm), _casting(outside.time_text_embed)

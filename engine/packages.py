@@ -1,0 +1,96 @@
+"""Other packages, imported when they are first needed: they take seconds, and most files need few of them.
+
+A package that cannot be imported is an error only here, in words: MissingPackage says which, what for, and what to do.
+"""
+
+import importlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+from .errors import MissingPackage
+
+# bitsandbytes says there, whenever it is imported, that it would like another package for products on the CPU
+_CHATTY = "bitsandbytes.backends.cpu.ops"
+_ATTENTION_VARIABLE = "DIFFUSERS_ATTN_BACKEND"
+
+
+def diffusers_transformer() -> ModuleType:
+    """diffusers' module that holds the transformer's classes."""
+    purpose = "the transformer is made of its modules"
+    module = _imported("diffusers.models.transformers.transformer_qwenimage", "diffusers", purpose)
+    _require_usable_attention()
+    return module
+
+
+def accelerate() -> ModuleType:
+    return _imported("accelerate", "accelerate", "models are made without weights with it")
+
+
+def bitsandbytes() -> ModuleType:
+    """Its functions; importing them registers its operators with torch."""
+    return _imported("bitsandbytes.functional", "bitsandbytes", "weights in nf4 and fp4 are read and written with it")
+
+
+def ggml_types() -> ModuleType:
+    """The gguf package's tables of types and their sizes."""
+    return _imported("gguf.constants", "gguf", "GGUF files are read with it")
+
+
+def _imported(module: str, package: str, purpose: str) -> ModuleType:
+    try:
+        with _without_wishes():
+            return importlib.import_module(module)
+    except ImportError as error:
+        if error.name in (package, module):
+            raise MissingPackage(
+                f"The package {package} is missing; {purpose}.\n\nWhat to do: install it into ComfyUI's Python with "
+                f"`pip install {package}`, then start ComfyUI again."
+            ) from error
+        raise _broken(package, purpose, error) from error
+    except Exception as error:  # code of others: it may fail in any way
+        raise _broken(package, purpose, error) from error
+
+
+def _broken(package: str, purpose: str, error: Exception) -> MissingPackage:
+    if "AttentionBackendName" in str(error):
+        return _bad_attention(str(error))
+    return MissingPackage(
+        f"The package {package} cannot be imported ({type(error).__name__}: {error!s:.500}); {purpose}.\n\nWhat to do: "
+        f"install it again into ComfyUI's Python with `pip install --force-reinstall --no-deps {package}`. Where the "
+        "message names another package, that one is broken or does not fit."
+    )
+
+
+def _require_usable_attention() -> None:
+    """The environment's wish for a kernel is read when diffusers is imported, and fails only at the first block."""
+    dispatch = importlib.import_module("diffusers.models.attention_dispatch")
+    try:
+        backend, _ = dispatch._AttentionBackendRegistry.get_active_backend()
+        dispatch._check_attention_backend_requirements(backend)
+    except (KeyError, RuntimeError) as error:
+        raise _bad_attention(str(error)) from error
+
+
+def _bad_attention(why: str) -> MissingPackage:
+    return MissingPackage(
+        f"The environment variable {_ATTENTION_VARIABLE} asks diffusers for an attention kernel that it does not have "
+        f"here ({why:.300}).\n\nWhat to do: remove {_ATTENTION_VARIABLE} from the environment that ComfyUI is started "
+        "in, or set it to native, then start ComfyUI again."
+    )
+
+
+@contextmanager
+def _without_wishes() -> Iterator[None]:
+    """Also where it is another package that imports bitsandbytes, as diffusers does where it is installed."""
+    logger = logging.getLogger(_CHATTY)
+    logger.addFilter(_is_no_wish)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_is_no_wish)
+
+
+def _is_no_wish(record: logging.LogRecord) -> bool:
+    return "gemm_4bit_forward" not in str(record.msg)

@@ -1,0 +1,133 @@
+"""Importing the pack costs little and prints nothing; a package is needed only where a file needs it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from devtools.cache import REPOSITORY
+
+# what people's other packs and ComfyUI itself may have, and ours needs at the first run only
+HEAVY = ("diffusers", "accelerate", "bitsandbytes", "gguf", "peft")
+
+# loads the pack as ComfyUI does, looks at its nodes, and says which modules that has brought
+LOAD = """
+import asyncio, sys
+sys.argv = ["main.py", "--cpu"]
+import comfy.options; comfy.options.enable_args_parsing()
+import nodes, comfy.sd, comfy.samplers, comfy_extras.nodes_qwen, server, execution, latent_preview
+before = set(sys.modules)
+print("MARK")
+assert asyncio.run(nodes.load_custom_node(%r))
+ours = [node for name, node in nodes.NODE_CLASS_MAPPINGS.items() if name.startswith("QwenLowVRAM")]
+assert len(ours) > 8, len(ours)
+for node in ours:
+    node.INPUT_TYPES()
+print("MARK")
+print(sorted(name.partition(".")[0] for name in set(sys.modules) - before))
+"""
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """With ComfyUI and our tools importable, away from the repository, whose nodes/ is not ComfyUI's."""
+    comfyui = os.path.expanduser(os.environ["COMFYUI_PATH"])
+    paths = [*(str(REPOSITORY / part) for part in ("tools/alias", "tools")), comfyui]
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **environment},
+        cwd=comfyui,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def test_importing_the_pack_and_listing_its_nodes_brings_no_heavy_package_and_prints_nothing() -> None:
+    done = run_python(LOAD % str(REPOSITORY))
+    assert done.returncode == 0, done.stderr
+    _, printed, brought = done.stdout.split("MARK\n")
+    assert printed == ""
+    assert "gemm_4bit" not in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [name for name in HEAVY if f"'{name}'" in brought] == []
+
+
+MISSING = """
+import sys
+for name in %r:
+    sys.modules[name] = None
+from pathlib import Path
+import torch
+from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
+from qwenimage_lowvram.engine.errors import MissingPackage
+from qwenimage_lowvram.engine.hardware import Hardware
+from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
+def load(path):
+    return QwenImageTransformer(
+        open_checkpoint(Path(path)), dtype=torch.float32, hardware=Hardware.detect(torch.device("cpu"))
+    )
+%s
+"""
+
+
+def test_a_plain_file_needs_none_of_the_packages_for_formats(small_pipeline: Path) -> None:
+    code = f"print(load({str(small_pipeline / 'transformer')!r}).config.num_layers)"
+    done = run_python(MISSING % (["bitsandbytes", "gguf", "comfy_kitchen"], code))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "4"
+    assert done.stderr == ""
+
+
+def test_a_gguf_file_names_the_package_that_it_needs(tmp_path: Path, small_pipeline: Path) -> None:
+    from split_files import write_split_files
+
+    names = write_split_files(small_pipeline, tmp_path, dtype="gguf_q8_0", text_dtype="bf16")
+    code = f"""
+try:
+    load({str(tmp_path / "diffusion_models" / names.transformer)!r})
+except MissingPackage as error:
+    print(error)
+"""
+    done = run_python(MISSING % (["gguf"], code))
+    assert done.returncode == 0, done.stderr
+    assert "The package gguf is missing; GGUF files are read with it." in done.stdout
+    assert "pip install gguf" in done.stdout
+
+
+def test_4_bit_weights_name_the_package_that_they_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qwenimage_lowvram.engine.errors import MissingPackage
+    from qwenimage_lowvram.engine.formats import bnb4
+
+    bnb4.load_operators.cache_clear()
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.delitem(sys.modules, "bitsandbytes.functional", raising=False)
+    with pytest.raises(MissingPackage, match=r"bitsandbytes is missing.*\n\nWhat to do: .*pip install bitsandbytes"):
+        bnb4.NF4.encode(torch.zeros(64, 64))
+    bnb4.load_operators.cache_clear()
+
+
+@pytest.mark.parametrize("backend", ["no_such_kernel", "flash"])
+def test_an_attention_kernel_that_diffusers_lacks_is_told_in_words(backend: str, small_pipeline: Path) -> None:
+    code = f"""
+try:
+    load({str(small_pipeline / "transformer")!r})
+except MissingPackage as error:
+    print(error)
+"""
+    done = run_python(MISSING % ([], code), DIFFUSERS_ATTN_BACKEND=backend)
+    assert done.returncode == 0, done.stderr
+    assert "DIFFUSERS_ATTN_BACKEND" in done.stdout
+    assert "What to do: remove DIFFUSERS_ATTN_BACKEND" in done.stdout
+
+
+@pytest.mark.parametrize(("width", "channels"), [(4, 3), (96, 3), (8, 4)])
+def test_the_table_of_the_vaes_tensors_is_that_of_diffusers_class(width: int, channels: int) -> None:
+    from diffusers import AutoencoderKLQwenImage
+    from qwenimage_lowvram.engine.vae.shapes import image_vae_shapes
+
+    with torch.device("meta"):
+        network = AutoencoderKLQwenImage(base_dim=width, z_dim=16, input_channels=channels)
+    wanted = {name: tuple(p.shape) for name, p in network.named_parameters() if ".time_conv." not in name}
+    assert image_vae_shapes(width, channels) == wanted
