@@ -129,6 +129,9 @@ class LowVRAMPatcher(comfy.model_patcher.ModelPatcher):
             refuse_compiling()
         super().add_wrapper_with_key(wrapper_type, key, wrapper)
 
+    def __deepcopy__(self, memo: Any) -> Any:
+        refuse("Copying the weights (a node that changes them in a copy)", "remove that node.")
+
     def check_guests(self) -> None:
         """Raise Unsupported for what other nodes have left with this MODEL and nothing would come of."""
         for name in self.object_patches:

@@ -29,7 +29,7 @@ class Parts:
             return Part(self, name)
         if name in _NATIVE:
             refuse_reaching(name)
-        raise AttributeError(name)
+        raise AttributeError(f"Qwen-Image has no {name!r}")
 
 
 class Part:
@@ -47,7 +47,7 @@ class Part:
             return Part(self._parts, path)
         if not name.startswith("__") and (hasattr(nn.Module, name) or name in _OF_A_LAYER):
             refuse_reaching(path)
-        raise AttributeError(path)
+        raise AttributeError(f"Qwen-Image has no {path!r}")
 
     def __getitem__(self, index: int) -> Any:
         return getattr(self, str(index))

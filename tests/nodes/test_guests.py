@@ -1,6 +1,7 @@
 """What other nodes reach for in our MODEL works as in ComfyUI's own, or is refused by name: nothing is left out."""
 
 import asyncio
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,7 @@ REFUSED: dict[str, Callable[[Any], Any]] = {
     "the number of blocks": lambda model: len(model.model.diffusion_model.transformer_blocks),
     "a method": lambda model: model.model.diffusion_model.process_img,
     "another forward": _forward_of_a_teacache,
+    "a copy of the weights": copy.deepcopy,
     "weights in patches": lambda model: model.patches.update({"diffusion_model.img_in.weight": []}),
 }
 
