@@ -1,6 +1,7 @@
 """Importing the pack costs little and prints nothing; a package is needed only where a file needs it."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from devtools.cache import REPOSITORY
+from devtools.server import PACK_NAME
 
 # what people's other packs and ComfyUI itself may have, and ours needs at the first run only
 HEAVY = ("diffusers", "accelerate", "bitsandbytes", "gguf", "peft")
@@ -131,3 +133,25 @@ def test_the_table_of_the_vaes_tensors_is_that_of_diffusers_class(width: int, ch
         network = AutoencoderKLQwenImage(base_dim=width, z_dim=16, input_channels=channels)
     wanted = {name: tuple(p.shape) for name, p in network.named_parameters() if ".time_conv." not in name}
     assert image_vae_shapes(width, channels) == wanted
+
+
+def test_no_name_of_comfyui_that_the_pack_uses_is_missing(tmp_path: Path) -> None:
+    """By comfy-import-guard, which looks a pack's references up in a repository of ComfyUI."""
+    comfyui, clone = Path(os.environ["COMFYUI_PATH"]).expanduser(), tmp_path / "guard" / "ComfyUI"
+    shutil.copytree(comfyui, clone, ignore=shutil.ignore_patterns(".git", "__pycache__", "models", "input", "output"))
+    for command in ("init", "add --all --force", "-c user.name=x -c user.email=x commit --message x", "tag v0"):
+        subprocess.run(["git", "-C", clone, *command.split()], check=True, capture_output=True)
+    packs = tmp_path / "install" / "custom_nodes"
+    packs.mkdir(parents=True)
+    names = ("__init__.py", "nodes", "engine", "pyproject.toml")
+    for name in names:
+        source, target = REPOSITORY / name, packs / PACK_NAME / name
+        target.parent.mkdir(exist_ok=True)
+        shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
+    guard = Path(sys.executable).with_name("comfy-import-guard")
+    options = ["--offline", "--strict", "--no-update", "--target", "v0", "--comfy-dir", packs.parent]
+    done = subprocess.run(
+        [guard, "--cache-dir", clone.parent, "check", *options], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 will break, 1 safe, 0 warn" in done.stdout

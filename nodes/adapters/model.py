@@ -35,7 +35,16 @@ from .run import SamplingRun
 from .speeds import KnownSpeeds
 from .stand_ins import WithoutLayers, refuse_compiling
 from .timeline import Timeline
-from .unsupported import check_graph, check_latents, check_layers, check_references, check_size, refuse, why_one_by_one
+from .unsupported import (
+    check_device,
+    check_graph,
+    check_latents,
+    check_layers,
+    check_references,
+    check_size,
+    refuse,
+    why_one_by_one,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -167,6 +176,7 @@ def _check(model: LowVRAMModel, guider: Any, noise: Tensor, beside: Sequence[Mod
     transformer = model.transformer
     guider.model_patcher.check_guests()
     check_graph(guider.model_options, guider.conds)
+    check_device(guider.model_patcher, transformer.hardware.device)
     check_patches(guider.model_options.get("transformer_options", {}))
     check_references(transformer.variant, guider.conds)
     check_methods(guider.conds, transformer.config)

@@ -113,6 +113,13 @@ class LowVRAMPatcher(comfy.model_patcher.ModelPatcher):
         self.model.model_offload_buffer_memory = 0
         self.model.current_weight_patches_uuid = patches_uuid
 
+    def deepclone_multigpu(self, *args: Any, **kwargs: Any) -> Any:
+        """ComfyUI's multi-GPU and device nodes come here to read the model a second time."""
+        refuse(
+            "A second copy of the model on another device (MultiGPU, Select Model Device)",
+            "remove that node, and choose the device, or all cards, as transformer_device in the loader.",
+        )
+
     # what would change modules: ours hold nothing
 
     def get_model_object(self, name: str) -> Any:

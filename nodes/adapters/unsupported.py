@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import comfy.hooks
+import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
@@ -32,6 +33,15 @@ def check_graph(model_options: dict[str, Any], conds: dict[str, list[dict[str, A
         for entry in entries or ():
             if entry.get("gligen") is not None:
                 refuse("GLIGEN", "remove the GLIGEN node.")
+
+
+def check_device(patcher: Any, device: torch.device) -> None:
+    """Raise Unsupported where a node has told ComfyUI another device than that on which the model computes."""
+    if patcher.load_device != device:
+        refuse(
+            f"Moving the model from {device} to {patcher.load_device} (Select Model Device)",
+            "remove that node, and choose transformer_device in the loader.",
+        )
 
 
 def check_references(variant: Variant, conds: dict[str, list[dict[str, Any]]]) -> None:
