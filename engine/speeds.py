@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from .checkpoints.regular_file import open_regular
 from .hardware import Hardware
 from .streaming import HostMemory
 
@@ -44,10 +45,10 @@ def measure_disk(file: Path) -> float:
     def read(thread: int) -> int:
         done = 0
         buffer = memoryview(bytearray(min(PIECE_BYTES, file.stat().st_size)))
-        with file.open("rb", buffering=0) as handle:
+        with open_regular(file, buffering=0) as handle:
             for turn in range(thread, pieces, READERS):
                 handle.seek(turn * stride % pieces * PIECE_BYTES)
-                done += handle.readinto(buffer) or 0
+                done += handle.readinto(buffer) or 0  # type: ignore[attr-defined]
                 if time.perf_counter() > stop:
                     break
         return done

@@ -1,6 +1,7 @@
 """The node that opens a model: files and settings in, MODEL, CLIP and VAE out. Reads headers and small weights."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -272,7 +273,7 @@ class QwenLowVRAMLoader:
             return ""  # linked: not known yet, and what is linked is in the cache's key
         try:
             sources = Sources.of(transformer, text_encoder, vae)
-            tokenizer = [f"{file.name} {file.stat().st_mtime_ns}" for file in sorted(sources.tokenizer.iterdir())]
+            tokenizer = _tokenizer_stamps(sources.tokenizer)
             opened = sources.open(settings.get("variant") or AUTO)
             lost = losses(opened[0], settings.get("weight_format"))
             vision = mmproj_identity(opened[1])
@@ -332,7 +333,7 @@ class QwenLowVRAMLoader:
         )
         clip = LowVRAMCLIP(
             encoder,
-            PromptTokenizer(sources.tokenizer),
+            _tokenizer(sources.tokenizer, tuple(_tokenizer_stamps(sources.tokenizer))),
             limits.on(text_hardware.device),
             timeline,
             prompt_cache(),
@@ -362,6 +363,16 @@ def _format_of(source: Checkpoint, weight_format: str, parts: Parts, limits: _Li
     if weight_format == FASTEST:
         return fastest_format(source, parts, now), ""
     return AS_STORED, advice_for(source, parts, now)
+
+
+def _tokenizer_stamps(folder: Path) -> list[str]:
+    return [f"{file.name} {file.stat().st_mtime_ns}" for file in sorted(folder.iterdir())]
+
+
+@lru_cache(maxsize=2)
+def _tokenizer(folder: Path, stamps: tuple[str, ...]) -> PromptTokenizer:
+    """Kept while its files stay as they are: reading them takes half a second."""
+    return PromptTokenizer(folder)
 
 
 def _chosen(variant: str) -> Variant | None:

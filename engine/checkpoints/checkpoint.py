@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import CheckpointError, DamagedFile, MissingFile
 from .gguf_header import read_gguf_header
+from .regular_file import Stamp, open_regular, require_regular
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class TensorEntry:
 
     dtype: safetensors' name, or ggml's in a GGUF file (where F32, F16 and BF16 are the same). shape: rows first.
     data: the bytes themselves, where the file states them as text, or where they are in memory.
+    stamp: of the file when its header was read; None for what is in memory, or not on disk yet.
     parts: a tensor that its file holds in pieces of one dtype; its bytes are `run_bytes` of each in turn, again and
     again, and file and offset are the first one's.
     """
@@ -55,6 +57,7 @@ class TensorEntry:
     data: bytes | memoryview | None = None
     parts: tuple["TensorEntry", ...] = ()
     run_bytes: int = 0
+    stamp: Stamp | None = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Index a .safetensors or .gguf file, or a folder (one .safetensors file, or shards with an index).
 
     Raises MissingFile where there is nothing to read or no permission, DamagedFile where a header is not one or
-    promises more bytes than the file has. A GGUF file's settings are its metadata, numbers and short lists as JSON.
+    promises more bytes than the file has, where tensors overlap or leave gaps, or an index names what is not there. A
+    GGUF file's settings are its metadata, numbers and short lists as JSON.
     """
     files, config_file = _files_of(path)
     if files == [path] and path.suffix.lower() == GGUF_SUFFIX:
@@ -116,7 +120,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
                     f"{path}: tensor {name!r} stands in two files, {tensors[name].file.name} and {file.name}. "
                     "Remove the file that does not belong to the folder."
                 )
-            tensors[name] = _entry(file, name, info, data_start, size)
+            tensors[name] = _entry(file, name, info, data_start, (size, mtime_ns))
+        _require_whole_spans(file, [tensors[name] for name in header], data_start)
+    _require_indexed(path, files, tensors)
     if config is None and metadata.get("config", "").startswith("{"):  # trainers of LoRAs keep other texts there
         config = parse_json(metadata["config"], f"{path}: metadata key 'config'")
     return Checkpoint(path, tensors, metadata, config, digest.hexdigest()[:16])
@@ -128,7 +134,9 @@ def _open_gguf(path: Path) -> Checkpoint:
     except OSError as error:
         raise _unreadable(path, error) from error
     tensors = {
-        name: TensorEntry(path, tensor.offset, tensor.nbytes, tensor.type, tensor.shape)
+        name: TensorEntry(
+            path, tensor.offset, tensor.nbytes, tensor.type, tensor.shape, stamp=(header.size, header.mtime_ns)
+        )
         for name, tensor in header.tensors.items()
     }
     settings = header.settings
@@ -148,7 +156,9 @@ def parse_json(raw: str | bytes, what: str) -> dict[str, Any]:
     if len(raw) > MAX_JSON_BYTES:
         raise DamagedFile(f"{what} has {len(raw)} bytes; no model's has more than {MAX_JSON_BYTES}. Download it again.")
     try:
-        value = json.loads(raw)
+        value = json.loads(raw, object_pairs_hook=_without_doubles)
+    except _Double as error:
+        raise DamagedFile(f"{what} names {error.args[0]!r:.199} twice. Download it again.") from error
     except (ValueError, RecursionError) as error:
         raise DamagedFile(f"{what} is not valid JSON ({error}). Download it again.") from error
     if not isinstance(value, dict):
@@ -161,6 +171,18 @@ def parse_json(raw: str | bytes, what: str) -> dict[str, Any]:
     return value
 
 
+class _Double(ValueError):
+    """A name that stands twice in a JSON object; the first reader would take one, the next the other."""
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _Double(next(name for name in names if names.count(name) > 1))
+    return found
+
+
 def _children(item: dict[str, Any] | list[Any]) -> Iterable[Any]:
     return item.values() if isinstance(item, dict) else item
 
@@ -168,7 +190,7 @@ def _children(item: dict[str, Any] | list[Any]) -> Iterable[Any]:
 def _read_text(file: Path) -> bytes:
     """As much of it as a JSON file may have, and one byte more where there is more."""
     try:
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
             return stream.read(MAX_JSON_BYTES + 1)
     except OSError as error:
         raise _unreadable(file, error) from error
@@ -182,7 +204,8 @@ def _files_of(path: Path) -> tuple[list[Path], Path | None]:
     """The files with tensors, and the configuration's, where there is one."""
     if not _exists(path):
         raise MissingFile(f"{path} does not exist. Check the name, or download the model again.")
-    if path.is_file():
+    if not path.is_dir():
+        require_regular(path)
         return [path], None
     config = path / "config.json" if _exists(path / "config.json") else None
     try:
@@ -235,7 +258,7 @@ def _exists(path: Path) -> bool:
 def _read_header(file: Path) -> tuple[bytes, int, int, int]:
     """The header's bytes, where the data begins, and the file's size and time."""
     try:
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
             stat = os.fstat(stream.fileno())
             prefix = stream.read(8)
             length = int.from_bytes(prefix, "little")
@@ -259,7 +282,33 @@ def _metadata(file: Path, given: Any) -> dict[str, str]:
     return given
 
 
-def _entry(file: Path, name: str, info: Any, data_start: int, file_size: int) -> TensorEntry:
+def _require_whole_spans(file: Path, entries: list[TensorEntry], data_start: int) -> None:
+    """Raise DamagedFile where tensors share bytes, or bytes belong to none, as safetensors' own reader does."""
+    end, before = data_start, "the header"
+    for entry in sorted(entries, key=lambda entry: (entry.offset, entry.nbytes)):
+        if entry.offset != end:
+            how = "overlaps" if entry.offset < end else "leaves a gap behind"
+            raise DamagedFile(
+                f"{file} is damaged: a tensor at byte {entry.offset} {how} {before}, which ends at {end}. Download it "
+                "again."
+            )
+        end, before = entry.offset + entry.nbytes, "the tensor before it"
+
+
+def _require_indexed(path: Path, files: list[Path], tensors: Mapping[str, TensorEntry]) -> None:
+    """Raise DamagedFile where a folder's index names tensors that are not in the files that it says."""
+    index = next(iter(sorted(path.glob("*.safetensors.index.json"))), None) if files != [path] else None
+    if index is None:
+        return
+    for name, file in read_json(index)["weight_map"].items():
+        if name not in tensors or tensors[name].file.name != file:
+            raise DamagedFile(
+                f"{index} says that {name!r:.199} is in {file}, and it is not. The files do not belong together: "
+                "download them again."
+            )
+
+
+def _entry(file: Path, name: str, info: Any, data_start: int, stamp: Stamp) -> TensorEntry:
     try:
         dtype, shape, (begin, end) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
         if not (isinstance(dtype, str) and dtype.isascii() and dtype.isidentifier() and len(dtype) < MAX_NAME):
@@ -272,14 +321,14 @@ def _entry(file: Path, name: str, info: Any, data_start: int, file_size: int) ->
         raise DamagedFile(
             f"{file}: the header entry of {name!r:.99} is damaged ({error}). Download it again."
         ) from error
-    if data_start + end > file_size:
+    if data_start + end > stamp[0]:
         raise DamagedFile(
-            f"{file} is cut off: {name!r} ends at byte {data_start + end}, the file has {file_size}. Download it again."
+            f"{file} is cut off: {name!r} ends at byte {data_start + end}, the file has {stamp[0]}. Download it again."
         )
     bits = BITS_PER_ELEMENT.get(dtype)
     if bits is not None and prod(shape) * bits != (end - begin) * 8:
         raise DamagedFile(f"{file}: {name!r} {dtype}{list(shape)} cannot have {end - begin} bytes. Download it again.")
-    return TensorEntry(file, data_start + begin, end - begin, dtype, shape)
+    return TensorEntry(file, data_start + begin, end - begin, dtype, shape, stamp=stamp)
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 from ..errors import DamagedFile
 from ..packages import ggml_types
+from .regular_file import open_regular
 
 MAGIC = b"GGUF"
 # vocabularies of 150,000 tokens and their merges take 6 MB
@@ -64,7 +65,7 @@ class GgufHeader:
 def read_gguf_header(file: Path) -> GgufHeader:
     """Raises DamagedFile where the header is none, or promises more bytes than there are; MissingPackage; OSError as
     open does."""
-    with file.open("rb") as stream:
+    with open_regular(file) as stream:
         stat = os.fstat(stream.fileno())
         reader = _Reader(file, stream, stat.st_size)
         if (magic := reader.take(len(MAGIC))) != MAGIC:
@@ -95,6 +96,7 @@ def read_gguf_header(file: Path) -> GgufHeader:
             if name in tensors:
                 raise DamagedFile(f"{file}: tensor {name!r} stands twice in its header. Download it again.")
             tensors[name] = _tensor(file, name, type_number, shape, data_start + offset, stat.st_size)
+        _require_apart(file, tensors)
         return GgufHeader(settings, tensors, reader.digest(), stat.st_size, stat.st_mtime_ns)
 
 
@@ -178,6 +180,16 @@ class _Reader:
 
     def _strange(self, kind: int) -> DamagedFile:
         return DamagedFile(f"{self._file}: its header has a value of unknown type {kind}. Download it again.")
+
+
+def _require_apart(file: Path, tensors: Mapping[str, GgufTensor]) -> None:
+    """Raise DamagedFile where two tensors share bytes."""
+    end, before = 0, ""
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if tensor.nbytes and tensor.offset < end:
+            raise DamagedFile(f"{file} is damaged: {name!r} overlaps {before!r}. Download it again.")
+        if tensor.nbytes:
+            end, before = tensor.offset + tensor.nbytes, name
 
 
 def _alignment(file: Path, settings: Mapping[str, str]) -> int:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.checkpoint import TensorEntry, parse_json
+from ..checkpoints.regular_file import open_regular
 from ..errors import DamagedFile, MissingFile
 
 MAX_NOTE_BYTES = 4096
@@ -23,7 +24,7 @@ def read_notes(entries: Mapping[str, TensorEntry]) -> dict[str, dict[str, Any]]:
         files.setdefault(entry.file, []).append(name)
     for file, names in files.items():
         try:
-            with file.open("rb") as stream:
+            with open_regular(file) as stream:
                 for name in names:
                     stream.seek(entries[name].offset)
                     result[name] = parse_json(stream.read(entries[name].nbytes), f"{file}: {name!r}")

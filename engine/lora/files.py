@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoints.checkpoint import TensorEntry, open_checkpoint, parse_json
+from ..checkpoints.regular_file import open_regular, require_unchanged
 from ..errors import DamagedFile, MissingFile, Unsupported, WrongModel
 from ..formats import TORCH_DTYPES
 from .deltas import Delta
@@ -148,7 +149,9 @@ def _read_alphas(entries: Mapping[str, tuple[str, TensorEntry]]) -> dict[str, fl
         return result
     file, in_memory = ordered[0][1][1].file, ordered[0][1][1].data is not None
     try:
-        with BytesIO() if in_memory else file.open("rb") as stream:
+        with BytesIO() if in_memory else open_regular(file) as stream:
+            if not in_memory:
+                require_unchanged(stream, file, ordered[0][1][1].stamp)
             for name, (key, entry) in ordered:
                 if prod(entry.shape) != 1 or entry.dtype not in _ALPHA_DTYPES:
                     raise DamagedFile(f"{file}: {key!r:.199} is {entry.dtype}{list(entry.shape)}, not one number.")

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.checkpoint import Checkpoint, TensorEntry, open_checkpoint
+from ..checkpoints.regular_file import Stamp
 from ..errors import CacheError, CheckpointError, InvalidRequest, MissingFile
 from ..families.members import Component, described_tensors, require, split_blocks
 from ..formats import TORCH_DTYPES, StoredParam, stored_param
@@ -132,7 +133,9 @@ class QuantizedWeights:
             self._disbelieve("its data is not what was written")
             return None
         logger.info("%s in %s from %s", self.source.path.name, self.weight_format, self.path)
-        return self.checkpoint(min(entry.offset for entry in file.tensors.values()))
+        first = min(file.tensors.values(), key=lambda entry: entry.offset)
+        stat = self.path.stat()  # after its time was set back
+        return self.checkpoint(first.offset, (stat.st_size, stat.st_mtime_ns))
 
     def make(self, device: torch.device, on_block: OnBlock | None = None) -> Checkpoint:
         """Quantize on `device`, write the file, and open it.
@@ -158,14 +161,14 @@ class QuantizedWeights:
             raise CacheError(f"{self.path} is gone or changed right after it was written. Run it again.")
         return opened
 
-    def checkpoint(self, data_start: int) -> Checkpoint:
+    def checkpoint(self, data_start: int, stamp: Stamp | None = None) -> Checkpoint:
         """The source with its blocks' matrices in the file, whose tensors begin at byte `data_start`."""
         tensors = dict(self.source.tensors)
         offset = data_start
         for part in self._parts():
             if part.known is None:
                 dtype, shape = part.held or (part.dtype, part.shape)
-                tensors[part.name] = TensorEntry(self.path, offset, part.nbytes, dtype, shape)
+                tensors[part.name] = TensorEntry(self.path, offset, part.nbytes, dtype, shape, stamp=stamp)
             offset += part.nbytes
         identity = f"{self.source.identity}-{self.weight_format}-{VERSION}"
         return replace(self.source, tensors=tensors, identity=identity)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.checkpoint import TensorEntry
+from ..checkpoints.regular_file import open_regular, require_unchanged
 from ..errors import DamagedFile, MissingFile
 from .layout import StoredBlock, WeightPatch, store_block
 
@@ -33,7 +34,8 @@ class TensorReader:
         self._idle: dict[Path, list[BinaryIO]] = {}
 
     def read_into(self, entry: TensorEntry, out: memoryview, *, skip: int = 0) -> None:
-        """Fill `out` from byte `skip` of the tensor on. Raises MissingFile, or DamagedFile where the file ends."""
+        """Fill `out` from byte `skip` of the tensor on. Raises MissingFile, or DamagedFile where the file ends, or is
+        not the one any more whose header was read."""
         if entry.data is not None:
             out[:] = entry.data[skip : skip + len(out)]
             return
@@ -42,7 +44,7 @@ class TensorReader:
                 self.read_into(part, out[at : at + count], skip=begin)
             return
         try:
-            with self._handle(entry.file) as handle:
+            with self._handle(entry) as handle:
                 handle.seek(entry.offset + skip)
                 done = 0
                 while done < len(out):
@@ -53,6 +55,7 @@ class TensorReader:
                             "opened. Load the model again, or download it again."
                         )
                     done += count
+                require_unchanged(handle, entry.file, entry.stamp)  # behind the read: what was read is the file's
         except OSError as error:
             raise MissingFile(f"{entry.file} cannot be read any more ({error}).") from error
 
@@ -64,12 +67,13 @@ class TensorReader:
             self._idle.clear()
 
     @contextmanager
-    def _handle(self, file: Path) -> Iterator[BinaryIO]:
+    def _handle(self, entry: TensorEntry) -> Iterator[BinaryIO]:
+        file = entry.file
         with self._lock:
             idle = self._idle.get(file)
             handle = idle.pop() if idle else None
         if handle is None:
-            handle = file.open("rb", buffering=0)
+            handle = open_regular(file, buffering=0)
         try:
             yield handle
         finally:

@@ -5,7 +5,7 @@ import logging
 import os
 import re
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -205,6 +205,7 @@ def _data(file: Checkpoint) -> Tensor:
     if entry.dtype not in TORCH_DTYPES:
         raise DamagedFile(f"{file.path} is damaged: it holds {entry.dtype}.")
     out = torch.empty(entry.nbytes, dtype=torch.uint8)
+    entry = replace(entry, stamp=None)  # another process may set its time, which tells when it was used
     reader = TensorReader()
     try:
         reader.read_into(entry, memoryview(out.numpy()))

@@ -1,12 +1,16 @@
 """Prompts to token ids: the template, the tokenizer, and which tokens of the embeddings belong to the prompt."""
 
+import codecs
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from ..errors import MissingFile
+from ..checkpoints.regular_file import open_regular
+from ..errors import DamagedFile, MissingFile, WrongModel
 from ..families.members import (
     EDIT_TEMPLATE,
     EDIT_TEMPLATE_TOKENS,
@@ -19,23 +23,36 @@ from .picture_prompts import PICTURE, require_places
 
 logger = logging.getLogger(__name__)
 
+MAX_TOKENIZER_BYTES = 64_000_000  # of one file; Qwen2.5's tokenizer.json has 11 MB
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
+)
+
 
 class PromptTokenizer:
     """Qwen-Image's prompt template around the tokenizer of a pipeline folder, or the one that ComfyUI ships."""
 
     def __init__(self, folder: Path) -> None:
-        if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
-            raise MissingFile(f"{folder} holds no tokenizer (tokenizer.json, or vocab.json and merges.txt).")
-        from transformers import Qwen2TokenizerFast  # takes seconds where ComfyUI has not imported it
-
-        # transformers 5 has one class under both names; that of transformers 4 without Fast reads no tokenizer.json
-        # transformers 5 writes a list of extra tokens, which transformers 4 cannot read; they are in tokenizer.json too
-        self._tokenizer = Qwen2TokenizerFast.from_pretrained(
-            str(folder), local_files_only=True, extra_special_tokens={}
-        )
+        """Raises MissingFile where the folder holds no tokenizer, DamagedFile where one of its files is none, and
+        WrongModel where it is another model's."""
+        self._tokenizer = _load(folder)
         templates = ((PROMPT_TEMPLATE, PROMPT_TEMPLATE_TOKENS), (EDIT_TEMPLATE, EDIT_TEMPLATE_TOKENS))
-        # the last token may join with the prompt's first characters
-        self._templates = [(self._ids(text.split("{}")[0])[: count - 1], count) for text, count in templates]
+        self._templates = []
+        for text, count in templates:
+            ids = self._ids(text.split("{}")[0])
+            if len(ids) != count:
+                raise WrongModel(
+                    f"{folder} holds another model's tokenizer: Qwen-Image's makes {count} tokens of the prompt "
+                    f"template's beginning, this one {len(ids)}. Use the tokenizer folder of Qwen-Image, or a text "
+                    "encoder from models/text_encoders."
+                )
+            # the last token may join with the prompt's first characters
+            self._templates.append((ids[: count - 1], count))
         self._picture = self._tokenizer.convert_tokens_to_ids("<|image_pad|>")
         self._turn = self._ids("<|im_start|>user\n")  # the token that begins a turn, "user", line break
 
@@ -77,6 +94,50 @@ class PromptTokenizer:
 
     def _ids(self, text: str) -> list[int]:
         return list(self._tokenizer(text)["input_ids"])
+
+
+def _load(folder: Path) -> Any:
+    """transformers' tokenizer of a folder, all of whose files have been looked at."""
+    try:
+        names = {file.name for file in folder.iterdir()}
+    except OSError as error:
+        raise MissingFile(f"{folder} cannot be read ({error}). Check that the tokenizer's folder is there.") from error
+    if not names & {"tokenizer.json", "vocab.json"}:
+        raise MissingFile(f"{folder} holds no tokenizer (tokenizer.json, or vocab.json and merges.txt).")
+    for name in sorted(names & set(_TOKENIZER_FILES)):
+        _check_file(folder / name)
+    from transformers import Qwen2TokenizerFast  # takes seconds where ComfyUI has not imported it
+
+    try:
+        # transformers 5 has one class under both names; that of transformers 4 without Fast reads no tokenizer.json
+        # transformers 5 writes a list of extra tokens, which transformers 4 cannot read; they are in tokenizer.json too
+        return Qwen2TokenizerFast.from_pretrained(str(folder), local_files_only=True, extra_special_tokens={})
+    except Exception as error:  # the library raises what it comes upon
+        raise DamagedFile(
+            f"{folder}: its tokenizer cannot be read ({type(error).__name__}: {error!s:.300}). Download its files "
+            f"again: {', '.join(sorted(names & set(_TOKENIZER_FILES)))}."
+        ) from error
+
+
+def _check_file(file: Path) -> None:
+    """Raise DamagedFile for what is no regular file, a pointer to one, cut off, or no text of its kind."""
+    try:
+        with open_regular(file) as stream:
+            raw = stream.read(MAX_TOKENIZER_BYTES + 1)
+    except OSError as error:
+        raise MissingFile(f"{file} cannot be read ({error}). Check that this user may read it.") from error
+    if raw.startswith(b"version https://git-lfs"):
+        raise DamagedFile(f"{file} is a pointer to a file of git-lfs. Download the file itself.")
+    if not raw.strip() or len(raw) > MAX_TOKENIZER_BYTES:
+        raise DamagedFile(f"{file} has {len(raw)} bytes or more, as no tokenizer's has. Download it again.")
+    if raw.startswith(codecs.BOM_UTF8):
+        raise DamagedFile(f"{file} begins with a byte order mark, as an editor writes it. Download it again.")
+    try:
+        text = raw.decode("utf-8")
+        if file.suffix == ".json" and not isinstance(json.loads(text), dict):
+            raise ValueError("it is no JSON object")
+    except (ValueError, RecursionError) as error:
+        raise DamagedFile(f"{file} is cut off or damaged ({error!s:.200}). Download it again.") from error
 
 
 def with_places(prompt: str, pictures: int, *, labelled: bool) -> str:

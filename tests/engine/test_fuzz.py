@@ -390,8 +390,13 @@ def test_no_damaged_index_of_shards_does_harm(data: st.DataObject, whole: dict[s
     names = [name for name in header if name != "__metadata__"]
     shards = {"m-1.safetensors": names[:30], "m-2.safetensors": names[30:]}
     for shard, held in shards.items():
-        part = {name: header[name] for name in held} | {"__metadata__": header["__metadata__"]}
-        (tmp_path / shard).write_bytes(joined(json.dumps(part).encode(), contents))
+        part, data_of_shard = {"__metadata__": header["__metadata__"]}, b""
+        for name in held:
+            begin, end = header[name]["data_offsets"]
+            at = len(data_of_shard)
+            part[name] = header[name] | {"data_offsets": [at, at + end - begin]}
+            data_of_shard += contents[begin:end]
+        (tmp_path / shard).write_bytes(joined(json.dumps(part).encode(), data_of_shard))
     index = {"metadata": {"total_size": 9}, "weight_map": {name: shard for shard in shards for name in shards[shard]}}
     path = tmp_path / "m.safetensors.index.json"
     path.write_text(json.dumps(index))

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from qwenimage_lowvram.engine.errors import DamagedFile, MissingFile, WrongModel
 from qwenimage_lowvram.engine.families.members import EDIT_TEMPLATE, PROMPT_TEMPLATE
 from qwenimage_lowvram.engine.text.prompts import PromptTokenizer
 from small_checkpoint import TOKENIZER_IN_COMFYUI
@@ -84,3 +85,61 @@ def test_a_folder_that_transformers_5_wrote_is_read(name: str) -> None:
         tokenizer.encode(text, template=template)
         == Tokenizer.from_file(str(folder / "tokenizer.json")).encode(template.format(text)).ids
     )
+
+
+def damaged(folder: Path, to: Path, name: str, content: bytes | None) -> Path:
+    """A copy of a tokenizer's folder with one file changed; None: a folder in its place."""
+    shutil.copytree(folder, to)
+    (to / name).unlink(missing_ok=True)
+    if content is None:
+        (to / name).mkdir()
+    else:
+        (to / name).write_bytes(content)
+    return to
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 11421896\n"
+DAMAGES = {
+    "empty": (b"", r"has 0 bytes"),
+    "cut off": (b'{"version": "1.0", "added_tokens": [{', "is cut off or damaged"),
+    "a pointer": (POINTER, "is a pointer to a file of git-lfs"),
+    "a byte order mark": (b"\xef\xbb\xbf{}", "begins with a byte order mark"),
+    "null": (b"null", "it is no JSON object"),
+    "a folder": (None, "is a folder, where a file is needed"),
+}
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_of_a_tokenizer_is_named(damage: str, name: str, small_pipeline: Path, tmp_path: Path) -> None:
+    content, words = DAMAGES[damage]
+    folder = damaged(small_pipeline / "tokenizer", tmp_path / "tokenizer", name, content)
+    with pytest.raises(DamagedFile, match=words) as caught:
+        PromptTokenizer(folder)
+    assert str(folder / name) in str(caught.value)
+
+
+def test_what_the_library_cannot_read_is_told_with_the_folder(small_pipeline: Path, tmp_path: Path) -> None:
+    folder = damaged(
+        small_pipeline / "tokenizer", tmp_path / "tokenizer", "tokenizer.json", b'{"model": {"type": "X"}}'
+    )
+    with pytest.raises(
+        DamagedFile, match=r"its tokenizer cannot be read .*Download its files again: .*tokenizer\.json"
+    ):
+        PromptTokenizer(folder)
+
+
+def test_another_models_tokenizer_is_refused(small_pipeline: Path, tmp_path: Path) -> None:
+    raw = json.loads((small_pipeline / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))
+    raw["model"]["merges"] = []  # which makes a token of every byte
+    folder = damaged(
+        small_pipeline / "tokenizer", tmp_path / "tokenizer", "tokenizer.json", json.dumps(raw).encode("utf-8")
+    )
+    with pytest.raises(WrongModel, match=r"another model's tokenizer: Qwen-Image's makes 34 tokens .* this one \d+"):
+        PromptTokenizer(folder)
+
+
+def test_a_folder_without_a_tokenizer_or_none_at_all_is_missing(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(MissingFile, match=str(folder)):
+            PromptTokenizer(folder)
