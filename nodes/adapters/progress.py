@@ -107,6 +107,11 @@ class RunProgress:
         self._stage = ""
         self.step = 0
 
+    def replanned(self, plan: str, limit_bytes: int, forecast_seconds: float) -> None:
+        """The run goes on with another plan."""
+        self._facts |= {"plan": plan, "limit_bytes": limit_bytes, "forecast_seconds_per_step": forecast_seconds}
+        self._last = 0.0  # it is shown with the next block
+
     def modulation(self, block: int) -> None:
         self._report("modulation", block)
 

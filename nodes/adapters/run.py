@@ -9,21 +9,22 @@ from typing import Any, TypeVar
 
 import comfy.model_management
 import comfy.samplers
-import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...engine.errors import DoesNotFit
+from ...engine.out_of_memory import OutOfMemory, Short, reason, shortage
 from ...engine.plan.forecast import corrected, step_flops
 from ...engine.plan.memory import MemoryPlan, plan_memory
 from ...engine.plan.picture_report import Moved
 from ...engine.plan.report import MemoryReport
-from ...engine.plan.request import size_text
+from ...engine.plan.request import Limits, size_text
 from ...engine.plan.stages import Stage, StagePlan, load_stage, modulation_stage, sampling_stage
 from ...engine.streaming import Waits
 from ...engine.transformer.branch import Branch
 from ...engine.transformer.hooks import Hooked
 from ...engine.transformer.model import QwenImageTransformer, TransformerSession
+from .limits import stage_bytes
 from .progress import MemoryWatch, RunProgress
 from .speeds import KnownSpeeds
 from .timeline import Timeline
@@ -32,21 +33,19 @@ logger = logging.getLogger(__name__)
 
 # smaller steps tell of Python's speed, not of the machine's
 TELLING_FLOPS = 1e12
-# after running out of memory: plan for this part of what the last plan took
+# after running out of memory although enough seemed free: plan for this part of what the last plan took
 SMALLER = 0.85
+# each with a smaller plan than the one before
+MOST_TRIES = 8
 
 T = TypeVar("T")
-
-
-class OutOfMemory(torch.OutOfMemoryError):
-    """Memory ran out twice, the second time with a smaller plan. ComfyUI knows it for what it is, and unloads."""
 
 
 class SamplingRun:
     """Owns what one run holds, from `load` to `end`.
 
-    Where memory runs out all the same, what the run holds is given back, and what was being done is done once more
-    with a smaller plan: the picture is the same.
+    Where memory runs out all the same, what the run holds is given back, and what was being done is done again with
+    smaller plans: the image is the same.
     """
 
     def __init__(
@@ -89,7 +88,7 @@ class SamplingRun:
             blocks=transformer.footprint.blocks,
             steps=len(sigmas) - 1,
             limit_bytes=plan.limit_bytes,
-            plan="\n".join(text for text in (str(plan), advice) if text),
+            plan=self._shown_plan(),
             forecast_seconds=plan.forecast.seconds,
         )
 
@@ -215,42 +214,55 @@ class SamplingRun:
         )
 
     def attempt(self, action: Callable[[], T]) -> T:
-        """Do it; where memory runs out, plan smaller and do it once more. Raises OutOfMemory where that fails too."""
-        for attempt in range(2):
+        """Do it; where memory runs out, plan smaller and do it again, until it fits or no smaller plan does.
+
+        Raises OutOfMemory where nothing helped.
+        """
+        for tried in range(MOST_TRIES):
             try:
-                if attempt > 0:
+                if tried:
                     self._load()
                 return action()
-            except RuntimeError as error:
-                if not _is_out_of_memory(error):
+            except (RuntimeError, MemoryError, OSError) as error:
+                short = shortage(error)
+                if short is None:
                     raise
-                reason = str(error).splitlines()[0]
+                why = reason(error)
             # after the except block: the traceback keeps the failed attempt's tensors alive
-            if attempt == 0:
-                self._plan_smaller(reason)
+            self._plan_smaller(short, why)
         self._close()
-        raise OutOfMemory(_explain(self.plan, reason))
+        raise OutOfMemory(_explain(self.plan, why))
 
-    def _plan_smaller(self, reason: str) -> None:
+    def _plan_smaller(self, short: Short, why: str) -> None:
+        """Plan within what is really free now; where that is as much as before, within a part of the last plan."""
         self._close()
         transformer, plan = self._transformer, self.plan
         for store in (transformer.store, *transformer.annexes.values()):
             store.release()
         comfy.model_management.soft_empty_cache()
-        vram = int(plan.peak_bytes * SMALLER)
         try:
             self.plan = plan_memory(
                 transformer.footprint,
                 plan.request,
-                replace(plan.limits, vram_bytes=vram),
+                self._smaller_limits(short),
                 self._speeds.get(),  # and without the other devices: one of them may be full
             )
         except DoesNotFit:
-            raise OutOfMemory(_explain(plan, reason)) from None
+            raise OutOfMemory(_explain(plan, why)) from None
         self._retries += 1
-        logger.warning(
-            "Memory ran out (%s). What was being done is done again with a smaller plan: %s", reason, self.plan
-        )
+        self._progress.replanned(self._shown_plan(), self.plan.limit_bytes, self.plan.forecast.seconds)
+        logger.warning("Memory ran out (%s). What was being done is done again with a smaller plan: %s", why, self.plan)
+
+    def _smaller_limits(self, short: Short) -> Limits:
+        plan, hardware = self.plan, self._transformer.hardware
+        limits = plan.limits
+        if short is Short.HOST and not hardware.host_device:
+            return replace(limits, ram_bytes=int(plan.ram_peak_bytes * SMALLER))
+        free = stage_bytes(hardware.device, limits.vram_bytes, plan.peak_bytes, beside=self._beside)
+        return replace(limits, vram_bytes=free if free < plan.peak_bytes else int(plan.peak_bytes * SMALLER))
+
+    def _shown_plan(self) -> str:
+        return "\n".join(text for text in (str(self.plan), self._advice) if text)
 
     def _learn(self) -> None:
         """Correct what is known of this machine's speeds by what this run took."""
@@ -269,12 +281,6 @@ class SamplingRun:
                 waited_bus_seconds=waits.bus_seconds / passes,
             )
         )
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Only CUDA has a class for it; MPS and the CPU's allocator raise RuntimeError."""
-    texts = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
 
 def _explain(plan: MemoryPlan, reason: str) -> str:

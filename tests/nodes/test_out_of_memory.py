@@ -117,3 +117,63 @@ def test_a_plan_that_cannot_be_smaller_is_an_error_at_once(
     total = count_operations(sample)
     with FullMemory(total // 2, 1), pytest.raises(torch.OutOfMemoryError, match="Memory ran out although"):
         sample()
+
+
+class ShrinkingCard(TorchDispatchMode):
+    """A card that others fill meanwhile: what is free is less at each look, and the first `count` attempts fail."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, free: list[int], error: BaseException, at: int) -> None:
+        super().__init__()
+        self.error, self.at, self.operations = error, at, 0
+        self.left = len(free)
+        amounts = iter(free)
+        monkeypatch.setattr("qwenimage_lowvram.nodes.adapters.run.stage_bytes", lambda *_, **__: next(amounts))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations += 1
+        if self.left and self.operations >= self.at:
+            self.left -= 1
+            self.operations = 0
+            raise self.error
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError(""),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_plan_goes_down_with_what_is_really_free_until_it_fits(
+    error: BaseException, model: Any, sample: Sample, transformer: QwenImageTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = sample()
+    plan = model.model.last_report.plan
+    least = least_bytes(transformer.footprint, SamplingRequest(96, 64, 2, 9))
+    free = [plan.peak_bytes - 1, (plan.peak_bytes + least) // 2, least]
+    total = count_operations(sample)
+    with ShrinkingCard(monkeypatch, free, error, total // 3):
+        assert torch.equal(sample(), expected)
+    report = model.model.last_report
+    assert report.out_of_memory == len(free)
+    assert report.plan.limit_bytes == least
+    assert report.plan.peak_bytes <= least
+
+
+def test_the_page_is_told_the_smaller_plan(model: Any, sample: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qwenimage_lowvram.nodes.adapters import progress
+
+    sent: list[dict[str, Any]] = []
+    monkeypatch.setattr(progress, "send", lambda event, data: sent.append(data))
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_EVENTS", 0.0)
+    total = count_operations(sample)
+    sent.clear()
+    with FullMemory(total // 2, 1):
+        sample()
+    plans = list(dict.fromkeys(data["plan"] for data in sent))
+    assert len(plans) == 2
+    assert plans[-1] == str(model.model.last_report.plan)
+    assert sent[-1]["limit_bytes"] == model.model.last_report.plan.limit_bytes
