@@ -7,6 +7,7 @@ from pathlib import Path
 from ..engine.errors import CacheError
 from ..engine.quantized.files import FINISHED, UNUSED, CachedFile, State, cached_files, clear
 from ..engine.text.cache import Entry, PromptCache
+from .texts import printable
 
 UNUSED_WEIGHTS, ALL_WEIGHTS, PROMPTS = "unused", "all", "prompts"
 CLEARABLE = (UNUSED_WEIGHTS, ALL_WEIGHTS, PROMPTS)
@@ -26,12 +27,12 @@ def cleared(folder: Path, prompts: PromptCache, what: str) -> str:
         done = clear(folder, _STATES[what])
         yield f"removed: {_count(done.removed)}"
         yield from map(_line, done.removed)
-        yield from (f"not removed ({_printable(why)}): {_line(file)}" for file, why in done.failed)
+        yield from (f"not removed ({printable(why)}): {_line(file)}" for file, why in done.failed)
 
     def encoded() -> Iterator[str]:
         done = prompts.clear()
         yield f"removed {_prompts(done.removed)}"
-        yield from (f"not removed ({_printable(why)}): {_printable(entry.path.name)}" for entry, why in done.failed)
+        yield from (f"not removed ({printable(why)}): {printable(entry.path.name)}" for entry, why in done.failed)
 
     lines = list(_told(encoded if what == PROMPTS else weights))
     return "\n".join([shown(folder, prompts), "", *lines])
@@ -40,7 +41,7 @@ def cleared(folder: Path, prompts: PromptCache, what: str) -> str:
 def _weights(folder: Path) -> Iterator[str]:
     def lines() -> Iterator[str]:
         files = cached_files(folder)
-        yield f"{_printable(str(folder))}: {_count([file for file in files if file.state is not State.FOREIGN])}"
+        yield f"{printable(str(folder))}: {_count([file for file in files if file.state is not State.FOREIGN])}"
         yield from map(_line, files)
 
     return _told(lines)
@@ -51,7 +52,7 @@ def _told(lines: Callable[[], Iterator[str] | list[str]]) -> Iterator[str]:
     try:
         yield from lines()
     except CacheError as error:
-        yield " ".join(_printable(part) for part in str(error).splitlines() if part)
+        yield " ".join(printable(part) for part in str(error).splitlines() if part)
 
 
 def _count(files: Sequence[CachedFile]) -> str:
@@ -70,7 +71,7 @@ def _line(file: CachedFile) -> str:
     source = Path(file.source)
     name = f"{source.parent.name}/{source.name}" if file.source and not source.suffix else source.name
     known = f"{name}, {file.weight_format}" if file.source else file.path.name
-    return f"{_printable(known)}, {file.nbytes / 1e9:.2f} GB, {_date(file.made)}, {file.state.value}"
+    return f"{printable(known)}, {file.nbytes / 1e9:.2f} GB, {_date(file.made)}, {file.state.value}"
 
 
 def _date(seconds: float) -> str:
@@ -78,8 +79,3 @@ def _date(seconds: float) -> str:
         return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
     except (OverflowError, OSError, ValueError):
         return "at an impossible time"
-
-
-def _printable(text: str) -> str:
-    """One line that shows what is in it, without line breaks, NULs and halves of characters."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from .adapters.vae import LowVRAMVAE
+from .checks import check_widgets, latent_of
 from .words import CATEGORY
 
 
@@ -46,7 +47,8 @@ class QwenLowVRAMDecode:
         }
 
     def decode(self, samples: dict[str, Any], vae: Any, tile_size: int) -> tuple[torch.Tensor]:
-        images = _decode(samples["samples"], vae, tile_size)
+        check_widgets(self.INPUT_TYPES(), tile_size=tile_size)
+        images = _decode(latent_of("samples", samples), vae, tile_size)
         return (images.reshape(-1, *images.shape[-3:]),)  # a video VAE answers (B, T, H, W, C)
 
 

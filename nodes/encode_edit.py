@@ -18,6 +18,7 @@ from ..engine.vision.patches import require_rgb
 from ..engine.vision.resample import resample
 from .adapters.clip import LowVRAMCLIP
 from .adapters.unsupported import NO_PICTURES_KEY
+from .checks import check_image, check_widgets
 from .words import AUTO, CATEGORY
 
 LATENT_CHANNELS = 16
@@ -102,6 +103,10 @@ class QwenLowVRAMEncodeEditPrompt:
         variant: str,
         **images: Any,
     ) -> dict[str, Any]:
+        check_widgets(self.INPUT_TYPES(), megapixels=megapixels, width=width, height=height, batch_size=batch_size)
+        for name, image in images.items():
+            if image is not None:
+                check_image(name, image)
         pictures = [images[name] for name in sorted(images) if images[name] is not None]
         for i, picture in enumerate(pictures, start=1):
             require_rgb(picture, f"Picture {i}")

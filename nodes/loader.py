@@ -14,7 +14,6 @@ from ..engine.errors import InvalidRequest, QwenLowVRAMError
 from ..engine.families.members import Component, require
 from ..engine.families.variants import Variant, variant_of
 from ..engine.families.vision import mmproj_identity
-from ..engine.plan.request import GIB
 from ..engine.text.encoder import TextEncoder
 from ..engine.text.prompts import PromptTokenizer
 from ..engine.transformer.model import QwenImageTransformer, TimestepRounding
@@ -25,6 +24,7 @@ from .adapters.clip import LowVRAMCLIP
 from .adapters.model import make_model
 from .adapters.timeline import Timeline
 from .adapters.vae import make_vae
+from .checks import check_widgets, limit_bytes
 from .format_choice import Parts, advice_for, fastest_format, limits_now
 from .inputs import at_input
 from .weight_cache import (
@@ -297,6 +297,7 @@ class QwenLowVRAMLoader:
         vae_device: str = AUTO,
         positions: str = Positions.COMFYUI.value,
     ) -> tuple[Any, Any, Any]:
+        check_widgets(self.INPUT_TYPES(), vram_limit_gb=vram_limit_gb, ram_limit_gb=ram_limit_gb)
         sources = Sources.of(transformer, text_encoder, vae)
         transformer_file, text_file, vae_file = sources.open(variant)
         with at_input("weight_format"):
@@ -307,7 +308,7 @@ class QwenLowVRAMLoader:
         text_default = switches.text_encoder_device(hardware.device)
         text_hardware = devices.hardware_of(devices.device_of(text_encoder_device, text_default))
         vae_on = devices.device_of(vae_device, management.vae_device())
-        limits = _Limits(round(vram_limit_gb * GIB) or None, round(ram_limit_gb * GIB) or None)
+        limits = _Limits(limit_bytes(vram_limit_gb), limit_bytes(ram_limit_gb))
         compute = _compute_dtype(dtype, transformer_file, hardware.device)
         member = variant_of(transformer_file, _chosen(variant))
         weight_format, advice = _format_of(transformer_file, weight_format, Parts(member, compute, hardware), limits)

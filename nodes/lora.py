@@ -10,7 +10,9 @@ from ..engine.errors import MissingFile, QwenLowVRAMError, Unsupported
 from ..engine.lora.files import LoraMatch, match, open_lora
 from .adapters.patcher import LowVRAMPatcher
 from .adapters.progress import tell
+from .checks import check_widgets
 from .inputs import at_input
+from .texts import printable
 from .words import CATEGORY
 
 logger = logging.getLogger(__name__)
@@ -73,6 +75,7 @@ class QwenLowVRAMLoadLora:
             return str(error)  # `load` raises it, and another error than this would hide it
 
     def load(self, model: Any, lora_name: str, strength: float) -> dict[str, Any]:
+        check_widgets(self.INPUT_TYPES(), strength=strength)
         if not isinstance(model, LowVRAMPatcher):
             raise Unsupported(
                 "This node adds LoRAs to models of Load Qwen-Image (low VRAM).\n\nWhat to do: use LoraLoaderModelOnly "
@@ -81,7 +84,7 @@ class QwenLowVRAMLoadLora:
         transformer = model.model.transformer
         with at_input("lora_name"):
             lora = match(open_lora(_file_of(lora_name)), transformer.weights)
-        text = "\n".join([str(lora), *warnings_of(lora, transformer.weight_format), *_listed(lora)])
+        text = "\n".join([printable(str(lora)), *warnings_of(lora, transformer.weight_format), *_listed(lora)])
         logger.info("%s", text)
         tell(text)
         patched = model.clone()
@@ -109,4 +112,4 @@ def _listed(lora: LoraMatch) -> list[str]:
     if not lora.unmatched:
         return []
     more = "" if len(lora.unmatched) <= 5 else f" and {len(lora.unmatched) - 5} more"
-    return [f"not used: {', '.join(lora.unmatched[:5])}{more}"]
+    return [f"not used: {', '.join(map(printable, lora.unmatched[:5]))}{more}"]

@@ -24,6 +24,7 @@ from ..engine.vae import ImageVAE
 from . import files
 from .adapters.limits import free_ram, headroom_bytes
 from .adapters.speeds import KnownSpeeds
+from .checks import check_widgets, limit_bytes
 from .format_choice import TYPICAL_REQUEST, advice_of, versions_of
 from .inputs import at_input
 from .loader import Sources, wrong_transformer
@@ -166,14 +167,27 @@ class QwenLowVRAMMemoryPlan:
         reference_pictures: int = 0,
         layers: int = 0,
     ) -> dict[str, Any]:
+        check_widgets(
+            self.INPUT_TYPES(),
+            width=width,
+            height=height,
+            batch_size=batch_size,
+            steps=steps,
+            cfg=cfg,
+            prompt_tokens=prompt_tokens,
+            vram_limit_gb=vram_limit_gb,
+            ram_limit_gb=ram_limit_gb,
+            reference_pictures=reference_pictures,
+            layers=layers,
+        )
         models = _Models.open(transformer, text_encoder, vae, weight_format, layers)
         request = PictureRequest(
             width, height, batch_size, cfg > 1, steps, prompt_tokens, references=reference_pictures, layers=layers
         )
-        ram_bytes = round(ram_limit_gb * GIB) or models.free_ram_bytes(request)
+        ram_bytes = limit_bytes(ram_limit_gb) or models.free_ram_bytes(request)
         capacities = [(f"{gb} GB", gb * GIB, gb * GIB - CONTEXT_BYTES - headroom_bytes()) for gb in CARDS_GB]
         if vram_limit_gb > 0:
-            limit = round(vram_limit_gb * GIB)
+            limit = max(1, round(vram_limit_gb * GIB))
             capacities.append((f"limit {vram_limit_gb:g} GB", limit, limit))
         cards = [models.card(request, *capacity, ram_bytes) for capacity in capacities]
         prompts = f"prompts of {prompt_tokens} token{'s' if prompt_tokens != 1 else ''}"

@@ -15,6 +15,7 @@ from ..engine.errors import InvalidRequest, Unsupported
 from ..engine.transformer.latents import patches_of
 from ..engine.transformer.sampling import layered_sigmas, lightning_sigmas, qwen_sigmas, true_cfg
 from .adapters.model import ADDITIONAL_KEY, LowVRAMModel
+from .checks import check_conditioning, check_widgets, latent_of
 from .words import CATEGORY
 
 logger = logging.getLogger(__name__)
@@ -134,6 +135,10 @@ class QwenLowVRAMSample:
         norm_rescale: bool,
         preset: str = next(iter(PRESETS)),
     ) -> dict[str, Any]:
+        check_widgets(self.INPUT_TYPES(), seed=seed, steps=steps, cfg=cfg, denoise=denoise)
+        latent_of("latent_image", latent_image)
+        for name, entries in (("positive", positive), ("negative", negative)):
+            check_conditioning(name, entries)
         if PRESETS[preset] is not None:
             steps, cfg, sampler, scheduler = PRESETS[preset], 1.0, "euler", LIGHTNING_SCHEDULER
         latents = comfy.sample.fix_empty_latent_channels(

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..checkpoints.regular_file import open_regular
-from ..errors import DamagedFile, MissingFile, WrongModel
+from ..errors import DamagedFile, InvalidRequest, MissingFile, WrongModel
 from ..families.members import (
     EDIT_TEMPLATE,
     EDIT_TEMPLATE_TOKENS,
@@ -23,6 +23,8 @@ from .picture_prompts import PICTURE, require_places
 
 logger = logging.getLogger(__name__)
 
+# the text positions are 4096; longer words than these make a token are in no language
+MAX_PROMPT_CHARACTERS = 4096 * 16
 MAX_TOKENIZER_BYTES = 64_000_000  # of one file; Qwen2.5's tokenizer.json has 11 MB
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -62,6 +64,17 @@ class PromptTokenizer:
         The first places for pictures hold PICTURE, as many as there are pictures. No prompt is cut; a warning says
         when one is longer than the reference allows. Raises InvalidRequest where there are fewer places than pictures.
         """
+        half = next((i for i, c in enumerate(prompt) if "\ud800" <= c <= "\udfff"), None)
+        if half is not None:
+            raise InvalidRequest(
+                f"The prompt's character {half + 1} is one half of a character ({prompt[half]!a}), which no encoding "
+                "has.\n\nWhat to do: type it again, or remove it."
+            )
+        if len(prompt) > MAX_PROMPT_CHARACTERS:
+            raise InvalidRequest(
+                f"The prompt has {len(prompt)} characters, more than the {MAX_PROMPT_CHARACTERS} that the model's "
+                f"positions have room for; it has seen {MAX_PROMPT_TOKENS} tokens.\n\nWhat to do: shorten it."
+            )
         text = prompt if prompt.startswith("<|im_start|>") else template.format(prompt)
         ids = self._ids(text)
         places = [i for i, token in enumerate(ids) if token == self._picture]

@@ -42,6 +42,7 @@ from .unsupported import (
     check_layers,
     check_references,
     check_size,
+    check_values,
     refuse,
     why_one_by_one,
 )
@@ -149,6 +150,7 @@ def _outer_sample(
     guider = executor.class_obj
     model: LowVRAMModel = guider.model_patcher.model
     beside = other_models(guider)
+    check_values(guider, noise, latent_image, sigmas)
     _check(model, guider, noise, beside)
     conds = conditions_of_run(guider, noise)
     calls = model.calls

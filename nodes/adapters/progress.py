@@ -1,5 +1,6 @@
 """Tell the page what a run does, block by block, and let the person interrupt it between two blocks."""
 
+import html
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,6 +11,8 @@ import psutil
 import torch
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
+
+from ..texts import printable
 
 EVENT = "qwen_lowvram.progress"
 SECONDS_BETWEEN_EVENTS = 0.2
@@ -29,10 +32,11 @@ def send(event: str, data: dict[str, Any]) -> None:
 
 
 def tell(text: str) -> None:
-    """Show a text on the node that runs; nowhere without a server."""
+    """Show a text on the node that runs; nowhere without a server. Keys and file names in it stay what they are: the
+    page reads such texts as HTML, and what no encoding has would end the connection."""
     server, node = getattr(PromptServer, "instance", None), executing_node_id()
     if server is not None and node is not None:
-        server.send_progress_text(text, node, server.client_id)
+        server.send_progress_text(html.escape(printable(text, lines=True), quote=False), node, server.client_id)
 
 
 @dataclass

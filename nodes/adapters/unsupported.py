@@ -12,7 +12,10 @@ from torch import Tensor
 from ...engine.errors import InvalidRequest, Unsupported
 from ...engine.families.variants import Variant
 from ...engine.transformer.latents import LATENT_PX, PATCH
+from ..checks import check_embeds, check_latent
 from ..words import ENCODE_EDIT, LOADER
+
+MOST_SIGMAS = 10_001  # of a run; each takes 4.4 MB of the modulation's table
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +106,27 @@ def _check_pictures(variant: Variant, references: Sequence[Sequence[Tensor]]) ->
                 f"{variant.value} takes one picture apart, and a prompt of this graph shows it {len(latents)}.\n\n"
                 "What to do: keep one ReferenceLatent per prompt."
             )
+
+
+def check_values(guider: Any, noise: Tensor, latent_image: Tensor, sigmas: Tensor) -> None:
+    """Raise InvalidRequest for latents, prompts and schedules that are none, whichever sampler brings them."""
+    for name, latents in (("The noise", noise), ("The latent image", latent_image)):
+        check_latent(name, latents)
+    for name, entries in guider.conds.items():
+        if name in ("positive", "negative") and not entries:
+            raise InvalidRequest(
+                f"The {name} conditioning holds no prompt.\n\nWhat to do: connect a node that encodes one."
+            )
+        for entry in entries or ():
+            if entry.get("cross_attn") is not None:
+                check_embeds(f"The {name} conditioning", entry["cross_attn"])
+            for reference in entry.get("reference_latents") or ():
+                check_latent(f"A reference latent of the {name} conditioning", reference)
+    if sigmas.ndim != 1 or len(sigmas) < 2 or not torch.isfinite(sigmas).all() or len(sigmas) > MOST_SIGMAS:
+        raise InvalidRequest(
+            f"The schedule has shape {list(sigmas.shape)}, or numbers that are not finite; 2 to {MOST_SIGMAS} sigmas "
+            "are needed.\n\nWhat to do: check steps and denoise of the scheduler."
+        )
 
 
 def check_latents(latents: Tensor) -> None:
