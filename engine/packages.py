@@ -5,6 +5,7 @@ A package that cannot be imported is an error only here, in words: MissingPackag
 
 import importlib
 import logging
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -56,11 +57,21 @@ def _imported(module: str, package: str, purpose: str) -> ModuleType:
 def _broken(package: str, purpose: str, error: Exception) -> MissingPackage:
     if "AttentionBackendName" in str(error):
         return _bad_attention(str(error))
+    culprit = _importing(error) or package
+    through = "" if culprit == package else f", which {package} imports,"
     return MissingPackage(
-        f"The package {package} cannot be imported ({type(error).__name__}: {error!s:.500}); {purpose}.\n\nWhat to do: "
-        f"install it again into ComfyUI's Python with `pip install --force-reinstall --no-deps {package}`. Where the "
-        "message names another package, that one is broken or does not fit."
+        f"The package {culprit}{through} fails while it is imported ({type(error).__name__}: {error!s:.500}); "
+        f"{purpose}.\n\nWhat to do: install it again into ComfyUI's Python with `pip install --force-reinstall "
+        f"--no-deps {culprit}`, in a version that fits, then start ComfyUI again."
     )
+
+
+def _importing(error: BaseException) -> str | None:
+    """The package whose own module was being imported, innermost: not who asked for it, nor what it called."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "<module>"]
+    return str(frames[-1].f_globals.get("__name__", "")).partition(".")[0] or None if frames else None
 
 
 def _require_usable_attention() -> None:

@@ -12,14 +12,14 @@ from devtools.cache import REPOSITORY
 from devtools.server import PACK_NAME
 
 # what people's other packs and ComfyUI itself may have, and ours needs at the first run only
-HEAVY = ("diffusers", "accelerate", "bitsandbytes", "gguf", "peft")
+HEAVY = ("diffusers", "accelerate", "bitsandbytes", "gguf", "peft", "transformers", "comfy_kitchen")
 
 # loads the pack as ComfyUI does, looks at its nodes, and says which modules that has brought
 LOAD = """
 import asyncio, sys
 sys.argv = ["main.py", "--cpu"]
 import comfy.options; comfy.options.enable_args_parsing()
-import nodes, comfy.sd, comfy.samplers, comfy_extras.nodes_qwen, server, execution, latent_preview
+import folder_paths, nodes, comfy.sd, comfy.samplers, comfy_extras.nodes_qwen, server, execution, latent_preview
 before = set(sys.modules)
 print("MARK")
 assert asyncio.run(nodes.load_custom_node(%r))
@@ -27,8 +27,10 @@ ours = [node for name, node in nodes.NODE_CLASS_MAPPINGS.items() if name.startsw
 assert len(ours) > 8, len(ours)
 for node in ours:
     node.INPUT_TYPES()
+folder_paths.add_model_folder_path("diffusers", %r)
+assert nodes.NODE_CLASS_MAPPINGS["QwenLowVRAMLoader"].VALIDATE_INPUTS(%r) is True
 print("MARK")
-print(sorted(name.partition(".")[0] for name in set(sys.modules) - before))
+print({name.partition(".")[0] for name in set(sys.modules) - before})
 """
 
 
@@ -46,8 +48,11 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
     )
 
 
-def test_importing_the_pack_and_listing_its_nodes_brings_no_heavy_package_and_prints_nothing() -> None:
-    done = run_python(LOAD % str(REPOSITORY))
+def test_importing_the_pack_listing_its_nodes_and_checking_a_file_brings_nothing_heavy_and_prints_nothing(
+    small_pipeline: Path,
+) -> None:
+    """Not one module more of these than ComfyUI had by then."""
+    done = run_python(LOAD % (str(REPOSITORY), str(small_pipeline.parent), f"{small_pipeline.name} (folder)"))
     assert done.returncode == 0, done.stderr
     _, printed, brought = done.stdout.split("MARK\n")
     assert printed == ""
@@ -80,6 +85,28 @@ def test_a_plain_file_needs_none_of_the_packages_for_formats(small_pipeline: Pat
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "4"
     assert done.stderr == ""
+
+
+def test_loading_a_transformer_prints_nothing_where_every_package_is_there(small_pipeline: Path) -> None:
+    """diffusers imports bitsandbytes, which asks for another package: not in our users' log."""
+    code = f"load({str(small_pipeline / 'transformer')!r}); print('bitsandbytes' in sys.modules)"
+    done = run_python("import logging; logging.basicConfig()\n" + MISSING % ([], code))
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "True", "")
+
+
+def test_a_package_that_breaks_another_ones_import_is_named(tmp_path: Path, small_pipeline: Path) -> None:
+    (tmp_path / "bitsandbytes").mkdir()
+    (tmp_path / "bitsandbytes" / "__init__.py").write_text("raise RuntimeError('CUDA setup failed')")
+    code = f"""
+sys.path.insert(0, {str(tmp_path)!r})
+try:
+    load({str(small_pipeline / "transformer")!r})
+except MissingPackage as error:
+    print(error)
+"""
+    done = run_python(MISSING % ([], code))
+    assert "bitsandbytes, which diffusers imports, fails while it is imported (RuntimeError: CUDA" in done.stdout
+    assert "--no-deps bitsandbytes`" in done.stdout
 
 
 def test_a_gguf_file_names_the_package_that_it_needs(tmp_path: Path, small_pipeline: Path) -> None:

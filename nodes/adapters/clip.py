@@ -27,7 +27,7 @@ from ...engine.text.prompts import PromptTokenizer, drop_template
 from ...engine.vision.patches import patch_picture
 from .limits import stage_bytes
 from .timeline import Timeline
-from .unsupported import refuse
+from .unsupported import check_device, refuse
 
 logger = logging.getLogger(__name__)
 
@@ -129,6 +129,10 @@ class LowVRAMCLIP(comfy.sd.CLIP):
         Only those that are not kept are encoded. Raises DoesNotFit before anything is read.
         """
         self._refuse_schedule()
+        setting = "text_encoder_device"
+        check_device(
+            self.patcher, self.encoder.hardware.device, what="text encoder", node="Select CLIP Device", setting=setting
+        )
         states = self._encode(prompts) if self.kept is None else self._encode_others(prompts, self.kept)
         out = comfy.model_management.intermediate_device()
         starts = [prompt.place(self.tokenizer.start(prompt.tokens)) for prompt in prompts]

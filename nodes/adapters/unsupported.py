@@ -38,12 +38,19 @@ def check_graph(model_options: dict[str, Any], conds: dict[str, list[dict[str, A
                 refuse("GLIGEN", "remove the GLIGEN node.")
 
 
-def check_device(patcher: Any, device: torch.device) -> None:
+def check_device(
+    patcher: Any,
+    device: torch.device,
+    *,
+    what: str = "model",
+    node: str = "Select Model Device",
+    setting: str = "transformer_device",
+) -> None:
     """Raise Unsupported where a node has told ComfyUI another device than that on which the model computes."""
     if patcher.load_device != device:
         refuse(
-            f"Moving the model from {device} to {patcher.load_device} (Select Model Device)",
-            "remove that node, and choose transformer_device in the loader.",
+            f"Moving the {what} from {device} to {patcher.load_device} ({node})",
+            f"remove that node, and choose {setting} in the loader.",
         )
 
 

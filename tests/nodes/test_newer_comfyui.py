@@ -65,28 +65,51 @@ def test_another_device_than_the_loaders_is_refused_before_sampling(model: Any) 
         ksampler(moved, cond(), cond(5, 2), empty_latent())
 
 
+def test_another_device_for_the_text_encoder_is_refused_by_name(full_pipeline: Path) -> None:
+    """ComfyUI's node tells the patcher of CLIP, which holds nothing."""
+    from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
+    from qwenimage_lowvram.engine.hardware import Hardware
+    from qwenimage_lowvram.engine.text.encoder import TextEncoder
+    from qwenimage_lowvram.engine.text.prompts import PromptTokenizer
+    from qwenimage_lowvram.nodes.adapters.clip import LowVRAMCLIP
+
+    cpu = Hardware.detect(torch.device("cpu"))
+    encoder = TextEncoder(open_checkpoint(full_pipeline / "text_encoder"), dtype=torch.float32, hardware=cpu)
+    moved = LowVRAMCLIP(encoder, PromptTokenizer(full_pipeline / "tokenizer"), None).clone()
+    moved.patcher.load_device = torch.device("meta")
+    with pytest.raises(Unsupported, match=r"Select CLIP Device.*\n\nWhat to do: .*text_encoder_device"):
+        moved.encode_from_tokens_scheduled(moved.tokenize("a cat"))
+
+
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_a_file_that_names_an_attention_kernel_is_read(prefix: str, small_pipeline: Path, tmp_path: Path) -> None:
     from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
     from qwenimage_lowvram.engine.hardware import Hardware
     from qwenimage_lowvram.engine.text.encoder import TextEncoder
     from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
+    from qwenimage_lowvram.nodes.adapters.vae import make_vae
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
     from split_files import write_split_files
 
     note = torch.tensor(list(b'{"kernel": "comfy_kitchen_int8"}'), dtype=torch.uint8)
     names = write_split_files(small_pipeline, tmp_path, dtype="bf16", prefix=prefix)
-    for folder, name, before in (
-        ("diffusion_models", names.transformer, prefix),
-        ("text_encoders", names.text_encoder, "model."),
+    for folder, name, places in (
+        ("diffusion_models", names.transformer, (prefix, f"{prefix}transformer_blocks.0.attn.")),
+        ("text_encoders", names.text_encoder, ("model.", "model.layers.0.self_attn.", "visual.blocks.0.attn.")),
+        ("vae", names.vae, ("", "decoder.middle.1.")),
     ):
         file = tmp_path / folder / name
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata()
-        save_file(load_file(file) | {f"{before}comfy_attention.config": note}, file, metadata)
+        save_file(
+            load_file(file) | {f"{place}comfy_attention.config": note.clone() for place in places}, file, metadata
+        )
     cpu = Hardware.detect(torch.device("cpu"))
     folder = tmp_path / "diffusion_models" / names.transformer
     assert QwenImageTransformer(open_checkpoint(folder), dtype=torch.float32, hardware=cpu).config.num_layers == 4
     encoder = open_checkpoint(tmp_path / "text_encoders" / names.text_encoder)
     assert TextEncoder(encoder, dtype=torch.float32, hardware=cpu).encode([[5, 9]])[0].isfinite().all()
+    assert TextEncoder(encoder, dtype=torch.float32, hardware=cpu).vision_tower().footprint.blocks
+    vae = open_checkpoint(tmp_path / "vae" / names.vae)
+    assert make_vae(vae, dtype=torch.float32, limit_bytes=None).output_channels == 3
