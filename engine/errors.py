@@ -1,8 +1,16 @@
 """Every error the engine raises. Each message says what is wrong, how much, and what to do."""
 
+from .texts import printable
+
 
 class QwenLowVRAMError(Exception):
-    """Root of the pack's errors: catch this to catch them all."""
+    """Root of the pack's errors: catch this to catch them all.
+
+    Messages hold names and keys of files: what cannot be printed in them is escaped, but for line breaks.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(message, lines=True))
 
 
 class CheckpointError(QwenLowVRAMError):

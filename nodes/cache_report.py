@@ -7,7 +7,7 @@ from pathlib import Path
 from ..engine.errors import CacheError
 from ..engine.quantized.files import FINISHED, UNUSED, CachedFile, State, cached_files, clear
 from ..engine.text.cache import Entry, PromptCache
-from .texts import printable
+from ..engine.texts import printable
 
 UNUSED_WEIGHTS, ALL_WEIGHTS, PROMPTS = "unused", "all", "prompts"
 CLEARABLE = (UNUSED_WEIGHTS, ALL_WEIGHTS, PROMPTS)

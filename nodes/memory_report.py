@@ -57,7 +57,7 @@ class QwenLowVRAMMemoryReport:
         return float("nan")  # what was measured is no input
 
     def report(self, model: Any, after: Any = None) -> dict[str, Any]:
-        inner = model.model
+        inner = getattr(model, "model", None)
         if not isinstance(inner, LowVRAMModel):
             refuse("Memory Report with a model of another loader", f"use it with '{LOADER}'.")
         if not inner.timeline.reports:

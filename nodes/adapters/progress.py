@@ -12,7 +12,7 @@ import torch
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
-from ..texts import printable
+from ...engine.texts import printable
 
 EVENT = "qwen_lowvram.progress"
 SECONDS_BETWEEN_EVENTS = 0.2

@@ -14,6 +14,7 @@ from ...engine.errors import InvalidRequest, Unsupported
 from ...engine.plan.stages import Stage, decode_stage
 from ...engine.streaming import read_params
 from ...engine.vae import ImageVAE, TilePlan, needed_tensors
+from ..checks import check_image, check_latent
 from .limits import stage_bytes
 from .timeline import Timeline
 
@@ -93,6 +94,7 @@ class LowVRAMVAE(comfy.sd.VAE):
     ) -> torch.Tensor:
         """As `decode`. Tile sizes are in latents; the overlap is what exactness needs, whatever is asked for."""
         vae = self.first_stage_model
+        check_latent("The latent", samples)
         size = (samples.shape[-2] * vae.scale, samples.shape[-1] * vae.scale)
         return self._run(vae.decode, vae.plan_decode, samples, size, max(tile_x or 0, tile_y or 0) * vae.scale)
 
@@ -117,6 +119,7 @@ class LowVRAMVAE(comfy.sd.VAE):
                 f"The VAE encodes images (B, H, W, C) of at least {vae.scale}x{vae.scale} pixels, "
                 f"got {tuple(pixel_samples.shape)}."
             )
+        check_image("The image", pixel_samples)
         pixels = self.vae_encode_crop_pixels(pixel_samples)
         size = (pixels.shape[1], pixels.shape[2])
         return self._run(vae.encode, vae.plan_encode, pixels, size, max(tile_x or 0, tile_y or 0))

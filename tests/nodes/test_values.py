@@ -179,3 +179,19 @@ def test_keys_are_shown_as_they_are_and_change_no_log_and_no_page(
     assert "\x1b" not in caplog.text
     assert "&lt;img src=x onerror=alert(1)&gt;\\n\\x1b[31m.lora_A.weight" in sent[0]
     assert "<" not in sent[0]
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_the_vae_refuses_numbers_that_are_none_under_comfyuis_nodes(number: float, small_pipeline: Path) -> None:
+    from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
+    from qwenimage_lowvram.nodes.adapters.vae import make_vae
+
+    vae = make_vae(open_checkpoint(small_pipeline / "vae"), dtype=torch.float32, limit_bytes=None)
+    with pytest.raises(InvalidRequest, match=r"The latent holds numbers that are not finite"):
+        vae.decode(torch.full((1, 16, 1, 4, 4), number))
+    with pytest.raises(InvalidRequest, match=r"The image holds numbers that are not finite"):
+        vae.encode(torch.full((1, 32, 32, 3), number))
+
+
+def test_what_cannot_be_printed_in_an_error_is_escaped() -> None:
+    assert str(InvalidRequest("a\x1b[31m\ud800\x00b\n\nWhat to do: c")) == "a\\x1b[31m\\ud800\\x00b\n\nWhat to do: c"
