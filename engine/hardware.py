@@ -20,6 +20,7 @@ class Hardware:
     pinned: host memory can be page-locked, up to pinned_limit_bytes.
     prefetch: reader threads fetch ahead of compute.
     host_device: device memory is host memory, so that file bytes can be read straight into a slot.
+    decodes_fp8: the device can cast fp8 to other dtypes; Apple's cannot.
     unified: the device has buffers of its own, but in the host's memory.
     """
 
@@ -30,6 +31,7 @@ class Hardware:
     host_device: bool
     pinned_limit_bytes: int = 0
     unified: bool = False
+    decodes_fp8: bool = True
 
     @classmethod
     def detect(cls, device: torch.device) -> "Hardware":
@@ -41,6 +43,7 @@ class Hardware:
             prefetch=gpu or host,
             host_device=host,
             unified=device.type == "mps",
+            decodes_fp8=device.type != "mps",
             pinned_limit_bytes=int(HostRam.now().total_bytes * PINNED_PART),
         )
 

@@ -1,6 +1,7 @@
 """Quantized weights and encoded prompts in models/qwen_lowvram: a node shows and clears them."""
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from .words import AUTO, CATEGORY
 
 logger = logging.getLogger(__name__)
 
+# of the environment, and a kind of extra_model_paths.yaml
+CACHE_VARIABLE, CACHE_KIND = "QWEN_LOWVRAM_CACHE", "qwen_lowvram"
 AS_STORED, FASTEST = "as stored", "fastest"
 WEIGHT_FORMATS = (AUTO, AS_STORED, *FORMATS, FASTEST)  # auto is as stored: the default makes one image everywhere
 SHOW = "show"
@@ -34,7 +37,12 @@ HOW_TO_CLEAR = (
 
 
 def weight_cache_folder() -> Path:
-    return Path(folder_paths.models_dir) / "qwen_lowvram"
+    """Where the environment says, else where ComfyUI's extra_model_paths.yaml does, else beside the models."""
+    given = os.path.expandvars(f"${{{CACHE_VARIABLE}}}")
+    if given and not given.startswith("$"):  # which an unset variable stays
+        return Path(given).expanduser()
+    listed = folder_paths.folder_names_and_paths.get(CACHE_KIND, ((), ()))[0]
+    return Path(listed[0]) if listed else Path(folder_paths.models_dir) / CACHE_KIND
 
 
 def prompt_cache() -> PromptCache:

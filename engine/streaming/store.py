@@ -9,7 +9,9 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 import torch
 from torch import Tensor, nn
 
+from ..errors import Unsupported
 from ..hardware import Hardware
+from ..out_of_memory import reason
 from .host_memory import HostBuffer, HostMemory
 from .layout import StoredBlock, bind
 from .order import Mark, StreamOrder
@@ -42,6 +44,7 @@ class BlockStore:
         piece_bytes: int = PIECE_BYTES,
     ) -> None:
         self.blocks = tuple(blocks)
+        _require_decodable(self.blocks, hardware)
         self.source = source
         self.hardware = hardware
         self.order = StreamOrder(hardware)
@@ -277,7 +280,7 @@ class BlockStore:
             logger.warning(
                 "There is no RAM for more than %d held blocks (%s); the others are read from the file at every step.",
                 len(self._held),
-                str(error).splitlines()[0],
+                reason(error),
             )
             return
         pieces = enumerate(buffer.data.split(self._piece_bytes))
@@ -342,3 +345,15 @@ class BlockStore:
     def _new_buffer(self, nbytes: int) -> Tensor:
         with torch.inference_mode(False):
             return torch.empty(nbytes, dtype=torch.uint8, device=self.hardware.device)
+
+
+def _require_decodable(blocks: Sequence[StoredBlock], hardware: Hardware) -> None:
+    """Raise Unsupported for weights that the device cannot bring to another dtype."""
+    if hardware.decodes_fp8:
+        return
+    for param in (param for block in blocks for param in block.params):
+        if param.codec.startswith("fp8"):
+            raise Unsupported(
+                f"{param.parts[0].file} holds weights in {param.codec}, which cannot be decoded on {hardware.device}."
+                "\n\nWhat to do: use a GGUF, bf16 or int8 file, or choose the CPU as its device in the loader."
+            )

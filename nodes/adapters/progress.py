@@ -56,9 +56,9 @@ class MemoryWatch:
 
     def begin_stage(self) -> None:
         """From now on `stage_peak_vram` is that of another stage; `peak_vram` remembers those before."""
-        if self.device.type == "cuda":
+        if (counter := self._counter()) is not None:
             self._earlier_vram = max(self._earlier_vram, self.stage_peak_vram() or 0)
-            torch.cuda.reset_peak_memory_stats(self.device)
+            counter.reset_peak_memory_stats(self.device)
 
     def ram(self) -> int:
         now = self._process.memory_info().rss
@@ -66,14 +66,20 @@ class MemoryWatch:
         return now
 
     def vram(self) -> int | None:
-        return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else None
+        counter = self._counter()
+        return None if counter is None else counter.memory_allocated(self.device)
+
+    def _counter(self) -> Any:
+        """torch's module that counts this device's memory; None where it has none of its own, or nobody counts."""
+        return {"cuda": torch.cuda, "xpu": torch.xpu}.get(self.device.type)
 
     def peak_vram(self) -> int | None:
         stage = self.stage_peak_vram()
         return None if stage is None else max(stage, self._earlier_vram)
 
     def stage_peak_vram(self) -> int | None:
-        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
+        counter = self._counter()
+        return None if counter is None else counter.max_memory_allocated(self.device)
 
 
 class RunProgress:

@@ -228,6 +228,8 @@ class SamplingRun:
                 if short is None:
                     raise
                 why = reason(error)
+            if tried == MOST_TRIES - 1:
+                break
             # after the except block: the traceback keeps the failed attempt's tensors alive
             self._plan_smaller(short, why)
         self._close()

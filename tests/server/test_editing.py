@@ -52,6 +52,7 @@ def graph(full_pipeline: Path, photos: list[str], models_dir: Path) -> Callable[
         loader = {
             "transformer": f"{full_pipeline.name} (folder)", "text_encoder": FOLDER, "vae": FOLDER, "dtype": "fp32",
             "weight_format": "as stored", "vram_limit_gb": 0.0, "timesteps": "fp32", "variant": variant,
+            "positions": "diffusers",
         }  # fmt: skip
         edit = {
             "clip": ["1", 1], "vae": ["1", 2], "positive": PROMPT, "negative": NEGATIVE, "megapixels": MEGAPIXELS,

@@ -43,7 +43,8 @@ def files_in_place(models_dir: Path, gguf_files: SplitFiles) -> Mapping[str, str
 def prompt_of(object_info: Mapping[str, Any], loader: Mapping[str, str]) -> dict[str, Any]:
     """The first bundled graph on the small checkpoint, at a small size."""
     graph = json.loads(WORKFLOW.read_text(encoding="utf-8"))
-    graph = set_widgets(graph, object_info, "QwenLowVRAMLoader", **loader)
+    # as the diffusers pipeline, with which images are compared, counts positions
+    graph = set_widgets(graph, object_info, "QwenLowVRAMLoader", positions="diffusers", **loader)
     graph = set_widgets(graph, object_info, "QwenLowVRAMEncodePrompts", positive=PROMPT, negative=NEGATIVE)
     graph = set_widgets(graph, object_info, "EmptySD3LatentImage", **SIZE, batch_size=1)
     graph = set_widgets(graph, object_info, "QwenLowVRAMSample", seed=SEED, steps=STEPS)

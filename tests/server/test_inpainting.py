@@ -79,7 +79,7 @@ def graph(full_pipeline: Path, shown: Any, models_dir: Path) -> Callable[..., Pr
     def make(**values: Any) -> Prompt:
         loader = {
             "transformer": f"{full_pipeline.name} (folder)", "text_encoder": FOLDER, "vae": FOLDER, "dtype": "fp32",
-            "weight_format": "as stored", "vram_limit_gb": 0.0, "timesteps": "fp32",
+            "weight_format": "as stored", "vram_limit_gb": 0.0, "timesteps": "fp32", "positions": "diffusers",
         }  # fmt: skip
         settings = {
             "model": ["1", 0], "positive": ["2", 0], "negative": ["2", 1], "latent_image": ["11", 0], "seed": SEED,

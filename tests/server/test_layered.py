@@ -43,7 +43,7 @@ def files(layered_pipeline: Path, models_dir: Path) -> SplitFiles:
 def loader(transformer: str, text_encoder: str, vae: str) -> tuple[str, dict[str, Any]]:
     return "QwenLowVRAMLoader", {
         "transformer": transformer, "text_encoder": text_encoder, "vae": vae, "dtype": "fp32",
-        "weight_format": "as stored", "vram_limit_gb": 0.0, "timesteps": "fp32",
+        "weight_format": "as stored", "vram_limit_gb": 0.0, "timesteps": "fp32", "positions": "diffusers",
     }  # fmt: skip
 
 

@@ -92,7 +92,9 @@ def _widget_values(node: Mapping[str, Any], node_info: Mapping[str, Any]) -> dic
     saved = node.get("widgets_values") or []
     if isinstance(saved, Mapping):
         return {name: saved[name] for name in widget_names(node_info) if name in saved}
-    return {name: value for name, value in zip(widget_names(node_info), saved, strict=False) if name is not None}
+    names = list(widget_names(node_info))
+    values = [*saved, *(_default(node_info, name) for name in names[len(saved) :])]  # inputs that came later
+    return {name: value for name, value in zip(names, values, strict=False) if name is not None}
 
 
 def _follow(link_id: str | None, flat: FlatGraph) -> Link | None:

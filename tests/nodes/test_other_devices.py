@@ -1,0 +1,49 @@
+"""Devices that are not here, by stand-ins: Intel's memory is shown, and what Apple's cannot decode is refused."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
+from qwenimage_lowvram.engine.errors import Unsupported
+from qwenimage_lowvram.engine.hardware import Hardware
+from qwenimage_lowvram.engine.text.encoder import TextEncoder
+from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
+from split_files import write_split_files
+
+
+def test_memory_of_an_intel_card_is_counted(comfy: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qwenimage_lowvram.nodes.adapters.progress import MemoryWatch
+
+    resets: list[torch.device] = []
+    counter = SimpleNamespace(
+        memory_allocated=lambda device: 5, max_memory_allocated=lambda device: 9, reset_peak_memory_stats=resets.append
+    )
+    monkeypatch.setattr(torch, "xpu", counter)
+    watch = MemoryWatch(torch.device("xpu"))
+    watch.begin_stage()
+    assert (watch.vram(), watch.stage_peak_vram(), watch.peak_vram()) == (5, 9, 9)
+    assert resets == [torch.device("xpu")]
+    assert MemoryWatch(torch.device("cpu")).vram() is None
+
+
+def test_only_apples_devices_cannot_decode_fp8() -> None:
+    assert not Hardware.detect(torch.device("mps")).decodes_fp8
+    assert all(Hardware.detect(torch.device(kind)).decodes_fp8 for kind in ("cpu", "cuda", "xpu"))
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "fp8_scaled"])
+def test_fp8_weights_are_refused_by_name_where_the_device_cannot_decode_them(
+    dtype: str, small_pipeline: Path, tmp_path: Path
+) -> None:
+    names = write_split_files(small_pipeline, tmp_path, dtype=dtype, text_dtype="fp8_scaled")
+    apple = replace(Hardware.detect(torch.device("cpu")), decodes_fp8=False)
+    file = tmp_path / "diffusion_models" / names.transformer
+    words = r"(?s)fp8.* cannot be decoded on .*What to do: use a GGUF, bf16 or int8 file"
+    with pytest.raises(Unsupported, match=words):
+        QwenImageTransformer(open_checkpoint(file), dtype=torch.float32, hardware=apple)
+    text = open_checkpoint(tmp_path / "text_encoders" / names.text_encoder)
+    with pytest.raises(Unsupported, match=words):
+        TextEncoder(text, dtype=torch.float32, hardware=apple)
