@@ -367,7 +367,12 @@ def _format_of(source: Checkpoint, weight_format: str, parts: Parts, limits: _Li
 
 
 def _tokenizer_stamps(folder: Path) -> list[str]:
-    return [f"{file.name} {file.stat().st_mtime_ns}" for file in sorted(folder.iterdir())]
+    """Nothing where the folder cannot be read, which its reader says in words."""
+    try:
+        stats = [(file.name, file.lstat()) for file in sorted(folder.iterdir())]
+    except OSError:
+        return []
+    return [f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats]
 
 
 @lru_cache(maxsize=2)

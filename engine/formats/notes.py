@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.checkpoint import TensorEntry, parse_json
-from ..checkpoints.regular_file import open_regular
+from ..checkpoints.regular_file import open_regular, require_unchanged
 from ..errors import DamagedFile, MissingFile
 
 MAX_NOTE_BYTES = 4096
@@ -28,6 +28,7 @@ def read_notes(entries: Mapping[str, TensorEntry]) -> dict[str, dict[str, Any]]:
                 for name in names:
                     stream.seek(entries[name].offset)
                     result[name] = parse_json(stream.read(entries[name].nbytes), f"{file}: {name!r}")
+                require_unchanged(stream, file, entries[names[0]].stamp)
         except OSError as error:
             raise MissingFile(f"{file} cannot be read ({error}). Check that this user may read it.") from error
     return result
