@@ -150,6 +150,7 @@ def _outer_sample(
     guider = executor.class_obj
     model: LowVRAMModel = guider.model_patcher.model
     beside = other_models(guider)
+    check_device(guider.model_patcher, model.transformer.hardware.device)  # first: it is where the values lie
     check_values(guider, noise, latent_image, sigmas)
     _check(model, guider, noise, beside)
     conds = conditions_of_run(guider, noise)
@@ -178,7 +179,6 @@ def _check(model: LowVRAMModel, guider: Any, noise: Tensor, beside: Sequence[Mod
     transformer = model.transformer
     guider.model_patcher.check_guests()
     check_graph(guider.model_options, guider.conds)
-    check_device(guider.model_patcher, transformer.hardware.device)
     check_patches(guider.model_options.get("transformer_options", {}))
     check_references(transformer.variant, guider.conds)
     check_methods(guider.conds, transformer.config)
