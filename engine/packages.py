@@ -55,6 +55,8 @@ def _imported(module: str, package: str, purpose: str) -> ModuleType:
 
 
 def _broken(package: str, purpose: str, error: Exception) -> MissingPackage:
+    while isinstance(error.__cause__, Exception):  # diffusers wraps what happens below it
+        error = error.__cause__
     if "AttentionBackendName" in str(error):
         return _bad_attention(str(error))
     culprit = _importing(error) or package
@@ -66,10 +68,8 @@ def _broken(package: str, purpose: str, error: Exception) -> MissingPackage:
     )
 
 
-def _importing(error: BaseException) -> str | None:
+def _importing(error: Exception) -> str | None:
     """The package whose own module was being imported, innermost: not who asked for it, nor what it called."""
-    while error.__cause__ is not None:
-        error = error.__cause__
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "<module>"]
     return str(frames[-1].f_globals.get("__name__", "")).partition(".")[0] or None if frames else None
 
