@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from qwenimage_lowvram.engine.errors import DoesNotFit, InvalidRequest
+from qwenimage_lowvram.engine.numerics import NUMERICS_VERSION
 from qwenimage_lowvram.engine.plan.footprint import TextEncoderFootprint, TransformerFootprint
 from qwenimage_lowvram.engine.plan.forecast import TYPICAL, Bound, Speeds, step_flops
 from qwenimage_lowvram.engine.plan.memory import (
@@ -28,6 +29,7 @@ from qwenimage_lowvram.engine.plan.memory import (
     spread_order,
     text_encoder_peak_bytes,
 )
+from qwenimage_lowvram.engine.plan.picture_report import PictureReport
 from qwenimage_lowvram.engine.plan.report import MemoryReport
 from qwenimage_lowvram.engine.plan.request import GIB, Controls, Limits, SamplingRequest, size_text
 
@@ -470,6 +472,7 @@ def test_a_report_prints_what_was_measured_beside_what_was_planned() -> None:
     assert str(replace(report, one_by_one="EasyCache")).endswith("each block was visited for each: EasyCache")
     assert report.as_dict()["plan_text"] == PLAN_TEXT
     assert report.as_dict()["plan"]["request"]["width"] == 1328
+    assert report.as_dict()["numerics_version"] == PictureReport(()).as_dict()["numerics_version"] == NUMERICS_VERSION
 
 
 @pytest.mark.parametrize(

@@ -21,13 +21,14 @@ from qwenimage_lowvram.engine.plan.memory import least_bytes
 from qwenimage_lowvram.engine.plan.request import Controls, SamplingRequest, size_text
 from qwenimage_lowvram.engine.plan.split import annex_bytes
 from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
+from qwenimage_lowvram.engine.transformer.positions import Positions
 from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .conftest import cond, empty_latent
 from .test_devices import CARD
 from .test_model import STEPS, ksampler, one_by_one, references
-from .test_native_editing import native_model, picture
+from .test_native_editing import native_model, our_model, picture
 from .test_out_of_memory import FullMemory
 
 SIZE = 256, 256
@@ -598,3 +599,12 @@ def test_a_refused_run_leaves_no_model_and_no_picture_with_a_chain(make_transfor
     del model
     gc.collect()
     assert gone() is None
+
+
+@pytest.mark.parametrize("size", [(14, 22), (14, 6), (18, 18)], ids=str)
+@pytest.mark.parametrize("case", ["prompts of different length", "two nets", "a reference", "Fun behind Union"])
+def test_a_controlled_image_of_odd_counts_of_patches_is_comfyuis_own(
+    case: str, size: tuple[int, int], small_pipeline: Path, native: Any, apply: Apply
+) -> None:
+    model = our_model(small_pipeline, Variant.QWEN_IMAGE, Positions.COMFYUI)
+    both(model, native, CASES[case](apply), {"samples": torch.zeros(1, 16, 1, *size)})

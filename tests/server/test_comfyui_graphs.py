@@ -1,7 +1,6 @@
 """ComfyUI's own Qwen-Image graphs with nothing but the three loaders replaced by ours: the same latents and picture.
 
-The picture that they are shown has the size that their nodes give a reference: where a reference is longer than the
-output, or a side has an odd number of patches, ComfyUI counts positions otherwise than diffusers and this pack do.
+The picture that they are shown has the size that their nodes give a reference.
 """
 
 import io

@@ -47,6 +47,11 @@ def test_loaders_may_be_mixed(mixing: Mixing, replaced: tuple[str, ...]) -> None
     mixing.assert_same(graph(mixing), replaced=replaced)
 
 
+def test_sides_of_odd_counts_of_patches_are_comfyuis_own(mixing: Mixing) -> None:
+    odd = {"width": 112, "height": 176, "batch_size": 1}  # 7 x 11 patches
+    mixing.assert_same(changed(graph(mixing), n6=("EmptySD3LatentImage", odd)))
+
+
 CACHE = {"reuse_threshold": 2.0, "start_percent": 0.1, "end_percent": 0.95, "verbose": False}
 WINDOWS = {
     "context_length": 8, "context_overlap": 4, "context_schedule": "standard_static", "context_stride": 1,
