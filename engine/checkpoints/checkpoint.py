@@ -97,7 +97,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     promises more bytes than the file has, where tensors overlap or leave gaps, or an index names what is not there. A
     GGUF file's settings are its metadata, numbers and short lists as JSON.
     """
-    files, config_file = _files_of(path)
+    files, config_file, weight_map = _files_of(path)
     if files == [path] and path.suffix.lower() == GGUF_SUFFIX:
         return _open_gguf(path)
     tensors: dict[str, TensorEntry] = {}
@@ -122,7 +122,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
                 )
             tensors[name] = _entry(file, name, info, data_start, (size, mtime_ns))
         _require_whole_spans(file, [tensors[name] for name in header], data_start)
-    _require_indexed(path, files, tensors)
+    _require_indexed(path, weight_map, tensors)
     if config is None and metadata.get("config", "").startswith("{"):  # trainers of LoRAs keep other texts there
         config = parse_json(metadata["config"], f"{path}: metadata key 'config'")
     return Checkpoint(path, tensors, metadata, config, digest.hexdigest()[:16])
@@ -203,13 +203,13 @@ def _stamp(file: Path, size: int, mtime_ns: int) -> bytes:
     return os.fsencode(file.name) + f" {size} {mtime_ns}".encode()
 
 
-def _files_of(path: Path) -> tuple[list[Path], Path | None]:
-    """The files with tensors, and the configuration's, where there is one."""
+def _files_of(path: Path) -> tuple[list[Path], Path | None, Mapping[str, str]]:
+    """The files with tensors, the configuration's, where there is one, and which tensors an index says are in which."""
     if not _exists(path):
         raise MissingFile(f"{path} does not exist. Check the name, or download the model again.")
     if not path.is_dir():
         require_regular(path)
-        return [path], None
+        return [path], None, {}
     config = path / "config.json" if _exists(path / "config.json") else None
     try:
         listed = sorted(path.iterdir())  # glob would take a folder without permission for an empty one
@@ -218,34 +218,34 @@ def _files_of(path: Path) -> tuple[list[Path], Path | None]:
     indexes = [file for file in listed if file.name.endswith(".safetensors.index.json")]
     singles = [file for file in listed if file.name.endswith(".safetensors")]
     if indexes:
-        names = _shard_names(indexes[0])
+        weight_map = _weight_map(indexes[0])
+        names = sorted(set(weight_map.values()))
         missing = [name for name in names if not _exists(path / name)]
         if missing or not names:
             raise MissingFile(
                 f"{path}: {indexes[0].name} names {len(names)} files, {len(missing)} of them are not there "
                 f"({', '.join(missing[:3])!s:.200}). Download them again."
             )
-        return [path / name for name in names], config
+        return [path / name for name in names], config, weight_map
     if len(singles) != 1:
         raise MissingFile(
             f"{path} holds {len(singles)} .safetensors files and no index. A model folder has one file, or shards "
             "with a *.safetensors.index.json."
         )
-    return singles, config
+    return singles, config, {}
 
 
-def _shard_names(index: Path) -> list[str]:
+def _weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise DamagedFile(f"{index} has no 'weight_map' of tensors to file names. Download it again.")
-    names = sorted(set(weight_map.values()))
-    for name in names:
+    for name in sorted(set(weight_map.values())):
         # a path, in any system's way of writing one, would lead out of the folder
         if PureWindowsPath(name).name != name or not name.isprintable() or not name.endswith(".safetensors"):
             raise DamagedFile(
                 f"{index} names {name!r:.99}, which is no .safetensors file of its own folder. Download it again."
             )
-    return names
+    return weight_map
 
 
 def _exists(path: Path) -> bool:
@@ -298,16 +298,13 @@ def _require_whole_spans(file: Path, entries: list[TensorEntry], data_start: int
         end, before = entry.offset + entry.nbytes, "the tensor before it"
 
 
-def _require_indexed(path: Path, files: list[Path], tensors: Mapping[str, TensorEntry]) -> None:
+def _require_indexed(path: Path, weight_map: Mapping[str, str], tensors: Mapping[str, TensorEntry]) -> None:
     """Raise DamagedFile where a folder's index names tensors that are not in the files that it says."""
-    index = next(iter(sorted(path.glob("*.safetensors.index.json"))), None) if files != [path] else None
-    if index is None:
-        return
-    for name, file in read_json(index)["weight_map"].items():
+    for name, file in weight_map.items():
         if name not in tensors or tensors[name].file.name != file:
             raise DamagedFile(
-                f"{index} says that {name!r:.199} is in {file}, and it is not. The files do not belong together: "
-                "download them again."
+                f"{path}: its index says that {name!r:.199} is in {file}, and it is not. The files do not belong "
+                "together: download them again."
             )
 
 

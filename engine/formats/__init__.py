@@ -18,7 +18,7 @@ from .bnb4 import FP4, NF4
 from .gguf import GGUF, GgufCodec
 from .int8 import BNB_INT8, INT8
 from .int8_convrot import INT8_CONVROT
-from .kitchen import KITCHEN
+from .kitchen import KITCHEN, SCALES
 from .plain import PLAIN, TORCH_DTYPES
 from .scaled_fp8 import SCALED_FP8
 
@@ -70,7 +70,6 @@ _BNB_SCALES = ("absmax", "nested_absmax", "nested_quant_map", "nested_offset")
 _INT8_OF_DTYPE = {name.upper(): name for name in (INT8.name, *(codec.name for codec in INT8_CONVROT.values()))}
 _SCALED_OF_DTYPE = {"F8_E4M3": "fp8_e4m3fn_scaled", "F8_E5M2": "fp8_e5m2_scaled", **_INT8_OF_DTYPE}
 _KITCHEN_DATA = {"nvfp4": torch.uint8, "mxfp8": torch.float8_e4m3fn}
-_KITCHEN_SCALES = ("weight_scale", "weight_scale_2")
 # what a scale is called beside `<layer>.weight`: older and newer ComfyUI files
 _SCALE_NAMES = ("scale_weight", "weight_scale")
 
@@ -132,7 +131,7 @@ def stored_param(name: str, tensors: Mapping[str, TensorEntry], where: str) -> S
             raise _unknown_format(where, name, data)
         return StoredParam(name, data.shape, BNB_INT8.name, (data, row_maxima))
     if data.dtype in KITCHEN:
-        found = (tensors.get(f"{layer}.{scale}") for scale in _KITCHEN_SCALES)
+        found = (tensors.get(f"{layer}.{scale}") for scale in SCALES)
         return StoredParam(name, data.shape, KITCHEN[data.dtype].name, (data, *(scale for scale in found if scale)))
     scales = [tensors[f"{layer}.{scale}"] for scale in _SCALE_NAMES if f"{layer}.{scale}" in tensors]
     others = (n.removeprefix(f"{layer}.") for n in tensors if n.startswith(f"{layer}.")) if name != layer else ()

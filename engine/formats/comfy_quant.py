@@ -16,7 +16,7 @@ from typing import Any
 from ..checkpoints.checkpoint import TensorEntry, parse_json
 from ..errors import DamagedFile, MissingPackage, WrongModel
 from .int8_convrot import INT8_CONVROT, load_operator
-from .kitchen import KITCHEN, load_kitchen
+from .kitchen import KITCHEN, SCALES, load_kitchen
 from .notes import read_notes
 
 _NOTE = ".comfy_quant"
@@ -30,7 +30,6 @@ _KITCHEN_PARTS = {
     "mxfp8": (("F8_E4M3",), ("F8_E8M0", "U8")),
     "convrot_w4a4": (("I8",), ("F32",)),
 }
-_SCALES = ("weight_scale", "weight_scale_2")
 _GROUP = 256  # where a rotated layer's note names none
 
 
@@ -104,7 +103,7 @@ def _described_for_kitchen(
     codec = KITCHEN[kind.upper() if group is None else f"CONVROT_W4A4_{_require_group(group, None, where)}"]
     stored, *scale_dtypes = _KITCHEN_PARTS[kind]
     shape = (*entry.shape[:-1], entry.shape[-1] * codec.packed) if entry.shape else ()
-    scales = [tensors.get(f"{layer}.{name}") for name in _SCALES[: len(scale_dtypes)]]
+    scales = [tensors.get(f"{layer}.{name}") for name in SCALES[: len(scale_dtypes)]]
     if f"{layer}.pre_quant_scale" in tensors:
         raise WrongModel(
             f"{where} has scales for what it is multiplied with (pre_quant_scale), which is not supported. Use a file "

@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .int8_convrot import INT8_CONVROT
+
 TILE_ROWS = 128
 TILE_COLUMNS = 4  # of scales
 CHUNK_WEIGHTS = 1024**2
-CONVROT_GROUPS = (16, 64, 256, 1024)
+# what the parts behind the data are called beside `<layer>.weight`, in their order
+SCALES = ("weight_scale", "weight_scale_2")
 _NO_BLOCKS = 1
 
 
@@ -101,6 +104,6 @@ def _convrot_w4a4(data: Tensor, scales: Tensor, dtype: torch.dtype, group: int) 
 NVFP4 = KitchenCodec("nvfp4", 4.5, 2, 16, _nvfp4)
 MXFP8 = KitchenCodec("mxfp8", 8.25, 1, 32, _mxfp8)
 CONVROT_W4A4: Mapping[int, KitchenCodec] = {
-    group: KitchenCodec(f"convrot_w4a4_{group}", 4.0, 2, _NO_BLOCKS, _convrot_w4a4, group) for group in CONVROT_GROUPS
+    group: KitchenCodec(f"convrot_w4a4_{group}", 4.0, 2, _NO_BLOCKS, _convrot_w4a4, group) for group in INT8_CONVROT
 }
 KITCHEN: Mapping[str, KitchenCodec] = {codec.dtype: codec for codec in (NVFP4, MXFP8, *CONVROT_W4A4.values())}
