@@ -211,7 +211,15 @@ def _planned_run(
         model.plan = plan()  # the VAE may have moved what lay on the device
     reason = _why_one_by_one(model, guider.model_options)
     return SamplingRun(
-        transformer, model.plan, sigmas.cpu(), reason, speeds, model.timeline, beside=beside, advice=model.advice
+        transformer,
+        model.plan,
+        sigmas.cpu(),
+        reason,
+        speeds,
+        model.timeline,
+        patcher=patcher,
+        beside=beside,
+        advice=model.advice,
     )
 
 

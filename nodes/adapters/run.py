@@ -15,7 +15,7 @@ from torch import Tensor
 from ...engine.errors import DoesNotFit
 from ...engine.out_of_memory import OutOfMemory, Short, reason, shortage
 from ...engine.plan.forecast import corrected, step_flops
-from ...engine.plan.memory import MemoryPlan, plan_memory
+from ...engine.plan.memory import MemoryPlan, least_bytes, plan_memory
 from ...engine.plan.picture_report import Moved
 from ...engine.plan.report import MemoryReport
 from ...engine.plan.request import Limits, size_text
@@ -57,10 +57,13 @@ class SamplingRun:
         speeds: KnownSpeeds,
         timeline: Timeline,
         *,
+        patcher: ModelPatcher,
         beside: Sequence[ModelPatcher] = (),
         advice: str = "",
     ) -> None:
+        """`patcher`: ComfyUI's, of the transformer. `beside`: what is on the device with it."""
         self.plan = plan
+        self._patcher = patcher
         self._advice = advice
         self._beside = beside
         self._transformer = transformer
@@ -260,8 +263,12 @@ class SamplingRun:
         limits = plan.limits
         if short is Short.HOST and not hardware.host_device:
             return replace(limits, ram_bytes=int(plan.ram_peak_bytes * SMALLER))
-        free = stage_bytes(hardware.device, limits.vram_bytes, plan.peak_bytes, beside=self._beside)
-        return replace(limits, vram_bytes=free if free < plan.peak_bytes else int(plan.peak_bytes * SMALLER))
+        peak = plan.peak_bytes
+        free = stage_bytes(hardware.device, limits.vram_bytes, peak, reused=self._patcher, beside=self._beside)
+        if free >= peak:
+            least = least_bytes(self._transformer.footprint, plan.request)
+            free = min(max(int(peak * SMALLER), least), peak - 1)
+        return replace(limits, vram_bytes=free)
 
     def _shown_plan(self) -> str:
         return "\n".join(text for text in (str(self.plan), self._advice) if text)

@@ -177,3 +177,34 @@ def test_the_page_is_told_the_smaller_plan(model: Any, sample: Sample, monkeypat
     assert len(plans) == 2
     assert plans[-1] == str(model.model.last_report.plan)
     assert sent[-1]["limit_bytes"] == model.model.last_report.plan.limit_bytes
+
+
+def test_the_least_plan_is_tried_before_giving_up(
+    model: Any, sample: Sample, transformer: QwenImageTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qwenimage_lowvram.nodes.adapters import run
+
+    monkeypatch.setattr(run, "SMALLER", 0.3)  # a block of this model is a large part of its plan
+    expected = sample()
+    least = least_bytes(transformer.footprint, SamplingRequest(96, 64, 2, 9))
+    model.model.limit_bytes = least + transformer.footprint.resident_block_bytes
+    total = count_operations(sample)
+    assert model.model.last_report.plan.peak_bytes * run.SMALLER < least
+    with FullMemory(total // 2, 1):
+        assert torch.equal(sample(), expected)
+    assert model.model.last_report.out_of_memory == 1
+
+
+def test_the_runs_own_model_is_not_asked_to_leave_when_it_is_planned_anew(
+    model: Any, sample: Sample, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qwenimage_lowvram.nodes.adapters import run
+
+    total = count_operations(sample)
+    asked: list[Any] = []
+    stage_bytes = run.stage_bytes
+    monkeypatch.setattr(run, "stage_bytes", lambda *a, **k: asked.append(k["reused"]) or stage_bytes(*a, **k))
+    with FullMemory(total // 2, 1):
+        sample()
+    assert len(asked) == 1
+    assert asked[0].is_clone(model)
