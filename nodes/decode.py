@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
+from .adapters.checks import check_widgets, latent_of
 from .adapters.vae import LowVRAMVAE
-from .checks import check_widgets, latent_of
 from .words import CATEGORY
 
 

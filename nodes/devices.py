@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from ..engine.hardware import Hardware
-from .switches import may_pin
+from .adapters.switches import may_pin
 from .words import AUTO
 
 CPU = "cpu"

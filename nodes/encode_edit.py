@@ -16,9 +16,9 @@ from ..engine.transformer.latents import LATENT_PX
 from ..engine.vision.edit_sizes import MOST_PICTURES, EditSizes, plan_sizes
 from ..engine.vision.patches import require_rgb
 from ..engine.vision.resample import resample
+from .adapters.checks import check_image, check_widgets
 from .adapters.clip import LowVRAMCLIP
 from .adapters.unsupported import NO_PICTURES_KEY
-from .checks import check_image, check_widgets
 from .words import AUTO, CATEGORY
 
 LATENT_CHANNELS = 16

@@ -19,12 +19,13 @@ from ..engine.text.prompts import PromptTokenizer
 from ..engine.transformer.model import QwenImageTransformer, TimestepRounding
 from ..engine.transformer.positions import Positions
 from ..engine.vae import RGB, RGBA, require_image_vae
-from . import devices, files, switches
+from . import devices, files
+from .adapters import switches
+from .adapters.checks import check_widgets, limit_bytes
 from .adapters.clip import LowVRAMCLIP
 from .adapters.model import make_model
 from .adapters.timeline import Timeline
 from .adapters.vae import make_vae
-from .checks import check_widgets, limit_bytes
 from .format_choice import Parts, advice_for, fastest_format, limits_now
 from .inputs import at_input
 from .weight_cache import (

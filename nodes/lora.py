@@ -9,9 +9,9 @@ import folder_paths
 from ..engine.errors import MissingFile, QwenLowVRAMError, Unsupported
 from ..engine.lora.files import LoraMatch, match, open_lora
 from ..engine.texts import printable
+from .adapters.checks import check_widgets
 from .adapters.patcher import LowVRAMPatcher
 from .adapters.progress import tell
-from .checks import check_widgets
 from .inputs import at_input
 from .words import CATEGORY
 

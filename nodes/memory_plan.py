@@ -22,9 +22,9 @@ from ..engine.text.encoder import TextEncoder
 from ..engine.transformer.parts import TransformerParts
 from ..engine.vae import ImageVAE
 from . import files
+from .adapters.checks import check_widgets, limit_bytes
 from .adapters.limits import free_ram, headroom_bytes
 from .adapters.speeds import KnownSpeeds
-from .checks import check_widgets, limit_bytes
 from .format_choice import TYPICAL_REQUEST, advice_of, versions_of
 from .inputs import at_input
 from .loader import Sources, wrong_transformer

@@ -14,8 +14,8 @@ from torch import Tensor
 from ..engine.errors import InvalidRequest, Unsupported
 from ..engine.transformer.latents import patches_of
 from ..engine.transformer.sampling import layered_sigmas, lightning_sigmas, qwen_sigmas, true_cfg
+from .adapters.checks import check_conditioning, check_widgets, latent_of
 from .adapters.model import ADDITIONAL_KEY, LowVRAMModel
-from .checks import check_conditioning, check_widgets, latent_of
 from .words import CATEGORY
 
 logger = logging.getLogger(__name__)

@@ -1,1 +1,1 @@
-"""ComfyUI's MODEL, CLIP and VAE over our engine: what its native nodes hold and call. Knows no node of ours."""
+"""ComfyUI's MODEL, CLIP and VAE over our engine, its switches, and the values it sends. Knows no node of ours."""

@@ -12,8 +12,8 @@ from comfy.model_management import LoadedModel
 from ...engine.host_ram import HostRam, RamBound
 from ...engine.transformer.model import QwenImageTransformer
 from ...engine.vae import ImageVAE
-from ..switches import cache_ram_bytes, reserved_bytes
 from .patcher import LowVRAMPatcher
+from .switches import cache_ram_bytes, reserved_bytes
 
 # of what is free, even where nothing is reserved: fragments of torch's allocator, cuBLAS, cuDNN, attention workspaces
 HEADROOM_BYTES = 384 * 1024**2

@@ -12,8 +12,8 @@ from torch import Tensor
 from ...engine.errors import InvalidRequest, Unsupported
 from ...engine.families.variants import Variant
 from ...engine.transformer.latents import LATENT_PX, PATCH
-from ..checks import check_embeds, check_latent
 from ..words import ENCODE_EDIT, LOADER
+from .checks import check_embeds, check_latent
 
 MOST_SIGMAS = 10_001  # of a run; each takes 4.4 MB of the modulation's table
 

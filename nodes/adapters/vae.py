@@ -14,7 +14,7 @@ from ...engine.errors import InvalidRequest, Unsupported
 from ...engine.plan.stages import Stage, decode_stage
 from ...engine.streaming import read_params
 from ...engine.vae import ImageVAE, TilePlan, needed_tensors
-from ..checks import check_image, check_latent
+from .checks import check_image, check_latent
 from .limits import stage_bytes
 from .timeline import Timeline
 

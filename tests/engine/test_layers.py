@@ -47,8 +47,8 @@ def names_of(modules: list[Path]) -> list[str]:
 
 
 def layer_of(room: str) -> int:
-    """Stages above streaming, that above what is known of files, formats, memory and hardware, errors below all."""
-    return 3 if room in STAGES else {"streaming": 2, "errors": 0}.get(room, 1)
+    """Stages above streaming, that above what knows files, formats, memory, hardware; below all, errors and texts."""
+    return 3 if room in STAGES else {"streaming": 2, "errors": 0, "texts": 0}.get(room, 1)
 
 
 @pytest.mark.parametrize("module", MODULES, ids=names_of(MODULES))

@@ -71,7 +71,7 @@ def given(comfy: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_every_switch_of_comfyui_is_in_the_table(comfy: Any) -> None:
     from comfy.cli_args import parser
-    from qwenimage_lowvram.nodes.switches import SWITCHES, Follow
+    from qwenimage_lowvram.nodes.adapters.switches import SWITCHES, Follow
 
     names = {action.dest for action in parser._actions}
     assert len(names) > 90
@@ -83,7 +83,7 @@ def test_every_switch_of_comfyui_is_in_the_table(comfy: Any) -> None:
 
 
 def test_what_is_not_followed_is_said_once(given: Any, caplog: pytest.LogCaptureFixture) -> None:
-    from qwenimage_lowvram.nodes.switches import tell_unfollowed
+    from qwenimage_lowvram.nodes.adapters.switches import tell_unfollowed
 
     tell_unfollowed()
     assert not caplog.records
@@ -163,7 +163,8 @@ import sys, json
 sys.argv = ["main.py", *sys.argv[1:]]
 import comfy.options; comfy.options.enable_args_parsing()
 import comfy.model_management as management
-from qwenimage_lowvram.nodes import switches, devices
+from qwenimage_lowvram.nodes import devices
+from qwenimage_lowvram.nodes.adapters import switches
 from qwenimage_lowvram.nodes.adapters.limits import headroom_bytes
 from qwenimage_lowvram.nodes.loader import _compute_dtype
 import torch
@@ -267,7 +268,7 @@ def test_cpu_vae_is_where_the_vae_goes(given: Any, load: Any) -> None:
 
 
 def test_with_novram_the_encoder_stays_on_the_transformer_s_device(given: Any, comfy: Any) -> None:
-    from qwenimage_lowvram.nodes.switches import text_encoder_device
+    from qwenimage_lowvram.nodes.adapters.switches import text_encoder_device
 
     card = torch.device("cuda:1")
     assert text_encoder_device(card) == torch.device("cpu")

@@ -55,7 +55,7 @@ def test_a_limit_that_is_none_is_refused_before_any_file_is_looked_at(name: str,
 
 
 def test_next_to_nothing_is_a_limit_too(comfy: Any) -> None:
-    from qwenimage_lowvram.nodes.checks import limit_bytes
+    from qwenimage_lowvram.nodes.adapters.checks import limit_bytes
 
     assert limit_bytes(0.0) is None
     assert limit_bytes(1e-12) == 1

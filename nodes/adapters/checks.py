@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.errors import InvalidRequest
-from ..engine.plan.request import GIB
+from ...engine.errors import InvalidRequest
+from ...engine.plan.request import GIB
 
 
 def check_widgets(inputs: Mapping[str, Mapping[str, Any]], **values: Any) -> None:
