@@ -58,12 +58,17 @@ def only(folder: Path) -> Path:
     return file
 
 
-@pytest.mark.parametrize("change", [overwrite, replace])
-def test_a_transformer_that_changed_is_no_image(change: Callable[[Path], None], models: Path, cpu: Hardware) -> None:
+def loaded(models: Path, cpu: Hardware) -> tuple[Path, QwenImageTransformer, Branch]:
+    """The transformer's file, itself over it, and something to denoise."""
     file = only(models / "diffusion_models")
     transformer = QwenImageTransformer(open_checkpoint(file), dtype=torch.float32, hardware=cpu)
-    branch = Branch(torch.randn(1, 30, 64), ((1, 5, 6),), torch.randn(1, 9, 64), None, 0.7)
     transformer.load([])
+    return file, transformer, Branch(torch.randn(1, 30, 64), ((1, 5, 6),), torch.randn(1, 9, 64), None, 0.7)
+
+
+@pytest.mark.parametrize("change", [overwrite, replace])
+def test_a_transformer_that_changed_is_no_image(change: Callable[[Path], None], models: Path, cpu: Hardware) -> None:
+    file, transformer, branch = loaded(models, cpu)
     with transformer.session(slots=1) as session:
         session.forward([branch])
     change(file)
@@ -75,10 +80,7 @@ def test_a_transformer_that_changed_is_no_image(change: Callable[[Path], None], 
 
 
 def test_a_file_that_changes_between_two_steps_is_noticed_in_the_second(models: Path, cpu: Hardware) -> None:
-    file = only(models / "diffusion_models")
-    transformer = QwenImageTransformer(open_checkpoint(file), dtype=torch.float32, hardware=cpu)
-    branch = Branch(torch.randn(1, 30, 64), ((1, 5, 6),), torch.randn(1, 9, 64), None, 0.7)
-    transformer.load([])
+    file, transformer, branch = loaded(models, cpu)
     with transformer.session(slots=1) as session:
         session.forward([branch])
         overwrite(file)
