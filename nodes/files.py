@@ -9,19 +9,20 @@ from ..engine.checkpoints.checkpoint import GGUF_SUFFIX
 from ..engine.errors import MissingFile
 
 FOLDER_SUFFIX = " (folder)"
+CHECKPOINT_SUFFIX = " (checkpoint)"
 FROM_FOLDER = "from the folder"
 MODEL_SUFFIXES = (".safetensors", ".sft")
 GGUF_KINDS = ("diffusion_models", "text_encoders")
 
 
 def transformer_choices() -> list[str]:
-    """Files of models/diffusion_models (GGUF too), then pipeline folders of models/diffusers."""
-    return _files("diffusion_models") + [name + FOLDER_SUFFIX for name in _pipelines()]
+    """Files of models/diffusion_models (GGUF too), pipeline folders of models/diffusers, then models/checkpoints."""
+    return [*_files("diffusion_models"), *(name + FOLDER_SUFFIX for name in _pipelines()), *_checkpoints()]
 
 
 def component_choices(kind: str) -> list[str]:
-    """Files of models/<kind>, then the choice of the pipeline folder's own."""
-    return [*_files(kind), FROM_FOLDER]
+    """Files of models/<kind>, the choice of the transformer's folder or file, files of models/checkpoints."""
+    return [*_files(kind), FROM_FOLDER, *_checkpoints()]
 
 
 def is_folder(choice: str) -> bool:
@@ -41,17 +42,25 @@ def pipeline_folder(choice: str) -> Path:
 
 
 def model_file(kind: str, choice: str) -> Path:
-    """Raises MissingFile unless `choice` is a file of models/<kind>."""
-    if choice not in _files(kind):
+    """Raises MissingFile unless `choice` is a file of models/<kind>, or one of models/checkpoints, marked as such."""
+    name = choice
+    if isinstance(choice, str) and choice.endswith(CHECKPOINT_SUFFIX):
+        kind, name = "checkpoints", choice.removesuffix(CHECKPOINT_SUFFIX)
+    if name not in _files(kind):
         raise MissingFile(
             f"There is no {choice!r} in models/{kind}.\n\nWhat to do: put it there and press R, or choose another."
         )
-    return Path(folder_paths.get_full_path_or_raise(kind, choice))
+    return Path(folder_paths.get_full_path_or_raise(kind, name))
 
 
 def _files(kind: str) -> list[str]:
     names = [name for name in folder_paths.get_filename_list(kind) if name.lower().endswith(MODEL_SUFFIXES)]
     return sorted({*names, *_gguf_files(kind)}) if kind in GGUF_KINDS else names
+
+
+def _checkpoints() -> list[str]:
+    """All-in-one files, and what else lies with them: marked, because other folders may hold the same names."""
+    return [name + CHECKPOINT_SUFFIX for name in _files("checkpoints")]
 
 
 def _gguf_files(kind: str) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 
 from ..engine.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..engine.errors import InvalidRequest, QwenLowVRAMError
-from ..engine.families.members import Component, require
+from ..engine.families.members import Component, components, only, require
 from ..engine.families.variants import Variant, variant_of
 from ..engine.families.vision import mmproj_identity
 from ..engine.text.encoder import TextEncoder
@@ -66,20 +66,22 @@ class Sources:
             transformer_path = transformer_source(transformer)
         folder = transformer_path.parent if files.is_folder(transformer) else None
 
-        def component(kind: str, choice: str, subfolder: str) -> Path:
+        def component(kind: str, choice: str, subfolder: str, wanted: Component) -> Path:
             if choice != files.FROM_FOLDER:
                 return files.model_file(kind, choice)
-            if folder is None:
-                raise InvalidRequest(
-                    f"{transformer} is a single file and has no {subfolder} beside it.\n\n"
-                    f"What to do: choose a file from models/{kind}."
-                )
-            return folder / subfolder
+            if folder is not None:
+                return folder / subfolder
+            if wanted in components(open_checkpoint(transformer_path).tensors):
+                return transformer_path
+            raise InvalidRequest(
+                f"{transformer} is a single file and has no {subfolder} in it or beside it.\n\n"
+                f"What to do: choose a file from models/{kind}."
+            )
 
         with at_input("text_encoder"):
-            text_path = component("text_encoders", text_encoder, "text_encoder")
+            text_path = component("text_encoders", text_encoder, "text_encoder", Component.TEXT_ENCODER)
         with at_input("vae"):
-            vae_path = component("vae", vae, "vae")
+            vae_path = component("vae", vae, "vae", Component.VAE)
         tokenizer = folder / "tokenizer" if folder and text_encoder == files.FROM_FOLDER else COMFYUI_TOKENIZER
         return cls(transformer_path, text_path, vae_path, tokenizer)
 
@@ -110,7 +112,7 @@ def open_component(path: Path, component: Component) -> Checkpoint:
     """Headers only. Raises where the file is missing, damaged, or not what that place needs."""
     checkpoint = open_checkpoint(path)
     require(checkpoint, component)
-    return checkpoint
+    return only(checkpoint, component)
 
 
 def wrong_transformer(transformer: str | None) -> str:
@@ -149,19 +151,23 @@ class QwenLowVRAMLoader:
                 "transformer": (
                     files.transformer_choices(),
                     {
-                        "tooltip": "A file of models/diffusion_models (bf16, fp16, fp32, fp8, fp8 scaled, GGUF), or a "
-                        "pipeline folder of models/diffusers (bitsandbytes nf4, fp4 and int8 too)."
+                        "tooltip": "A file of models/diffusion_models (bf16, fp16, fp32, fp8, fp8 scaled, GGUF), a "
+                        "pipeline folder of models/diffusers (bitsandbytes nf4, fp4 and int8 too), or an all-in-one "
+                        "file of models/checkpoints."
                     },
                 ),
                 "text_encoder": (
                     files.component_choices("text_encoders"),
-                    {"tooltip": "Qwen2.5-VL-7B from models/text_encoders, or the pipeline folder's own."},
+                    {
+                        "tooltip": "Qwen2.5-VL-7B from models/text_encoders; 'from the folder': that of the pipeline "
+                        "folder, or of the all-in-one file, that is chosen above."
+                    },
                 ),
                 "vae": (
                     files.component_choices("vae"),
                     {
-                        "tooltip": "qwen_image_vae from models/vae (qwen_image_layered_vae for Qwen-Image-Layered), or "
-                        "the pipeline folder's own."
+                        "tooltip": "qwen_image_vae from models/vae (qwen_image_layered_vae for Qwen-Image-Layered); "
+                        "'from the folder' as above."
                     },
                 ),
                 "dtype": (

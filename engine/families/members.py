@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -116,6 +116,7 @@ _VAE = (
     ("decoder.conv1.weight", "decoder.head.2.weight", "conv2.weight"),
     ("decoder.conv_in.weight", "decoder.conv_out.weight", "post_quant_conv.weight"),
 )
+_LANGUAGE_MODEL = re.compile(r"((?<![^.])(language_)?model\.)+$")  # the vision part stands beside it
 _WHOLE = {Component.TRANSFORMER: _TRANSFORMER[:1], Component.TEXT_ENCODER: _TEXT[:1], Component.VAE: _VAE}
 
 
@@ -136,7 +137,27 @@ def identify(tensors: Mapping[str, TensorEntry]) -> Component:
 def components(tensors: Mapping[str, TensorEntry]) -> set[Component]:
     """Which of the family's three components a file holds, by names that must be there: all of them in an all-in-one
     file."""
-    return {component for component, anchors in _WHOLE.items() if find_prefix(tensors, anchors) is not None}
+    return set(_roots(tensors))
+
+
+def only(checkpoint: Checkpoint, component: Component) -> Checkpoint:
+    """Of an all-in-one file the tensors of one component, under the names that they have there; other files as they
+    are."""
+    roots = _roots(checkpoint.tensors)
+    if component not in roots or len(roots) == 1:
+        return checkpoint
+    own = roots.pop(component)
+    others = tuple(root for root in roots.values() if root.startswith(own) and root != own)
+    return replace(
+        checkpoint,
+        tensors={n: e for n, e in checkpoint.tensors.items() if n.startswith(own) and not n.startswith(others)},
+    )
+
+
+def _roots(tensors: Mapping[str, TensorEntry]) -> dict[Component, str]:
+    """What stands before all names of each component that a file holds: a text encoder's vision part too."""
+    found = {component: find_prefix(tensors, anchors) for component, anchors in _WHOLE.items()}
+    return {component: _LANGUAGE_MODEL.sub("", prefix) for component, prefix in found.items() if prefix is not None}
 
 
 def require(checkpoint: Checkpoint, wanted: Component) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from qwenimage_lowvram.engine.errors import WrongModel
 from qwenimage_lowvram.engine.families.members import (
     Component,
     identify,
+    only,
     require,
     sort_text_encoder,
     sort_transformer,
@@ -246,6 +248,40 @@ def test_an_all_in_one_file_holds_each_of_its_three_components(
     assert sort_transformer(file).config.num_layers == 2
     assert len(sort_text_encoder(file).layers) == 3
     assert set(vae_tensors(file)) == set(vae_shapes)
+
+
+@pytest.mark.parametrize(
+    "prefixes",
+    [
+        ("model.diffusion_model.", "text_encoders.qwen25_7b.transformer.", "vae."),
+        ("", "text_encoder.", "first_stage_model."),
+        ("transformer.", "", "vae."),
+    ],
+)
+def test_one_component_of_an_all_in_one_file_is_what_its_own_file_would_hold(
+    prefixes: tuple[str, str, str],
+    transformer_shapes: Shapes,
+    vae_shapes: Shapes,
+    tmp_path: Path,
+    write_model: Callable[..., Path],
+) -> None:
+    parts = {
+        Component.TRANSFORMER: (transformer_shapes, "BF16"),
+        Component.TEXT_ENCODER: ({**TEXT, "visual.blocks.0.attn.qkv.weight": (96, 32)}, "BF16"),
+        Component.VAE: (vae_shapes, "F32"),
+    }
+    headers, names = [], {}
+    for prefix, (component, (shapes, dtype)) in zip(prefixes, parts.items(), strict=True):
+        named = {prefix + name: shape for name, shape in shapes.items()}
+        names[component] = set(named)
+        file = write_model(tmp_path / "one.safetensors", named, dtype)
+        headers.append(open_checkpoint(file).tensors)
+    together = replace(open_checkpoint(file), tensors={n: e for header in headers for n, e in header.items()})
+    for component, expected in names.items():
+        found = only(together, component)
+        assert set(found.tensors) == expected
+        assert found.full_precision == (component is Component.VAE)
+        require(found, component)
 
 
 @pytest.mark.parametrize("prefix", ["", "vae.", "first_stage_model."])

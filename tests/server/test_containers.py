@@ -1,0 +1,91 @@
+"""The same weights in other containers through the real server: the latents of ComfyUI's own loaders on plain files."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from devtools.client import ExecutionFailed
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from .conftest import TOLERANCE, Mixing
+from .graphs import FOLDER, Prompt, changed, with_inputs, with_our_loader
+from .test_mixing import graph
+
+CONFIG = "config"  # the metadata key: a small model's heads cannot be told from shapes
+
+
+@pytest.fixture(scope="module")
+def plain(mixing: Mixing) -> torch.Tensor:
+    """What ComfyUI's own loaders make of the plain files."""
+    return mixing.latents(mixing.client.run(graph(mixing)))
+
+
+def ours(mixing: Mixing, **choices: str) -> Prompt:
+    """The graph on our loader, with other files chosen."""
+    return with_inputs(with_our_loader(graph(mixing), replaced=("model", "clip", "vae")), "ours", **choices)
+
+
+def assert_same(mixing: Mixing, plain: torch.Tensor, **choices: str) -> None:
+    latents = mixing.latents(mixing.client.run(ours(mixing, **choices)))
+    assert plain.std() > 0.3
+    assert (latents - plain).abs().max() < TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def all_in_one(mixing: Mixing) -> str:
+    """ComfyUI's own Save Checkpoint on the plain files, with the small sizes noted; the file's name."""
+    saver = ("CheckpointSave", {"model": ["1", 0], "clip": ["2", 0], "vae": ["3", 0], "filename_prefix": "all"})
+    mixing.client.run(changed(graph(mixing), "4", "5", "6", "7", "8", n9=saver))
+    (written,) = (mixing.server.base / "output").glob("all*.safetensors")
+    models = mixing.server.base / "models"
+    (models / "checkpoints").mkdir(exist_ok=True)
+    config = _config(models / "text_encoders" / mixing.files["plain"].text_encoder)
+    save_file(load_file(written), models / "checkpoints" / "all_in_one.safetensors", {CONFIG: config})
+    written.unlink()
+    return "all_in_one.safetensors (checkpoint)"
+
+
+def _config(file: Path) -> str:
+    with safe_open(file, framework="pt") as opened:
+        config: str = opened.metadata()[CONFIG]
+    return config
+
+
+@pytest.mark.parametrize("by", ["each input", "the transformer alone"])
+def test_an_all_in_one_file_of_comfyuis_saver_is_read_as_all_three(
+    by: str, mixing: Mixing, plain: torch.Tensor, all_in_one: str
+) -> None:
+    other = all_in_one if by == "each input" else FOLDER
+    assert_same(mixing, plain, transformer=all_in_one, text_encoder=other, vae=other)
+
+
+def test_one_component_of_an_all_in_one_file_goes_with_other_files(
+    mixing: Mixing, plain: torch.Tensor, all_in_one: str
+) -> None:
+    assert_same(mixing, plain, text_encoder=all_in_one)
+    assert_same(mixing, plain, transformer=all_in_one, vae=all_in_one)
+
+
+def test_all_in_one_files_are_listed_by_the_nodes_that_open_models(mixing: Mixing, all_in_one: str) -> None:
+    nodes = mixing.client.object_info()
+    for node in ("QwenLowVRAMLoader", "QwenLowVRAMMemoryPlan"):
+        inputs = nodes[node]["input"]["required"]
+        for name in ("transformer", "text_encoder", "vae"):
+            assert all_in_one in inputs[name][0]
+            assert inputs[name][0].index(all_in_one) > 0  # no default where there is another file
+
+
+def test_a_checkpoint_without_the_component_is_named(mixing: Mixing) -> None:
+    models, files = mixing.server.base / "models", mixing.files["plain"]
+    bare = models / "checkpoints" / "bare.safetensors"
+    bare.parent.mkdir(exist_ok=True)
+    bare.hardlink_to(models / "diffusion_models" / files.transformer)
+    try:
+        chosen = f"{bare.name} (checkpoint)"
+        with pytest.raises(ExecutionFailed, match=r"vae: .*bare\.safetensors is a Qwen-Image transformer .*a VAE is"):
+            mixing.client.run(ours(mixing, transformer=chosen, vae=chosen))
+        with pytest.raises(ExecutionFailed, match=r"text_encoder: .* has no text_encoder in it or beside it"):
+            mixing.client.run(ours(mixing, transformer=chosen, text_encoder=FOLDER))
+    finally:
+        bare.unlink()
