@@ -6,6 +6,7 @@ from pathlib import Path
 import folder_paths
 
 from ..engine.checkpoints.checkpoint import GGUF_SUFFIX
+from ..engine.checkpoints.parts import without_later_parts
 from ..engine.errors import MissingFile
 
 FOLDER_SUFFIX = " (folder)"
@@ -46,7 +47,7 @@ def model_file(kind: str, choice: str) -> Path:
     name = choice
     if isinstance(choice, str) and choice.endswith(CHECKPOINT_SUFFIX):
         kind, name = "checkpoints", choice.removesuffix(CHECKPOINT_SUFFIX)
-    if name not in _files(kind):
+    if name not in _all_files(kind):
         raise MissingFile(
             f"There is no {choice!r} in models/{kind}.\n\nWhat to do: put it there and press R, or choose another."
         )
@@ -54,6 +55,11 @@ def model_file(kind: str, choice: str) -> Path:
 
 
 def _files(kind: str) -> list[str]:
+    """What is offered: of a model in part files the first."""
+    return without_later_parts(_all_files(kind))
+
+
+def _all_files(kind: str) -> list[str]:
     names = [name for name in folder_paths.get_filename_list(kind) if name.lower().endswith(MODEL_SUFFIXES)]
     return sorted({*names, *_gguf_files(kind)}) if kind in GGUF_KINDS else names
 

@@ -31,11 +31,15 @@ _TEXT_OUTSIDE = {
 }
 
 
-def write_gguf_transformer(file: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any], *kinds: str) -> None:
-    """Architecture qwen_image, the transformer's own names: blocks' matrices of types `kinds` ("Q8_0", ...) by turns,
+def write_gguf_transformer(
+    file: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any], *kinds: str, **split: Any
+) -> None:
+    """`split`: the writer's own arguments for a file in parts, such as split_max_tensors=9.
+
+    Architecture qwen_image, the transformer's own names: blocks' matrices of types `kinds` ("Q8_0", ...) by turns,
     vectors and norms F32, matrices outside the blocks BF16 and F16 by turns. The configuration is the setting "config".
     """
-    writer = GGUFWriter(file, "qwen_image")
+    writer = GGUFWriter(file, "qwen_image", **split)
     writer.add_string("config", json.dumps(config))
     inside, outside = cycle(kinds), cycle(("BF16", "F16"))
     for name, value in weights.items():
@@ -44,10 +48,12 @@ def write_gguf_transformer(file: Path, weights: Mapping[str, Tensor], config: Ma
     _write(writer)
 
 
-def write_gguf_text_encoder(file: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any], kind: str) -> None:
+def write_gguf_text_encoder(
+    file: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any], kind: str, **split: Any
+) -> None:
     """Architecture qwen2vl, llama.cpp's names and settings, without the vision tower (whose file is the mmproj)."""
     text = config["text_config"]
-    writer = GGUFWriter(file, "qwen2vl")
+    writer = GGUFWriter(file, "qwen2vl", **split)
     writer.add_block_count(text["num_hidden_layers"])
     writer.add_embedding_length(text["hidden_size"])
     writer.add_head_count(text["num_attention_heads"])

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import CheckpointError, DamagedFile, MissingFile
 from .gguf_header import read_gguf_header
+from .parts import Part, parts_of, stem_of
 from .regular_file import Stamp, open_regular, require_regular
 
 logger = logging.getLogger(__name__)
@@ -22,6 +23,8 @@ MAX_JSON_DEPTH = 16
 MAX_DIMENSIONS = 8
 MAX_NAME = 256  # characters of a tensor's name
 GGUF_SUFFIX = ".gguf"
+# GGUF's settings of a part: which (from 0), of how many, and how many tensors all of them hold
+_SPLIT_NUMBER, _SPLIT_COUNT, _SPLIT_TENSORS = "split.no", "split.count", "split.tensors.count"
 
 BITS_PER_ELEMENT = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
@@ -91,15 +94,17 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Index a .safetensors or .gguf file, or a folder (one .safetensors file, or shards with an index).
+    """Index a .safetensors or .gguf file, or a folder (one .safetensors file, or shards).
 
-    Raises MissingFile where there is nothing to read or no permission, DamagedFile where a header is not one or
-    promises more bytes than the file has, where tensors overlap or leave gaps, or an index names what is not there. A
-    GGUF file's settings are its metadata, numbers and short lists as JSON.
+    A file that is one of several parts stands for all of them; `path` is then the first one's. Raises MissingFile where
+    there is nothing to read, a part is missing, or no permission; DamagedFile where a header is not one or promises
+    more bytes than the file has, where tensors overlap or leave gaps, or an index names what is not there. A GGUF
+    file's settings are its metadata, numbers and short lists as JSON.
     """
     files, config_file, weight_map = _files_of(path)
-    if files == [path] and path.suffix.lower() == GGUF_SUFFIX:
-        return _open_gguf(path)
+    path = path if path.is_dir() else files[0]
+    if path.suffix.lower() == GGUF_SUFFIX and not path.is_dir():
+        return _open_gguf(files)
     tensors: dict[str, TensorEntry] = {}
     metadata: dict[str, str] = {}
     digest = hashlib.sha256()
@@ -128,21 +133,49 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, tensors, metadata, config, digest.hexdigest()[:16])
 
 
-def _open_gguf(path: Path) -> Checkpoint:
-    try:
-        header = read_gguf_header(path)
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    tensors = {
-        name: TensorEntry(
-            path, tensor.offset, tensor.nbytes, tensor.type, tensor.shape, stamp=(header.size, header.mtime_ns)
+def _open_gguf(files: list[Path]) -> Checkpoint:
+    """All parts of a GGUF file; the first one's settings count most."""
+    tensors: dict[str, TensorEntry] = {}
+    settings: dict[str, str] = {}
+    digest = hashlib.sha256()
+    for number, file in enumerate(files):
+        try:
+            header = read_gguf_header(file)
+        except OSError as error:
+            raise _unreadable(file, error) from error
+        _require_part(file, header.settings, number, len(files))
+        digest.update(header.digest.encode() + _stamp(file, header.size, header.mtime_ns))
+        settings = {**header.settings, **settings}
+        for name, tensor in header.tensors.items():
+            if name in tensors:
+                raise DamagedFile(
+                    f"{file}: {name!r} stands in {tensors[name].file.name} too. Use parts of one model, made together."
+                )
+            stamp = (header.size, header.mtime_ns)
+            tensors[name] = TensorEntry(file, tensor.offset, tensor.nbytes, tensor.type, tensor.shape, stamp=stamp)
+    if settings.get(_SPLIT_TENSORS, str(len(tensors))) != str(len(tensors)):
+        raise DamagedFile(
+            f"{files[0]}: its {len(files)} parts hold {len(tensors)} tensors, the first one's header says "
+            f"{settings[_SPLIT_TENSORS]:.20}. Use parts of one model, made together."
         )
-        for name, tensor in header.tensors.items()
-    }
-    settings = header.settings
-    config = parse_json(settings["config"], f"{path}: its setting 'config'") if "config" in settings else None
-    digest = hashlib.sha256(header.digest.encode() + _stamp(path, header.size, header.mtime_ns))
-    return Checkpoint(path, tensors, settings, config, digest.hexdigest()[:16])
+    config = parse_json(settings["config"], f"{files[0]}: its setting 'config'") if "config" in settings else None
+    return Checkpoint(files[0], tensors, settings, config, digest.hexdigest()[:16])
+
+
+def _require_part(file: Path, settings: Mapping[str, str], number: int, count: int) -> None:
+    """Raise MissingFile or DamagedFile where a GGUF file's header says of parts what its name does not."""
+    stated = settings.get(_SPLIT_COUNT, "1")
+    if stated in ("0", "1"):
+        return
+    of = settings.get(_SPLIT_NUMBER, "?")
+    which = f"part {int(of) + 1 if of.isdecimal() and len(of) < 9 else '?'} of {stated:.20} by its header"
+    if count == 1:
+        raise MissingFile(
+            f"{file} is {which}, which its name does not say: the others cannot be found. Give all of them, in one "
+            f"folder, the names that they were made with, such as {stem_of(file)}-00001-of-{stated:0>5.20}.gguf."
+        )
+    if (of, stated) != (str(number), str(count)):
+        raise DamagedFile(f"{file} is {which}. Give the parts the names that they were made with.")
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -208,8 +241,10 @@ def _files_of(path: Path) -> tuple[list[Path], Path | None, Mapping[str, str]]:
     if not _exists(path):
         raise MissingFile(f"{path} does not exist. Check the name, or download the model again.")
     if not path.is_dir():
-        require_regular(path)
-        return [path], None, {}
+        files = parts_of(path)
+        for file in files:
+            require_regular(file)
+        return files, *_beside_parts(files)
     config = path / "config.json" if _exists(path / "config.json") else None
     try:
         listed = sorted(path.iterdir())  # glob would take a folder without permission for an empty one
@@ -224,15 +259,31 @@ def _files_of(path: Path) -> tuple[list[Path], Path | None, Mapping[str, str]]:
         if missing or not names:
             raise MissingFile(
                 f"{path}: {indexes[0].name} names {len(names)} files, {len(missing)} of them are not there "
-                f"({', '.join(missing[:3])!s:.200}). Download them again."
+                f"({', '.join(missing[:3])!s:.200}). Put them there: the files are read together."
             )
         return [path / name for name in names], config, weight_map
+    if len({stem_of(file) for file in singles}) == 1 and Part.of(singles[0]) is not None:
+        return parts_of(singles[0]), config, {}
     if len(singles) != 1:
         raise MissingFile(
             f"{path} holds {len(singles)} .safetensors files and no index. A model folder has one file, or shards "
             "with a *.safetensors.index.json."
         )
     return singles, config, {}
+
+
+def _beside_parts(files: list[Path]) -> tuple[Path | None, Mapping[str, str]]:
+    """The configuration beside part files that have their folder to themselves, and what an index of theirs says."""
+    folder = files[0].parent
+    if len(files) == 1 or files[0].suffix.lower() == GGUF_SUFFIX:
+        return None, {}
+    index = folder / f"{stem_of(files[0])}.safetensors.index.json"
+    weight_map = _weight_map(index) if _exists(index) else {}
+    try:
+        alone = {file.name for file in folder.iterdir() if file.suffix == files[0].suffix} == {f.name for f in files}
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+    return (folder / "config.json" if alone and _exists(folder / "config.json") else None), weight_map
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -7,12 +7,14 @@ import re
 from enum import Enum
 
 from ..checkpoints.checkpoint import Checkpoint, read_json
+from ..checkpoints.parts import stem_of
 from ..errors import WrongModel
 
 # in ComfyUI's files an empty tensor marks 2511, in diffusers' a setting of the configuration
 MARK_2511 = "__index_timestep_zero__"
 _LAYERED = "time_text_embed.addition_t_embedding.weight"
 # metadata in which a file's maker names it: GGUF's, and ModelSpec's of safetensors files
+_NAMES_OF_ALL = ("diffusion_pytorch_model", "model")  # as diffusers and transformers write files
 _TITLES = ("general.name", "general.basename", "modelspec.title")
 
 
@@ -85,7 +87,11 @@ def _has(checkpoint: Checkpoint, tensor: str) -> bool:
 def _titles(checkpoint: Checkpoint) -> list[str]:
     path = checkpoint.path
     given = [checkpoint.metadata[key] for key in _TITLES if key in checkpoint.metadata]
-    return [*given, path.parent.name if path.is_dir() else path.stem]
+    folder = path.parent.parent if not path.is_dir() and path.parent.name == "transformer" else path.parent
+    stem = stem_of(path)
+    # a folder, or a file with the name that every model has there: the folder above is named after it
+    named_by_folder = path.is_dir() or re.sub(r"\W.*", "", stem) in _NAMES_OF_ALL
+    return [*given, folder.name if named_by_folder else stem]
 
 
 def _named(text: str) -> Variant | None:

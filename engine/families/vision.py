@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.checkpoint import GGUF_SUFFIX, Checkpoint, TensorEntry, open_checkpoint
+from ..checkpoints.parts import stem_of
 from ..errors import CheckpointError, MissingFile, WrongModel
 from .gguf_names import VISION_ARCHITECTURE, VISION_PROJECTOR, vision_config, vision_names
 from .members import Component, described_tensors, identify, shape_of, sort_text_encoder, split_blocks
@@ -110,7 +111,7 @@ def find_mmproj(encoder: Path) -> Path:
 def _model_words(file: Path) -> list[str]:
     words: list[str] = []
     after_type = False
-    for word in re.split(r"[-_. ]+", file.stem.lower()):
+    for word in re.split(r"[-_. ]+", stem_of(file).lower()):
         after_type = _TYPE.fullmatch(word) is not None or (after_type and _AFTER_TYPE.fullmatch(word) is not None)
         if word and word != _MARK and not after_type:
             words.append(word)

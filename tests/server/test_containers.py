@@ -1,12 +1,16 @@
 """The same weights in other containers through the real server: the latents of ComfyUI's own loaders on plain files."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from devtools.client import ExecutionFailed
+from devtools.client import ExecutionFailed, PromptRefused
+from diffusers import QwenImageTransformer2DModel
+from gguf_files import write_gguf_transformer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 from .conftest import TOLERANCE, Mixing
 from .graphs import FOLDER, Prompt, changed, with_inputs, with_our_loader
@@ -89,3 +93,62 @@ def test_a_checkpoint_without_the_component_is_named(mixing: Mixing) -> None:
             mixing.client.run(ours(mixing, transformer=chosen, text_encoder=FOLDER))
     finally:
         bare.unlink()
+
+
+def shards_of(folder: Path, pipeline: Path, component: str) -> str:
+    """The component as diffusers or transformers writes it in shards, with their index; the first one's name."""
+    made = {"transformer": QwenImageTransformer2DModel, "text_encoder": Qwen2_5_VLForConditionalGeneration}[component]
+    made.from_pretrained(pipeline / component).save_pretrained(folder, max_shard_size="1MB")
+    return f"{folder.name}/{sorted(folder.glob('*-of-*'))[0].name}"
+
+
+@pytest.fixture(scope="module")
+def shards(mixing: Mixing, full_pipeline: Path) -> dict[str, str]:
+    models = mixing.server.base / "models"
+    return {
+        "transformer": shards_of(models / "diffusion_models" / "Qwen-Image", full_pipeline, "transformer"),
+        "text_encoder": shards_of(models / "text_encoders" / "Qwen2.5-VL", full_pipeline, "text_encoder"),
+    }
+
+
+def test_shards_are_offered_once_and_make_the_same_latents(
+    mixing: Mixing, plain: torch.Tensor, shards: dict[str, str]
+) -> None:
+    inputs = mixing.client.object_info()["QwenLowVRAMLoader"]["input"]["required"]
+    for name, first in shards.items():
+        folder = first.partition("/")[0]
+        assert [choice for choice in inputs[name][0] if choice.startswith(folder)] == [first]
+        assert len(list(mixing.server.base.glob(f"models/*/{folder}/*-of-*"))) > 1
+    assert_same(mixing, plain, **shards)
+    later = shards["transformer"].replace("-00001-of", "-00002-of")
+    assert_same(mixing, plain, transformer=later)
+
+
+def test_a_missing_shard_is_named_before_the_run(mixing: Mixing, shards: dict[str, str]) -> None:
+    second = (
+        mixing.server.base / "models" / "diffusion_models" / shards["transformer"].replace("-00001-of", "-00002-of")
+    )
+    second.rename(second.with_suffix(".away"))
+    try:
+        with pytest.raises(PromptRefused, match=rf"is part 1 of \d+, 1 of the others are missing: {second.name}\. Put"):
+            mixing.client.run(ours(mixing, transformer=shards["transformer"]))
+    finally:
+        second.with_suffix(".away").rename(second)
+
+
+def test_gguf_parts_make_the_latents_of_the_whole_file(mixing: Mixing, full_pipeline: Path) -> None:
+    folder = mixing.server.base / "models" / "diffusion_models"
+    weights = {k: v for f in (full_pipeline / "transformer").glob("*.safetensors") for k, v in load_file(f).items()}
+    config = json.loads((full_pipeline / "transformer" / "config.json").read_text(encoding="utf-8"))
+    write_gguf_transformer(folder / "whole-Q8_0.gguf", weights, config, "Q8_0")
+    write_gguf_transformer(folder / "split-Q8_0.gguf", weights, config, "Q8_0", split_max_tensors=50)
+    assert len(list(folder.glob("split-Q8_0-*.gguf"))) > 1
+    (first,) = (
+        choice
+        for choice in mixing.client.object_info()["QwenLowVRAMLoader"]["input"]["required"]["transformer"][0]
+        if choice.startswith("split-Q8_0")
+    )
+    whole, parts = (
+        mixing.latents(mixing.client.run(ours(mixing, transformer=name))) for name in ("whole-Q8_0.gguf", first)
+    )
+    assert torch.equal(whole, parts)
