@@ -1,6 +1,8 @@
 """Whether the installed packages are ones that the pack runs with. Reads their metadata; imports none of them."""
 
+import os
 import re
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -34,6 +36,12 @@ COMFYUI = Bounds("ComfyUI", "0.30.0")
 _NOT_BY_PIP = ("torch", "ComfyUI")
 
 
+def variable(name: str) -> str:
+    """What the environment says; empty where it says nothing."""
+    said = os.path.expandvars(f"${{{name}}}")
+    return "" if said.startswith("$") else said  # which an unset variable stays
+
+
 def environment_problem(comfyui_version: str, installed: Callable[[str], str] = version) -> str | None:
     """One line that says what is missing, too old or too new, and what to do; None where all is well.
 
@@ -59,6 +67,21 @@ def environment_problem(comfyui_version: str, installed: Callable[[str], str] = 
         steps.append(f"run  python -m pip install {wanted}  with ComfyUI's Python")
     steps += [f"install {bounds.said}" for bounds in by_hand]
     return f"{PACK} is not loaded: {'; '.join(wrong)}. What to do: {', and '.join(steps)}, then restart ComfyUI."
+
+
+def is_of_others(error: Exception, pack: str) -> bool:
+    """Whether an import failed over what another package lacks or does; else it is a mistake of the pack's own.
+
+    `pack` is the name that the pack was imported by.
+    """
+    if isinstance(error, ImportError):
+        place: object = error.name
+    elif isinstance(error, AttributeError) and error.obj is not None:
+        place = getattr(error.obj, "__module__", None) or getattr(error.obj, "__name__", None)
+    else:
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        place = frames[-1].f_globals.get("__name__") if frames else None
+    return not f"{place}.".startswith(f"{pack}.")
 
 
 def import_problem(error: Exception, comfyui_version: str, installed: Callable[[str], str] = version) -> str:

@@ -14,15 +14,16 @@ from .errors import MissingPackage
 
 # bitsandbytes says there, whenever it is imported, that it would like another package for products on the CPU
 _CHATTY = "bitsandbytes.backends.cpu.ops"
-_ATTENTION_VARIABLE = "DIFFUSERS_ATTN_BACKEND"
+# read by diffusers while it is imported, which fails there for a kernel that it does not know
+ATTENTION_VARIABLE = "DIFFUSERS_ATTN_BACKEND"
+# diffusers' name for torch's scaled_dot_product_attention, which the memory plan counts with
+ATTENTION = "native"
 
 
 def diffusers_transformer() -> ModuleType:
     """diffusers' module that holds the transformer's classes."""
     purpose = "the transformer is made of its modules"
-    module = _imported("diffusers.models.transformers.transformer_qwenimage", "diffusers", purpose)
-    _require_usable_attention()
-    return module
+    return _imported("diffusers.models.transformers.transformer_qwenimage", "diffusers", purpose)
 
 
 def accelerate() -> ModuleType:
@@ -74,21 +75,11 @@ def _importing(error: Exception) -> str | None:
     return str(frames[-1].f_globals.get("__name__", "")).partition(".")[0] or None if frames else None
 
 
-def _require_usable_attention() -> None:
-    """The environment's wish for a kernel is read when diffusers is imported, and fails only at the first block."""
-    dispatch = importlib.import_module("diffusers.models.attention_dispatch")
-    try:
-        backend, _ = dispatch._AttentionBackendRegistry.get_active_backend()
-        dispatch._check_attention_backend_requirements(backend)
-    except (KeyError, RuntimeError) as error:
-        raise _bad_attention(str(error)) from error
-
-
 def _bad_attention(why: str) -> MissingPackage:
     return MissingPackage(
-        f"The environment variable {_ATTENTION_VARIABLE} asks diffusers for an attention kernel that it does not have "
-        f"here ({why:.300}).\n\nWhat to do: remove {_ATTENTION_VARIABLE} from the environment that ComfyUI is started "
-        "in, or set it to native, then start ComfyUI again."
+        f"The environment variable {ATTENTION_VARIABLE} asks diffusers for an attention kernel that it does not "
+        f"know ({why:.300}).\n\nWhat to do: remove {ATTENTION_VARIABLE} from the environment that ComfyUI is started "
+        f"in, or set it to {ATTENTION}, then start ComfyUI again."
     )
 
 

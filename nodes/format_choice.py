@@ -9,6 +9,7 @@ from ..engine.checkpoints.checkpoint import Checkpoint
 from ..engine.errors import CacheError, InvalidRequest
 from ..engine.families.variants import Variant
 from ..engine.hardware import Hardware
+from ..engine.out_of_memory import reason, shortage
 from ..engine.plan.choice import FormatChoice, choose_format
 from ..engine.plan.request import Limits, SamplingRequest
 from ..engine.quantized.weights import QuantizedWeights
@@ -40,6 +41,7 @@ def fastest_format(source: Checkpoint, parts: Parts, limits: Limits) -> str:
     """What `fastest` stands for: a weight_format of the loader, by the forecasts for a typical image.
 
     A file that is quantized already stays as it is, and so does one whose quantized weights the disk has no room for.
+    It is chosen when the loader runs, and stays until the loader runs again: one image from one session.
     """
     choice = forecast_formats(source, parts, limits)
     if choice is None:
@@ -49,8 +51,17 @@ def fastest_format(source: Checkpoint, parts: Parts, limits: Limits) -> str:
 
 
 def advice_for(source: Checkpoint, parts: Parts, limits: Limits) -> str:
-    """A sentence where another format than the stored one would be much faster; else an empty text."""
-    choice = forecast_formats(source, parts, limits)
+    """A sentence where another format than the stored one would be much faster; else an empty text.
+
+    What cannot be measured costs the advice, not the load.
+    """
+    try:
+        choice = forecast_formats(source, parts, limits)
+    except (OSError, RuntimeError, MemoryError) as error:
+        if shortage(error) is None and not isinstance(error, OSError):
+            raise
+        logger.warning("No advice about weight_format: the machine could not be measured (%s).", reason(error))
+        return ""
     return "" if choice is None else advice_of(choice)
 
 

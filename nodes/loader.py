@@ -185,7 +185,8 @@ class QwenLowVRAMLoader:
                         "tooltip": "How weights are held and streamed. auto: as stored. fp8, int8, nf4 and fp4 "
                         "quantize the blocks of a bf16, fp16 or fp32 file at the first load and keep them on the disk "
                         "(27.2 GB become 13.6 in fp8 or int8, 7.6 in nf4 or fp4). fastest: int8 or nf4 where that "
-                        "makes a step over 10 % faster on this machine, so the image depends on the machine.",
+                        "makes a step over 10 % faster on this machine, so the image depends on the machine. Chosen "
+                        "when this node runs, and kept until an input or a file of it changes.",
                     },
                 ),
                 "vram_limit_gb": (

@@ -114,18 +114,54 @@ def test_comfyui_loads_no_node_of_ours_and_runs_on_where_a_package_does_not_fit(
     assert "heavy False" in output
 
 
-def test_comfyui_loads_no_node_of_ours_and_runs_on_where_a_name_is_gone(comfyui_path: Path, tmp_path: Path) -> None:
+def with_decode(code: str, tmp_path: Path) -> Path:
+    """A copy of the pack whose decode node is that code."""
     pack = tmp_path / "pack"
     for part in ("engine", "nodes"):
         shutil.copytree(REPOSITORY / part, pack / part)
     shutil.copy(REPOSITORY / "__init__.py", pack)
-    (pack / "nodes" / "decode.py").write_text("from comfy.model_management import what_is_gone\n", encoding="utf-8")
-    output = load(comfyui_path, pack, tmp_path)
+    (pack / "nodes" / "decode.py").write_text(f"{code}\n", encoding="utf-8")
+    return pack
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from comfy.model_management import what_is_gone",
+        "import comfy.model_management\ncomfy.model_management.what_is_gone",
+        "import comfy.model_base\ncomfy.model_base.BaseModel.what_is_gone",
+        "import what_is_gone",
+        "import torch\ntorch.ops.aten.what_is_gone",
+    ],
+)
+def test_comfyui_loads_no_node_of_ours_and_runs_on_where_a_name_is_gone(
+    code: str, comfyui_path: Path, tmp_path: Path
+) -> None:
+    output = load(comfyui_path, with_decode(code, tmp_path), tmp_path)
     (line,) = (line for line in output.splitlines() if line.startswith("ERROR"))
     assert "do not fit together" in line
     assert "what_is_gone" in line
     assert "Traceback" not in output
     assert "loaded True 0" in output
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from .words import what_is_gone",
+        "from . import words\nwords.what_is_gone",
+        "from . import what_is_gone",
+        "class Ours: pass\nOurs.what_is_gone",
+        "raise RuntimeError('what_is_gone')",
+    ],
+)
+def test_a_mistake_of_the_packs_own_is_shown_as_one_and_comfyui_runs_on(
+    code: str, comfyui_path: Path, tmp_path: Path
+) -> None:
+    output = load(comfyui_path, with_decode(code, tmp_path), tmp_path)
+    assert "what_is_gone" in output
+    assert "do not fit together" not in output
+    assert "loaded False 0" in output
 
 
 def test_comfyui_loads_the_nodes_where_all_fits(comfyui_path: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..chunking import ChunkedTokens
 from ..families.members import TransformerConfig, Variant, sort_transformer
 from ..hardware import Hardware
-from ..packages import accelerate, diffusers_transformer
+from ..packages import ATTENTION, accelerate, diffusers_transformer
 from ..plan.footprint import TransformerFootprint
 from ..streaming import (
     BlockSource,
@@ -157,16 +157,14 @@ class TransformerParts:
 
 def _whole_block(config: TransformerConfig) -> "QwenImageTransformerBlock":
     with torch.device("meta"):
-        return (
-            diffusers_transformer()
-            .QwenImageTransformerBlock(
-                dim=config.inner_dim,
-                num_attention_heads=config.num_attention_heads,
-                attention_head_dim=config.attention_head_dim,
-                zero_cond_t=config.zero_cond_t,
-            )
-            .eval()
+        block = diffusers_transformer().QwenImageTransformerBlock(
+            dim=config.inner_dim,
+            num_attention_heads=config.num_attention_heads,
+            attention_head_dim=config.attention_head_dim,
+            zero_cond_t=config.zero_cond_t,
         )
+    block.attn.processor._attention_backend = ATTENTION  # not what the environment or another pack sets for diffusers
+    return block.eval()
 
 
 def _empty_block(config: TransformerConfig) -> nn.Module:

@@ -9,6 +9,9 @@ import comfy.model_management
 import torch
 from comfy.cli_args import args, parser
 
+from ...engine.environment import variable
+from ...engine.packages import ATTENTION, ATTENTION_VARIABLE
+
 logger = logging.getLogger(__name__)
 
 GIB = 1024**3
@@ -179,9 +182,11 @@ SWITCHES: dict[str, Switch] = {
 
 
 def unfollowed() -> list[str]:
-    """Those that were given and are not followed yet, as a person writes them."""
+    """Those that were given and are not followed yet, as a person writes them; and diffusers' variable."""
     named = [action for action in parser._actions if _is_named(action.dest) and _given(action)]
-    return [action.option_strings[-1] for action in named]
+    kernel = variable(ATTENTION_VARIABLE)
+    by_variable = [] if kernel in ("", ATTENTION) else [f"{ATTENTION_VARIABLE}={kernel}"]
+    return [action.option_strings[-1] for action in named] + by_variable
 
 
 def _is_named(name: str) -> bool:

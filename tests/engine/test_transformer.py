@@ -176,6 +176,29 @@ def test_a_hook_stands_around_every_block_of_its_branches_alone(
     assert [torch.equal(made, wanted) for made, wanted in zip(changed, expected, strict=True)] == [True, False, True]
 
 
+def test_attention_is_the_planned_one_whatever_diffusers_is_set_to(
+    tiny: Tiny, cpu: Hardware, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As DIFFUSERS_ATTN_BACKEND sets it, and other packs: that kernel makes scores that no plan counts."""
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+    def refuse(*args: Any, **kwargs: Any) -> Tensor:
+        raise AssertionError("another kernel than the planned one")
+
+    model, folder = tiny(torch.float32)
+    branch = make_branch(13)
+    expected = diffusers_forward(model, branch)
+    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", AttentionBackendName._NATIVE_MATH)
+    monkeypatch.setitem(_AttentionBackendRegistry._backends, AttentionBackendName._NATIVE_MATH, refuse)
+    with pytest.raises(AssertionError, match="another kernel"):
+        diffusers_forward(model, branch)
+    transformer = QwenImageTransformer(
+        open_checkpoint(folder), dtype=torch.float32, hardware=cpu, rounding=TimestepRounding.DIFFUSERS
+    )
+    transformer.load([])
+    assert torch.equal(run(transformer, [branch])[0], expected)
+
+
 @pytest.mark.parametrize("chunk", [64, 80, 100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_chunks_of_the_mlp_change_nothing(chunk: int, dtype: torch.dtype, tiny: Tiny, cpu: Hardware) -> None:

@@ -97,6 +97,19 @@ def test_what_is_not_followed_is_said_once(given: Any, caplog: pytest.LogCapture
     assert "--cpu-vae" not in record.message
 
 
+def test_a_kernel_that_the_environment_asks_diffusers_for_is_said_not_to_be_followed(
+    comfy: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from qwenimage_lowvram.nodes.adapters.switches import tell_unfollowed
+
+    monkeypatch.setenv("DIFFUSERS_ATTN_BACKEND", "native")
+    tell_unfollowed()
+    assert not caplog.records
+    monkeypatch.setenv("DIFFUSERS_ATTN_BACKEND", "_native_math")
+    tell_unfollowed()
+    assert "DIFFUSERS_ATTN_BACKEND=_native_math, which is not followed yet" in caplog.text
+
+
 def test_the_loader_says_what_is_not_followed(given: Any, load: Any, caplog: pytest.LogCaptureFixture) -> None:
     given(force_fp16=True)
     with caplog.at_level(logging.WARNING):

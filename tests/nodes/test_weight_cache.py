@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.errors import CacheError, InvalidRequest
 
@@ -115,6 +116,22 @@ def test_auto_is_as_stored_whatever_is_free_and_says_what_would_be_faster(
     assert not cache().exists()
     with_forecasts(monkeypatch, {"as stored": 4.0, "int8": 5.0, "nf4": 3.0})
     assert QwenLowVRAMLoader().load(**chosen("auto"), **settings)[0].model.advice == ""
+
+
+@pytest.mark.parametrize("error", [OSError("gone"), torch.OutOfMemoryError(), MemoryError()], ids=repr)
+def test_a_machine_that_cannot_be_measured_costs_the_advice_not_the_load(
+    error: Exception, pipeline: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from qwenimage_lowvram.nodes import format_choice
+    from qwenimage_lowvram.nodes.loader import QwenLowVRAMLoader
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(format_choice.KnownSpeeds, "get", fail)
+    settings = {"dtype": "fp32", "vram_limit_gb": 0.0, "timesteps": "fp32"}
+    assert QwenLowVRAMLoader().load(**chosen("auto"), **settings)[0].model.advice == ""
+    assert "No advice about weight_format" in caplog.text
 
 
 def test_fastest_is_what_the_forecasts_say_and_tells_what_it_writes(
