@@ -8,6 +8,7 @@ import folder_paths
 from ..engine.checkpoints.checkpoint import GGUF_SUFFIX
 from ..engine.checkpoints.parts import without_later_parts
 from ..engine.errors import MissingFile
+from ..engine.texts import shown
 
 FOLDER_SUFFIX = " (folder)"
 CHECKPOINT_SUFFIX = " (checkpoint)"
@@ -35,8 +36,9 @@ def pipeline_folder(choice: str) -> Path:
     folders = _pipelines()
     name = choice.removesuffix(FOLDER_SUFFIX)
     if name not in folders:
+        found = ", ".join(folders)[:1000] or "none"
         raise MissingFile(
-            f"There is no pipeline folder {name!r} in models/diffusers (found: {', '.join(folders) or 'none'}).\n\n"
+            f"There is no pipeline folder {shown(name)} in models/diffusers (found: {found}).\n\n"
             "What to do: put the folder that holds model_index.json there, and press R."
         )
     return folders[name]
@@ -49,7 +51,7 @@ def model_file(kind: str, choice: str) -> Path:
         kind, name = "checkpoints", choice.removesuffix(CHECKPOINT_SUFFIX)
     if name not in _all_files(kind):
         raise MissingFile(
-            f"There is no {choice!r} in models/{kind}.\n\nWhat to do: put it there and press R, or choose another."
+            f"There is no {shown(choice)} in models/{kind}.\n\nWhat to do: put it there and press R, or choose another."
         )
     return Path(folder_paths.get_full_path_or_raise(kind, name))
 

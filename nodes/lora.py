@@ -8,7 +8,7 @@ import folder_paths
 
 from ..engine.errors import MissingFile, QwenLowVRAMError, Unsupported
 from ..engine.lora.files import LoraMatch, match, open_lora
-from ..engine.texts import printable
+from ..engine.texts import LONGEST, printable, shown
 from .adapters.checks import check_widgets
 from .adapters.patcher import LowVRAMPatcher
 from .adapters.progress import tell
@@ -84,7 +84,7 @@ class QwenLowVRAMLoadLora:
         transformer = model.model.transformer
         with at_input("lora_name"):
             lora = match(open_lora(_file_of(lora_name)), transformer.weights)
-        text = "\n".join([printable(str(lora)), *warnings_of(lora, transformer.weight_format), *_listed(lora)])
+        text = "\n".join([str(lora), *warnings_of(lora, transformer.weight_format), *_listed(lora)])
         logger.info("%s", text)
         tell(text)
         patched = model.clone()
@@ -104,7 +104,7 @@ def warnings_of(lora: LoraMatch, weight_format: str) -> list[str]:
 
 def _file_of(name: str) -> Path:
     if name not in folder_paths.get_filename_list("loras"):
-        raise MissingFile(f"There is no {name!r} in models/loras.\n\nWhat to do: put it there and press R.")
+        raise MissingFile(f"There is no {shown(name)} in models/loras.\n\nWhat to do: put it there and press R.")
     return Path(folder_paths.get_full_path_or_raise("loras", name))
 
 
@@ -112,4 +112,4 @@ def _listed(lora: LoraMatch) -> list[str]:
     if not lora.unmatched:
         return []
     more = "" if len(lora.unmatched) <= 5 else f" and {len(lora.unmatched) - 5} more"
-    return [f"not used: {', '.join(map(printable, lora.unmatched[:5]))}{more}"]
+    return [f"not used: {', '.join(printable(key)[:LONGEST] for key in lora.unmatched[:5])}{more}"]

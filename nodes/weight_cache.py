@@ -16,9 +16,10 @@ from ..engine.quantized.files import cache_path
 from ..engine.quantized.layout import FORMATS
 from ..engine.quantized.weights import QuantizedWeights
 from ..engine.text.cache import PromptCache
+from ..engine.texts import printable, shown
+from . import cache_report
 from .adapters.limits import stage_bytes
 from .adapters.progress import tell
-from .cache_report import shown
 from .words import AUTO, CATEGORY
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,9 @@ def prompt_cache() -> PromptCache:
 def check_weight_format(source: Checkpoint, weight_format: str) -> None:
     """Raise InvalidRequest or CacheError where the source cannot be held in that format. Reads headers only."""
     if weight_format not in WEIGHT_FORMATS:
-        raise InvalidRequest(f"There is no weight_format {weight_format!r}. Use one of: {', '.join(WEIGHT_FORMATS)}.")
+        raise InvalidRequest(
+            f"There is no weight_format {shown(weight_format)}. Use one of: {', '.join(WEIGHT_FORMATS)}."
+        )
     weights = _weights(source, weight_format)
     if weights is not None:
         weights.check_room()
@@ -88,7 +91,7 @@ def _make(weights: QuantizedWeights, limit_bytes: int | None) -> Checkpoint:
     device = comfy.model_management.get_torch_device()
     if stage_bytes(device, limit_bytes, weights.working_bytes) < weights.working_bytes:
         device = torch.device("cpu")  # the same file, later
-    text = (
+    text = printable(
         f"Quantizing {weights.source.path.name} to {weights.weight_format}, once: {weights.nbytes / 1e9:.1f} GB in "
         f"{weights.path.parent}"
     )
@@ -158,8 +161,8 @@ class QwenLowVRAMWeightCache:
         return float("nan")  # the folder may have changed
 
     def run(self, action: str) -> dict[str, Any]:
-        text = shown(weight_cache_folder(), prompt_cache())
+        text = cache_report.shown(weight_cache_folder(), prompt_cache())
         if action != SHOW:
-            text += f"\n\nNothing was cleared: {action!r} in a graph would clear again after every restart."
+            text += f"\n\nNothing was cleared: {shown(action)} in a graph would clear again after every restart."
             text += f"\n{HOW_TO_CLEAR}"
         return {"ui": {"text": [text]}, "result": (text,)}

@@ -13,6 +13,7 @@ from ..checkpoints.checkpoint import TensorEntry, open_checkpoint, parse_json
 from ..checkpoints.regular_file import open_regular, require_unchanged
 from ..errors import DamagedFile, MissingFile, Unsupported, WrongModel
 from ..formats import TORCH_DTYPES
+from ..texts import printable
 from .deltas import Delta
 from .keys import LayerNames, guess_model, is_of_half_shared_model, split_key, unsupported_kind
 from .layers import LoraLayer, PeftSettings, peft_settings
@@ -70,7 +71,7 @@ class LoraMatch:
     def __str__(self) -> str:
         counts = f"{self.matched_keys} keys matched, {self.unmatched_keys} not; {len(self.deltas)} weights changed"
         empty = f"; {self.empty_layers} layers of rank 0 change nothing" if self.empty_layers else ""
-        return f"LoraMatch({self.lora.path.name}: {counts}{empty})"
+        return f"LoraMatch({printable(self.lora.path.name)}: {counts}{empty})"
 
 
 def open_lora(path: Path) -> LoraFile:

@@ -15,6 +15,7 @@ from ..errors import CacheError, CheckpointError, MissingFile
 
 SUFFIX = ".safetensors"
 MAKER = "qwenimage_lowvram"  # under the metadata key "quantized_by", which tells our files from others
+MOST_NAME_BYTES = 150  # of the model's name in ours: file systems take 255, and an unfinished file's has 56 more
 PATIENCE_SECONDS = 10.0  # for a virus scanner: what is given up took minutes to make
 
 _OUR_NAME = re.compile(rf".+\.[0-9a-f]{{16}}(\.[0-9a-f]{{8}}{SUFFIX}{UNFINISHED}|{SUFFIX})", re.DOTALL)
@@ -25,6 +26,7 @@ def cache_path(source: Checkpoint, weight_format: str, folder: Path) -> Path:
     path = source.path
     name = path.stem if path.suffix else f"{path.parent.name}-{path.name}"
     name = re.sub(r"[^\w-]", "_", name)[:50]
+    name = name.encode()[:MOST_NAME_BYTES].decode(errors="ignore")
     return folder / f"{name}.{weight_format}.{source.identity}{SUFFIX}"
 
 

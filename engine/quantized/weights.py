@@ -27,6 +27,7 @@ from ..families.members import Component, described_tensors, require, split_bloc
 from ..formats import TORCH_DTYPES, StoredParam, stored_param
 from ..formats.chunks import CHUNK_WEIGHTS
 from ..streaming import TensorReader
+from ..texts import printable
 from .files import MAKER, cache_path, remove_dead, require_place, whole_file
 from .layout import FORMATS, UNQUANTIZED, Matrix, Part, quantized_matrix
 
@@ -132,7 +133,7 @@ class QuantizedWeights:
         if not _data_is_whole(file):
             self._disbelieve("its data is not what was written")
             return None
-        logger.info("%s in %s from %s", self.source.path.name, self.weight_format, self.path)
+        logger.info("%s in %s from %s", printable(self.source.path.name), self.weight_format, _shown(self.path))
         first = min(file.tensors.values(), key=lambda entry: entry.offset)
         stat = self.path.stat()  # after its time was set back
         return self.checkpoint(first.offset, (stat.st_size, stat.st_mtime_ns))
@@ -155,7 +156,8 @@ class QuantizedWeights:
                 raise
             return made
         seconds = time.perf_counter() - start
-        logger.info("Quantized %s in %.0f s: %s, %.1f GB", self.source.path, seconds, self.path, self.nbytes / 1e9)
+        names = _shown(self.source.path), seconds, _shown(self.path)
+        logger.info("Quantized %s in %.0f s: %s, %.1f GB", *names, self.nbytes / 1e9)
         opened = self.open()
         if opened is None:
             raise CacheError(f"{self.path} is gone or changed right after it was written. Run it again.")
@@ -265,7 +267,11 @@ class QuantizedWeights:
         }
 
     def _disbelieve(self, why: str) -> None:
-        logger.warning("%s is not used and will be made again: %s", self.path, why)
+        logger.warning("%s is not used and will be made again: %s", _shown(self.path), why)
+
+
+def _shown(path: Path) -> str:
+    return printable(str(path))
 
 
 def _is_matrix(name: str, entry: TensorEntry) -> bool:
@@ -291,7 +297,7 @@ def _data_is_whole(file: Checkpoint) -> bool:
         if _data_crc(file) != int(crc, 16):
             return False
     except OSError as error:
-        logger.warning("%s cannot be read (%s)", file.path, error)
+        logger.warning("%s cannot be read (%s)", _shown(file.path), error)
         return False
     with suppress(OSError):  # it was copied: the next time its data need not be read, if the file is this user's
         os.utime(file.path, (int(made), int(made)))

@@ -180,6 +180,20 @@ def test_a_prefixed_file_keeps_its_prefix(source: Checkpoint, folder: Path, tmp_
     assert cache_path(prefixed, "nf4", cache).name == f"模型_v1.nf4.{prefixed.identity}.safetensors"
 
 
+@every_format
+@pytest.mark.parametrize("letter", ["x", "é", "白", "\U0001d538"])
+def test_the_unfinished_file_of_a_long_name_has_a_name_that_disks_take(
+    name: str, letter: str, source: Checkpoint, cache: Path
+) -> None:
+    given = replace(source, path=cache / f"{letter * 60}.safetensors")
+    path = cache_path(given, name, cache)
+    with whole_file(path, mtime_s=0) as stream:
+        (part,) = parts_in(cache)
+        assert len(part.name.encode()) <= 255
+        stream.write(b"0")
+    assert path.name.startswith(letter * 30)
+
+
 # what it computes
 
 
