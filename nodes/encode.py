@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from .adapters.checks import check_widgets
 from .adapters.clip import LowVRAMCLIP
 from .words import CATEGORY
 
@@ -35,6 +36,7 @@ class QwenLowVRAMEncodePrompts:
         }
 
     def encode(self, clip: Any, positive: str, negative: str) -> tuple[Any, Any]:
+        check_widgets(self.INPUT_TYPES(), positive=positive, negative=negative)
         if isinstance(clip, LowVRAMCLIP):
             return tuple(clip.encode_prompts([positive, negative]))
         return tuple(clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (positive, negative))

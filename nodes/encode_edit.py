@@ -16,12 +16,13 @@ from ..engine.transformer.latents import LATENT_PX
 from ..engine.vision.edit_sizes import MOST_PICTURES, EditSizes, plan_sizes
 from ..engine.vision.patches import require_rgb
 from ..engine.vision.resample import resample
-from .adapters.checks import check_image, check_widgets
+from .adapters.checks import check_image, check_room, check_widgets
 from .adapters.clip import LowVRAMCLIP
 from .adapters.unsupported import NO_PICTURES_KEY
 from .words import AUTO, CATEGORY
 
 LATENT_CHANNELS = 16
+_SMALLER = "Use a smaller batch_size, or a smaller output."
 VARIANTS: dict[str, Variant | None] = {AUTO: None} | {variant.value: variant for variant in Variant if variant.edits}
 
 
@@ -103,7 +104,16 @@ class QwenLowVRAMEncodeEditPrompt:
         variant: str,
         **images: Any,
     ) -> dict[str, Any]:
-        check_widgets(self.INPUT_TYPES(), megapixels=megapixels, width=width, height=height, batch_size=batch_size)
+        check_widgets(
+            self.INPUT_TYPES(),
+            positive=positive,
+            negative=negative,
+            megapixels=megapixels,
+            width=width,
+            height=height,
+            batch_size=batch_size,
+            variant=variant,
+        )
         for name, image in images.items():
             if image is not None:
                 check_image(name, image)
@@ -154,5 +164,7 @@ def _encoded(clip: Any, texts: Sequence[str], seen: Sequence[Tensor]) -> list[An
 def _empty_latent(sizes: EditSizes, batch_size: int) -> dict[str, Any]:
     width, height = (side // LATENT_PX for side in sizes.output)
     device = comfy.model_management.intermediate_device()
+    nbytes = batch_size * LATENT_CHANNELS * height * width * 4
+    check_room(nbytes, f"An empty latent of {batch_size} images of {sizes.output[0]}x{sizes.output[1]} px", _SMALLER)
     samples = torch.zeros(batch_size, LATENT_CHANNELS, 1, height, width, device=device)
     return {"samples": samples, "downscale_ratio_spacial": LATENT_PX}

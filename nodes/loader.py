@@ -16,6 +16,7 @@ from ..engine.families.variants import Variant, variant_of
 from ..engine.families.vision import mmproj_identity
 from ..engine.text.encoder import TextEncoder
 from ..engine.text.prompts import PromptTokenizer
+from ..engine.texts import shown
 from ..engine.transformer.model import QwenImageTransformer, TimestepRounding
 from ..engine.transformer.positions import Positions
 from ..engine.vae import RGB, RGBA, require_image_vae
@@ -24,6 +25,7 @@ from .adapters import switches
 from .adapters.checks import check_widgets, limit_bytes
 from .adapters.clip import LowVRAMCLIP
 from .adapters.model import make_model
+from .adapters.shortage import RAM_LIMIT, VRAM_LIMIT
 from .adapters.timeline import Timeline
 from .adapters.vae import make_vae
 from .format_choice import Parts, advice_for, fastest_format, limits_now
@@ -305,7 +307,17 @@ class QwenLowVRAMLoader:
         vae_device: str = AUTO,
         positions: str = Positions.COMFYUI.value,
     ) -> tuple[Any, Any, Any]:
-        check_widgets(self.INPUT_TYPES(), vram_limit_gb=vram_limit_gb, ram_limit_gb=ram_limit_gb)
+        check_widgets(
+            self.INPUT_TYPES(),
+            dtype=dtype,
+            vram_limit_gb=vram_limit_gb,
+            timesteps=timesteps,
+            ram_limit_gb=ram_limit_gb,
+            transformer_device=transformer_device,
+            text_encoder_device=text_encoder_device,
+            vae_device=vae_device,
+            positions=positions,
+        )
         sources = Sources.of(transformer, text_encoder, vae)
         transformer_file, text_file, vae_file = sources.open(variant)
         with at_input("weight_format"):
@@ -337,6 +349,7 @@ class QwenLowVRAMLoader:
             vae_file,
             dtype=_vae_dtype(dtype, vae_file, vae_on),
             limit_bytes=limits.on(vae_on),
+            limit_name=limits.name_on(vae_on),
             device=vae_on,
             timeline=timeline,
         )
@@ -347,6 +360,7 @@ class QwenLowVRAMLoader:
             timeline,
             prompt_cache(),
             member,
+            limits.name_on(text_hardware.device),
         )
         return make_model(model, limits.vram_bytes, limits.ram_bytes, timeline, advice), clip, image_vae
 
@@ -362,6 +376,10 @@ class _Limits:
         """Of the memory of `device`."""
         given = [limit for limit in (self.vram_bytes, self.ram_bytes) if limit is not None]
         return min(given, default=None) if device.type == "cpu" else self.vram_bytes
+
+    def name_on(self, device: torch.device) -> str:
+        """Of the input that sets it."""
+        return RAM_LIMIT if self.on(device) != self.vram_bytes else VRAM_LIMIT
 
 
 def _format_of(source: Checkpoint, weight_format: str, parts: Parts, limits: _Limits) -> tuple[str, str]:
@@ -391,7 +409,7 @@ def _tokenizer(folder: Path, stamps: tuple[str, ...]) -> PromptTokenizer:
 
 def _chosen(variant: str) -> Variant | None:
     if variant not in VARIANTS:
-        raise InvalidRequest(f"There is no variant {variant!r}. Use one of: {', '.join(VARIANTS)}.")
+        raise InvalidRequest(f"There is no variant {shown(variant)}. Use one of: {', '.join(VARIANTS)}.")
     return VARIANTS[variant]
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from numbers import Integral
 from typing import Any
 
 import comfy.sample
@@ -14,7 +15,7 @@ from torch import Tensor
 from ..engine.errors import InvalidRequest, Unsupported
 from ..engine.transformer.latents import patches_of
 from ..engine.transformer.sampling import layered_sigmas, lightning_sigmas, qwen_sigmas, true_cfg
-from .adapters.checks import check_conditioning, check_widgets, latent_of
+from .adapters.checks import check_conditioning, check_mask, check_room, check_widgets, latent_of
 from .adapters.model import ADDITIONAL_KEY, LowVRAMModel
 from .words import CATEGORY
 
@@ -25,6 +26,8 @@ LIGHTNING_SCHEDULER = "lightning"
 # preset -> steps; they take no guidance
 PRESETS = {"as set": None, "Lightning, 8 steps": 8, "Lightning, 4 steps": 4}
 REPORT_KEY = "qwen_lowvram_report"
+MOST_INDEX = 100_000  # ComfyUI draws the noise of every one before it
+_SMALLER = "Use a smaller batch, or a smaller image."
 
 
 class QwenLowVRAMSample:
@@ -135,20 +138,34 @@ class QwenLowVRAMSample:
         norm_rescale: bool,
         preset: str = next(iter(PRESETS)),
     ) -> dict[str, Any]:
-        check_widgets(self.INPUT_TYPES(), seed=seed, steps=steps, cfg=cfg, denoise=denoise)
-        latent_of("latent_image", latent_image)
-        for name, entries in (("positive", positive), ("negative", negative)):
-            check_conditioning(name, entries)
+        check_widgets(
+            self.INPUT_TYPES(),
+            seed=seed,
+            steps=steps,
+            cfg=cfg,
+            sampler=sampler,
+            scheduler=scheduler,
+            denoise=denoise,
+            norm_rescale=norm_rescale,
+            preset=preset,
+        )
+        given = latent_of("latent_image", latent_image)
         if PRESETS[preset] is not None:
             steps, cfg, sampler, scheduler = PRESETS[preset], 1.0, "euler", LIGHTNING_SCHEDULER
+        check_conditioning("positive", positive)
+        if cfg > 1:
+            check_conditioning("negative", negative)
         latents = comfy.sample.fix_empty_latent_channels(
             model,
-            latent_image["samples"],
+            given,
             latent_image.get("downscale_ratio_spacial"),
             latent_image.get("downscale_ratio_temporal"),
         )
         layered = bool(model.model.model_config.unet_config.get(ADDITIONAL_KEY))
         noise_mask = _noise_mask(latent_image.get("noise_mask"), latents)
+        # the noise, and what the sampler makes of it: the plan comes after the first of them
+        check_room(4 * latents.nbytes, f"Sampling {len(latents)} latents of this size", _SMALLER)
+        _check_batch_index(latent_image.get("batch_index"))
         noise = comfy.sample.prepare_noise(latents, seed, latent_image.get("batch_index"))
         guided = model.clone()
         if norm_rescale and "sampler_cfg_function" in guided.model_options:
@@ -200,6 +217,18 @@ def _sigmas(scheduler: str, latents: Tensor, steps: int, denoise: float, layered
     return own_sigmas(steps, math.prod(patches_of(latents)), denoise=denoise)
 
 
+def _check_batch_index(index: Any) -> None:
+    """Raise InvalidRequest for what does not tell which of a seed's noises each latent is given."""
+    if index is None:
+        return
+    numbers = list(index) if isinstance(index, list | tuple) else []
+    if not numbers or not all(isinstance(i, Integral) and 0 <= i <= MOST_INDEX for i in numbers):
+        raise InvalidRequest(
+            f"latent_image: its batch_index is no list of whole numbers from 0 to {MOST_INDEX}.\n\nWhat to do: use "
+            "ComfyUI's nodes for batches (LatentFromBatch, RepeatLatentBatch)."
+        )
+
+
 def _noise_mask(mask: Tensor | None, latents: Tensor) -> Tensor | None:
     """A mask for each picture, (N, 1, 1, H, W): ComfyUI mixes several (N, H, W) into one, as frames of a video.
 
@@ -207,6 +236,7 @@ def _noise_mask(mask: Tensor | None, latents: Tensor) -> Tensor | None:
     """
     if mask is None:
         return None
+    check_mask("The noise mask", mask)
     masks = mask if mask.ndim == latents.ndim else mask.reshape(-1, 1, 1, *mask.shape[-2:])
     if len(masks) > len(latents):
         raise InvalidRequest(

@@ -32,6 +32,8 @@ EDIT_TEMPLATE_TOKENS = 64
 PICTURE_PLACE = "<|vision_start|><|image_pad|><|vision_end|>"
 # the longest prompt that the reference pipelines allow, template not counted
 MAX_PROMPT_TOKENS = 1024
+# of the transformer's rotary tables, either side of 0: no prompt can have more tokens
+MAX_POSITIONS = 4096
 
 # per-channel statistics of the latents (diffusers AutoencoderKLQwenImage.config, equal to Wan 2.1's)
 LATENTS_MEAN = (

@@ -14,17 +14,19 @@ from ..errors import DamagedFile, InvalidRequest, MissingFile, WrongModel
 from ..families.members import (
     EDIT_TEMPLATE,
     EDIT_TEMPLATE_TOKENS,
+    MAX_POSITIONS,
     MAX_PROMPT_TOKENS,
     PICTURE_PLACE,
     PROMPT_TEMPLATE,
     PROMPT_TEMPLATE_TOKENS,
 )
+from ..texts import half_character, shown
 from .picture_prompts import PICTURE, require_places
 
 logger = logging.getLogger(__name__)
 
-# the text positions are 4096; longer words than these make a token are in no language
-MAX_PROMPT_CHARACTERS = 4096 * 16
+# longer words than these make a token are in no language
+MAX_PROMPT_CHARACTERS = MAX_POSITIONS * 16
 MAX_TOKENIZER_BYTES = 64_000_000  # of one file; Qwen2.5's tokenizer.json has 11 MB
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -62,20 +64,11 @@ class PromptTokenizer:
         """Token ids of the prompt within the template. A text that begins with <|im_start|> is its own template.
 
         The first places for pictures hold PICTURE, as many as there are pictures. No prompt is cut; a warning says
-        when one is longer than the reference allows. Raises InvalidRequest where there are fewer places than pictures.
+        when one is longer than the reference allows. Raises InvalidRequest where there are fewer places than pictures,
+        and for what is no text, or one that is too long for the model.
         """
-        half = next((i for i, c in enumerate(prompt) if "\ud800" <= c <= "\udfff"), None)
-        if half is not None:
-            raise InvalidRequest(
-                f"The prompt's character {half + 1} is one half of a character ({prompt[half]!a}), which no encoding "
-                "has.\n\nWhat to do: type it again, or remove it."
-            )
-        if len(prompt) > MAX_PROMPT_CHARACTERS:
-            raise InvalidRequest(
-                f"The prompt has {len(prompt)} characters, more than the {MAX_PROMPT_CHARACTERS} that the model's "
-                f"positions have room for; it has seen {MAX_PROMPT_TOKENS} tokens.\n\nWhat to do: shorten it."
-            )
-        text = prompt if prompt.startswith("<|im_start|>") else template.format(prompt)
+        require_text(prompt)
+        text = prompt if prompt.startswith("<|im_start|>") else _filled(template, prompt)
         ids = self._ids(text)
         places = [i for i, token in enumerate(ids) if token == self._picture]
         for i in places[:pictures]:
@@ -151,6 +144,42 @@ def _check_file(file: Path) -> None:
             raise ValueError("it is no JSON object")
     except (ValueError, RecursionError) as error:
         raise DamagedFile(f"{file} is cut off or damaged ({error!s:.200}). Download it again.") from error
+
+
+def require_text(prompt: object) -> None:
+    """Raise InvalidRequest for what is no text of whole characters, and for a book; cuts nothing into tokens."""
+    if not isinstance(prompt, str):
+        raise InvalidRequest(f"The prompt is {shown(prompt)}; a text is needed.\n\nWhat to do: check what is linked.")
+    half = half_character(prompt)
+    if half is not None:
+        raise InvalidRequest(
+            f"The prompt's character {half + 1} is one half of a character ({prompt[half]!a}), which no encoding "
+            "has.\n\nWhat to do: type it again, or remove it."
+        )
+    if len(prompt) > MAX_PROMPT_CHARACTERS:
+        raise InvalidRequest(
+            f"The prompt has {len(prompt)} characters, more than the {MAX_PROMPT_CHARACTERS} that the model's "
+            f"positions have room for; it has seen {MAX_PROMPT_TOKENS} tokens.\n\nWhat to do: shorten it."
+        )
+
+
+def require_length(tokens: int) -> None:
+    """Raise InvalidRequest for a prompt of more tokens than the model has positions for."""
+    if tokens >= MAX_POSITIONS:
+        raise InvalidRequest(
+            f"The prompt has {tokens} tokens; the model has positions for {MAX_POSITIONS - 1}, and has seen "
+            f"{MAX_PROMPT_TOKENS}.\n\nWhat to do: shorten it."
+        )
+
+
+def _filled(template: str, prompt: str) -> str:
+    try:
+        return template.format(prompt)
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        raise InvalidRequest(
+            f"The template of the prompt cannot be filled in ({error}).\n\nWhat to do: mark the prompt's place in it "
+            "with {}, and write other braces twice."
+        ) from error
 
 
 def with_places(prompt: str, pictures: int, *, labelled: bool) -> str:

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InvalidRequest
-
-MAX_POSITIONS = 4096  # of diffusers' rotary tables, either side of 0
+from ..families.members import MAX_POSITIONS
 
 Shape = tuple[int, int, int]  # frames, height, width in patches
 Place = tuple[int, int, int]  # frame, patches down and to the right of the centre
@@ -44,9 +43,7 @@ def branch_tables(
         return (place_pictures(embed, shapes, places) if places else images), text
     if layered:
         _require_one_reference(shapes)
-    _, height, width = shapes[0]
-    reach = max(height, width) // 2
-    _require_text_positions(reach, length)
+    reach = require_text_positions(shapes, length, positions, layered=layered)
     frame = -1 if layered else 1  # of the first reference, with the next ones going on
     given = places or [(frame * i, 0, 0) for i in range(len(shapes))]
     images = place_pictures(embed, shapes, given, positions)
@@ -61,14 +58,12 @@ def rotary_tables(embed: nn.Module, shapes: Sequence[Shape], length: int, *, lay
     Raises InvalidRequest for positions beyond the tables, and for several references of a layered picture.
     """
     (frames, height, width), *references = shapes
-    reach = max(max(h, w) // 2 for _, h, w in shapes)
     given = list(shapes)
     if layered:
         _require_one_reference(shapes)
-        reach = max(reach, frames)
         # the last shape is that of the picture; without one, a token stands in its place and is cut off below
         given = [(1, height, width)] * frames + (references or [(1, 1, 1)])
-    _require_text_positions(reach, length)
+    require_text_positions(shapes, length, Positions.DIFFUSERS, layered=layered)
     # on the host: on the device diffusers caches the tables for ever, by size
     pictures, text = embed([given], max_txt_seq_len=length, device=torch.device("cpu"))
     return pictures[: sum(f * h * w for f, h, w in shapes)], text
@@ -79,12 +74,19 @@ def _require_one_reference(shapes: Sequence[Shape]) -> None:
         raise InvalidRequest(f"One picture is taken apart at a time, {len(shapes) - 1} are shown. Show one.")
 
 
-def _require_text_positions(reach: int, length: int) -> None:
+def require_text_positions(shapes: Sequence[Shape], length: int, positions: Positions, *, layered: bool) -> int:
+    """The position that the prompt begins at. Raises InvalidRequest where its end is beyond the tables."""
+    frames, *sides = shapes[0]
+    reach = max(sides) // 2
+    if positions is Positions.DIFFUSERS:
+        reach = max(max(h, w) // 2 for _, h, w in shapes)
+        reach = max(reach, frames) if layered else reach
     if reach + length > MAX_POSITIONS:
         raise InvalidRequest(
             f"The prompt has {length} tokens; beside pictures of up to {reach * 32} px the model has "
             f"positions for {MAX_POSITIONS - reach}. Shorten the prompt."
         )
+    return reach
 
 
 def place_pictures(

@@ -16,6 +16,9 @@ SHIFT_TERMINAL = 0.02
 # Qwen-Image-Lightning's scheduler: the same shift for every size, no stretch
 LIGHTNING_SHIFT = 3.0
 
+# as ComfyUI's KSampler has them: denoise below 1 makes steps / denoise of them, of which the last are taken
+MOST_STEPS, LEAST_DENOISE = 10_000, 0.01
+
 
 def lightning_sigmas(steps: int, *, denoise: float = 1.0) -> Tensor:
     """The sigmas that Lightning models are distilled for, (steps + 1,) float32; denoise and errors as `qwen_sigmas`."""
@@ -26,7 +29,7 @@ def qwen_sigmas(steps: int, image_tokens: int, *, denoise: float = 1.0) -> Tenso
     """The sigmas of `steps` steps for a picture of that many tokens, (steps + 1,) float32, from 1 (or less) to 0.
 
     denoise < 1 keeps the last `steps` of int(steps / denoise) steps, as ComfyUI's KSampler does; steps is then still
-    the number of steps taken. Raises InvalidRequest for less than one step, or denoise not above 0.
+    the number of steps taken. Raises InvalidRequest for steps beyond 1 to MOST_STEPS, or denoise below LEAST_DENOISE.
     """
     t = _times(steps, denoise)
     mu = BASE_SHIFT + (image_tokens - BASE_TOKENS) * (MAX_SHIFT - BASE_SHIFT) / (MAX_TOKENS - BASE_TOKENS)
@@ -55,9 +58,10 @@ def _shifted(shift: float, steps: int, denoise: float) -> Tensor:
 
 def _times(steps: int, denoise: float) -> Tensor:
     """Evenly from 1 to above 0, before any shift."""
-    if steps < 1 or denoise <= 0:
+    if not (1 <= steps <= MOST_STEPS and denoise >= LEAST_DENOISE):  # nor NaN, which is neither more nor less
         raise InvalidRequest(
-            f"{steps} steps at denoise {denoise} take no step. Use steps of 1 or more, denoise above 0."
+            f"{steps} steps at denoise {denoise} cannot be taken. Use 1 to {MOST_STEPS} steps, and denoise from "
+            f"{LEAST_DENOISE} to 1."
         )
     total = steps if denoise >= 1 else int(steps / denoise)
     return torch.linspace(1, 1 / total, total, dtype=torch.float64)

@@ -225,6 +225,11 @@ class ImageVAE(nn.Module):
             if out_of_memory:
                 limit_bytes = plan.peak_bytes // 2
                 logger.warning("Out of memory in %r: trying again with %d MiB.", plan, limit_bytes // 2**20)
+            elif dtype == torch.float32:
+                raise InvalidRequest(
+                    f"The VAE's {task} overflows in float32: what it is given holds NaN, infinity or huge numbers.\n\n"
+                    "What to do: look at what made it; a model that overflows in fp16 does such."
+                )
             else:
                 logger.warning("The VAE overflowed in %s: the whole %s runs again in float32.", dtype, task)
                 dtype = torch.float32

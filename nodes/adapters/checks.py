@@ -4,28 +4,34 @@ ComfyUI checks what is typed into a widget, not what is linked to it, and lets N
 """
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...engine.errors import InvalidRequest
-from ...engine.plan.request import GIB
+from ...engine.errors import DoesNotFit, InvalidRequest
+from ...engine.host_ram import HostRam
+from ...engine.plan.request import GIB, size_text
+from ...engine.texts import half_character, shown
+
+_MOST = sys.float_info.max
 
 
 def check_widgets(inputs: Mapping[str, Mapping[str, Any]], **values: Any) -> None:
-    """Raise InvalidRequest for a number that the widget of its name would not take; `inputs`: as INPUT_TYPES."""
+    """Raise InvalidRequest for a value that the widget of its name would not give: a number, switch, text or choice;
+    `inputs`: as INPUT_TYPES."""
     specs = {name: spec for group in inputs.values() for name, spec in group.items()}
     for name, value in values.items():
         kind, options = specs[name]
-        whole = kind == "INT"
-        known = type(value) is int or (type(value) is float and not whole)
-        if not known or not math.isfinite(value) or not options["min"] <= value <= options["max"]:
-            number = "whole number" if whole else "number"
+        needed = _CHECKS["CHOICE" if isinstance(kind, list) else kind](value, kind, options)
+        if needed:
             raise InvalidRequest(
-                f"{name} is {value!r:.60}; a {number} from {options['min']} to {options['max']} is needed.\n\n"
-                f"What to do: set {name}, or change what is linked to it."
+                f"{name} is {shown(value)}; {needed} is needed.\n\nWhat to do: set {name}, or change what is linked to "
+                "it."
             )
 
 
@@ -45,8 +51,10 @@ def latent_of(name: str, value: Any) -> Tensor:
     return samples
 
 
-def check_latent(name: str, samples: Tensor) -> None:
-    """Raise InvalidRequest for a tensor that is no latent of an image."""
+def check_latent(name: str, samples: Any) -> None:
+    """Raise InvalidRequest for what is no latent of an image."""
+    if not isinstance(samples, Tensor):
+        raise InvalidRequest(f"{name} is {shown(samples)}, no latent.\n\nWhat to do: check the node that makes it.")
     if samples.ndim not in (4, 5) or 0 in samples.shape or not samples.is_floating_point():
         raise InvalidRequest(
             f"{name} is a latent of shape {list(samples.shape)} in {samples.dtype}; one or more images of at least one "
@@ -55,23 +63,34 @@ def check_latent(name: str, samples: Tensor) -> None:
     _check_finite(name, samples)
 
 
+def check_channels(name: str, latent: Tensor, channels: int) -> None:
+    """Raise InvalidRequest for another model's latent."""
+    if latent.shape[1] != channels:
+        raise InvalidRequest(
+            f"{name} is a latent of {latent.shape[1]} channels, {channels} are needed: it is another model's.\n\n"
+            "What to do: use EmptySD3LatentImage, or encode images with this model's VAE."
+        )
+
+
 def check_conditioning(name: str, entries: Any) -> None:
     """Raise InvalidRequest for a CONDITIONING without a prompt, or with numbers that are none."""
-    pairs = entries if isinstance(entries, Sequence) and not isinstance(entries, str) else ()
-    if not pairs or not all(isinstance(pair, Sequence) and len(pair) == 2 for pair in pairs):
+    pairs = entries if isinstance(entries, list | tuple) else ()
+    if not pairs or not all(
+        isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[1], dict) for pair in pairs
+    ):
         raise InvalidRequest(
             f"{name} holds no prompt.\n\nWhat to do: connect a node that encodes one, such as Encode Prompts."
         )
     for embeds, options in pairs:
         check_embeds(name, embeds)
-        for reference in (options or {}).get("reference_latents") or ():
+        for reference in options.get("reference_latents") or ():
             check_latent(f"A reference latent of {name}", reference)
 
 
 def check_embeds(name: str, embeds: Any) -> None:
     """Raise InvalidRequest unless these are embeddings of a prompt, (B, L, dim)."""
-    if not isinstance(embeds, Tensor) or embeds.ndim != 3 or 0 in embeds.shape:
-        shape = list(embeds.shape) if isinstance(embeds, Tensor) else type(embeds).__name__
+    if not isinstance(embeds, Tensor) or embeds.ndim != 3 or 0 in embeds.shape or not embeds.is_floating_point():
+        shape = f"{list(embeds.shape)} in {embeds.dtype}" if isinstance(embeds, Tensor) else type(embeds).__name__
         raise InvalidRequest(
             f"{name} is {shape}, not the embeddings of a prompt (B, L, dim).\n\nWhat to do: encode the prompt with the "
             "loader's CLIP."
@@ -81,15 +100,78 @@ def check_embeds(name: str, embeds: Any) -> None:
 
 def check_image(name: str, image: Any) -> None:
     """Raise InvalidRequest unless this is an IMAGE with pixels, (B, H, W, C)."""
-    if not isinstance(image, Tensor) or image.ndim != 4 or 0 in image.shape:
-        shape = list(image.shape) if isinstance(image, Tensor) else type(image).__name__
+    if not isinstance(image, Tensor) or image.ndim != 4 or 0 in image.shape or not image.is_floating_point():
+        shape = f"{list(image.shape)} in {image.dtype}" if isinstance(image, Tensor) else type(image).__name__
         raise InvalidRequest(f"{name} is {shape}, not images (B, H, W, C).\n\nWhat to do: connect a Load Image.")
     _check_finite(name, image)
 
 
+def check_mask(name: str, mask: Any) -> None:
+    """Raise InvalidRequest unless this is a MASK with pixels, (..., H, W)."""
+    if not isinstance(mask, Tensor) or mask.ndim < 2 or 0 in mask.shape or mask.is_complex():
+        shape = list(mask.shape) if isinstance(mask, Tensor) else shown(mask)
+        raise InvalidRequest(f"{name} is {shape}, not masks (..., H, W).\n\nWhat to do: check the node that makes it.")
+    _check_finite(name, mask)
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise InvalidRequest for what is no number, NaN and infinity included."""
+    # NaN is neither more nor less than anything
+    if not isinstance(value, Real) or not -_MOST <= value <= _MOST:
+        raise InvalidRequest(f"{name} is {shown(value)}; a number is needed.\n\nWhat to do: check what sets it.")
+
+
+def check_room(nbytes: int, what: str, instead: str) -> None:
+    """Raise DoesNotFit where the host has not so much free memory for `what`."""
+    free = HostRam.now().available_bytes
+    if nbytes > free:
+        raise DoesNotFit(f"{what} needs {size_text(nbytes)} of RAM, {size_text(max(0, free))} are free.\n{instead}")
+
+
 def _check_finite(name: str, tensor: Tensor) -> None:
-    if not torch.isfinite(tensor).all():
+    if not _is_finite(tensor):
         raise InvalidRequest(
             f"{name} holds numbers that are not finite (NaN or infinity).\n\nWhat to do: check the node that makes it; "
             "fp16 overflows in some models, bf16 or fp32 do not."
         )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Without a second tensor of its size, which a large image would feel."""
+    if not tensor.is_floating_point():
+        return True
+    numbers = tensor.float() if tensor.itemsize == 1 else tensor  # fp8 has no order
+    parts = numbers if numbers.ndim > 1 else (numbers,)  # one after another: of a view a copy is made
+    return all(math.isfinite(bound) for part in parts for bound in torch.aminmax(part))  # of which NaN is both
+
+
+def _wrong_number(value: Any, kind: str, options: Mapping[str, Any], *, of: type, words: str) -> str:
+    least, most = options["min"], options["max"]
+    # NaN is neither more nor less than anything
+    if isinstance(value, of) and not isinstance(value, bool) and least <= value <= most:
+        return ""
+    return f"{words} from {least} to {most}"
+
+
+def _wrong_switch(value: Any, kind: str, options: Mapping[str, Any]) -> str:
+    return "" if isinstance(value, bool) else "true or false"
+
+
+def _wrong_text(value: Any, kind: str, options: Mapping[str, Any]) -> str:
+    if not isinstance(value, str):
+        return "a text"
+    half = half_character(value)
+    return "" if half is None else f"a text of whole characters (number {half + 1} is one half of one)"
+
+
+def _wrong_choice(value: Any, kind: Sequence[str], options: Mapping[str, Any]) -> str:
+    return "" if isinstance(value, str) and value in kind else f"one of: {', '.join(kind)}"
+
+
+_CHECKS: Mapping[str, Any] = {
+    "INT": partial(_wrong_number, of=Integral, words="a whole number"),
+    "FLOAT": partial(_wrong_number, of=Real, words="a number"),
+    "BOOLEAN": _wrong_switch,
+    "STRING": _wrong_text,
+    "CHOICE": _wrong_choice,
+}

@@ -13,6 +13,7 @@ import comfy.utils
 import torch
 from torch import Tensor, nn
 
+from ...engine.errors import InvalidRequest
 from ...engine.families.members import EDIT_TEMPLATE, PICTURE_PLACE, PROMPT_TEMPLATE
 from ...engine.families.variants import Variant
 from ...engine.plan.memory import plan_text_encoder, text_encoder_peak_bytes
@@ -23,9 +24,10 @@ from ...engine.text.encoder import TextEncoder
 from ...engine.text.key import PromptKey, arithmetic_of
 from ...engine.text.looking import Looking
 from ...engine.text.picture_prompts import PICTURE, PicturePrompt
-from ...engine.text.prompts import PromptTokenizer, drop_template
+from ...engine.text.prompts import PromptTokenizer, drop_template, require_length, require_text
 from ...engine.vision.patches import patch_picture
 from .limits import stage_bytes
+from .shortage import VRAM_LIMIT, naming_limit
 from .timeline import Timeline
 from .unsupported import check_device, refuse
 
@@ -52,12 +54,14 @@ class LowVRAMCLIP(comfy.sd.CLIP):
         timeline: Timeline | None = None,
         kept: PromptCache | None = None,
         variant: Variant | None = None,
+        limit_name: str = VRAM_LIMIT,
     ) -> None:
-        """`variant`: the model that the prompts are for, where it is known."""
+        """`variant`: the model that the prompts are for, where it is known. `limit_name`: of the input that sets
+        `limit_bytes`."""
         super().__init__(no_init=True)
         self.encoder = encoder
         self.tokenizer = tokenizer
-        self.limit_bytes = limit_bytes
+        self.limit_bytes, self.limit_name = limit_bytes, limit_name
         self.timeline = timeline or Timeline()
         self.kept = kept
         self.variant = variant
@@ -72,7 +76,15 @@ class LowVRAMCLIP(comfy.sd.CLIP):
         self.apply_hooks_to_conds = None
 
     def clone(self, disable_dynamic: bool = False) -> "LowVRAMCLIP":
-        other = LowVRAMCLIP(self.encoder, self.tokenizer, self.limit_bytes, self.timeline, self.kept, self.variant)
+        other = LowVRAMCLIP(
+            self.encoder,
+            self.tokenizer,
+            self.limit_bytes,
+            self.timeline,
+            self.kept,
+            self.variant,
+            self.limit_name,
+        )
         other.patcher = self.patcher.clone()
         other.tokenizer_options = dict(self.tokenizer_options)
         other.use_clip_schedule = self.use_clip_schedule
@@ -105,7 +117,7 @@ class LowVRAMCLIP(comfy.sd.CLIP):
         return super().encode_from_tokens_scheduled(tokens, *args, **kwargs)
 
     def encode_from_tokens(self, tokens: Any, return_pooled: Any = False, return_dict: bool = False) -> Any:
-        cond = self.encode_tokens([_prompt_of(tokens[TOKENS_KEY][0])])[0]
+        cond = self.encode_tokens([_prompt_of(_own(tokens))])[0]
         if return_dict:
             out = {"cond": cond, "pooled_output": None}
             self.add_hooks_to_dict(out)
@@ -133,9 +145,11 @@ class LowVRAMCLIP(comfy.sd.CLIP):
         check_device(
             self.patcher, self.encoder.hardware.device, what="text encoder", node="Select CLIP Device", setting=setting
         )
+        starts = [prompt.place(self.tokenizer.start(prompt.tokens)) for prompt in prompts]
+        for prompt, start in zip(prompts, starts, strict=True):
+            require_length(prompt.length - start)
         states = self._encode(prompts) if self.kept is None else self._encode_others(prompts, self.kept)
         out = comfy.model_management.intermediate_device()
-        starts = [prompt.place(self.tokenizer.start(prompt.tokens)) for prompt in prompts]
         return [drop_template(state, start).to(out) for state, start in zip(states, starts, strict=True)]
 
     def _encode_others(self, prompts: list[PicturePrompt], kept: PromptCache) -> list[Tensor]:
@@ -172,7 +186,8 @@ class LowVRAMCLIP(comfy.sd.CLIP):
         lengths = [prompt.length for prompt in prompts]
         wanted = max(text_encoder_peak_bytes(footprint, lengths, 2), looking.wanted_bytes)
         limit = stage_bytes(device, self.limit_bytes, wanted)
-        slots, looking_slots = plan_text_encoder(footprint, lengths, limit), looking.plan(limit)
+        with naming_limit(device, self.limit_bytes, limit, self.limit_name):
+            slots, looking_slots = plan_text_encoder(footprint, lengths, limit), looking.plan(limit)
         bar = comfy.utils.ProgressBar(looking.blocks + footprint.layers)
 
         def on_block(index: int) -> None:
@@ -223,6 +238,7 @@ class LowVRAMCLIP(comfy.sd.CLIP):
 
 def _as_comfyui_reads(text: str) -> str:
     """Escaped brackets are brackets, though no weights are read. Raises Unsupported for embeddings."""
+    require_text(text)
     if re.search(r"(?:^|\s)embedding:\S", text):
         _refuse_embedding()
     return text.replace("\\(", "(").replace("\\)", ")")
@@ -230,6 +246,17 @@ def _as_comfyui_reads(text: str) -> str:
 
 def _refuse_embedding() -> None:
     refuse("An embedding in a prompt (embedding:...)", "write the prompt in words.")
+
+
+def _own(tokens: Any) -> Sequence[tuple[Any, ...]]:
+    """The prompt in ComfyUI's form. Raises InvalidRequest for the tokens of another text encoder."""
+    if not isinstance(tokens, dict) or not tokens.get(TOKENS_KEY):
+        raise InvalidRequest(
+            f"These tokens are not of Qwen-Image's text encoder: there are none for {TOKENS_KEY}.\n\nWhat to do: cut "
+            "the prompt into tokens with the CLIP that encodes it."
+        )
+    own: Sequence[tuple[Any, ...]] = tokens[TOKENS_KEY][0]
+    return own
 
 
 def _prompt_of(pairs: Sequence[tuple[Any, ...]]) -> PicturePrompt:

@@ -23,13 +23,14 @@ from ...engine.transformer.latents import PATCH
 from ...engine.transformer.model import QwenImageTransformer
 from .call import Call
 from .conditions import Conds, conditions_of_run, entries_of, size_of
+from .contents import check_computed, check_values
 from .control import ControlNets, check_controls, check_devices, other_models
 from .control_memory import controls_of
 from .lockstep import KEY, Lockstep
 from .native_lora import PREFIX
 from .patcher import LowVRAMPatcher
 from .patches import BlockPatches, PatchPictures, check_patches, has_patches, sees_each_call
-from .planning import plan_run, request_of
+from .planning import check_positions, plan_run, request_of
 from .references import check_methods
 from .run import SamplingRun
 from .speeds import KnownSpeeds
@@ -42,7 +43,6 @@ from .unsupported import (
     check_layers,
     check_references,
     check_size,
-    check_values,
     refuse,
     why_one_by_one,
 )
@@ -144,16 +144,25 @@ def make_model(
 
 
 def _outer_sample(
-    executor: Any, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, *args: Any, **kwargs: Any
+    executor: Any,
+    noise: Tensor,
+    latent_image: Tensor,
+    sampler: Any,
+    sigmas: Tensor,
+    denoise_mask: Tensor | None = None,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """Around a whole run of any native sampler: plan and refuse before anything is loaded, report afterwards."""
     guider = executor.class_obj
     model: LowVRAMModel = guider.model_patcher.model
     beside = other_models(guider)
     check_device(guider.model_patcher, model.transformer.hardware.device)  # first: it is where the values lie
-    check_values(guider, noise, latent_image, sigmas)
+    check_values(guider, noise, latent_image, sigmas, denoise_mask, model.latent_format.latent_channels)
     _check(model, guider, noise, beside)
     conds = conditions_of_run(guider, noise)
+    check_computed(conds, noise.shape)
+    check_positions(conds, noise.shape, model.transformer)
     calls = model.calls
     calls.controls = ControlNets(conds, noise.shape, model.transformer)
     options = guider.model_options.get("transformer_options", {})
@@ -161,7 +170,7 @@ def _outer_sample(
     finished = False
     try:
         calls.run = _planned_run(model, guider, conds, noise, sigmas, beside)
-        result = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        result = executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
         finished = True
         return result
     finally:

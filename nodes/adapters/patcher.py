@@ -10,6 +10,7 @@ import torch
 
 from ...engine.errors import InvalidRequest
 from ...engine.lora.files import LoraMatch, match
+from .checks import check_number
 from .native_lora import PREFIX, bypass_adapters, lora_of_patches
 from .stand_ins import refuse_compiling, refuse_reaching
 from .unsupported import check_hooks, refuse
@@ -86,6 +87,7 @@ class LowVRAMPatcher(comfy.model_patcher.ModelPatcher):
 
     def add_patches(self, patches: Any, strength_patch: float = 1.0, strength_model: float = 1.0) -> list[Any]:
         """ComfyUI's own LoRA loaders come here; returns the keys that were used."""
+        check_number("The LoRA's strength", strength_patch)
         if strength_model != 1.0:
             refuse("Scaling the model's own weights (ModelMerge)", "merge with ComfyUI's own loaders.")
         if not patches:

@@ -2,20 +2,24 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...engine.errors import InvalidRequest
-from ...engine.plan.memory import MemoryPlan, least_ram_bytes, most_bytes, most_ram_bytes, plan_memory
+from ...engine.plan.memory import MemoryPlan, least_bytes, least_ram_bytes, most_bytes, most_ram_bytes, plan_memory
 from ...engine.plan.request import Limits, SamplingRequest
 from ...engine.plan.split import annex_bytes, split_blocks
 from ...engine.transformer.latents import LATENT_PX, PATCH, patches_of
 from ...engine.transformer.model import QwenImageTransformer
-from .conditions import Conds, entries_of
+from ...engine.transformer.positions import require_text_positions
+from .checks import check_room
+from .conditions import Conds, entries_of, size_of
 from .limits import host_bytes, stage_bytes
 from .patcher import LowVRAMPatcher
+from .shortage import naming_limit
 from .speeds import KnownSpeeds
 
 
@@ -47,6 +51,15 @@ def request_of(conds: Conds, noise_shape: torch.Size, sigmas: Tensor, joint_atte
     )
 
 
+def check_positions(conds: Conds, noise_shape: torch.Size, transformer: QwenImageTransformer) -> None:
+    """Raise InvalidRequest for prompts that are too long beside their image: before anything is loaded."""
+    layered = transformer.config.use_layer3d_rope
+    for entry in entries_of(conds):
+        sizes = [size_of(entry, noise_shape), *(latent.shape[-2:] for latent in entry.get("reference_latents") or ())]
+        shapes = [(noise_shape[2], *patches_of(torch.Size(size))) for size in sizes]
+        require_text_positions(shapes, entry["cross_attn"].shape[1], transformer.positions, layered=layered)
+
+
 def plan_run(
     transformer: QwenImageTransformer,
     request: SamplingRequest,
@@ -60,6 +73,8 @@ def plan_run(
     """`beside`: ControlNets and model patches, which the request counts. Raises DoesNotFit before anything is
     loaded."""
     footprint = transformer.footprint
+    steps = request.timesteps
+    check_room(steps * footprint.row_bytes, f"The modulation of {steps} steps", "Use fewer steps.")
     most = most_bytes(footprint, request)
     vram = stage_bytes(transformer.hardware.device, limit_bytes, most, reused=patcher, beside=beside)
     ram: int | None = ram_limit_bytes  # where the device is the host, what is free there is counted already
@@ -69,8 +84,12 @@ def plan_run(
         ram = host_bytes(transformer, ram_limit_bytes, least if unified else most_ram_bytes(footprint, request), least)
         if unified:  # the device's memory is the host's too: what is free must not be given out twice
             ram = min(ram, least)
+    # RAM is short only where a limit is set, and the message names that
+    enough = vram >= least_bytes(footprint, request)
+    short = nullcontext() if enough else naming_limit(transformer.hardware.device, limit_bytes, vram)
     annexes = split_blocks(footprint, request, vram, _other_budgets(transformer, request, limit_bytes))
-    return plan_memory(footprint, request, Limits(vram, ram), speeds.get(), annexes)
+    with short:
+        return plan_memory(footprint, request, Limits(vram, ram), speeds.get(), annexes)
 
 
 def _other_budgets(

@@ -38,6 +38,9 @@ SMALLER = 0.85
 # each with a smaller plan than the one before
 MOST_TRIES = 8
 
+# a forecast that is worth a warning: an image of the usual size takes minutes on the slowest cards
+LONG_SECONDS = 2 * 3600
+
 T = TypeVar("T")
 
 
@@ -106,6 +109,16 @@ class SamplingRun:
         logger.info("%s", self.plan)
         if self._advice:
             logger.info("%s", self._advice)
+        forecast = self.plan.forecast.seconds * self.plan.request.timesteps
+        if forecast > LONG_SECONDS:
+            logger.warning(
+                "%s: %d steps will take about %.1f hours (%s). It can be interrupted at every block; a smaller image "
+                "is much faster.",
+                self.plan.request,
+                self.plan.request.timesteps,
+                forecast / 3600,
+                self.plan.forecast,
+            )
         self._timesteps = [float(t) for t in model_sampling.timestep(self._sigmas[self._sigmas > 0]).float()]
         self.attempt(self._open)
 

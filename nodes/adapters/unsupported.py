@@ -11,11 +11,9 @@ from torch import Tensor
 
 from ...engine.errors import InvalidRequest, Unsupported
 from ...engine.families.variants import Variant
+from ...engine.texts import printable
 from ...engine.transformer.latents import LATENT_PX, PATCH
 from ..words import ENCODE_EDIT, LOADER
-from .checks import check_embeds, check_latent
-
-MOST_SIGMAS = 10_001  # of a run; each takes 4.4 MB of the modulation's table
 
 logger = logging.getLogger(__name__)
 
@@ -108,27 +106,6 @@ def _check_pictures(variant: Variant, references: Sequence[Sequence[Tensor]]) ->
             )
 
 
-def check_values(guider: Any, noise: Tensor, latent_image: Tensor, sigmas: Tensor) -> None:
-    """Raise InvalidRequest for latents, prompts and schedules that are none, whichever sampler brings them."""
-    for name, latents in (("The noise", noise), ("The latent image", latent_image)):
-        check_latent(name, latents)
-    for name, entries in guider.conds.items():
-        if name in ("positive", "negative") and not entries:
-            raise InvalidRequest(
-                f"The {name} conditioning holds no prompt.\n\nWhat to do: connect a node that encodes one."
-            )
-        for entry in entries or ():
-            if entry.get("cross_attn") is not None:
-                check_embeds(f"The {name} conditioning", entry["cross_attn"])
-            for reference in entry.get("reference_latents") or ():
-                check_latent(f"A reference latent of the {name} conditioning", reference)
-    if sigmas.ndim != 1 or len(sigmas) < 2 or not torch.isfinite(sigmas).all() or len(sigmas) > MOST_SIGMAS:
-        raise InvalidRequest(
-            f"The schedule has shape {list(sigmas.shape)}, or numbers that are not finite; 2 to {MOST_SIGMAS} sigmas "
-            "are needed.\n\nWhat to do: check steps and denoise of the scheduler."
-        )
-
-
 def check_latents(latents: Tensor) -> None:
     """Raise Unsupported for latents of other models."""
     if latents.ndim != 5:
@@ -187,5 +164,5 @@ def why_one_by_one(model_options: dict[str, Any], own_key: str) -> str:
     for kind in (WrappersMP.CALC_COND_BATCH, WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL):
         foreign = [key for key, functions in wrappers.get(kind, {}).items() if functions and key != own_key]
         if foreign:
-            return f"the wrapper {foreign[0] or 'of a node'!s} ({kind}) sees each call"
+            return f"the wrapper {printable(str(foreign[0] or 'of a node'))} ({kind}) sees each call"
     return ""

@@ -14,9 +14,12 @@ from ...engine.errors import InvalidRequest, Unsupported
 from ...engine.plan.stages import Stage, decode_stage
 from ...engine.streaming import read_params
 from ...engine.vae import ImageVAE, TilePlan, needed_tensors
-from .checks import check_image, check_latent
+from .checks import check_image, check_latent, check_room
 from .limits import stage_bytes
+from .shortage import VRAM_LIMIT, naming_limit
 from .timeline import Timeline
+
+_FEWER = "Decode fewer at a time (LatentFromBatch), or smaller ones."
 
 
 def make_vae(
@@ -26,17 +29,18 @@ def make_vae(
     limit_bytes: int | None,
     device: torch.device | None = None,
     timeline: Timeline | None = None,
+    limit_name: str = VRAM_LIMIT,
 ) -> "LowVRAMVAE":
     """Read a VAE in diffusers' or ComfyUI's names; raises WrongModel for any but the family's VAEs.
 
-    `device` None: ComfyUI's own choice."""
+    `device` None: ComfyUI's own choice. `limit_name`: of the input that sets `limit_bytes`."""
     needed = needed_tensors(checkpoint)
     shapes = {name: entry.shape for name, entry in needed.items()}
     # outside the node's inference mode, so that the weights may be used in any thread
     with torch.inference_mode(False):
         tensors = read_params(needed, shapes, dtype, str(checkpoint.path))
         vae = ImageVAE.from_state_dict(tensors, dtype=dtype)
-        return LowVRAMVAE(vae, limit_bytes=limit_bytes, device=device, timeline=timeline)
+        return LowVRAMVAE(vae, limit_bytes=limit_bytes, device=device, timeline=timeline, limit_name=limit_name)
 
 
 class LowVRAMVAE(comfy.sd.VAE):
@@ -53,10 +57,11 @@ class LowVRAMVAE(comfy.sd.VAE):
         limit_bytes: int | None = None,
         device: torch.device | None = None,
         timeline: Timeline | None = None,
+        limit_name: str = VRAM_LIMIT,
     ) -> None:
         # the native __init__ detects and builds a network from a state dict; ours is built already
         self.first_stage_model = image_vae
-        self.limit_bytes = limit_bytes
+        self.limit_bytes, self.limit_name = limit_bytes, limit_name
         self.timeline = timeline or Timeline()
         self.device = device or comfy.model_management.vae_device()
         self.output_device = comfy.model_management.intermediate_device()
@@ -96,6 +101,9 @@ class LowVRAMVAE(comfy.sd.VAE):
         vae = self.first_stage_model
         check_latent("The latent", samples)
         size = (samples.shape[-2] * vae.scale, samples.shape[-1] * vae.scale)
+        images = samples.shape[0] * (samples.shape[2] if samples.ndim == 5 else 1)
+        nbytes = images * size[0] * size[1] * vae.pixel_bytes
+        check_room(nbytes, f"Decoding {images} images of {size[1]}x{size[0]} px", _FEWER)
         return self._run(vae.decode, vae.plan_decode, samples, size, max(tile_x or 0, tile_y or 0) * vae.scale)
 
     def encode(self, pixel_samples: torch.Tensor) -> torch.Tensor:
@@ -114,12 +122,12 @@ class LowVRAMVAE(comfy.sd.VAE):
         """As `encode`. Tile sizes are in pixels; borders beyond multiples of 8 pixels are cropped. Alpha is dropped;
         by Layered's VAE it is encoded, opaque where a picture has none."""
         vae = self.first_stage_model
-        if pixel_samples.ndim != 4 or min(pixel_samples.shape[1:3]) < vae.scale:
+        check_image("The image", pixel_samples)
+        if min(pixel_samples.shape[1:3]) < vae.scale:
             raise InvalidRequest(
                 f"The VAE encodes images (B, H, W, C) of at least {vae.scale}x{vae.scale} pixels, "
                 f"got {tuple(pixel_samples.shape)}."
             )
-        check_image("The image", pixel_samples)
         pixels = self.vae_encode_crop_pixels(pixel_samples)
         size = (pixels.shape[1], pixels.shape[2])
         return self._run(vae.encode, vae.plan_encode, pixels, size, max(tile_x or 0, tile_y or 0))
@@ -153,7 +161,8 @@ class LowVRAMVAE(comfy.sd.VAE):
         limit = None if self.limit_bytes is None else self.limit_bytes - self.size
         # of a picture larger than any card, ask for half the card: tiles need no more
         half = comfy.model_management.get_total_memory(self.device) // 2
-        room = min(plan(*size, limit, tile_px).peak_bytes, half)
+        with naming_limit(self.device, self.limit_bytes, self.limit_bytes or 0, self.limit_name):
+            room = min(plan(*size, limit, tile_px).peak_bytes, half)
         # before loading: what has to leave for the tiles must not be this VAE
         budget = stage_bytes(self.device, self.limit_bytes, self.size + room, reused=self.patcher) - self.size
         comfy.model_management.load_models_gpu([self.patcher], memory_required=room, force_full_load=True)
@@ -165,7 +174,8 @@ class LowVRAMVAE(comfy.sd.VAE):
             self.timeline.sample()
 
         options = {"limit_bytes": budget, "tile_px": tile_px, "on_tile": on_tile, "out_device": self.output_device}
-        with comfy.model_management.cuda_device_context(self.device):
+        short = naming_limit(self.device, self.limit_bytes, budget + self.size, self.limit_name)
+        with short, comfy.model_management.cuda_device_context(self.device):
             result = self._measured(work, data, options) if work == vae.decode else work(data, **options)
         return result.to(comfy.model_management.intermediate_dtype())
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
+from qwenimage_lowvram.engine.text.encoder import TextEncoder
+from qwenimage_lowvram.engine.text.prompts import PromptTokenizer
 from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
 
 DIM = 64  # of the small text encoder's embeddings
@@ -66,6 +68,22 @@ def model(transformer: QwenImageTransformer) -> Any:
     return make_model(transformer, None)
 
 
+@pytest.fixture
+def clip(small_pipeline: Path, comfy: Any) -> Any:
+    from qwenimage_lowvram.nodes.adapters.clip import LowVRAMCLIP
+
+    hardware = Hardware.detect(torch.device("cpu"))
+    encoder = TextEncoder(open_checkpoint(small_pipeline / "text_encoder"), dtype=torch.float32, hardware=hardware)
+    return LowVRAMCLIP(encoder, PromptTokenizer(small_pipeline / "tokenizer"), None)
+
+
+@pytest.fixture
+def vae(small_pipeline: Path, comfy: Any) -> Any:
+    from qwenimage_lowvram.nodes.adapters.vae import make_vae
+
+    return make_vae(open_checkpoint(small_pipeline / "vae"), dtype=torch.float32, limit_bytes=None)
+
+
 def embeds(length: int, seed: int) -> torch.Tensor:
     return torch.randn(1, length, DIM, generator=torch.Generator().manual_seed(seed))
 
@@ -76,3 +94,38 @@ def cond(length: int = 9, seed: int = 1, **extra: Any) -> list[Any]:
 
 def empty_latent(width: int = 96, height: int = 64, batch: int = 1) -> dict[str, torch.Tensor]:
     return {"samples": torch.zeros(batch, 16, 1, height // 8, width // 8)}
+
+
+# what the widgets of our nodes give
+SAMPLE = {
+    "seed": 1,
+    "steps": 1,
+    "cfg": 1.0,
+    "sampler": "euler",
+    "scheduler": "qwen_image",
+    "denoise": 1.0,
+    "norm_rescale": True,
+    "preset": "as set",
+}
+EDIT = {
+    "positive": "a",
+    "negative": " ",
+    "megapixels": 0.02,
+    "width": 0,
+    "height": 0,
+    "batch_size": 1,
+    "variant": "auto",
+}
+
+
+def sample(model: Any, **inputs: Any) -> Any:
+    from qwenimage_lowvram.nodes.sample import QwenLowVRAMSample
+
+    usual = {"positive": cond(), "negative": cond(5, 2), "latent_image": empty_latent(), **SAMPLE}
+    return QwenLowVRAMSample().sample(model, **{**usual, **inputs})
+
+
+def decode(vae: Any, samples: Any, tile_size: Any = 0) -> torch.Tensor:
+    from qwenimage_lowvram.nodes.decode import QwenLowVRAMDecode
+
+    return QwenLowVRAMDecode().decode(samples, vae, tile_size)[0]
