@@ -2,28 +2,29 @@
 
 import hashlib
 import json
-import os
-import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import IntEnum
 from math import prod
 from pathlib import Path
+from struct import Struct, calcsize, unpack_from
 from typing import Any, BinaryIO
 
 from ..errors import DamagedFile
 from ..packages import ggml_types
-from .regular_file import open_regular
+from .header import Header, StoredTensor
+from .regular_file import stamp_of
 
 MAGIC = b"GGUF"
 # vocabularies of 150,000 tokens and their merges take 6 MB
 MAX_HEADER_BYTES = 32_000_000
 MAX_ENTRIES = 50_000  # tensors, or settings; large models have 2,000
+MAX_TEXTS = 1_500_000  # in lists; the largest vocabularies have 260,000 tokens and 520,000 merges
 MAX_DIMENSIONS = 8
 MAX_NAME = 256  # bytes of a tensor's or a setting's name
 # longer lists (vocabularies) are skipped
 _MAX_LIST = 64
 
+_PIECE_BYTES = 64_000
 _VERSIONS = (2, 3)
 _DEFAULT_ALIGNMENT = 32
 
@@ -39,81 +40,86 @@ _SCALARS = {
     GGUFValueType.UINT32: "<I", GGUFValueType.INT32: "<i", GGUFValueType.UINT64: "<Q", GGUFValueType.INT64: "<q",
     GGUFValueType.FLOAT32: "<f", GGUFValueType.FLOAT64: "<d", GGUFValueType.BOOL: "<?",
 }  # fmt: skip
+_SIZES = {code: calcsize(code) for code in ("<I", "<Q", *_SCALARS.values())}
+_LENGTH = Struct("<Q").unpack_from
 
 
-@dataclass(frozen=True)
-class GgufTensor:
-    """`nbytes` bytes at `offset` of the file, of a ggml type's name; `shape` has the rows first, as torch has it."""
+def read_gguf_header(file: Path, stream: BinaryIO) -> Header:
+    """Of an open file, from its beginning: settings as texts (numbers and short lists as JSON; longer lists are left
+    out), and tensors by name.
 
-    type: str
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
+    Raises DamagedFile where the header is none, or promises more bytes than there are; MissingPackage; OSError as read
+    does.
+    """
+    stamp = stamp_of(stream)
+    reader = _Reader(file, stream, stamp[0])
+    _require_gguf(file, reader)
+    tensor_count, setting_count = reader.number("<Q"), reader.number("<Q")
+    if max(tensor_count, setting_count) > MAX_ENTRIES:
+        raise DamagedFile(
+            f"{file} is damaged: it announces {tensor_count} tensors and {setting_count} settings. Download it again."
+        )
+    settings = _settings(file, reader, setting_count)
+    infos = [reader.tensor_info() for _ in range(tensor_count)]
+    alignment = _alignment(file, settings)
+    data_start = -(-reader.position // alignment) * alignment
+    tensors: dict[str, StoredTensor] = {}
+    for name, type_number, shape, offset in infos:
+        if name in tensors:
+            raise DamagedFile(f"{file}: tensor {name!r} stands twice in its header. Download it again.")
+        tensors[name] = _tensor(file, name, type_number, shape, data_start + offset, stamp[0])
+    _require_apart(file, tensors)
+    return Header(tensors, settings, reader.digest().encode(), stamp)
 
 
-@dataclass(frozen=True)
-class GgufHeader:
-    """Settings as texts (numbers and short lists as JSON), tensors by name, and a digest of the header's bytes."""
+def _require_gguf(file: Path, reader: "_Reader") -> None:
+    if (magic := reader.take(len(MAGIC))) != MAGIC:
+        # a safetensors file begins with the length of a JSON object, in eight bytes
+        if reader.peek(5)[4:] == b"{":
+            raise DamagedFile(f"{file} is no GGUF file, but a safetensors file. Give it the ending .safetensors.")
+        raise DamagedFile(f"{file} is no GGUF file: it begins with {magic!r}. Download it again.")
+    version = reader.number("<I")
+    if version not in _VERSIONS:
+        raise DamagedFile(f"{file} is a GGUF file of version {version}; versions 2 and 3 are read. Convert it.")
 
-    settings: Mapping[str, str]
-    tensors: Mapping[str, GgufTensor]
-    digest: str
-    size: int
-    mtime_ns: int
 
-
-def read_gguf_header(file: Path) -> GgufHeader:
-    """Raises DamagedFile where the header is none, or promises more bytes than there are; MissingPackage; OSError as
-    open does."""
-    with open_regular(file) as stream:
-        stat = os.fstat(stream.fileno())
-        reader = _Reader(file, stream, stat.st_size)
-        if (magic := reader.take(len(MAGIC))) != MAGIC:
-            # a safetensors file begins with the length of a JSON object, in eight bytes
-            if (magic + stream.read(5))[8:] == b"{":
-                raise DamagedFile(f"{file} is no GGUF file, but a safetensors file. Give it the ending .safetensors.")
-            raise DamagedFile(f"{file} is no GGUF file: it begins with {magic!r}. Download it again.")
-        version = reader.number("<I")
-        if version not in _VERSIONS:
-            raise DamagedFile(f"{file} is a GGUF file of version {version}; versions 2 and 3 are read. Convert it.")
-        tensor_count, setting_count = reader.number("<Q"), reader.number("<Q")
-        if max(tensor_count, setting_count) > MAX_ENTRIES:
-            raise DamagedFile(
-                f"{file} is damaged: it announces {tensor_count} tensors and {setting_count} settings. "
-                "Download it again."
-            )
-        settings: dict[str, str] = {}
-        for _ in range(setting_count):
-            key = reader.name()
-            value = reader.value(reader.number("<I"))
-            if value is not None:
-                settings[key] = value
-        infos = [reader.tensor_info() for _ in range(tensor_count)]
-        alignment = _alignment(file, settings)
-        data_start = -(-reader.position // alignment) * alignment
-        tensors: dict[str, GgufTensor] = {}
-        for name, type_number, shape, offset in infos:
-            if name in tensors:
-                raise DamagedFile(f"{file}: tensor {name!r} stands twice in its header. Download it again.")
-            tensors[name] = _tensor(file, name, type_number, shape, data_start + offset, stat.st_size)
-        _require_apart(file, tensors)
-        return GgufHeader(settings, tensors, reader.digest(), stat.st_size, stat.st_mtime_ns)
+def _settings(file: Path, reader: "_Reader", count: int) -> dict[str, str]:
+    settings: dict[str, str] = {}
+    names: set[str] = set()
+    for _ in range(count):
+        key = reader.name()
+        if key in names:
+            raise DamagedFile(f"{file}: setting {key!r:.199} stands twice in its header. Download it again.")
+        names.add(key)
+        value = reader.value(reader.number("<I"))
+        if value is not None:
+            settings[key] = value
+    return settings
 
 
 class _Reader:
-    """Takes values from the front of a file, never more than the file has or a header may have."""
+    """Takes values from the front of a file, never more than the file has or a header may have. Reads it in growing
+    pieces, into one buffer."""
 
     def __init__(self, file: Path, stream: BinaryIO, size: int) -> None:
         self._file, self._stream = file, stream
         self._end = min(size, MAX_HEADER_BYTES)
+        self._buffer = bytearray()
+        self._texts = 0  # in lists, so far
         self.position = 0
 
     def take(self, count: int) -> bytes:
-        self._advance(count)
-        return self._stream.read(count)
+        start = self._advance(count)
+        return bytes(self._buffer[start : self.position])
+
+    def peek(self, count: int) -> bytes:
+        """Fewer where the file ends."""
+        self._fill(min(self.position + count, self._end))
+        return bytes(self._buffer[self.position : self.position + count])
 
     def number(self, code: str) -> Any:
-        return struct.unpack(code, self.take(struct.calcsize(code)))[0]
+        start = self._advance(_SIZES[code])
+        return unpack_from(code, self._buffer, start)[0]
 
     def name(self) -> str:
         """A text of a name's length."""
@@ -142,16 +148,13 @@ class _Reader:
             raise self._strange(kind)
         item, count = self.number("<I"), self.number("<Q")
         if item == GGUFValueType.STRING:
-            for _ in range(count):
-                self._skip(self.number("<Q"))
+            self._skip_texts(count)
             return None
         if item not in _SCALARS:
             raise self._strange(item)
         code = _SCALARS[GGUFValueType(item)]
-        if count > _MAX_LIST:
-            self._skip(count * struct.calcsize(code))
-            return None
-        return json.dumps([self.number(code) for _ in range(count)])
+        start = self._advance(count * _SIZES[code])
+        return None if count > _MAX_LIST else json.dumps(unpack_from(f"<{count}{code[1]}", self._buffer, start))
 
     def tensor_info(self) -> tuple[str, int, tuple[int, ...], int]:
         name, dimensions = self.name(), self.number("<I")
@@ -163,26 +166,52 @@ class _Reader:
 
     def digest(self) -> str:
         """Of everything taken so far."""
-        self._stream.seek(0)
-        return hashlib.sha256(self._stream.read(self.position)).hexdigest()
+        return hashlib.sha256(memoryview(self._buffer)[: self.position]).hexdigest()
 
-    def _skip(self, count: int) -> None:
-        self._advance(count)
-        self._stream.seek(count, os.SEEK_CUR)
-
-    def _advance(self, count: int) -> None:
-        self.position += count
-        if self.position > self._end:
+    def _skip_texts(self, count: int) -> None:
+        self._texts += count
+        if self._texts > MAX_TEXTS:
             raise DamagedFile(
-                f"{self._file} is cut off, or is no GGUF file: its header goes on to byte {self.position}, "
-                f"{self._end} can be read. Download it again."
+                f"{self._file} is damaged: lists in its header announce {self._texts} texts. Download it again."
             )
+        buffer, position = self._buffer, self.position
+        for _ in range(count):
+            start, position = position, position + 8
+            if position > len(buffer):
+                self._fill(position)
+            position += _LENGTH(buffer, start)[0]
+        self._fill(position)
+        self.position = position
+
+    def _advance(self, count: int) -> int:
+        """Where the next `count` bytes begin in the buffer, which are there."""
+        start, self.position = self.position, self.position + count
+        if self.position > len(self._buffer):
+            self._fill(self.position)
+        return start
+
+    def _fill(self, end: int) -> None:
+        """Read on until byte `end` is in the buffer. Raises DamagedFile where it cannot be."""
+        if end > self._end:
+            raise self._cut_off(end)
+        while len(self._buffer) < end:
+            wanted = max(_PIECE_BYTES, len(self._buffer), end - len(self._buffer))
+            more = self._stream.read(min(wanted, self._end - len(self._buffer)))
+            if not more:
+                raise self._cut_off(end)
+            self._buffer += more
+
+    def _cut_off(self, end: int) -> DamagedFile:
+        return DamagedFile(
+            f"{self._file} is cut off, or is no GGUF file: its header goes on to byte {end}, {self._end} can be read. "
+            "Download it again."
+        )
 
     def _strange(self, kind: int) -> DamagedFile:
         return DamagedFile(f"{self._file}: its header has a value of unknown type {kind}. Download it again.")
 
 
-def _require_apart(file: Path, tensors: Mapping[str, GgufTensor]) -> None:
+def _require_apart(file: Path, tensors: Mapping[str, StoredTensor]) -> None:
     """Raise DamagedFile where two tensors share bytes."""
     end, before = 0, ""
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
@@ -200,7 +229,9 @@ def _alignment(file: Path, settings: Mapping[str, str]) -> int:
     return value
 
 
-def _tensor(file: Path, name: str, type_number: int, shape: tuple[int, ...], offset: int, file_size: int) -> GgufTensor:
+def _tensor(
+    file: Path, name: str, type_number: int, shape: tuple[int, ...], offset: int, file_size: int
+) -> StoredTensor:
     types = ggml_types()
     try:
         kind = types.GGMLQuantizationType(type_number)
@@ -216,4 +247,4 @@ def _tensor(file: Path, name: str, type_number: int, shape: tuple[int, ...], off
             f"{file} is cut off or damaged: {name!r} {kind.name}{list(shape)} of {nbytes} bytes at {offset} is not in "
             f"its {file_size} bytes. Download it again."
         )
-    return GgufTensor(kind.name, shape, offset, nbytes)
+    return StoredTensor(kind.name, shape, offset, nbytes)

@@ -2,10 +2,11 @@
 
 import os
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-from ..errors import DamagedFile
+from ..errors import DamagedFile, MissingFile
 
 # size in bytes and time of the last change in ns: what a file is told apart by from what was put in its place
 Stamp = tuple[int, int]
@@ -17,33 +18,77 @@ _KINDS = (
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )
+# opening waits for nobody, not even for the other end of a pipe, and takes no terminal; Windows has no such files
+_AT_ONCE = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
 
 
 def open_regular(path: Path, *, buffering: int = -1) -> BinaryIO:
     """The file, to be read from. A pipe would hold up whoever opens it, and a device be read for ever.
 
-    Raises DamagedFile for anything but a regular file or a link to one; OSError as open does.
+    Looked at before it is opened, since opening alone may move a device, and again when it is open, since something
+    else may have its name by then. Raises DamagedFile for anything but a regular file or a link to one; OSError as open
+    does.
     """
     require_regular(path)
-    return path.open("rb", buffering=buffering)
+    try:
+        stream: BinaryIO = open(path, "rb", buffering=buffering, opener=_open_at_once)  # noqa: SIM115
+    except OSError:
+        require_regular(path)  # a folder or a socket cannot be opened: said in words
+        raise
+    try:
+        _require(path, os.fstat(stream.fileno()).st_mode)
+    except BaseException:
+        stream.close()
+        raise
+    return stream
 
 
 def require_regular(path: Path) -> None:
     """Raises DamagedFile, or OSError where there is nothing."""
-    mode = path.stat().st_mode
+    _require(path, path.stat().st_mode)
+
+
+def stamp_of(stream: BinaryIO) -> Stamp:
+    return _stamp(os.fstat(stream.fileno()))
+
+
+def require_unchanged(stream: BinaryIO, path: Path, stamp: Stamp | None) -> None:
+    """Raise DamagedFile where the open file is not as it was when its header was read (None: not known)."""
+    if stamp is not None:
+        _require_same(path, stamp, stamp_of(stream))
+
+
+def require_all_unchanged(stamps: Mapping[Path, Stamp]) -> None:
+    """Raise DamagedFile where one of the files is not as it was, MissingFile where it is gone. Opens none."""
+    for path, stamp in stamps.items():
+        try:
+            now = _stamp(path.stat())
+        except OSError as error:
+            raise MissingFile(f"{path} cannot be read any more ({error}).") from error
+        _require_same(path, stamp, now)
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    try:
+        return os.open(path, flags | _AT_ONCE)
+    except BlockingIOError:
+        # on Linux a file server may have lent the file to somebody, and is asked for it back
+        require_regular(Path(path))
+        return os.open(path, flags)
+
+
+def _require(path: Path, mode: int) -> None:
     if not stat.S_ISREG(mode):
         kind = next((words for is_kind, words in _KINDS if is_kind(mode)), "something else")
         raise DamagedFile(f"{path} is {kind}, where a file is needed. Put the model's file there.")
 
 
-def stamp_of(stream: BinaryIO) -> Stamp:
-    found = os.fstat(stream.fileno())
+def _stamp(found: os.stat_result) -> Stamp:
     return found.st_size, found.st_mtime_ns
 
 
-def require_unchanged(stream: BinaryIO, path: Path, stamp: Stamp | None) -> None:
-    """Raise DamagedFile where the open file is not as it was when its header was read (None: not known)."""
-    if stamp is not None and (now := stamp_of(stream)) != stamp:
+def _require_same(path: Path, stamp: Stamp, now: Stamp) -> None:
+    if now != stamp:
         raise DamagedFile(
             f"{path} was changed after it was opened ({stamp[0]} bytes then, {now[0]} now): what was read of it would "
             "not fit together.\n\nWhat to do: queue the prompt again when the file is whole; the loader opens it anew."

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ..checkpoints.checkpoint import BITS_PER_ELEMENT, TensorEntry
+from ..checkpoints.checkpoint import TensorEntry
+from ..checkpoints.safetensors_header import BITS_PER_ELEMENT
 from ..errors import WrongModel
 
 # general.architecture of Qwen2.5-VL's language model; its text-only sisters have the same tensor names and shapes

@@ -3,10 +3,12 @@
 Qwen-Image, Edit and Edit-2509 have the same tensors. Only 2511 and Layered differ in what they compute.
 """
 
+import os
 import re
 from enum import Enum
 
-from ..checkpoints.checkpoint import Checkpoint, read_json
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.json_texts import read_json
 from ..checkpoints.parts import stem_of
 from ..errors import WrongModel
 
@@ -111,7 +113,7 @@ def _named(text: str) -> Variant | None:
 def _of_pipeline(checkpoint: Checkpoint) -> Variant | None:
     """What the model_index.json says that a transformer's folder belongs to."""
     index = checkpoint.path.parent / "model_index.json"
-    if not checkpoint.path.is_dir() or not index.is_file():
+    if not checkpoint.path.is_dir() or not os.path.lexists(index):
         return None
     pipeline = read_json(index).get("_class_name")
     if not isinstance(pipeline, str) or not pipeline.startswith("QwenImage"):

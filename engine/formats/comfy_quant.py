@@ -13,7 +13,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.checkpoint import TensorEntry, parse_json
+from ..checkpoints.checkpoint import TensorEntry
+from ..checkpoints.json_texts import parse_json
 from ..errors import DamagedFile, MissingPackage, WrongModel
 from .int8_convrot import INT8_CONVROT, load_operator
 from .kitchen import KITCHEN, SCALES, load_kitchen

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.checkpoint import TensorEntry, parse_json
+from ..checkpoints.checkpoint import TensorEntry
+from ..checkpoints.json_texts import parse_json
 from ..checkpoints.regular_file import open_regular, require_unchanged
 from ..errors import DamagedFile, MissingFile
 

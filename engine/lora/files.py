@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoints.checkpoint import TensorEntry, open_checkpoint, parse_json
+from ..checkpoints.checkpoint import TensorEntry, open_checkpoint
+from ..checkpoints.json_texts import parse_json
 from ..checkpoints.regular_file import open_regular, require_unchanged
 from ..errors import DamagedFile, MissingFile, Unsupported, WrongModel
 from ..formats import TORCH_DTYPES

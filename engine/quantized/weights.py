@@ -12,7 +12,6 @@ import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,8 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.checkpoint import Checkpoint, TensorEntry, open_checkpoint
-from ..checkpoints.regular_file import Stamp
-from ..errors import CacheError, CheckpointError, InvalidRequest, MissingFile
+from ..checkpoints.regular_file import Stamp, open_regular, require_unchanged
+from ..errors import CacheError, CheckpointError, DamagedFile, InvalidRequest, MissingFile
 from ..families.members import Component, described_tensors, require, split_blocks
 from ..formats import TORCH_DTYPES, StoredParam, stored_param
 from ..formats.chunks import CHUNK_WEIGHTS
@@ -118,7 +117,7 @@ class QuantizedWeights:
 
     def open(self) -> Checkpoint | None:
         """The source with its blocks' matrices from the file; None where it has to be made (again)."""
-        if not self.path.is_file():  # a pipe would be waited for
+        if not self.path.is_file():
             return None
         try:
             file = open_checkpoint(self.path)
@@ -130,13 +129,13 @@ class QuantizedWeights:
         if not self._is_ours(file):
             self._disbelieve("it was made from another file, or by another version")
             return None
-        if not _data_is_whole(file):
+        stamp = _stamp_of_whole(file)
+        if stamp is None:
             self._disbelieve("its data is not what was written")
             return None
         logger.info("%s in %s from %s", printable(self.source.path.name), self.weight_format, _shown(self.path))
         first = min(file.tensors.values(), key=lambda entry: entry.offset)
-        stat = self.path.stat()  # after its time was set back
-        return self.checkpoint(first.offset, (stat.st_size, stat.st_mtime_ns))
+        return self.checkpoint(first.offset, stamp)
 
     def make(self, device: torch.device, on_block: OnBlock | None = None) -> Checkpoint:
         """Quantize on `device`, write the file, and open it.
@@ -286,29 +285,35 @@ def _bytes(part: Tensor) -> memoryview:
     return memoryview(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
-def _data_is_whole(file: Checkpoint) -> bool:
-    """Whether nobody has changed the file since it was made, or what it holds is the same all the same."""
+def _stamp_of_whole(file: Checkpoint) -> Stamp | None:
+    """The file's stamp where nobody has changed it since it was made, or what it holds is the same all the same; None
+    where it is not."""
     made, crc = file.metadata.get("made", ""), file.metadata.get("crc32", "")
     if not (re.fullmatch(r"\d{12}", made) and re.fullmatch(r"[0-9a-f]{8}", crc)):
-        return False
+        return None
+    opened = file.stamps[file.path]
+    as_made = (opened[0], int(made) * 10**9)
+    if opened == as_made:
+        return opened
     try:
-        if file.path.stat().st_mtime_ns == int(made) * 10**9:
-            return True
         if _data_crc(file) != int(crc, 16):
-            return False
-    except OSError as error:
+            return None
+    except (DamagedFile, OSError) as error:
         logger.warning("%s cannot be read (%s)", _shown(file.path), error)
-        return False
-    with suppress(OSError):  # it was copied: the next time its data need not be read, if the file is this user's
+        return None
+    try:  # it was copied: the next time its data need not be read, if the file is this user's
         os.utime(file.path, (int(made), int(made)))
-    return True
+    except OSError:
+        return opened
+    return as_made
 
 
 def _data_crc(file: Checkpoint) -> int:
     start = min(entry.offset for entry in file.tensors.values())
     crc, left = 0, file.nbytes
-    with file.path.open("rb") as stream:
+    with open_regular(file.path) as stream:
         stream.seek(start)
         while left and (data := stream.read(min(left, _READ_BYTES))):
             crc, left = zlib.crc32(data, crc), left - len(data)
+        require_unchanged(stream, file.path, file.stamps[file.path])
     return crc

@@ -117,7 +117,8 @@ class TextEncoder:
 
         `pictures`: those of each prompt, which stand in the places of PICTURE; empty where no prompt shows any.
         `on_layer` is called before each layer with its index, and may raise. Raises InvalidRequest for an empty list
-        of tokens, an id that the vocabulary does not have, or other pictures than there are places.
+        of tokens, an id that the vocabulary does not have, or other pictures than there are places; DamagedFile where
+        a file of the encoder has changed since it was opened.
         """
         shown = pictures or [()] * len(prompts)
         states = self._embed(prompts, shown)
@@ -137,6 +138,7 @@ class TextEncoder:
                             layer(states[i], attention_mask=None, position_embeddings=position, use_cache=False)
                         )
                 self.waits += streamer.waits
+            self._checkpoint.require_unchanged()  # before anything of it is kept
             return [norm(state).float().cpu() for state in states]
         finally:
             self._store.release()

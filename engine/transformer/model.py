@@ -71,6 +71,7 @@ class QwenImageTransformer:
         self._loaded = False
         self._outside = parts.empty_model()
         self._outside.load_state_dict(parts.read_outside(), assign=True)
+        checkpoint.require_unchanged()  # what was read of it belongs together
         self.store = parts.store
         self.annexes = {str(other.device): store for other, store in zip(others, parts.annex_stores, strict=True)}
         self._embed = _TimestepEmbedding(self._outside, hardware.device, self.dtype, rounding, self.config)

@@ -10,6 +10,8 @@ import folder_paths
 import torch
 
 from ...engine.atomic_files import whole_file
+from ...engine.checkpoints.json_texts import read_json
+from ...engine.errors import CheckpointError
 from ...engine.hardware import Hardware
 from ...engine.plan.forecast import Speeds
 from ...engine.speeds import measure_bus, measure_disk, measure_flops
@@ -72,10 +74,10 @@ def _file() -> Path:
 def _read() -> dict[str, dict[str, float]]:
     """What is remembered, entries that are not whole left out."""
     try:
-        known = json.loads(_file().read_text())
-    except (OSError, ValueError):
+        known = read_json(_file())
+    except CheckpointError:
         return {}
-    if not isinstance(known, dict) or known.pop("version", None) != VERSION:
+    if known.pop("version", None) != VERSION:
         return {}
     names = ({"flops", "bus_bytes"}, {"disk_bytes"})
     return {

@@ -39,6 +39,7 @@ def make_vae(
     # outside the node's inference mode, so that the weights may be used in any thread
     with torch.inference_mode(False):
         tensors = read_params(needed, shapes, dtype, str(checkpoint.path))
+        checkpoint.require_unchanged()
         vae = ImageVAE.from_state_dict(tensors, dtype=dtype)
         return LowVRAMVAE(vae, limit_bytes=limit_bytes, device=device, timeline=timeline, limit_name=limit_name)
 

@@ -1,5 +1,6 @@
 """Tiny transformers of the real architecture, and headers without data, for the engine's tests."""
 
+import errno
 import gc
 import io
 import json
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from qwenimage_lowvram.engine.checkpoints.checkpoint import BITS_PER_ELEMENT
+from qwenimage_lowvram.engine.checkpoints.safetensors_header import BITS_PER_ELEMENT
 from qwenimage_lowvram.engine.hardware import Hardware
 
 TEXT_DIM = 32
@@ -113,6 +114,22 @@ def write_model() -> Callable[..., Path]:
         return write_raw(file, {"__metadata__": dict(metadata), **header} if metadata else header, size)
 
     return write
+
+
+@pytest.fixture
+def forbid(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """`forbid(file)`: opening it is refused from now on, as one that this user may not read (root may read all)."""
+    opened = os.open
+
+    def start(file: Path) -> None:
+        def refused(path: Any, *args: Any, **options: Any) -> int:
+            if path == str(file):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            return opened(path, *args, **options)
+
+        monkeypatch.setattr(os, "open", refused)
+
+    return start
 
 
 @pytest.fixture(scope="session")

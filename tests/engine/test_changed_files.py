@@ -2,7 +2,10 @@
 
 import json
 import os
+import shutil
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +14,9 @@ from typing import Any
 import pytest
 import torch
 from gguf_files import write_gguf_transformer
-from qwenimage_lowvram.engine.checkpoints.checkpoint import Checkpoint, open_checkpoint, read_json
+from qwenimage_lowvram.engine.checkpoints import regular_file
+from qwenimage_lowvram.engine.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from qwenimage_lowvram.engine.checkpoints.json_texts import read_json
 from qwenimage_lowvram.engine.errors import CheckpointError, DamagedFile
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.lora.files import match, open_lora
@@ -193,6 +198,80 @@ def test_a_pipe_that_took_a_files_place_holds_no_reader_up(models: Path, cpu: Ha
     error = within_seconds(lambda: encoder.encode([[5, 9]]))
     assert isinstance(error, CheckpointError)
     assert "is a pipe" in str(error)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no pipes among files")
+@pytest.mark.parametrize("kind", ["a pipe", "a socket", "a folder"])
+def test_what_takes_a_files_place_between_the_look_and_the_opening_holds_nobody_up(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text("{}", encoding="utf-8")
+    look = regular_file.require_regular
+
+    def look_and_swap(path: Path) -> None:
+        look(path)
+        if path.is_file():
+            path.unlink()
+            ODD[kind](path)
+
+    monkeypatch.setattr(regular_file, "require_regular", look_and_swap)
+    error = within_seconds(lambda: read_json(file))
+    assert isinstance(error, DamagedFile)
+    assert f"{file} is {kind}, where a file is needed" in str(error)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux lends files")
+def test_a_file_that_a_file_server_has_lent_is_read_when_it_comes_back(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text('{"a": 1}', encoding="utf-8")
+    lender = """
+import fcntl, signal, sys, time
+stream = open(sys.argv[1], "r+")
+signal.signal(signal.SIGIO, lambda *_: (time.sleep(0.3), fcntl.fcntl(stream, fcntl.F_SETLEASE, fcntl.F_UNLCK)))
+fcntl.fcntl(stream, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+print("lent", flush=True)
+for _ in range(100):
+    time.sleep(0.1)
+"""
+    with subprocess.Popen([sys.executable, "-c", lender, str(file)], stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            if process.stdout.readline() != b"lent\n":
+                pytest.skip("this file system lends no files")
+            assert read_json(file) == {"a": 1}
+        finally:
+            process.kill()
+
+
+# a folder's small files
+
+
+@pytest.mark.parametrize("what", ["the text encoder", "the transformer"])
+@pytest.mark.parametrize("change", ["changed", "gone"])
+def test_a_configuration_that_changes_after_it_was_read_is_noticed(
+    change: str, what: str, small_pipeline: Path, tmp_path: Path, cpu: Hardware
+) -> None:
+    part = what.removeprefix("the ").replace(" ", "_")
+    shutil.copytree(small_pipeline / part, tmp_path / part)
+    checkpoint = open_checkpoint(tmp_path / part)
+    config = tmp_path / part / "config.json"
+    if part == "text_encoder":
+        encoder = TextEncoder(checkpoint, dtype=torch.float32, hardware=cpu)
+        encoder.encode([[5, 9]])
+    if change == "gone":
+        config.unlink()
+    else:
+        config.write_text(config.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+
+    def use() -> object:
+        if part == "text_encoder":
+            return encoder.encode([[5, 9]])
+        return QwenImageTransformer(checkpoint, dtype=torch.float32, hardware=cpu)
+
+    with pytest.raises(CheckpointError, match=r"config\.json (was changed after it was opened|cannot be read any)"):
+        use()
 
 
 # headers that lie

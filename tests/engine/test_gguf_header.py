@@ -1,5 +1,6 @@
 """A GGUF file is known from its header alone, and what is wrong with one is said in words."""
 
+import os
 import struct
 import tracemalloc
 from pathlib import Path
@@ -65,6 +66,8 @@ def test_identity_changes_with_the_header_and_the_file(tmp_path: Path) -> None:
     values = np.zeros((2, 32), dtype=np.float32)
     first = open_checkpoint(write_gguf(tmp_path / "m.gguf", a=values)).identity
     assert open_checkpoint(tmp_path / "m.gguf").identity == first
+    os.truncate(tmp_path / "m.gguf", (tmp_path / "m.gguf").stat().st_size + 32)
+    assert open_checkpoint(tmp_path / "m.gguf").identity != first
     assert open_checkpoint(write_gguf(tmp_path / "m.gguf", b=values)).identity != first
 
 

@@ -277,7 +277,10 @@ def test_a_foreign_file_under_this_name_is_not_believed(cache: PromptCache, capl
 
 
 def test_a_file_that_may_not_be_read_is_a_warning(
-    cache: PromptCache, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    cache: PromptCache,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    forbid: Callable[[Path], None],
 ) -> None:
     file, given = put_one(cache)
     file.unlink()
@@ -286,14 +289,7 @@ def test_a_file_that_may_not_be_read_is_a_warning(
     assert len(warnings_of(caplog)) == 1
     file.rmdir()
     cache.put(KEY, given)
-    opened = Path.open
-
-    def refused(path: Path, *args: Any, **kwargs: Any) -> Any:
-        if path == file:
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        return opened(path, *args, **kwargs)
-
-    monkeypatch.setattr(Path, "open", refused)
+    forbid(file)
     assert cache.get(KEY) is None
     (warning,) = warnings_of(caplog)
     assert "Permission denied" in warning

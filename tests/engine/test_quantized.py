@@ -783,16 +783,10 @@ def odd_things(folder: Path) -> list[Path]:
     return made
 
 
-def test_odd_things_are_shown_and_left_alone(source: Checkpoint, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_odd_things_are_shown_and_left_alone(source: Checkpoint, cache: Path, forbid: Callable[[Path], None]) -> None:
     odd = odd_things(cache)
-    unreadable, opened = odd[4], Path.open
-
-    def refused(path: Path, *args: Any, **options: Any) -> Any:
-        if path == unreadable:
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        return opened(path, *args, **options)
-
-    monkeypatch.setattr(Path, "open", refused)
+    unreadable = odd[4]
+    forbid(unreadable)
     quantize(source, "nf4", cache)
     states = {file.path: file.state for file in cached_files(cache)}
     assert {path: states.get(path) for path in odd} == {

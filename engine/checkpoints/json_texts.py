@@ -1,0 +1,85 @@
+"""JSON that files state: read within bounds, each name once. Knows no file format."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, DamagedFile, MissingFile
+from .regular_file import Stamp, open_regular, require_unchanged, stamp_of
+
+# of a header or a configuration: Qwen-Image's takes 0.3 MB, 2 MB from bitsandbytes. As JSON it grows 25 times at most
+MAX_JSON_BYTES = 16_000_000
+MAX_JSON_DEPTH = 16
+MAX_JSON_VALUES = 500_000  # a second of reading; a header of 10,000 tensors has 80,000
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON file's object. Raises MissingFile or DamagedFile."""
+    return read_json_with_stamp(file)[0]
+
+
+def read_json_with_stamp(file: Path) -> tuple[dict[str, Any], Stamp]:
+    raw, stamp = read_text(file)
+    return parse_json(raw, str(file)), stamp
+
+
+def read_text(file: Path) -> tuple[bytes, Stamp]:
+    """As much of a JSON file as it may have, and one byte more where there is more. Raises MissingFile or
+    DamagedFile."""
+    try:
+        with open_regular(file) as stream:
+            stamp = stamp_of(stream)
+            raw = stream.read(MAX_JSON_BYTES + 1)
+            require_unchanged(stream, file, stamp)
+            return raw, stamp
+    except OSError as error:
+        raise unreadable(file, error) from error
+
+
+def parse_json(raw: str | bytes, what: str) -> dict[str, Any]:
+    """The JSON object that a file states; `what` names the place. Raises DamagedFile, also for one that is too long
+    to be held, or too deep to be printed."""
+    if len(raw) > MAX_JSON_BYTES:
+        raise DamagedFile(f"{what} has {len(raw)} bytes; no model's has more than {MAX_JSON_BYTES}. Download it again.")
+    text = raw if isinstance(raw, bytes) else raw.encode(errors="surrogatepass")
+    values = sum(text.count(mark) for mark in (b",", b"[", b"{"))  # or more, where texts have such characters
+    if values > MAX_JSON_VALUES:
+        raise DamagedFile(f"{what} has {values} values; no model's has more than {MAX_JSON_VALUES}. Download it again.")
+    try:
+        value = json.loads(raw, object_pairs_hook=_without_doubles)
+    except _Double as error:
+        raise DamagedFile(f"{what} names {error.args[0]!r:.199} twice. Download it again.") from error
+    except (ValueError, RecursionError) as error:
+        raise DamagedFile(f"{what} is not valid JSON ({error}). Download it again.") from error
+    if not isinstance(value, dict):
+        raise DamagedFile(f"{what} is a JSON {type(value).__name__}, not an object. Download it again.")
+    level: list[Any] = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [child for item in level if isinstance(item, dict | list) for child in _children(item)]
+    if level:
+        raise DamagedFile(f"{what} is JSON of more than {MAX_JSON_DEPTH} levels. Download it again.")
+    return value
+
+
+def unreadable(path: Path, error: Exception) -> CheckpointError:
+    return MissingFile(f"{path} cannot be read ({error}). Check that this user may read it.")
+
+
+class _Double(ValueError):
+    """A name that stands twice in a JSON object; the first reader would take one, the next the other."""
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise _Double(name)
+            seen.add(name)
+    return found
+
+
+def _children(item: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return item.values() if isinstance(item, dict) else item
