@@ -1,11 +1,23 @@
 """Tell that memory ran out, of which kind, and in which words: every library has its own error for it."""
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 
 import torch
 
+from .errors import QwenLowVRAMError
+from .host_ram import HostRam
+
 WINDOWS_PAGE_FILE = 1455  # ERROR_COMMITMENT_LIMIT
+# Python's words for it, Rust's (in safetensors and tokenizers), torch's, and those of an import that it ended
+_OF_PAGE_FILE = (
+    f"[WinError {WINDOWS_PAGE_FILE}]",
+    f"os error {WINDOWS_PAGE_FILE}",
+    f"error code: <{WINDOWS_PAGE_FILE}>",
+    "The paging file is too small",
+)
 _OF_HOST = ("can't allocate memory", "not enough memory", "cannot allocate memory", "bad_alloc", "bad allocation")
 # CUDA, HIP, MPS and XPU say the first; then Intel's drivers, cuBLAS, cuDNN and hipBLAS
 _OF_DEVICE = (
@@ -18,19 +30,57 @@ _OF_DEVICE = (
 )
 
 
-class OutOfMemory(torch.OutOfMemoryError):
-    """Memory ran out, and no smaller plan helped. ComfyUI knows it for what it is, and unloads."""
+class OutOfMemory(QwenLowVRAMError, torch.OutOfMemoryError):
+    """The device's memory ran out, and nothing smaller helped. ComfyUI knows it for what it is, and unloads."""
+
+
+class OutOfRam(QwenLowVRAMError, MemoryError):
+    """The host's memory did. Not torch's error: of that ComfyUI says that the GPU's ran out."""
 
 
 class Short(Enum):
     """What there was too little of."""
 
-    DEVICE = "device"
-    HOST = "host"
+    DEVICE = "The card's memory"
+    HOST = "RAM"
+
+
+_ADVICE = {
+    Short.DEVICE: "close other programs that use the card, or set vram_limit_gb to less than the card has free",
+    Short.HOST: "close other programs, raise the limit that is named, or set ram_limit_gb to less than is free",
+}
+
+
+def ran_out(when: str, short: Short, why: str) -> OutOfMemory | OutOfRam:
+    """The error to raise where nothing smaller helps; `when` goes on after "ran out", `why` is a `reason`."""
+    advice = f"What to do: {_ADVICE[short]}, and queue the prompt again."
+    if short is Short.DEVICE:
+        return OutOfMemory(f"{short.value} ran out {when}: {why}.\n\n{advice}")
+    bound = HostRam.now().tightest
+    left = f"{bound.name} leaves {bound.available_bytes / 2**30:.1f} of {bound.total_bytes / 2**30:.1f} GiB now"
+    return OutOfRam(f"{short.value} ran out {when}: {why}; {left}.\n\n{advice}")
+
+
+@contextmanager
+def in_words(task: str) -> Iterator[None]:
+    """Raise OutOfMemory or OutOfRam where memory runs out within; `task` goes behind "while"."""
+    try:
+        yield
+    except (OutOfMemory, OutOfRam):
+        raise
+    except Exception as error:
+        short = shortage(error)
+        if short is None:
+            raise
+        raise ran_out(f"while {task}", short, reason(error)) from error
 
 
 def shortage(error: BaseException) -> Short | None:
-    """What ran out; None where the error is about something else."""
+    """What ran out; None where neither the error nor what caused it is about that."""
+    return next((short for cause in _causes(error) if (short := _own_shortage(cause))), None)
+
+
+def _own_shortage(error: BaseException) -> Short | None:
     if isinstance(error, torch.OutOfMemoryError):
         return Short.DEVICE
     if isinstance(error, MemoryError) or _page_file(error):
@@ -47,6 +97,7 @@ def shortage(error: BaseException) -> Short | None:
 
 def reason(error: BaseException) -> str:
     """In one line, never empty."""
+    error = next((cause for cause in _causes(error) if _own_shortage(cause)), error)
     if _page_file(error):
         return (
             f"Windows has no room left to commit (error {WINDOWS_PAGE_FILE}): the page file is too small. Enlarge it, "
@@ -56,8 +107,14 @@ def reason(error: BaseException) -> str:
     return next((line for line in lines if line), type(error).__name__)
 
 
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, and what it was raised from: others word it as an unreadable file, or a failed import."""
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
 def _page_file(error: BaseException) -> bool:
     if getattr(error, "winerror", None) == WINDOWS_PAGE_FILE:
         return True
-    # Rust's words for it, in safetensors and tokenizers; and torch's
-    return f"os error {WINDOWS_PAGE_FILE}" in str(error) or f"error code: <{WINDOWS_PAGE_FILE}>" in str(error)
+    return any(words in str(error) for words in _OF_PAGE_FILE)

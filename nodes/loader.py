@@ -14,6 +14,7 @@ from ..engine.errors import InvalidRequest, QwenLowVRAMError
 from ..engine.families.members import Component, components, only, require
 from ..engine.families.variants import Variant, variant_of
 from ..engine.families.vision import mmproj_identity
+from ..engine.out_of_memory import in_words
 from ..engine.text.encoder import TextEncoder
 from ..engine.text.prompts import PromptTokenizer
 from ..engine.texts import shown
@@ -291,6 +292,7 @@ class QwenLowVRAMLoader:
             return str(error)  # `load` raises it, and another error than this would hide it
         return "/".join([*(checkpoint.identity for checkpoint in opened), vision, *tokenizer, str(lost)])
 
+    @in_words("the model was loaded")
     def load(
         self,
         transformer: str,
@@ -333,7 +335,7 @@ class QwenLowVRAMLoader:
         member = variant_of(transformer_file, _chosen(variant))
         weight_format, advice = _format_of(transformer_file, weight_format, Parts(member, compute, hardware), limits)
         model = QwenImageTransformer(
-            in_weight_format(transformer_file, weight_format, limits.on(hardware.device)),
+            in_weight_format(transformer_file, weight_format, hardware, limits.on(hardware.device)),
             dtype=compute,
             hardware=hardware,
             others=[devices.hardware_of(other) for other in devices.others_of(transformer_device, hardware.device)],

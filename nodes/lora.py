@@ -8,6 +8,7 @@ import folder_paths
 
 from ..engine.errors import MissingFile, QwenLowVRAMError, Unsupported
 from ..engine.lora.files import LoraMatch, match, open_lora
+from ..engine.out_of_memory import in_words
 from ..engine.texts import LONGEST, printable, shown
 from .adapters.checks import check_widgets
 from .adapters.patcher import LowVRAMPatcher
@@ -74,6 +75,7 @@ class QwenLowVRAMLoadLora:
         except (QwenLowVRAMError, OSError) as error:
             return str(error)  # `load` raises it, and another error than this would hide it
 
+    @in_words("the LoRA was loaded")
     def load(self, model: Any, lora_name: str, strength: float) -> dict[str, Any]:
         check_widgets(self.INPUT_TYPES(), strength=strength)
         if not isinstance(model, LowVRAMPatcher):

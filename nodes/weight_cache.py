@@ -12,9 +12,12 @@ import torch
 
 from ..engine.checkpoints.checkpoint import Checkpoint
 from ..engine.errors import InvalidRequest
+from ..engine.hardware import Hardware
+from ..engine.out_of_memory import Short, reason, shortage
 from ..engine.quantized.files import cache_path
 from ..engine.quantized.layout import FORMATS
 from ..engine.quantized.weights import QuantizedWeights
+from ..engine.streaming import require_decodable
 from ..engine.text.cache import PromptCache
 from ..engine.texts import printable, shown
 from . import cache_report
@@ -61,13 +64,14 @@ def check_weight_format(source: Checkpoint, weight_format: str) -> None:
         weights.check_room()
 
 
-def in_weight_format(source: Checkpoint, weight_format: str, limit_bytes: int | None) -> Checkpoint:
+def in_weight_format(source: Checkpoint, weight_format: str, hardware: Hardware, limit_bytes: int | None) -> Checkpoint:
     """The source with its blocks in that format (not FASTEST, which is none): as it is, from the cache, or quantized
-    now (said, shown, interruptible)."""
+    now (said, shown, interruptible). Raises Unsupported where `hardware` cannot decode that format."""
     weights = _weights(source, weight_format)
     if weights is None:
         return source
-    held = weights.open() or _make(weights, limit_bytes)
+    require_decodable((part for part in weights.checkpoint(0).tensors.values() if part.file == weights.path), hardware)
+    held = weights.open() or _make(weights, hardware.device, limit_bytes)
     _lent.add(weights.path)
     return held
 
@@ -87,8 +91,7 @@ def _weights(source: Checkpoint, weight_format: str) -> QuantizedWeights | None:
     return QuantizedWeights.of(source, weight_format, weight_cache_folder())
 
 
-def _make(weights: QuantizedWeights, limit_bytes: int | None) -> Checkpoint:
-    device = comfy.model_management.get_torch_device()
+def _make(weights: QuantizedWeights, device: torch.device, limit_bytes: int | None) -> Checkpoint:
     if stage_bytes(device, limit_bytes, weights.working_bytes) < weights.working_bytes:
         device = torch.device("cpu")  # the same file, later
     text = printable(
@@ -103,7 +106,16 @@ def _make(weights: QuantizedWeights, limit_bytes: int | None) -> Checkpoint:
         comfy.model_management.throw_exception_if_processing_interrupted()
         bar.update_absolute(done, total)
 
-    return weights.make(device, on_block)
+    try:
+        return weights.make(device, on_block)
+    except Exception as error:
+        if device.type == "cpu" or shortage(error) is not Short.DEVICE:
+            raise
+        why = reason(error)
+    # after the except block: the traceback keeps what lies on the card
+    comfy.model_management.soft_empty_cache()
+    logger.warning("The card's memory ran out while weights were quantized (%s): again on the CPU.", why)
+    return weights.make(torch.device("cpu"), on_block)
 
 
 class _Lent:

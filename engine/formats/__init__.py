@@ -70,6 +70,8 @@ _BNB_SCALES = ("absmax", "nested_absmax", "nested_quant_map", "nested_offset")
 _INT8_OF_DTYPE = {name.upper(): name for name in (INT8.name, *(codec.name for codec in INT8_CONVROT.values()))}
 _SCALED_OF_DTYPE = {"F8_E4M3": "fp8_e4m3fn_scaled", "F8_E5M2": "fp8_e5m2_scaled", **_INT8_OF_DTYPE}
 _KITCHEN_DATA = {"nvfp4": torch.uint8, "mxfp8": torch.float8_e4m3fn}
+# what is decoded by casting fp8 numbers, whatever tensors hold them
+FP8_DTYPES = frozenset({"F8_E4M3", "F8_E5M2", "F8_E8M0", "NVFP4", "MXFP8"})
 # what a scale is called beside `<layer>.weight`: older and newer ComfyUI files
 _SCALE_NAMES = ("scale_weight", "weight_scale")
 

@@ -6,7 +6,7 @@ Knows how a block is stored and where it is to lie, and nothing of what a block 
 from .host_memory import HostBuffer, HostMemory
 from .layout import FlatLayout, StoredBlock, WeightPatch, bind, store_block
 from .source import BlockSource, FileSource, TensorReader, read_params
-from .store import BlockStore
+from .store import BlockStore, require_decodable
 from .streamer import BlockStreamer, Waits
 
 __all__ = [
@@ -23,5 +23,6 @@ __all__ = [
     "WeightPatch",
     "bind",
     "read_params",
+    "require_decodable",
     "store_block",
 ]

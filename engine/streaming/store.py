@@ -9,7 +9,9 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints.checkpoint import TensorEntry
 from ..errors import Unsupported
+from ..formats import FP8_DTYPES
 from ..hardware import Hardware
 from ..out_of_memory import reason
 from .host_memory import HostBuffer, HostMemory
@@ -44,7 +46,7 @@ class BlockStore:
         piece_bytes: int = PIECE_BYTES,
     ) -> None:
         self.blocks = tuple(blocks)
-        _require_decodable(self.blocks, hardware)
+        require_decodable((part for block in self.blocks for part in block.parts), hardware)
         self.source = source
         self.hardware = hardware
         self.order = StreamOrder(hardware)
@@ -168,6 +170,7 @@ class BlockStore:
     def replace(self, blocks: Sequence[StoredBlock], source: BlockSource) -> None:
         """Change how blocks are stored, between two runs. What lies on the device or in host memory stays as far as it
         is the same."""
+        require_decodable((part for block in blocks for part in block.parts), self.hardware)
         with self._lock:
             self.end_run()
             for index, (old, new) in enumerate(zip(self.blocks, blocks, strict=True)):
@@ -347,13 +350,13 @@ class BlockStore:
             return torch.empty(nbytes, dtype=torch.uint8, device=self.hardware.device)
 
 
-def _require_decodable(blocks: Sequence[StoredBlock], hardware: Hardware) -> None:
-    """Raise Unsupported for weights that the device cannot bring to another dtype."""
+def require_decodable(parts: Iterable[TensorEntry], hardware: Hardware) -> None:
+    """Raise Unsupported for weights, and parts of LoRAs, that the device cannot bring to another dtype."""
     if hardware.decodes_fp8:
         return
-    for param in (param for block in blocks for param in block.params):
-        if param.codec.startswith("fp8"):
+    for part in parts:
+        if part.dtype in FP8_DTYPES:
             raise Unsupported(
-                f"{param.parts[0].file} holds weights in {param.codec}, which cannot be decoded on {hardware.device}."
+                f"{part.file} holds weights in {part.dtype}, which cannot be decoded on {hardware.device}."
                 "\n\nWhat to do: use a GGUF, bf16 or int8 file, or choose the CPU as its device in the loader."
             )

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..errors import InvalidRequest
+from ..errors import DoesNotFit, InvalidRequest
+from ..out_of_memory import Short, ran_out, reason, shortage
 from ..plan.footprint import VAEFootprint
 from .keys import RGBA, check_is_image_vae, needed_tensors, to_diffusers_names
 from .network import Half, build_decoder, build_encoder
@@ -209,9 +210,15 @@ class ImageVAE(nn.Module):
         on_plan: OnPlan | None,
     ) -> None:
         """Plan and run, again in fp32 if fp16 overflowed, again in smaller tiles if memory ran out all the same."""
-        dtype = self.dtype
+        dtype, why = self.dtype, ""
+        short: Short | None = None
         while True:
-            plan = self._plan(half, task, size, limit_bytes, tile_px, dtype, result_bytes)
+            try:
+                plan = self._plan(half, task, size, limit_bytes, tile_px, dtype, result_bytes)
+            except DoesNotFit as error:
+                if short is None:
+                    raise
+                raise ran_out(f"in the smallest tiles of the VAE ({task})", short, why) from error
             logger.info("%r", plan)
             if on_plan is not None:
                 on_plan(plan)
@@ -219,12 +226,15 @@ class ImageVAE(nn.Module):
                 if run(plan, dtype):
                     return
                 out_of_memory = False
-            except torch.OutOfMemoryError:
+            except Exception as error:
+                short, why = shortage(error), reason(error)
+                if short is None:
+                    raise
                 out_of_memory = True
             # retry after the except block: the traceback keeps the failed attempt's tensors alive
             if out_of_memory:
                 limit_bytes = plan.peak_bytes // 2
-                logger.warning("Out of memory in %r: trying again with %d MiB.", plan, limit_bytes // 2**20)
+                logger.warning("Memory ran out (%s) in %r: again with %d MiB.", why, plan, limit_bytes // 2**20)
             elif dtype == torch.float32:
                 raise InvalidRequest(
                     f"The VAE's {task} overflows in float32: what it is given holds NaN, infinity or huge numbers.\n\n"

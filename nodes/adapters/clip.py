@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ...engine.errors import InvalidRequest
 from ...engine.families.members import EDIT_TEMPLATE, PICTURE_PLACE, PROMPT_TEMPLATE
 from ...engine.families.variants import Variant
+from ...engine.out_of_memory import in_words, reason, shortage
 from ...engine.plan.memory import plan_text_encoder, text_encoder_peak_bytes
 from ...engine.plan.picture_report import Moved
 from ...engine.plan.stages import Stage, encode_stage
@@ -124,6 +125,7 @@ class LowVRAMCLIP(comfy.sd.CLIP):
             return out
         return (cond, None) if return_pooled else cond
 
+    @in_words("prompts were encoded")
     def encode_prompts(
         self, prompts: Sequence[str], *, template: str = PROMPT_TEMPLATE, images: Sequence[Tensor] = ()
     ) -> list[Any]:
@@ -135,6 +137,7 @@ class LowVRAMCLIP(comfy.sd.CLIP):
         conds = self.encode_tokens([PicturePrompt(tuple(tokens), pictures) for tokens in ids])
         return [[[cond, self.add_hooks_to_dict({"pooled_output": None})]] for cond in conds]
 
+    @in_words("prompts were encoded")
     def encode_tokens(self, prompts: list[PicturePrompt]) -> list[Tensor]:
         """(1, length of the prompt, dim) in float32 for each prompt.
 
@@ -180,6 +183,19 @@ class LowVRAMCLIP(comfy.sd.CLIP):
         ]
 
     def _encode(self, prompts: list[PicturePrompt]) -> list[Tensor]:
+        """The hidden states of each prompt; where memory runs out, once more with the least that is possible."""
+        try:
+            return self._visit(prompts)
+        except Exception as error:
+            if shortage(error) is None:
+                raise
+            why = reason(error)
+        # after the except block: the traceback keeps the failed attempt's tensors alive
+        comfy.model_management.soft_empty_cache()
+        logger.warning("Memory ran out while prompts were encoded (%s). They are encoded again through one slot.", why)
+        return self._visit(prompts, most_slots=1)
+
+    def _visit(self, prompts: list[PicturePrompt], *, most_slots: int = 2) -> list[Tensor]:
         """The hidden states of each prompt, in one visit of the encoder, and before it one of the vision tower."""
         encoder, looking = self.encoder, Looking(self.encoder, prompts)
         device, footprint = encoder.hardware.device, encoder.footprint
@@ -188,6 +204,7 @@ class LowVRAMCLIP(comfy.sd.CLIP):
         limit = stage_bytes(device, self.limit_bytes, wanted)
         with naming_limit(device, self.limit_bytes, limit, self.limit_name):
             slots, looking_slots = plan_text_encoder(footprint, lengths, limit), looking.plan(limit)
+        slots, looking_slots = min(slots, most_slots), min(looking_slots, most_slots)
         bar = comfy.utils.ProgressBar(looking.blocks + footprint.layers)
 
         def on_block(index: int) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...engine.errors import Unsupported
 from ...engine.lora.patch import lora_patches
+from ...engine.out_of_memory import in_words
 from ...engine.plan.memory import MemoryPlan
 from ...engine.plan.report import MemoryReport
 from ...engine.transformer.branch import Branch
@@ -143,6 +144,7 @@ def make_model(
     return patcher
 
 
+@in_words("images were sampled")
 def _outer_sample(
     executor: Any,
     noise: Tensor,

@@ -13,9 +13,9 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...engine.errors import DoesNotFit
-from ...engine.out_of_memory import OutOfMemory, Short, reason, shortage
+from ...engine.out_of_memory import Short, ran_out, reason, shortage
 from ...engine.plan.forecast import corrected, step_flops
-from ...engine.plan.memory import MemoryPlan, least_bytes, plan_memory
+from ...engine.plan.memory import MemoryPlan, least_bytes, least_ram_bytes, plan_memory
 from ...engine.plan.picture_report import Moved
 from ...engine.plan.report import MemoryReport
 from ...engine.plan.request import Limits, size_text
@@ -24,7 +24,7 @@ from ...engine.streaming import Waits
 from ...engine.transformer.branch import Branch
 from ...engine.transformer.hooks import Hooked
 from ...engine.transformer.model import QwenImageTransformer, TransformerSession
-from .limits import stage_bytes
+from .limits import free_ram, stage_bytes
 from .progress import MemoryWatch, RunProgress
 from .speeds import KnownSpeeds
 from .timeline import Timeline
@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 
 # smaller steps tell of Python's speed, not of the machine's
 TELLING_FLOPS = 1e12
-# after running out of memory although enough seemed free: plan for this part of what the last plan took
+# after running out of memory although enough seemed free: plan for this part of what the last plan took, then for its
+# powers, so that a few tries reach the least
 SMALLER = 0.85
 # each with a smaller plan than the one before
 MOST_TRIES = 8
@@ -232,14 +233,14 @@ class SamplingRun:
     def attempt(self, action: Callable[[], T]) -> T:
         """Do it; where memory runs out, plan smaller and do it again, until it fits or no smaller plan does.
 
-        Raises OutOfMemory where nothing helped.
+        Raises OutOfMemory or OutOfRam where nothing helped.
         """
         for tried in range(MOST_TRIES):
             try:
                 if tried:
                     self._load()
                 return action()
-            except (RuntimeError, MemoryError, OSError) as error:
+            except Exception as error:
                 short = shortage(error)
                 if short is None:
                     raise
@@ -247,41 +248,43 @@ class SamplingRun:
             if tried == MOST_TRIES - 1:
                 break
             # after the except block: the traceback keeps the failed attempt's tensors alive
-            self._plan_smaller(short, why)
+            self._plan_smaller(short, why, SMALLER ** (tried + 1))
         self._close()
-        raise OutOfMemory(_explain(self.plan, why))
+        raise ran_out(_when(self.plan, short), short, why)
 
-    def _plan_smaller(self, short: Short, why: str) -> None:
-        """Plan within what is really free now; where that is as much as before, within a part of the last plan."""
+    def _plan_smaller(self, short: Short, why: str, part: float) -> None:
+        """Plan within what is really free now; where that is as much as before, within that part of the last plan."""
         self._close()
         transformer, plan = self._transformer, self.plan
         for store in (transformer.store, *transformer.annexes.values()):
             store.release()
+        self._patcher.model.model_loaded_weight_memory = transformer.loaded_bytes  # else it would count as free twice
         comfy.model_management.soft_empty_cache()
         try:
             self.plan = plan_memory(
                 transformer.footprint,
                 plan.request,
-                self._smaller_limits(short),
+                self._smaller_limits(short, part),
                 self._speeds.get(),  # and without the other devices: one of them may be full
             )
         except DoesNotFit:
-            raise OutOfMemory(_explain(plan, why)) from None
+            raise ran_out(_when(plan, short), short, why) from None
         self._retries += 1
         self._progress.replanned(self._shown_plan(), self.plan.limit_bytes, self.plan.forecast.seconds)
         logger.warning("Memory ran out (%s). What was being done is done again with a smaller plan: %s", why, self.plan)
 
-    def _smaller_limits(self, short: Short) -> Limits:
-        plan, hardware = self.plan, self._transformer.hardware
-        limits = plan.limits
-        if short is Short.HOST and not hardware.host_device:
-            return replace(limits, ram_bytes=int(plan.ram_peak_bytes * SMALLER))
-        peak = plan.peak_bytes
-        free = stage_bytes(hardware.device, limits.vram_bytes, peak, reused=self._patcher, beside=self._beside)
-        if free >= peak:
-            least = least_bytes(self._transformer.footprint, plan.request)
-            free = min(max(int(peak * SMALLER), least), peak - 1)
-        return replace(limits, vram_bytes=free)
+    def _smaller_limits(self, short: Short, part: float) -> Limits:
+        transformer, plan = self._transformer, self.plan
+        hardware, limits = transformer.hardware, plan.limits
+        if short is Short.HOST and not (hardware.host_device or hardware.unified):
+            least = least_ram_bytes(transformer.footprint, plan.request)
+            free = max(least, free_ram() + transformer.store.held_bytes)  # the least is granted, as when it began
+            return replace(limits, ram_bytes=_below(plan.ram_peak_bytes, free, part, least))
+        least = least_bytes(transformer.footprint, plan.request)
+        free = stage_bytes(
+            hardware.device, limits.vram_bytes, plan.peak_bytes, reused=self._patcher, beside=self._beside
+        )
+        return replace(limits, vram_bytes=_below(plan.peak_bytes, free, part, least))
 
     def _shown_plan(self) -> str:
         return "\n".join(text for text in (str(self.plan), self._advice) if text)
@@ -305,9 +308,12 @@ class SamplingRun:
         )
 
 
-def _explain(plan: MemoryPlan, reason: str) -> str:
-    return (
-        f"Memory ran out although {size_text(plan.peak_bytes)} were planned of {size_text(plan.limit_bytes)} "
-        f"({plan.request}): {reason}\n\nWhat to do: close other programs that use the card, or set vram_limit_gb to "
-        f"less than the card has free, and queue the prompt again."
-    )
+def _below(last: int, free: int, part: float, least: int) -> int:
+    """A limit under `last`: what is free where that is less, else that part of it, but no less than the least."""
+    return free if free < last else min(max(int(last * part), least), last - 1)
+
+
+def _when(plan: MemoryPlan, short: Short) -> str:
+    if short is Short.HOST:
+        return f"although no more than {size_text(plan.ram_peak_bytes)} of it were planned ({plan.request})"
+    return f"although {size_text(plan.peak_bytes)} were planned of {size_text(plan.limit_bytes)} ({plan.request})"

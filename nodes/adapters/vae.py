@@ -11,6 +11,7 @@ import torch
 
 from ...engine.checkpoints.checkpoint import Checkpoint
 from ...engine.errors import InvalidRequest, Unsupported
+from ...engine.out_of_memory import in_words
 from ...engine.plan.stages import Stage, decode_stage
 from ...engine.streaming import read_params
 from ...engine.vae import ImageVAE, TilePlan, needed_tensors
@@ -149,6 +150,7 @@ class LowVRAMVAE(comfy.sd.VAE):
             "What to do: copy the file that it was loaded from."
         )
 
+    @in_words("the VAE ran")
     def _run(
         self,
         work: Callable[..., torch.Tensor],

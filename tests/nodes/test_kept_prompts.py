@@ -181,6 +181,7 @@ def test_the_loader_keeps_prompts_in_comfyuis_models_folder(small_pipeline: Path
     from qwenimage_lowvram.nodes.loader import QwenLowVRAMLoader
 
     models = Path(folder_paths.models_dir)
+    shutil.rmtree(models / "qwen_lowvram", ignore_errors=True)  # of other tests
     shutil.copytree(small_pipeline, models / "diffusers" / "kept_prompts")
     choices = {"transformer": "kept_prompts (folder)", "text_encoder": "from the folder", "vae": "from the folder"}
     settings = {"dtype": "fp32", "weight_format": "auto", "vram_limit_gb": 0.0, "timesteps": "fp32"}

@@ -34,14 +34,14 @@ def test_only_apples_devices_cannot_decode_fp8() -> None:
     assert all(Hardware.detect(torch.device(kind)).decodes_fp8 for kind in ("cpu", "cuda", "xpu"))
 
 
-@pytest.mark.parametrize("dtype", ["fp8", "fp8_scaled"])
+@pytest.mark.parametrize("dtype", ["fp8", "fp8_scaled", "nvfp4", "mxfp8"])
 def test_fp8_weights_are_refused_by_name_where_the_device_cannot_decode_them(
     dtype: str, small_pipeline: Path, tmp_path: Path
 ) -> None:
     names = write_split_files(small_pipeline, tmp_path, dtype=dtype, text_dtype="fp8_scaled")
     apple = replace(Hardware.detect(torch.device("cpu")), decodes_fp8=False)
     file = tmp_path / "diffusion_models" / names.transformer
-    words = r"(?s)fp8.* cannot be decoded on .*What to do: use a GGUF, bf16 or int8 file"
+    words = r"(?s)weights in (F8_E4M3|NVFP4|MXFP8), which cannot be decoded on .*What to do: use a GGUF, bf16 or int8"
     with pytest.raises(Unsupported, match=words):
         QwenImageTransformer(open_checkpoint(file), dtype=torch.float32, hardware=apple)
     text = open_checkpoint(tmp_path / "text_encoders" / names.text_encoder)

@@ -2,17 +2,20 @@
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from live_bytes import LiveBytes
+from qwenimage_lowvram.engine.out_of_memory import OutOfRam
 from qwenimage_lowvram.engine.plan.memory import least_bytes
 from qwenimage_lowvram.engine.plan.request import SamplingRequest
 from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .conftest import cond, empty_latent
+from .test_host_memory import on_card
 from .test_model import ksampler
 
 STRIDE = 3  # the parts of the test take others of the operations that fail
@@ -84,7 +87,9 @@ def test_memory_that_stays_full_is_an_error_that_leaves_nothing(model: Any, samp
                 with FullMemory(point, 10**9):
                     sample()
             except torch.OutOfMemoryError as error:
-                told += "Memory ran out although" in str(error) and "What to do: close other programs" in str(error)
+                told += "The card's memory ran out although" in str(
+                    error
+                ) and "What to do: close other programs" in str(error)
             else:
                 pytest.fail(f"operation {point} and all after it found no memory, and there was a picture")
             model.detach()
@@ -115,7 +120,7 @@ def test_a_plan_that_cannot_be_smaller_is_an_error_at_once(
 ) -> None:
     model.model.limit_bytes = least_bytes(transformer.footprint, SamplingRequest(96, 64, 2, 9))
     total = count_operations(sample)
-    with FullMemory(total // 2, 1), pytest.raises(torch.OutOfMemoryError, match="Memory ran out although"):
+    with FullMemory(total // 2, 1), pytest.raises(torch.OutOfMemoryError, match="memory ran out although"):
         sample()
 
 
@@ -208,3 +213,71 @@ def test_the_runs_own_model_is_not_asked_to_leave_when_it_is_planned_anew(
         sample()
     assert len(asked) == 1
     assert asked[0].is_clone(model)
+
+
+def test_a_smaller_limit_is_what_is_free_and_a_few_reach_the_least() -> None:
+    from qwenimage_lowvram.nodes.adapters.run import MOST_TRIES, SMALLER, _below
+
+    assert _below(1000, 700, SMALLER, 100) == 700
+    assert _below(1000, 5000, SMALLER, 100) == 850
+    assert _below(101, 5000, SMALLER, 100) == 100  # which the last try is
+    assert _below(100, 5000, SMALLER, 100) == 99  # and no plan fits
+    last, tried = 41_000, 0
+    while last > 600:  # all of the model on a card, and the smallest plan of it
+        last, tried = _below(last, 10**9, SMALLER ** (tried + 1), 600), tried + 1
+    assert tried < MOST_TRIES
+
+
+def ram_runs_out(streamed: Any, times: int) -> None:
+    """Where the run's slots are opened."""
+    transformer, errors = streamed.model.transformer, [MemoryError() for _ in range(times)]
+    session = transformer.session
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        if errors:
+            raise errors.pop()
+        return session(*args, **kwargs)
+
+    transformer.session = fails
+
+
+@pytest.mark.parametrize("free", [None, 0])
+def test_ram_that_runs_out_beside_a_card_costs_held_blocks(
+    free: int | None, model: Any, sample: Sample, small_pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = sample()
+    model.detach()
+    streamed = on_card(small_pipeline, blocks_in_ram=3)
+    ram_runs_out(streamed, 1)
+    if free is not None:
+        monkeypatch.setattr("qwenimage_lowvram.nodes.adapters.run.free_ram", lambda: free)
+    image = ksampler(streamed, cond(), cond(5, 2), empty_latent(), steps=2)
+    assert torch.equal(image, expected)
+    report = streamed.model.last_report
+    assert report.out_of_memory == 1
+    assert len(report.plan.held) == (1 if free is None else 0)  # of 3: a block is a large part of so small a plan
+    assert report.plan.ram_peak_bytes <= report.plan.limits.ram_bytes
+
+
+def test_ram_that_stays_full_is_said_to_be_ram(small_pipeline: Path) -> None:
+    streamed = on_card(small_pipeline, blocks_in_ram=3)
+    ram_runs_out(streamed, 99)
+    with pytest.raises(OutOfRam, match=r"RAM ran out although no more than .* leaves .* GiB now\.\n\nWhat to do: "):
+        ksampler(streamed, cond(), cond(5, 2), empty_latent(), steps=2)
+
+
+def test_comfyui_still_knows_a_model_whose_run_was_planned_smaller(
+    model: Any, sample: Sample, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import comfy.model_management as management
+    from qwenimage_lowvram.nodes.adapters import run
+
+    total = count_operations(sample)
+    counted: list[int] = []
+    stage_bytes = run.stage_bytes
+    monkeypatch.setattr(run, "stage_bytes", lambda *a, **k: counted.append(model.loaded_size()) or stage_bytes(*a, **k))
+    with FullMemory(total // 2, 1):
+        sample()
+    assert counted == [model.model.transformer.footprint.outside_bytes]  # what was given back is free, not held
+    assert [entry.model for entry in management.current_loaded_models if entry.model is model] == [model]
+    assert model.loaded_size() == model.model.transformer.loaded_bytes
