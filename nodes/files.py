@@ -9,6 +9,7 @@ from ..engine.checkpoints.checkpoint import GGUF_SUFFIX
 from ..engine.checkpoints.parts import without_later_parts
 from ..engine.errors import MissingFile
 from ..engine.texts import shown
+from .folders import FolderSearch
 
 FOLDER_SUFFIX = " (folder)"
 CHECKPOINT_SUFFIX = " (checkpoint)"
@@ -49,11 +50,12 @@ def model_file(kind: str, choice: str) -> Path:
     name = choice
     if isinstance(choice, str) and choice.endswith(CHECKPOINT_SUFFIX):
         kind, name = "checkpoints", choice.removesuffix(CHECKPOINT_SUFFIX)
-    if name not in _all_files(kind):
+    path = folder_paths.get_full_path(kind, name) if name in _all_files(kind) else None
+    if path is None:
         raise MissingFile(
             f"There is no {shown(choice)} in models/{kind}.\n\nWhat to do: put it there and press R, or choose another."
         )
-    return Path(folder_paths.get_full_path_or_raise(kind, name))
+    return Path(path)
 
 
 def _files(kind: str) -> list[str]:
@@ -73,19 +75,26 @@ def _checkpoints() -> list[str]:
 
 def _gguf_files(kind: str) -> list[str]:
     """GGUF files in ComfyUI's folders of that kind, which its own list leaves out."""
-    return [
-        name
-        for root in folder_paths.get_folder_paths(kind)
-        for name in folder_paths.recursive_search(root, excluded_dir_names=[".git"])[0]
-        if name.lower().endswith(GGUF_SUFFIX)
-    ]
+    return [name for root in folder_paths.get_folder_paths(kind) for name in _GGUF.below(root)]
 
 
 def _pipelines() -> dict[str, Path]:
     found: dict[str, Path] = {}
     for root in folder_paths.get_folder_paths("diffusers"):
-        for folder, subfolders, files in os.walk(root, followlinks=True):
-            if "model_index.json" in files:
-                found.setdefault(os.path.relpath(folder, root).replace(os.sep, "/"), Path(folder))
-                subfolders.clear()
+        for name in _PIPELINES.below(root):
+            found.setdefault(name.replace(os.sep, "/"), Path(os.path.join(root, name)))
     return dict(sorted(found.items()))
+
+
+def _wanted_gguf(folder: str, names: list[str]) -> tuple[list[str], bool]:
+    return [os.path.normpath(os.path.join(folder, name)) for name in names if name.lower().endswith(GGUF_SUFFIX)], True
+
+
+def _wanted_pipelines(folder: str, names: list[str]) -> tuple[list[str], bool]:
+    """A pipeline's folder holds no other."""
+    is_one = "model_index.json" in names
+    return [folder] if is_one else [], not is_one
+
+
+# ComfyUI asks for the choices at every page load, and several times for every prompt
+_GGUF, _PIPELINES = FolderSearch("gguf", _wanted_gguf), FolderSearch("pipelines", _wanted_pipelines)

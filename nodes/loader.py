@@ -30,7 +30,7 @@ from .adapters.shortage import RAM_LIMIT, VRAM_LIMIT
 from .adapters.timeline import Timeline
 from .adapters.vae import make_vae
 from .format_choice import Parts, advice_for, fastest_format, limits_now
-from .inputs import at_input
+from .inputs import at_input, before_the_run
 from .weight_cache import (
     AS_STORED,
     FASTEST,
@@ -118,16 +118,9 @@ def open_component(path: Path, component: Component) -> Checkpoint:
     return only(checkpoint, component)
 
 
-def wrong_transformer(transformer: str | None) -> str:
-    """What is wrong with the file chosen for the transformer; empty for nothing, and for a linked input, which is not
-    known yet."""
-    if transformer is None:
-        return ""
-    try:
-        open_component(transformer_source(transformer), Component.TRANSFORMER)
-    except QwenLowVRAMError as error:
-        return str(error)
-    return ""
+def require_transformer(transformer: str) -> None:
+    """Raises where the file or folder chosen for the transformer is not there, damaged, or none."""
+    open_component(transformer_source(transformer), Component.TRANSFORMER)
 
 
 class QwenLowVRAMLoader:
@@ -273,10 +266,10 @@ class QwenLowVRAMLoader:
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, transformer: str | None) -> bool | str:
+    async def VALIDATE_INPUTS(cls, transformer: str | None) -> bool | str:
         """Before the run: is the transformer there, whole, and one? ComfyUI says the answer once for every input that
         is named here, so this names one; `load` looks at the others before it loads anything."""
-        return wrong_transformer(transformer) or True
+        return await before_the_run(require_transformer, transformer)
 
     @classmethod
     def IS_CHANGED(cls, transformer: str, text_encoder: str, vae: str, **settings: Any) -> str:

@@ -13,7 +13,7 @@ from ..engine.texts import LONGEST, printable, shown
 from .adapters.checks import check_widgets
 from .adapters.patcher import LowVRAMPatcher
 from .adapters.progress import tell
-from .inputs import at_input
+from .inputs import at_input, before_the_run
 from .words import CATEGORY
 
 logger = logging.getLogger(__name__)
@@ -56,15 +56,9 @@ class QwenLowVRAMLoadLora:
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, lora_name: str | None) -> bool | str:
-        """Before the run: is the file there, and whole? A linked input is not known yet."""
-        if lora_name is None:
-            return True
-        try:
-            open_lora(_file_of(lora_name))
-        except QwenLowVRAMError as error:
-            return str(error)
-        return True
+    async def VALIDATE_INPUTS(cls, lora_name: str | None) -> bool | str:
+        """Before the run: is the file there, and whole?"""
+        return await before_the_run(lambda name: open_lora(_file_of(name)), lora_name)
 
     @classmethod
     def IS_CHANGED(cls, lora_name: str | None = None, **others: Any) -> str:
@@ -105,9 +99,10 @@ def warnings_of(lora: LoraMatch, weight_format: str) -> list[str]:
 
 
 def _file_of(name: str) -> Path:
-    if name not in folder_paths.get_filename_list("loras"):
+    path = folder_paths.get_full_path("loras", name) if name in folder_paths.get_filename_list("loras") else None
+    if path is None:
         raise MissingFile(f"There is no {shown(name)} in models/loras.\n\nWhat to do: put it there and press R.")
-    return Path(folder_paths.get_full_path_or_raise("loras", name))
+    return Path(path)
 
 
 def _listed(lora: LoraMatch) -> list[str]:

@@ -26,8 +26,8 @@ from .adapters.checks import check_widgets, limit_bytes
 from .adapters.limits import free_ram, headroom_bytes
 from .adapters.speeds import KnownSpeeds
 from .format_choice import TYPICAL_REQUEST, advice_of, versions_of
-from .inputs import at_input
-from .loader import Sources, wrong_transformer
+from .inputs import at_input, before_the_run
+from .loader import Sources, require_transformer
 from .pictures import as_image, preview
 from .weight_cache import AS_STORED, FASTEST, WEIGHT_FORMATS, check_weight_format, weight_cache_folder
 from .words import AUTO, CATEGORY
@@ -134,9 +134,9 @@ class QwenLowVRAMMemoryPlan:
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, transformer: str | None) -> bool | str:
+    async def VALIDATE_INPUTS(cls, transformer: str | None) -> bool | str:
         """Before the run: is the transformer there, whole, and one? `plan` looks at the other inputs."""
-        return wrong_transformer(transformer) or True
+        return await before_the_run(require_transformer, transformer)
 
     @classmethod
     def IS_CHANGED(cls, transformer: str, text_encoder: str, vae: str, **settings: Any) -> str:

@@ -28,7 +28,7 @@ assert len(ours) > 8, len(ours)
 for node in ours:
     node.INPUT_TYPES()
 folder_paths.add_model_folder_path("diffusers", %r)
-assert nodes.NODE_CLASS_MAPPINGS["QwenLowVRAMLoader"].VALIDATE_INPUTS(%r) is True
+assert asyncio.run(nodes.NODE_CLASS_MAPPINGS["QwenLowVRAMLoader"].VALIDATE_INPUTS(%r)) is True
 print("MARK")
 print({name.partition(".")[0] for name in set(sys.modules) - before})
 """

@@ -1,5 +1,6 @@
 """Qwen-Image-2512 has Qwen-Image's tensors: its published files are read as that, with its schedules and LoRAs."""
 
+import asyncio
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +39,7 @@ def load(models: Any, full_pipeline: Path, tmp_path: Path) -> Load:
         for kind in ("diffusion_models", "text_encoders", "vae", "diffusers"):
             models(kind, str(folder / kind))
         chosen = (name, written.text_encoder, written.vae) if name in FILES else (name, *["from the folder"] * 2)
-        assert QwenLowVRAMLoader.VALIDATE_INPUTS(chosen[0]) is True
+        assert asyncio.run(QwenLowVRAMLoader.VALIDATE_INPUTS(chosen[0])) is True
         return QwenLowVRAMLoader().load(*chosen, "fp32", "as stored", 0.0, "fp32")[0]
 
     return make

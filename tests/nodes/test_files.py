@@ -1,5 +1,6 @@
 """The loader reaches the files of ComfyUI's own folders and of extra_model_paths.yaml, and no other, and says why."""
 
+import asyncio
 import json
 import shutil
 from pathlib import Path
@@ -44,7 +45,7 @@ SETTINGS = {"dtype": "fp32", "weight_format": "as stored", "vram_limit_gb": 0.0,
 def says(transformer: Any, text_encoder: Any, vae: Any, **settings: Any) -> str:
     """What the loader says of these inputs before it loads anything: of the transformer before the run, of the others
     when it runs. Empty if nothing."""
-    said = loader().VALIDATE_INPUTS(transformer)
+    said = asyncio.run(loader().VALIDATE_INPUTS(transformer))
     raised = ""
     try:
         loader()().load(transformer, text_encoder, vae, **(SETTINGS | settings))

@@ -1,5 +1,6 @@
 """The Memory Plan node plans the real model for every card from headers alone, and says what does not fit."""
 
+import asyncio
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -196,7 +197,9 @@ def test_a_file_that_is_missing_or_misplaced_is_named_before_anything_is_planned
     from qwenimage_lowvram.engine.errors import InvalidRequest, MissingFile
     from qwenimage_lowvram.nodes.memory_plan import QwenLowVRAMMemoryPlan
 
-    check = QwenLowVRAMMemoryPlan.VALIDATE_INPUTS
+    def check(transformer: str | None) -> Any:
+        return asyncio.run(QwenLowVRAMMemoryPlan.VALIDATE_INPUTS(transformer))
+
     assert check(FILES["transformer"]) is True
     assert check(None) is True
     assert "gone.safetensors" in check("gone.safetensors")

@@ -1,5 +1,6 @@
 """Our MODEL, CLIP and VAE among other people's nodes: honoured or refused in words, in any order of events."""
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -129,4 +130,4 @@ def test_the_vae_does_not_ask_itself_to_leave(
 def test_a_linked_input_of_the_loader_is_left_to_the_run(comfy: Any) -> None:
     from qwenimage_lowvram.nodes.loader import QwenLowVRAMLoader
 
-    assert QwenLowVRAMLoader.VALIDATE_INPUTS(None) is True
+    assert asyncio.run(QwenLowVRAMLoader.VALIDATE_INPUTS(None)) is True

@@ -1,5 +1,6 @@
 """Texts that nobody expects, in prompts, names and keys: refused in words or shown escaped, never raw anywhere."""
 
+import asyncio
 import json
 import logging
 import os
@@ -217,7 +218,7 @@ def test_models_of_any_name_are_loaded(
         os.rename(tmp_path / folder / file, tmp_path / folder / name)
         models(folder, tmp_path / folder)
     with caplog.at_level(logging.INFO):
-        assert QwenLowVRAMLoader.VALIDATE_INPUTS(name) is True
+        assert asyncio.run(QwenLowVRAMLoader.VALIDATE_INPUTS(name)) is True
         assert is_harmless(QwenLowVRAMLoader.IS_CHANGED(name, name, name))
         _, clip, _ = QwenLowVRAMLoader().load(name, name, name, "fp32", weight_format, 0.0, "fp32")
         clip.encode_prompts(["a"])
@@ -231,7 +232,7 @@ def test_a_file_that_is_not_there_is_refused_in_few_words(comfy: Any, name: Any)
     from qwenimage_lowvram.nodes.memory_plan import QwenLowVRAMMemoryPlan
 
     for node in (QwenLowVRAMLoader, QwenLowVRAMMemoryPlan, QwenLowVRAMLoadLora):
-        said = node.VALIDATE_INPUTS(name)
+        said = asyncio.run(node.VALIDATE_INPUTS(name))
         assert isinstance(said, str)
         assert len(said) < 2000
         assert is_harmless(said)

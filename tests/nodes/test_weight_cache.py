@@ -1,5 +1,6 @@
 """The loader quantizes at its first load, is interrupted like any node, and notices when its cache has been cleared."""
 
+import asyncio
 import json
 import logging
 import math
@@ -153,7 +154,7 @@ def test_looking_at_the_inputs_quantizes_nothing(pipeline: Path) -> None:
 def test_linked_inputs_are_looked_at_when_they_are_known(pipeline: Path) -> None:
     from qwenimage_lowvram.nodes.loader import QwenLowVRAMLoader
 
-    assert QwenLowVRAMLoader.VALIDATE_INPUTS(None) is True
+    assert asyncio.run(QwenLowVRAMLoader.VALIDATE_INPUTS(None)) is True
     assert QwenLowVRAMLoader.IS_CHANGED(**(chosen("nf4") | {"weight_format": None})) == fingerprint("auto")
 
 
