@@ -56,6 +56,11 @@ class BranchState:
     row: ModulationRow
     residuals: tuple[Sequence[Tensor | None], ...]
 
+    @property
+    def tokens(self) -> int:
+        """Of images and prompt together."""
+        return self.img.shape[1] + self.txt.shape[1]
+
     def move(self, device: torch.device) -> None:
         """Hand everything but the table's row and the residuals on to `device`."""
         self.img, self.txt, self.temb = self.img.to(device), self.txt.to(device), self.temb.to(device)
@@ -66,15 +71,17 @@ class BranchState:
     def run(self, index: int, block: nn.Module) -> None:
         device = self.img.device
         block.img_mod.value, block.txt_mod.value = self.row.img[index].to(device), self.row.txt[index].to(device)
-        self.txt, self.img = block(
-            hidden_states=self.img,
-            encoder_hidden_states=self.txt,
-            temb=self.temb,
-            image_rotary_emb=self.rotary,
-            modulate_index=self.modulate_index,
-            **_mask_arguments(self.mask, self.img.shape[1]),
-        )
-        del block.img_mod.value, block.txt_mod.value  # a resident block would keep the row on the device
+        try:
+            self.txt, self.img = block(
+                hidden_states=self.img,
+                encoder_hidden_states=self.txt,
+                temb=self.temb,
+                image_rotary_emb=self.rotary,
+                modulate_index=self.modulate_index,
+                **_mask_arguments(self.mask, self.img.shape[1]),
+            )
+        finally:
+            del block.img_mod.value, block.txt_mod.value  # a resident block would keep the row on the device
 
     def add_residuals(self, index: int) -> None:
         """Behind block `index`. Several are summed up first, in their order, as ComfyUI does it."""

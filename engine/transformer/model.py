@@ -12,6 +12,7 @@ from torch import Tensor
 from ..checkpoints.checkpoint import Checkpoint
 from ..families.members import TransformerConfig, Variant
 from ..hardware import Hardware
+from ..interruption import interruptible
 from ..plan.footprint import TransformerFootprint
 from ..plan.memory import Annex, spread_order
 from ..streaming import BlockSource, BlockStreamer, FileSource, StoredBlock, Waits, WeightPatch, bind
@@ -245,17 +246,19 @@ class TransformerSession:
         hooked: Sequence[Hooked] = (),
         more: bool = False,
         on_block: OnBlock | None = None,
+        check: Callable[[], None] | None = None,
     ) -> list[Tensor]:
         """The velocity of each branch's picture, (1, N of the picture, 64), in one pass over the blocks.
 
         `hooked`: branches with something around their blocks. `more`: another pass follows. `on_block` is called
-        before each block with its index; it may raise, and the session can be used again after that. Raises what
-        `branch_tables` does.
+        before each block with its index, `check` within those of huge images (`interruptible`); both may raise, and the
+        session can be used again after that. Raises what `branch_tables` does.
         """
         self._transformer.return_outside()  # it may have been asked to leave since the last pass
         rows = {b.moment: self._transformer.modulation.row(*b.moment, on_block=on_block) for b in branches}
         states = [self._begin(branch, rows[branch.moment]) for branch in branches]
         alone = set(range(len(states))).difference(*(group.branches for group in hooked))
+        tokens = max((state.tokens for state in states), default=0)
         for streamer in self._streamers:
             for state in states:
                 state.move(streamer.device)
@@ -263,10 +266,11 @@ class TransformerSession:
                 if on_block is not None:
                     on_block(index)
                 block.img_mlp.chunk_tokens = block.txt_mlp.chunk_tokens = self._mlp_chunk_tokens
-                for i in sorted(alone):
-                    states[i].run(index, block)
-                for group in hooked:
-                    run_hooked([states[i] for i in group.branches], group.hook, index, block)
+                with interruptible(tokens, check):
+                    for i in sorted(alone):
+                        states[i].run(index, block)
+                    for group in hooked:
+                        run_hooked([states[i] for i in group.branches], group.hook, index, block)
                 for state in states:
                     state.add_residuals(index)
         for state in states:

@@ -56,6 +56,16 @@ def check_computed(conds: Conds, shape: Sequence[int]) -> None:
                 )
 
 
+def check_result(latents: Tensor) -> None:
+    """Raise InvalidRequest for what would be a black image. Guidance, samplers and patches of others may make it."""
+    if not torch.isfinite(latents).all():
+        raise InvalidRequest(
+            "The sampled latents hold numbers that are not finite (NaN or infinity): the image would be black.\n\n"
+            "What to do: check the numbers of the nodes that change guidance, sampler or model; use bf16 or fp32 where "
+            "dtype is fp16."
+        )
+
+
 def _check_entry(name: str, entry: dict[str, Any], channels: int) -> None:
     check_embeds(name, entry.get("cross_attn"))
     tokens, mask = entry["cross_attn"].shape[1], entry.get("attention_mask")

@@ -24,7 +24,7 @@ from ...engine.transformer.latents import PATCH
 from ...engine.transformer.model import QwenImageTransformer
 from .call import Call
 from .conditions import Conds, conditions_of_run, entries_of, size_of
-from .contents import check_computed, check_values
+from .contents import check_computed, check_result, check_values
 from .control import ControlNets, check_controls, check_devices, other_models
 from .control_memory import controls_of
 from .lockstep import KEY, Lockstep
@@ -173,6 +173,7 @@ def _outer_sample(
     try:
         calls.run = _planned_run(model, guider, conds, noise, sigmas, beside)
         result = executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
+        check_result(result)
         finished = True
         return result
     finally:

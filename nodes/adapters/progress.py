@@ -12,10 +12,13 @@ import torch
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
+from ...engine.plan.memory import MemoryPlan
 from ...engine.texts import printable
 
 EVENT = "qwen_lowvram.progress"
 SECONDS_BETWEEN_EVENTS = 0.2
+# a forecast that is worth a warning: an image of the usual size takes minutes on the slowest cards
+LONG_SECONDS = 2 * 3600
 
 
 def executing_node_id() -> str | None:
@@ -37,6 +40,17 @@ def tell(text: str) -> None:
     server, node = getattr(PromptServer, "instance", None), executing_node_id()
     if server is not None and node is not None:
         server.send_progress_text(html.escape(printable(text, lines=True), quote=False), node, server.client_id)
+
+
+def warning_of(plan: MemoryPlan) -> str:
+    """What is said of a run that takes LONG_SECONDS or more; empty for any other."""
+    request, seconds = plan.request, plan.forecast.seconds * plan.request.timesteps
+    if seconds < LONG_SECONDS:
+        return ""
+    return (
+        f"This run will take about {seconds / 3600:,.1f} hours ({request.width}x{request.height} px, "
+        f"{request.timesteps} steps, {plan.forecast}). It can be interrupted at any time; a smaller image takes less."
+    )
 
 
 @dataclass

@@ -25,7 +25,7 @@ from ...engine.transformer.branch import Branch
 from ...engine.transformer.hooks import Hooked
 from ...engine.transformer.model import QwenImageTransformer, TransformerSession
 from .limits import free_ram, stage_bytes
-from .progress import MemoryWatch, RunProgress
+from .progress import MemoryWatch, RunProgress, warning_of
 from .speeds import KnownSpeeds
 from .timeline import Timeline
 
@@ -38,9 +38,6 @@ TELLING_FLOPS = 1e12
 SMALLER = 0.85
 # each with a smaller plan than the one before
 MOST_TRIES = 8
-
-# a forecast that is worth a warning: an image of the usual size takes minutes on the slowest cards
-LONG_SECONDS = 2 * 3600
 
 T = TypeVar("T")
 
@@ -110,16 +107,8 @@ class SamplingRun:
         logger.info("%s", self.plan)
         if self._advice:
             logger.info("%s", self._advice)
-        forecast = self.plan.forecast.seconds * self.plan.request.timesteps
-        if forecast > LONG_SECONDS:
-            logger.warning(
-                "%s: %d steps will take about %.1f hours (%s). It can be interrupted at every block; a smaller image "
-                "is much faster.",
-                self.plan.request,
-                self.plan.request.timesteps,
-                forecast / 3600,
-                self.plan.forecast,
-            )
+        if warning := warning_of(self.plan):
+            logger.warning("%s", warning)
         self._timesteps = [float(t) for t in model_sampling.timestep(self._sigmas[self._sigmas > 0]).float()]
         self.attempt(self._open)
 
@@ -131,8 +120,12 @@ class SamplingRun:
             self._progress.step = len(self._seen) - 1
         more = timestep > min(self._timesteps, default=0.0)
         start = time.perf_counter()
-        on_block = self._progress.sampling
-        result = self.attempt(lambda: self._opened().forward(branches, hooked=hooked, more=more, on_block=on_block))
+        on_block, check = self._progress.sampling, comfy.model_management.throw_exception_if_processing_interrupted
+
+        def compute() -> list[Tensor]:
+            return self._opened().forward(branches, hooked=hooked, more=more, on_block=on_block, check=check)
+
+        result = self.attempt(compute)
         self._pass_seconds += time.perf_counter() - start
         self._passes += 1
         if self._passes == 1:
@@ -287,7 +280,7 @@ class SamplingRun:
         return replace(limits, vram_bytes=_below(plan.peak_bytes, free, part, least))
 
     def _shown_plan(self) -> str:
-        return "\n".join(text for text in (str(self.plan), self._advice) if text)
+        return "\n".join(text for text in (str(self.plan), self._advice, warning_of(self.plan)) if text)
 
     def _learn(self) -> None:
         """Correct what is known of this machine's speeds by what this run took."""

@@ -11,7 +11,9 @@ import torch
 
 from ...engine.checkpoints.checkpoint import Checkpoint
 from ...engine.errors import InvalidRequest, Unsupported
+from ...engine.interruption import interruptible
 from ...engine.out_of_memory import in_words
+from ...engine.plan.request import PATCH_PX
 from ...engine.plan.stages import Stage, decode_stage
 from ...engine.streaming import read_params
 from ...engine.vae import ImageVAE, TilePlan, needed_tensors
@@ -170,15 +172,17 @@ class LowVRAMVAE(comfy.sd.VAE):
         budget = stage_bytes(self.device, self.limit_bytes, self.size + room, reused=self.patcher) - self.size
         comfy.model_management.load_models_gpu([self.patcher], memory_required=room, force_full_load=True)
         progress = comfy.utils.ProgressBar(1)
+        throw_if_interrupted = comfy.model_management.throw_exception_if_processing_interrupted
 
         def on_tile(done: int, total: int) -> None:
-            comfy.model_management.throw_exception_if_processing_interrupted()
+            throw_if_interrupted()
             progress.update_absolute(done, total)
             self.timeline.sample()
 
         options = {"limit_bytes": budget, "tile_px": tile_px, "on_tile": on_tile, "out_device": self.output_device}
         short = naming_limit(self.device, self.limit_bytes, budget + self.size, self.limit_name)
-        with short, comfy.model_management.cuda_device_context(self.device):
+        long = interruptible(size[0] * size[1] // PATCH_PX**2, throw_if_interrupted)
+        with short, long, comfy.model_management.cuda_device_context(self.device):
             result = self._measured(work, data, options) if work == vae.decode else work(data, **options)
         return result.to(comfy.model_management.intermediate_dtype())
 

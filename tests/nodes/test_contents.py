@@ -174,6 +174,16 @@ def test_sample_refuses_what_is_no_noise_mask(model: Any, mask: Any) -> None:
         sample(model, latent_image={**empty_latent(), "noise_mask": mask})
 
 
+def test_a_result_that_is_not_finite_is_an_error_and_no_black_image(model: Any) -> None:
+    """A node of others that changes guidance by a number that is none."""
+    from comfy_extras.nodes_model_advanced import RescaleCFG
+
+    (rescaled,) = RescaleCFG().patch(model, NAN)
+    with pytest.raises(InvalidRequest, match="sampled latents"):
+        ksampler(rescaled, cond(), cond(5, 2), empty_latent())
+    assert torch.isfinite(ksampler(model, cond(), cond(5, 2), empty_latent())).all()
+
+
 @pytest.mark.parametrize("number", [NAN, INFINITY, -INFINITY])
 def test_ksampler_with_our_model_refuses_a_noise_mask_that_is_not_finite(model: Any, number: float) -> None:
     mask = torch.ones(1, 1, 8, 12)

@@ -1,7 +1,9 @@
 """Requests that no machine can grant are refused in words, quickly, and before anything is loaded."""
 
 import logging
+import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,17 +75,22 @@ def test_a_prompt_too_long_beside_its_image_is_refused_before_anything_is_loaded
     assert model.model.transformer.store.fetched_blocks == 0
 
 
-def test_a_run_of_hours_is_warned_of(model: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
-    from qwenimage_lowvram.nodes.adapters import run
+def test_a_run_of_hours_is_warned_of(
+    model: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from qwenimage_lowvram.nodes.adapters import progress
 
-    monkeypatch.setattr(run, "LONG_SECONDS", 0.0)
-    with caplog.at_level(logging.WARNING):
+    shown: list[str] = []
+    monkeypatch.setattr(progress, "send", lambda event, data: shown.append(data["plan"]))
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+        patch.setattr(progress, "LONG_SECONDS", 0.0)
         ksampler(model, cond(), cond(5, 2), empty_latent(), steps=2)
-    assert "2 steps will take about" in caplog.text
-    monkeypatch.undo()
+    for text in (caplog.text, shown[0]):
+        assert "This run will take about 0.0 hours (96x64 px, 2 steps" in text
     caplog.clear()
+    shown.clear()
     ksampler(model, cond(), cond(5, 2), empty_latent(), steps=2)
-    assert "will take about" not in caplog.text
+    assert "will take about" not in caplog.text + shown[0]
 
 
 # which limit is short
@@ -129,3 +136,46 @@ def test_sampling_names_the_ram_limit_where_that_is_short(model: Any) -> None:
         ksampler(model, cond(), cond(5, 2), empty_latent())
     assert "VRAM limit" not in str(caught.value)
     assert "No limit is set" not in str(caught.value)
+
+
+# interrupted within a block
+
+
+@pytest.fixture
+def interrupted() -> Iterator[Callable[[float], None]]:
+    """`interrupted(seconds)` presses Cancel after so many seconds."""
+    import comfy.model_management as management
+
+    timers: list[threading.Timer] = []
+
+    def press(seconds: float) -> None:
+        timers.append(threading.Timer(seconds, management.interrupt_current_processing))
+        timers[-1].start()
+
+    yield press
+    for timer in timers:
+        timer.cancel()
+    management.interrupt_current_processing(False)
+
+
+def seconds_of(work: Callable[[], Any]) -> float:
+    from comfy.model_management import InterruptProcessingException
+
+    start = time.monotonic()
+    with pytest.raises(InterruptProcessingException):
+        work()
+    return time.monotonic() - start
+
+
+def test_a_huge_image_is_interrupted_within_a_block(model: Any, interrupted: Callable[[float], None]) -> None:
+    interrupted(3.0)
+    assert seconds_of(lambda: ksampler(model, cond(), cond(5, 2), empty_latent(8192, 8192), steps=1)) < 20
+    assert model.model.last_report.passes == 0
+    assert torch.isfinite(ksampler(model, cond(), cond(5, 2), empty_latent(), steps=1)).all()
+
+
+def test_decoding_a_huge_image_is_interrupted_before_its_first_tile(
+    vae: Any, interrupted: Callable[[float], None]
+) -> None:
+    interrupted(3.0)
+    assert seconds_of(lambda: vae.decode(torch.zeros(1, 16, 1, 512, 512))) < 20
