@@ -79,6 +79,18 @@ def whole_file(path: Path, *, mtime_s: int | None = None, patience_s: float = 1.
         raise
 
 
+def may_write(folder: Path) -> bool:
+    """Whether files can be made in `folder`, or, where it is not there, above it. Tried: no system tells beforehand."""
+    there = next((path for path in (folder, *folder.parents) if os.path.lexists(path)), folder)
+    probe = there / f"{uuid.uuid4().hex}{UNFINISHED}"
+    try:
+        probe.open("xb").close()
+    except OSError:
+        return False
+    _remove(probe)
+    return True
+
+
 def is_file(path: Path) -> bool:
     """Whether a plain file lies there: no link, folder, pipe, socket or device. False where that cannot be seen."""
     try:

@@ -12,11 +12,11 @@ from ..engine.hardware import Hardware
 from ..engine.out_of_memory import reason, shortage
 from ..engine.plan.choice import FormatChoice, choose_format
 from ..engine.plan.request import Limits, SamplingRequest
-from ..engine.quantized.weights import QuantizedWeights
 from ..engine.transformer.parts import TransformerParts
 from .adapters.limits import could_be_free
 from .adapters.speeds import KnownSpeeds
-from .weight_cache import AS_STORED, weight_cache_folder
+from .cache_folder import weight_cache_folder
+from .weight_cache import AS_STORED, quantized_weights
 
 logger = logging.getLogger(__name__)
 
@@ -107,8 +107,8 @@ def _quantized(source: Checkpoint) -> dict[str, Checkpoint]:
     found = {}
     for name in QUANTIZED:
         try:
-            weights = QuantizedWeights.of(source, name, weight_cache_folder())
-            if weights is None:
+            weights = quantized_weights(source, name)
+            if weights is None or weights.path.parent != weight_cache_folder():  # nothing is made for one session
                 continue
             weights.check_room()
         except (InvalidRequest, CacheError):

@@ -25,11 +25,12 @@ from . import files
 from .adapters.checks import check_widgets, limit_bytes
 from .adapters.limits import free_ram, headroom_bytes
 from .adapters.speeds import KnownSpeeds
+from .cache_folder import weight_cache_folder
 from .format_choice import TYPICAL_REQUEST, advice_of, versions_of
 from .inputs import at_input, before_the_run
 from .loader import Sources, require_transformer
 from .pictures import as_image, preview
-from .weight_cache import AS_STORED, FASTEST, WEIGHT_FORMATS, check_weight_format, weight_cache_folder
+from .weight_cache import AS_STORED, FASTEST, WEIGHT_FORMATS, check_weight_format
 from .words import AUTO, CATEGORY
 
 CARDS_GB = (4, 6, 8, 12, 16, 24)

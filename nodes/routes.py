@@ -10,8 +10,9 @@ from typing import Any
 from aiohttp import web
 from server import PromptServer
 
+from .cache_folder import weight_cache_folder
 from .cache_report import CLEARABLE, cleared
-from .weight_cache import prompt_cache, weight_cache_folder
+from .weight_cache import prompt_cache
 
 PATH = "/qwen_lowvram/clear"
 _LONGEST_BODY = 1000

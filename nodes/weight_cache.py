@@ -1,15 +1,14 @@
 """Quantized weights and encoded prompts in models/qwen_lowvram: a node shows and clears them."""
 
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
 import comfy.model_management
 import comfy.utils
-import folder_paths
 import torch
 
+from ..engine.atomic_files import may_write
 from ..engine.checkpoints.checkpoint import Checkpoint
 from ..engine.errors import InvalidRequest
 from ..engine.hardware import Hardware
@@ -23,12 +22,11 @@ from ..engine.texts import printable, shown
 from . import cache_report
 from .adapters.limits import stage_bytes
 from .adapters.progress import tell
+from .cache_folder import VARIABLE, folder_until_the_end, weight_cache_folder
 from .words import AUTO, CATEGORY
 
 logger = logging.getLogger(__name__)
 
-# of the environment, and a kind of extra_model_paths.yaml
-CACHE_VARIABLE, CACHE_KIND = "QWEN_LOWVRAM_CACHE", "qwen_lowvram"
 AS_STORED, FASTEST = "as stored", "fastest"
 WEIGHT_FORMATS = (AUTO, AS_STORED, *FORMATS, FASTEST)  # auto is as stored: the default makes one image everywhere
 SHOW = "show"
@@ -38,15 +36,6 @@ HOW_TO_CLEAR = (
     "To clear, use the buttons on the node. A program sends POST /qwen_lowvram/clear with the JSON "
     '{"clear": "unused"}, "all" or "prompts".'
 )
-
-
-def weight_cache_folder() -> Path:
-    """Where the environment says, else where ComfyUI's extra_model_paths.yaml does, else beside the models."""
-    given = os.path.expandvars(f"${{{CACHE_VARIABLE}}}")
-    if given and not given.startswith("$"):  # which an unset variable stays
-        return Path(given).expanduser()
-    listed = folder_paths.folder_names_and_paths.get(CACHE_KIND, ((), ()))[0]
-    return Path(listed[0]) if listed else Path(folder_paths.models_dir) / CACHE_KIND
 
 
 def prompt_cache() -> PromptCache:
@@ -71,7 +60,10 @@ def in_weight_format(source: Checkpoint, weight_format: str, hardware: Hardware,
     if weights is None:
         return source
     require_decodable((part for part in weights.checkpoint(0).tensors.values() if part.file == weights.path), hardware)
-    held = weights.open() or _make(weights, hardware.device, limit_bytes)
+    held = weights.open()
+    if held is None:
+        weights = _where_it_can_be_made(weights)  # also instead of a damaged file that cannot be replaced
+        held = weights.open() or _make(weights, hardware.device, limit_bytes)
     _lent.add(weights.path)
     return held
 
@@ -82,13 +74,25 @@ def losses(source: Checkpoint, weight_format: str | None) -> int:
     A loaded model reads it at every run: as part of the loader's IS_CHANGED this loads the model again.
     """
     formats = FORMATS if weight_format == FASTEST else {weight_format} & FORMATS.keys()
-    return sum(_lent.losses(cache_path(source, name, weight_cache_folder())) for name in formats)
+    folders = (weight_cache_folder(), folder_until_the_end())
+    return sum(_lent.losses(cache_path(source, name, folder)) for name in formats for folder in folders)
 
 
 def _weights(source: Checkpoint, weight_format: str) -> QuantizedWeights | None:
     if weight_format in (AUTO, AS_STORED, FASTEST):
         return None
-    return QuantizedWeights.of(source, weight_format, weight_cache_folder())
+    return quantized_weights(source, weight_format)
+
+
+def quantized_weights(source: Checkpoint, weight_format: str) -> QuantizedWeights | None:
+    """In the cache's folder; where nothing can be written there, what it does not have is for ComfyUI's temporary
+    folder. None and errors as QuantizedWeights.of has them."""
+    weights = QuantizedWeights.of(source, weight_format, weight_cache_folder())
+    return weights if weights is None or weights.is_there() else _where_it_can_be_made(weights)
+
+
+def _where_it_can_be_made(weights: QuantizedWeights) -> QuantizedWeights:
+    return weights if may_write(weights.path.parent) else weights.in_folder(folder_until_the_end())
 
 
 def _make(weights: QuantizedWeights, device: torch.device, limit_bytes: int | None) -> Checkpoint:
@@ -100,6 +104,13 @@ def _make(weights: QuantizedWeights, device: torch.device, limit_bytes: int | No
     )
     logger.info("%s", text)
     tell(text)
+    if weights.path.parent == folder_until_the_end():
+        logger.warning(
+            "%s cannot be written to: what is quantized goes when ComfyUI starts anew. To keep it, set the environment "
+            "variable %s, or qwen_lowvram in extra_model_paths.yaml, to a folder that can.",
+            printable(str(weight_cache_folder())),
+            VARIABLE,
+        )
     bar = comfy.utils.ProgressBar(len(weights.blocks))
 
     def on_block(done: int, total: int) -> None:

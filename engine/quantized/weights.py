@@ -94,9 +94,20 @@ class QuantizedWeights:
         """The most that `make` holds: a matrix as it is read and as it is stored, and scratch memory."""
         return _SCRATCH_BYTES + max(matrix.source.nbytes + matrix.nbytes for matrix in self._matrices())
 
+    def is_there(self) -> bool:
+        """Whether the file is, by its header."""
+        try:
+            return self.path.is_file() and self._is_ours(open_checkpoint(self.path))
+        except CheckpointError:
+            return False
+
+    def in_folder(self, folder: Path) -> "QuantizedWeights":
+        """The same in another folder."""
+        return replace(self, path=folder / self.path.name)
+
     def check_room(self) -> None:
         """Raise CacheError where the file has to be made and the disk lacks room. Reads headers only."""
-        if not self._header_fits():
+        if not self.is_there():
             require_place(self.path)
             self._require_room()
 
@@ -245,12 +256,6 @@ class QuantizedWeights:
         except OSError as error:
             raise MissingFile(f"{self.source.path} cannot be read any more ({error}).") from error
         return [(stat.st_size, stat.st_mtime_ns) for stat in stats]
-
-    def _header_fits(self) -> bool:
-        try:
-            return self.path.is_file() and self._is_ours(open_checkpoint(self.path))
-        except CheckpointError:
-            return False
 
     def _is_ours(self, file: Checkpoint) -> bool:
         """Whether the file's header is that of this source, format and version, tensor by tensor."""

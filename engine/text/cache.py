@@ -70,7 +70,7 @@ class PromptCache:
         if is_odd(path):
             logger.warning("A prompt is encoded again: %s is no plain file. It is left alone.", path)
             return None
-        if not path.exists():
+        if not os.path.exists(path):  # Path.exists would raise where the folder may not be entered
             return None
         try:
             tensor = _read(path, key)

@@ -99,7 +99,7 @@ def test_little_ram_means_a_step_that_waits_for_the_disk() -> None:
 
 
 def test_formats_are_planned_without_being_made(comfy: Any) -> None:
-    from qwenimage_lowvram.nodes.weight_cache import weight_cache_folder
+    from qwenimage_lowvram.nodes.cache_folder import weight_cache_folder
 
     stored = tables(plan()["result"][0])[0]["8 GB"]
     small = tables(plan(weight_format="nf4")["result"][0])[0]["8 GB"]

@@ -211,7 +211,8 @@ def test_windows_page_file_is_named_wherever_it_ends_loading(
 
 
 def test_fp8_is_not_made_for_a_device_that_cannot_decode_it(pipeline: Path) -> None:
-    from qwenimage_lowvram.nodes.weight_cache import in_weight_format, weight_cache_folder
+    from qwenimage_lowvram.nodes.cache_folder import weight_cache_folder
+    from qwenimage_lowvram.nodes.weight_cache import in_weight_format
 
     apple = replace(Hardware.detect(torch.device("cpu")), decodes_fp8=False)
     source = open_checkpoint(pipeline / "transformer")

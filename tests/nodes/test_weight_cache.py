@@ -38,7 +38,7 @@ def weights_in(folder: Path) -> Path:
 
 
 def cache() -> Path:
-    from qwenimage_lowvram.nodes.weight_cache import weight_cache_folder
+    from qwenimage_lowvram.nodes.cache_folder import weight_cache_folder
 
     return weight_cache_folder()
 
@@ -326,19 +326,3 @@ def test_a_folder_that_cannot_be_read_is_a_line_and_no_error(pipeline: Path) -> 
     assert "cannot be read" in second
     assert "cannot be cleared" in after_clearing("prompts")
     (cache() / "prompts").unlink()
-
-
-def test_the_cache_folder_can_be_set_by_the_environment_or_by_comfyuis_paths(
-    comfy: Any, models: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    import folder_paths
-    from qwenimage_lowvram.nodes.weight_cache import weight_cache_folder
-
-    monkeypatch.delenv("QWEN_LOWVRAM_CACHE", raising=False)
-    assert weight_cache_folder() == Path(folder_paths.models_dir) / "qwen_lowvram"
-    models("qwen_lowvram", str(tmp_path / "by yaml"))
-    assert weight_cache_folder() == tmp_path / "by yaml"
-    monkeypatch.setenv("QWEN_LOWVRAM_CACHE", str(tmp_path / "by environment"))
-    assert weight_cache_folder() == tmp_path / "by environment"
-    monkeypatch.setenv("QWEN_LOWVRAM_CACHE", "")
-    assert weight_cache_folder() == tmp_path / "by yaml"
