@@ -7,12 +7,13 @@ from typing import Any
 import folder_paths
 
 from ..engine.errors import MissingFile, QwenLowVRAMError, Unsupported
-from ..engine.lora.files import LoraMatch, match, open_lora
+from ..engine.lora.files import LoraMatch, match, needs_adapters, open_lora
 from ..engine.out_of_memory import in_words
 from ..engine.texts import LONGEST, printable, shown
 from .adapters.checks import check_widgets
 from .adapters.patcher import LowVRAMPatcher
 from .adapters.progress import tell
+from .adapters.whole_lora import match_file
 from .inputs import at_input, before_the_run
 from .words import CATEGORY
 
@@ -79,7 +80,9 @@ class QwenLowVRAMLoadLora:
             )
         transformer = model.model.transformer
         with at_input("lora_name"):
-            lora = match(open_lora(_file_of(lora_name)), transformer.weights)
+            file = open_lora(_file_of(lora_name))
+            by_comfyui = match_file(file, model.model) if needs_adapters(file) else None
+            lora = by_comfyui or match(file, transformer.weights)
         text = "\n".join([str(lora), *warnings_of(lora, transformer.weight_format), *_listed(lora)])
         logger.info("%s", text)
         tell(text)

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..checkpoints.checkpoint import TensorEntry
 from ..errors import InvalidRequest
 from .changes import Change, as_fp32, carve, fp32_elements
+from .whole import WholeChange
 
 # of a weight that are changed at a time, 8 MiB in fp32. A constant, because the product of a run of rows may be summed
 # in another order for another number of them: results depend on no memory plan
@@ -43,7 +44,7 @@ class Delta:
 
     weight: str
     shape: tuple[int, ...]
-    change: Change
+    change: Change | WholeChange
     scale: float = 1.0
     dora: Dora | None = None
 
@@ -60,8 +61,15 @@ class Delta:
         """Of the stored parts."""
         return sum(part.nbytes for part in self.parts)
 
+    @property
+    def allocated_bytes(self) -> int:
+        """What it allocates by itself, at the most."""
+        return self.change.allocated_bytes if isinstance(self.change, WholeChange) else 0
+
     def work_elements(self, rows: int) -> int:
         """Scratch beside the fp32 copy of so many rows, in fp32 numbers."""
+        if isinstance(self.change, WholeChange):
+            return 0
         changing = self.change.elements(rows)
         if self.dora is None:
             return changing
@@ -81,7 +89,10 @@ def scratch_elements(shape: Sequence[int], deltas: Sequence[Delta]) -> int:
     """The fp32 numbers that `apply` needs in `scratch` for these deltas of a weight of `shape`."""
     rows, columns = _rows_of_chunk(shape), prod(shape[1:])
     per_column = sum(delta.dora is not None and delta.dora.norm is Norm.COLUMN for delta in deltas)
-    return rows * columns + max((delta.work_elements(rows) for delta in deltas), default=0) + per_column * columns
+    whole = prod(shape) if any(isinstance(delta.change, WholeChange) for delta in deltas) else 0
+    return (
+        whole + rows * columns + max((delta.work_elements(rows) for delta in deltas), default=0) + per_column * columns
+    )
 
 
 def apply(weight: Tensor, stack: Stack, scratch: Tensor) -> None:
@@ -91,13 +102,17 @@ def apply(weight: Tensor, stack: Stack, scratch: Tensor) -> None:
     moves the weight on the line from what it was to what the DoRA makes of it. Strength 0 changes nothing.
 
     weight: contiguous, any floating dtype. scratch: flat fp32 of `scratch_elements` numbers at least, on the weight's
-    device, as are all parts. Nothing else is allocated, but for what matrix products and reductions take inside
-    themselves on a GPU (cuBLAS keeps one workspace per stream). The result depends on no size but the weight's.
+    device, as are all parts. Nothing else is allocated, but for the deltas' `allocated_bytes`, and what matrix products
+    and reductions take inside themselves on a GPU (cuBLAS keeps one workspace per stream). The result depends on no
+    size but the weight's.
     Raises InvalidRequest for a weight, parts or scratch that do not belong to the deltas.
     """
     stack = [(delta, parts, strength) for delta, parts, strength in stack if strength != 0]
     _check(weight, stack, scratch)
     if not stack or not weight.numel():
+        return
+    if any(isinstance(delta.change, WholeChange) for delta, _, _ in stack):
+        _apply_whole(weight, stack, scratch)
         return
     matrix = weight.view(len(weight), -1)
     factors: list[Tensor | None] = []
@@ -111,6 +126,18 @@ def apply(weight: Tensor, stack: Stack, scratch: Tensor) -> None:
         for (delta, parts, strength), factor in zip(stack, factors, strict=True):
             _change_rows(rows, start, delta, parts, strength, factor, work)
         matrix[start : start + len(rows)].copy_(rows)
+
+
+def _apply_whole(weight: Tensor, stack: Stack, scratch: Tensor) -> None:
+    """The same where some deltas take the whole weight: on a copy of it in fp32."""
+    whole, scratch = carve(scratch, *weight.shape)
+    whole.copy_(weight)
+    for delta, parts, strength in stack:
+        if isinstance(delta.change, WholeChange):
+            delta.change.change(whole.view(len(whole), -1), parts, strength)
+        else:
+            apply(whole, [(delta, parts, strength)], scratch)
+    weight.copy_(whole)
 
 
 def _column_factors(
@@ -144,7 +171,7 @@ def _change_rows(
     work: Tensor,
 ) -> None:
     if delta.dora is None:
-        delta.change.add_rows(rows, start, parts, strength * delta.scale, work)
+        _by_rows(delta).add_rows(rows, start, parts, strength * delta.scale, work)
         return
     changed, work = _changed(rows, start, delta, parts, work)
     if factor is None:
@@ -160,8 +187,14 @@ def _change_rows(
 def _changed(rows: Tensor, start: int, delta: Delta, parts: Sequence[Tensor], work: Tensor) -> tuple[Tensor, Tensor]:
     """A copy of `rows` at the beginning of `work` with the whole change added; and the rest of `work`."""
     changed, work = carve(work, *rows.shape)
-    delta.change.add_rows(changed.copy_(rows), start, parts[:-1], delta.scale, work)
+    _by_rows(delta).add_rows(changed.copy_(rows), start, parts[:-1], delta.scale, work)
     return changed, work
+
+
+def _by_rows(delta: Delta) -> Change:
+    if isinstance(delta.change, WholeChange):
+        raise InvalidRequest(f"{delta.kind} of {delta.weight} takes the whole weight, not rows of it.")
+    return delta.change
 
 
 def _chunks(matrix: Tensor, scratch: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:

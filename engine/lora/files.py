@@ -16,7 +16,7 @@ from ..errors import DamagedFile, MissingFile, Unsupported, WrongModel
 from ..formats import TORCH_DTYPES
 from ..texts import printable
 from .deltas import Delta
-from .keys import LayerNames, guess_model, is_of_half_shared_model, split_key, unsupported_kind
+from .keys import COMFYUIS_KINDS, LayerNames, guess_model, is_of_half_shared_model, split_key, unsupported_kind
 from .layers import LoraLayer, PeftSettings, peft_settings
 
 # where diffusers keeps PEFT's configuration in the metadata, as JSON
@@ -79,6 +79,11 @@ def open_lora(path: Path) -> LoraFile:
     """Index a LoRA file from its header alone. Raises MissingFile or DamagedFile."""
     checkpoint = open_checkpoint(path)
     return LoraFile(path, checkpoint.tensors, checkpoint.metadata, checkpoint.identity)
+
+
+def needs_adapters(lora: LoraFile) -> bool:
+    """Whether changes in the file are of kinds that ComfyUI computes, and this engine does not."""
+    return any((kind := unsupported_kind(key)) is not None and kind[1] in COMFYUIS_KINDS for key in lora.tensors)
 
 
 def match(lora: LoraFile, weights: Mapping[str, tuple[int, ...]]) -> LoraMatch:

@@ -46,7 +46,7 @@ _PARTS: Mapping[str, str] = {
 # PEFT puts an adapter's name, mostly "default", after the part's
 _ADAPTER = re.compile(r"(\.(?:lora_[AB]|lora_magnitude_vector|hada_w\w+|lokr_w\w+))\.(?!(?:weight|bias)$)[^.]+")
 
-# changes of weights that this pack does not compute
+# changes of weights that the engine does not compute; ComfyUI's adapters compute those of COMFYUIS_KINDS
 _UNSUPPORTED: tuple[tuple[str, str], ...] = (
     (r"\.set_weight", "a weight that takes the model's place (set_weight)"),
     (r"\.reshape_weight", "a change of a weight's shape (reshape_weight)"),
@@ -60,6 +60,8 @@ _UNSUPPORTED: tuple[tuple[str, str], ...] = (
         "a quantized LoRA",
     ),
 )
+
+COMFYUIS_KINDS = ("OFT or BOFT", "GLoRA")
 
 # another model's layers, by names that no Qwen-Image has; the first that is found decides
 _MODELS: tuple[tuple[str, str], ...] = (

@@ -27,6 +27,10 @@ class LoraPatch:
     def scratch_bytes(self) -> int:
         return 4 * scratch_elements(self.stack[0][0].shape, [delta for delta, _ in self.stack])
 
+    @property
+    def allocated_bytes(self) -> int:
+        return max(delta.allocated_bytes for delta, _ in self.stack)
+
     def apply(self, weight: Tensor, parts: Sequence[Tensor], scratch: Tensor) -> None:
         """Computed in fp32, rounded once."""
         stack, start = [], 0

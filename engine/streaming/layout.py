@@ -73,6 +73,10 @@ class WeightPatch(Protocol):
     def scratch_bytes(self) -> int:
         """Room that `apply` needs beside the weight."""
 
+    @property
+    def allocated_bytes(self) -> int:
+        """What `apply` allocates by itself, at the most."""
+
     def apply(self, weight: Tensor, parts: Sequence[Tensor], scratch: Tensor) -> None:
         """Change `weight` in place. `scratch` has scratch_bytes (uint8); all lie on one device."""
 
@@ -156,8 +160,9 @@ class StoredBlock:
 
     @property
     def scratch_bytes(self) -> int:
-        """What codecs allocate beside the slot, at the most."""
-        return 0 if self.native else max(param.scratch_bytes for param in self.params)
+        """What codecs and patches allocate beside the slot, at the most: one after another."""
+        codecs = 0 if self.native else max(param.scratch_bytes for param in self.params)
+        return max([codecs, *(patch.allocated_bytes for patch in self.patches)])
 
     @property
     def patch_scratch_bytes(self) -> int:

@@ -41,7 +41,7 @@ def lora_of_patches(patches: Mapping[Any, Any]) -> LoraFile:
         if isinstance(adapter, tuple) and adapter[0] == "diff":
             bias = key.endswith(".bias")
             name = f"{layer.removesuffix('.bias')}.diff_b" if bias else f"{layer}.diff"
-            tensors[name] = _entry(name, adapter[1][0])
+            tensors[name] = entry_of(name, adapter[1][0])
             continue
         names = _ADAPTERS.get(type(adapter))
         if names is None:
@@ -50,7 +50,7 @@ def lora_of_patches(patches: Mapping[Any, Any]) -> LoraFile:
         for name, value in zip(names, adapter.weights, strict=False):
             if name is not None and value is not None:
                 full = f"{layer}.{name}"
-                tensors[full] = _entry(full, value if isinstance(value, Tensor) else torch.tensor(float(value)))
+                tensors[full] = entry_of(full, value if isinstance(value, Tensor) else torch.tensor(float(value)))
     path = Path("the LoRA of another node")
     return LoraFile(path, tensors, {}, f"memory {id(patches)}")
 
@@ -67,7 +67,7 @@ def bypass_adapters(injection: Any) -> dict[str, tuple[Any, float]]:
     return {name: given for manager in managers for name, given in manager.adapters.items()}
 
 
-def _entry(name: str, tensor: Tensor) -> TensorEntry:
+def entry_of(name: str, tensor: Tensor) -> TensorEntry:
     """A tensor in host memory as something to be read; shares its memory."""
     data = tensor.detach().cpu().contiguous()
     raw = data.view(-1).view(torch.uint8).numpy() if data.ndim else data.view(1).view(torch.uint8).numpy()

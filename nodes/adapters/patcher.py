@@ -9,11 +9,12 @@ import comfy.utils
 import torch
 
 from ...engine.errors import InvalidRequest
-from ...engine.lora.files import LoraMatch, match
+from ...engine.lora.files import LoraMatch
 from .checks import check_number
-from .native_lora import PREFIX, bypass_adapters, lora_of_patches
+from .native_lora import PREFIX, bypass_adapters
 from .stand_ins import refuse_compiling, refuse_reaching
 from .unsupported import check_hooks, refuse
+from .whole_lora import match_patches
 
 
 class LowVRAMPatcher(comfy.model_patcher.ModelPatcher):
@@ -94,7 +95,7 @@ class LowVRAMPatcher(comfy.model_patcher.ModelPatcher):
             raise InvalidRequest("No key of the LoRA fits this model: it is a LoRA of another model.")
         names = {key: patches[key] for key in patches if isinstance(key, str) and key.startswith(PREFIX)}
         if names:
-            self.add_lora(match(lora_of_patches(names), self.model.transformer.weights), strength_patch)
+            self.add_lora(match_patches(names, self.model.transformer.weights), strength_patch)
         return list(names)
 
     def set_injections(self, key: str, injections: list[Any]) -> None:

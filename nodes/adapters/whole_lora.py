@@ -1,0 +1,133 @@
+"""LoRAs of kinds that ComfyUI's weight adapters compute, and our engine does not: OFT, BOFT, GLoRA. Has no formula."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import comfy.lora
+import comfy.lora_convert
+import comfy.utils
+import torch
+from comfy.weight_adapter import BOFTAdapter, GLoRAAdapter, OFTAdapter
+from torch import Tensor
+
+from ...engine.checkpoints.checkpoint import TensorEntry
+from ...engine.errors import Unsupported, WrongModel
+from ...engine.lora.deltas import Delta
+from ...engine.lora.files import LoraFile, LoraMatch, match
+from ...engine.lora.whole import WholeChange
+from .native_lora import PREFIX, entry_of, lora_of_patches
+
+_KINDS: Mapping[type, str] = {OFTAdapter: "OFT", BOFTAdapter: "BOFT", GLoRAAdapter: "GLoRA"}
+# weights in fp32, and as many numbers as the parts have, that an adapter holds at a time (tests measure it)
+_WEIGHTS, _PARTS = 4, 12
+
+
+@dataclass(frozen=True)
+class AdapterChange(WholeChange):
+    """One of ComfyUI's adapters: its class, and its values in order, of which tensors are parts of the change."""
+
+    adapter: type
+    weight_shape: tuple[int, int]
+    values: tuple[TensorEntry | float | None, ...]
+
+    @property
+    def kind(self) -> str:
+        return _KINDS[self.adapter]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight_shape
+
+    @property
+    def parts(self) -> tuple[TensorEntry, ...]:
+        return tuple(value for value in self.values if isinstance(value, TensorEntry))
+
+    @property
+    def allocated_bytes(self) -> int:
+        return 4 * (_WEIGHTS * prod(self.shape) + _PARTS * sum(prod(part.shape) for part in self.parts))
+
+    def change(self, weight: Tensor, parts: Sequence[Tensor], strength: float) -> None:
+        given = iter(parts)
+        values = tuple(next(given) if isinstance(value, TensorEntry) else value for value in self.values)
+        if not _calculate(self.adapter, weight, values, strength):
+            raise Unsupported(f"ComfyUI's {self.kind} adapter failed, as its log says. Take the LoRA out.")
+
+
+def whole_kinds(patches: Mapping[Any, Any]) -> dict[str, Any]:
+    """Those of ComfyUI's patches that are of such a kind."""
+    return {key: patch for key, patch in patches.items() if type(patch) in _KINDS}
+
+
+def match_patches(patches: Mapping[Any, Any], weights: Mapping[str, tuple[int, ...]]) -> LoraMatch:
+    """What patches of any kind change, as comfy.lora.load_lora gives them: a weight's name in ComfyUI's model -> patch.
+
+    Raises WrongModel where a shape does not fit, Unsupported for kinds that nothing here computes.
+    """
+    whole = whole_kinds(patches)
+    rest = {key: patch for key, patch in patches.items() if key not in whole}
+    deltas = dict(match(lora_of_patches(rest), weights).deltas) if rest else {}
+    for key, adapter in whole.items():
+        delta = _delta(key.removeprefix(PREFIX), adapter, weights)
+        deltas[delta.weight] = delta
+    tensors = {part.file.name: part for delta in deltas.values() for part in delta.parts}
+    file = LoraFile(Path("the LoRA of another node"), tensors, {}, f"memory {id(patches)}")
+    return LoraMatch(file, deltas, ())
+
+
+def match_file(lora: LoraFile, model: Any) -> LoraMatch | None:
+    """A file of such a kind, read by ComfyUI's own reader, which holds its matrices in RAM; None for other files."""
+    tensors = comfy.lora_convert.convert_lora(comfy.utils.load_torch_file(str(lora.path), safe_load=True))
+    patches = comfy.lora.load_lora(tensors, comfy.lora.model_lora_keys_unet(model, {}), log_missing=False)
+    patches = {key: patch for key, patch in patches.items() if key.startswith(PREFIX)}
+    whole = whole_kinds(patches)
+    if not whole:
+        return None
+    found = match_patches(patches, model.transformer.weights)
+    read = next(iter(whole.values())).loaded_keys  # one set, of all patches
+    return LoraMatch(lora, found.deltas, tuple(key for key in lora.tensors if key not in read))
+
+
+def _delta(name: str, adapter: Any, weights: Mapping[str, tuple[int, ...]]) -> Delta:
+    shape = weights.get(name, ())
+    if len(shape) != 2:
+        raise WrongModel(f"A LoRA changes {name}, which is no matrix of this model. Choose a LoRA for Qwen-Image.")
+    values = tuple(
+        entry_of(f"{name}.{i}", value) if isinstance(value, Tensor) else value
+        for i, value in enumerate(adapter.weights)
+    )
+    shapes = tuple(value.shape if isinstance(value, TensorEntry) else value for value in values)
+    if not _fits(type(adapter), shape, shapes):
+        raise WrongModel(
+            f"ComfyUI's {_KINDS[type(adapter)]} adapter does not fit {name} {list(shape)}; its parts are "
+            f"{', '.join(map(str, shapes))!s:.199}, its log says why. Choose a LoRA for Qwen-Image."
+        )
+    return Delta(name, shape, AdapterChange(type(adapter), (shape[0], shape[1]), values))
+
+
+@lru_cache(maxsize=64)
+def _fits(adapter: type, shape: tuple[int, ...], values: tuple[Any, ...]) -> bool:
+    """Whether the adapter changes a weight of that shape: tried without data. Tuples in `values` are tensors' shapes.
+
+    A constraint compares the data, and is left out; None stays, which not all adapters take.
+    """
+    made = (torch.empty(v, device="meta") if isinstance(v, tuple) else v and 0.0 for v in values)
+    return _calculate(adapter, torch.empty(shape, device="meta"), tuple(made), 1.0)
+
+
+def _calculate(adapter: type, weight: Tensor, values: tuple[Any, ...], strength: float) -> bool:
+    """Change `weight` in place; False where the adapter did not, which logs its errors and goes on."""
+    done = False
+
+    def note(change: Tensor) -> Tensor:  # the adapter's last step but one
+        nonlocal done
+        done = True
+        return change
+
+    changed = adapter(set(), values).calculate_weight(weight, "", strength, 1.0, None, note, torch.float32)
+    if changed is not weight:
+        weight.copy_(changed)
+    return done
