@@ -3,4 +3,5 @@
 # Grows when the same files, settings and seed make another image than before (beyond what another card, driver or torch
 # changes); the changelog says what changed. It stands in every report, so that two reports can be compared.
 # 1: 0.1.0 before its release. 2: ComfyUI's positions, and weights as stored, unless a person chooses otherwise.
-NUMERICS_VERSION = 2
+# 3: LoRA scales that stand in the metadata alone are left out, as ComfyUI leaves them.
+NUMERICS_VERSION = 3

@@ -92,13 +92,22 @@ class QwenLowVRAMLoadLora:
 
 
 def warnings_of(lora: LoraMatch, weight_format: str) -> list[str]:
-    """What is known to go wrong with this LoRA on these weights."""
+    """What is known to go wrong with this LoRA on these weights, and where other programs make something else of it."""
+    warnings = []
+    if lora.left_out_scales is not None:
+        least, most = lora.left_out_scales
+        even = least == most and not any(delta.dora is not None for delta in lora.deltas.values())
+        by = f"{most:.3g}: multiply the strength by it" if even else f"{least:.3g} to {most:.3g}, layer by layer"
+        warnings.append(
+            "Scales (lora_alpha) stand in the file's metadata alone, which neither ComfyUI's LoRA loaders nor this one "
+            f"read. diffusers would multiply the LoRA by {by}."
+        )
     if "lightning" in lora.lora.path.name.lower() and weight_format in UNSCALED_FP8:
-        return [
+        warnings.append(
             f"Lightning on unscaled fp8 weights ({weight_format}) is known to draw a grid over the picture. Use an "
             "fp8 scaled, bf16 or GGUF file, or weight_format int8 from a bf16 file."
-        ]
-    return []
+        )
+    return warnings
 
 
 def _file_of(name: str) -> Path:

@@ -43,13 +43,15 @@ class LoraMatch:
     """What a file changes in one transformer: a delta for each weight or bias, by its name.
 
     `unmatched`: the file's keys that have no part in it, such as those of a text encoder. `empty_layers`: those whose
-    change has rank 0, which is none.
+    change has rank 0, which is none. `left_out_scales`: the least and the greatest scale (alpha / rank) that the file's
+    metadata alone states, which diffusers applies, and ComfyUI and this engine do not; None where it states none.
     """
 
     lora: LoraFile
     deltas: Mapping[str, Delta] = field(repr=False)
     unmatched: tuple[str, ...] = field(repr=False)
     empty_layers: int = 0
+    left_out_scales: tuple[float, float] | None = None
 
     @property
     def matched_keys(self) -> int:
@@ -99,7 +101,7 @@ def match(lora: LoraFile, weights: Mapping[str, tuple[int, ...]]) -> LoraMatch:
     alphas = _read_alphas({name: parts["alpha"] for name, parts in layers.items() if "alpha" in parts})
     settings = _settings(lora)
     deltas: dict[str, Delta] = {}
-    empty = 0
+    empty, left_out = 0, set[float]()
     for name, parts in layers.items():
         layer = LoraLayer(
             lora.path,
@@ -113,13 +115,15 @@ def match(lora: LoraFile, weights: Mapping[str, tuple[int, ...]]) -> LoraMatch:
             empty += 1
             continue
         made, used = layer.deltas(weights)
+        left_out.add(layer.left_out_scale)
         deltas.update((delta.weight, delta) for delta in made)
         unmatched.extend(key for part, (key, _) in parts.items() if part not in used)
     if not deltas and empty:
         raise DamagedFile(f"{lora.path} changes nothing: all of its {empty} layers have rank 0. Download it again.")
     if not deltas:
         raise _wrong_model(lora, unmatched)
-    return LoraMatch(lora, deltas, tuple(unmatched), empty)
+    scales = None if left_out == {1.0} else (min(left_out), max(left_out))
+    return LoraMatch(lora, deltas, tuple(unmatched), empty, scales)
 
 
 def _sort_keys(lora: LoraFile, weights: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, _Parts], list[str]]:

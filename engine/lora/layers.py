@@ -18,7 +18,10 @@ _DTYPES = ("F32", "F16", "BF16", "F64", "F8_E4M3", "F8_E5M2")
 
 @dataclass(frozen=True)
 class PeftSettings:
-    """What PEFT's configuration in a file's metadata says of scales, where the file has no alphas."""
+    """What PEFT's configuration in a file's metadata says of scales, where the file has no alphas.
+
+    diffusers computes with these scales; ComfyUI's LoRA loaders read no metadata, and so they are not applied here.
+    """
 
     alpha: float | None = None
     alphas: Mapping[str, float] = field(default_factory=dict)
@@ -50,6 +53,12 @@ class LoraLayer:
             return False
         up, down = (end.shape for end in ends if end is not None)
         return len(up) > 1 and prod(up) == prod(down) == 0 and up[1] == down[0] == 0
+
+    @property
+    def left_out_scale(self) -> float:
+        """What the metadata alone says of a LoRA's scale; 1 where it says nothing, or an alpha stands in the file."""
+        down = self.entries.get("down")
+        return 1.0 if down is None or self.alpha is not None else self.settings.scale(self.name, down.shape[0])
 
     def deltas(self, weights: Mapping[str, tuple[int, ...]]) -> tuple[list[Delta], set[str]]:
         """Its deltas, none or one for the weight and for the bias; and the parts that they are made of.
@@ -88,20 +97,22 @@ class LoraLayer:
             return Sum(Matrix((self._matrix("diff"),))), 1.0
         if kind == "LoRA":
             product = self._product("up", "down")
-            settings = self.settings if self.alpha is None else PeftSettings(self.alpha)
-            return Sum(product), settings.scale(self.name, product.shared)
+            return Sum(product), self._scale(product.shared)
         if kind == "LoHa":
             first, second = self._product("hada_w1_a", "hada_w1_b"), self._product("hada_w2_a", "hada_w2_b")
             if first.shape != second.shape:
                 raise self._damaged("hada_w1_a", f"makes {first.shape}, and its second product {second.shape}")
-            return Hadamard(first, second), PeftSettings(self.alpha).scale(self.name, first.shared)
+            return Hadamard(first, second), self._scale(first.shared)
         outer, inner = (
             Matrix((self._matrix(name),)) if name in self.entries else self._product(f"{name}_a", f"{name}_b")
             for name in ("lokr_w1", "lokr_w2")
         )
         # an alpha belongs to a rank; where neither matrix is a product there is none (comfy/weight_adapter/lokr.py)
         rank = next((matrix.shared for matrix in (inner, outer) if matrix.is_product), None)
-        return Kronecker(outer, inner), 1.0 if rank is None else PeftSettings(self.alpha).scale(self.name, rank)
+        return Kronecker(outer, inner), 1.0 if rank is None else self._scale(rank)
+
+    def _scale(self, rank: int) -> float:
+        return 1.0 if self.alpha is None else self.alpha / rank
 
     def _product(self, left: str, right: str) -> Matrix:
         matrix = Matrix((self._matrix(left), self._matrix(right)))

@@ -284,19 +284,36 @@ def peft_adapter(transformer: Any, folder: Path, **options: Any) -> Any:
     return model
 
 
-PEFT_OPTIONS: dict[str, dict[str, Any]] = {
-    "alpha": {"lora_alpha": 6},
-    "rsLoRA": {"lora_alpha": 6, "use_rslora": True},
-    "alphas of their own": {"lora_alpha": 6, "alpha_pattern": {"attn.to_q": 3, f"{BLOCK}1.img_mod.1": 7}},
-    "DoRA": {"lora_alpha": 6, "use_dora": True},
-    "bias": {"lora_alpha": 6, "lora_bias": True},
+PEFT_OPTIONS: dict[str, tuple[dict[str, Any], tuple[float, float] | None]] = {  # and the scales that ComfyUI leaves out
+    "alpha": ({"lora_alpha": 6}, (1.5, 1.5)),
+    "alpha of the rank": ({"lora_alpha": 4}, None),
+    "rsLoRA": ({"lora_alpha": 6, "use_rslora": True}, (3.0, 3.0)),
+    "bias": ({"lora_alpha": 6, "lora_bias": True}, (1.5, 1.5)),
+    "DoRA": ({"lora_alpha": 4, "use_dora": True}, None),
+    "alphas of their own": (
+        {"lora_alpha": 6, "alpha_pattern": {"attn.to_q": 3, f"{BLOCK}1.img_mod.1": 7}},
+        (0.75, 1.75),
+    ),
 }
 
 
+def by_peft(model: Any) -> Weights:
+    """The weights and biases that PEFT itself makes."""
+    merged = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "base_layer"):
+            module.merge()
+            merged[f"{name}.weight"] = module.base_layer.weight.detach()
+            if any(branch.bias is not None for branch in module.lora_B.values()):
+                merged[f"{name}.bias"] = module.base_layer.bias.detach()
+    return merged
+
+
 @pytest.mark.filterwarnings("ignore:Adapter 'default'")  # of PEFT's own biases, which it takes for damaged matrices
-@pytest.mark.parametrize("options", PEFT_OPTIONS.values(), ids=PEFT_OPTIONS.keys())
-def test_what_diffusers_saves_of_a_peft_adapter_changes_weights_as_peft_merges_it(
+@pytest.mark.parametrize(("options", "scales"), PEFT_OPTIONS.values(), ids=PEFT_OPTIONS.keys())
+def test_what_diffusers_saves_of_a_peft_adapter_is_peft_s_own_change_but_for_the_scale_that_is_told(
     options: dict[str, Any],
+    scales: tuple[float, float] | None,
     weights: Weights,
     shapes: dict[str, tuple[int, ...]],
     tiny: Callable[..., tuple[Any, Path]],
@@ -305,15 +322,28 @@ def test_what_diffusers_saves_of_a_peft_adapter_changes_weights_as_peft_merges_i
     model = peft_adapter(tiny()[0], tmp_path, **options)
     (file,) = tmp_path.glob("*.safetensors")
     found = match(open_lora(file), shapes)
-    assert found.unmatched_keys == 0
-    merged = {}
-    for name, module in model.named_modules():
-        if hasattr(module, "base_layer"):
-            module.merge()
-            merged[f"{name}.weight"] = module.base_layer.weight.detach()
-            if "lora_bias" in options:
-                merged[f"{name}.bias"] = module.base_layer.bias.detach()
-    assert_same(change_all(weights, (found, 1.0)), merged)
+    assert (found.unmatched_keys, found.left_out_scales) == (0, scales)
+    least, most = scales or (1.0, 1.0)
+    merged = by_peft(model)
+    if least == most:
+        assert_same(change_all(weights, (found, least)), merged)
+        return
+    ours = {scale: change_all(weights, (found, scale)) for scale in (least, 1.5, most)}
+    for name, expected in merged.items():
+        scale = least if ".attn.to_q." in name else most if name == f"{BLOCK}1.img_mod.1.weight" else 1.5
+        assert_same({name: ours[scale][name]}, {name: expected})
+
+
+def test_alphas_in_the_metadata_alone_are_left_out_as_comfyui_leaves_them(
+    weights: Weights,
+    shapes: dict[str, tuple[int, ...]],
+    by_comfyui: Callable[..., Weights],
+    tiny: Callable[..., tuple[Any, Path]],
+    tmp_path: Path,
+) -> None:
+    peft_adapter(tiny()[0], tmp_path, lora_alpha=6)
+    (file,) = tmp_path.glob("*.safetensors")
+    assert_same(change_all(weights, (match(open_lora(file), shapes), 0.7)), by_comfyui(file, 0.7, weights))
 
 
 # stacks

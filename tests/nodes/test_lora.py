@@ -1,5 +1,6 @@
 """LoRAs on our MODEL: through our node and through ComfyUI's, the same picture as with weights merged beforehand."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -169,3 +170,26 @@ def test_a_lora_of_another_model_is_an_error(model: Any, tmp_path: Path) -> None
     save_file(foreign, tmp_path / "flux.safetensors")
     with pytest.raises(WrongModel, match="Flux"):
         with_lora(model, tmp_path / "flux.safetensors", 1.0)
+
+
+def test_scales_in_the_metadata_alone_are_told_on_the_node(
+    model: Any, lora: Callable[..., Path], models: Any, tmp_path: Path
+) -> None:
+    from qwenimage_lowvram.nodes.lora import QwenLowVRAMLoadLora
+
+    models("loras", str(tmp_path))
+    tensors = {key: value for key, value in load_file(lora("blocks")).items() if not key.endswith("alpha")}
+    patched = {}
+    for name, settings in (
+        ("none", {}),
+        ("even", {"lora_alpha": 6}),
+        ("by layer", {"alpha_pattern": {"attn.to_q": 2}}),
+    ):
+        metadata = {"lora_adapter_metadata": json.dumps(settings)}
+        save_file(tensors, tmp_path / f"{name}.safetensors", metadata)
+        patched[name] = QwenLowVRAMLoadLora().load(model, f"{name}.safetensors", 1.0)["result"]
+    assert "metadata" not in patched["none"][1]
+    assert "diffusers would multiply the LoRA by 1.5: multiply the strength by it." in patched["even"][1]
+    assert "diffusers would multiply the LoRA by 0.5 to 1, layer by layer." in patched["by layer"][1]
+    image = run(patched["none"][0])
+    assert all(torch.equal(run(one), image) for one, _ in patched.values())
