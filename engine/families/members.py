@@ -97,6 +97,8 @@ _SIGNS: tuple[tuple[str, Component], ...] = (
     (r"^controlnet_blocks\.\d+\.x_rms\.", Component.MODEL_PATCH),
     (r"^(controlnet_|control_model\.)", Component.CONTROLNET),
     (r"\.(qweight|wscales)$", Component.OTHER_QUANTIZATION),
+    # 2.1 has one stream; its blocks' attention is named as that of others
+    (r"(^|\.)txt_in\.text_norm\.weight$|\.img_mlp\.(gate_up|gate_layer)\.weight$", Component.TRANSFORMER_2_1),
     (r"transformer_blocks\.\d+\.attn\.add_q_proj\.weight", Component.TRANSFORMER),
     (r"text_model\.encoder\.layers\.|encoder\.block\.\d+\.layer\.|^enc\.blk\.\d+\.", Component.OTHER_TEXT_ENCODER),
     (r"^v\.blk\.\d+\.", Component.VISION),
@@ -113,6 +115,7 @@ _SIGNS: tuple[tuple[str, Component], ...] = (
 # names that a component of the 20 B family has, and those of a part of it, by which its prefix is found all the same
 _BLOCK, _LAYER = "transformer_blocks.0.attn.add_q_proj.weight", "layers.0.self_attn.q_proj.weight"
 _TRANSFORMER = ((_BLOCK, "img_in.weight", "transformer_blocks.0.img_mod.1.weight"), (_BLOCK,), ("img_in.weight",))
+_KINDS_OF_LAYERS = ((".img_mod.1.",), (".img_mlp.",), ("img_in.weight", "proj_out.weight"))  # one of each is enough
 _TEXT = (("embed_tokens.weight", _LAYER, "layers.0.self_attn.q_proj.bias"), (_LAYER,), ("embed_tokens.weight",))
 _VAE = (
     ("decoder.conv1.weight", "decoder.head.2.weight", "conv2.weight"),
@@ -127,8 +130,6 @@ def identify(tensors: Mapping[str, TensorEntry]) -> Component:
     for pattern, component in _SIGNS:
         search = re.compile(pattern).search
         if any(search(name) for name in tensors):
-            if component is Component.TRANSFORMER and not any(".img_mod.1." in name for name in tensors):
-                return Component.TRANSFORMER_2_1
             # Qwen2 alone among the language models in use has biases there
             if component is Component.TEXT_ENCODER and not any(re.search(r"q(_proj)?\.bias", n) for n in tensors):
                 return Component.OTHER_TEXT_ENCODER
@@ -170,6 +171,8 @@ def require(checkpoint: Checkpoint, wanted: Component) -> None:
     if found is Component.TEXT_ENCODER and architecture not in (None, *TEXT_ARCHITECTURES):
         found = Component.OTHER_TEXT_ENCODER
     if found is wanted or {found, wanted} <= components(checkpoint.tensors):
+        if wanted is Component.TRANSFORMER:
+            _require_all_kinds(checkpoint)
         return
     size = f"{len(checkpoint.tensors)} tensors"
     stated = size if architecture is None else f"GGUF architecture {architecture!r:.99}, {size}"
@@ -179,6 +182,19 @@ def require(checkpoint: Checkpoint, wanted: Component) -> None:
         f"{checkpoint.path} is {found.value} ({stated}); {wanted.value} is needed here.{belongs}"
         f"{_HINT_OF.get(found, '')} Choose a file from models/{_FOLDER_OF[wanted]}, such as {_EXAMPLE_OF[wanted]}."
     )
+
+
+def _require_all_kinds(checkpoint: Checkpoint) -> None:
+    """Raise WrongModel for a file of some of a transformer's layers, such as its attention alone."""
+    missing = [
+        kind[0] for kind in _KINDS_OF_LAYERS if not any(part in name for name in checkpoint.tensors for part in kind)
+    ]
+    if missing:
+        raise WrongModel(
+            f"{checkpoint.path} holds a part of {Component.TRANSFORMER.value} ({len(checkpoint.tensors)} tensors; none "
+            f"is called {', '.join(missing)}), such as layers that were trained or saved by themselves. Use the whole "
+            f"model, such as {_EXAMPLE_OF[Component.TRANSFORMER]}; changes of some layers belong in a LoRA."
+        )
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,18 @@ def test_a_quantized_folder_computes_what_its_decoded_weights_do(
     assert difference < 1e-5
 
 
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("name", ["nf4", "nf4, double", "fp4", "int8"])
+def test_a_single_file_of_bitsandbytes_computes_what_its_folder_does(
+    name: str, prefix: str, quantized: Callable[[str], tuple[Any, Path]], cpu: Hardware, tmp_path: Path
+) -> None:
+    _, folder = quantized(name)
+    (written,) = folder.glob("*.safetensors")
+    file = tmp_path / "qwen-image-bnb.safetensors"
+    save_file({prefix + key: tensor for key, tensor in load_file(written).items()}, file)
+    assert torch.equal(ours(file, cpu), ours(folder, cpu))
+
+
 def test_a_quantized_matrix_has_its_true_shape(quantized: Callable[[str], tuple[Any, Path]]) -> None:
     _, folder = quantized("nf4, double")
     tensors = with_quant_states(open_checkpoint(folder).tensors)

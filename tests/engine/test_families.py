@@ -1,6 +1,7 @@
 """What a file is, is told from its names; a file in the wrong place is told where it belongs."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -57,7 +58,9 @@ OTHERS = {
     "DiffSynth": ("controlnet_blocks.0.x_rms.weight", Component.MODEL_PATCH),
     "controlnet of diffusers": ("controlnet_blocks.0.weight", Component.CONTROLNET),
     "nunchaku": ("transformer_blocks.0.attn.to_qkv.qweight", Component.OTHER_QUANTIZATION),
-    "2.1": ("transformer_blocks.0.attn.add_q_proj.weight", Component.TRANSFORMER_2_1),
+    "2.1 of diffusers": ("transformer_blocks.0.img_mlp.gate_layer.weight", Component.TRANSFORMER_2_1),
+    "2.1 of ComfyUI": ("model.diffusion_model.transformer_blocks.0.img_mlp.gate_up.weight", Component.TRANSFORMER_2_1),
+    "2.1 without its blocks": ("txt_in.text_norm.weight", Component.TRANSFORMER_2_1),
     "something": ("weight", Component.UNKNOWN),
 }
 FOLDERS = {Component.LORA: "loras", Component.VAE: "vae", Component.CONTROLNET: "controlnet"}
@@ -234,6 +237,20 @@ def test_the_text_encoder_of_another_model_is_not_taken_for_a_damaged_one(
     shapes = {**dict.fromkeys(names, (128, 128)), "model.embed_tokens.weight": (9, 128), "model.norm.weight": (128,)}
     with pytest.raises(WrongModel, match=r"is the text encoder of another model.*a Qwen2.5-VL text encoder is needed"):
         sort_text_encoder(open_checkpoint(write_model(tmp_path / "m.safetensors", shapes)))
+
+
+@pytest.mark.parametrize("kept", [r"\.attn\.", r"transformer_blocks\."])
+def test_a_file_of_some_layers_is_said_to_be_a_part(
+    kept: str, transformer_shapes: Shapes, tmp_path: Path, write_model: Callable[..., Path]
+) -> None:
+    shapes = {name: shape for name, shape in transformer_shapes.items() if re.search(kept, name)}
+    checkpoint = open_checkpoint(write_model(tmp_path / "m.safetensors", shapes))
+    with pytest.raises(
+        WrongModel, match=rf"m\.safetensors holds a part of a Qwen-Image transformer \({len(shapes)} "
+    ) as e:
+        require(checkpoint, Component.TRANSFORMER)
+    assert "ownload" not in str(e.value)
+    assert ("img_mod" in str(e.value)) == ("attn" in kept)
 
 
 def test_an_all_in_one_file_holds_each_of_its_three_components(

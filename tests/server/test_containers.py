@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bnb_folder import write_quantized_pipeline
 from devtools.client import ExecutionFailed, PromptRefused
 from diffusers import QwenImageTransformer2DModel
 from gguf_files import write_gguf_transformer
@@ -152,3 +153,20 @@ def test_gguf_parts_make_the_latents_of_the_whole_file(mixing: Mixing, full_pipe
         mixing.latents(mixing.client.run(ours(mixing, transformer=name))) for name in ("whole-Q8_0.gguf", first)
     )
     assert torch.equal(whole, parts)
+
+
+def test_single_files_of_bitsandbytes_make_the_latents_of_their_folder(mixing: Mixing, full_pipeline: Path) -> None:
+    models = mixing.server.base / "models"
+    options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    folder = models / "diffusers" / "nf4"
+    write_quantized_pipeline(full_pipeline, folder, **options)
+    chosen = {"transformer": "diffusion_models", "text_encoder": "text_encoders"}
+    for component, kind in chosen.items():
+        (written,) = (folder / component).glob("*.safetensors")
+        config = (folder / component / "config.json").read_text(encoding="utf-8")
+        save_file(load_file(written), models / kind / "bnb-nf4.safetensors", {CONFIG: config})
+    single = dict.fromkeys(chosen, "bnb-nf4.safetensors")
+    of_folder = {"transformer": "nf4 (folder)", "text_encoder": FOLDER}
+    files, pipeline = (mixing.latents(mixing.client.run(ours(mixing, **given))) for given in (single, of_folder))
+    assert torch.equal(files, pipeline)
+    assert files.std() > 0.3
