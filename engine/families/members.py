@@ -9,6 +9,7 @@ from typing import Any
 from ..checkpoints.checkpoint import Checkpoint, TensorEntry
 from ..errors import WrongModel
 from ..formats.comfy_quant import with_comfy_quants
+from ..formats.nunchaku_layers import with_nunchaku_layers
 from ..formats.quant_states import with_quant_states
 from .gguf_names import TEXT_ARCHITECTURES, text_encoder_config, text_encoder_names
 from .prefixes import find_prefix, under_prefix
@@ -64,7 +65,7 @@ class Component(Enum):
     LORA = "a LoRA"
     CONTROLNET = "a ControlNet"
     MODEL_PATCH = "a model patch (DiffSynth)"
-    OTHER_QUANTIZATION = "a model quantized for another program (Nunchaku, GPTQ, AWQ)"
+    OTHER_QUANTIZATION = "a model quantized for another program (GPTQ, AWQ, or nunchaku for another model)"
     FLUX = "a Flux transformer"
     WAN = "a Wan video transformer"
     STABLE_DIFFUSION = "a Stable Diffusion checkpoint"
@@ -96,6 +97,7 @@ _SIGNS: tuple[tuple[str, Component], ...] = (
     (r"lora_(up|down|A|B)\b|\.lora\.(up|down)\.|lokr_w|hada_w", Component.LORA),
     (r"^controlnet_blocks\.\d+\.x_rms\.", Component.MODEL_PATCH),
     (r"^(controlnet_|control_model\.)", Component.CONTROLNET),
+    (r"transformer_blocks\.\d+\.attn\.add_qkv_proj\.qweight$", Component.TRANSFORMER),
     (r"\.(qweight|wscales)$", Component.OTHER_QUANTIZATION),
     # 2.1 has one stream; its blocks' attention is named as that of others
     (r"(^|\.)txt_in\.text_norm\.weight$|\.img_mlp\.(gate_up|gate_layer)\.weight$", Component.TRANSFORMER_2_1),
@@ -272,7 +274,8 @@ def vae_tensors(checkpoint: Checkpoint) -> dict[str, TensorEntry]:
 
 def described_tensors(checkpoint: Checkpoint) -> dict[str, TensorEntry]:
     """The tensors with what notes beside them tell of their formats."""
-    return with_comfy_quants(with_quant_states(checkpoint.tensors), checkpoint.metadata, checkpoint.path)
+    tensors = with_nunchaku_layers(with_quant_states(checkpoint.tensors))
+    return with_comfy_quants(tensors, checkpoint.metadata, checkpoint.path)
 
 
 def split_blocks(

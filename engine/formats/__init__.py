@@ -19,6 +19,7 @@ from .gguf import GGUF, GgufCodec
 from .int8 import BNB_INT8, INT8
 from .int8_convrot import INT8_CONVROT
 from .kitchen import KITCHEN, SCALES
+from .nunchaku import AWQ, AWQ_BIAS, NUNCHAKU, PARTS, SVDQ, SVDQ_BIAS, SVDQ_SHIFTED_BIAS
 from .plain import PLAIN, TORCH_DTYPES
 from .scaled_fp8 import SCALED_FP8
 
@@ -59,7 +60,8 @@ class Encoder(Codec, Protocol):
 
 
 ENCODERS: Mapping[str, Encoder] = {codec.name: codec for codec in (*PLAIN, *SCALED_FP8, INT8, NF4, FP4)}
-_DECODERS: tuple[Codec, ...] = (BNB_INT8, *INT8_CONVROT.values(), *KITCHEN.values(), *GGUF)
+_NUNCHAKU: tuple[Codec, ...] = (*SVDQ.values(), SVDQ_BIAS, SVDQ_SHIFTED_BIAS, AWQ, AWQ_BIAS)
+_DECODERS: tuple[Codec, ...] = (BNB_INT8, *INT8_CONVROT.values(), *KITCHEN.values(), *GGUF, *_NUNCHAKU)
 CODECS: Mapping[str, Codec] = {**ENCODERS, **{codec.name: codec for codec in _DECODERS}}
 
 _PLAIN_OF_DTYPE = {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "F8_E4M3": "fp8_e4m3fn", "F8_E5M2": "fp8_e5m2"}
@@ -90,6 +92,11 @@ class StoredParam:
         return sum(part.nbytes for part in self.parts)
 
     @property
+    def read_beside(self) -> str | None:
+        """The parameter whose decoded weight its codec reads as a last part."""
+        return f"{self.name.removesuffix('bias')}weight" if self.codec == SVDQ_SHIFTED_BIAS.name else None
+
+    @property
     def scratch_bytes(self) -> int:
         """What decoding it allocates for a moment."""
         return CODECS[self.codec].scratch_bytes(self.shape)
@@ -106,6 +113,12 @@ def raw_layout(part: TensorEntry) -> tuple[torch.dtype, tuple[int, ...]]:
     if part.dtype in KITCHEN:
         codec = KITCHEN[part.dtype]
         return _KITCHEN_DATA.get(codec.name, torch.int8), codec.raw_shape(part.shape)
+    if part.dtype in SVDQ:
+        return torch.int8, (part.shape[0], part.shape[1] // 2)
+    if part.dtype == AWQ.name.upper():
+        return torch.int32, (part.shape[0] // 4, part.shape[1] // 2)
+    if part.dtype in NUNCHAKU:  # a bias
+        return TORCH_DTYPES[part.dtype.rpartition("_")[2]], part.shape
     if part.dtype == "F8_E8M0":  # powers of two, as scales: the bytes they are
         return torch.uint8, part.shape
     return TORCH_DTYPES[part.dtype], part.shape
@@ -135,6 +148,8 @@ def stored_param(name: str, tensors: Mapping[str, TensorEntry], where: str) -> S
     if data.dtype in KITCHEN:
         found = (tensors.get(f"{layer}.{scale}") for scale in SCALES)
         return StoredParam(name, data.shape, KITCHEN[data.dtype].name, (data, *(scale for scale in found if scale)))
+    if data.dtype in NUNCHAKU:
+        return _nunchaku_param(name, data, tensors)
     scales = [tensors[f"{layer}.{scale}"] for scale in _SCALE_NAMES if f"{layer}.{scale}" in tensors]
     others = (n.removeprefix(f"{layer}.") for n in tensors if n.startswith(f"{layer}.")) if name != layer else ()
     if any(other.startswith("weight_") and other not in _SCALE_NAMES for other in others):
@@ -150,6 +165,13 @@ def stored_param(name: str, tensors: Mapping[str, TensorEntry], where: str) -> S
     return StoredParam(name, data.shape, _PLAIN_OF_DTYPE[data.dtype], (data,))
 
 
+def _nunchaku_param(name: str, data: TensorEntry, tensors: Mapping[str, TensorEntry]) -> StoredParam:
+    codec, layer = NUNCHAKU[data.dtype], name.rpartition(".")[0]
+    beside = ("proj_down", "proj_up") if codec is SVDQ_SHIFTED_BIAS else PARTS.get(type(codec), ())
+    found = (tensors.get(f"{layer}.{part}") for part in beside)
+    return StoredParam(name, data.shape, codec.name, (data, *(part for part in found if part)))
+
+
 def _is_scale(scale: TensorEntry, data: TensorEntry) -> bool:
     """Whether the scale of a matrix is one number, or one for each row."""
     floating = scale.dtype in ("F32", "F16", "BF16")
@@ -160,5 +182,5 @@ def _unknown_format(where: str, name: str, data: TensorEntry) -> WrongModel:
     return WrongModel(
         f"{where}: {name} is stored as {data.dtype}{list(data.shape)} in a quantization that is not supported. "
         "Use a bf16, fp16, fp32, fp8 or fp8-scaled file, ComfyUI's int8, GGUF or bitsandbytes (formats read: "
-        f"{', '.join(CODECS)})."
+        f"{', '.join(name for name in CODECS if CODECS[name] not in _NUNCHAKU)}; nunchaku's)."
     )

@@ -85,17 +85,19 @@ class WeightPatch(Protocol):
 class DecodeGroup:
     """Neighbours in a block's raw bytes that are brought and written together: bytes `start` to `end`.
 
-    members: what writes (a codec's name, or a patch), stored parts, and the place in the slot.
+    members: what writes (a codec's name, or a patch), stored parts, the place in the slot, and those of the slot that a
+    codec reads, decoded before it, as further parts.
     """
 
     start: int
     end: int
-    members: tuple[tuple[str | WeightPatch, tuple[FlatItem, ...], FlatItem], ...]
+    members: tuple[tuple[str | WeightPatch, tuple[FlatItem, ...], FlatItem, tuple[FlatItem, ...]], ...]
 
     def decode(self, raw: Tensor, slot: Tensor, scratch: Tensor, *, base: int = 0) -> None:
         """Write into `slot`; `raw` lies beside it and holds the block's raw bytes from `base` on."""
-        for writer, items, item in self.members:
+        for writer, items, item, decoded in self.members:
             weight, parts = item.view(slot), [part.view(raw, base) for part in items]
+            parts += [other.view(slot) for other in decoded]
             if isinstance(writer, str):
                 CODECS[writer].decode_into(weight, parts)
             else:
@@ -136,13 +138,16 @@ class StoredBlock:
         singly; patches after the parameters that they change."""
         items = iter(self.raw.items)
         places = {item.name: item for item in self.slot.items}
-        writers: list[tuple[str | WeightPatch, str, int]] = [(p.codec, p.name, len(p.parts)) for p in self.params]
-        writers += [(patch, patch.name, len(patch.parts)) for patch in self.patches]
+        writers: list[tuple[str | WeightPatch, str, int, str | None]] = [
+            (p.codec, p.name, len(p.parts), p.read_beside) for p in self.params
+        ]
+        writers += [(patch, patch.name, len(patch.parts), None) for patch in self.patches]
         singles = []
-        for writer, name, count in writers:
+        for writer, name, count, other in writers:
             own = tuple(islice(items, count))
             if not (self.native and isinstance(writer, str)):
-                singles.append(DecodeGroup(own[0].offset, own[-1].end, ((writer, own, places[name]),)))
+                decoded = () if other is None else (places[other],)
+                singles.append(DecodeGroup(own[0].offset, own[-1].end, ((writer, own, places[name], decoded),)))
         largest = max((group.end - group.start for group in singles), default=0)
         groups: list[DecodeGroup] = []
         for group in singles:

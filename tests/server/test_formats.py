@@ -15,8 +15,9 @@ from devtools.client import ComfyClient, PromptRefused
 from devtools.workflow import set_widgets, to_prompt
 from diffusers import QwenImagePipeline
 from gguf_files import llama_name, read_gguf
+from nunchaku_files import write_nunchaku_transformer
 from PIL import Image
-from small_checkpoint import SplitFiles, write_split_files
+from small_checkpoint import SplitFiles, make_transformer, write_split_files
 
 WORKFLOW = sorted((Path(__file__).parents[2] / "workflows").glob("*.json"))[0]
 SIZE = {"width": 112, "height": 80}
@@ -137,6 +138,26 @@ def test_files_that_comfyui_quantized_make_the_picture_of_their_decoded_weights(
     assert not stored
     for parameter in pipeline.vae.parameters():  # split VAE files are bf16
         parameter.data = parameter.data.bfloat16().float()
+    assert np.abs(ours - diffusers_picture(pipeline)).max() <= 1
+    assert ours.std() > 10
+
+
+def test_a_file_of_nunchakus_makes_the_picture_of_its_formula(
+    client: ComfyClient,
+    object_info: dict[str, Any],
+    models_dir: Path,
+    full_pipeline: Path,
+) -> None:
+    pipeline = QwenImagePipeline.from_pretrained(full_pipeline)
+    pipeline.set_progress_bar_config(disable=True)
+    text_dim = pipeline.transformer.config.joint_attention_dim
+    model = make_transformer(layers=2, heads=4, text_dim=text_dim)  # 128 wide: nunchaku's files have tiles of 128 rows
+    file = models_dir / "diffusion_models" / "svdq-int4_r32-qwen-image.safetensors"
+    model.load_state_dict(write_nunchaku_transformer(file, model.state_dict(), dict(model.config)))
+    pipeline.transformer = model
+    split = write_split_files(full_pipeline, models_dir, dtype="fp32")
+    loader = {"transformer": file.name, "text_encoder": split.text_encoder, "vae": split.vae, "dtype": "fp32"}
+    ours = picture(client, prompt_of(object_info, loader))
     assert np.abs(ours - diffusers_picture(pipeline)).max() <= 1
     assert ours.std() > 10
 
