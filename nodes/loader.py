@@ -17,6 +17,7 @@ from ..engine.families.vision import mmproj_identity
 from ..engine.out_of_memory import in_words
 from ..engine.text.encoder import TextEncoder
 from ..engine.text.prompts import PromptTokenizer
+from ..engine.text.tokenizer_files import tokenizer_stamps
 from ..engine.texts import shown
 from ..engine.transformer.model import QwenImageTransformer, TimestepRounding
 from ..engine.transformer.positions import Positions
@@ -277,8 +278,8 @@ class QwenLowVRAMLoader:
             return ""  # linked: not known yet, and what is linked is in the cache's key
         try:
             sources = Sources.of(transformer, text_encoder, vae)
-            tokenizer = _tokenizer_stamps(sources.tokenizer)
             opened = sources.open(settings.get("variant") or AUTO)
+            tokenizer = _tokenizer_stamps(sources.tokenizer)
             lost = losses(opened[0], settings.get("weight_format"))
             vision = mmproj_identity(opened[1])
         except (QwenLowVRAMError, OSError) as error:
@@ -315,6 +316,7 @@ class QwenLowVRAMLoader:
         )
         sources = Sources.of(transformer, text_encoder, vae)
         transformer_file, text_file, vae_file = sources.open(variant)
+        tokenizer = _tokenizer(sources.tokenizer, tuple(_tokenizer_stamps(sources.tokenizer)))
         with at_input("weight_format"):
             check_weight_format(transformer_file, weight_format)
         management = comfy.model_management
@@ -350,7 +352,7 @@ class QwenLowVRAMLoader:
         )
         clip = LowVRAMCLIP(
             encoder,
-            _tokenizer(sources.tokenizer, tuple(_tokenizer_stamps(sources.tokenizer))),
+            tokenizer,
             limits.on(text_hardware.device),
             timeline,
             prompt_cache(),
@@ -388,18 +390,17 @@ def _format_of(source: Checkpoint, weight_format: str, parts: Parts, limits: _Li
 
 
 def _tokenizer_stamps(folder: Path) -> list[str]:
-    """Nothing where the folder cannot be read, which its reader says in words."""
-    try:
-        stats = [(file.name, file.lstat()) for file in sorted(folder.iterdir())]
-    except OSError:
-        return []
-    return [f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats]
+    """Raises where the folder holds no tokenizer."""
+    with at_input("text_encoder"):
+        stamps = tokenizer_stamps(folder)
+    return [f"{file.name} {size} {mtime_ns}" for file, (size, mtime_ns) in stamps.items()]
 
 
 @lru_cache(maxsize=2)
 def _tokenizer(folder: Path, stamps: tuple[str, ...]) -> PromptTokenizer:
-    """Kept while its files stay as they are: reading them takes half a second."""
-    return PromptTokenizer(folder)
+    """Kept while its files stay as they are: reading them takes most of a second."""
+    with at_input("text_encoder"):
+        return PromptTokenizer(folder)
 
 
 def _chosen(variant: str) -> Variant | None:

@@ -37,15 +37,15 @@ def read_text(file: Path) -> tuple[bytes, Stamp]:
         raise unreadable(file, error) from error
 
 
-def parse_json(raw: str | bytes, what: str) -> dict[str, Any]:
+def parse_json(raw: str | bytes, what: str, *, max_values: int = MAX_JSON_VALUES) -> dict[str, Any]:
     """The JSON object that a file states; `what` names the place. Raises DamagedFile, also for one that is too long
     to be held, or too deep to be printed."""
     if len(raw) > MAX_JSON_BYTES:
         raise DamagedFile(f"{what} has {len(raw)} bytes; no model's has more than {MAX_JSON_BYTES}. Download it again.")
     text = raw if isinstance(raw, bytes) else raw.encode(errors="surrogatepass")
     values = sum(text.count(mark) for mark in (b",", b"[", b"{"))  # or more, where texts have such characters
-    if values > MAX_JSON_VALUES:
-        raise DamagedFile(f"{what} has {values} values; no model's has more than {MAX_JSON_VALUES}. Download it again.")
+    if values > max_values:
+        raise DamagedFile(f"{what} has {values} values; no model's has more than {max_values}. Download it again.")
     try:
         value = json.loads(raw, object_pairs_hook=_without_doubles)
     except _Double as error:
@@ -56,7 +56,7 @@ def parse_json(raw: str | bytes, what: str) -> dict[str, Any]:
         raise DamagedFile(f"{what} is a JSON {type(value).__name__}, not an object. Download it again.")
     level: list[Any] = [value]
     for _ in range(MAX_JSON_DEPTH):
-        level = [child for item in level if isinstance(item, dict | list) for child in _children(item)]
+        level = [child for item in level for child in _children(item) if isinstance(child, _CONTAINERS)]
     if level:
         raise DamagedFile(f"{what} is JSON of more than {MAX_JSON_DEPTH} levels. Download it again.")
     return value
@@ -64,6 +64,9 @@ def parse_json(raw: str | bytes, what: str) -> dict[str, Any]:
 
 def unreadable(path: Path, error: Exception) -> CheckpointError:
     return MissingFile(f"{path} cannot be read ({error}). Check that this user may read it.")
+
+
+_CONTAINERS = (dict, list)
 
 
 class _Double(ValueError):

@@ -52,6 +52,13 @@ def stamp_of(stream: BinaryIO) -> Stamp:
     return _stamp(os.fstat(stream.fileno()))
 
 
+def stamp_of_file(path: Path) -> Stamp:
+    """Raises DamagedFile for anything but a regular file or a link to one; OSError where there is nothing."""
+    found = path.stat()
+    _require(path, found.st_mode)
+    return _stamp(found)
+
+
 def require_unchanged(stream: BinaryIO, path: Path, stamp: Stamp | None) -> None:
     """Raise DamagedFile where the open file is not as it was when its header was read (None: not known)."""
     if stamp is not None:

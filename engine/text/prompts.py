@@ -1,16 +1,14 @@
 """Prompts to token ids: the template, the tokenizer, and which tokens of the embeddings belong to the prompt."""
 
-import codecs
-import json
+import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..checkpoints.regular_file import open_regular
-from ..errors import DamagedFile, InvalidRequest, MissingFile, WrongModel
+from ..errors import InvalidRequest, WrongModel
 from ..families.members import (
     EDIT_TEMPLATE,
     EDIT_TEMPLATE_TOKENS,
@@ -22,20 +20,24 @@ from ..families.members import (
 )
 from ..texts import half_character, shown
 from .picture_prompts import PICTURE, require_places
+from .tokenizer_files import read_tokenizer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 # longer words than these make a token are in no language
 MAX_PROMPT_CHARACTERS = MAX_POSITIONS * 16
-MAX_TOKENIZER_BYTES = 64_000_000  # of one file; Qwen2.5's tokenizer.json has 11 MB
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer_config.json",
-    "added_tokens.json",
-    "special_tokens_map.json",
+# Small models have tokenizers of their own; one of at least so many tokens makes of this text Qwen2.5's, or is another
+# model's. Each part is split, normalized or merged otherwise by some.
+FULL_VOCABULARY = 100_000
+PROBE = (
+    "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>"
+    "Picture 1: it'Somewhere 2024 e\u0301 \u212b  two\n\n\tlines "
+    "Grüße, photorealistic 把圆形变成红色 Здравствуйте こんにちは مرحبا 안녕하세요 🐈 unbelievableness<|im_end|>\n"
 )
+PROBE_DIGEST = "8be9e9ba9a7ac9a1"  # of the ids in decimal, with commas
 
 
 class PromptTokenizer:
@@ -44,7 +46,7 @@ class PromptTokenizer:
     def __init__(self, folder: Path) -> None:
         """Raises MissingFile where the folder holds no tokenizer, DamagedFile where one of its files is none, and
         WrongModel where it is another model's."""
-        self._tokenizer = _load(folder)
+        self._tokenizer = read_tokenizer(folder)
         templates = ((PROMPT_TEMPLATE, PROMPT_TEMPLATE_TOKENS), (EDIT_TEMPLATE, EDIT_TEMPLATE_TOKENS))
         self._templates = []
         for text, count in templates:
@@ -57,7 +59,8 @@ class PromptTokenizer:
                 )
             # the last token may join with the prompt's first characters
             self._templates.append((ids[: count - 1], count))
-        self._picture = self._tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        _require_known(folder, self._tokenizer)
+        self._picture = self._tokenizer.token_to_id("<|image_pad|>")
         self._turn = self._ids("<|im_start|>user\n")  # the token that begins a turn, "user", line break
 
     def encode(self, prompt: str, *, template: str = PROMPT_TEMPLATE, pictures: int = 0) -> list[int]:
@@ -99,51 +102,17 @@ class PromptTokenizer:
         return begin + 3 if list(ids[begin : begin + 3]) == self._turn and len(ids) > begin + 3 else begin
 
     def _ids(self, text: str) -> list[int]:
-        return list(self._tokenizer(text)["input_ids"])
+        return list(self._tokenizer.encode(text).ids)
 
 
-def _load(folder: Path) -> Any:
-    """transformers' tokenizer of a folder, all of whose files have been looked at."""
-    try:
-        names = {file.name for file in folder.iterdir()}
-    except OSError as error:
-        raise MissingFile(f"{folder} cannot be read ({error}). Check that the tokenizer's folder is there.") from error
-    if not names & {"tokenizer.json", "vocab.json"}:
-        raise MissingFile(f"{folder} holds no tokenizer (tokenizer.json, or vocab.json and merges.txt).")
-    for name in sorted(names & set(_TOKENIZER_FILES)):
-        _check_file(folder / name)
-    from transformers import Qwen2TokenizerFast  # takes seconds where ComfyUI has not imported it
-
-    try:
-        # transformers 5 has one class under both names; that of transformers 4 without Fast reads no tokenizer.json
-        # transformers 5 writes a list of extra tokens, which transformers 4 cannot read; they are in tokenizer.json too
-        return Qwen2TokenizerFast.from_pretrained(str(folder), local_files_only=True, extra_special_tokens={})
-    except Exception as error:  # the library raises what it comes upon
-        raise DamagedFile(
-            f"{folder}: its tokenizer cannot be read ({type(error).__name__}: {error!s:.300}). Download its files "
-            f"again: {', '.join(sorted(names & set(_TOKENIZER_FILES)))}."
-        ) from error
-
-
-def _check_file(file: Path) -> None:
-    """Raise DamagedFile for what is no regular file, a pointer to one, cut off, or no text of its kind."""
-    try:
-        with open_regular(file) as stream:
-            raw = stream.read(MAX_TOKENIZER_BYTES + 1)
-    except OSError as error:
-        raise MissingFile(f"{file} cannot be read ({error}). Check that this user may read it.") from error
-    if raw.startswith(b"version https://git-lfs"):
-        raise DamagedFile(f"{file} is a pointer to a file of git-lfs. Download the file itself.")
-    if not raw.strip() or len(raw) > MAX_TOKENIZER_BYTES:
-        raise DamagedFile(f"{file} has {len(raw)} bytes or more, as no tokenizer's has. Download it again.")
-    if raw.startswith(codecs.BOM_UTF8):
-        raise DamagedFile(f"{file} begins with a byte order mark, as an editor writes it. Download it again.")
-    try:
-        text = raw.decode("utf-8")
-        if file.suffix == ".json" and not isinstance(json.loads(text), dict):
-            raise ValueError("it is no JSON object")
-    except (ValueError, RecursionError) as error:
-        raise DamagedFile(f"{file} is cut off or damaged ({error!s:.200}). Download it again.") from error
+def _require_known(folder: Path, tokenizer: "Tokenizer") -> None:
+    ids = ",".join(map(str, tokenizer.encode(PROBE).ids))
+    full = tokenizer.get_vocab_size(with_added_tokens=False) >= FULL_VOCABULARY
+    if full and hashlib.sha256(ids.encode()).hexdigest()[:16] != PROBE_DIGEST:
+        raise WrongModel(
+            f"{folder} holds another model's tokenizer: it makes other tokens than Qwen2.5's of the same text. Use the "
+            "tokenizer folder of Qwen-Image, or a text encoder from models/text_encoders."
+        )
 
 
 def require_text(prompt: object) -> None:

@@ -1,8 +1,11 @@
 """Prompts become the same token ids in every transformers, from either kind of tokenizer folder."""
 
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from qwenimage_lowvram.engine.errors import DamagedFile, MissingFile, WrongModel
@@ -101,40 +104,172 @@ def damaged(folder: Path, to: Path, name: str, content: bytes | None) -> Path:
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 11421896\n"
 DAMAGES = {
     "empty": (b"", r"has 0 bytes"),
-    "cut off": (b'{"version": "1.0", "added_tokens": [{', "is cut off or damaged"),
+    "blank": (b" \n", r"has 2 bytes"),
     "a pointer": (POINTER, "is a pointer to a file of git-lfs"),
     "a byte order mark": (b"\xef\xbb\xbf{}", "begins with a byte order mark"),
-    "null": (b"null", "it is no JSON object"),
+    "in UTF-16": ("{}".encode("utf-16"), "begins with a byte order mark"),
     "a folder": (None, "is a folder, where a file is needed"),
+}
+JSON_DAMAGES = DAMAGES | {
+    "cut off": (b'{"version": "1.0", "added_tokens": [{', "is not valid JSON"),
+    "null": (b"null", "is a JSON NoneType, not an object"),
+    "a name twice": (b'{"a": 1, "a": 2}', "names 'a' twice"),
+}
+# what is behind them is well-formed, and no tokenizer
+MEANINGS = {
+    "tokenizer.json": [
+        (b"{}", WrongModel, "is another model's tokenizer: Qwen-Image's is of type BPE"),
+        (b'{"model": {"type": "WordPiece"}}', WrongModel, "is another model's tokenizer: Qwen-Image's is of type BPE"),
+        (b'{"model": {"vocab": {"a": 0}}}', DamagedFile, "has no list of merges"),
+        (b'{"model": {"vocab": {"a": 0, "b": 0}, "merges": []}}', DamagedFile, "gives two tokens one number"),
+        (b'{"model": {"vocab": {"a": null}, "merges": []}}', DamagedFile, "has no table of tokens to numbers"),
+        (b'{"model": {"vocab": {"a": 0}, "merges": [["a"]]}}', DamagedFile, "is no pair of tokens"),
+    ],
+    "vocab.json": [(b"{}", DamagedFile, "has no table of tokens to numbers")],
+    "merges.txt": [
+        (b"\xff\xfa", DamagedFile, "is no text"),
+        (b"a b c\n", DamagedFile, "is no pair of tokens"),
+        (b"#version: 0.2\n", DamagedFile, "is cut off, or does not belong to its vocabulary"),
+    ],
+    "tokenizer_config.json": [
+        (b'{"added_tokens_decoder": []}', DamagedFile, "its added tokens are damaged"),
+        (b'{"added_tokens_decoder": {"x": {"content": "a"}}}', DamagedFile, "its added tokens are damaged"),
+        (b'{"added_tokens_decoder": {"7": {"content": "<|im_start|>"}}}', DamagedFile, "is token 7, and it is"),
+    ],
 }
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_file_of_a_tokenizer_is_named(damage: str, name: str, small_pipeline: Path, tmp_path: Path) -> None:
-    content, words = DAMAGES[damage]
-    folder = damaged(small_pipeline / "tokenizer", tmp_path / "tokenizer", name, content)
+@pytest.fixture(scope="session")
+def two_files(small_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small tokenizer as vocab.json, merges.txt and settings with the added tokens."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    content = json.loads((small_pipeline / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))
+    (folder / "vocab.json").write_text(json.dumps(content["model"]["vocab"]), encoding="utf-8")
+    lines = [pair if isinstance(pair, str) else " ".join(pair) for pair in content["model"]["merges"]]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *lines, ""]), encoding="utf-8")
+    added = {str(entry["id"]): {**entry, "id": None} for entry in content["added_tokens"]}
+    settings = {number: {k: v for k, v in entry.items() if k != "id"} for number, entry in added.items()}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": settings}), encoding="utf-8")
+    return folder
+
+
+def of_kind(name: str, small_pipeline: Path, two_files: Path) -> Path:
+    """A folder in which that file counts."""
+    return small_pipeline / "tokenizer" if name.startswith("tokenizer.") else two_files
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"])
+@pytest.mark.parametrize("damage", JSON_DAMAGES)
+def test_a_damaged_file_of_a_tokenizer_is_named(
+    damage: str, name: str, small_pipeline: Path, two_files: Path, tmp_path: Path
+) -> None:
+    if name == "merges.txt" and damage not in DAMAGES:
+        pytest.skip("it is no JSON")
+    content, words = JSON_DAMAGES[damage]
+    folder = damaged(of_kind(name, small_pipeline, two_files), tmp_path / "tokenizer", name, content)
     with pytest.raises(DamagedFile, match=words) as caught:
         PromptTokenizer(folder)
     assert str(folder / name) in str(caught.value)
 
 
-def test_what_the_library_cannot_read_is_told_with_the_folder(small_pipeline: Path, tmp_path: Path) -> None:
-    folder = damaged(
-        small_pipeline / "tokenizer", tmp_path / "tokenizer", "tokenizer.json", b'{"model": {"type": "X"}}'
-    )
-    with pytest.raises(
-        DamagedFile, match=r"(?s)its tokenizer cannot be read .*Download its files again: .*tokenizer\.json"
-    ):
+@pytest.mark.parametrize(("name", "index"), [(name, i) for name, cases in MEANINGS.items() for i in range(len(cases))])
+def test_a_file_that_is_well_formed_and_no_tokenizers_is_named(
+    name: str, index: int, small_pipeline: Path, two_files: Path, tmp_path: Path
+) -> None:
+    content, error, words = MEANINGS[name][index]
+    folder = damaged(of_kind(name, small_pipeline, two_files), tmp_path / "tokenizer", name, content)
+    with pytest.raises(error, match=words) as caught:
         PromptTokenizer(folder)
+    assert str(folder / name) in str(caught.value)
+
+
+def shortened(lines: list[str], how: str) -> list[str]:
+    half = len(lines) // 2
+    if how == "one is missing":
+        return lines[:half] + lines[half + 1 :]
+    if how == "two in another order":
+        return [*lines[:half], lines[half + 1], lines[half], *lines[half + 2 :]]
+    return lines[:half] if how == "half" else lines[:-1]
+
+
+@pytest.mark.parametrize("how", ["half", "all but one", "one is missing", "two in another order"])
+@pytest.mark.parametrize("source", ["ComfyUI's", "small"])
+def test_merges_that_are_cut_off_at_a_lines_end_are_refused(
+    source: str, how: str, words_and_merges: Path, two_files: Path, tmp_path: Path
+) -> None:
+    """They are well-formed, make the template's 34 tokens, and other tokens of other texts."""
+    whole = words_and_merges if source == "ComfyUI's" else two_files
+    lines = (whole / "merges.txt").read_text(encoding="utf-8").splitlines()
+    content = "\n".join([*shortened(lines, how), ""]).encode()
+    folder = damaged(whole, tmp_path / "tokenizer", "merges.txt", content)
+    with pytest.raises(DamagedFile, match=r"merges\.txt(: its merges are not in| is cut off, or does not belong)"):
+        PromptTokenizer(folder)
+
+
+def test_lines_that_windows_ends_are_read(two_files: Path, tmp_path: Path) -> None:
+    content = (two_files / "merges.txt").read_bytes().replace(b"\n", b"\r\n")
+    folder = damaged(two_files, tmp_path / "tokenizer", "merges.txt", content)
+    assert PromptTokenizer(folder).encode("a red circle") == PromptTokenizer(two_files).encode("a red circle")
+
+
+def without_normalizer(content: Any) -> None:
+    content["normalizer"] = None
+
+
+def with_a_space_before(content: Any) -> None:
+    content["pre_tokenizer"]["pretokenizers"][1]["add_prefix_space"] = True
+
+
+def with_line_breaks_apart(content: Any) -> None:
+    split = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]
+    split["Regex"] = split["Regex"].replace(r"\s*[\r\n]+", r"\s*[\r\n]")
+
+
+def with_other_numbers(content: Any) -> None:
+    """The last two added tokens of the template's change places."""
+    added = {entry["content"]: entry for entry in content["added_tokens"]}
+    first, second = added["<|vision_start|>"], added["<|vision_end|>"]
+    first["content"], second["content"] = second["content"], first["content"]
+
+
+@pytest.mark.parametrize(
+    "change", [without_normalizer, with_a_space_before, with_line_breaks_apart, with_other_numbers]
+)
+def test_a_tokenizer_of_as_many_tokens_that_makes_others_is_another_models(
+    change: Callable[[Any], None], plain: Tokenizer, tmp_path: Path
+) -> None:
+    content = json.loads(plain.to_str())
+    change(content)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(
+        WrongModel, match=r"holds another model's tokenizer: (it makes other tokens|Qwen-Image's makes 64)"
+    ):
+        PromptTokenizer(tmp_path)
 
 
 def test_another_models_tokenizer_is_refused(plain: Tokenizer, tmp_path: Path) -> None:
     content = json.loads(plain.to_str())
-    content["model"]["merges"] = []  # which makes a token of every byte
+    content["added_tokens"] = []
     (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(WrongModel, match=r"another model's tokenizer: Qwen-Image's makes 34 tokens .* this one \d+"):
         PromptTokenizer(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no pipes among files")
+def test_files_that_are_not_read_may_be_anything(two_files: Path, tmp_path: Path) -> None:
+    folder = damaged(two_files, tmp_path / "tokenizer", "chat_template.jinja", b"")
+    (folder / "chat_template.jinja").unlink()
+    os.mkfifo(folder / "chat_template.jinja")
+    assert PromptTokenizer(folder).encode("a") == PromptTokenizer(two_files).encode("a")
+
+
+def test_tokens_are_those_of_transformers(words_and_merges: Path) -> None:
+    from transformers import Qwen2TokenizerFast
+
+    theirs = Qwen2TokenizerFast.from_pretrained(str(words_and_merges), local_files_only=True)
+    ours = PromptTokenizer(words_and_merges)
+    for text in TEXTS:
+        assert ours.encode(text) == theirs(PROMPT_TEMPLATE.format(text))["input_ids"]
 
 
 def test_a_folder_without_a_tokenizer_or_none_at_all_is_missing(tmp_path: Path) -> None:

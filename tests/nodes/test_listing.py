@@ -3,6 +3,7 @@ and nothing is read twice."""
 
 import asyncio
 import os
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from qwenimage_lowvram.engine.checkpoints import checkpoint as checkpoints
 from qwenimage_lowvram.engine.checkpoints.header import Header, HeaderCache
 from qwenimage_lowvram.engine.checkpoints.safetensors_header import read_safetensors_header
+from qwenimage_lowvram.engine.errors import DamagedFile
 from safetensors.torch import save_file
 from small_checkpoint import SplitFiles, write_split_files
 from torch import zeros
@@ -115,6 +117,30 @@ def test_each_header_is_read_once_for_a_queue_and_for_the_next(split: SplitFiles
         Loader.IS_CHANGED(*files, weight_format="auto")
         Loader().load(*files, "fp32", "auto", 0.0, "fp32")
     assert sorted(read) == sorted(files)
+
+
+def test_a_loader_that_runs_again_makes_no_new_tokenizer_until_a_file_of_it_changes(
+    full_pipeline: Path, split: SplitFiles, models: Any, tmp_path: Path
+) -> None:
+    from qwenimage_lowvram.nodes.loader import QwenLowVRAMLoader as Loader
+
+    def tokenizer(*files: str) -> Any:
+        return Loader().load(*files, "fp32", "auto", 0.0, "fp32")[1].tokenizer
+
+    own = (split.transformer, split.text_encoder, split.vae)
+    assert tokenizer(*own) is tokenizer(*own)
+    shutil.copytree(full_pipeline, tmp_path / "diffusers" / "full")
+    models("diffusers", str(tmp_path / "diffusers"))
+    folder = ("full (folder)", "from the folder", "from the folder")
+    before, changed = tokenizer(*folder), Loader.IS_CHANGED(*folder)
+    assert tokenizer(*folder) is before
+    file = tmp_path / "diffusers" / "full" / "tokenizer" / "tokenizer.json"
+    os.utime(file, ns=(LONG_AGO, LONG_AGO))
+    assert Loader.IS_CHANGED(*folder) != changed
+    assert tokenizer(*folder) is not before
+    file.write_bytes(b"")
+    with pytest.raises(DamagedFile, match=r"^text_encoder: .*tokenizer\.json has 0 bytes"):
+        tokenizer(*folder)
 
 
 def test_a_file_that_is_listed_and_gone_is_named(split: SplitFiles, tmp_path: Path) -> None:
