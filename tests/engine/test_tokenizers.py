@@ -240,7 +240,7 @@ def test_a_tokenizer_of_as_many_tokens_that_makes_others_is_another_models(
     change(content)
     (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(
-        WrongModel, match=r"holds another model's tokenizer: (it makes other tokens|Qwen-Image's makes 64)"
+        WrongModel, match=r"holds another model's tokenizer: (it makes other tokens|Qwen-Image's makes)"
     ):
         PromptTokenizer(tmp_path)
 
