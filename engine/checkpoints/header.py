@@ -10,8 +10,8 @@ from typing import BinaryIO
 
 from .regular_file import Stamp, open_regular
 
-# of all headers that are kept: those of a dozen models, as Python's objects take it
-MAX_KEPT_BYTES = 64_000_000
+# headers, and bytes of all that are kept: those of a dozen models, as Python's objects take it
+MAX_KEPT, MAX_KEPT_BYTES = 64, 64_000_000
 TENSOR_BYTES = 1000  # of a tensor's entry
 # what was written just now may be written again without another time: file systems' clocks are as coarse as that
 SETTLED_NS = 2_000_000_000
@@ -49,9 +49,9 @@ ReadHeader = Callable[[Path, BinaryIO], Header]
 class HeaderCache:
     """Headers of files that have not changed since they were read; any number of threads may ask.
 
-    Guarantees: a header is given again only for a file of the same path, number, size, and times of its contents and of
-    its entry in the folder, none of which was set within two seconds before it was read. Errors are not kept, and of
-    all headers no more than `max_bytes`: those that were not asked for longest go first.
+    Guarantees: a header is given again only for a file of the same path, number on its disk, size, and times of its
+    contents and of its entry there, whose contents had been left alone for two seconds when it was read. Errors are not
+    kept, and of headers no more than MAX_KEPT and `max_bytes`: those that were not asked for longest go first.
     """
 
     def __init__(self, max_bytes: int = MAX_KEPT_BYTES) -> None:
@@ -76,9 +76,12 @@ class HeaderCache:
         if settled and header.kept_bytes <= self._max_bytes:
             with self._lock:
                 self._kept[key] = seen, header
-                while sum(kept.kept_bytes for _, kept in self._kept.values()) > self._max_bytes:
+                while len(self._kept) > MAX_KEPT or self._kept_bytes() > self._max_bytes:
                     del self._kept[next(iter(self._kept))]
         return header
+
+    def _kept_bytes(self) -> int:
+        return sum(header.kept_bytes for _, header in self._kept.values())
 
 
 def _seen(found: os.stat_result) -> tuple[int, ...]:

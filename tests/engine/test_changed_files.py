@@ -18,6 +18,7 @@ from qwenimage_lowvram.engine.checkpoints import regular_file
 from qwenimage_lowvram.engine.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from qwenimage_lowvram.engine.checkpoints.json_texts import read_json
 from qwenimage_lowvram.engine.errors import CheckpointError, DamagedFile
+from qwenimage_lowvram.engine.families.variants import variant_of
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.lora.files import match, open_lora
 from qwenimage_lowvram.engine.text.encoder import TextEncoder
@@ -173,6 +174,18 @@ def test_what_is_no_file_is_named_and_holds_nobody_up(
     error = within_seconds(lambda: open_checkpoint(folder))
     assert isinstance(error, DamagedFile)
     assert f"{folder / place} is {kind}, where a file is needed" in str(error)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no pipes among files")
+@pytest.mark.parametrize("kind", ODD)
+def test_a_pipelines_index_that_is_no_file_is_named(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_transformer().save_pretrained(tmp_path / "transformer")
+    ODD[kind](tmp_path / "model_index.json")
+    checkpoint = open_checkpoint(tmp_path / "transformer")
+    error = within_seconds(lambda: variant_of(checkpoint, None))
+    assert isinstance(error, DamagedFile)
+    assert f"model_index.json is {kind}, where a file is needed" in str(error)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no pipes among files")

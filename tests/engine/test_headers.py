@@ -14,7 +14,7 @@ import torch
 from qwenimage_lowvram.engine.checkpoints import checkpoint as checkpoints
 from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.checkpoints.gguf_header import MAX_TEXTS, read_gguf_header
-from qwenimage_lowvram.engine.checkpoints.header import TENSOR_BYTES, Header, HeaderCache
+from qwenimage_lowvram.engine.checkpoints.header import MAX_KEPT, TENSOR_BYTES, Header, HeaderCache
 from qwenimage_lowvram.engine.checkpoints.json_texts import MAX_JSON_VALUES
 from qwenimage_lowvram.engine.checkpoints.model_files import MAX_FILES
 from qwenimage_lowvram.engine.checkpoints.safetensors_header import MAX_TENSORS, read_safetensors_header
@@ -133,6 +133,18 @@ def test_no_more_is_kept_than_the_bound(tmp_path: Path) -> None:
     for _ in range(2):
         cache.get(huge, read)
     assert read.times == 8
+
+
+def test_no_more_headers_are_kept_than_the_bound(tmp_path: Path) -> None:
+    """A folder of kept prompts is read file by file."""
+    cache, read = HeaderCache(), Counted()
+    files = [write(tmp_path / f"{i}.safetensors", "a") for i in range(MAX_KEPT + 1)]
+    for file in files:
+        cache.get(file, read)
+    cache.get(files[-1], read)
+    assert read.times == len(files)
+    cache.get(files[0], read)
+    assert read.times == len(files) + 1
 
 
 def test_many_threads_may_ask_at_once(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Speeds are measured once for a device and a disk, and remembered in ComfyUI's user folder."""
 
 import json
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,18 @@ def test_a_damaged_file_is_measured_anew(damage: str, known: Any, tmp_path: Path
     remembered(tmp_path).write_text(damage)
     assert known().get().flops > 1e7
     assert json.loads(remembered(tmp_path).read_text())["version"] == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no pipes among files")
+def test_a_pipe_in_its_place_is_left_alone_and_holds_nobody_up(known: Any, tmp_path: Path) -> None:
+    remembered(tmp_path).parent.mkdir(parents=True)
+    os.mkfifo(remembered(tmp_path))
+    found: list[Speeds] = []
+    thread = threading.Thread(target=lambda: found.append(known().get()), daemon=True)
+    thread.start()
+    thread.join(60)
+    assert found, "it waits for a pipe"
+    assert remembered(tmp_path).is_fifo()
 
 
 def test_a_folder_that_cannot_be_written_costs_a_warning(
