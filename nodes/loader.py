@@ -1,5 +1,6 @@
 """The node that opens a model: files and settings in, MODEL, CLIP and VAE out. Reads headers and small weights."""
 
+import logging
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -12,7 +13,7 @@ import torch
 from ..engine.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..engine.errors import InvalidRequest, QwenLowVRAMError
 from ..engine.families.members import Component, components, only, require
-from ..engine.families.variants import Variant, variant_of
+from ..engine.families.variants import Variant, could_be, variant_of
 from ..engine.families.vision import mmproj_identity
 from ..engine.out_of_memory import in_words
 from ..engine.text.encoder import TextEncoder
@@ -27,6 +28,7 @@ from .adapters import switches
 from .adapters.checks import check_widgets, limit_bytes
 from .adapters.clip import LowVRAMCLIP
 from .adapters.model import make_model
+from .adapters.progress import tell
 from .adapters.shortage import RAM_LIMIT, VRAM_LIMIT
 from .adapters.timeline import Timeline
 from .adapters.vae import make_vae
@@ -41,7 +43,9 @@ from .weight_cache import (
     losses,
     prompt_cache,
 )
-from .words import AUTO, CATEGORY
+from .words import AUTO, CATEGORY, LOADER
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # what a person may say; Layered is known by its tensors alone. None: what the file says
@@ -328,6 +332,10 @@ class QwenLowVRAMLoader:
         limits = _Limits(limit_bytes(vram_limit_gb), limit_bytes(ram_limit_gb))
         compute = _compute_dtype(dtype, transformer_file, hardware.device)
         member = variant_of(transformer_file, _chosen(variant))
+        doubt = _doubt(transformer_file, member) if _chosen(variant) is None else ""
+        if doubt:
+            logger.warning("%s", doubt)
+            tell(doubt)
         weight_format, advice = _format_of(transformer_file, weight_format, Parts(member, compute, hardware), limits)
         model = QwenImageTransformer(
             in_weight_format(transformer_file, weight_format, hardware, limits.on(hardware.device)),
@@ -359,7 +367,8 @@ class QwenLowVRAMLoader:
             member,
             limits.name_on(text_hardware.device),
         )
-        return make_model(model, limits.vram_bytes, limits.ram_bytes, timeline, advice), clip, image_vae
+        told = " ".join(text for text in (doubt, advice) if text)
+        return make_model(model, limits.vram_bytes, limits.ram_bytes, timeline, told), clip, image_vae
 
 
 @dataclass(frozen=True)
@@ -377,6 +386,17 @@ class _Limits:
     def name_on(self, device: torch.device) -> str:
         """Of the input that sets it."""
         return RAM_LIMIT if self.on(device) != self.vram_bytes else VRAM_LIMIT
+
+
+def _doubt(transformer: Checkpoint, member: Variant) -> str:
+    """What a person has to decide where nothing tells which Edit model a file is; empty where something does."""
+    others = [variant.value for variant in could_be(transformer)]
+    if not others:
+        return ""
+    return (
+        f"Nothing in {shown(transformer.path.name)} tells for sure which member of the family it is: it is taken for "
+        f"{member.value}. If it is {' or '.join(others)}, set variant to that in '{LOADER}' (advanced inputs)."
+    )
 
 
 def _format_of(source: Checkpoint, weight_format: str, parts: Parts, limits: _Limits) -> tuple[str, str]:

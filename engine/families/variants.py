@@ -15,8 +15,13 @@ from ..errors import WrongModel
 # in ComfyUI's files an empty tensor marks 2511, in diffusers' a setting of the configuration
 MARK_2511 = "__index_timestep_zero__"
 _LAYERED = "time_text_embed.addition_t_embedding.weight"
-# metadata in which a file's maker names it: GGUF's, and ModelSpec's of safetensors files
 _NAMES_OF_ALL = ("diffusion_pytorch_model", "model")  # as diffusers and transformers write files
+# what published names have beside the model's: types, programs, distillation
+_OF_ANY_FILE = re.compile(
+    r"(qwen|image|edit|(bf|fp|f|int|nf|i?q)\d+|e\dm\d(fn)?|[ksml]|x+[sl]|nl|ud|scaled|mixed|row|convrot|comfyui|gguf|"
+    r"lightning|\d*steps?|\d)+"
+)
+# metadata in which a file's maker names it: GGUF's, and ModelSpec's of safetensors files
 _TITLES = ("general.name", "general.basename", "modelspec.title")
 
 
@@ -73,6 +78,20 @@ def variant_of(checkpoint: Checkpoint, chosen: Variant | None = None) -> Variant
     return _of_pipeline(checkpoint) or next(iter(named), Variant.QWEN_IMAGE)
 
 
+def could_be(checkpoint: Checkpoint) -> tuple[Variant, ...]:
+    """What a file may be as well as what `variant_of` takes it for, where nobody chooses: no mark and no pipeline tells
+    it, and names say "edit" in words of their own, or contradict each other. Empty where there is no such doubt."""
+    if is_marked_2511(checkpoint) or is_layered(checkpoint) or _of_pipeline(checkpoint) is not None:
+        return ()
+    named = {text: variant for text in _titles(checkpoint) if (variant := _named(text)) is not None}
+    said = set(named.values())
+    if said == {Variant.EDIT} and not any(map(_is_published, named)):
+        said |= {Variant.EDIT_2509, Variant.EDIT_2511}
+    if not any(variant.edits for variant in said):
+        return ()
+    return tuple(variant for variant in Variant if variant in said - {variant_of(checkpoint)})
+
+
 def is_marked_2511(checkpoint: Checkpoint) -> bool:
     """Whether reference pictures are computed at timestep zero."""
     return bool((checkpoint.config or {}).get("zero_cond_t")) or _has(checkpoint, MARK_2511)
@@ -108,6 +127,11 @@ def _named(text: str) -> Variant | None:
     if not edit:
         return None
     return Variant.EDIT_2509 if re.match(r"[-_. ]*plus(?![a-z])", words[edit.end() :]) else Variant.EDIT
+
+
+def _is_published(text: str) -> bool:
+    """Whether a name is the model's own, and has but words that every published file may have beside it."""
+    return all(_OF_ANY_FILE.fullmatch(word) for word in re.split(r"[-_. ]+", text.lower()) if word)
 
 
 def _of_pipeline(checkpoint: Checkpoint) -> Variant | None:

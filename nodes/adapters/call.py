@@ -40,10 +40,9 @@ class Call:
         self._timesteps = timestep.tolist()
         self._context = context.to(dtype)
         self._mask = None if attention_mask is None else attention_mask.bool()
-        pictures = [reference if reference.ndim == 5 else reference.unsqueeze(2) for reference in references]
         # ComfyUI's own text nodes make references of odd sizes, and its model wraps them round to whole patches
-        self._references = [pad_to_patch_size(picture, (1, PATCH, PATCH)).to(dtype) for picture in pictures]
-        self._places = places_of(method, pictures)
+        self._references = [pad_to_patch_size(picture, (1, PATCH, PATCH)).to(dtype) for picture in references]
+        self._places = places_of(method, references)
         self._at_zero = at_zero(method)
         self._residuals = residuals
         self.patches: BlockPatches | None = None

@@ -75,13 +75,14 @@ def _check_entry(name: str, entry: dict[str, Any], channels: int) -> None:
             f"{name}: the attention mask is {given}, the prompt has {tokens} tokens.\n\nWhat to do: use the "
             "conditioning of a text encode node as it is."
         )
+    of = f"t{name[1:]}"  # within a sentence
     if entry.get("mask") is not None:
-        check_mask(f"The mask of {name}", entry["mask"])
+        check_mask(f"The mask of {of}", entry["mask"])
     for what, value in _numbers_of(entry):
         check_number(f"{name}: its {what}", value)
     for latent in entry.get("reference_latents") or ():
-        check_latent(f"A reference latent of {name}", latent)
-        check_channels(f"A reference latent of {name}", latent, channels)
+        check_latent(f"A reference latent of {of}", latent)
+        check_channels(f"A reference latent of {of}", latent, channels)
 
 
 def _numbers_of(entry: dict[str, Any]) -> Iterator[tuple[str, Any]]:

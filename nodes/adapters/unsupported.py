@@ -14,6 +14,7 @@ from ...engine.families.variants import Variant
 from ...engine.texts import printable
 from ...engine.transformer.latents import LATENT_PX, PATCH
 from ..words import ENCODE_EDIT, LOADER
+from .progress import tell
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +56,9 @@ def check_device(
 def check_references(variant: Variant, conds: dict[str, list[dict[str, Any]]]) -> None:
     """Raise InvalidRequest for an editing model that is shown no picture, unless a condition says that this is meant.
 
-    The other way round is only worth a warning: files of editing models under other names pass for Qwen-Image. So is
-    a picture that patches do not cover: ComfyUI's own text nodes make such ones. Raises InvalidRequest as well for
-    references that are no single picture.
+    The other way round is only worth a warning, on the node and in the log: files of editing models under other names
+    pass for Qwen-Image. So is a picture that patches do not cover, in the log: ComfyUI's own text nodes make such ones.
+    Raises InvalidRequest as well for references that are no single picture.
     """
     entries = [entry for named in conds.values() for entry in named or ()]
     references = [entry.get("reference_latents") or () for entry in entries]
@@ -72,12 +73,12 @@ def check_references(variant: Variant, conds: dict[str, list[dict[str, Any]]]) -
             f"file, or set variant to {Variant.QWEN_IMAGE.value} in '{LOADER}'."
         )
     if shown and not variant.edits and variant is not Variant.LAYERED:
-        logger.warning(
-            "%s is shown a picture to change, which it was not trained for; a LoRA may have taught it. If the file is "
-            "an Edit model under another name, set variant in '%s'.",
-            variant.value,
-            LOADER,
+        text = (
+            f"{variant.value} is shown a picture to change, which it was not trained for; a LoRA may have taught it. "
+            f"If the file is an Edit model under another name, set variant in '{LOADER}'."
         )
+        logger.warning("%s", text)
+        tell(text)
     for height, width in sorted(sizes):
         if height % PATCH or width % PATCH:
             logger.warning(
@@ -91,9 +92,16 @@ def check_references(variant: Variant, conds: dict[str, list[dict[str, Any]]]) -
 
 
 def _check_pictures(variant: Variant, references: Sequence[Sequence[Tensor]]) -> None:
-    """Raise InvalidRequest for a reference of several frames, and for a second picture that is to be taken apart."""
+    """Raise InvalidRequest for a reference of several frames or of another rank, and for a second picture that is to be
+    taken apart."""
     for latents in references:
-        frames = max((latent.shape[2] for latent in latents if latent.ndim == 5), default=1)
+        for latent in latents:
+            if latent.ndim != 5:
+                raise InvalidRequest(
+                    f"A reference latent has the shape {list(latent.shape)}; a picture's has five numbers, [1, 16, 1, "
+                    "height / 8, width / 8].\n\nWhat to do: encode the picture with VAE Encode and this model's VAE."
+                )
+        frames = max((latent.shape[2] for latent in latents), default=1)
         if frames != 1:
             raise InvalidRequest(
                 f"A reference latent has {frames} frames; a picture has one.\n\nWhat to do: encode one picture at a "

@@ -10,7 +10,7 @@ from gguf_files import write_gguf_transformer
 from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.errors import DamagedFile, WrongModel
 from qwenimage_lowvram.engine.families.members import sort_transformer
-from qwenimage_lowvram.engine.families.variants import MARK_2511, Variant
+from qwenimage_lowvram.engine.families.variants import MARK_2511, Variant, could_be
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
 from small_checkpoint import make_transformer
@@ -47,6 +47,47 @@ def test_a_files_name_tells_the_variant(
     found = sort_transformer(open_checkpoint(write_model(tmp_path / name, transformer_shapes)))
     assert found.variant is variant
     assert not found.config.zero_cond_t
+
+
+OPEN = {  # what else a name may mean
+    "QIE_merge.safetensors": (Variant.EDIT_2509, Variant.EDIT_2511),
+    "Qwen-Image-Edit-Rapid-AIO-v3.safetensors": (Variant.EDIT_2509, Variant.EDIT_2511),
+    "svdq-edit_12509x.safetensors": (Variant.EDIT_2509, Variant.EDIT_2511),
+    "QwenImageEdit-fp8mixed.safetensors": (),
+    "Qwen-Image-Edit-UD-Q4_K_XL.safetensors": (),
+    "Qwen-Image-Edit-Lightning-4steps.safetensors": (),
+    "my-edits.safetensors": (),
+    **{name: () for name, variant in NAMES.items() if variant is not Variant.EDIT},
+    **dict.fromkeys(("qwen_image_edit_fp8_e4m3fn.safetensors", "Qwen_Image_Edit-Q8_0.safetensors"), ()),
+}
+
+
+@pytest.mark.parametrize(("name", "others"), OPEN.items())
+def test_a_name_that_does_not_tell_which_edit_model_it_is_leaves_a_doubt(
+    name: str,
+    others: tuple[Variant, ...],
+    transformer_shapes: Shapes,
+    tmp_path: Path,
+    write_model: Callable[..., Path],
+) -> None:
+    assert could_be(open_checkpoint(write_model(tmp_path / name, transformer_shapes))) == others
+    marked = write_model(tmp_path / f"marked_{name}", {**transformer_shapes, MARK_2511: (0,)})
+    assert could_be(open_checkpoint(marked)) == ()
+
+
+def test_names_that_contradict_each_other_leave_a_doubt(
+    transformer_shapes: Shapes, tmp_path: Path, write_model: Callable[..., Path]
+) -> None:
+    file = tmp_path / "Qwen-Image-Edit-2509-Q4_K_M.safetensors"
+    metadata = {"modelspec.title": "Qwen-Image-Edit"}
+    assert could_be(open_checkpoint(write_model(file, transformer_shapes, metadata=metadata))) == (Variant.EDIT_2509,)
+
+
+def test_a_pipelines_class_leaves_no_doubt(
+    transformer_shapes: Shapes, tmp_path: Path, write_model: Callable[..., Path]
+) -> None:
+    folder = _pipeline(tmp_path / "QIE_merge", "QwenImageEditPipeline", transformer_shapes, write_model)
+    assert could_be(open_checkpoint(folder)) == ()
 
 
 def test_only_editing_models_edit() -> None:

@@ -67,3 +67,10 @@ def test_a_text_to_image_model_that_is_shown_a_picture_samples_with_a_warning(
     with caplog.at_level(logging.WARNING):
         assert torch.isfinite(ksampler(make_model(Variant.QWEN_IMAGE), shown, cond(5, 2), empty_latent())).all()
     assert "Qwen-Image is shown a picture to change, which it was not trained for;" in caplog.text
+
+
+def test_a_reference_without_frames_is_refused_before_anything_is_loaded(make_model: Callable[[Variant], Any]) -> None:
+    model = make_model(Variant.EDIT_2509)
+    with pytest.raises(InvalidRequest, match=r"A reference latent has the shape \[.*five numbers(.|\n)*VAE Encode"):
+        ksampler(model, cond(reference_latents=[torch.zeros(1, 16, 6, 8)]), cond(5, 2), empty_latent())
+    assert model.model.last_report is None

@@ -170,3 +170,19 @@ def test_single_files_of_bitsandbytes_make_the_latents_of_their_folder(mixing: M
     files, pipeline = (mixing.latents(mixing.client.run(ours(mixing, **given))) for given in (single, of_folder))
     assert torch.equal(files, pipeline)
     assert files.std() > 0.3
+
+
+def test_a_doubt_about_the_edit_model_is_told_on_the_loader_until_one_is_chosen(mixing: Mixing) -> None:
+    folder = mixing.server.base / "models" / "diffusion_models"
+    named = folder / "QIE_merge.safetensors"
+    named.hardlink_to(folder / mixing.files["plain"].transformer)
+    words = b"set variant to that in 'Load Qwen-Image (low VRAM)'"
+    prompt = {"ours": ours(mixing, transformer=named.name)["ours"]}
+    prompt["clip"] = {"class_type": "CLIPTextEncode", "inputs": {"clip": ["ours", 1], "text": "a dog"}}
+    prompt["shown"] = {"class_type": "PreviewAny", "inputs": {"source": ["clip", 0]}}
+    told = [message for message in mixing.client.run(prompt).previews if words in message]
+    assert len(told) == 1
+    assert b"ours" in told[0]  # the node that shows it
+    assert b"taken for Qwen-Image-Edit. If it is Qwen-Image-Edit-2509 or Qwen-Image-Edit-2511, set" in told[0]
+    chosen = with_inputs(prompt, "ours", variant="Qwen-Image-Edit-2511")
+    assert not any(words in message for message in mixing.client.run(chosen).previews)

@@ -245,7 +245,9 @@ def test_a_text_model_that_is_shown_a_picture_is_warned_of(
     client: ComfyClient, comfy_server: ComfyServer, graph: Callable[..., Prompt]
 ) -> None:
     logged = len(comfy_server.log)
-    assert client.run(graph("Qwen-Image", 0, megapixels=0.01)).images()
+    run = client.run(graph("Qwen-Image", 0, megapixels=0.01))
+    assert run.images()
+    assert any(b"Qwen-Image is shown a picture to change" in message for message in run.previews)
     assert "Qwen-Image is shown a picture to change, which it was not trained for" in comfy_server.log[logged:]
 
 
