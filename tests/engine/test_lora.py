@@ -233,6 +233,21 @@ def test_every_kind_computes_what_comfyui_computes(
     assert all((ours[name] - weights[name]).abs().max() > 0.01 for name in ours)
 
 
+def test_a_dora_scale_of_one_dimension_is_that_of_the_rows_which_comfyui_leaves_out(
+    weights: Weights, shapes: dict[str, tuple[int, ...]], by_comfyui: Callable[..., Weights], tmp_path: Path
+) -> None:
+    name = f"{BLOCK}0.img_mlp.net.0.proj"
+    assert shapes[f"{name}.weight"][0] != shapes[f"{name}.weight"][1]
+    parts = make_parts("lora", shapes[f"{name}.weight"], dora="rows") | {"alpha": torch.tensor(2.0)}
+    rows = write_lora(tmp_path / "rows.safetensors", {name: parts}, "ai-toolkit with alpha")
+    parts["dora_scale"] = parts["dora_scale"].flatten()
+    flat = write_lora(tmp_path / "flat.safetensors", {name: parts}, "ai-toolkit with alpha")
+    ours = change_all(weights, (match(open_lora(flat), shapes), 1.0))
+    assert_same(ours, change_all(weights, (match(open_lora(rows), shapes), 1.0)))
+    assert (ours[f"{name}.weight"] - weights[f"{name}.weight"]).abs().max() > 0.01
+    assert torch.equal(by_comfyui(flat, 1.0, weights)[f"{name}.weight"], weights[f"{name}.weight"])
+
+
 def test_differences_of_weights_norms_and_biases_are_what_comfyui_adds(
     weights: Weights, shapes: dict[str, tuple[int, ...]], by_comfyui: Callable[..., Weights], tmp_path: Path
 ) -> None:

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer
 
 PROMPTS = {
+    "a token that ends texts": "a dog<|endoftext|> in the rain",
     "English": "a cat on a chair, photo of high quality",
     "Chinese": "白色背景上的红色圆形，水墨画",
     "brackets": "(a:1.2) [b] {c} {} %s \\n",

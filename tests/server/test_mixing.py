@@ -52,6 +52,11 @@ def test_sides_of_odd_counts_of_patches_are_comfyuis_own(mixing: Mixing) -> None
     mixing.assert_same(changed(graph(mixing), n6=("EmptySD3LatentImage", odd)))
 
 
+def test_a_token_that_ends_texts_is_a_token_to_us_and_the_end_to_comfyui(mixing: Mixing) -> None:
+    ours, theirs = mixing.both(changed(graph(mixing), n4=text(f"{PROMPT}<|endoftext|>{OTHER}")))
+    assert (ours - theirs).abs().mean() > 1e-3  # said in the README; ours is diffusers' (tests of the text encoder)
+
+
 CACHE = {"reuse_threshold": 2.0, "start_percent": 0.1, "end_percent": 0.95, "verbose": False}
 WINDOWS = {
     "context_length": 8, "context_overlap": 4, "context_schedule": "standard_static", "context_stride": 1,
