@@ -13,7 +13,7 @@ import comfy.utils
 import torch
 from torch import Tensor, nn
 
-from ...engine.errors import InvalidRequest
+from ...engine.errors import DamagedFile, InvalidRequest
 from ...engine.families.members import EDIT_TEMPLATE, PICTURE_PLACE, PROMPT_TEMPLATE
 from ...engine.families.variants import Variant
 from ...engine.out_of_memory import in_words, reason, shortage
@@ -164,6 +164,11 @@ class LowVRAMCLIP(comfy.sd.CLIP):
             logger.info("%d of %d prompts read from %s", len(prompts) - len(others), len(prompts), kept.folder)
         encoded = iter(self._encode([prompts[i] for i in others]) if others else ())
         states = [next(encoded) if state is None else state for state in found]
+        if others and self._keys(prompts) != keys:
+            raise DamagedFile(
+                "The vision part beside the text encoder was changed while pictures were encoded: what was read of it "
+                "would be kept for another file.\n\nWhat to do: queue the prompt again."
+            )
         for i in others:
             kept.put(keys[i], states[i])
         return states

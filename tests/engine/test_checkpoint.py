@@ -54,6 +54,21 @@ def test_shards_and_a_single_file_hold_the_same_tensors(tmp_path: Path, write_mo
     assert folder.config is None
 
 
+@pytest.mark.parametrize("name", ["config.json", "m.safetensors.index.json", "m-1.safetensors", "m-2.safetensors"])
+def test_a_checkpoint_knows_whether_each_of_its_files_is_as_it_was(
+    name: str, tmp_path: Path, write_model: Callable[..., Path]
+) -> None:
+    folder = _shards(tmp_path / "sharded", write_model)
+    checkpoint = open_checkpoint(folder)
+    checkpoint.require_unchanged()
+    os.utime(folder / name, ns=(10**18, 10**18))
+    with pytest.raises(DamagedFile, match=rf"(?s){name} was changed after it was opened .*What to do: queue"):
+        checkpoint.require_unchanged()
+    (folder / name).unlink()
+    with pytest.raises(MissingFile, match=rf"{name} cannot be read any more"):
+        checkpoint.require_unchanged()
+
+
 def test_identity_stays_where_nothing_changed(tmp_path: Path, write_model: Callable[..., Path]) -> None:
     file = write_model(tmp_path / "m.safetensors", SHAPES)
     assert open_checkpoint(file).identity == open_checkpoint(file).identity

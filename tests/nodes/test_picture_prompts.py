@@ -9,7 +9,7 @@ import pytest
 import torch
 from gguf_files import write_gguf_text_encoder, write_gguf_vision
 from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
-from qwenimage_lowvram.engine.errors import DoesNotFit, InvalidRequest, MissingFile, Unsupported
+from qwenimage_lowvram.engine.errors import DamagedFile, DoesNotFit, InvalidRequest, MissingFile, Unsupported
 from qwenimage_lowvram.engine.families.members import EDIT_TEMPLATE
 from qwenimage_lowvram.engine.families.vision import mmproj_identity
 from qwenimage_lowvram.engine.hardware import Hardware
@@ -234,3 +234,40 @@ def test_an_encoder_without_a_tower_still_encodes_text_and_says_what_it_lacks(
     write_gguf_vision(tmp_path / "encoder-mmproj-F32.gguf", weights, config, "F32")
     assert clip.encode_prompts([with_places("a", 1, labelled=True)], **show)
     assert mmproj_identity(checkpoint) != ""
+
+
+def test_a_vision_part_that_is_replaced_while_prompts_are_encoded_keeps_nothing(
+    full_pipeline: Path, comfy: Any, tmp_path: Path
+) -> None:
+    """Between looking for what is kept and seeing the picture: its embeddings would stand under the old file's name."""
+    from qwenimage_lowvram.nodes.adapters.clip import LowVRAMCLIP
+
+    source = full_pipeline / "text_encoder"
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    weights = load_file(next(source.glob("*.safetensors")))
+    write_gguf_text_encoder(tmp_path / "encoder-Q8_0.gguf", weights, config, "Q8_0")
+    mmproj = tmp_path / "encoder-mmproj.gguf"
+
+    def write_vision(times: float) -> None:
+        changed = {name: w * times if name.startswith("visual.blocks.0") else w for name, w in weights.items()}
+        write_gguf_vision(mmproj, changed, config, "F32")
+
+    class Replacing(PromptCache):
+        def get(self, key: Any) -> Any:
+            write_vision(2.0)
+            return super().get(key)
+
+    write_vision(1.0)
+    kept = Replacing(tmp_path / "kept")
+    encoder = TextEncoder(
+        open_checkpoint(tmp_path / "encoder-Q8_0.gguf"),
+        dtype=torch.float32,
+        hardware=Hardware.detect(torch.device("cpu")),
+    )
+    clip = LowVRAMCLIP(encoder, PromptTokenizer(full_pipeline / "tokenizer"), None, kept=kept)
+    show = {"template": EDIT_TEMPLATE, "images": [picture(64, 48)]}
+    with pytest.raises(DamagedFile, match="vision part beside the text encoder was changed"):
+        clip.encode_prompts([with_places("a", 1, labelled=True)], **show)
+    assert kept.entries() == []
+    assert clip.encode_prompts(["a"]), "text alone needs no vision part"
+    assert len(kept.entries()) == 1
