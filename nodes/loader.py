@@ -12,7 +12,7 @@ import torch
 
 from ..engine.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..engine.errors import InvalidRequest, QwenLowVRAMError
-from ..engine.families.members import Component, components, only, require
+from ..engine.families.components import Component, components, only, require
 from ..engine.families.variants import Variant, could_be, variant_of
 from ..engine.families.vision import mmproj_identity
 from ..engine.out_of_memory import in_words

@@ -1,9 +1,7 @@
 """What a checkpoint is: family member, configuration, prompt template, names of its tensors. Never touches weights."""
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from enum import Enum
+from dataclasses import dataclass
 from typing import Any
 
 from ..checkpoints.checkpoint import Checkpoint, TensorEntry
@@ -11,7 +9,8 @@ from ..errors import WrongModel
 from ..formats.comfy_quant import with_comfy_quants
 from ..formats.nunchaku_layers import with_nunchaku_layers
 from ..formats.quant_states import with_quant_states
-from .gguf_names import TEXT_ARCHITECTURES, text_encoder_config, text_encoder_names
+from .components import EXAMPLE_OF, TEXT_ANCHORS, TRANSFORMER_ANCHORS, VAE_ANCHORS, Component, require
+from .gguf_names import text_encoder_config, text_encoder_names
 from .prefixes import find_prefix, under_prefix
 from .variants import Variant, is_layered, is_marked_2511, variant_of
 
@@ -53,152 +52,6 @@ _LARGEST = 1e12  # of a setting's number
 _CHANNELS = 64  # of a patch of 2x2 latents
 
 
-class Component(Enum):
-    """What kind of model a file holds, worded for messages."""
-
-    TRANSFORMER = "a Qwen-Image transformer"
-    TRANSFORMER_2_1 = "a Qwen-Image-2.1 transformer"
-    TEXT_ENCODER = "a Qwen2.5-VL text encoder"
-    OTHER_TEXT_ENCODER = "the text encoder of another model"
-    VISION = "the vision part (mmproj) of a text encoder"
-    VAE = "a VAE"
-    LORA = "a LoRA"
-    CONTROLNET = "a ControlNet"
-    MODEL_PATCH = "a model patch (DiffSynth)"
-    OTHER_QUANTIZATION = "a model quantized for another program (GPTQ, AWQ, or nunchaku for another model)"
-    FLUX = "a Flux transformer"
-    WAN = "a Wan video transformer"
-    STABLE_DIFFUSION = "a Stable Diffusion checkpoint"
-    UNKNOWN = "a model that is not recognised"
-
-
-_FOLDER_OF = {
-    Component.TRANSFORMER: "diffusion_models",
-    Component.TEXT_ENCODER: "text_encoders",
-    Component.OTHER_TEXT_ENCODER: "text_encoders",
-    Component.VISION: "text_encoders",
-    Component.VAE: "vae",
-    Component.LORA: "loras",
-    Component.CONTROLNET: "controlnet",
-    Component.MODEL_PATCH: "model_patches",
-}
-
-# what a person cannot see in the folders
-_HINT_OF = {Component.VISION: " It is found by itself beside the text encoder that it belongs to."}
-
-_EXAMPLE_OF = {
-    Component.TRANSFORMER: "qwen_image_fp8_e4m3fn.safetensors",
-    Component.TEXT_ENCODER: "qwen_2.5_vl_7b_fp8_scaled.safetensors",
-    Component.VAE: "qwen_image_vae.safetensors",
-}
-
-# the first pattern that matches any key decides, so the telling ones stand first
-_SIGNS: tuple[tuple[str, Component], ...] = (
-    (r"lora_(up|down|A|B)\b|\.lora\.(up|down)\.|lokr_w|hada_w", Component.LORA),
-    (r"^controlnet_blocks\.\d+\.x_rms\.", Component.MODEL_PATCH),
-    (r"^(controlnet_|control_model\.)", Component.CONTROLNET),
-    (r"transformer_blocks\.\d+\.attn\.add_qkv_proj\.qweight$", Component.TRANSFORMER),
-    (r"\.(qweight|wscales)$", Component.OTHER_QUANTIZATION),
-    # 2.1 has one stream; its blocks' attention is named as that of others
-    (r"(^|\.)txt_in\.text_norm\.weight$|\.img_mlp\.(gate_up|gate_layer)\.weight$", Component.TRANSFORMER_2_1),
-    (r"transformer_blocks\.\d+\.attn\.add_q_proj\.weight", Component.TRANSFORMER),
-    (r"text_model\.encoder\.layers\.|encoder\.block\.\d+\.layer\.|^enc\.blk\.\d+\.", Component.OTHER_TEXT_ENCODER),
-    (r"^v\.blk\.\d+\.", Component.VISION),
-    (r"layers\.\d+\.self_attn\.q_proj\.weight|^blk\.\d+\.attn_q\.weight", Component.TEXT_ENCODER),
-    (
-        r"model\.diffusion_model\.input_blocks\.|(^|\.)down_blocks\.\d+\.attentions\.|joint_blocks\.\d+\.",
-        Component.STABLE_DIFFUSION,
-    ),
-    (r"double_blocks\.\d+\.img_attn\.|single_transformer_blocks\.", Component.FLUX),
-    (r"blocks\.\d+\.cross_attn\.q\.weight", Component.WAN),
-    (r"(^|\.)(decoder|encoder)\.(conv_in|conv1|up_blocks|upsamples|downsamples)\.", Component.VAE),
-)
-
-# names that a component of the 20 B family has, and those of a part of it, by which its prefix is found all the same
-_BLOCK, _LAYER = "transformer_blocks.0.attn.add_q_proj.weight", "layers.0.self_attn.q_proj.weight"
-_TRANSFORMER = ((_BLOCK, "img_in.weight", "transformer_blocks.0.img_mod.1.weight"), (_BLOCK,), ("img_in.weight",))
-_KINDS_OF_LAYERS = ((".img_mod.1.",), (".img_mlp.",), ("img_in.weight", "proj_out.weight"))  # one of each is enough
-_TEXT = (("embed_tokens.weight", _LAYER, "layers.0.self_attn.q_proj.bias"), (_LAYER,), ("embed_tokens.weight",))
-_VAE = (
-    ("decoder.conv1.weight", "decoder.head.2.weight", "conv2.weight"),
-    ("decoder.conv_in.weight", "decoder.conv_out.weight", "post_quant_conv.weight"),
-)
-_LANGUAGE_MODEL = re.compile(r"((?<![^.])(language_)?model\.)+$")  # the vision part stands beside it
-_WHOLE = {Component.TRANSFORMER: _TRANSFORMER[:1], Component.TEXT_ENCODER: _TEXT[:1], Component.VAE: _VAE}
-
-
-def identify(tensors: Mapping[str, TensorEntry]) -> Component:
-    """What kind of model these tensor names belong to."""
-    for pattern, component in _SIGNS:
-        search = re.compile(pattern).search
-        if any(search(name) for name in tensors):
-            # Qwen2 alone among the language models in use has biases there
-            if component is Component.TEXT_ENCODER and not any(re.search(r"q(_proj)?\.bias", n) for n in tensors):
-                return Component.OTHER_TEXT_ENCODER
-            return component
-    return Component.UNKNOWN
-
-
-def components(tensors: Mapping[str, TensorEntry]) -> set[Component]:
-    """Which of the family's three components a file holds, by names that must be there: all of them in an all-in-one
-    file."""
-    return set(_roots(tensors))
-
-
-def only(checkpoint: Checkpoint, component: Component) -> Checkpoint:
-    """Of an all-in-one file the tensors of one component, under the names that they have there; other files as they
-    are."""
-    roots = _roots(checkpoint.tensors)
-    if component not in roots or len(roots) == 1:
-        return checkpoint
-    own = roots.pop(component)
-    others = tuple(root for root in roots.values() if root.startswith(own) and root != own)
-    return replace(
-        checkpoint,
-        tensors={n: e for n, e in checkpoint.tensors.items() if n.startswith(own) and not n.startswith(others)},
-    )
-
-
-def _roots(tensors: Mapping[str, TensorEntry]) -> dict[Component, str]:
-    """What stands before all names of each component that a file holds: a text encoder's vision part too."""
-    found = {component: find_prefix(tensors, anchors) for component, anchors in _WHOLE.items()}
-    return {component: _LANGUAGE_MODEL.sub("", prefix) for component, prefix in found.items() if prefix is not None}
-
-
-def require(checkpoint: Checkpoint, wanted: Component) -> None:
-    """Raise WrongModel, saying what the file is and where it belongs, unless it is `wanted`, or holds it beside
-    others."""
-    found = identify(checkpoint.tensors)
-    architecture = checkpoint.metadata.get("general.architecture")
-    if found is Component.TEXT_ENCODER and architecture not in (None, *TEXT_ARCHITECTURES):
-        found = Component.OTHER_TEXT_ENCODER
-    if found is wanted or {found, wanted} <= components(checkpoint.tensors):
-        if wanted is Component.TRANSFORMER:
-            _require_all_kinds(checkpoint)
-        return
-    size = f"{len(checkpoint.tensors)} tensors"
-    stated = size if architecture is None else f"GGUF architecture {architecture!r:.99}, {size}"
-    folder = _FOLDER_OF.get(found)
-    belongs = f" It belongs in models/{folder}." if folder not in (None, _FOLDER_OF[wanted]) else ""
-    raise WrongModel(
-        f"{checkpoint.path} is {found.value} ({stated}); {wanted.value} is needed here.{belongs}"
-        f"{_HINT_OF.get(found, '')} Choose a file from models/{_FOLDER_OF[wanted]}, such as {_EXAMPLE_OF[wanted]}."
-    )
-
-
-def _require_all_kinds(checkpoint: Checkpoint) -> None:
-    """Raise WrongModel for a file of some of a transformer's layers, such as its attention alone."""
-    missing = [
-        kind[0] for kind in _KINDS_OF_LAYERS if not any(part in name for name in checkpoint.tensors for part in kind)
-    ]
-    if missing:
-        raise WrongModel(
-            f"{checkpoint.path} holds a part of {Component.TRANSFORMER.value} ({len(checkpoint.tensors)} tensors; none "
-            f"is called {', '.join(missing)}), such as layers that were trained or saved by themselves. Use the whole "
-            f"model, such as {_EXAMPLE_OF[Component.TRANSFORMER]}; changes of some layers belong in a LoRA."
-        )
-
-
 @dataclass(frozen=True)
 class TransformerConfig:
     """The arguments of diffusers' QwenImageTransformer2DModel that differ between family members."""
@@ -238,7 +91,7 @@ def sort_transformer(checkpoint: Checkpoint, chosen: Variant | None = None) -> T
     require(checkpoint, Component.TRANSFORMER)
     variant = variant_of(checkpoint, chosen)
     described = described_tensors(checkpoint)
-    tensors = under_prefix(described, find_prefix(described, _TRANSFORMER) or "")
+    tensors = under_prefix(described, find_prefix(described, TRANSFORMER_ANCHORS) or "")
     outside, blocks = split_blocks(checkpoint, tensors, "transformer_blocks.")
     return TransformerTensors(variant, _transformer_config(checkpoint, variant, tensors, len(blocks)), outside, blocks)
 
@@ -257,7 +110,7 @@ def sort_text_encoder(checkpoint: Checkpoint) -> TextEncoderTensors:
     require(checkpoint, Component.TEXT_ENCODER)
     tensors = text_encoder_names(checkpoint.tensors)
     described = described_tensors(checkpoint)
-    for name, entry in under_prefix(described, find_prefix(described, _TEXT) or "").items():
+    for name, entry in under_prefix(described, find_prefix(described, TEXT_ANCHORS) or "").items():
         if name.startswith(("layers.", "embed_tokens.", "norm.")):
             tensors[name] = entry
     outside, layers = split_blocks(checkpoint, tensors, "layers.")
@@ -269,7 +122,7 @@ def sort_text_encoder(checkpoint: Checkpoint) -> TextEncoderTensors:
 
 def vae_tensors(checkpoint: Checkpoint) -> dict[str, TensorEntry]:
     """A VAE's tensors under its own names, whichever program wrote them; all of the file's where no VAE is known."""
-    return under_prefix(checkpoint.tensors, find_prefix(checkpoint.tensors, _VAE) or "")
+    return under_prefix(checkpoint.tensors, find_prefix(checkpoint.tensors, VAE_ANCHORS) or "")
 
 
 def described_tensors(checkpoint: Checkpoint) -> dict[str, TensorEntry]:
@@ -321,7 +174,7 @@ def _transformer_config(
     if (in_channels, drawn_channels) != (_CHANNELS, _CHANNELS):
         raise WrongModel(
             f"{checkpoint.path} takes {in_channels} channels and makes {drawn_channels}; Qwen-Image has {_CHANNELS}. "
-            f"Choose a file such as {_EXAMPLE_OF[Component.TRANSFORMER]}."
+            f"Choose a file such as {EXAMPLE_OF[Component.TRANSFORMER]}."
         )
     return TransformerConfig(
         num_layers=layers,

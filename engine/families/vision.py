@@ -12,8 +12,9 @@ from typing import Any
 from ..checkpoints.checkpoint import GGUF_SUFFIX, Checkpoint, TensorEntry, open_checkpoint
 from ..checkpoints.parts import stem_of
 from ..errors import CheckpointError, MissingFile, WrongModel
+from .components import Component, identify
 from .gguf_names import VISION_ARCHITECTURE, VISION_PROJECTOR, vision_config, vision_names
-from .members import Component, described_tensors, identify, shape_of, sort_text_encoder, split_blocks
+from .members import described_tensors, shape_of, sort_text_encoder, split_blocks
 from .prefixes import find_prefix, under_prefix
 
 _MARK = "mmproj"

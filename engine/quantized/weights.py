@@ -22,7 +22,8 @@ from torch import Tensor
 from ..checkpoints.checkpoint import Checkpoint, TensorEntry, open_checkpoint
 from ..checkpoints.regular_file import Stamp, open_regular, require_unchanged
 from ..errors import CacheError, CheckpointError, DamagedFile, InvalidRequest, MissingFile
-from ..families.members import Component, described_tensors, require, split_blocks
+from ..families.components import Component, require
+from ..families.members import described_tensors, split_blocks
 from ..formats import TORCH_DTYPES, StoredParam, stored_param
 from ..formats.chunks import CHUNK_WEIGHTS
 from ..streaming import TensorReader

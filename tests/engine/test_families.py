@@ -11,15 +11,8 @@ import pytest
 import torch
 from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.errors import WrongModel
-from qwenimage_lowvram.engine.families.members import (
-    Component,
-    identify,
-    only,
-    require,
-    sort_text_encoder,
-    sort_transformer,
-    vae_tensors,
-)
+from qwenimage_lowvram.engine.families.components import Component, identify, only, require
+from qwenimage_lowvram.engine.families.members import sort_text_encoder, sort_transformer, vae_tensors
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
 from qwenimage_lowvram.engine.vae import needed_tensors, require_image_vae

@@ -17,7 +17,8 @@ from gguf_files import llama_name, read_gguf, write_gguf_text_encoder, write_ggu
 from live_bytes import LiveBytes
 from qwenimage_lowvram.engine.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from qwenimage_lowvram.engine.errors import WrongModel
-from qwenimage_lowvram.engine.families.members import Component, require, sort_text_encoder, sort_transformer
+from qwenimage_lowvram.engine.families.components import Component, require
+from qwenimage_lowvram.engine.families.members import sort_text_encoder, sort_transformer
 from qwenimage_lowvram.engine.formats import CODECS
 from qwenimage_lowvram.engine.formats.gguf import CHUNK_WEIGHTS, GGUF, GgufCodec
 from qwenimage_lowvram.engine.hardware import Hardware

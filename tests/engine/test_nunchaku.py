@@ -13,7 +13,8 @@ from live_bytes import LiveBytes
 from nunchaku_files import SHIFT, SvdqLayer, awq, pack_scales, svdq, write_nunchaku_transformer
 from qwenimage_lowvram.engine.checkpoints.checkpoint import Checkpoint, TensorEntry, open_checkpoint
 from qwenimage_lowvram.engine.errors import DamagedFile, InvalidRequest, WrongModel
-from qwenimage_lowvram.engine.families.members import Component, require, sort_transformer
+from qwenimage_lowvram.engine.families.components import Component, require
+from qwenimage_lowvram.engine.families.members import sort_transformer
 from qwenimage_lowvram.engine.formats import CODECS, stored_param
 from qwenimage_lowvram.engine.formats.nunchaku import AWQ, SVDQ
 from qwenimage_lowvram.engine.formats.nunchaku_layers import with_nunchaku_layers

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from qwenimage_lowvram.engine.checkpoints.checkpoint import TensorEntry, open_checkpoint
 from qwenimage_lowvram.engine.errors import MissingFile, WrongModel
-from qwenimage_lowvram.engine.families.members import Component, require
+from qwenimage_lowvram.engine.families.components import Component, require
 from qwenimage_lowvram.engine.families.vision import VisionTensors, find_mmproj, sort_vision
 from qwenimage_lowvram.engine.streaming import TensorReader, read_params
 from safetensors.torch import load_file, save_file
