@@ -22,6 +22,8 @@ MAX_VALUES = 2_000_000  # Qwen2.5's tokenizer.json has 600,000
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# of BPE: what makes other tokens of a text, the first at random, and some crash the package
+_UNUSED = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -65,8 +67,11 @@ def _whole(file: Path) -> "Tokenizer":
 
     raw = _raw(file)
     model = _parsed(raw, file).get("model")
-    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
-        raise WrongModel(f"{file} is another model's tokenizer: Qwen-Image's is of type BPE. Use Qwen-Image's folder.")
+    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or any(map(model.get, _UNUSED)):
+        raise WrongModel(
+            f"{file} is another model's tokenizer: Qwen-Image's is of type BPE, without {', '.join(_UNUSED)}. Use "
+            "Qwen-Image's folder."
+        )
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in _listed(file, model.get("merges"))]
     _require_whole_merges(file, _vocabulary(file, model.get("vocab")), merges)
     try:
@@ -123,26 +128,33 @@ def _add_tokens(tokenizer: "Tokenizer", folder: Path, given: Mapping[str, Any]) 
         file = folder / ADDED
         stated = {number: {"content": name, "special": True} for name, number in given.get(ADDED, {}).items()}
     try:
-        tokens = sorted((int(number), token) for number, token in stated.items())
-        for number, token in tokens:
-            name = token["content"]
-            if tokenizer.token_to_id(name) is None:
-                flags = {flag: token[flag] for flag in _FLAGS if flag in token} | {"normalized": False}
-                tokenizer.add_tokens([AddedToken(name, **flags)])
-            if tokenizer.token_to_id(name) != number:
+        if not isinstance(stated, dict):
+            raise TypeError("no table of numbers to tokens")
+        tokens = {number: stated[key] for number, key in sorted((int(key), key) for key in stated)}
+        missing = [token for token in tokens.values() if tokenizer.token_to_id(token["content"]) is None]
+        flags = [{flag: token[flag] for flag in _FLAGS if flag in token} | {"normalized": False} for token in missing]
+        tokenizer.add_tokens([AddedToken(token["content"], **kw) for token, kw in zip(missing, flags, strict=True)])
+        for number, token in tokens.items():
+            if (found := tokenizer.token_to_id(token["content"])) != number:
                 raise DamagedFile(
-                    f"{file} says that {name!r:.99} is token {number}, and it is {tokenizer.token_to_id(name)}: the "
-                    "folder's files do not belong together. Download them again."
+                    f"{file} says that {token['content']!r:.99} is token {number}, and it is {found}: the folder's "
+                    "files do not belong together. Download them again."
                 )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DamagedFile(f"{file}: its added tokens are damaged ({error!s:.99}). Download it again.") from error
 
 
 def _vocabulary(file: Path, given: Any) -> dict[str, int]:
+    from tokenizers import pre_tokenizers
+
     if not isinstance(given, dict) or not given or not all(type(number) is int for number in given.values()):
         raise DamagedFile(f"{file} has no table of tokens to numbers. Download it again.")
     if len(set(given.values())) < len(given) or not all(0 <= number < 2**31 for number in given.values()):
         raise DamagedFile(f"{file} gives two tokens one number, or none that can be. Download it again.")
+    if missing := set(pre_tokenizers.ByteLevel.alphabet()).difference(given):
+        raise DamagedFile(
+            f"{file} lacks {len(missing)} of the 256 bytes that every text is made of. Download it again."
+        )
     return given
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from qwenimage_lowvram.engine.errors import DamagedFile, MissingFile, WrongModel
-from qwenimage_lowvram.engine.families.members import EDIT_TEMPLATE, PROMPT_TEMPLATE
+from qwenimage_lowvram.engine.families.members import EDIT_TEMPLATE, PROMPT_TEMPLATE, PROMPT_TEMPLATE_TOKENS
 from qwenimage_lowvram.engine.text.prompts import PromptTokenizer
 from small_checkpoint import TOKENIZER_IN_COMFYUI
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -123,7 +123,7 @@ MEANINGS = {
         (b'{"model": {"vocab": {"a": 0}}}', DamagedFile, "has no list of merges"),
         (b'{"model": {"vocab": {"a": 0, "b": 0}, "merges": []}}', DamagedFile, "gives two tokens one number"),
         (b'{"model": {"vocab": {"a": null}, "merges": []}}', DamagedFile, "has no table of tokens to numbers"),
-        (b'{"model": {"vocab": {"a": 0}, "merges": [["a"]]}}', DamagedFile, "is no pair of tokens"),
+        (b'{"model": {"vocab": {"a": 0}, "merges": []}}', DamagedFile, "lacks 255 of the 256 bytes"),
     ],
     "vocab.json": [(b"{}", DamagedFile, "has no table of tokens to numbers")],
     "merges.txt": [
@@ -251,6 +251,49 @@ def test_another_models_tokenizer_is_refused(plain: Tokenizer, tmp_path: Path) -
     (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(WrongModel, match=r"another model's tokenizer: Qwen-Image's makes 34 tokens .* this one \d+"):
         PromptTokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("dropout", 0.5),
+        ("continuing_subword_prefix", "<|im_start|>"),
+        ("end_of_word_suffix", "x"),
+        ("byte_fallback", True),
+        ("ignore_merges", True),
+    ],
+)
+def test_a_tokenizer_that_merges_in_another_way_is_another_models(
+    key: str, value: object, small_pipeline: Path, tmp_path: Path
+) -> None:
+    content = json.loads((small_pipeline / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))
+    content["model"][key] = value
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(WrongModel, match=rf"is another model's tokenizer: .* without .*{key}"):
+        PromptTokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json"])
+def test_a_vocabulary_without_a_byte_is_refused(
+    name: str, small_pipeline: Path, two_files: Path, tmp_path: Path
+) -> None:
+    """It would leave that byte out of every text."""
+    whole = of_kind(name, small_pipeline, two_files)
+    content = json.loads((whole / name).read_text(encoding="utf-8"))
+    del (content["model"]["vocab"] if name == "tokenizer.json" else content)["\u00a1"]
+    folder = damaged(whole, tmp_path / "tokenizer", name, json.dumps(content).encode())
+    with pytest.raises(DamagedFile, match="lacks 1 of the 256 bytes"):
+        PromptTokenizer(folder)
+
+
+def test_a_thousand_added_tokens_are_read_at_once(two_files: Path, tmp_path: Path) -> None:
+    settings = json.loads((two_files / "tokenizer_config.json").read_text(encoding="utf-8"))
+    added = settings["added_tokens_decoder"]
+    first = 1 + max(int(number) for number in added)
+    more = {str(first + i): {"content": f"<|{i}|>", "special": True} for i in range(1000)}
+    settings["added_tokens_decoder"] = dict(reversed((added | more).items()))
+    folder = damaged(two_files, tmp_path / "tokenizer", "tokenizer_config.json", json.dumps(settings).encode())
+    assert PromptTokenizer(folder).encode("<|7|>")[PROMPT_TEMPLATE_TOKENS] == first + 7
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no pipes among files")

@@ -200,7 +200,7 @@ def test_windows_page_file_is_named_wherever_it_ends_loading(
     target = {
         "source": "qwenimage_lowvram.engine.quantized.weights.TensorReader.read_into",
         "cache file": "qwenimage_lowvram.engine.atomic_files._claim",
-        "tokenizer": "transformers.Qwen2TokenizerFast.from_pretrained",
+        "tokenizer": "qwenimage_lowvram.engine.checkpoints.json_texts.open_regular",
         "small weights": "qwenimage_lowvram.engine.streaming.source.open_regular",
         "import": "qwenimage_lowvram.engine.packages.importlib",
     }[place]
