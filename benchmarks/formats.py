@@ -5,7 +5,9 @@
 `bits` are bits per weight, scales included. `error` is the norm of what the format loses over the norm of the weights,
 which are normally distributed. `encode_gb_s` and `decode_gb_s` are GB of bf16 weights per second, the median of turns;
 encoding is empty where other programs make the files. `scratch_bytes` is what decoding allocates beside its result.
-K types of GGUF cannot be made here: they decode random blocks, and have no error.
+`peer_gb_s` is how fast ComfyUI's own library decodes a piece of the same bytes: comfy-kitchen what ComfyUI quantizes,
+the gguf package what ComfyUI-GGUF leaves to it.
+K types of GGUF and the smaller IQ types cannot be made here: they decode random blocks, and have no error.
 """
 
 import logging
@@ -17,10 +19,17 @@ from functools import partial
 from typing import Any
 
 import gguf
+import numpy as np
 import torch
-from comfy_kitchen import quantize_convrot_w4a4_weight
+from comfy_kitchen import (
+    dequantize_convrot_w4a4_weight,
+    dequantize_mxfp8,
+    dequantize_nvfp4,
+    quantize_convrot_w4a4_weight,
+)
 from comfy_kitchen.tensor import TensorCoreMXFP8Layout, TensorCoreNVFP4Layout, TensorWiseINT8Layout
 from gguf import GGMLQuantizationType
+from nunchaku_files import svdq
 from qwenimage_lowvram.engine.formats import CODECS, ENCODERS
 from qwenimage_lowvram.engine.formats.bnb4 import NF4
 from qwenimage_lowvram.engine.formats.gguf import GGUF, GgufCodec
@@ -31,7 +40,8 @@ from torch import Tensor
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16
-ERROR_ROWS = 64
+ERROR_ROWS = 128
+PEER_ROWS = 256
 
 Parts = Sequence[Tensor]
 
@@ -45,6 +55,7 @@ class _Format:
     parts: Callable[[Tensor], Parts]
     few: Callable[[Tensor], Parts | None]
     encodes: bool
+    peer: Callable[[Tensor, Parts], Any] | None = None
 
 
 def rows(quick: bool) -> list[dict[str, Any]]:
@@ -66,13 +77,19 @@ def _formats() -> Iterator[_Format]:
         yield _Format(rotated.name, rotated.name, encode, encode, False)
     for codec in KITCHEN.values():
         encode = partial(_by_comfyui, codec.name)
-        yield _Format(codec.name, codec.name, encode, encode, False)
+        yield _Format(codec.name, codec.name, encode, encode, False, partial(_comfyui_decodes, codec.name))
     for codec in GGUF:
-        yield _Format(codec.name, codec.name, partial(_random_blocks, codec), partial(_quantized, codec), False)
+        blocks, quantized = partial(_random_blocks, codec), partial(_quantized, codec)
+        yield _Format(codec.name, codec.name, blocks, quantized, False, partial(_by_gguf, codec))
+    for kind in ("int4", "fp4"):
+        for rank in (32, 128):
+            layer = partial(_as_nunchaku, kind, rank)
+            yield _Format(f"svdq_{kind}_r{rank}", f"svdq_{kind}_r{rank}", layer, layer, False)
 
 
 def _row(format_: _Format, weight: Tensor, turns: int) -> dict[str, Any]:
-    parts, few = format_.parts(weight), weight[:ERROR_ROWS]
+    # singular vectors of a few rows would say more of them than those of a whole weight
+    parts, few = format_.parts(weight), weight if format_.codec.startswith("svdq") else weight[:ERROR_ROWS]
     few_parts, out = format_.few(few), torch.empty_like(weight)
     codec = CODECS[format_.codec]
     encodes = format_.encodes and parts[0] is not weight
@@ -83,6 +100,7 @@ def _row(format_: _Format, weight: Tensor, turns: int) -> dict[str, Any]:
         "error": None if few_parts is None else _error(format_.codec, few, few_parts),
         "encode_gb_s": _speed(lambda: format_.parts(weight), weight, turns) if encodes else None,
         "decode_gb_s": _speed(lambda: codec.decode_into(out, parts), weight, turns),
+        "peer_gb_s": None if format_.peer is None else _peer_speed(format_, weight[:PEER_ROWS], turns),
         "scratch_bytes": codec.scratch_bytes(weight.shape),
     }
 
@@ -114,6 +132,31 @@ def _quantized(codec: GgufCodec, weight: Tensor) -> Parts | None:
     except NotImplementedError:
         return None
     return [torch.from_numpy(raw).to(DEVICE)]
+
+
+def _as_nunchaku(kind: str, rank: int, weight: Tensor) -> Parts:
+    """By the tests' packer, from singular vectors and the nearest codes."""
+    stored = svdq(weight.cpu(), rank, kind).packed()
+    names = ("qweight", "wscales", "smooth_factor", "proj_down", "proj_up", "wcscales", "wtscale")
+    return [stored[name].to(DEVICE) for name in names if name in stored]
+
+
+def _comfyui_decodes(name: str, weight: Tensor, parts: Parts) -> Tensor:
+    if name == "nvfp4":
+        return dequantize_nvfp4(parts[0], parts[2], parts[1], DTYPE)
+    if name == "mxfp8":
+        return dequantize_mxfp8(parts[0], parts[1], DTYPE)
+    return dequantize_convrot_w4a4_weight(*parts, convrot_groupsize=int(name.rpartition("_")[2]), output_dtype=DTYPE)
+
+
+def _by_gguf(codec: GgufCodec, weight: Tensor, parts: Parts) -> Any:
+    with np.errstate(all="ignore"):  # random blocks have scales that are no numbers
+        return gguf.quants.dequantize(parts[0].cpu().numpy(), GGMLQuantizationType[codec.type])
+
+
+def _peer_speed(format_: _Format, weight: Tensor, turns: int) -> float:
+    parts = format_.parts(weight)
+    return _speed(lambda: format_.peer(weight, parts), weight, turns)
 
 
 def _error(codec: str, weight: Tensor, parts: Parts) -> float:

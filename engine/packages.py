@@ -40,6 +40,11 @@ def ggml_types() -> ModuleType:
     return _imported("gguf.constants", "gguf", "GGUF files are read with it")
 
 
+def ggml_quants() -> ModuleType:
+    """The gguf package's types of fewer than four bits, with their tables."""
+    return _imported("gguf.quants", "gguf", "GGUF files are read with it")
+
+
 def _imported(module: str, package: str, purpose: str) -> ModuleType:
     try:
         with _without_wishes():

@@ -12,6 +12,8 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 from torch import Tensor
 
+# of a type that the gguf package cannot write, the place of its blocks' fp16 scale
+_SCALE_AT = dict.fromkeys(("IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_S"), 0)
 # transformers' name in a layer -> llama.cpp's
 _TEXT_LAYER = {
     "input_layernorm": "attn_norm",
@@ -127,7 +129,22 @@ def read_gguf(file: Path) -> dict[str, Tensor]:
 
 def _add(writer: GGUFWriter, name: str, value: Tensor, kind: str) -> None:
     type_ = GGMLQuantizationType[kind]
-    writer.add_tensor(name, gguf.quants.quantize(value.float().contiguous().numpy(), type_), raw_dtype=type_)
+    weight = value.float().contiguous().numpy()
+    raw = random_blocks(weight, kind) if kind in _SCALE_AT else gguf.quants.quantize(weight, type_)
+    writer.add_tensor(name, raw, raw_dtype=type_)
+
+
+def random_blocks(weight: "np.ndarray[Any, Any]", kind: str) -> "np.ndarray[Any, Any]":
+    """Blocks of a type that the gguf package decodes only: any codes, and a scale that gives numbers as large as
+    those of the weight."""
+    type_, at = GGMLQuantizationType[kind], _SCALE_AT[kind]
+    block, nbytes = gguf.GGML_QUANT_SIZES[type_]
+    shape = (*weight.shape[:-1], weight.shape[-1] // block * nbytes)
+    raw = np.random.default_rng(weight.size).integers(0, 256, shape, dtype=np.uint8).reshape(-1, nbytes)
+    raw[:, at : at + 2] = np.frombuffer(np.float16(1).tobytes(), dtype=np.uint8)
+    scale = np.float16(weight.std() / gguf.quants.dequantize(raw, type_).std())
+    raw[:, at : at + 2] = np.frombuffer(scale.tobytes(), dtype=np.uint8)
+    return raw.reshape(shape)
 
 
 def _write(writer: GGUFWriter) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..packages import ggml_types
 from .gguf_blocks import DECODERS, SCRATCH_PER_WEIGHT, TABLE_BYTES
+from .gguf_grids import GRID_BYTES, GRID_DECODERS, grid_decoder
 
 # large enough that a GPU is not kept waiting for launches
 CHUNK_WEIGHTS = 1024**2
@@ -44,14 +45,15 @@ class GgufCodec:
         return (*shape[:-1], shape[-1] // self.block_weights * self.block_bytes)
 
     def scratch_bytes(self, shape: Sequence[int]) -> int:
-        return min(prod(shape), CHUNK_WEIGHTS) * SCRATCH_PER_WEIGHT + TABLE_BYTES.get(self.type, 0)
+        return min(prod(shape), CHUNK_WEIGHTS) * SCRATCH_PER_WEIGHT + _TABLE_BYTES.get(self.type, 0)
 
     def decode_into(self, out: Tensor, parts: Sequence[Tensor]) -> None:
         blocks = parts[0].view(-1, self.block_bytes)
         weights = out.view(-1, self.block_weights)
         chunk = CHUNK_WEIGHTS // self.block_weights
+        decode = grid_decoder(self.type, out.device) if self.type in GRID_DECODERS else DECODERS[self.type]
         for start in range(0, len(blocks), chunk):
-            decoded = DECODERS[self.type](blocks[start : start + chunk])
+            decoded = decode(blocks[start : start + chunk])
             weights[start : start + chunk].view(decoded.shape).copy_(decoded)
             del decoded  # before the next one is made
 
@@ -64,4 +66,5 @@ def _block_size(kind: str) -> tuple[int, int]:
     return size
 
 
-GGUF = tuple(GgufCodec(kind) for kind in DECODERS)
+_TABLE_BYTES = {**TABLE_BYTES, **GRID_BYTES}
+GGUF = tuple(GgufCodec(kind) for kind in (*DECODERS, *GRID_DECODERS))

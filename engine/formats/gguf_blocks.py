@@ -16,75 +16,91 @@ from torch import Tensor
 
 
 def q8_0(blocks: Tensor) -> Tensor:
-    return _integers(blocks[:, 2:]).mul_(_half(blocks, 0))
+    return _integers(blocks[:, 2:]).mul_(half(blocks, 0))
 
 
 def q4_0(blocks: Tensor) -> Tensor:
-    return _integers(_unpack(blocks[:, None, 2:], 4).sub_(8)).mul_(_half(blocks, 0))
+    return _integers(unpack(blocks[:, None, 2:], 4).sub_(8)).mul_(half(blocks, 0))
 
 
 def q4_1(blocks: Tensor) -> Tensor:
-    return _unpack(blocks[:, None, 4:], 4).float().mul_(_half(blocks, 0)).add_(_half(blocks, 2))
+    return unpack(blocks[:, None, 4:], 4).float().mul_(half(blocks, 0)).add_(half(blocks, 2))
 
 
 def q5_0(blocks: Tensor) -> Tensor:
     q = _with_high_bits(blocks[:, None, 6:], 4, blocks[:, 2:6, None], 1)
-    return _integers(q.sub_(16)).mul_(_half(blocks, 0))
+    return _integers(q.sub_(16)).mul_(half(blocks, 0))
 
 
 def q5_1(blocks: Tensor) -> Tensor:
     q = _with_high_bits(blocks[:, None, 8:], 4, blocks[:, 4:8, None], 1)
-    return q.float().mul_(_half(blocks, 0)).add_(_half(blocks, 2))
+    return q.float().mul_(half(blocks, 0)).add_(half(blocks, 2))
 
 
 def q2_k(blocks: Tensor) -> Tensor:
     packed = blocks[:, :16]  # low 4 bits: scale, high 4 bits: minimum, of 16 weights each
-    scale = (packed & 15).float().mul_(_half(blocks, 80))
-    minimum = (packed >> 4).float().mul_(_half(blocks, 82))
-    return _scaled(_unpack(blocks[:, 16:80].unflatten(1, (2, 32)), 2).float(), scale, minimum)
+    scale = (packed & 15).float().mul_(half(blocks, 80))
+    minimum = (packed >> 4).float().mul_(half(blocks, 82))
+    return scaled(unpack(blocks[:, 16:80].unflatten(1, (2, 32)), 2).float(), scale, minimum)
 
 
 def q3_k(blocks: Tensor) -> Tensor:
     packed = blocks[:, 96:108]
     six_bits = _with_high_bits(packed[:, None, :8], 4, packed[:, None, 8:], 2)
-    scale = _integers(six_bits.sub_(32)).mul_(_half(blocks, 108))
-    q = _unpack(blocks[:, :32].unsqueeze(1), 1).bitwise_xor_(1).mul_(4)  # a bit that is not set takes 4 off
-    q = _unpack(blocks[:, 32:96].unflatten(1, (2, 32)), 2).sub_(q)
-    return _scaled(_integers(q), scale)
+    scale = _integers(six_bits.sub_(32)).mul_(half(blocks, 108))
+    q = unpack(blocks[:, :32].unsqueeze(1), 1).bitwise_xor_(1).mul_(4)  # a bit that is not set takes 4 off
+    q = unpack(blocks[:, 32:96].unflatten(1, (2, 32)), 2).sub_(q)
+    return scaled(_integers(q), scale)
 
 
 def q4_k(blocks: Tensor) -> Tensor:
     scale, minimum = _scales_and_minima(blocks)
-    return _scaled(_unpack(blocks[:, 16:].unflatten(1, (4, 32)), 4).float(), scale, minimum)
+    return scaled(unpack(blocks[:, 16:].unflatten(1, (4, 32)), 4).float(), scale, minimum)
 
 
 def q5_k(blocks: Tensor) -> Tensor:
     scale, minimum = _scales_and_minima(blocks)
     q = _with_high_bits(blocks[:, 48:].unflatten(1, (4, 32)), 4, blocks[:, None, 16:48], 1)
-    return _scaled(q.float(), scale, minimum)
+    return scaled(q.float(), scale, minimum)
 
 
 def q6_k(blocks: Tensor) -> Tensor:
     q = _with_high_bits(blocks[:, :128].unflatten(1, (2, 64)), 4, blocks[:, 128:192].unflatten(1, (2, 32)), 2)
-    scale = _integers(blocks[:, 192:208]).mul_(_half(blocks, 208))
-    return _scaled(_integers(q.sub_(32)), scale)
+    scale = _integers(blocks[:, 192:208]).mul_(half(blocks, 208))
+    return scaled(_integers(q.sub_(32)), scale)
 
 
 def iq4_nl(blocks: Tensor) -> Tensor:
-    return _looked_up(blocks[:, 2:]).mul_(_half(blocks, 0).unsqueeze(2)).transpose(1, 2)
+    return _looked_up(blocks[:, 2:]).mul_(half(blocks, 0).unsqueeze(2)).transpose(1, 2)
 
 
 def iq4_xs(blocks: Tensor) -> Tensor:
     weights = _looked_up(blocks[:, 8:]).unflatten(1, (8, 16))  # before the scales: this is where it takes most
-    low = _unpack(blocks[:, 4:8].unsqueeze(2), 4)  # of two neighbours' scales, the first one's bits are the lower ones
-    high = _unpack(blocks[:, 2:4].unsqueeze(2), 2)
-    scale = _integers(low.bitwise_or_(high.bitwise_left_shift_(4)).sub_(32)).mul_(_half(blocks, 0))
+    low = unpack(blocks[:, 4:8].unsqueeze(2), 4)  # of two neighbours' scales, the first one's bits are the lower ones
+    high = unpack(blocks[:, 2:4].unsqueeze(2), 2)
+    scale = _integers(low.bitwise_or_(high.bitwise_left_shift_(4)).sub_(32)).mul_(half(blocks, 0))
     return weights.mul_(scale[:, :, None, None]).transpose(2, 3)
+
+
+def tq1_0(blocks: Tensor) -> Tensor:
+    """Five weights to a byte, four to the last four: multiplied by a power of three, its highest digit is the weight's
+    (a byte holds 256/243 of the number in base three)."""
+    powers = torch.ones(5, dtype=torch.uint8, device=blocks.device)
+    for digit in range(1, 5):
+        powers[digit:] *= 3
+    runs = ((blocks[:, :32], 5), (blocks[:, 32:48], 5), (blocks[:, 48:52], 4))
+    q = torch.cat([(run.unsqueeze(1) * powers[:count, None]).flatten(1) for run, count in runs], dim=1)
+    q = q.short().mul_(3).bitwise_right_shift_(8).sub_(1).to(torch.int8)
+    return q.float().mul_(half(blocks, 52))
+
+
+def tq2_0(blocks: Tensor) -> Tensor:
+    return _integers(unpack(blocks[:, :64].unflatten(1, (2, 32)), 2).sub_(1)).mul_(half(blocks, 64))
 
 
 DECODERS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "Q8_0": q8_0, "Q6_K": q6_k, "Q5_K": q5_k, "Q5_1": q5_1, "Q5_0": q5_0, "Q4_K": q4_k, "Q4_1": q4_1, "Q4_0": q4_0,
-    "Q3_K": q3_k, "Q2_K": q2_k, "IQ4_NL": iq4_nl, "IQ4_XS": iq4_xs,
+    "Q3_K": q3_k, "Q2_K": q2_k, "IQ4_NL": iq4_nl, "IQ4_XS": iq4_xs, "TQ2_0": tq2_0, "TQ1_0": tq1_0,
 }  # fmt: skip
 # what IQ4's 4 bits stand for (kvalues_iq4nl): 16 numbers of one byte each, as two of eight
 _NONLINEAR = struct.unpack(
@@ -96,7 +112,7 @@ SCRATCH_PER_WEIGHT = 6
 TABLE_BYTES: Mapping[str, int] = dict.fromkeys(("IQ4_NL", "IQ4_XS"), 4096)
 
 
-def _half(blocks: Tensor, at: int) -> Tensor:
+def half(blocks: Tensor, at: int) -> Tensor:
     """The fp16 number at byte `at` of each block, (n, 1) fp32."""
     return blocks[:, at : at + 2].view(torch.float16).float()
 
@@ -106,14 +122,14 @@ def _integers(raw: Tensor) -> Tensor:
     return raw.view(torch.int8).float()
 
 
-def _unpack(packed: Tensor, bits: int) -> Tensor:
+def unpack(packed: Tensor, bits: int) -> Tensor:
     """(n, groups, width) uint8 -> (n, weights) uint8: in each group all lowest bits first, then the next."""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device).view(-1, 1)
     return (packed.unsqueeze(-2) >> shifts).bitwise_and_(2**bits - 1).flatten(1)
 
 
 def _with_high_bits(low: Tensor, low_bits: int, high: Tensor, high_bits: int) -> Tensor:
-    return _unpack(low, low_bits).bitwise_or_(_unpack(high, high_bits).bitwise_left_shift_(low_bits))
+    return unpack(low, low_bits).bitwise_or_(unpack(high, high_bits).bitwise_left_shift_(low_bits))
 
 
 def _looked_up(packed: Tensor) -> Tensor:
@@ -130,10 +146,10 @@ def _scales_and_minima(blocks: Tensor) -> tuple[Tensor, Tensor]:
     first, second, shared = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
     scale = torch.cat([first & 63, (shared & 15) | ((first >> 2) & 48)], dim=1)
     minimum = torch.cat([second & 63, (shared >> 4) | ((second >> 2) & 48)], dim=1)
-    return scale.float().mul_(_half(blocks, 0)), minimum.float().mul_(_half(blocks, 2))
+    return scale.float().mul_(half(blocks, 0)), minimum.float().mul_(half(blocks, 2))
 
 
-def _scaled(q: Tensor, scale: Tensor, minimum: Tensor | None = None) -> Tensor:
+def scaled(q: Tensor, scale: Tensor, minimum: Tensor | None = None) -> Tensor:
     """q * scale - minimum, with one scale for each group of neighbours."""
     groups = q.unflatten(1, (scale.shape[1], -1)).mul_(scale.unsqueeze(2))
     return (groups if minimum is None else groups.sub_(minimum.unsqueeze(2))).flatten(1)

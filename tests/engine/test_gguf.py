@@ -35,8 +35,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 HALVES = {
     "Q8_0": [0], "Q4_0": [0], "Q5_0": [0], "Q4_1": [0, 2], "Q5_1": [0, 2], "Q4_K": [0, 2], "Q5_K": [0, 2],
     "Q2_K": [80, 82], "Q3_K": [108], "Q6_K": [208], "IQ4_NL": [0], "IQ4_XS": [0],
+    "IQ3_S": [0], "IQ3_XXS": [0], "IQ2_S": [0], "IQ2_XS": [0], "IQ2_XXS": [0], "IQ1_S": [0],
+    "TQ1_0": [52], "TQ2_0": [64],
+    "IQ1_M": [54],  # the highest bits of its number, among others
 }  # fmt: skip
 BOTH_WAYS = [codec for codec in GGUF if not codec.type.endswith("_K") and not codec.type.startswith("IQ")]
+BOTH_WAYS = [codec for codec in BOTH_WAYS if not codec.type.startswith("TQ")]
 by_name = pytest.mark.parametrize("codec", GGUF, ids=lambda codec: codec.name)
 
 
@@ -191,6 +195,47 @@ def test_a_gguf_encoder_computes_what_transformers_does_with_its_decoded_weights
     assert difference < 1e-6
 
 
+def test_low_bit_files_of_transformer_and_encoder_compute_with_their_decoded_weights(
+    tmp_path: Path, hardware: Hardware, comfyui_path: Path
+) -> None:
+    model = make_transformer(layers=3, heads=4, head_dim=64, text_dim=32)  # rows of whole blocks of 256
+    file = tmp_path / "transformer.gguf"
+    write_gguf_transformer(file, model.state_dict(), dict(model.config), "IQ2_XXS", "TQ1_0", "IQ3_S", "IQ1_S", "TQ2_0")
+    model.load_state_dict(read_gguf(file))
+    branch = a_branch()
+    with torch.no_grad():
+        expected = model(
+            hidden_states=branch.tokens,
+            encoder_hidden_states=branch.prompt_embeds,
+            timestep=torch.tensor([branch.timestep]),
+            img_shapes=[list(branch.shapes)],
+            return_dict=False,
+        )[0]
+    transformer = QwenImageTransformer(open_checkpoint(file), dtype=torch.float32, hardware=hardware)
+    used = {param.codec for block in transformer.store.blocks for param in block.params}
+    assert {"gguf_iq2_xxs", "gguf_tq1_0", "gguf_iq3_s", "gguf_iq1_s", "gguf_tq2_0"} <= used
+    with transformer.session(slots=2) as session:
+        assert torch.equal(session.forward([branch])[0], expected)
+    # an i1 file of the encoder, with embeddings of another type, as such files have them
+    size = TextSize(hidden=256, intermediate=256)
+    text_model = make_text_encoder(make_tokenizer(full=False, comfyui=comfyui_path), size, seed=2)
+    text_model.save_pretrained(tmp_path / "encoder")
+    config = json.loads((tmp_path / "encoder" / "config.json").read_text(encoding="utf-8"))
+    weights = load_file(tmp_path / "encoder" / "model.safetensors")
+    write_gguf_text_encoder(tmp_path / "encoder.gguf", weights, config, "IQ3_XXS")
+    stored = read_gguf(tmp_path / "encoder.gguf")
+    parameters = dict(text_model.named_parameters())
+    for name in weights:
+        if (llama := llama_name(name)) is not None:
+            own = name.replace("model.", "model.language_model.", 1)
+            parameters[own if own in parameters else name].data = stored[llama]
+    encoder = TextEncoder(open_checkpoint(tmp_path / "encoder.gguf"), dtype=torch.float32, hardware=hardware)
+    ids = [5, 17, 300, 17, 2]
+    with torch.no_grad():
+        reference = text_model.model(input_ids=torch.tensor([ids])).last_hidden_state
+    assert (encoder.encode([ids])[0] - reference).abs().max() / reference.abs().max() < 1e-6
+
+
 def test_a_gguf_encoders_settings_are_those_of_its_header(encoder_file: tuple[Any, Path]) -> None:
     model, file = encoder_file
     config, text = sort_text_encoder(open_checkpoint(file)).config, model.config.text_config
@@ -216,7 +261,7 @@ def in_format(checkpoint: Checkpoint, codec: GgufCodec) -> Checkpoint:
     return replace(checkpoint, tensors=tensors)
 
 
-@pytest.mark.parametrize(("kind", "limit_gib"), [("Q4_K", 1.2), ("Q8_0", 3.0)])
+@pytest.mark.parametrize(("kind", "limit_gib"), [("Q4_K", 1.2), ("Q8_0", 3.0), ("IQ2_XXS", 1.1)])
 def test_the_plan_of_a_full_size_gguf_transformer_is_what_its_run_takes(kind: str, limit_gib: float) -> None:
     codec = next(codec for codec in GGUF if codec.type == kind)
     checkpoint = in_format(full_size.transformer_checkpoint(torch.float8_e4m3fn, layers=3), codec)
