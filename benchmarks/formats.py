@@ -14,6 +14,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -35,6 +36,7 @@ from qwenimage_lowvram.engine.formats.bnb4 import NF4
 from qwenimage_lowvram.engine.formats.gguf import GGUF, GgufCodec
 from qwenimage_lowvram.engine.formats.int8_convrot import INT8_CONVROT
 from qwenimage_lowvram.engine.formats.kitchen import KITCHEN
+from qwenimage_lowvram.engine.formats.kitchen_w4a8 import W4A8, load_w4a8
 from qwenimage_lowvram.engine.formats.scaled_fp8 import SCALED_FP8
 from torch import Tensor
 
@@ -42,6 +44,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16
 ERROR_ROWS = 128
 PEER_ROWS = 256
+_W4A8 = W4A8["ASYM_W4A8_INT8_256"]
 
 Parts = Sequence[Tensor]
 
@@ -78,6 +81,10 @@ def _formats() -> Iterator[_Format]:
     for codec in KITCHEN.values():
         encode = partial(_by_comfyui, codec.name)
         yield _Format(codec.name, codec.name, encode, encode, False, partial(_comfyui_decodes, codec.name))
+    with suppress(ImportError, AttributeError):  # a comfy-kitchen that is older than the format
+        load_w4a8()
+        encode = partial(_by_comfyui, _W4A8.name)
+        yield _Format(_W4A8.name, _W4A8.name, encode, encode, False, partial(_comfyui_decodes, _W4A8.name))
     for codec in GGUF:
         blocks, quantized = partial(_random_blocks, codec), partial(_quantized, codec)
         yield _Format(codec.name, codec.name, blocks, quantized, False, partial(_by_gguf, codec))
@@ -113,6 +120,11 @@ def _rotated(group: int, weight: Tensor) -> Parts:
 
 def _by_comfyui(name: str, weight: Tensor) -> Parts:
     """nvfp4, mxfp8 or convrot_w4a4_<group>, by comfy-kitchen."""
+    if name == _W4A8.name:
+        from comfy_kitchen import quantize_w4a8_int8_weight
+
+        data, by_group, by_row, _, codebook = quantize_w4a8_int8_weight(weight)
+        return [data, by_group, by_row, codebook]
     if name.startswith("convrot"):
         return list(quantize_convrot_w4a4_weight(weight, int(name.rpartition("_")[2])))
     layout = TensorCoreNVFP4Layout if name == "nvfp4" else TensorCoreMXFP8Layout
@@ -146,6 +158,8 @@ def _comfyui_decodes(name: str, weight: Tensor, parts: Parts) -> Tensor:
         return dequantize_nvfp4(parts[0], parts[2], parts[1], DTYPE)
     if name == "mxfp8":
         return dequantize_mxfp8(parts[0], parts[1], DTYPE)
+    if name == _W4A8.name:
+        return load_w4a8()(*parts[:3], codebook=parts[3], output_dtype=DTYPE)
     return dequantize_convrot_w4a4_weight(*parts, convrot_groupsize=int(name.rpartition("_")[2]), output_dtype=DTYPE)
 
 

@@ -1,9 +1,11 @@
 """Count the bytes of live tensor storages on one device, with real, meta or fake tensors. For tests and benchmarks."""
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -58,3 +60,15 @@ class LiveBytes(TorchDispatchMode):
     def _free(self, key: int, nbytes: int) -> None:
         self._sizes.pop(key, None)
         self.now -= nbytes
+
+
+def allocated_peak_bytes(work: Callable[[], Any]) -> int:
+    """The most bytes that `work` holds beyond what was there before, inside of operators too."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        work()
+    now = peak = 0
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak

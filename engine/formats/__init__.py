@@ -19,6 +19,7 @@ from .gguf import GGUF, GgufCodec
 from .int8 import BNB_INT8, INT8
 from .int8_convrot import INT8_CONVROT
 from .kitchen import KITCHEN, SCALES
+from .kitchen_w4a8 import W4A8, W4A8_PARTS
 from .nunchaku import AWQ, AWQ_BIAS, NUNCHAKU, PARTS, SVDQ, SVDQ_BIAS, SVDQ_SHIFTED_BIAS
 from .plain import PLAIN, TORCH_DTYPES
 from .scaled_fp8 import SCALED_FP8
@@ -61,7 +62,7 @@ class Encoder(Codec, Protocol):
 
 ENCODERS: Mapping[str, Encoder] = {codec.name: codec for codec in (*PLAIN, *SCALED_FP8, INT8, NF4, FP4)}
 _NUNCHAKU: tuple[Codec, ...] = (*SVDQ.values(), SVDQ_BIAS, SVDQ_SHIFTED_BIAS, AWQ, AWQ_BIAS)
-_DECODERS: tuple[Codec, ...] = (BNB_INT8, *INT8_CONVROT.values(), *KITCHEN.values(), *GGUF, *_NUNCHAKU)
+_DECODERS: tuple[Codec, ...] = (BNB_INT8, *INT8_CONVROT.values(), *KITCHEN.values(), *W4A8.values(), *GGUF, *_NUNCHAKU)
 CODECS: Mapping[str, Codec] = {**ENCODERS, **{codec.name: codec for codec in _DECODERS}}
 
 _PLAIN_OF_DTYPE = {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "F8_E4M3": "fp8_e4m3fn", "F8_E5M2": "fp8_e5m2"}
@@ -113,7 +114,7 @@ def raw_layout(part: TensorEntry) -> tuple[torch.dtype, tuple[int, ...]]:
     if part.dtype in KITCHEN:
         codec = KITCHEN[part.dtype]
         return _KITCHEN_DATA.get(codec.name, torch.int8), codec.raw_shape(part.shape)
-    if part.dtype in SVDQ:
+    if part.dtype in W4A8 or part.dtype in SVDQ:
         return torch.int8, (part.shape[0], part.shape[1] // 2)
     if part.dtype == AWQ.name.upper():
         return torch.int32, (part.shape[0] // 4, part.shape[1] // 2)
@@ -148,6 +149,9 @@ def stored_param(name: str, tensors: Mapping[str, TensorEntry], where: str) -> S
     if data.dtype in KITCHEN:
         found = (tensors.get(f"{layer}.{scale}") for scale in SCALES)
         return StoredParam(name, data.shape, KITCHEN[data.dtype].name, (data, *(scale for scale in found if scale)))
+    if data.dtype in W4A8:
+        found = (tensors.get(f"{layer}.{part}") for part in W4A8_PARTS)
+        return StoredParam(name, data.shape, W4A8[data.dtype].name, (data, *(part for part in found if part)))
     if data.dtype in NUNCHAKU:
         return _nunchaku_param(name, data, tensors)
     scales = [tensors[f"{layer}.{scale}"] for scale in _SCALE_NAMES if f"{layer}.{scale}" in tensors]

@@ -18,6 +18,7 @@ from ..checkpoints.json_texts import parse_json
 from ..errors import DamagedFile, MissingPackage, WrongModel
 from .int8_convrot import INT8_CONVROT, load_operator
 from .kitchen import KITCHEN, SCALES, load_kitchen
+from .kitchen_w4a8 import W4A8, W4A8_PARTS, load_w4a8
 from .notes import read_notes
 
 _NOTE = ".comfy_quant"
@@ -31,6 +32,8 @@ _KITCHEN_PARTS = {
     "mxfp8": (("F8_E4M3",), ("F8_E8M0", "U8")),
     "convrot_w4a4": (("I8",), ("F32",)),
 }
+_W4A8 = "asym_w4a8_int8"
+_W4A8_GROUP = 16  # weights that share a scale, where its note names none
 _GROUP = 256  # where a rotated layer's note names none
 
 
@@ -38,7 +41,7 @@ def with_comfy_quants(
     tensors: Mapping[str, TensorEntry], metadata: Mapping[str, str], path: Path
 ) -> dict[str, TensorEntry]:
     """The tensors without notes, with every weight that has one under the dtype that its codec is found by (INT8,
-    INT8_CONVROT<group>, NVFP4, MXFP8, CONVROT_W4A4_<group>), in its logical shape.
+    INT8_CONVROT<group>, NVFP4, MXFP8, CONVROT_W4A4_<group>, ASYM_W4A8_INT8_<group>), in its logical shape.
 
     `metadata` is the header's, `path` names the model in errors. Raises DamagedFile where a note and its tensors
     disagree, WrongModel for a quantization that is not read here, MissingPackage where rotated weights need one.
@@ -53,6 +56,8 @@ def with_comfy_quants(
     if kinds & set(KITCHEN):
         named = ", ".join(sorted(KITCHEN[kind].name for kind in kinds & set(KITCHEN)))
         _require_comfy_kitchen(path, f"weights in {named}", "0.2.26", load_kitchen)
+    if kinds & set(W4A8):
+        _require_comfy_kitchen(path, f"weights in {_W4A8}", "0.2.27", load_w4a8)
     return result
 
 
@@ -76,10 +81,12 @@ def _described(tensors: Mapping[str, TensorEntry], layer: str, note: Mapping[str
         raise DamagedFile(f"{where} has a quantization note without a format. Download it again.")
     if kind in _KITCHEN_PARTS:
         return _described_for_kitchen(tensors, layer, note, kind)
+    if kind == _W4A8:
+        return _described_w4a8(tensors, layer, note)
     if kind not in _STORED_AS:
         raise WrongModel(
             f"{where} is stored in ComfyUI's {kind!r:.99}, which is not supported. Use a file in bf16, fp8 or int8 "
-            f"(formats of ComfyUI's that are read: {', '.join([*_STORED_AS, *_KITCHEN_PARTS])})."
+            f"(formats of ComfyUI's that are read: {', '.join([*_STORED_AS, *_KITCHEN_PARTS, _W4A8])})."
         )
     if entry.dtype != _STORED_AS[kind] or f"{layer}.weight_scale" not in tensors:
         raise DamagedFile(
@@ -126,6 +133,40 @@ def _described_for_kitchen(
     return replace(entry, dtype=codec.dtype, shape=shape)
 
 
+def _described_w4a8(tensors: Mapping[str, TensorEntry], layer: str, note: Mapping[str, Any]) -> TensorEntry:
+    entry = tensors[f"{layer}.weight"]
+    where = f"{entry.file}: {f'{layer}.weight'!r}"
+    rotation = _require_group(_rotated_group({**note, "convrot": True}, where) or _GROUP, None, where)
+    if f"{layer}.weight_correction" in tensors:
+        raise WrongModel(
+            f"{where} has a weight_correction, which neither ComfyUI reads nor this pack. Use a file in {_W4A8} "
+            "without, or in bf16, fp8 or int8."
+        )
+    by_group, by_row, codebook = (tensors.get(f"{layer}.{part}") for part in W4A8_PARTS)
+    size = _setting(note, "group_size", _W4A8_GROUP)
+    groups = by_group.shape[-1] if by_group is not None and len(by_group.shape) == 2 else 0
+    rows, columns = entry.shape[0] if entry.shape else 0, groups * size if type(size) is int else 0
+    if len(entry.shape) == 2 and columns and entry.shape == (rows, columns * 3 // 4):
+        raise WrongModel(f"{where} is {_W4A8} with codes of 6 bits, which is not supported. Use one with 4 bits.")
+    found = [(part.dtype, part.shape) if part else None for part in (entry, by_group, by_row, codebook)]
+    fits = (
+        rows > 0
+        and columns > 0
+        and found[0] in (("I8", (rows, columns // 2)), ("U8", (rows, columns // 2)))
+        and found[1] in [(dtype, (rows, groups)) for dtype in ("F8_E4M3", "U8", "F32")]
+        and by_row is not None
+        and (by_row.dtype, prod(by_row.shape)) == ("F32", rows)
+        and found[3] in (None, ("F32", (16,)))
+    )
+    if not fits:
+        raise DamagedFile(
+            f"{where}, {entry.dtype}{list(entry.shape)}, and its scales are not what its note promises, {_W4A8}. "
+            "Download it again."
+        )
+    _require_group(rotation, (rows, columns), where)
+    return replace(entry, dtype=f"{_W4A8.upper()}_{rotation}", shape=(rows, columns))
+
+
 def _require_group(group: int, shape: tuple[int, ...] | None, where: str) -> int:
     """The group, where rows can be rotated in it; a shape of None is not known yet."""
     if group not in INT8_CONVROT:
@@ -140,14 +181,17 @@ def _require_group(group: int, shape: tuple[int, ...] | None, where: str) -> int
 
 def _rotated_group(note: Mapping[str, Any], where: str) -> int | None:
     """None for a layer that is not rotated. ComfyUI reads both settings from the note, or from its "params"."""
-    params = note.get("params")
-    settings = {**(params if isinstance(params, dict) else {}), **note}
-    if not settings.get("convrot", False):
+    if not _setting(note, "convrot", False):
         return None
-    group = settings.get("convrot_groupsize", _GROUP)
+    group = _setting(note, "convrot_groupsize", _GROUP)
     if type(group) is not int:
         raise DamagedFile(f"{where} is rotated in groups of {group!r:.99}. Download it again.")
     return group
+
+
+def _setting(note: Mapping[str, Any], key: str, default: Any) -> Any:
+    params = note.get("params")
+    return {**(params if isinstance(params, dict) else {}), **note}.get(key, default)
 
 
 def _require_comfy_kitchen(path: Path, what: str, version: str, load: Callable[[], Any]) -> None:

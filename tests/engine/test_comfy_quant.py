@@ -14,6 +14,7 @@ import pytest
 import torch
 from comfy_files import KINDS, note_bytes, read_dequantized
 from full_size_run import require_planned_peaks
+from live_bytes import allocated_peak_bytes
 from qwenimage_lowvram.engine.checkpoints.checkpoint import Checkpoint, TensorEntry, open_checkpoint
 from qwenimage_lowvram.engine.errors import CheckpointError, DamagedFile, MissingPackage, WrongModel
 from qwenimage_lowvram.engine.families.members import sort_transformer
@@ -28,7 +29,6 @@ from qwenimage_lowvram.engine.transformer.branch import Branch
 from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
 from safetensors.torch import load_file, save_file
 from small_checkpoint import write_split_files
-from torch.profiler import ProfilerActivity, profile
 
 COMPUTE = [torch.float32, torch.bfloat16, torch.float16]
 compute = pytest.mark.parametrize("dtype", COMPUTE, ids=str)
@@ -244,18 +244,6 @@ def test_settings_that_other_programs_put_elsewhere_are_found(tmp_path: Path, co
 
 
 # memory
-
-
-def allocated_peak_bytes(work: Callable[[], Any]) -> int:
-    """The most bytes that `work` holds beyond what was there before, inside of operators too."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        work()
-    now = peak = 0
-    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
 
 
 @pytest.mark.parametrize("group", INT8_CONVROT)

@@ -124,7 +124,7 @@ UNKNOWN = {
     "scaled bf16": {"weight": _entry("BF16", 8, 64), "weight_scale": _entry("F32")},
     "bitsandbytes nf4": {"weight": _entry("U8", 256, 1), "weight.absmax": _entry("F32", 8)},
     "bitsandbytes int8, scales of another count": {"weight": _entry("I8", 8, 64), "SCB": _entry("F32", 4)},
-    "a type of GGUF that is not read": {"weight": _entry("IQ3_S", 8, 256)},
+    "a type of GGUF that is not read": {"weight": _entry("Q8_1", 8, 256)},
     "a dtype to come": {"weight": _entry("F4", 8, 64)},
 }
 
