@@ -7,8 +7,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import full_size
 import pytest
 import torch
+from full_size_run import require_planned_peaks
 from live_bytes import LiveBytes
 from nunchaku_files import SHIFT, SvdqLayer, awq, pack_scales, svdq, write_nunchaku_transformer
 from qwenimage_lowvram.engine.checkpoints.checkpoint import Checkpoint, TensorEntry, open_checkpoint
@@ -243,6 +245,51 @@ def test_a_file_of_nunchakus_is_a_transformer_and_its_quantization_is_kept(
     require(checkpoint, Component.TRANSFORMER)
     with pytest.raises(InvalidRequest, match=r"is quantized already \(svdq_int4_r32\)"):
         QuantizedWeights.of(checkpoint, "nf4", tmp_path)
+
+
+# the plan
+
+
+def in_nunchakus_form(checkpoint: Checkpoint, rank: int) -> Checkpoint:
+    """The header that nunchaku's file of the checkpoint has."""
+    tensors: dict[str, TensorEntry] = {}
+
+    def add(name: str, dtype: str, *shape: int) -> None:
+        nbytes = prod(shape) * {"BF16": 2, "I8": 1, "I32": 4}[dtype]
+        tensors[name] = TensorEntry(checkpoint.path, 0, nbytes, dtype, shape)
+
+    fused = {part: (layer, names) for layer, names in PARTS_OF.items() for part in names}
+    for name, entry in checkpoint.tensors.items():
+        head, _, rest = name.removeprefix("transformer_blocks.").partition(".")
+        layer, _, kind = rest.rpartition(".")
+        if not name.startswith("transformer_blocks.") or "norm" in layer:
+            tensors[name] = entry
+            continue
+        layer, names = fused.get(layer, (layer, (layer,)))
+        start = f"transformer_blocks.{head}.{layer}."
+        rows = entry.shape[0] * len(names)
+        if kind == "bias":
+            add(f"{start}bias", "BF16", rows)
+        elif "_mod." in layer:
+            add(f"{start}qweight", "I32", rows // 4, entry.shape[1] // 2)
+            add(f"{start}wscales", "BF16", entry.shape[1] // 64, rows)
+            add(f"{start}wzeros", "BF16", entry.shape[1] // 64, rows)
+        else:
+            columns = entry.shape[1]
+            add(f"{start}qweight", "I8", rows, columns // 2)
+            add(f"{start}wscales", "BF16", columns // 64, rows)
+            add(f"{start}smooth_factor", "BF16", columns)
+            add(f"{start}proj_down", "BF16", columns, rank)
+            add(f"{start}proj_up", "BF16", rows, rank)
+    return replace(checkpoint, tensors=tensors)
+
+
+@pytest.mark.parametrize(("rank", "limit_gib"), [(32, 1.2), (128, 2.5)])
+def test_the_plan_of_a_full_size_file_is_what_its_run_takes(rank: int, limit_gib: float) -> None:
+    checkpoint = in_nunchakus_form(full_size.transformer_checkpoint(layers=3), rank)
+    footprint = require_planned_peaks(checkpoint, limit_gib)
+    # 24 * 3072^2 weights of four bits, their scales, and low-rank parts, the shifted layers' twice
+    assert 0.53 < footprint.stored_bytes / (24 * DIM * DIM) < (0.58 if rank == 32 else 0.7)
 
 
 # what is refused
