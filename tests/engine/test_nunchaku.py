@@ -21,6 +21,8 @@ from qwenimage_lowvram.engine.formats import CODECS, stored_param
 from qwenimage_lowvram.engine.formats.nunchaku import AWQ, SVDQ
 from qwenimage_lowvram.engine.formats.nunchaku_layers import with_nunchaku_layers
 from qwenimage_lowvram.engine.hardware import Hardware
+from qwenimage_lowvram.engine.lora.files import match, open_lora
+from qwenimage_lowvram.engine.lora.patch import lora_patches
 from qwenimage_lowvram.engine.quantized.weights import QuantizedWeights
 from qwenimage_lowvram.engine.streaming import read_params
 from qwenimage_lowvram.engine.transformer.branch import Branch
@@ -195,6 +197,19 @@ def a_branch() -> Branch:
 
 
 @torch.no_grad()
+def computed(model: Any) -> torch.Tensor:
+    """What diffusers' transformer makes of `a_branch`."""
+    branch = a_branch()
+    return model(
+        hidden_states=branch.tokens,
+        encoder_hidden_states=branch.prompt_embeds,
+        timestep=torch.tensor([branch.timestep]),
+        img_shapes=[list(branch.shapes)],
+        return_dict=False,
+    )[0]
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("resident", [(), (0, 1)])
 @pytest.mark.parametrize(("precision", "rank"), [("int4", 32), ("int4", 128), ("fp4", 32)])
 def test_a_transformer_computes_what_diffusers_does_with_the_formulas_weights(
@@ -205,21 +220,14 @@ def test_a_transformer_computes_what_diffusers_does_with_the_formulas_weights(
     resident: tuple[int, ...],
 ) -> None:
     model, file = written(precision, rank)
-    branch = a_branch()
-    expected = model(
-        hidden_states=branch.tokens,
-        encoder_hidden_states=branch.prompt_embeds,
-        timestep=torch.tensor([branch.timestep]),
-        img_shapes=[list(branch.shapes)],
-        return_dict=False,
-    )[0]
+    expected = computed(model)
     transformer = QwenImageTransformer(open_checkpoint(file), dtype=torch.float32, hardware=hardware)
     assert {param.codec for block in transformer.store.blocks for param in block.params} == {
         f"svdq_{precision}_r{rank}", "svdq_bias", "bf16", *(["svdq_shifted_bias"] if precision == "int4" else []),
     }  # fmt: skip
     transformer.load(resident)
     with transformer.session(slots=2) as session:
-        assert relative(session.forward([branch])[0], expected) < 1e-5
+        assert relative(session.forward([a_branch()])[0], expected) < 1e-5
 
 
 @pytest.mark.parametrize(("rank", "most"), [(32, 1.03), (128, 1.1)])
@@ -236,6 +244,28 @@ def test_a_layer_is_streamed_in_the_files_own_size(rank: int, most: float) -> No
     streamed = sum(stored_param(f"{name}.weight", described, "").nbytes for name in PARTS_OF["attn.to_qkv"])
     stored = sum(entry.nbytes for entry in tensors.values())
     assert stored <= streamed < most * stored
+
+
+@torch.no_grad()
+def test_a_shifted_bias_is_of_the_files_weight_with_a_lora_on_it(
+    written: Callable[[str, int], tuple[Any, Path]], tmp_path: Path, hardware: Hardware
+) -> None:
+    model, file = written("int4", 32)
+    generator = torch.Generator().manual_seed(0)
+    lora, merged = {}, {name: value.clone() for name, value in model.state_dict().items()}
+    for layer in [f"transformer_blocks.{i}.{s}_mlp.net.2" for i in range(2) for s in ("img", "txt")]:
+        rows, columns = merged[f"{layer}.weight"].shape
+        up, down = (torch.randn(shape, generator=generator) / 8 for shape in ((rows, 4), (4, columns)))
+        lora |= {f"{layer}.lora_up.weight": up, f"{layer}.lora_down.weight": down}
+        merged[f"{layer}.weight"] += up @ down
+    save_file(lora, tmp_path / "lora.safetensors")
+    changed_model = make_transformer(layers=2, head_dim=64, text_dim=32)
+    changed_model.load_state_dict(merged)
+    transformer = QwenImageTransformer(open_checkpoint(file), dtype=torch.float32, hardware=hardware)
+    transformer.patch(lora_patches([(match(open_lora(tmp_path / "lora.safetensors"), transformer.weights), 1.0)]))
+    with transformer.session(slots=2) as session:
+        ours = session.forward([a_branch()])[0]
+    assert relative(ours, computed(changed_model)) < 1e-5
 
 
 def test_a_file_of_nunchakus_is_a_transformer_and_its_quantization_is_kept(
