@@ -13,11 +13,13 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..checkpoints.checkpoint import TensorEntry
 from ..checkpoints.json_texts import parse_json
 from ..errors import DamagedFile, MissingPackage, WrongModel
 from .int8_convrot import INT8_CONVROT, load_operator
-from .kitchen import KITCHEN, SCALES, load_kitchen
+from .kitchen import KITCHEN, MXFP8, SCALES, load_kitchen
 from .kitchen_w4a8 import W4A8, W4A8_PARTS, load_w4a8
 from .notes import read_notes
 
@@ -56,6 +58,11 @@ def with_comfy_quants(
     if kinds & set(KITCHEN):
         named = ", ".join(sorted(KITCHEN[kind].name for kind in kinds & set(KITCHEN)))
         _require_comfy_kitchen(path, f"weights in {named}", "0.2.26", load_kitchen)
+    if MXFP8.dtype in kinds and not hasattr(torch, "float8_e8m0fnu"):
+        raise MissingPackage(
+            f"{path} holds weights in mxfp8, whose scales torch reads from 2.7 on; this is {torch.__version__}.\n\n"
+            "What to do: update torch with ComfyUI, or use a file in bf16, fp8 or int8."
+        )
     if kinds & set(W4A8):
         _require_comfy_kitchen(path, f"weights in {_W4A8}", "0.2.27", load_w4a8)
     return result

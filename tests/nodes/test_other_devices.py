@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
-from qwenimage_lowvram.engine.errors import Unsupported
+from qwenimage_lowvram.engine.errors import MissingPackage, Unsupported
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.text.encoder import TextEncoder
 from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
@@ -47,3 +47,13 @@ def test_fp8_weights_are_refused_by_name_where_the_device_cannot_decode_them(
     text = open_checkpoint(tmp_path / "text_encoders" / names.text_encoder)
     with pytest.raises(Unsupported, match=words):
         TextEncoder(text, dtype=torch.float32, hardware=apple)
+
+
+def test_mxfp8_is_refused_by_name_with_the_oldest_torch(
+    small_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = write_split_files(small_pipeline, tmp_path, dtype="mxfp8", text_dtype="bf16")
+    monkeypatch.delattr(torch, "float8_e8m0fnu")  # which torch 2.6 has not
+    file = open_checkpoint(tmp_path / "diffusion_models" / names.transformer)
+    with pytest.raises(MissingPackage, match=r"weights in mxfp8, whose scales torch reads from 2\.7 on"):
+        QwenImageTransformer(file, dtype=torch.float32, hardware=Hardware.detect(torch.device("cpu")))
