@@ -162,7 +162,7 @@ class QuantizedWeights:
         try:
             self._write(device, on_block)
         except CacheError:
-            made = self.open()  # by another process meanwhile, and in use, so that it cannot be replaced
+            made = self.open()  # by another process meanwhile
             if made is None:
                 raise
             return made
@@ -234,6 +234,8 @@ class QuantizedWeights:
                     on_block(len(self.blocks), len(self.blocks))
                 if self._source_stats() != before:
                     raise MissingFile(f"{self.source.path} was changed while it was quantized. Run it again.")
+                if self.open() is not None:  # and read by that process's model, under whose reads it must not change
+                    raise CacheError(f"{self.path} was made by another process meanwhile.")
                 stream.seek(0)
                 stream.write(self._header(made, crc))
         finally:

@@ -1,5 +1,6 @@
 """`python dev.py test`: lint, format, types and tests, all, whichever fail; the engine's with other packages too."""
 
+import os
 import subprocess
 
 from .cache import REPOSITORY, SetupError
@@ -9,7 +10,8 @@ from .prepare import Prepared, child_environment
 
 def run_checks(prepared: Prepared, pytest_arguments: list[str]) -> int:
     """Run every check, pytest last; 0 if all passed. Prints which did not, before pytest's closing line."""
-    commands = (["ruff", "check"], ["ruff", "format", "--check"], ["mypy"], ["pytest", *pytest_arguments])
+    tests = ["pytest", *(pytest_arguments or _parallel())]
+    commands = (["ruff", "check"], ["ruff", "format", "--check"], ["mypy"], tests)
     # where all tests run; a person who names some wants those
     failed = [] if pytest_arguments else [overlay.name for overlay in OVERLAYS if _run_over(overlay, prepared)]
     code = 0
@@ -26,6 +28,12 @@ def run_checks(prepared: Prepared, pytest_arguments: list[str]) -> int:
     return (code or 1) if failed else 0
 
 
+def _parallel() -> list[str]:
+    """A worker per core, each with a server of its own, so four at most; a file's tests share what they make."""
+    workers = min(4, os.cpu_count() or 1)
+    return ["-q", "-n", str(workers), "--dist", "loadfile"]
+
+
 def _run_over(overlay: Overlay, prepared: Prepared) -> int:
     """The engine's tests with other packages; 0 if all passed."""
     print(f"== {overlay.name}: {' '.join(overlay.requirements)}", flush=True)
@@ -35,5 +43,5 @@ def _run_over(overlay: Overlay, prepared: Prepared) -> int:
         print(error, flush=True)
         return 1
     environment = with_overlay(child_environment(prepared), folder)
-    command = [prepared.python.with_name("pytest"), *overlay_arguments(overlay)]
+    command = [prepared.python.with_name("pytest"), *_parallel(), *overlay_arguments(overlay)]
     return subprocess.run(command, cwd=REPOSITORY, env=environment).returncode

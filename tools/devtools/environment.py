@@ -13,7 +13,7 @@ from .comfyui import BUNDLED_VERSION
 
 # torch and its companions, pinned together: the resolver tries many combinations otherwise
 TORCH = ("torch==2.14.1", "torchvision==0.29.1", "torchaudio==2.11.0")
-TOOLS = ("ruff", "mypy", "pytest", "comfy-import-guard==1.3.0", "hypothesis", "peft", "uv")
+TOOLS = ("ruff", "mypy", "pytest", "pytest-xdist", "comfy-import-guard==1.3.0", "hypothesis", "peft", "uv")
 # PyPI's torch for Windows has no CUDA
 _WINDOWS_CUDA_INDEX = "https://download.pytorch.org/whl/cu130"
 _STAMP = "installed-requirements.txt"
