@@ -83,8 +83,22 @@ def check_conditioning(name: str, entries: Any) -> None:
         )
     for embeds, options in pairs:
         check_embeds(name, embeds)
-        for reference in options.get("reference_latents") or ():
-            check_latent(f"A reference latent of {name}", reference)
+        check_references(name, options.get("reference_latents"))
+
+
+def check_references(name: str, references: Any, channels: int | None = None) -> None:
+    """Raise InvalidRequest unless these are a list of latents, of as many channels (None: any), or None."""
+    if references is None:
+        return
+    if not isinstance(references, list | tuple):
+        raise InvalidRequest(
+            f"The reference latents of {name} are {shown(type(references).__name__)}, not a list of latents.\n\n"
+            "What to do: use ReferenceLatent."
+        )
+    for reference in references:
+        check_latent(f"A reference latent of {name}", reference)
+        if channels is not None:
+            check_channels(f"A reference latent of {name}", reference, channels)
 
 
 def check_embeds(name: str, embeds: Any) -> None:
@@ -108,17 +122,21 @@ def check_image(name: str, image: Any) -> None:
 
 def check_mask(name: str, mask: Any) -> None:
     """Raise InvalidRequest unless this is a MASK with pixels, (..., H, W)."""
-    if not isinstance(mask, Tensor) or mask.ndim < 2 or 0 in mask.shape or mask.is_complex():
-        shape = list(mask.shape) if isinstance(mask, Tensor) else shown(mask)
-        raise InvalidRequest(f"{name} is {shape}, not masks (..., H, W).\n\nWhat to do: check the node that makes it.")
+    if not isinstance(mask, Tensor) or mask.ndim < 2 or 0 in mask.shape or not mask.is_floating_point():
+        shape = f"{list(mask.shape)} in {mask.dtype}" if isinstance(mask, Tensor) else shown(mask)
+        raise InvalidRequest(
+            f"{name} is {shape}, not masks (..., H, W) of numbers between 0 and 1.\n\nWhat to do: check the node that "
+            "makes it."
+        )
     _check_finite(name, mask)
 
 
-def check_number(name: str, value: Any) -> None:
-    """Raise InvalidRequest for what is no number, NaN and infinity included."""
+def check_number(name: str, value: Any, *, least: float = -_MOST) -> None:
+    """Raise InvalidRequest for what is no number, NaN and infinity included, or less than `least`."""
     # NaN is neither more nor less than anything
-    if not isinstance(value, Real) or not -_MOST <= value <= _MOST:
-        raise InvalidRequest(f"{name} is {shown(value)}; a number is needed.\n\nWhat to do: check what sets it.")
+    if not isinstance(value, Real) or not least <= value <= _MOST:
+        bound = "" if least == -_MOST else f" of {least} or more"
+        raise InvalidRequest(f"{name} is {shown(value)}; a number{bound} is needed.\n\nWhat to do: check what sets it.")
 
 
 def check_room(nbytes: int, what: str, instead: str) -> None:

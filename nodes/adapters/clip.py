@@ -26,7 +26,8 @@ from ...engine.text.key import PromptKey, arithmetic_of
 from ...engine.text.looking import Looking
 from ...engine.text.picture_prompts import PICTURE, PicturePrompt
 from ...engine.text.prompts import PromptTokenizer, drop_template, require_length, require_text
-from ...engine.vision.patches import patch_picture
+from ...engine.vision.patches import PatchedPicture, patch_picture
+from .checks import check_image
 from .limits import stage_bytes
 from .shortage import VRAM_LIMIT, naming_limit
 from .timeline import Timeline
@@ -131,7 +132,7 @@ class LowVRAMCLIP(comfy.sd.CLIP):
     ) -> list[Any]:
         """A CONDITIONING for each prompt, all of them in one visit of the encoder; each shows all of `images`, which
         are seen once."""
-        pictures = tuple(patch_picture(image) for image in images)
+        pictures = tuple(_patched(image) for image in images)
         texts = [_as_comfyui_reads(prompt) for prompt in prompts]
         ids = [self.tokenizer.encode(text, template=template, pictures=len(pictures)) for text in texts]
         conds = self.encode_tokens([PicturePrompt(tuple(tokens), pictures) for tokens in ids])
@@ -289,7 +290,12 @@ def _prompt_of(pairs: Sequence[tuple[Any, ...]]) -> PicturePrompt:
             tokens.append(int(element))
         elif isinstance(element, dict) and element.get("type") == "image":
             tokens.append(PICTURE)
-            pictures.append(patch_picture(element["data"]))
+            pictures.append(_patched(element["data"]))
         else:
             _refuse_embedding()
     return PicturePrompt(tuple(tokens), tuple(pictures))
+
+
+def _patched(image: Any) -> PatchedPicture:
+    check_image("A picture in a prompt", image)
+    return patch_picture(image)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...engine.errors import InvalidRequest
 from ...engine.texts import shown
 from ...engine.transformer.sampling import MOST_STEPS
-from .checks import check_channels, check_embeds, check_latent, check_mask, check_number
+from .checks import check_channels, check_embeds, check_latent, check_mask, check_number, check_references
 from .conditions import Conds, size_of
 
 
@@ -80,9 +80,7 @@ def _check_entry(name: str, entry: dict[str, Any], channels: int) -> None:
         check_mask(f"The mask of {of}", entry["mask"])
     for what, value in _numbers_of(entry):
         check_number(f"{name}: its {what}", value)
-    for latent in entry.get("reference_latents") or ():
-        check_latent(f"A reference latent of {of}", latent)
-        check_channels(f"A reference latent of {of}", latent, channels)
+    check_references(of, entry.get("reference_latents"), channels)
 
 
 def _numbers_of(entry: dict[str, Any]) -> Iterator[tuple[str, Any]]:

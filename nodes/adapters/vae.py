@@ -17,7 +17,7 @@ from ...engine.plan.request import PATCH_PX
 from ...engine.plan.stages import Stage, decode_stage
 from ...engine.streaming import read_params
 from ...engine.vae import ImageVAE, TilePlan, needed_tensors
-from .checks import check_image, check_latent, check_room
+from .checks import check_image, check_latent, check_number, check_room
 from .limits import stage_bytes
 from .shortage import VRAM_LIMIT, naming_limit
 from .timeline import Timeline
@@ -108,7 +108,7 @@ class LowVRAMVAE(comfy.sd.VAE):
         images = samples.shape[0] * (samples.shape[2] if samples.ndim == 5 else 1)
         nbytes = images * size[0] * size[1] * vae.pixel_bytes
         check_room(nbytes, f"Decoding {images} images of {size[1]}x{size[0]} px", _FEWER)
-        return self._run(vae.decode, vae.plan_decode, samples, size, max(tile_x or 0, tile_y or 0) * vae.scale)
+        return self._run(vae.decode, vae.plan_decode, samples, size, _tile(tile_x, tile_y) * vae.scale)
 
     def encode(self, pixel_samples: torch.Tensor) -> torch.Tensor:
         """(B, H, W, C) -> (B, 16, 1, H/8, W/8)."""
@@ -134,7 +134,7 @@ class LowVRAMVAE(comfy.sd.VAE):
             )
         pixels = self.vae_encode_crop_pixels(pixel_samples)
         size = (pixels.shape[1], pixels.shape[2])
-        return self._run(vae.encode, vae.plan_encode, pixels, size, max(tile_x or 0, tile_y or 0))
+        return self._run(vae.encode, vae.plan_encode, pixels, size, _tile(tile_x, tile_y))
 
     def memory_used_decode(self, shape: torch.Size, dtype: torch.dtype) -> int:
         """Live bytes of decoding latents (..., h, w) whole, one picture at a time."""
@@ -199,3 +199,11 @@ class LowVRAMVAE(comfy.sd.VAE):
                 running.planned(decode_stage(tiles, weights_bytes=self.size, ram_bytes=pictures, host=host))
 
             return decode(latents, on_plan=on_plan, **options)
+
+
+def _tile(width: int | None, height: int | None) -> int:
+    """The longer side; 0 where none is asked for."""
+    for side in (width, height):
+        if side is not None:
+            check_number("The tile size", side, least=0)
+    return int(max(width or 0, height or 0))

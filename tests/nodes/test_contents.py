@@ -66,6 +66,14 @@ def test_our_vae_refuses_what_is_no_latent(vae: Any, latent: Any, tiled: bool) -
         vae.decode_tiled(samples, tile_x=8, tile_y=8) if tiled else vae.decode(samples)
 
 
+@pytest.mark.parametrize("side", [NAN, INFINITY, -8, "8"])
+def test_our_vae_refuses_tiles_without_a_size(vae: Any, side: Any) -> None:
+    with pytest.raises(InvalidRequest, match="tile size"):
+        vae.decode_tiled(torch.zeros(1, 16, 1, 8, 12), tile_x=side, tile_y=8)
+    with pytest.raises(InvalidRequest, match="tile size"):
+        vae.encode_tiled(torch.zeros(1, 64, 64, 3), tile_x=8, tile_y=side)
+
+
 NO_IMAGES = {
     "nothing": None,
     "rank 3": torch.zeros(16, 16, 3),
@@ -92,6 +100,12 @@ def test_encode_edit_prompt_refuses_what_is_no_image(clip: Any, vae: Any, image:
         QwenLowVRAMEncodeEditPrompt().encode(clip, vae, **EDIT, image1=image)
 
 
+@pytest.mark.parametrize("image", list(NO_IMAGES.values())[1:-1], ids=list(NO_IMAGES)[1:-1])
+def test_a_prompt_of_comfyuis_own_node_refuses_what_is_no_image(clip: Any, image: Any) -> None:
+    with pytest.raises(InvalidRequest, match="picture in a prompt"):
+        clip.encode_from_tokens_scheduled(clip.tokenize("a cat", images=[image]))
+
+
 NO_CONDITIONINGS = {
     "an empty list": [],
     "a text": "a cat",
@@ -116,6 +130,8 @@ NO_CONDITIONINGS = {
     "another model's reference": cond(reference_latents=[torch.zeros(1, 4, 1, 4, 4)]),
     "a reference of rank 3": cond(reference_latents=[torch.zeros(16, 4, 4)]),
     "a reference of None": cond(reference_latents=[None]),
+    "references as one tensor": cond(reference_latents=torch.zeros(2, 16, 1, 4, 4)),
+    "references as a number": cond(reference_latents=5),
     "another prompt's attention mask": cond(attention_mask=torch.ones(1, 4, dtype=torch.int64)),
     "an attention mask as a list": cond(attention_mask=[1] * 9),
     "an area without pixels": cond(area=(0, 0, 0, 0)),
@@ -164,6 +180,8 @@ NO_MASKS = {
     "no masks": torch.zeros(0, 8, 12),
     "NaN": torch.full((1, 8, 12), NAN),
     "rank 1": torch.ones(8),
+    "whole numbers": torch.ones(1, 8, 12, dtype=torch.int64),
+    "yes and no": torch.ones(1, 8, 12, dtype=torch.bool),
     "a text": "mask",
 }
 
