@@ -2,27 +2,19 @@
 
 import logging
 from dataclasses import dataclass
-from functools import lru_cache
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import comfy.model_management
 import torch
 
-from ..engine.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from ..engine.errors import InvalidRequest, QwenLowVRAMError
-from ..engine.families.components import Component, components, only, require
-from ..engine.families.variants import Variant, could_be, variant_of
+from ..engine.checkpoints.checkpoint import Checkpoint
+from ..engine.errors import QwenLowVRAMError
+from ..engine.families.variants import variant_of
 from ..engine.families.vision import mmproj_identity
 from ..engine.out_of_memory import in_words
 from ..engine.text.encoder import TextEncoder
-from ..engine.text.prompts import PromptTokenizer
-from ..engine.text.tokenizer_files import tokenizer_stamps
-from ..engine.texts import shown
 from ..engine.transformer.model import QwenImageTransformer, TimestepRounding
 from ..engine.transformer.positions import Positions
-from ..engine.vae import RGB, RGBA, require_image_vae
 from . import devices, files
 from .adapters import switches
 from .adapters.checks import check_widgets, limit_bytes
@@ -34,6 +26,15 @@ from .adapters.timeline import Timeline
 from .adapters.vae import make_vae
 from .format_choice import Parts, advice_for, fastest_format, limits_now
 from .inputs import at_input, before_the_run
+from .sources import (
+    VARIANTS,
+    Sources,
+    chosen_variant,
+    doubt_about,
+    prompt_tokenizer,
+    require_transformer,
+    tokenizer_identity,
+)
 from .weight_cache import (
     AS_STORED,
     FASTEST,
@@ -43,89 +44,11 @@ from .weight_cache import (
     losses,
     prompt_cache,
 )
-from .words import AUTO, CATEGORY, LOADER
+from .words import AUTO, CATEGORY
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# what a person may say; Layered is known by its tensors alone. None: what the file says
-VARIANTS: dict[str, Variant | None] = {AUTO: None} | {
-    variant.value: variant for variant in Variant if variant is not Variant.LAYERED
-}
-# found without importing the module, whose place is no promise of ComfyUI's
-_TEXT_ENCODERS = find_spec("comfy.text_encoders")
-COMFYUI_TOKENIZER = Path(
-    next(iter((_TEXT_ENCODERS and _TEXT_ENCODERS.submodule_search_locations) or ("",))), "qwen25_tokenizer"
-)
-
-
-@dataclass(frozen=True)
-class Sources:
-    """The three checkpoints and the tokenizer's folder that a person's choices stand for."""
-
-    transformer: Path
-    text_encoder: Path
-    vae: Path
-    tokenizer: Path
-
-    @classmethod
-    def of(cls, transformer: str, text_encoder: str, vae: str) -> "Sources":
-        with at_input("transformer"):
-            transformer_path = transformer_source(transformer)
-        folder = transformer_path.parent if files.is_folder(transformer) else None
-
-        def component(kind: str, choice: str, subfolder: str, wanted: Component) -> Path:
-            if choice != files.FROM_FOLDER:
-                return files.model_file(kind, choice)
-            if folder is not None:
-                return folder / subfolder
-            if wanted in components(open_checkpoint(transformer_path).tensors):
-                return transformer_path
-            raise InvalidRequest(
-                f"{transformer} is a single file and has no {subfolder} in it or beside it.\n\n"
-                f"What to do: choose a file from models/{kind}."
-            )
-
-        with at_input("text_encoder"):
-            text_path = component("text_encoders", text_encoder, "text_encoder", Component.TEXT_ENCODER)
-        with at_input("vae"):
-            vae_path = component("vae", vae, "vae", Component.VAE)
-        tokenizer = folder / "tokenizer" if folder and text_encoder == files.FROM_FOLDER else COMFYUI_TOKENIZER
-        return cls(transformer_path, text_path, vae_path, tokenizer)
-
-    def open(self, variant: str) -> tuple[Checkpoint, Checkpoint, Checkpoint]:
-        """Headers only. Raises where a file is missing, damaged, not what its place needs, or another variant than
-        the chosen one; the message begins with the input's name."""
-        with at_input("transformer"):
-            transformer = open_component(self.transformer, Component.TRANSFORMER)
-        with at_input("text_encoder"):
-            text_encoder = open_component(self.text_encoder, Component.TEXT_ENCODER)
-        with at_input("vae"):
-            vae = open_component(self.vae, Component.VAE)
-        with at_input("variant"):
-            layered = variant_of(transformer, _chosen(variant)) is Variant.LAYERED
-        with at_input("vae"):
-            require_image_vae(vae, channels=RGBA if layered else RGB)
-        return transformer, text_encoder, vae
-
-
-def transformer_source(transformer: str) -> Path:
-    """Raises MissingFile unless it is a file or pipeline folder of ComfyUI's."""
-    if files.is_folder(transformer):
-        return files.pipeline_folder(transformer) / "transformer"
-    return files.model_file("diffusion_models", transformer)
-
-
-def open_component(path: Path, component: Component) -> Checkpoint:
-    """Headers only. Raises where the file is missing, damaged, or not what that place needs."""
-    checkpoint = open_checkpoint(path)
-    require(checkpoint, component)
-    return only(checkpoint, component)
-
-
-def require_transformer(transformer: str) -> None:
-    """Raises where the file or folder chosen for the transformer is not there, damaged, or none."""
-    open_component(transformer_source(transformer), Component.TRANSFORMER)
 
 
 class QwenLowVRAMLoader:
@@ -283,7 +206,7 @@ class QwenLowVRAMLoader:
         try:
             sources = Sources.of(transformer, text_encoder, vae)
             opened = sources.open(settings.get("variant") or AUTO)
-            tokenizer = _tokenizer_stamps(sources.tokenizer)
+            tokenizer = tokenizer_identity(sources.tokenizer)
             lost = losses(opened[0], settings.get("weight_format"))
             vision = mmproj_identity(opened[1])
         except (QwenLowVRAMError, OSError) as error:
@@ -320,7 +243,7 @@ class QwenLowVRAMLoader:
         )
         sources = Sources.of(transformer, text_encoder, vae)
         transformer_file, text_file, vae_file = sources.open(variant)
-        tokenizer = _tokenizer(sources.tokenizer, tuple(_tokenizer_stamps(sources.tokenizer)))
+        tokenizer = prompt_tokenizer(sources.tokenizer)
         with at_input("weight_format"):
             check_weight_format(transformer_file, weight_format)
         management = comfy.model_management
@@ -331,8 +254,8 @@ class QwenLowVRAMLoader:
         vae_on = devices.device_of(vae_device, management.vae_device())
         limits = _Limits(limit_bytes(vram_limit_gb), limit_bytes(ram_limit_gb))
         compute = _compute_dtype(dtype, transformer_file, hardware.device)
-        member = variant_of(transformer_file, _chosen(variant))
-        doubt = _doubt(transformer_file, member) if _chosen(variant) is None else ""
+        member = variant_of(transformer_file, chosen_variant(variant))
+        doubt = doubt_about(transformer_file, member) if chosen_variant(variant) is None else ""
         if doubt:
             logger.warning("%s", doubt)
             tell(doubt)
@@ -388,17 +311,6 @@ class _Limits:
         return RAM_LIMIT if self.on(device) != self.vram_bytes else VRAM_LIMIT
 
 
-def _doubt(transformer: Checkpoint, member: Variant) -> str:
-    """What a person has to decide where nothing tells which Edit model a file is; empty where something does."""
-    others = [variant.value for variant in could_be(transformer)]
-    if not others:
-        return ""
-    return (
-        f"Nothing in {shown(transformer.path.name)} tells for sure which member of the family it is: it is taken for "
-        f"{member.value}. If it is {' or '.join(others)}, set variant to that in '{LOADER}' (advanced inputs)."
-    )
-
-
 def _format_of(source: Checkpoint, weight_format: str, parts: Parts, limits: _Limits) -> tuple[str, str]:
     """The format that is held, and a sentence where another one would be much faster."""
     if weight_format not in (AUTO, AS_STORED, FASTEST):
@@ -407,26 +319,6 @@ def _format_of(source: Checkpoint, weight_format: str, parts: Parts, limits: _Li
     if weight_format == FASTEST:
         return fastest_format(source, parts, now), ""
     return AS_STORED, advice_for(source, parts, now)
-
-
-def _tokenizer_stamps(folder: Path) -> list[str]:
-    """Raises where the folder holds no tokenizer."""
-    with at_input("text_encoder"):
-        stamps = tokenizer_stamps(folder)
-    return [f"{file.name} {size} {mtime_ns}" for file, (size, mtime_ns) in stamps.items()]
-
-
-@lru_cache(maxsize=2)
-def _tokenizer(folder: Path, stamps: tuple[str, ...]) -> PromptTokenizer:
-    """Kept while its files stay as they are: reading them takes most of a second."""
-    with at_input("text_encoder"):
-        return PromptTokenizer(folder)
-
-
-def _chosen(variant: str) -> Variant | None:
-    if variant not in VARIANTS:
-        raise InvalidRequest(f"There is no variant {shown(variant)}. Use one of: {', '.join(VARIANTS)}.")
-    return VARIANTS[variant]
 
 
 def _compute_dtype(choice: str, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:

@@ -28,8 +28,8 @@ from .adapters.speeds import KnownSpeeds
 from .cache_folder import weight_cache_folder
 from .format_choice import TYPICAL_REQUEST, advice_of, versions_of
 from .inputs import at_input, before_the_run
-from .loader import Sources, require_transformer
 from .pictures import as_image, preview
+from .sources import Sources, require_transformer
 from .weight_cache import AS_STORED, FASTEST, WEIGHT_FORMATS, check_weight_format
 from .words import AUTO, CATEGORY
 

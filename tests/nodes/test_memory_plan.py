@@ -98,14 +98,13 @@ def test_little_ram_means_a_step_that_waits_for_the_disk() -> None:
     assert tables(plan(cfg=1.0)["result"][0])[0]["4 GB"]["bound by"] != "the disk"
 
 
-def test_formats_are_planned_without_being_made(comfy: Any) -> None:
-    from qwenimage_lowvram.nodes.cache_folder import weight_cache_folder
-
+def test_formats_are_planned_without_being_made(comfy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QWEN_LOWVRAM_CACHE", str(tmp_path / "cache"))
     stored = tables(plan()["result"][0])[0]["8 GB"]
     small = tables(plan(weight_format="nf4")["result"][0])[0]["8 GB"]
     assert (stored["format"], small["format"]) == ("as stored", "nf4")
     assert int(small["stay"]) > 3 * int(stored["stay"])
-    assert not weight_cache_folder().exists()
+    assert not (tmp_path / "cache").exists()
     fp8 = tables(plan(transformer="plan_fp8.safetensors")["result"][0])[0]["8 GB"]
     assert int(small["stay"]) > int(fp8["stay"]) > int(stored["stay"])
 

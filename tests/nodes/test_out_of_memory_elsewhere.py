@@ -192,7 +192,7 @@ def of_diffusers() -> RuntimeError:
 def test_windows_page_file_is_named_wherever_it_ends_loading(
     place: str, pipeline: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qwenimage_lowvram.nodes import loader
+    from qwenimage_lowvram.nodes import sources
 
     def fails(*args: Any, **kwargs: Any) -> Any:
         raise of_diffusers() if place == "import" else page_file_error()
@@ -204,21 +204,23 @@ def test_windows_page_file_is_named_wherever_it_ends_loading(
         "small weights": "qwenimage_lowvram.engine.streaming.source.open_regular",
         "import": "qwenimage_lowvram.engine.packages.importlib",
     }[place]
-    loader._tokenizer.cache_clear()
+    sources._tokenizer.cache_clear()
     monkeypatch.setattr(target, SimpleNamespace(import_module=fails) if place == "import" else fails)
     with pytest.raises(OutOfRam, match=r"while the model was loaded: .*the page file is too small\. Enlarge it"):
         load("int8")
 
 
-def test_fp8_is_not_made_for_a_device_that_cannot_decode_it(pipeline: Path) -> None:
-    from qwenimage_lowvram.nodes.cache_folder import weight_cache_folder
+def test_fp8_is_not_made_for_a_device_that_cannot_decode_it(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from qwenimage_lowvram.nodes.weight_cache import in_weight_format
 
+    monkeypatch.setenv("QWEN_LOWVRAM_CACHE", str(tmp_path / "cache"))
     apple = replace(Hardware.detect(torch.device("cpu")), decodes_fp8=False)
     source = open_checkpoint(pipeline / "transformer")
     with pytest.raises(Unsupported, match="F8_E4M3, which cannot be decoded"):
         in_weight_format(source, "fp8_e4m3fn_scaled", apple, None)
-    assert not weight_cache_folder().exists()
+    assert not (tmp_path / "cache").exists()
     assert in_weight_format(source, "int8", apple, None).identity != source.identity
 
 

@@ -1,0 +1,133 @@
+"""The files that a person's choices stand for, opened and checked: what loading and planning begin with."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+
+from ..engine.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from ..engine.errors import InvalidRequest
+from ..engine.families.components import Component, components, only, require
+from ..engine.families.variants import Variant, could_be, variant_of
+from ..engine.text.prompts import PromptTokenizer
+from ..engine.text.tokenizer_files import tokenizer_stamps
+from ..engine.texts import shown
+from ..engine.vae import RGB, RGBA, require_image_vae
+from . import files
+from .inputs import at_input
+from .words import AUTO, LOADER
+
+# what a person may say; Layered is known by its tensors alone. None: what the file says
+VARIANTS: dict[str, Variant | None] = {AUTO: None} | {
+    variant.value: variant for variant in Variant if variant is not Variant.LAYERED
+}
+# found without importing the module, whose place is no promise of ComfyUI's
+_TEXT_ENCODERS = find_spec("comfy.text_encoders")
+COMFYUI_TOKENIZER = Path(
+    next(iter((_TEXT_ENCODERS and _TEXT_ENCODERS.submodule_search_locations) or ("",))), "qwen25_tokenizer"
+)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The three checkpoints and the tokenizer's folder that a person's choices stand for."""
+
+    transformer: Path
+    text_encoder: Path
+    vae: Path
+    tokenizer: Path
+
+    @classmethod
+    def of(cls, transformer: str, text_encoder: str, vae: str) -> "Sources":
+        with at_input("transformer"):
+            transformer_path = transformer_source(transformer)
+        folder = transformer_path.parent if files.is_folder(transformer) else None
+
+        def component(kind: str, choice: str, subfolder: str, wanted: Component) -> Path:
+            if choice != files.FROM_FOLDER:
+                return files.model_file(kind, choice)
+            if folder is not None:
+                return folder / subfolder
+            if wanted in components(open_checkpoint(transformer_path).tensors):
+                return transformer_path
+            raise InvalidRequest(
+                f"{transformer} is a single file and has no {subfolder} in it or beside it.\n\n"
+                f"What to do: choose a file from models/{kind}."
+            )
+
+        with at_input("text_encoder"):
+            text_path = component("text_encoders", text_encoder, "text_encoder", Component.TEXT_ENCODER)
+        with at_input("vae"):
+            vae_path = component("vae", vae, "vae", Component.VAE)
+        tokenizer = folder / "tokenizer" if folder and text_encoder == files.FROM_FOLDER else COMFYUI_TOKENIZER
+        return cls(transformer_path, text_path, vae_path, tokenizer)
+
+    def open(self, variant: str) -> tuple[Checkpoint, Checkpoint, Checkpoint]:
+        """Headers only. Raises where a file is missing, damaged, not what its place needs, or another variant than
+        the chosen one; the message begins with the input's name."""
+        with at_input("transformer"):
+            transformer = open_component(self.transformer, Component.TRANSFORMER)
+        with at_input("text_encoder"):
+            text_encoder = open_component(self.text_encoder, Component.TEXT_ENCODER)
+        with at_input("vae"):
+            vae = open_component(self.vae, Component.VAE)
+        with at_input("variant"):
+            layered = variant_of(transformer, chosen_variant(variant)) is Variant.LAYERED
+        with at_input("vae"):
+            require_image_vae(vae, channels=RGBA if layered else RGB)
+        return transformer, text_encoder, vae
+
+
+def transformer_source(transformer: str) -> Path:
+    """Raises MissingFile unless it is a file or pipeline folder of ComfyUI's."""
+    if files.is_folder(transformer):
+        return files.pipeline_folder(transformer) / "transformer"
+    return files.model_file("diffusion_models", transformer)
+
+
+def open_component(path: Path, component: Component) -> Checkpoint:
+    """Headers only. Raises where the file is missing, damaged, or not what that place needs."""
+    checkpoint = open_checkpoint(path)
+    require(checkpoint, component)
+    return only(checkpoint, component)
+
+
+def require_transformer(transformer: str) -> None:
+    """Raises where the file or folder chosen for the transformer is not there, damaged, or none."""
+    open_component(transformer_source(transformer), Component.TRANSFORMER)
+
+
+def chosen_variant(variant: str) -> Variant | None:
+    """None where the file is to say. Raises InvalidRequest for a name that there is not."""
+    if not isinstance(variant, str) or variant not in VARIANTS:
+        raise InvalidRequest(f"There is no variant {shown(variant)}. Use one of: {', '.join(VARIANTS)}.")
+    return VARIANTS[variant]
+
+
+def doubt_about(transformer: Checkpoint, member: Variant) -> str:
+    """What a person has to decide where nothing tells which Edit model a file is; empty where something does."""
+    others = [variant.value for variant in could_be(transformer)]
+    if not others:
+        return ""
+    return (
+        f"Nothing in {shown(transformer.path.name)} tells for sure which member of the family it is: it is taken for "
+        f"{member.value}. If it is {' or '.join(others)}, set variant to that in '{LOADER}' (advanced inputs)."
+    )
+
+
+def prompt_tokenizer(folder: Path) -> PromptTokenizer:
+    """Kept while its files stay as they are: reading them takes most of a second. Raises where there is none."""
+    return _tokenizer(folder, tuple(tokenizer_identity(folder)))
+
+
+def tokenizer_identity(folder: Path) -> list[str]:
+    """Its files, their sizes and times. Raises where the folder holds no tokenizer."""
+    with at_input("text_encoder"):
+        stamps = tokenizer_stamps(folder)
+    return [f"{file.name} {size} {mtime_ns}" for file, (size, mtime_ns) in stamps.items()]
+
+
+@lru_cache(maxsize=2)
+def _tokenizer(folder: Path, stamps: tuple[str, ...]) -> PromptTokenizer:
+    with at_input("text_encoder"):
+        return PromptTokenizer(folder)
