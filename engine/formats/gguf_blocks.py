@@ -71,15 +71,26 @@ def q6_k(blocks: Tensor) -> Tensor:
 
 
 def iq4_nl(blocks: Tensor) -> Tensor:
-    return _looked_up(blocks[:, 2:]).mul_(half(blocks, 0).unsqueeze(2)).transpose(1, 2)
+    return _looked_up(blocks[:, 2:], _NONLINEAR).mul_(half(blocks, 0).unsqueeze(2)).transpose(1, 2)
 
 
 def iq4_xs(blocks: Tensor) -> Tensor:
-    weights = _looked_up(blocks[:, 8:]).unflatten(1, (8, 16))  # before the scales: this is where it takes most
+    weights = _looked_up(blocks[:, 8:], _NONLINEAR).unflatten(
+        1, (8, 16)
+    )  # before the scales: this is where it takes most
     low = unpack(blocks[:, 4:8].unsqueeze(2), 4)  # of two neighbours' scales, the first one's bits are the lower ones
     high = unpack(blocks[:, 2:4].unsqueeze(2), 2)
     scale = _integers(low.bitwise_or_(high.bitwise_left_shift_(4)).sub_(32)).mul_(half(blocks, 0))
     return weights.mul_(scale[:, :, None, None]).transpose(2, 3)
+
+
+def mxfp4(blocks: Tensor) -> Tensor:
+    """Of OCP's Microscaling Formats 1.0: 4-bit floating point, doubled here, so that the scale is half its power."""
+    weights = _looked_up(blocks[:, 1:], _E2M1_DOUBLED)  # before the scales: this is where it takes most
+    exponent = blocks[:, :1].int()
+    small = torch.bitwise_left_shift(torch.full_like(exponent, 1 << 21), exponent.clamp(max=1))  # subnormal in fp32
+    bits = torch.where(exponent < 2, small, (exponent - 1).bitwise_left_shift_(23))
+    return weights.mul_(bits.view(torch.float32).unsqueeze(2)).transpose(1, 2)
 
 
 def tq1_0(blocks: Tensor) -> Tensor:
@@ -100,16 +111,24 @@ def tq2_0(blocks: Tensor) -> Tensor:
 
 DECODERS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "Q8_0": q8_0, "Q6_K": q6_k, "Q5_K": q5_k, "Q5_1": q5_1, "Q5_0": q5_0, "Q4_K": q4_k, "Q4_1": q4_1, "Q4_0": q4_0,
-    "Q3_K": q3_k, "Q2_K": q2_k, "IQ4_NL": iq4_nl, "IQ4_XS": iq4_xs, "TQ2_0": tq2_0, "TQ1_0": tq1_0,
+    "Q3_K": q3_k, "Q2_K": q2_k, "IQ4_NL": iq4_nl, "IQ4_XS": iq4_xs, "MXFP4": mxfp4,
+    "TQ2_0": tq2_0, "TQ1_0": tq1_0,
 }  # fmt: skip
-# what IQ4's 4 bits stand for (kvalues_iq4nl): 16 numbers of one byte each, as two of eight
-_NONLINEAR = struct.unpack(
-    "<2q", struct.pack("16b", -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-)
+
+
+def _sixteen(*numbers: int) -> tuple[int, int]:
+    """What 4 bits stand for: numbers of one byte each, as two of eight."""
+    first, second = struct.unpack("<2q", struct.pack("16b", *numbers))
+    return first, second
+
+
+# IQ4's, kvalues_iq4nl; and MXFP4's, kvalues_mxfp4
+_NONLINEAR = _sixteen(-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+_E2M1_DOUBLED = _sixteen(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 # the most that a function allocates, its result included, in bytes per weight
 SCRATCH_PER_WEIGHT = 6
-# and whatever the number of weights: IQ4's table
-TABLE_BYTES: Mapping[str, int] = dict.fromkeys(("IQ4_NL", "IQ4_XS"), 4096)
+# and whatever the number of weights: the table
+TABLE_BYTES: Mapping[str, int] = dict.fromkeys(("IQ4_NL", "IQ4_XS", "MXFP4"), 4096)
 
 
 def half(blocks: Tensor, at: int) -> Tensor:
@@ -132,10 +151,10 @@ def _with_high_bits(low: Tensor, low_bits: int, high: Tensor, high_bits: int) ->
     return unpack(low, low_bits).bitwise_or_(unpack(high, high_bits).bitwise_left_shift_(low_bits))
 
 
-def _looked_up(packed: Tensor) -> Tensor:
+def _looked_up(packed: Tensor, table: tuple[int, int]) -> Tensor:
     """(n, bytes) uint8 -> (n, bytes, 2) fp32: what the 4 lower and the 4 higher bits of each stand for."""
-    numbers = torch.full((2,), _NONLINEAR[0], dtype=torch.int64, device=packed.device)
-    numbers[1:].fill_(_NONLINEAR[1])  # filled in: a list would be copied from the host, which waits
+    numbers = torch.full((2,), table[0], dtype=torch.int64, device=packed.device)
+    numbers[1:].fill_(table[1])  # filled in: a list would be copied from the host, which waits
     sixteen = numbers.view(torch.int8).float()
     of_byte = torch.stack([sixteen.repeat(16), sixteen.repeat_interleave(16)], dim=1)
     return of_byte.index_select(0, packed.flatten().int()).unflatten(0, packed.shape)

@@ -37,6 +37,7 @@ HALVES = {
     "Q2_K": [80, 82], "Q3_K": [108], "Q6_K": [208], "IQ4_NL": [0], "IQ4_XS": [0],
     "IQ3_S": [0], "IQ3_XXS": [0], "IQ2_S": [0], "IQ2_XS": [0], "IQ2_XXS": [0], "IQ1_S": [0],
     "TQ1_0": [52], "TQ2_0": [64],
+    "MXFP4": [-1],  # its byte 0 is an exponent, and the highest ones make no numbers
     "IQ1_M": [54],  # the highest bits of its number, among others
 }  # fmt: skip
 BOTH_WAYS = [codec for codec in GGUF if not codec.type.endswith("_K") and not codec.type.startswith("IQ")]
@@ -100,7 +101,7 @@ def test_a_weight_quantized_by_the_gguf_package_comes_back_within_the_types_erro
     raw = gguf.quants.quantize(weight.numpy(), GGMLQuantizationType[codec.type])
     assert raw.shape == codec.raw_shape(weight.shape)
     error = (decoded(codec, raw) - weight).norm() / weight.norm()
-    assert error < {"Q8_0": 0.006, "Q5_1": 0.05, "Q5_0": 0.05, "Q4_1": 0.09, "Q4_0": 0.1}[codec.type]
+    assert error < {"Q8_0": 0.006, "Q5_1": 0.05, "Q5_0": 0.05, "Q4_1": 0.09, "Q4_0": 0.1, "MXFP4": 0.13}[codec.type]
 
 
 @by_name
