@@ -155,8 +155,8 @@ class _Contender(ABC):
         """Positive and negative CONDITIONING."""
 
     @abstractmethod
-    def tokenizer(self) -> Any:
-        """The tokenizer of transformers that it uses."""
+    def tokenizer_folder(self) -> str:
+        """The name of the folder that its tokenizer was read from."""
 
     @abstractmethod
     def with_lora(self, file: Path, strength: float) -> Any:
@@ -170,6 +170,9 @@ class _Contender(ABC):
 class _Ours(_Contender):
     @classmethod
     def prepare(cls, folder: Path) -> None:
+        import diffusers.models.transformers.transformer_qwenimage  # noqa: F401
+        import tokenizers  # noqa: F401
+        import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl  # noqa: F401
         from qwenimage_lowvram.nodes.adapters import clip, model  # noqa: F401
         from qwenimage_lowvram.nodes.adapters.speeds import KnownSpeeds
 
@@ -184,7 +187,8 @@ class _Ours(_Contender):
         pipeline = folder / "pipeline"
         encoder = TextEncoder(open_checkpoint(pipeline / "text_encoder"), dtype=torch.float32, hardware=hardware)
         kept = PromptCache(folder / "prompts")
-        self.clip = LowVRAMCLIP(encoder, PromptTokenizer(require_comfyui() / TOKENIZER_IN_COMFYUI), None, kept=kept)
+        self._tokenizer_folder = require_comfyui() / TOKENIZER_IN_COMFYUI
+        self.clip = LowVRAMCLIP(encoder, PromptTokenizer(self._tokenizer_folder), None, kept=kept)
         transformer = QwenImageTransformer(
             open_checkpoint(pipeline / "transformer"), dtype=torch.float32, hardware=hardware
         )
@@ -197,8 +201,8 @@ class _Ours(_Contender):
         positive, negative = self.clip.encode_prompts([prompt, NEGATIVE])
         return positive, negative
 
-    def tokenizer(self) -> Any:
-        return self.clip.tokenizer._tokenizer
+    def tokenizer_folder(self) -> str:
+        return self._tokenizer_folder.name
 
     def with_lora(self, file: Path, strength: float) -> Any:
         patched = self.model.clone()
@@ -250,8 +254,8 @@ class _ComfyUI(_Contender):
     def _encode(self, text: str) -> Any:
         return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))
 
-    def tokenizer(self) -> Any:
-        return self.clip.tokenizer.qwen25_7b.tokenizer
+    def tokenizer_folder(self) -> str:
+        return Path(self.clip.tokenizer.qwen25_7b.tokenizer.name_or_path).name
 
     def with_lora(self, file: Path, strength: float) -> Any:
         import comfy.sd
@@ -300,7 +304,6 @@ def _draw(who: str, folder: Path, pictures: tuple[Picture, ...]) -> tuple[list[d
         base = peak.bytes
         start = time.perf_counter()
         contender = kind(folder, stack)
-        tokenizer = contender.tokenizer()
         conds: tuple[Any, Any] = (None, None)
         prompt = None
         for picture in pictures:
@@ -318,7 +321,7 @@ def _draw(who: str, folder: Path, pictures: tuple[Picture, ...]) -> tuple[list[d
                     "seconds": end - start,
                     "first_step_seconds": first_step - start,
                     "peak_bytes": peak.bytes - base,
-                    "tokenizer": f"{type(tokenizer).__name__}, {Path(tokenizer.name_or_path).name}",
+                    "tokenizer": contender.tokenizer_folder(),
                     **contender.read(),
                 }
             )

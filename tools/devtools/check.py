@@ -7,6 +7,8 @@ from .cache import REPOSITORY, SetupError
 from .overlay import OVERLAYS, Overlay, overlay_arguments, prepare_overlay, with_overlay
 from .prepare import Prepared, child_environment
 
+WORKERS = 2  # of pytest: each has its own ComfyUI servers, and takes up to 7 GB
+
 
 def run_checks(prepared: Prepared, pytest_arguments: list[str]) -> int:
     """Run every check, pytest last; 0 if all passed. Prints which did not, before pytest's closing line."""
@@ -29,9 +31,8 @@ def run_checks(prepared: Prepared, pytest_arguments: list[str]) -> int:
 
 
 def _parallel() -> list[str]:
-    """A worker per core, each with a server of its own, so four at most; a file's tests share what they make."""
-    workers = min(4, os.cpu_count() or 1)
-    return ["-q", "-n", str(workers), "--dist", "loadfile"]
+    """A file's tests share what they make, so that they stay together."""
+    return ["-q", "-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "loadfile"]
 
 
 def _run_over(overlay: Overlay, prepared: Prepared) -> int:
