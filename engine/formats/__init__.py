@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..checkpoints.checkpoint import TensorEntry
 from ..errors import WrongModel
+from ..texts import printable
 from .bnb4 import FP4, NF4
 from .gguf import GGUF, GgufCodec
 from .int8 import BNB_INT8, INT8
@@ -77,6 +78,8 @@ _KITCHEN_DATA = {"nvfp4": torch.uint8, "mxfp8": torch.float8_e4m3fn}
 FP8_DTYPES = frozenset({"F8_E4M3", "F8_E5M2", "F8_E8M0", "NVFP4", "MXFP8"})
 # what a scale is called beside `<layer>.weight`: older and newer ComfyUI files
 _SCALE_NAMES = ("scale_weight", "weight_scale")
+# what may stand beside a quantized weight and says nothing of it: scales of what goes in and out
+_NOT_OF_THE_WEIGHT = ("weight", "bias", "input_scale", "scale_input", "output_scale", "scale_output")
 
 
 @dataclass(frozen=True)
@@ -155,12 +158,13 @@ def stored_param(name: str, tensors: Mapping[str, TensorEntry], where: str) -> S
     if data.dtype in NUNCHAKU:
         return _nunchaku_param(name, data, tensors)
     scales = [tensors[f"{layer}.{scale}"] for scale in _SCALE_NAMES if f"{layer}.{scale}" in tensors]
-    others = (n.removeprefix(f"{layer}.") for n in tensors if n.startswith(f"{layer}.")) if name != layer else ()
-    if any(other.startswith("weight_") and other not in _SCALE_NAMES for other in others):
-        raise _unknown_format(where, name, data)  # a second scale, or one of another meaning
+    others = _others_beside(name, tensors)
+    narrow = data.dtype not in ("F32", "F16", "BF16")
+    if any(narrow or other.startswith("weight_") for other in others):
+        raise _unknown_format(where, name, data, others)  # a second scale, or one of another meaning
     if name != layer and scales:
         if data.dtype not in _SCALED_OF_DTYPE or len(scales) != 1 or not _is_scale(scales[0], data):
-            raise _unknown_format(where, name, data)
+            raise _unknown_format(where, name, data, [scale for scale in _SCALE_NAMES if f"{layer}.{scale}" in tensors])
         return StoredParam(name, data.shape, _SCALED_OF_DTYPE[data.dtype], (data, scales[0]))
     if data.dtype in _GGUF_OF_DTYPE and data.shape:
         return StoredParam(name, data.shape, _GGUF_OF_DTYPE[data.dtype].name, (data,))
@@ -182,9 +186,19 @@ def _is_scale(scale: TensorEntry, data: TensorEntry) -> bool:
     return floating and len(data.shape) == 2 and prod(scale.shape) in (1, data.shape[0])
 
 
-def _unknown_format(where: str, name: str, data: TensorEntry) -> WrongModel:
+def _others_beside(name: str, tensors: Mapping[str, TensorEntry]) -> list[str]:
+    """What a layer holds that neither is its weight's scale nor has nothing to do with it."""
+    layer = name.removesuffix(".weight")
+    if layer == name:
+        return []
+    beside = (other.removeprefix(f"{layer}.") for other in tensors if other.startswith(f"{layer}."))
+    return [other for other in beside if other not in (*_SCALE_NAMES, *_NOT_OF_THE_WEIGHT)]
+
+
+def _unknown_format(where: str, name: str, data: TensorEntry, beside: Sequence[str] = ()) -> WrongModel:
+    scales = f" (beside it: {', '.join(map(printable, beside[:3])):.99})" if beside else ""
     return WrongModel(
-        f"{where}: {name} is stored as {data.dtype}{list(data.shape)} in a quantization that is not supported. "
-        "Use a bf16, fp16, fp32, fp8 or fp8-scaled file, ComfyUI's int8, GGUF or bitsandbytes (formats read: "
-        f"{', '.join(name for name in CODECS if CODECS[name] not in _NUNCHAKU)}; nunchaku's)."
+        f"{where}: {name} is stored as {data.dtype}{list(data.shape)} in a quantization that is not supported{scales}. "
+        "Use a bf16, fp16, fp32, fp8 or fp8-scaled file, one of ComfyUI's own formats (int8, convrot, nvfp4, mxfp8), "
+        "GGUF, bitsandbytes (nf4, fp4, int8) or nunchaku."
     )

@@ -121,6 +121,17 @@ UNKNOWN = {
         "weight_scale": _entry("F32"),
         "scale_weight": _entry("F32"),
     },
+    "fp8 with a scale of SDNQ's": {"weight": _entry("F8_E4M3", 8, 64), "scale": _entry("F32", 8, 1)},
+    "fp8 with a low-rank part": {
+        "weight": _entry("F8_E4M3", 8, 64),
+        "weight_scale": _entry("F32", 8, 1),
+        "svd_up": _entry("BF16", 8, 4),
+    },
+    "fp8 of modelopt, smoothed": {
+        "weight": _entry("F8_E4M3", 8, 64),
+        "weight_scale": _entry("F32"),
+        "pre_quant_scale": _entry("BF16", 64),
+    },
     "scaled bf16": {"weight": _entry("BF16", 8, 64), "weight_scale": _entry("F32")},
     "bitsandbytes nf4": {"weight": _entry("U8", 256, 1), "weight.absmax": _entry("F32", 8)},
     "bitsandbytes int8, scales of another count": {"weight": _entry("I8", 8, 64), "SCB": _entry("F32", 4)},
@@ -138,6 +149,17 @@ def test_an_unknown_quantization_is_refused_by_the_layers_name(tensors: dict[str
     assert message.startswith(f"m.safetensors, block 3: {WEIGHT} is stored as {tensors['weight'].dtype}[")
     assert "in a quantization that is not supported" in message
     assert "Use a bf16, fp16, fp32, fp8 or fp8-scaled file" in message
+
+
+def test_what_stands_beside_a_weight_of_an_unknown_quantization_is_named() -> None:
+    tensors = {WEIGHT: _entry("F8_E4M3", 8, 64), "attn.to_q.scale": _entry("F32", 8, 1)}
+    with pytest.raises(WrongModel, match=r"a quantization that is not supported \(beside it: scale\)"):
+        stored_param(WEIGHT, tensors, "m.safetensors")
+
+
+def test_scales_of_what_goes_in_and_out_change_no_weight() -> None:
+    beside = {f"attn.to_q.{name}": _entry("F32") for name in ("input_scale", "scale_input", "output_scale", "bias")}
+    assert stored_param(WEIGHT, {WEIGHT: _entry("F8_E4M3", 8, 64), **beside}, "m").codec == "fp8_e4m3fn"
 
 
 def test_the_bytes_of_a_stored_weight_are_counted_with_its_scale(tmp_path: Path) -> None:
