@@ -7,8 +7,9 @@ from enum import Enum
 
 from ..checkpoints.checkpoint import Checkpoint, TensorEntry
 from ..errors import WrongModel
+from ..texts import shown
 from .gguf_names import TEXT_ARCHITECTURES
-from .prefixes import find_prefix
+from .prefixes import find_prefix, find_prefixes, is_average
 
 
 class Component(Enum):
@@ -23,7 +24,9 @@ class Component(Enum):
     LORA = "a LoRA"
     CONTROLNET = "a ControlNet"
     MODEL_PATCH = "a model patch (DiffSynth)"
-    OTHER_QUANTIZATION = "a model quantized for another program (GPTQ, AWQ, or nunchaku for another model)"
+    OTHER_QUANTIZATION = (
+        "a model quantized for another program (GPTQ, AWQ, quanto, torchao, or nunchaku for another model)"
+    )
     FLUX = "a Flux transformer"
     WAN = "a Wan video transformer"
     STABLE_DIFFUSION = "a Stable Diffusion checkpoint"
@@ -56,11 +59,15 @@ _SIGNS: tuple[tuple[str, Component], ...] = (
     (r"^controlnet_blocks\.\d+\.x_rms\.", Component.MODEL_PATCH),
     (r"^(controlnet_|control_model\.)", Component.CONTROLNET),
     (r"transformer_blocks\.\d+\.attn\.add_qkv_proj\.qweight$", Component.TRANSFORMER),
-    (r"\.(qweight|wscales)$", Component.OTHER_QUANTIZATION),
+    (
+        r"\.(qweight|wscales|weight_packed|_?weight_qdata|weight:_data|weight\._(data|scale))$",
+        Component.OTHER_QUANTIZATION,
+    ),
     # 2.1 has one stream; its blocks' attention is named as that of others
     (r"(^|\.)txt_in\.text_norm\.weight$|\.img_mlp\.(gate_up|gate_layer)\.weight$", Component.TRANSFORMER_2_1),
     (r"transformer_blocks\.\d+\.attn\.add_q_proj\.weight", Component.TRANSFORMER),
     (r"text_model\.encoder\.layers\.|encoder\.block\.\d+\.layer\.|^enc\.blk\.\d+\.", Component.OTHER_TEXT_ENCODER),
+    (r"(^|\.)visual\.blocks\.\d+\.mlp\.(linear_)?fc1\.", Component.OTHER_TEXT_ENCODER),  # Qwen2-VL and Qwen3-VL
     (r"^v\.blk\.\d+\.", Component.VISION),
     (r"layers\.\d+\.self_attn\.q_proj\.weight|^blk\.\d+\.attn_q\.weight", Component.TEXT_ENCODER),
     (
@@ -141,6 +148,7 @@ def require(checkpoint: Checkpoint, wanted: Component) -> None:
     if found is wanted or {found, wanted} <= components(checkpoint.tensors):
         if wanted is Component.TRANSFORMER:
             _require_all_kinds(checkpoint)
+            _require_one(checkpoint)
         return
     size = f"{len(checkpoint.tensors)} tensors"
     stated = size if architecture is None else f"GGUF architecture {architecture!r:.99}, {size}"
@@ -162,4 +170,17 @@ def _require_all_kinds(checkpoint: Checkpoint) -> None:
             f"{checkpoint.path} holds a part of {Component.TRANSFORMER.value} ({len(checkpoint.tensors)} tensors; none "
             f"is called {', '.join(missing)}), such as layers that were trained or saved by themselves. Use the whole "
             f"model, such as {EXAMPLE_OF[Component.TRANSFORMER]}; changes of some layers belong in a LoRA."
+        )
+
+
+def _require_one(checkpoint: Checkpoint) -> None:
+    """Raise WrongModel for a file of several transformers, such as a teacher's and a student's; a running average
+    (EMA) of one is no other."""
+    prefixes = find_prefixes(checkpoint.tensors, _WHOLE[Component.TRANSFORMER])
+    models = [prefix for prefix in prefixes if not is_average(prefix)]
+    if len(models) > 1:
+        raise WrongModel(
+            f"{checkpoint.path} holds {len(models)} transformers, whose tensors' names begin with "
+            f"{' and '.join(shown(prefix) for prefix in models[:3])}, and nothing tells which one is meant. Use a file "
+            "that holds one."
         )

@@ -51,6 +51,9 @@ OTHERS = {
     "DiffSynth": ("controlnet_blocks.0.x_rms.weight", Component.MODEL_PATCH),
     "controlnet of diffusers": ("controlnet_blocks.0.weight", Component.CONTROLNET),
     "nunchaku": ("transformer_blocks.0.attn.to_qkv.qweight", Component.OTHER_QUANTIZATION),
+    "quanto": ("transformer_blocks.0.attn.add_q_proj.weight._data", Component.OTHER_QUANTIZATION),
+    "torchao": ("transformer_blocks.0.attn.add_q_proj._weight_qdata", Component.OTHER_QUANTIZATION),
+    "compressed-tensors": ("transformer_blocks.0.attn.add_q_proj.weight_packed", Component.OTHER_QUANTIZATION),
     "2.1 of diffusers": ("transformer_blocks.0.img_mlp.gate_layer.weight", Component.TRANSFORMER_2_1),
     "2.1 of ComfyUI": ("model.diffusion_model.transformer_blocks.0.img_mlp.gate_up.weight", Component.TRANSFORMER_2_1),
     "2.1 without its blocks": ("txt_in.text_norm.weight", Component.TRANSFORMER_2_1),
@@ -222,6 +225,8 @@ def test_a_layer_that_is_not_whole_is_named(name: str, tmp_path: Path, write_mod
         ["text_model.encoder.layers.0.self_attn.q_proj.weight", "text_model.encoder.layers.0.self_attn.q_proj.bias"],
         ["encoder.block.0.layer.0.SelfAttention.q.weight"],
         ["model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.q_norm.weight"],
+        # Qwen2-VL, whose language model has the same names and shapes; its vision part tells it
+        [*(f"model.layers.0.self_attn.q_proj.{kind}" for kind in ("weight", "bias")), "visual.blocks.0.mlp.fc1.weight"],
     ],
 )
 def test_the_text_encoder_of_another_model_is_not_taken_for_a_damaged_one(
@@ -292,6 +297,35 @@ def test_one_component_of_an_all_in_one_file_is_what_its_own_file_would_hold(
         assert set(found.tensors) == expected
         assert found.full_precision == (component is Component.VAE)
         require(found, component)
+
+
+@pytest.mark.parametrize(
+    ("model", "average"),
+    [("model.", "ema."), ("generator.", "generator_ema."), ("module.", "EMA.module."), ("", "ema_model.")],
+)
+def test_a_model_counts_before_its_running_average(
+    model: str, average: str, transformer_shapes: Shapes, tmp_path: Path, write_model: Callable[..., Path]
+) -> None:
+    shapes = {prefix + name: shape for prefix in (model, average) for name, shape in transformer_shapes.items()}
+    checkpoint = open_checkpoint(write_model(tmp_path / "m.safetensors", shapes))
+    assert sort_transformer(checkpoint).outside["img_in.weight"] is checkpoint.tensors[f"{model}img_in.weight"]
+
+
+def test_a_running_average_alone_is_a_model(
+    transformer_shapes: Shapes, tmp_path: Path, write_model: Callable[..., Path]
+) -> None:
+    shapes = {f"ema.{name}": shape for name, shape in transformer_shapes.items()}
+    assert len(sort_transformer(open_checkpoint(write_model(tmp_path / "m.safetensors", shapes))).blocks) == 2
+
+
+def test_a_file_of_two_models_is_refused_by_their_prefixes(
+    transformer_shapes: Shapes, tmp_path: Path, write_model: Callable[..., Path]
+) -> None:
+    shapes = {
+        f"{prefix}{name}": shape for prefix in ("student.", "fake.") for name, shape in transformer_shapes.items()
+    }
+    with pytest.raises(WrongModel, match=r"holds 2 transformers, .* begin with 'fake\.' and 'student\.'"):
+        sort_transformer(open_checkpoint(write_model(tmp_path / "m.safetensors", shapes)))
 
 
 @pytest.mark.parametrize("prefix", ["", "vae.", "first_stage_model."])
