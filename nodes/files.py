@@ -6,6 +6,7 @@ from pathlib import Path
 import folder_paths
 
 from ..engine.checkpoints.checkpoint import GGUF_SUFFIX
+from ..engine.checkpoints.model_files import PICKLE_SUFFIXES
 from ..engine.checkpoints.parts import without_later_parts
 from ..engine.errors import MissingFile
 from ..engine.texts import shown
@@ -52,10 +53,27 @@ def model_file(kind: str, choice: str) -> Path:
         kind, name = "checkpoints", choice.removesuffix(CHECKPOINT_SUFFIX)
     path = folder_paths.get_full_path(kind, name) if name in _all_files(kind) else None
     if path is None:
-        raise MissingFile(
-            f"There is no {shown(choice)} in models/{kind}.\n\nWhat to do: put it there and press R, or choose another."
-        )
+        raise MissingFile(_not_there(kind, name, choice))
     return Path(path)
+
+
+def _not_there(kind: str, name: str, choice: str) -> str:
+    """Why a name that is not offered is none: files that are not read are told from those that are not there."""
+    if (
+        isinstance(name, str)
+        and name.lower().endswith(PICKLE_SUFFIXES)
+        and name in folder_paths.get_filename_list(kind)
+    ):
+        return (
+            f"{shown(name)} in models/{kind} is a file of PyTorch's, which could run code when it is opened, and is "
+            "not read.\n\nWhat to do: use the model's .safetensors file."
+        )
+    if isinstance(name, str) and name.lower().endswith(GGUF_SUFFIX) and name in _gguf_files(kind):
+        return (
+            f"{shown(name)} is in models/{kind}, where no GGUF files are read.\n\nWhat to do: put a transformer into "
+            "models/diffusion_models, a text encoder into models/text_encoders; of a VAE use the .safetensors file."
+        )
+    return f"There is no {shown(choice)} in models/{kind}.\n\nWhat to do: put it there and press R, or choose another."
 
 
 def _files(kind: str) -> list[str]:

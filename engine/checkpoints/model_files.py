@@ -1,16 +1,19 @@
 """Which files hold one model: a file, its parts, or a folder's. Reads an index, and opens no file of weights."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 
 from ..errors import DamagedFile, MissingFile
 from .json_texts import read_json_with_stamp, unreadable
-from .parts import Part, parts_of, stem_of
+from .parts import parts_of, stem_of
 from .regular_file import Stamp, require_regular
 from .safetensors_header import MAX_TENSORS
 
 GGUF_SUFFIX = ".gguf"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pt2", ".ckpt", ".pkl")
+USUAL_NAMES = ("diffusion_pytorch_model", "model")  # as diffusers and transformers write files
+_INDEX = ".safetensors.index.json"
 MAX_FILES = 1000  # of a folder; the largest models have a hundred
 
 
@@ -44,26 +47,50 @@ def model_files(path: Path) -> ModelFiles:
 def _of_folder(folder: Path) -> ModelFiles:
     config = folder / "config.json" if _exists(folder / "config.json") else None
     listed = _listed(folder)
-    indexes = [file for file in listed if file.name.endswith(".safetensors.index.json")]
+    indexes = {file.name.removesuffix(_INDEX): file for file in listed if file.name.endswith(_INDEX)}
     singles = [file for file in listed if file.name.endswith(".safetensors")]
-    if indexes:
-        weight_map, stamp = _weight_map(indexes[0])
-        names = sorted(set(weight_map.values()))
-        missing = [name for name in names if not _exists(folder / name)]
-        if missing or not names:
-            raise MissingFile(
-                f"{folder}: {indexes[0].name} names {len(names)} files, {len(missing)} of them are not there "
-                f"({', '.join(missing[:3])!s:.200}). Put them there: the files are read together."
-            )
-        return ModelFiles([folder / name for name in names], config, weight_map, {indexes[0]: stamp})
-    if len({stem_of(file) for file in singles}) == 1 and Part.of(singles[0]) is not None:
-        return ModelFiles(parts_of(singles[0]), config)
-    if len(singles) != 1:
+    firsts = {stem_of(file): file for file in reversed(singles)}
+    usual = _usual({*indexes, *firsts})
+    if indexes and (usual is None or usual in indexes):
+        return _of_index(folder, indexes[usual or min(indexes)], config)
+    chosen = usual or next(iter(firsts), "")
+    if (len(firsts) > 1 and usual is None) or chosen not in firsts:
+        raise MissingFile(_no_model(folder, listed, len(singles)))
+    return ModelFiles(parts_of(firsts[chosen]), config)
+
+
+def _usual(stems: Collection[str]) -> str | None:
+    """Of the names of models in a folder the one that diffusers or transformers reads where no variant is asked for:
+    that without a variant, such as fp16. None where others than variants stand beside it."""
+    for name in USUAL_NAMES:
+        if name in stems and all(f"{stem}.".startswith(f"{name}.") for stem in stems):
+            return name
+    return None
+
+
+def _of_index(folder: Path, index: Path, config: Path | None) -> ModelFiles:
+    weight_map, stamp = _weight_map(index)
+    names = sorted(set(weight_map.values()))
+    missing = [name for name in names if not _exists(folder / name)]
+    if missing or not names:
         raise MissingFile(
-            f"{folder} holds {len(singles)} .safetensors files and no index. A model folder has one file, or shards "
-            "with a *.safetensors.index.json."
+            f"{folder}: {index.name} names {len(names)} files, {len(missing)} of them are not there "
+            f"({', '.join(missing[:3])!s:.200}). Put them there: the files are read together."
         )
-    return ModelFiles(singles, config)
+    return ModelFiles([folder / name for name in names], config, weight_map, {index: stamp})
+
+
+def _no_model(folder: Path, listed: Sequence[Path], count: int) -> str:
+    pickled = [file.name for file in listed if file.suffix.lower() in PICKLE_SUFFIXES]
+    if not count and pickled:
+        return (
+            f"{folder} holds its weights as {pickled[0]!r:.99}, a file of PyTorch's that could run code and is not "
+            "read. Use the model's .safetensors files (in diffusers: save_pretrained, with safe_serialization)."
+        )
+    return (
+        f"{folder} holds {count} .safetensors files and no index. A model folder has one file, or shards with a "
+        "*.safetensors.index.json."
+    )
 
 
 def _beside_parts(parts: list[Path]) -> ModelFiles:

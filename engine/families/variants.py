@@ -9,13 +9,13 @@ from enum import Enum
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.json_texts import read_json
+from ..checkpoints.model_files import USUAL_NAMES
 from ..checkpoints.parts import stem_of
 from ..errors import WrongModel
 
 # in ComfyUI's files an empty tensor marks 2511, in diffusers' a setting of the configuration
 MARK_2511 = "__index_timestep_zero__"
 _LAYERED = "time_text_embed.addition_t_embedding.weight"
-_NAMES_OF_ALL = ("diffusion_pytorch_model", "model")  # as diffusers and transformers write files
 # what published names have beside the model's: types, programs, distillation
 _OF_ANY_FILE = re.compile(
     r"(qwen|image|edit|(bf|fp|f|int|nf|i?q)\d+|e\dm\d(fn)?|[ksml]|x+[sl]|nl|ud|scaled|mixed|row|convrot|comfyui|gguf|"
@@ -111,7 +111,7 @@ def _titles(checkpoint: Checkpoint) -> list[str]:
     folder = path.parent.parent if not path.is_dir() and path.parent.name == "transformer" else path.parent
     stem = stem_of(path)
     # a folder, or a file with the name that every model has there: the folder above is named after it
-    named_by_folder = path.is_dir() or re.sub(r"\W.*", "", stem) in _NAMES_OF_ALL
+    named_by_folder = path.is_dir() or re.sub(r"\W.*", "", stem) in USUAL_NAMES
     return [*given, folder.name if named_by_folder else stem]
 
 

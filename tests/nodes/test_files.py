@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from gguf_files import write_gguf_text_encoder, write_gguf_vision
 from qwenimage_lowvram.engine.errors import MissingFile, QwenLowVRAMError, WrongModel
 from qwenimage_lowvram.engine.families.variants import Variant
@@ -133,6 +134,24 @@ def _ways_out(root: Path, kind: str) -> list[Any]:
         ["a", 0, 1],
         {},
     ]
+
+
+@pytest.mark.parametrize("name", ["Wan2.1_VAE.pth", "vae.PT", "sub/vae.ckpt", "diffusion_pytorch_model.bin"])
+def test_a_file_of_pytorchs_is_said_to_be_there_and_not_read(name: str, split: tuple[SplitFiles, Path]) -> None:
+    names, root = split
+    (root / "models" / "vae" / "sub").mkdir()
+    torch.save({"decoder.conv1.weight": torch.zeros(3)}, root / "models" / "vae" / name)
+    assert name not in choices("vae")
+    said = says(names.transformer, names.text_encoder, name)
+    assert said.startswith(f"vae: {name!r} in models/vae is a file of PyTorch's, which could run code")
+    assert "use the model's .safetensors file" in said
+
+
+def test_a_gguf_file_in_a_folder_without_such_is_said_to_be_there(split: tuple[SplitFiles, Path]) -> None:
+    names, root = split
+    (root / "models" / "vae" / "qwen_image_vae.GGUF").write_bytes(b"GGUF")
+    said = says(names.transformer, names.text_encoder, "qwen_image_vae.GGUF")
+    assert said.startswith("vae: 'qwen_image_vae.GGUF' is in models/vae, where no GGUF files are read.")
 
 
 @pytest.mark.parametrize("name", ["transformer", "text_encoder", "vae"])
