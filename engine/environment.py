@@ -12,28 +12,41 @@ PACK = "ComfyUI-QwenImage-LowVRAM"
 
 @dataclass(frozen=True)
 class Bounds:
-    """What runs: from `oldest` on, and before `beyond`, of which nothing is known yet."""
+    """What runs: from `oldest` on, and before `beyond`, of which nothing is known yet. `install_below`: what is
+    installed where nothing else is asked for; a later one may move packages that ComfyUI needs as they are."""
 
     name: str
     oldest: str
     beyond: str | None = None
+    install_below: str | None = None
 
     @property
     def said(self) -> str:
         return f"{self.name} >= {self.oldest}" + (f", < {self.beyond}" if self.beyond else "")
+
+    @property
+    def to_install(self) -> str:
+        """For pip."""
+        below = self.install_below or self.beyond
+        return f"{self.name}>={self.oldest}" + (f",<{below}" if below else "")
 
 
 # torch.accelerator came with torch 2.6
 PACKAGES = (
     Bounds("torch", "2.6", "3"),
     Bounds("transformers", "4.57", "6"),
-    Bounds("diffusers", "0.37", "1"),
+    Bounds("diffusers", "0.37", "1", install_below="0.40"),  # as in requirements.txt: later ones move huggingface_hub
     Bounds("accelerate", "1.0", "2"),
     Bounds("safetensors", "0.4.3", "1"),
 )
 COMFYUI = Bounds("ComfyUI", "0.30.0")
 # ComfyUI's owner has chosen their torch, and other packs may rely on it
 _NOT_BY_PIP = ("torch", "ComfyUI")
+
+
+def pip_name(package: str) -> str:
+    """What pip is to install for that package, with its bounds where the pack has some."""
+    return next((f'"{bounds.to_install}"' for bounds in PACKAGES if bounds.name == package), package)
 
 
 def variable(name: str) -> str:
@@ -52,8 +65,8 @@ def environment_problem(comfyui_version: str, installed: Callable[[str], str] = 
     by_hand: list[Bounds] = []
     for bounds in (COMFYUI, *PACKAGES):
         try:
-            found = comfyui_version if bounds is COMFYUI else installed(bounds.name)
-        except PackageNotFoundError:
+            found = (comfyui_version if bounds is COMFYUI else installed(bounds.name)) or ""  # damaged metadata: None
+        except (PackageNotFoundError, KeyError):  # of metadata without a version
             found = ""
         state = _judge(found, bounds)
         if state is not None:
@@ -63,7 +76,7 @@ def environment_problem(comfyui_version: str, installed: Callable[[str], str] = 
         return None
     steps = []
     if by_pip:
-        wanted = " ".join(f'"{bounds.said.replace(", ", ",").replace(" ", "")}"' for bounds in by_pip)
+        wanted = " ".join(f'"{bounds.to_install}"' for bounds in by_pip)
         steps.append(f"run  python -m pip install {wanted}  with ComfyUI's Python")
     steps += [f"install {bounds.said}" for bounds in by_hand]
     return f"{PACK} is not loaded: {'; '.join(wrong)}. What to do: {', and '.join(steps)}, then restart ComfyUI."
@@ -90,7 +103,7 @@ def import_problem(error: Exception, comfyui_version: str, installed: Callable[[
     for bounds in PACKAGES:
         try:
             found.append(f"{bounds.name} {installed(bounds.name)}")
-        except PackageNotFoundError:
+        except (PackageNotFoundError, KeyError):
             continue
     reason = " ".join(str(error).split()) or type(error).__name__
     return (
@@ -112,6 +125,8 @@ def _judge(found: str, bounds: Bounds) -> str | None:
 
 
 def _release(text: str) -> tuple[int, ...]:
-    """The numbers that a version begins with: "2.14.1+cu130" -> (2, 14, 1). Empty where it begins with none."""
+    """The numbers that a version begins with: "2.14.1+cu130" -> (2, 14, 1), "2.6" -> (2, 6, 0). Empty where it begins
+    with none."""
     match = re.match(r"v?(\d+(?:\.\d+)*)", text)
-    return tuple(int(part) for part in match[1].split(".")) if match else ()
+    numbers = [int(part) for part in match[1].split(".")] if match else []
+    return tuple(numbers + [0] * (3 - len(numbers))) if numbers else ()

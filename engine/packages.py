@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
+from .environment import pip_name
 from .errors import MissingPackage
 
 # bitsandbytes says there, whenever it is imported, that it would like another package for products on the CPU
@@ -53,7 +54,7 @@ def _imported(module: str, package: str, purpose: str) -> ModuleType:
         if error.name in (package, module):
             raise MissingPackage(
                 f"The package {package} is missing; {purpose}.\n\nWhat to do: install it into ComfyUI's Python with "
-                f"`pip install {package}`, then start ComfyUI again."
+                f"`pip install {pip_name(package)}`, then start ComfyUI again."
             ) from error
         raise _broken(package, purpose, error) from error
     except Exception as error:  # code of others: it may fail in any way
@@ -70,7 +71,7 @@ def _broken(package: str, purpose: str, error: Exception) -> MissingPackage:
     return MissingPackage(
         f"The package {culprit}{through} fails while it is imported ({type(error).__name__}: {error!s:.500}); "
         f"{purpose}.\n\nWhat to do: install it again into ComfyUI's Python with `pip install --force-reinstall "
-        f"--no-deps {culprit}`, in a version that fits, then start ComfyUI again."
+        f"--no-deps {pip_name(culprit)}`, in a version that fits, then start ComfyUI again."
     )
 
 

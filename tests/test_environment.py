@@ -1,15 +1,17 @@
 """Where the installed packages or ComfyUI do not fit, one line says so, and ComfyUI runs on."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from typing import Any
 
 import pytest
 from devtools.cache import REPOSITORY
-from qwenimage_lowvram.engine.environment import environment_problem, import_problem
+from qwenimage_lowvram.engine.environment import environment_problem, import_problem, pip_name
 
 FITTING = {
     "torch": "2.6.0+cu124",
@@ -33,11 +35,30 @@ def problem(comfyui: str = "0.30.0", **changed: str) -> str | None:
 
 @pytest.mark.parametrize(
     "changed",
-    [{}, {"transformers": "5.24.0", "diffusers": "0.42.1", "torch": "2.14.1"}, {"diffusers": "0.43.0.dev0"}],
+    [
+        {},
+        {"transformers": "5.24.0", "diffusers": "0.42.1", "torch": "2.14.1"},
+        {"diffusers": "0.43.0.dev0"},
+        {"comfyui": "0.30", "accelerate": "1"},
+    ],
     ids=str,
 )
 def test_versions_within_the_bounds_are_no_problem(changed: dict[str, str]) -> None:
     assert problem(**changed) is None
+
+
+def test_what_a_person_is_told_to_install_is_what_the_pack_installs_itself() -> None:
+    lines = (REPOSITORY / "requirements.txt").read_text().split()
+    wanted = {re.split("[<>=]", line)[0]: line for line in lines}
+    for name in ("diffusers", "safetensors"):
+        assert wanted[name] in pip_name(name)
+    assert pip_name("gguf") == "gguf"
+
+
+@pytest.mark.parametrize("nothing", [lambda name: None, lambda name: {}["Version"]])
+def test_damaged_metadata_of_packages_is_told_as_missing_packages(nothing: Any) -> None:
+    assert "diffusers is not installed" in str(environment_problem("0.30.0", nothing))
+    assert "do not fit together" in import_problem(ImportError("x"), "0.30.0", nothing)
 
 
 @pytest.mark.parametrize(
@@ -45,8 +66,8 @@ def test_versions_within_the_bounds_are_no_problem(changed: dict[str, str]) -> N
     [
         ({"transformers": "4.56.2"}, 'transformers 4.56.2 is too old .*pip install "transformers>=4.57,<6"'),
         ({"transformers": "6.0.0"}, "transformers 6.0.0 is too new"),
-        ({"diffusers": "0.36.0"}, 'diffusers 0.36.0 is too old .*pip install "diffusers>=0.37,<1"'),
-        ({"diffusers": ""}, "diffusers is not installed"),
+        ({"diffusers": "0.36.0"}, 'diffusers 0.36.0 is too old .*pip install "diffusers>=0.37,<0.40"'),
+        ({"diffusers": ""}, 'diffusers is not installed .*pip install "diffusers>=0.37,<0.40"'),
         ({"torch": "2.5.1+cu121"}, r"torch 2.5.1\+cu121 is too old .*install torch >= 2.6, < 3, then restart"),
         ({"comfyui": "0.29.9"}, "ComfyUI 0.29.9 is too old .*install ComfyUI >= 0.30.0"),
         ({"comfyui": "0.29.9", "diffusers": "0.9"}, "ComfyUI 0.29.9 is too old.*; diffusers 0.9 is too old"),
@@ -54,8 +75,6 @@ def test_versions_within_the_bounds_are_no_problem(changed: dict[str, str]) -> N
     ids=str,
 )
 def test_a_version_beyond_the_bounds_is_named_in_one_line_with_what_to_do(changed: dict[str, str], words: str) -> None:
-    import re
-
     said = problem(**changed)
     assert said is not None
     assert "\n" not in said
