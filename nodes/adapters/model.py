@@ -47,6 +47,7 @@ from .unsupported import (
     refuse,
     why_one_by_one,
 )
+from .whole_process import tell_patched_process
 
 logger = logging.getLogger(__name__)
 
@@ -118,9 +119,7 @@ class LowVRAMModel(comfy.model_base.QwenImage):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """The weights' names and shapes without the weights: ComfyUI's LoRA loaders look for their keys here."""
-        return {
-            f"{PREFIX}{name}": torch.empty(shape, device="meta") for name, shape in self.transformer.weights.items()
-        }
+        return self.diffusion_model.state_dict(prefix=PREFIX)
 
     def state_dict_for_saving(self, *args: Any, **kwargs: Any) -> Any:
         refuse("Saving the model (ModelSave, CheckpointSave)", "copy the file it was loaded from.")
@@ -189,7 +188,10 @@ def _outer_sample(
 def _check(model: LowVRAMModel, guider: Any, noise: Tensor, beside: Sequence[ModelPatcher]) -> None:
     """Raise Unsupported or InvalidRequest for what the graph asks of our model that it does not do."""
     transformer = model.transformer
+    if type(model.diffusion_model) is not _DiffusionModel:
+        refuse_compiling()
     guider.model_patcher.check_guests()
+    tell_patched_process()
     check_graph(guider.model_options, guider.conds)
     check_patches(guider.model_options.get("transformer_options", {}))
     check_references(transformer.variant, guider.conds)
@@ -290,6 +292,7 @@ class _DiffusionModel(WithoutLayers):
         config = calls.transformer.config
         self.in_channels = config.in_channels  # RenormCFG asks for it
         self.inner_dim, self.patch_size = config.inner_dim, PATCH
+        self.guard()
 
     def forward(
         self,
@@ -325,6 +328,8 @@ class _DiffusionModel(WithoutLayers):
         calls = self._calls
         check_patches(transformer_options)
         config = calls.transformer.config
+        if x.shape[1] != config.in_channels // PATCH**2:
+            refuse(f"A latent of {x.shape[1]} channels in the model (concat_cond, c_concat)", "remove that node.")
         if additional_t_cond is not None and not config.use_additional_t_cond:
             refuse("Additional time conditioning", "use a Qwen-Image-Layered model, or remove the node that sets it.")
         method = None if config.use_layer3d_rope else ref_latents_method  # which has but one

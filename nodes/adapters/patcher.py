@@ -16,6 +16,9 @@ from .stand_ins import refuse_compiling, refuse_reaching
 from .unsupported import check_hooks, refuse
 from .whole_lora import match_patches
 
+# of ComfyUI's model: each says in which dtype it computes
+_OF_DTYPE = {"manual_cast_dtype", "get_dtype", "get_dtype_inference"}
+
 
 class LowVRAMPatcher(comfy.model_patcher.ModelPatcher):
     """A ModelPatcher whose model places its own weights; ComfyUI only keeps count of them.
@@ -93,7 +96,7 @@ class LowVRAMPatcher(comfy.model_patcher.ModelPatcher):
             refuse("Scaling the model's own weights (ModelMerge)", "merge with ComfyUI's own loaders.")
         if not patches:
             raise InvalidRequest("No key of the LoRA fits this model: it is a LoRA of another model.")
-        names = {key: patches[key] for key in patches if isinstance(key, str) and key.startswith(PREFIX)}
+        names = {key: patches[key] for key in patches if _weight_of(key).startswith(PREFIX)}
         if names:
             self.add_lora(match_patches(names, self.model.transformer.weights), strength_patch)
         return list(names)
@@ -147,8 +150,9 @@ class LowVRAMPatcher(comfy.model_patcher.ModelPatcher):
         for name in self.object_patches:
             if f"{name}.".startswith(PREFIX):
                 refuse_reaching(name.removeprefix(PREFIX))
-        if "manual_cast_dtype" in self.object_patches:
-            self.set_model_compute_dtype(self.object_patches["manual_cast_dtype"])
+        computed = self.model.get_dtype_inference()
+        if _OF_DTYPE & self.object_patches.keys() or computed != self.model.transformer.dtype:
+            self.set_model_compute_dtype(computed)
         if self.patches or self.weight_wrapper_patches:
             refuse("A node that changes weights in its own way", "use a LoRA loader.")
         if self.injections:
@@ -171,3 +175,8 @@ class LowVRAMPatcher(comfy.model_patcher.ModelPatcher):
     def register_all_hook_patches(self, hooks: comfy.hooks.HookGroup, *args: Any, **kwargs: Any) -> Any:
         check_hooks(hooks)
         return super().register_all_hook_patches(hooks, *args, **kwargs)
+
+
+def _weight_of(key: Any) -> str:
+    """The weight's name in the key of a patch, which names a part of a weight where it is a tuple."""
+    return str(key if isinstance(key, str) else key[0])

@@ -12,6 +12,28 @@ from .unsupported import refuse
 # of ComfyUI's own transformer, beside its layers: methods, and what its __init__ sets
 _NATIVE = frozenset({*vars(QwenImageTransformer2DModel), "pe_embedder", "default_ref_method"})
 _OF_A_LAYER = ("in_features", "out_features")
+# what nodes set in the place of ComfyUI's, and ours calls
+_CALLED = ("forward", "_forward")
+
+
+class WeightShape(Tensor):
+    """A weight's shape and dtype where its numbers are not: on the meta device. What would change or copy numbers is
+    refused; what only makes another shape of it is not."""
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...]) -> "WeightShape":
+        return torch.empty(shape, device="meta").as_subclass(cls)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(getattr(func, "__name__", func))
+        changes = name.endswith("_") and not name.endswith("__")
+        if changes or name in ("__setitem__", "__reduce_ex__", "__set__") or "out" in (kwargs or {}):
+            refuse_reaching(f"weights, {name}")
+        try:
+            return super().__torch_function__(func, types, args, kwargs or {})
+        except NotImplementedError:  # of the meta device: it has no numbers
+            return refuse_reaching(f"weights, {name}")
 
 
 class Parts:
@@ -42,7 +64,7 @@ class Part:
     def __getattr__(self, name: str) -> Any:
         path = f"{self._path}.{name}"
         if path in self._parts.weights:
-            return torch.empty(self._parts.weights[path], device="meta")
+            return WeightShape.of(self._parts.weights[path])
         if path in self._parts.names:
             return Part(self._parts, path)
         if not name.startswith("__") and (hasattr(nn.Module, name) or name in _OF_A_LAYER):
@@ -66,7 +88,10 @@ class Part:
 
 
 class WithoutLayers(nn.Module):
-    """A module whose layers are looked for as ComfyUI's own has them, and are `Part`s."""
+    """A module whose layers are looked for as ComfyUI's own has them, and are `Part`s.
+
+    What torch's modules do to their layers and weights is refused: it would find none, and do nothing.
+    """
 
     def __init__(self, weights: Mapping[str, tuple[int, ...]]) -> None:
         super().__init__()
@@ -78,13 +103,61 @@ class WithoutLayers(nn.Module):
         except AttributeError:
             if name.startswith("__") or "_parts" not in self.__dict__:
                 raise
-        return self._parts.of_model(name)
+            return self._parts.of_model(name)
 
-    def named_modules(self, memo: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Only as a part of ComfyUI's model: who looks for layers or weights here would find none."""
-        if memo is None:
-            refuse_reaching("named_modules, parameters")
-        return super().named_modules(memo, *args, **kwargs)
+    def guard(self) -> None:
+        """From now on refuse to have anything else in the place of what is there, or what ComfyUI's own model has."""
+        self.__dict__["_guarded"] = frozenset({*self.__dict__, *_NATIVE, *self._parts.names} - {*_CALLED, "training"})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__.get("_guarded", ()):
+            refuse_reaching(name)
+        super().__setattr__(name, value)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+        """Also as a part of ComfyUI's model: who looks for layers or weights would find none."""
+        refuse_reaching("named_modules, parameters")
+
+    def named_children(self) -> Any:
+        refuse_reaching("children")
+
+    def get_submodule(self, target: str) -> Any:
+        refuse_reaching(target)
+
+    def apply(self, fn: Any) -> Any:
+        refuse_reaching("apply")
+
+    def add_module(self, name: str, module: Any) -> None:
+        refuse_reaching(name)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        refuse_reaching("load_state_dict")
+
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Tensor]:
+        """The weights' names and shapes."""
+        return {f"{prefix}{name}": WeightShape.of(shape) for name, shape in self._parts.weights.items()}
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        refuse_compiling()
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Where the model is computed, and in which dtype, is the loader's to say; ComfyUI's model passes devices on
+        in another way."""
+        if any(isinstance(value, torch.dtype) for value in (*args, *kwargs.values())):
+            refuse_reaching("to, of another dtype")
+        return self
+
+    def train(self, mode: bool = True) -> Any:
+        self.training = mode
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        return self  # `to` of ComfyUI's whole model comes here
+
+    def _refuse_dtype(self) -> Any:
+        refuse_reaching("half, float, of another dtype")
+
+    half = bfloat16 = float = double = _refuse_dtype
 
     @property
     def watched(self) -> bool:

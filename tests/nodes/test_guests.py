@@ -2,6 +2,8 @@
 
 import asyncio
 import copy
+import functools
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from .test_model import ksampler
 from .test_native_editing import native_model
 
 File = Callable[..., Path]
+ATTENTION = "optimized_attention_masked"
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +112,13 @@ def _forward_of_a_teacache(model: Any) -> None:
     model.add_callback("on_pre_run", lambda patcher: setattr(network, "_forward", forward.__get__(network)))
 
 
+def _copy_to_param(model: Any) -> None:
+    import comfy.utils
+
+    comfy.utils.copy_to_param(model.model, QUERY, torch.zeros(64, 64))
+
+
+QUERY = "diffusion_model.transformer_blocks.0.attn.to_q.weight"
 REFUSED: dict[str, Callable[[Any], Any]] = {
     "compile": _compile,
     "compile under another name": _compile_by_wrapper_of_another_name,
@@ -131,6 +141,28 @@ REFUSED: dict[str, Callable[[Any], Any]] = {
     "another forward": _forward_of_a_teacache,
     "a copy of the weights": copy.deepcopy,
     "weights in patches": lambda model: model.patches.update({"diffusion_model.img_in.weight": []}),
+    "a layer in another's place": lambda model: setattr(model.model.diffusion_model, "img_in", nn.Identity()),
+    "other positions": lambda model: setattr(model.model.diffusion_model, "pe_embedder", nn.Identity()),
+    "other blocks": lambda model: setattr(model.model.diffusion_model, "transformer_blocks", nn.ModuleList()),
+    "another patch size": lambda model: setattr(model.model.diffusion_model, "patch_size", 4),
+    "a module's own compile": lambda model: model.model.diffusion_model.compile(backend="eager"),
+    "half": lambda model: model.model.diffusion_model.half(),
+    "to a dtype": lambda model: model.model.diffusion_model.to(torch.float16),
+    "apply": lambda model: model.model.apply(lambda module: None),
+    "children": lambda model: list(model.model.diffusion_model.children()),
+    "all modules of the whole": lambda model: list(model.model.named_modules()),
+    "all weights of the whole": lambda model: list(model.model.parameters()),
+    "weights in place": lambda model: [weight.mul_(2) for weight in model.model.state_dict().values()],
+    "weights copied over": _copy_to_param,
+    "numbers of weights": lambda model: model.model.diffusion_model.state_dict()["img_in.weight"].cpu(),
+    "saving weights": lambda model: pickle.dumps(model.model.state_dict()),
+    "loading weights": lambda model: model.model.diffusion_model.load_state_dict({}, strict=False),
+    "a module by its name": lambda model: model.model.diffusion_model.get_submodule("transformer_blocks.0"),
+    "adding a module": lambda model: model.model.diffusion_model.add_module("norm_out", nn.Identity()),
+    "a dtype by a method": lambda model: model.add_object_patch("get_dtype_inference", lambda: torch.float16),
+    "a dtype behind the back": lambda model: setattr(model.model, "manual_cast_dtype", torch.float16),
+    "a part of a weight": lambda model: model.add_patches({(QUERY, (0, 0, 2)): ("diff", (torch.ones(2, 64),))}),
+    "a weight by a function": lambda model: model.add_patches({(QUERY, None, torch.neg): ("diff", (torch.ones(1),))}),
 }
 
 
@@ -146,7 +178,30 @@ def test_what_reaches_for_modules_is_refused_by_name(case: str, model: Any) -> N
         ask_and_sample()
     assert any(word in str(refused.value) for word in ("diffusion_model", "Compiling", "injects", "dtype", "weights"))
     model.model.diffusion_model.__dict__.pop("_forward", None)
+    model.model.manual_cast_dtype = None
     assert torch.isfinite(run(model)).all()
+
+
+@pytest.mark.parametrize("place", ["method", "attention"])
+def test_what_is_replaced_in_comfyuis_own_code_is_named(
+    place: str, model: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import comfy.ldm.qwen_image.model as own
+
+    plain = run(model)
+    assert "Another pack" not in caplog.text
+    where, name = (own.QwenImageTransformer2DModel, "forward") if place == "method" else (own, ATTENTION)
+    inner = getattr(where, name)
+
+    @functools.wraps(inner)  # as decorators do, it says that it is ComfyUI's
+    def replaced(*args: Any, **kwargs: Any) -> Any:
+        return 1.1 * inner(*args, **kwargs)
+
+    monkeypatch.setattr(where, name, replaced)
+    assert torch.equal(run(model), plain)
+    assert f"Another pack has replaced {'QwenImageTransformer2DModel.forward' if place == 'method' else name}" in (
+        caplog.text.replace(f"{own.__name__}.", "")
+    )
 
 
 def test_a_node_may_probe_for_other_models(model: Any, native: Any) -> None:
