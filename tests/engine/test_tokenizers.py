@@ -11,6 +11,7 @@ import pytest
 from qwenimage_lowvram.engine.errors import DamagedFile, MissingFile, WrongModel
 from qwenimage_lowvram.engine.families.members import EDIT_TEMPLATE, PROMPT_TEMPLATE, PROMPT_TEMPLATE_TOKENS
 from qwenimage_lowvram.engine.text.prompts import PromptTokenizer
+from qwenimage_lowvram.engine.text.tokenizer_files import read_tokenizer
 from small_checkpoint import TOKENIZER_IN_COMFYUI
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -140,10 +141,19 @@ MEANINGS = {
 
 
 @pytest.fixture(scope="session")
-def two_files(small_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def one_file(small_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small tokenizer as tokenizer.json, whichever files this release of transformers writes."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    text = read_tokenizer(small_pipeline / "tokenizer").to_str()
+    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def two_files(one_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small tokenizer as vocab.json, merges.txt and settings with the added tokens."""
     folder = tmp_path_factory.mktemp("tokenizer")
-    content = json.loads((small_pipeline / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))
+    content = json.loads((one_file / "tokenizer.json").read_text(encoding="utf-8"))
     (folder / "vocab.json").write_text(json.dumps(content["model"]["vocab"]), encoding="utf-8")
     lines = [pair if isinstance(pair, str) else " ".join(pair) for pair in content["model"]["merges"]]
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *lines, ""]), encoding="utf-8")
@@ -153,20 +163,20 @@ def two_files(small_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return folder
 
 
-def of_kind(name: str, small_pipeline: Path, two_files: Path) -> Path:
+def of_kind(name: str, one_file: Path, two_files: Path) -> Path:
     """A folder in which that file counts."""
-    return small_pipeline / "tokenizer" if name.startswith("tokenizer.") else two_files
+    return one_file if name.startswith("tokenizer.") else two_files
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"])
 @pytest.mark.parametrize("damage", JSON_DAMAGES)
 def test_a_damaged_file_of_a_tokenizer_is_named(
-    damage: str, name: str, small_pipeline: Path, two_files: Path, tmp_path: Path
+    damage: str, name: str, one_file: Path, two_files: Path, tmp_path: Path
 ) -> None:
     if name == "merges.txt" and damage not in DAMAGES:
         pytest.skip("it is no JSON")
     content, words = JSON_DAMAGES[damage]
-    folder = damaged(of_kind(name, small_pipeline, two_files), tmp_path / "tokenizer", name, content)
+    folder = damaged(of_kind(name, one_file, two_files), tmp_path / "tokenizer", name, content)
     with pytest.raises(DamagedFile, match=words) as caught:
         PromptTokenizer(folder)
     assert str(folder / name) in str(caught.value)
@@ -174,10 +184,10 @@ def test_a_damaged_file_of_a_tokenizer_is_named(
 
 @pytest.mark.parametrize(("name", "index"), [(name, i) for name, cases in MEANINGS.items() for i in range(len(cases))])
 def test_a_file_that_is_well_formed_and_no_tokenizers_is_named(
-    name: str, index: int, small_pipeline: Path, two_files: Path, tmp_path: Path
+    name: str, index: int, one_file: Path, two_files: Path, tmp_path: Path
 ) -> None:
     content, error, words = MEANINGS[name][index]
-    folder = damaged(of_kind(name, small_pipeline, two_files), tmp_path / "tokenizer", name, content)
+    folder = damaged(of_kind(name, one_file, two_files), tmp_path / "tokenizer", name, content)
     with pytest.raises(error, match=words) as caught:
         PromptTokenizer(folder)
     assert str(folder / name) in str(caught.value)
@@ -264,9 +274,10 @@ def test_another_models_tokenizer_is_refused(plain: Tokenizer, tmp_path: Path) -
     ],
 )
 def test_a_tokenizer_that_merges_in_another_way_is_another_models(
-    key: str, value: object, small_pipeline: Path, tmp_path: Path
+    key: str, value: object, one_file: Path, two_files: Path, tmp_path: Path
 ) -> None:
-    content = json.loads((small_pipeline / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))
+    whole = of_kind("tokenizer.json", one_file, two_files)
+    content = json.loads((whole / "tokenizer.json").read_text(encoding="utf-8"))
     content["model"][key] = value
     (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(WrongModel, match=rf"is another model's tokenizer: .* without .*{key}"):
@@ -274,11 +285,9 @@ def test_a_tokenizer_that_merges_in_another_way_is_another_models(
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json"])
-def test_a_vocabulary_without_a_byte_is_refused(
-    name: str, small_pipeline: Path, two_files: Path, tmp_path: Path
-) -> None:
+def test_a_vocabulary_without_a_byte_is_refused(name: str, one_file: Path, two_files: Path, tmp_path: Path) -> None:
     """It would leave that byte out of every text."""
-    whole = of_kind(name, small_pipeline, two_files)
+    whole = of_kind(name, one_file, two_files)
     content = json.loads((whole / name).read_text(encoding="utf-8"))
     del (content["model"]["vocab"] if name == "tokenizer.json" else content)["\u00a1"]
     folder = damaged(whole, tmp_path / "tokenizer", name, json.dumps(content).encode())

@@ -9,8 +9,17 @@ from pathlib import Path
 
 from .cache import SetupError
 
-# what a focused run proves: everything that touches diffusers, transformers or tokenizers
-_TESTS = ("test_text_encoder", "test_tokenizers", "test_vision", "test_transformer", "test_vae", "test_sampling")
+# what a focused run proves: everything that touches diffusers, transformers, tokenizers or comfy-kitchen
+_TESTS = (
+    "test_text_encoder",
+    "test_tokenizers",
+    "test_vision",
+    "test_transformer",
+    "test_vae",
+    "test_sampling",
+    "test_comfy_quant",
+    "test_w4a8",
+)
 
 # parts of names of tests among them that other packages cannot change
 _OWN = ("staged", "thread", "tile", "under_a_limit", "out_of_memory", "in_chunks", "after_unloading")
@@ -53,6 +62,7 @@ NEWEST = Overlay(
         "httpx2==2.16.2",
         "httpcore2==2.16.2",
         "truststore==0.10.5",
+        "comfy-kitchen==0.2.40",
     ),
 )
 OVERLAYS = (OLDEST, NEWEST)
