@@ -66,6 +66,12 @@ STYLES: Mapping[str, Style] = {
     "whole checkpoint's prefix": Style("model.diffusion_model.", *_A_B, True, comfyui=False, diffusers=False),
     "older diffusers": Style("transformer.", *_OLD, False),
     "older diffusers with alpha": Style("transformer.", *_OLD, True, diffusers=False),
+    "torch.compile": Style("_orig_mod.", *_A_B, False, comfyui=False, diffusers=False),
+    "a distillation's student": Style("student.transformer.", *_A_B, True, comfyui=False, diffusers=False),
+    "musubi-tuner, dotted": Style("lora_unet.", *_DOWN_UP, True, comfyui=False, diffusers=False),
+    "flat, ComfyUI's": Style("lora_diffusion_model_", *_DOWN_UP, True, flat=True, comfyui=False, diffusers=False),
+    "flat, diffusers'": Style("transformer_", *_DOWN_UP, True, flat=True, comfyui=False, diffusers=False),
+    "flat, bare": Style("", *_DOWN_UP, True, flat=True, comfyui=False, diffusers=False),
     "oldest diffusers": Style("transformer.", "_lora.down.weight", "_lora.up.weight", True, diffusers=False),
 }  # fmt: skip
 

@@ -128,7 +128,7 @@ def match(lora: LoraFile, weights: Mapping[str, tuple[int, ...]]) -> LoraMatch:
 
 def _sort_keys(lora: LoraFile, weights: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, _Parts], list[str]]:
     """The parts of each layer, and the keys that belong to none."""
-    names = LayerNames(weights)
+    names = LayerNames(weights, (split[0] for key in lora.tensors if (split := split_key(key)) is not None))
     layers: dict[str, _Parts] = {}
     unmatched = []
     for key, entry in lora.tensors.items():

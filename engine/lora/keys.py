@@ -6,7 +6,17 @@ from collections.abc import Iterable, Mapping
 # what trainers put before a layer's dotted name; several may stand in a row
 _PREFIXES = ("model.", "diffusion_model.", "base_model.", "transformer.", "pipe.", "dit.", "unet.", "module.")
 # what they put before a name whose dots have become underscores
-_FLAT_PREFIXES = ("lora_unet__", "lora_unet_", "lora_transformer_", "lycoris_")
+_FLAT_PREFIXES = (
+    "lora_unet__",
+    "lora_unet_",
+    "lora_transformer_",
+    "lora_diffusion_model_",
+    "lycoris_",
+    "transformer_",
+    "",
+)
+
+_BLOCKS = "transformer_blocks."  # whose layers' names other kinds of models do not end with
 
 # the parts that make a change, by its kind
 PARTS_OF: Mapping[str, tuple[str, ...]] = {
@@ -80,22 +90,38 @@ _HALF_SHARED = re.compile("single_transformer_blocks")
 class LayerNames:
     """Finds a layer of the transformer under every trainer's spelling of its name."""
 
-    def __init__(self, weights: Iterable[str]) -> None:
-        """`weights`: names such as "img_in.weight"."""
+    def __init__(self, weights: Iterable[str], spellings: Iterable[str] = ()) -> None:
+        """`weights`: names such as "img_in.weight". `spellings`: all of a file; where none of them begins with anything
+        known, what they have in common before the layers' names is taken off as well."""
         self._layers = {name.removesuffix(".weight") for name in weights if name.endswith(".weight")}
         self._flat = {name.replace(".", "_"): name for name in self._layers}
+        self._own_prefix = ""
+        listed = set(spellings)
+        if not any(self.find(spelling) for spelling in listed):
+            self._own_prefix = self._common_prefix(listed)
 
     def find(self, spelling: str) -> str | None:
         """The layer's name without prefixes, or None where there is no such layer."""
+        spelling = spelling.removeprefix(self._own_prefix)
         for prefix in _FLAT_PREFIXES:
-            if spelling.startswith(prefix):
-                return self._flat.get(spelling.removeprefix(prefix))
+            if spelling.startswith(prefix) and (name := self._flat.get(spelling.removeprefix(prefix))) is not None:
+                return name
         while spelling not in self._layers:
             prefix = next((prefix for prefix in _PREFIXES if spelling.startswith(prefix)), "")
             if not prefix:
                 return None
             spelling = spelling.removeprefix(prefix)
         return spelling
+
+    def _common_prefix(self, spellings: Iterable[str]) -> str:
+        """What stands before the names of layers; empty where that is not one text, or another model's by its name."""
+        prefixes = {prefix for spelling in spellings if (prefix := self._prefix_of(spelling))}
+        only = prefixes.pop() if len(prefixes) == 1 else ""
+        return "" if "control" in only.lower() else only
+
+    def _prefix_of(self, spelling: str) -> str:
+        prefix, block, rest = spelling.partition(_BLOCKS)
+        return prefix if prefix.endswith(".") and block + rest in self._layers else ""
 
 
 def split_key(key: str) -> tuple[str, str] | None:

@@ -196,6 +196,29 @@ def test_a_prefix_in_no_list_of_comfyui_is_taken_off(
     assert (list(found.deltas), found.unmatched) == ([f"{TO_Q}.weight"], ())
 
 
+def test_of_two_prefixes_that_are_not_known_neither_is_taken_off(
+    shapes: dict[str, tuple[int, ...]], tmp_path: Path
+) -> None:
+    file = tmp_path / "l.safetensors"
+    save_file({f"{prefix}{TO_Q}.lora_A.weight": torch.ones(2, 64) for prefix in ("student.", "critic.")}, file)
+    with pytest.raises(WrongModel, match=r"2 of its 2 keys fit no layer"):
+        match(open_lora(file), shapes)
+
+
+def test_a_known_prefix_counts_before_another(shapes: dict[str, tuple[int, ...]], tmp_path: Path) -> None:
+    file = tmp_path / "l.safetensors"
+    layers = {f"transformer.{TO_Q}": torch.ones, f"ema.transformer.{TO_Q}": torch.zeros}
+    save_file(
+        {f"{n}.lora_{part}.weight": make(*size) for n, make in layers.items() for part, size in SIZES.items()}, file
+    )
+    found = match(open_lora(file), shapes)
+    assert (found.matched_keys, found.unmatched_keys) == (2, 2)
+    assert not any(key.startswith("transformer.") for key in found.unmatched)
+
+
+SIZES = {"A": (2, 64), "B": (64, 2)}
+
+
 def test_a_layer_of_rank_0_changes_nothing_and_is_counted(shapes: dict[str, tuple[int, ...]], tmp_path: Path) -> None:
     file = tmp_path / "l.safetensors"
     ranks = {"attn.to_q": 2, "attn.to_k": 0}
@@ -615,6 +638,8 @@ OTHER_MODELS = {
     "Z-Image": "diffusion_model.layers.3.attention.to_q.lora_A.weight",
     "a text encoder": "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight",
     "another size": f"{BLOCK}40.attn.to_q.lora_A.weight",
+    "another size or kind": f"controlnet.{TO_Q}.lora_A.weight",
+    "Stable Diffusion 1.5 or SDXL": "student.down_blocks.1.attentions.0.proj_out.lora_A.weight",
 }
 
 
