@@ -18,8 +18,16 @@ _OF_PAGE_FILE = (
     f"error code: <{WINDOWS_PAGE_FILE}>",
     "The paging file is too small",
 )
-_OF_HOST = ("can't allocate memory", "not enough memory", "cannot allocate memory", "bad_alloc", "bad allocation")
-# CUDA, HIP, MPS and XPU say the first; then Intel's drivers, cuBLAS, cuDNN and hipBLAS
+_OF_HOST = (
+    "can't allocate memory",
+    "not enough memory",
+    "cannot allocate memory",
+    "bad_alloc",
+    "bad allocation",
+    "host_allocation_failed",
+)
+# CUDA, HIP, MPS and XPU say the first; then Intel's drivers, cuBLAS, cuDNN and hipBLAS; MPS of one tensor that is too
+# large for it, and DirectML
 _OF_DEVICE = (
     "out of memory",
     "out_of_device_memory",
@@ -27,6 +35,9 @@ _OF_DEVICE = (
     "out_of_resources",
     "outofmemory",
     "status_alloc_failed",
+    "device_allocation_failed",
+    "invalid buffer size",
+    "not enough gpu video memory",
 )
 
 
@@ -109,7 +120,9 @@ def reason(error: BaseException) -> str:
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
     """The error, and what it was raised from: others word it as an unreadable file, or a failed import."""
-    while error is not None:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:  # code of others may close a circle
+        seen.add(id(error))
         yield error
         error = error.__cause__
 

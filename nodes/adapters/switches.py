@@ -15,6 +15,7 @@ from ...engine.packages import ATTENTION, ATTENTION_VARIABLE
 logger = logging.getLogger(__name__)
 
 GIB = 1024**3
+_ALL = 1 << 60  # bytes
 
 
 class Follow(Enum):
@@ -232,10 +233,15 @@ def may_pin() -> bool:
 
 def reserved_bytes() -> int:
     """Of the card, what is left to others: --reserve-vram or ComfyUI's default for this system, and --vram-headroom."""
-    return int(comfy.model_management.extra_reserved_memory()) + int((args.vram_headroom or 0) * GIB)
+    return _bytes(comfy.model_management.extra_reserved_memory()) + _bytes((args.vram_headroom or 0) * GIB)
 
 
 def cache_ram_bytes() -> int:
     """ComfyUI empties its caches of outputs when less RAM is free, if a person set it; else 0."""
     given = getattr(args, "cache_ram", None) or ()
-    return int(given[0] * GIB) if given else 0
+    return _bytes(given[0] * GIB) if given else 0
+
+
+def _bytes(number: float) -> int:
+    """Of a switch that takes any number: nothing where it is negative or none (NaN), and no more than any memory."""
+    return int(min(number, _ALL)) if number > 0 else 0

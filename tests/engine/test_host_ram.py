@@ -175,6 +175,10 @@ def windows_error() -> OSError:
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), Short.DEVICE),
         (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), Short.HOST),
         (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."), Short.HOST),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), Short.DEVICE),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED"), Short.HOST),
+        (RuntimeError("Invalid buffer size: 20.00 GiB"), Short.DEVICE),
+        (RuntimeError("Could not allocate tensor with 8 bytes. There is not enough GPU video memory!"), Short.DEVICE),
         (MemoryError(), Short.HOST),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), Short.HOST),
         (windows_error(), Short.HOST),
@@ -189,6 +193,13 @@ def test_what_ran_out_is_told_by_any_library_s_error(error: BaseException, short
     assert shortage(error) is short
     assert reason(error)
     assert "\n" not in reason(error)
+
+
+def test_errors_that_name_each_other_as_causes_are_looked_at_once() -> None:
+    first, second = RuntimeError("one"), RuntimeError("two")
+    first.__cause__, second.__cause__ = second, first
+    assert shortage(first) is None
+    assert reason(first) == "one"
 
 
 def test_an_error_without_words_is_called_by_its_name() -> None:

@@ -322,3 +322,16 @@ def test_without_smart_memory_our_models_leave_for_any_other(
 def test_a_refusal_is_our_error(given: Any, load: Any) -> None:
     with pytest.raises(QwenLowVRAMError):
         load(weight_format="none")
+
+
+@pytest.mark.parametrize(("given", "kept"), [(float("nan"), 0), (-4.0, 0), (float("inf"), 1 << 60), (1.5, 3 * 2**29)])
+def test_numbers_that_are_no_memory_reserve_none_or_all(
+    given: float, kept: int, comfy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from comfy.cli_args import args
+    from qwenimage_lowvram.nodes.adapters import switches
+
+    monkeypatch.setattr("comfy.model_management.extra_reserved_memory", lambda: given * 2**30)
+    monkeypatch.setattr(args, "vram_headroom", 0)
+    monkeypatch.setattr(args, "cache_ram", [given], raising=False)
+    assert switches.reserved_bytes() == switches.cache_ram_bytes() == kept
