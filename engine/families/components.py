@@ -22,6 +22,7 @@ class Component(Enum):
     VISION = "the vision part (mmproj) of a text encoder"
     VAE = "a VAE"
     LORA = "a LoRA"
+    UNMERGED = "a model with a place for LoRAs in its layers (base_layer), as PEFT has it while it trains"
     CONTROLNET = "a ControlNet"
     MODEL_PATCH = "a model patch (DiffSynth)"
     OTHER_QUANTIZATION = (
@@ -30,6 +31,7 @@ class Component(Enum):
     FLUX = "a Flux transformer"
     WAN = "a Wan video transformer"
     STABLE_DIFFUSION = "a Stable Diffusion checkpoint"
+    TINY_VAE = "a small VAE for previews"
     UNKNOWN = "a model that is not recognised"
 
 
@@ -42,10 +44,14 @@ _FOLDER_OF = {
     Component.LORA: "loras",
     Component.CONTROLNET: "controlnet",
     Component.MODEL_PATCH: "model_patches",
+    Component.TINY_VAE: "vae_approx",
 }
 
 # what a person cannot see in the folders
-_HINT_OF = {Component.VISION: " It is found by itself beside the text encoder that it belongs to."}
+_HINT_OF = {
+    Component.VISION: " It is found by itself beside the text encoder that it belongs to.",
+    Component.UNMERGED: " Merge the LoRA into it first (merge_and_unload), or use its LoRA alone.",
+}
 
 EXAMPLE_OF = {
     Component.TRANSFORMER: "qwen_image_fp8_e4m3fn.safetensors",
@@ -55,6 +61,7 @@ EXAMPLE_OF = {
 
 # the first pattern that matches any key decides, so the telling ones stand first
 _SIGNS: tuple[tuple[str, Component], ...] = (
+    (r"\.base_layer\.weight$", Component.UNMERGED),
     (r"lora_(up|down|A|B)\b|\.lora\.(up|down)\.|lokr_w|hada_w", Component.LORA),
     (r"^controlnet_blocks\.\d+\.x_rms\.", Component.MODEL_PATCH),
     (r"^(controlnet_|control_model\.)", Component.CONTROLNET),
@@ -77,6 +84,7 @@ _SIGNS: tuple[tuple[str, Component], ...] = (
     (r"double_blocks\.\d+\.img_attn\.|single_transformer_blocks\.", Component.FLUX),
     (r"blocks\.\d+\.cross_attn\.q\.weight", Component.WAN),
     (r"(^|\.)(decoder|encoder)\.(conv_in|conv1|up_blocks|upsamples|downsamples)\.", Component.VAE),
+    (r"^(taesd_)?(decoder|encoder)\.(layers\.)?\d+\.(conv\.\d+\.)?weight$", Component.TINY_VAE),
 )
 
 # names that a component of the 20 B family has, and those of a part of it, by which its prefix is found all the same

@@ -11,7 +11,8 @@ from ..checkpoints.safetensors_header import BITS_PER_ELEMENT
 from ..errors import WrongModel
 
 # general.architecture of Qwen2.5-VL's language model; its text-only sisters have the same tensor names and shapes
-TEXT_ARCHITECTURES = ("qwen2vl", "qwen25vl")
+# ("pig": gguf-connector's, of whichever model; the tensors tell)
+TEXT_ARCHITECTURES = ("qwen2vl", "qwen25vl", "pig")
 
 # llama.cpp (gguf-py/gguf/tensor_mapping.py, MODEL_ARCH.QWEN2VL) -> transformers' Qwen2_5_VLTextModel
 _OUTSIDE = {"token_embd.weight": "embed_tokens.weight", "output_norm.weight": "norm.weight"}

@@ -38,6 +38,9 @@ OTHERS = {
     "lora of diffusers": ("transformer_blocks.0.attn.to_q.lora_A.weight", Component.LORA),
     "lora of kohya": ("lora_unet_transformer_blocks_0_attn_to_q.lora_down.weight", Component.LORA),
     "lora of peft": ("transformer.transformer_blocks.0.attn.add_q_proj.lora_B.default.weight", Component.LORA),
+    "a model under PEFT": ("transformer_blocks.0.attn.to_q.base_layer.weight", Component.UNMERGED),
+    "previews of Wan's": ("decoder.3.conv.0.weight", Component.TINY_VAE),
+    "previews of diffusers": ("decoder.layers.3.conv.0.weight", Component.TINY_VAE),
     "lokr": ("lycoris_transformer_blocks_0_attn_to_q.lokr_w1", Component.LORA),
     "flux of the authors": ("double_blocks.0.img_attn.qkv.weight", Component.FLUX),
     "flux of ComfyUI": ("model.diffusion_model.double_blocks.0.img_attn.qkv.weight", Component.FLUX),
@@ -60,7 +63,7 @@ OTHERS = {
     "something": ("weight", Component.UNKNOWN),
 }
 FOLDERS = {Component.LORA: "loras", Component.VAE: "vae", Component.CONTROLNET: "controlnet"}
-FOLDERS |= {Component.MODEL_PATCH: "model_patches"}
+FOLDERS |= {Component.MODEL_PATCH: "model_patches", Component.TINY_VAE: "vae_approx"}
 
 
 @pytest.fixture(scope="module")

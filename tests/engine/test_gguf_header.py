@@ -12,7 +12,7 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.errors import DamagedFile, MissingFile, WrongModel
-from qwenimage_lowvram.engine.families.members import sort_transformer
+from qwenimage_lowvram.engine.families.members import sort_text_encoder, sort_transformer
 from safetensors.torch import save_file
 
 
@@ -172,3 +172,36 @@ def test_another_model_in_the_transformers_place_is_named(
     file = write_gguf(tmp_path / "m.gguf", architecture, **dict.fromkeys(names, values))
     with pytest.raises(WrongModel, match=words):
         sort_transformer(open_checkpoint(file))
+
+
+NAMES_OF_A_TEXT_ENCODER = {
+    "transformers'": (
+        "model.embed_tokens",
+        "model.norm",
+        "model.layers.0.self_attn.{}_proj",
+        "model.layers.0.mlp.gate_proj",
+    ),
+    "llama.cpp's": ("token_embd", "output_norm", "blk.0.attn_{}", "blk.0.ffn_gate"),
+}
+
+
+@pytest.mark.parametrize("names", NAMES_OF_A_TEXT_ENCODER.values(), ids=NAMES_OF_A_TEXT_ENCODER)
+@pytest.mark.parametrize("biases", [True, False])
+def test_a_text_encoder_of_an_architecture_for_any_model_is_known_by_its_tensors(
+    names: tuple[str, ...], biases: bool, tmp_path: Path
+) -> None:
+    embeddings, norm, attention, gate = names
+    tensors = {
+        f"{embeddings}.weight": np.zeros((8, 256), np.float32),
+        f"{norm}.weight": np.zeros(256, np.float32),
+        f"{attention.format('q')}.weight": np.zeros((256, 256), np.float32),
+        f"{attention.format('k')}.weight": np.zeros((128, 256), np.float32),
+        f"{gate}.weight": np.zeros((512, 256), np.float32),
+    } | ({f"{attention.format('q')}.bias": np.zeros(256, np.float32)} if biases else {})
+    checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", "pig", **tensors))
+    if not biases:
+        with pytest.raises(WrongModel, match=r"is the text encoder of another model \(GGUF architecture 'pig'"):
+            sort_text_encoder(checkpoint)
+        return
+    found = sort_text_encoder(checkpoint)
+    assert (len(found.layers), found.config["num_attention_heads"], found.config["num_key_value_heads"]) == (1, 2, 1)
