@@ -8,6 +8,7 @@ from pathlib import Path
 from ..engine.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..engine.errors import InvalidRequest
 from ..engine.families.components import Component, components, only, require
+from ..engine.families.members import require_fitting_encoder
 from ..engine.families.variants import Variant, could_be, variant_of
 from ..engine.text.prompts import PromptTokenizer
 from ..engine.text.tokenizer_files import tokenizer_stamps
@@ -63,12 +64,13 @@ class Sources:
         return cls(transformer_path, text_path, vae_path, tokenizer)
 
     def open(self, variant: str) -> tuple[Checkpoint, Checkpoint, Checkpoint]:
-        """Headers only. Raises where a file is missing, damaged, not what its place needs, or another variant than
-        the chosen one; the message begins with the input's name."""
+        """Headers only. Raises where a file is missing, damaged, not what its place needs, no fitting pair, or another
+        variant than the chosen one; the message begins with the input's name."""
         with at_input("transformer"):
             transformer = open_component(self.transformer, Component.TRANSFORMER)
         with at_input("text_encoder"):
             text_encoder = open_component(self.text_encoder, Component.TEXT_ENCODER)
+            require_fitting_encoder(transformer, text_encoder)
         with at_input("vae"):
             vae = open_component(self.vae, Component.VAE)
         with at_input("variant"):

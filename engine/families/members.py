@@ -49,6 +49,7 @@ LATENTS_STD = (
 _ROPE_AXES_OF_128 = (16, 56, 56)
 _TEXT_HEAD_DIM = 128  # of Qwen2.5-VL-7B; no tensor's shape tells it
 _LARGEST = 1e12  # of a setting's number
+_FIRST_NORMS = ("layers.0.input_layernorm.weight", "blk.0.attn_norm.weight")  # transformers' name and llama.cpp's
 _CHANNELS = 64  # of a patch of 2x2 latents
 
 
@@ -118,6 +119,24 @@ def sort_text_encoder(checkpoint: Checkpoint) -> TextEncoderTensors:
     if missing:
         raise WrongModel(f"{checkpoint.path} lacks {', '.join(missing)}: not a whole text encoder. Download it again.")
     return TextEncoderTensors(_text_config(checkpoint, outside, layers), outside, layers)
+
+
+def require_fitting_encoder(transformer: Checkpoint, encoder: Checkpoint) -> None:
+    """Raise WrongModel where the encoder makes embeddings of another size than the transformer takes, as Qwen2.5-VL in
+    3B and 72B does. A norm of each tells it: those are never packed."""
+    takes, makes = _length(transformer, "txt_norm.weight"), _length(encoder, *_FIRST_NORMS)
+    if None not in (takes, makes) and takes != makes:
+        raise WrongModel(
+            f"{encoder.path} makes embeddings of {makes} numbers, the transformer {transformer.path.name} takes "
+            f"{takes}: it is another size of Qwen2.5-VL than the one that belongs to it (7B). Use "
+            f"{EXAMPLE_OF[Component.TEXT_ENCODER]}."
+        )
+
+
+def _length(checkpoint: Checkpoint, *ends: str) -> int | None:
+    """Of the first vector whose name ends so."""
+    found = (entry.shape for name, entry in checkpoint.tensors.items() if name.endswith(ends) and len(entry.shape) == 1)
+    return next((shape[0] for shape in found), None)
 
 
 def vae_tensors(checkpoint: Checkpoint) -> dict[str, TensorEntry]:

@@ -12,7 +12,7 @@ from gguf_files import write_gguf_text_encoder, write_gguf_vision
 from qwenimage_lowvram.engine.errors import MissingFile, QwenLowVRAMError, WrongModel
 from qwenimage_lowvram.engine.families.variants import Variant
 from safetensors.torch import load_file
-from small_checkpoint import SplitFiles, write_split_files
+from small_checkpoint import SplitFiles, TextSize, make_text_encoder, make_tokenizer, write_split_files
 
 SMALL = "small (folder)"
 
@@ -180,6 +180,22 @@ def test_a_pipelines_index_leads_nowhere_else(split: tuple[SplitFiles, Path]) ->
 
 
 # what is wrong with a file, said before the run
+
+
+@pytest.mark.parametrize("gguf", [False, True])
+def test_a_text_encoder_of_another_size_is_named_before_the_run(gguf: bool, split: tuple[SplitFiles, Path]) -> None:
+    names, root = split
+    encoder = make_text_encoder(make_tokenizer(full=True), TextSize(hidden=128), seed=1)
+    folder = root / "models" / "text_encoders"
+    encoder.save_pretrained(folder / "qwen_3b")
+    name = "qwen_3b/model.safetensors"
+    if gguf:
+        config = json.loads((folder / "qwen_3b" / "config.json").read_text(encoding="utf-8"))
+        write_gguf_text_encoder(folder / "qwen_3b.gguf", load_file(folder / name), config, "Q8_0")
+        name = "qwen_3b.gguf"
+    said = says(names.transformer, name, names.vae)
+    assert said.startswith("text_encoder: ")
+    assert f"makes embeddings of 128 numbers, the transformer {names.transformer} takes 64" in said
 
 
 def test_a_vae_of_another_kind_is_named_before_the_run(split: tuple[SplitFiles, Path]) -> None:
