@@ -73,6 +73,13 @@ def _not_there(kind: str, name: str, choice: str) -> str:
             f"{shown(name)} is in models/{kind}, where no GGUF files are read.\n\nWhat to do: put a transformer into "
             "models/diffusion_models, a text encoder into models/text_encoders; of a VAE use the .safetensors file."
         )
+    if name in _all_files(kind) and any(
+        os.path.islink(Path(root, name)) for root in folder_paths.get_folder_paths(kind)
+    ):
+        return (
+            f"{shown(choice)} in models/{kind} is a link, and what it leads to is gone.\n\nWhat to do: put the file "
+            "itself there, or make the link anew."
+        )
     return f"There is no {shown(choice)} in models/{kind}.\n\nWhat to do: put it there and press R, or choose another."
 
 

@@ -87,6 +87,12 @@ def _no_model(folder: Path, listed: Sequence[Path], count: int) -> str:
             f"{folder} holds its weights as {pickled[0]!r:.99}, a file of PyTorch's that could run code and is not "
             "read. Use the model's .safetensors files (in diffusers: save_pretrained, with safe_serialization)."
         )
+    ggufs = [file.name for file in listed if is_gguf(file)]
+    if not count and ggufs:
+        return (
+            f"{folder} holds its weights as {ggufs[0]!r:.99}; of a folder .safetensors files are read. Move the GGUF "
+            "file to models/diffusion_models (a text encoder to models/text_encoders) and choose it there."
+        )
     return (
         f"{folder} holds {count} .safetensors files and no index. A model folder has one file, or shards with a "
         "*.safetensors.index.json."

@@ -78,6 +78,9 @@ _KITCHEN_DATA = {"nvfp4": torch.uint8, "mxfp8": torch.float8_e4m3fn}
 FP8_DTYPES = frozenset({"F8_E4M3", "F8_E5M2", "F8_E8M0", "NVFP4", "MXFP8"})
 # what a scale is called beside `<layer>.weight`: older and newer ComfyUI files
 _SCALE_NAMES = ("scale_weight", "weight_scale")
+# of ComfyUI's formats, whose weights say nothing of themselves
+_NOTED_DTYPES = ("I8", "U8")
+_LOST_NOTES = "If ComfyUI quantized it, its notes (comfy_quant) were lost since: use the file as it was. "
 # what may stand beside a quantized weight and says nothing of it: scales of what goes in and out
 _NOT_OF_THE_WEIGHT = ("weight", "bias", "input_scale", "scale_input", "output_scale", "scale_output")
 
@@ -196,9 +199,13 @@ def _others_beside(name: str, tensors: Mapping[str, TensorEntry]) -> list[str]:
 
 
 def _unknown_format(where: str, name: str, data: TensorEntry, beside: Sequence[str] = ()) -> WrongModel:
+    stored = f"{where}: {name} is stored as {data.dtype}{list(data.shape)}"
+    if data.dtype == "F64":
+        return WrongModel(f"{stored}, which is not read. Save the model in fp32, bf16 or fp16.")
     scales = f" (beside it: {', '.join(map(printable, beside[:3])):.99})" if beside else ""
+    lost = _LOST_NOTES if data.dtype in _NOTED_DTYPES and "weight_scale" in beside else ""
     return WrongModel(
-        f"{where}: {name} is stored as {data.dtype}{list(data.shape)} in a quantization that is not supported{scales}. "
-        "Use a bf16, fp16, fp32, fp8 or fp8-scaled file, one of ComfyUI's own formats (int8, convrot, nvfp4, mxfp8), "
-        "GGUF, bitsandbytes (nf4, fp4, int8) or nunchaku."
+        f"{stored} in a quantization that is not supported{scales}. {lost}Use a bf16, fp16, fp32, fp8 or fp8-scaled "
+        "file, one of ComfyUI's own formats (int8, convrot, nvfp4, mxfp8), GGUF, bitsandbytes (nf4, fp4, int8) or "
+        "nunchaku."
     )

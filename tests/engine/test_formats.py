@@ -157,6 +157,14 @@ def test_what_stands_beside_a_weight_of_an_unknown_quantization_is_named() -> No
         stored_param(WEIGHT, tensors, "m.safetensors")
 
 
+def test_lost_notes_and_numbers_that_are_no_quantization_are_called_so() -> None:
+    scale = {"attn.to_q.weight_scale": _entry("F32", 8, 1)}
+    with pytest.raises(WrongModel, match=r"beside it: weight_scale\)\. If ComfyUI quantized it, its notes"):
+        stored_param(WEIGHT, {WEIGHT: _entry("I8", 8, 64), **scale}, "m.safetensors")
+    with pytest.raises(WrongModel, match=r"is stored as F64\[8, 64\], which is not read\. Save the model in fp32"):
+        stored_param(WEIGHT, {WEIGHT: _entry("F64", 8, 64)}, "m.safetensors")
+
+
 def test_scales_of_what_goes_in_and_out_change_no_weight() -> None:
     beside = {f"attn.to_q.{name}": _entry("F32") for name in ("input_scale", "scale_input", "output_scale", "bias")}
     assert stored_param(WEIGHT, {WEIGHT: _entry("F8_E4M3", 8, 64), **beside}, "m").codec == "fp8_e4m3fn"

@@ -69,3 +69,11 @@ def test_weights_in_pickles_are_named(tiny: Tiny, tmp_path: Path) -> None:
     tiny()[0].save_pretrained(tmp_path / "transformer", safe_serialization=False)
     with pytest.raises(MissingFile, match=r"holds its weights as 'diffusion_pytorch_model\.bin', .* is not read\. Use"):
         open_checkpoint(tmp_path / "transformer")
+
+
+def test_a_gguf_file_in_a_folder_is_sent_where_such_are_read(tmp_path: Path) -> None:
+    (tmp_path / "qwen-image-Q8_0.gguf").write_bytes(b"GGUF")
+    with pytest.raises(
+        MissingFile, match=r"as 'qwen-image-Q8_0\.gguf'; .* Move the GGUF file to models/diffusion_models"
+    ):
+        open_checkpoint(tmp_path)

@@ -147,6 +147,13 @@ def test_a_file_of_pytorchs_is_said_to_be_there_and_not_read(name: str, split: t
     assert "use the model's .safetensors file" in said
 
 
+def test_a_link_whose_file_is_gone_is_called_so(split: tuple[SplitFiles, Path]) -> None:
+    names, root = split
+    (root / "models" / "vae" / "linked.safetensors").symlink_to(root / "blobs" / "gone")
+    said = says(names.transformer, names.text_encoder, "linked.safetensors")
+    assert said.startswith("vae: 'linked.safetensors' in models/vae is a link, and what it leads to is gone.")
+
+
 def test_a_gguf_file_in_a_folder_without_such_is_said_to_be_there(split: tuple[SplitFiles, Path]) -> None:
     names, root = split
     (root / "models" / "vae" / "qwen_image_vae.GGUF").write_bytes(b"GGUF")
