@@ -84,7 +84,7 @@ def _check_entry(name: str, entry: dict[str, Any], channels: int) -> None:
 
 
 def _numbers_of(entry: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    for name in ("strength", "start_percent", "end_percent"):
+    for name in ("strength", "mask_strength", "start_percent", "end_percent"):
         if name in entry:
             yield name, entry[name]
     yield from (("area", side) for side in entry.get("area") or () if side != "percentage")
