@@ -47,7 +47,7 @@ class QwenLowVRAMDecode:
         }
 
     def decode(self, samples: dict[str, Any], vae: Any, tile_size: int) -> tuple[torch.Tensor]:
-        check_widgets(self.INPUT_TYPES(), tile_size=tile_size)
+        check_widgets(self.INPUT_TYPES(), vae=vae, tile_size=tile_size)
         images = _decode(latent_of("samples", samples), vae, tile_size)
         return (images.reshape(-1, *images.shape[-3:]),)  # a video VAE answers (B, T, H, W, C)
 

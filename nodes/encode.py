@@ -36,7 +36,7 @@ class QwenLowVRAMEncodePrompts:
         }
 
     def encode(self, clip: Any, positive: str, negative: str) -> tuple[Any, Any]:
-        check_widgets(self.INPUT_TYPES(), positive=positive, negative=negative)
+        check_widgets(self.INPUT_TYPES(), clip=clip, positive=positive, negative=negative)
         if isinstance(clip, LowVRAMCLIP):
             return tuple(clip.encode_prompts([positive, negative]))
         return tuple(clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (positive, negative))

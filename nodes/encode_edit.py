@@ -106,6 +106,8 @@ class QwenLowVRAMEncodeEditPrompt:
     ) -> dict[str, Any]:
         check_widgets(
             self.INPUT_TYPES(),
+            clip=clip,
+            vae=vae,
             positive=positive,
             negative=negative,
             megapixels=megapixels,

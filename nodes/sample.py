@@ -2,7 +2,7 @@
 
 import logging
 import math
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import comfy.sample
@@ -13,9 +13,10 @@ import latent_preview
 from torch import Tensor
 
 from ..engine.errors import InvalidRequest, Unsupported
+from ..engine.texts import shown
 from ..engine.transformer.latents import patches_of
 from ..engine.transformer.sampling import layered_sigmas, lightning_sigmas, qwen_sigmas, true_cfg
-from .adapters.checks import check_conditioning, check_mask, check_room, check_widgets, latent_of
+from .adapters.checks import check_conditioning, check_mask, check_prompts, check_room, check_widgets, latent_of
 from .adapters.model import ADDITIONAL_KEY, LowVRAMModel
 from .words import CATEGORY
 
@@ -26,6 +27,7 @@ LIGHTNING_SCHEDULER = "lightning"
 # preset -> steps; they take no guidance
 PRESETS = {"as set": None, "Lightning, 8 steps": 8, "Lightning, 4 steps": 4}
 REPORT_KEY = "qwen_lowvram_report"
+MOST_DOWNSCALE = 64  # of today's models 32
 MOST_INDEX = 100_000  # ComfyUI draws the noise of every one before it
 _SMALLER = "Use a smaller batch, or a smaller image."
 
@@ -140,6 +142,7 @@ class QwenLowVRAMSample:
     ) -> dict[str, Any]:
         check_widgets(
             self.INPUT_TYPES(),
+            model=model,
             seed=seed,
             steps=steps,
             cfg=cfg,
@@ -155,11 +158,13 @@ class QwenLowVRAMSample:
         check_conditioning("positive", positive)
         if cfg > 1:
             check_conditioning("negative", negative)
+        else:
+            check_prompts("negative", negative, least=0)  # not computed, but ComfyUI takes it apart
         latents = comfy.sample.fix_empty_latent_channels(
             model,
             given,
-            latent_image.get("downscale_ratio_spacial"),
-            latent_image.get("downscale_ratio_temporal"),
+            _downscale(latent_image, "downscale_ratio_spacial"),
+            _downscale(latent_image, "downscale_ratio_temporal"),
         )
         layered = bool(model.model.model_config.unet_config.get(ADDITIONAL_KEY))
         noise_mask = _noise_mask(latent_image.get("noise_mask"), latents)
@@ -215,6 +220,21 @@ def _sigmas(scheduler: str, latents: Tensor, steps: int, denoise: float, layered
         return None
     own_sigmas = layered_sigmas if layered else qwen_sigmas
     return own_sigmas(steps, math.prod(patches_of(latents)), denoise=denoise)
+
+
+def _downscale(latent: dict[str, Any], key: str) -> float | None:
+    """How many pixels or frames an empty latent's node gave each latent; ComfyUI resizes by it. None: not said.
+
+    Raises InvalidRequest for what is no such number.
+    """
+    ratio = latent.get(key)
+    # NaN is neither more nor less than anything
+    if ratio is None or (isinstance(ratio, Real) and 1 <= ratio <= MOST_DOWNSCALE):
+        return ratio
+    raise InvalidRequest(
+        f"latent_image: its {key} is {shown(ratio)}; a number from 1 to {MOST_DOWNSCALE} is needed.\n\nWhat to do: use "
+        "EmptySD3LatentImage, or check the node that makes the latent."
+    )
 
 
 def _check_batch_index(index: Any) -> None:

@@ -22,8 +22,8 @@ _MOST = sys.float_info.max
 
 
 def check_widgets(inputs: Mapping[str, Mapping[str, Any]], **values: Any) -> None:
-    """Raise InvalidRequest for a value that the widget of its name would not give: a number, switch, text or choice;
-    `inputs`: as INPUT_TYPES."""
+    """Raise InvalidRequest for a value that the widget or socket of its name would not give: a number, switch, text or
+    choice, or a model; `inputs`: as INPUT_TYPES."""
     specs = {name: spec for group in inputs.values() for name, spec in group.items()}
     for name, value in values.items():
         kind, options = specs[name]
@@ -74,16 +74,23 @@ def check_channels(name: str, latent: Tensor, channels: int) -> None:
 
 def check_conditioning(name: str, entries: Any) -> None:
     """Raise InvalidRequest for a CONDITIONING without a prompt, or with numbers that are none."""
-    pairs = entries if isinstance(entries, list | tuple) else ()
-    if not pairs or not all(
-        isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[1], dict) for pair in pairs
+    check_prompts(name, entries)
+    for embeds, options in entries:
+        check_embeds(name, embeds)
+        check_references(name, options.get("reference_latents"))
+
+
+def check_prompts(name: str, entries: Any, *, least: int = 1) -> None:
+    """Raise InvalidRequest for what is no CONDITIONING of at least so many prompts. Looks at none of them."""
+    pairs = entries if isinstance(entries, list | tuple) else None
+    if (
+        pairs is None
+        or len(pairs) < least
+        or not all(isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[1], dict) for pair in pairs)
     ):
         raise InvalidRequest(
             f"{name} holds no prompt.\n\nWhat to do: connect a node that encodes one, such as Encode Prompts."
         )
-    for embeds, options in pairs:
-        check_embeds(name, embeds)
-        check_references(name, options.get("reference_latents"))
 
 
 def check_references(name: str, references: Any, channels: int | None = None) -> None:
@@ -147,14 +154,19 @@ def check_room(nbytes: int, what: str, instead: str) -> None:
 
 
 def _check_finite(name: str, tensor: Tensor) -> None:
-    if not _is_finite(tensor):
+    if tensor.is_meta or tensor.layout is not torch.strided:
+        raise InvalidRequest(
+            f"{name} is a tensor whose numbers cannot be read ({tensor.layout}, on {tensor.device}).\n\nWhat to do: "
+            "check the node that makes it."
+        )
+    if not is_finite(tensor):
         raise InvalidRequest(
             f"{name} holds numbers that are not finite (NaN or infinity).\n\nWhat to do: check the node that makes it; "
             "fp16 overflows in some models, bf16 or fp32 do not."
         )
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
     """Without a second tensor of its size, which a large image would feel."""
     if not tensor.is_floating_point():
         return True
@@ -186,10 +198,18 @@ def _wrong_choice(value: Any, kind: Sequence[str], options: Mapping[str, Any]) -
     return "" if isinstance(value, str) and value in kind else f"one of: {', '.join(kind)}"
 
 
+def _wrong_model(value: Any, kind: str, options: Mapping[str, Any], *, methods: Sequence[str], words: str) -> str:
+    """By what it can do: other packs' models are none of ComfyUI's classes."""
+    return "" if all(callable(getattr(value, method, None)) for method in methods) else f"{words} of a loader"
+
+
 _CHECKS: Mapping[str, Any] = {
     "INT": partial(_wrong_number, of=Integral, words="a whole number"),
     "FLOAT": partial(_wrong_number, of=Real, words="a number"),
     "BOOLEAN": _wrong_switch,
     "STRING": _wrong_text,
     "CHOICE": _wrong_choice,
+    "MODEL": partial(_wrong_model, methods=("clone", "get_model_object"), words="the model"),
+    "CLIP": partial(_wrong_model, methods=("tokenize", "encode_from_tokens_scheduled"), words="the text encoder"),
+    "VAE": partial(_wrong_model, methods=("decode", "encode"), words="the VAE"),
 }

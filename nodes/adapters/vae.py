@@ -17,7 +17,7 @@ from ...engine.plan.request import PATCH_PX
 from ...engine.plan.stages import Stage, decode_stage
 from ...engine.streaming import read_params
 from ...engine.vae import ImageVAE, TilePlan, needed_tensors
-from .checks import check_image, check_latent, check_number, check_room
+from .checks import check_image, check_latent, check_number, check_room, is_finite
 from .limits import stage_bytes
 from .shortage import VRAM_LIMIT, naming_limit
 from .timeline import Timeline
@@ -184,6 +184,11 @@ class LowVRAMVAE(comfy.sd.VAE):
         long = interruptible(size[0] * size[1] // PATCH_PX**2, throw_if_interrupted)
         with short, long, comfy.model_management.cuda_device_context(self.device):
             result = self._measured(work, data, options) if work == vae.decode else work(data, **options)
+        if not is_finite(result):
+            raise InvalidRequest(
+                "What the VAE made holds numbers that are not finite (NaN or infinity): it was given huge numbers.\n\n"
+                "What to do: look at what made them; a model that overflows in fp16 does such."
+            )
         return result.to(comfy.model_management.intermediate_dtype())
 
     def _measured(

@@ -9,12 +9,13 @@ import torch
 from qwenimage_lowvram.engine.errors import DoesNotFit, InvalidRequest
 from qwenimage_lowvram.engine.transformer.sampling import lightning_sigmas, qwen_sigmas
 
-from .conftest import EDIT, decode, empty_latent, sample
+from .conftest import EDIT, cond, decode, embeds, empty_latent, sample
 
 NAN, INFINITY = math.nan, math.inf
 NO_NUMBERS = (NAN, INFINITY, -INFINITY, None, "4", "nan", -1e9, 1e30, 10**5000, True, [], {}, torch.tensor(4.0))
 NO_WHOLE_NUMBERS = (*NO_NUMBERS, 0.5)
 NO_TEXTS = (None, 1, NAN, b"a", ["a"], "half \ud83d", "\udfff")
+NO_MODELS = (None, 3, "x", {"a": 1}, [1, 2])  # a checkpoint without a text encoder gives None
 NO_CHOICES = (None, 0, NAN, "", "no such choice", [], "\ud800")
 
 PLAN = {
@@ -77,6 +78,53 @@ def test_encode_edit_prompt_refuses_values_by_name(clip: Any, vae: Any, name: st
     from qwenimage_lowvram.nodes.encode_edit import QwenLowVRAMEncodeEditPrompt
 
     refused(name, lambda: QwenLowVRAMEncodeEditPrompt().encode(clip, vae, **{**EDIT, name: value}))
+
+
+@pytest.mark.parametrize("value", NO_MODELS)
+def test_what_is_no_model_is_refused_by_name(model: Any, clip: Any, vae: Any, value: Any) -> None:
+    from qwenimage_lowvram.nodes.encode import QwenLowVRAMEncodePrompts
+    from qwenimage_lowvram.nodes.encode_edit import QwenLowVRAMEncodeEditPrompt
+
+    refused("model", lambda: sample(value))
+    refused("clip", lambda: QwenLowVRAMEncodePrompts().encode(value, "a", " "))
+    refused("clip", lambda: QwenLowVRAMEncodeEditPrompt().encode(value, vae, **EDIT))
+    refused("vae", lambda: QwenLowVRAMEncodeEditPrompt().encode(clip, value, **EDIT))
+    refused("vae", lambda: decode(value, empty_latent(), 0))
+
+
+@pytest.mark.parametrize("value", [*NO_MODELS, [[1, 2]], [[None, None]]])
+def test_a_negative_prompt_that_is_none_is_refused_without_guidance_too(model: Any, value: Any) -> None:
+    with pytest.raises(InvalidRequest, match="negative holds no prompt"):
+        sample(model, negative=value, cfg=1.0)
+    assert sample(model, negative=[], cfg=1.0)["result"][0]["samples"].isfinite().all()
+
+
+@pytest.mark.parametrize("key", ["downscale_ratio_spacial", "downscale_ratio_temporal"])
+@pytest.mark.parametrize("ratio", [0, -8, NAN, INFINITY, "8", [8], 1e6])
+def test_an_empty_latents_ratio_that_is_none_is_refused(model: Any, key: str, ratio: Any) -> None:
+    with pytest.raises(InvalidRequest, match=f"latent_image: its {key} is .*a number from 1 to 64 is needed"):
+        sample(model, latent_image={**empty_latent(), key: ratio})
+
+
+@pytest.mark.parametrize("change", [torch.Tensor.to_sparse, lambda tensor: tensor.to("meta")])
+def test_tensors_without_numbers_are_refused(model: Any, vae: Any, change: Callable[[Any], Any]) -> None:
+    latent = {"samples": change(empty_latent()["samples"])}
+    for call in (
+        lambda: sample(model, latent_image=latent),
+        lambda: sample(model, positive=[[change(embeds(9, 1)), {}]]),
+        lambda: sample(model, positive=cond(reference_latents=[latent["samples"]])),
+        lambda: decode(vae, latent),
+        lambda: vae.encode(change(torch.rand(1, 16, 16, 3))),
+    ):
+        with pytest.raises(InvalidRequest, match="cannot be read"):
+            call()
+
+
+def test_an_image_of_numbers_that_overflow_is_refused_and_not_black(vae: Any) -> None:
+    huge = {"samples": torch.full((1, 16, 1, 8, 8), 3e38)}
+    for tile_size in (0, 64):
+        with pytest.raises(InvalidRequest, match="What the VAE made holds numbers that are not finite"):
+            decode(vae, huge, tile_size)
 
 
 @cases(texts=("positive", "negative"))
