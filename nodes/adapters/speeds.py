@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,7 +30,8 @@ class KnownSpeeds:
         self._hardware, self._dtype, self._model_file = hardware, dtype, model_file
         device = comfy.model_management.get_torch_device_name(hardware.device)
         self._device_key = f"{device}, {str(dtype).removeprefix('torch.')}"
-        self._disk_key = str(model_file.resolve().parent)
+        # of a link that leads to itself, resolve() makes an error
+        self._disk_key = str(Path(os.path.realpath(model_file)).parent)
 
     def remembered(self) -> Speeds | None:
         """None where something has not been measured yet; measures nothing."""

@@ -71,3 +71,14 @@ def test_a_folder_that_cannot_be_written_costs_a_warning(
     (tmp_path / "user").write_text("a file where the folder should be")
     assert known().get().flops > 1e7
     assert "Speeds are not remembered" in caplog.text
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows makes links for administrators only")
+def test_a_link_to_itself_in_the_models_place_keeps_the_speeds_of_its_folder(
+    comfy: Any, known: Any, tmp_path: Path
+) -> None:
+    speeds = known().get()
+    model = tmp_path / "models" / "model.safetensors"
+    model.unlink()
+    model.symlink_to(model)
+    assert known().get() == speeds
