@@ -73,7 +73,7 @@ def losses(source: Checkpoint, weight_format: str | None) -> int:
 
     A loaded model reads it at every run: as part of the loader's IS_CHANGED this loads the model again.
     """
-    formats = FORMATS if weight_format == FASTEST else {weight_format} & FORMATS.keys()
+    formats = [name for name in FORMATS if weight_format in (name, FASTEST)]
     folders = (weight_cache_folder(), folder_until_the_end())
     return sum(_lent.losses(cache_path(source, name, folder)) for name in formats for folder in folders)
 

@@ -7,9 +7,10 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from ...engine.plan.request import GIB, size_text
 from ...engine.texts import half_character, shown
 
 _MOST = sys.float_info.max
+_NUMBERS = (Integral, float, np.floating)  # that tensors compute with: fractions are none of them
 
 
 def check_widgets(inputs: Mapping[str, Mapping[str, Any]], **values: Any) -> None:
@@ -55,7 +57,7 @@ def check_latent(name: str, samples: Any) -> None:
     """Raise InvalidRequest for what is no latent of an image."""
     if not isinstance(samples, Tensor):
         raise InvalidRequest(f"{name} is {shown(samples)}, no latent.\n\nWhat to do: check the node that makes it.")
-    if samples.ndim not in (4, 5) or 0 in samples.shape or not samples.is_floating_point():
+    if samples.ndim not in (4, 5) or 0 in samples.shape or not _is_wide(samples):
         raise InvalidRequest(
             f"{name} is a latent of shape {list(samples.shape)} in {samples.dtype}; one or more images of at least one "
             "latent pixel are needed, (B, C, H, W) or (B, C, F, H, W).\n\nWhat to do: check the node that makes it."
@@ -110,7 +112,7 @@ def check_references(name: str, references: Any, channels: int | None = None) ->
 
 def check_embeds(name: str, embeds: Any) -> None:
     """Raise InvalidRequest unless these are embeddings of a prompt, (B, L, dim)."""
-    if not isinstance(embeds, Tensor) or embeds.ndim != 3 or 0 in embeds.shape or not embeds.is_floating_point():
+    if not isinstance(embeds, Tensor) or embeds.ndim != 3 or 0 in embeds.shape or not _is_wide(embeds):
         shape = f"{list(embeds.shape)} in {embeds.dtype}" if isinstance(embeds, Tensor) else type(embeds).__name__
         raise InvalidRequest(
             f"{name} is {shape}, not the embeddings of a prompt (B, L, dim).\n\nWhat to do: encode the prompt with the "
@@ -121,7 +123,7 @@ def check_embeds(name: str, embeds: Any) -> None:
 
 def check_image(name: str, image: Any) -> None:
     """Raise InvalidRequest unless this is an IMAGE with pixels, (B, H, W, C)."""
-    if not isinstance(image, Tensor) or image.ndim != 4 or 0 in image.shape or not image.is_floating_point():
+    if not isinstance(image, Tensor) or image.ndim != 4 or 0 in image.shape or not _is_wide(image):
         shape = f"{list(image.shape)} in {image.dtype}" if isinstance(image, Tensor) else type(image).__name__
         raise InvalidRequest(f"{name} is {shape}, not images (B, H, W, C).\n\nWhat to do: connect a Load Image.")
     _check_finite(name, image)
@@ -129,7 +131,7 @@ def check_image(name: str, image: Any) -> None:
 
 def check_mask(name: str, mask: Any) -> None:
     """Raise InvalidRequest unless this is a MASK with pixels, (..., H, W)."""
-    if not isinstance(mask, Tensor) or mask.ndim < 2 or 0 in mask.shape or not mask.is_floating_point():
+    if not isinstance(mask, Tensor) or mask.ndim < 2 or 0 in mask.shape or not _is_wide(mask):
         shape = f"{list(mask.shape)} in {mask.dtype}" if isinstance(mask, Tensor) else shown(mask)
         raise InvalidRequest(
             f"{name} is {shape}, not masks (..., H, W) of numbers between 0 and 1.\n\nWhat to do: check the node that "
@@ -141,7 +143,7 @@ def check_mask(name: str, mask: Any) -> None:
 def check_number(name: str, value: Any, *, least: float = -_MOST) -> None:
     """Raise InvalidRequest for what is no number, NaN and infinity included, or less than `least`."""
     # NaN is neither more nor less than anything
-    if not isinstance(value, Real) or not least <= value <= _MOST:
+    if not isinstance(value, _NUMBERS) or not least <= value <= _MOST:
         bound = "" if least == -_MOST else f" of {least} or more"
         raise InvalidRequest(f"{name} is {shown(value)}; a number{bound} is needed.\n\nWhat to do: check what sets it.")
 
@@ -166,16 +168,20 @@ def _check_finite(name: str, tensor: Tensor) -> None:
         )
 
 
+def _is_wide(tensor: Tensor) -> bool:
+    """Whether it holds floating-point numbers that can be computed with, which fp8's cannot."""
+    return tensor.is_floating_point() and tensor.itemsize > 1
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Without a second tensor of its size, which a large image would feel."""
     if not tensor.is_floating_point():
         return True
-    numbers = tensor.float() if tensor.itemsize == 1 else tensor  # fp8 has no order
-    parts = numbers if numbers.ndim > 1 else (numbers,)  # one after another: of a view a copy is made
+    parts = tensor if tensor.ndim > 1 else (tensor,)  # one after another: of a view a copy is made
     return all(math.isfinite(bound) for part in parts for bound in torch.aminmax(part))  # of which NaN is both
 
 
-def _wrong_number(value: Any, kind: str, options: Mapping[str, Any], *, of: type, words: str) -> str:
+def _wrong_number(value: Any, kind: str, options: Mapping[str, Any], *, of: Any, words: str) -> str:
     least, most = options["min"], options["max"]
     # NaN is neither more nor less than anything
     if isinstance(value, of) and not isinstance(value, bool) and least <= value <= most:
@@ -205,7 +211,7 @@ def _wrong_model(value: Any, kind: str, options: Mapping[str, Any], *, methods: 
 
 _CHECKS: Mapping[str, Any] = {
     "INT": partial(_wrong_number, of=Integral, words="a whole number"),
-    "FLOAT": partial(_wrong_number, of=Real, words="a number"),
+    "FLOAT": partial(_wrong_number, of=_NUMBERS, words="a number"),
     "BOOLEAN": _wrong_switch,
     "STRING": _wrong_text,
     "CHOICE": _wrong_choice,

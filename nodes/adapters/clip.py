@@ -27,7 +27,7 @@ from ...engine.text.looking import Looking
 from ...engine.text.picture_prompts import PICTURE, PicturePrompt
 from ...engine.text.prompts import PromptTokenizer, drop_template, require_length, require_text
 from ...engine.vision.patches import PatchedPicture, patch_picture
-from .checks import check_image
+from .checks import check_embeds, check_image
 from .limits import stage_bytes
 from .shortage import VRAM_LIMIT, naming_limit
 from .timeline import Timeline
@@ -149,7 +149,7 @@ class LowVRAMCLIP(comfy.sd.CLIP):
         check_device(
             self.patcher, self.encoder.hardware.device, what="text encoder", node="Select CLIP Device", setting=setting
         )
-        starts = [prompt.place(self.tokenizer.start(prompt.tokens)) for prompt in prompts]
+        starts = [self._start(prompt) for prompt in prompts]
         for prompt, start in zip(prompts, starts, strict=True):
             require_length(prompt.length - start)
         states = self._encode(prompts) if self.kept is None else self._encode_others(prompts, self.kept)
@@ -223,8 +223,14 @@ class LowVRAMCLIP(comfy.sd.CLIP):
             seen = looking.see(looking_slots, on_block)
             ids = [list(prompt.tokens) for prompt in prompts]
             states = encoder.encode(ids, pictures=seen, slots=slots, on_layer=on_block)
+        for prompt, state in zip(prompts, states, strict=True):  # before any is kept
+            check_embeds("What the text encoder made", drop_template(state, self._start(prompt)))
         comfy.model_management.soft_empty_cache()
         return states
+
+    def _start(self, prompt: PicturePrompt) -> int:
+        """Where the states of the template end."""
+        return prompt.place(self.tokenizer.start(prompt.tokens))
 
     def _moved(self, looking: Looking) -> Moved:
         encoder = self.encoder
@@ -273,13 +279,14 @@ def _refuse_embedding() -> None:
 
 def _own(tokens: Any) -> Sequence[tuple[Any, ...]]:
     """The prompt in ComfyUI's form. Raises InvalidRequest for the tokens of another text encoder."""
-    if not isinstance(tokens, dict) or not tokens.get(TOKENS_KEY):
+    batches = tokens.get(TOKENS_KEY) if isinstance(tokens, dict) else None
+    pairs = batches[0] if isinstance(batches, list | tuple) and batches else None
+    if not isinstance(pairs, list | tuple) or not all(isinstance(pair, list | tuple) and pair for pair in pairs):
         raise InvalidRequest(
             f"These tokens are not of Qwen-Image's text encoder: there are none for {TOKENS_KEY}.\n\nWhat to do: cut "
             "the prompt into tokens with the CLIP that encodes it."
         )
-    own: Sequence[tuple[Any, ...]] = tokens[TOKENS_KEY][0]
-    return own
+    return pairs
 
 
 def _prompt_of(pairs: Sequence[tuple[Any, ...]]) -> PicturePrompt:
@@ -290,7 +297,7 @@ def _prompt_of(pairs: Sequence[tuple[Any, ...]]) -> PicturePrompt:
             tokens.append(int(element))
         elif isinstance(element, dict) and element.get("type") == "image":
             tokens.append(PICTURE)
-            pictures.append(_patched(element["data"]))
+            pictures.append(_patched(element.get("data")))
         else:
             _refuse_embedding()
     return PicturePrompt(tuple(tokens), tuple(pictures))

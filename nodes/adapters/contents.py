@@ -2,6 +2,7 @@
 loaded, whichever sampler brings it."""
 
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -78,9 +79,24 @@ def _check_entry(name: str, entry: dict[str, Any], channels: int) -> None:
     of = f"t{name[1:]}"  # within a sentence
     if entry.get("mask") is not None:
         check_mask(f"The mask of {of}", entry["mask"])
+    if not _is_area(entry.get("area")):
+        raise InvalidRequest(
+            f"{name}: its area is {shown(entry['area'])}, not whole numbers of latents or percentages (height, width, "
+            "from the top, from the left).\n\nWhat to do: use ComfyUI's nodes for areas."
+        )
     for what, value in _numbers_of(entry):
         check_number(f"{name}: its {what}", value)
     check_references(of, entry.get("reference_latents"), channels)
+
+
+def _is_area(area: Any) -> bool:
+    """None is one: the whole image. Of latents with frames there are six numbers."""
+    if not isinstance(area, list | tuple) or not area:
+        return area is None
+    in_percent = isinstance(area[0], str) and area[0] == "percentage"
+    sides = area[1:] if in_percent else area
+    kind: Any = (Integral, float) if in_percent else Integral
+    return len(sides) in (4, 6) and all(isinstance(side, kind) and not isinstance(side, bool) for side in sides)
 
 
 def _numbers_of(entry: dict[str, Any]) -> Iterator[tuple[str, Any]]:

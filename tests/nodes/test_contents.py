@@ -27,6 +27,9 @@ NO_LATENTS = {
     "one infinity": {"samples": torch.zeros(1, 16, 1, 8, 12).index_fill(4, torch.tensor([3]), INFINITY)},
     "whole numbers": {"samples": torch.zeros(1, 16, 1, 8, 12, dtype=torch.int64)},
     "complex numbers": {"samples": torch.zeros(1, 16, 1, 8, 12, dtype=torch.complex64)},
+    "fp8": {"samples": torch.zeros(1, 16, 1, 8, 12, dtype=torch.float8_e4m3fn)},
+    "numbers elsewhere": {"samples": torch.zeros(1, 16, 1, 8, 12, device="meta")},
+    "sparse": {"samples": torch.zeros(1, 16, 1, 8, 12).to_sparse()},
     "rank 1": {"samples": torch.zeros(16)},
     "rank 3": {"samples": torch.zeros(16, 8, 12)},
     "rank 6": {"samples": torch.zeros(1, 1, 16, 1, 8, 12)},
@@ -81,6 +84,9 @@ NO_IMAGES = {
     "no pixels": torch.zeros(1, 0, 16, 3),
     "NaN": torch.full((1, 16, 16, 3), NAN),
     "whole numbers": torch.zeros(1, 16, 16, 3, dtype=torch.uint8),
+    "fp8": torch.zeros(1, 16, 16, 3, dtype=torch.float8_e5m2),
+    "numbers elsewhere": torch.zeros(1, 16, 16, 3, device="meta"),
+    "sparse": torch.zeros(1, 16, 16, 3).to_sparse(),
     "no channels": torch.zeros(1, 16, 16, 0),
     "too small": torch.zeros(1, 4, 4, 3),
 }
@@ -118,6 +124,8 @@ NO_CONDITIONINGS = {
     "no tokens": [[torch.zeros(1, 0, DIM), {}]],
     "an empty batch": [[torch.zeros(0, 9, DIM), {}]],
     "whole numbers": [[torch.zeros(1, 9, DIM, dtype=torch.int64), {}]],
+    "fp8": [[torch.zeros(1, 9, DIM, dtype=torch.float8_e4m3fn), {}]],
+    "numbers elsewhere": [[torch.zeros(1, 9, DIM, device="meta"), {}]],
     "rank 2": [[torch.zeros(9, DIM), {}]],
     "no embeddings": [[None, {}]],
     "another model's": [[torch.zeros(1, 9, DIM + 1), {}]],
@@ -140,6 +148,11 @@ NO_CONDITIONINGS = {
     "an area without pixels": cond(area=(0, 0, 0, 0)),
     "an area beyond the latent": cond(area=(4, 4, 100, 100)),
     "an area before the latent": cond(area=(4, 4, -8, -8)),
+    "an area as a number": cond(area=5),
+    "an area of two numbers": cond(area=("percentage", 0.5)),
+    "an area of halves": cond(area=(1.5, 2.5, 0.5, 0)),
+    "an area of truths": cond(area=(True, True, False, False)),
+    "an area as a text": cond(area="abcd"),
     "an area of NaN": cond(area=("percentage", NAN, NAN, 0.0, 0.0)),
     "a range of NaN": cond(start_percent=NAN, end_percent=NAN),
 }
@@ -257,3 +270,54 @@ def test_memory_report_and_load_lora_refuse_what_is_no_model(comfy: Any, other: 
         QwenLowVRAMMemoryReport().report(other)
     with pytest.raises(QwenLowVRAMError):
         QwenLowVRAMLoadLora().load(other, "a", 1.0)
+
+
+NO_OBJECTS = (None, 5, "a text", {}, object(), torch.zeros(1))
+
+
+@pytest.mark.parametrize("other", NO_OBJECTS, ids=range(len(NO_OBJECTS)))
+def test_what_is_no_model_clip_or_vae_is_refused_by_name(clip: Any, vae: Any, other: Any) -> None:
+    from qwenimage_lowvram.nodes.encode import QwenLowVRAMEncodePrompts
+    from qwenimage_lowvram.nodes.encode_edit import QwenLowVRAMEncodeEditPrompt
+
+    for name, call in (
+        ("model", lambda: sample(other)),
+        ("clip", lambda: QwenLowVRAMEncodePrompts().encode(other, "a", " ")),
+        ("clip", lambda: QwenLowVRAMEncodeEditPrompt().encode(other, vae, **EDIT)),
+        ("vae", lambda: QwenLowVRAMEncodeEditPrompt().encode(clip, other, **EDIT)),
+        ("vae", lambda: decode(other, empty_latent())),
+        ("vae", lambda: decode(other, empty_latent(), 64)),
+    ):
+        with pytest.raises(InvalidRequest, match=rf"^{name}\b"):
+            call()
+
+
+@pytest.mark.parametrize("number", [3e38, -3e38])
+def test_what_overflows_in_the_vae_or_the_text_encoder_is_an_error(clip: Any, vae: Any, number: float) -> None:
+    with pytest.raises(InvalidRequest, match="the VAE made"):
+        vae.encode(torch.full((1, 64, 64, 3), number))
+    with pytest.raises(InvalidRequest, match="the VAE made"):
+        decode(vae, {"samples": torch.full((1, 16, 1, 8, 12), number)})
+    with pytest.raises(InvalidRequest, match="the text encoder made"):
+        clip.encode_from_tokens(clip.tokenize("a cat", images=[torch.full((1, 64, 64, 3), number)]))
+
+
+@pytest.mark.parametrize("ratio", [NAN, 0, -8, "8", [8], 1e9])
+@pytest.mark.parametrize("name", ["downscale_ratio_spacial", "downscale_ratio_temporal"])
+def test_sample_refuses_a_latents_ratio_that_is_none(model: Any, name: str, ratio: Any) -> None:
+    with pytest.raises(InvalidRequest, match=f"latent_image: its {name}"):
+        sample(model, latent_image={**empty_latent(), name: ratio})
+
+
+NO_TOKENS = ([5], [None], [()], "abc", torch.zeros(5))
+
+
+@pytest.mark.parametrize("pairs", NO_TOKENS, ids=range(len(NO_TOKENS)))
+def test_what_are_no_pairs_of_tokens_is_refused(clip: Any, pairs: Any) -> None:
+    with pytest.raises(InvalidRequest, match="tokens"):
+        clip.encode_from_tokens({"qwen25_7b": [pairs]})
+
+
+def test_a_picture_without_its_image_is_refused(clip: Any) -> None:
+    with pytest.raises(InvalidRequest, match="picture in a prompt"):
+        clip.encode_from_tokens({"qwen25_7b": [[({"type": "image"}, 1.0)]]})

@@ -269,3 +269,14 @@ def test_an_unknown_variant_is_refused(split: tuple[SplitFiles, Path]) -> None:
     names, _ = split
     said = says(names.transformer, names.text_encoder, names.vae, variant="Qwen-Image-Layered")
     assert said.startswith("variant: There is no variant 'Qwen-Image-Layered'. Use one of: auto, Qwen-Image,")
+
+
+@pytest.mark.parametrize("value", [[], {}, 5, float("nan")])
+def test_a_weight_format_that_is_no_text_is_refused_when_the_node_runs(
+    value: Any, split: tuple[SplitFiles, Path]
+) -> None:
+    names, _ = split
+    chosen = {"transformer": names.transformer, "text_encoder": names.text_encoder, "vae": names.vae}
+    assert loader().IS_CHANGED(**chosen, weight_format=value) == loader().IS_CHANGED(**chosen, weight_format="auto")
+    with pytest.raises(QwenLowVRAMError, match="There is no weight_format"):
+        loader()().load(**chosen, **(SETTINGS | {"weight_format": value}))

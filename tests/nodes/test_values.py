@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -12,7 +13,22 @@ from qwenimage_lowvram.engine.transformer.sampling import lightning_sigmas, qwen
 from .conftest import EDIT, cond, decode, embeds, empty_latent, sample
 
 NAN, INFINITY = math.nan, math.inf
-NO_NUMBERS = (NAN, INFINITY, -INFINITY, None, "4", "nan", -1e9, 1e30, 10**5000, True, [], {}, torch.tensor(4.0))
+NO_NUMBERS = (
+    NAN,
+    INFINITY,
+    -INFINITY,
+    None,
+    "4",
+    "nan",
+    -1e9,
+    1e30,
+    10**5000,
+    True,
+    [],
+    {},
+    torch.tensor(4.0),
+    Fraction(3, 2),
+)
 NO_WHOLE_NUMBERS = (*NO_NUMBERS, 0.5)
 NO_TEXTS = (None, 1, NAN, b"a", ["a"], "half \ud83d", "\udfff")
 NO_MODELS = (None, 3, "x", {"a": 1}, [1, 2])  # a checkpoint without a text encoder gives None
