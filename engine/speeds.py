@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 
+from .checkpoints.json_texts import unreadable
 from .checkpoints.regular_file import open_regular
+from .errors import DamagedFile
 from .hardware import Hardware
 from .streaming import HostMemory
 
@@ -37,7 +39,20 @@ def measure_bus(hardware: Hardware) -> float:
 
 
 def measure_disk(file: Path) -> float:
-    """Bytes per second of pieces all over the file, read by several threads at a time."""
+    """Bytes per second of pieces all over the file, read by several threads at a time.
+
+    Raises MissingFile where it cannot be read any more, DamagedFile where it is empty or no regular file.
+    """
+    try:
+        rate = _disk_rate(file)
+    except OSError as error:
+        raise unreadable(file, error) from error
+    if not rate:
+        raise DamagedFile(f"{file} is empty. Download it again.")
+    return rate
+
+
+def _disk_rate(file: Path) -> float:
     pieces = max(1, file.stat().st_size // PIECE_BYTES)
     stride = max(1, pieces // 61) | 1
     stop = time.perf_counter() + SECONDS_EACH

@@ -11,7 +11,7 @@ import torch
 
 from ..checkpoints.checkpoint import TensorEntry, open_checkpoint
 from ..checkpoints.json_texts import parse_json
-from ..checkpoints.regular_file import open_regular, require_unchanged
+from ..checkpoints.regular_file import open_regular, require_all_unchanged, require_unchanged
 from ..errors import DamagedFile, MissingFile, Unsupported, WrongModel
 from ..formats import TORCH_DTYPES
 from ..texts import printable
@@ -36,6 +36,10 @@ class LoraFile:
     tensors: Mapping[str, TensorEntry] = field(repr=False)
     metadata: Mapping[str, str] = field(repr=False)
     identity: str
+
+    def require_unchanged(self) -> None:
+        """Raise DamagedFile where the file is another than the one that was opened, MissingFile where it is gone."""
+        require_all_unchanged({entry.file: entry.stamp for entry in self.tensors.values() if entry.stamp is not None})
 
 
 @dataclass(frozen=True)

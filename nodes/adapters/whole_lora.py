@@ -79,8 +79,14 @@ def match_patches(patches: Mapping[Any, Any], weights: Mapping[str, tuple[int, .
 
 
 def match_file(lora: LoraFile, model: Any) -> LoraMatch | None:
-    """A file of such a kind, read by ComfyUI's own reader, which holds its matrices in RAM; None for other files."""
-    tensors = comfy.lora_convert.convert_lora(comfy.utils.load_torch_file(str(lora.path), safe_load=True))
+    """A file of such a kind, read by ComfyUI's own reader, its matrices held in RAM; None for other files.
+
+    Raises DamagedFile where the file has changed since it was opened.
+    """
+    read_by_comfyui = comfy.utils.load_torch_file(str(lora.path), safe_load=True)
+    # it maps the file: what is written there later would be read as the LoRA
+    tensors = comfy.lora_convert.convert_lora({key: tensor.clone() for key, tensor in read_by_comfyui.items()})
+    lora.require_unchanged()
     patches = comfy.lora.load_lora(tensors, comfy.lora.model_lora_keys_unet(model, {}), log_missing=False)
     patches = {key: patch for key, patch in patches.items() if key.startswith(PREFIX)}
     whole = whole_kinds(patches)

@@ -1,10 +1,12 @@
 """A machine's speeds are measured quickly, and corrected by what a run took."""
 
+import os
 from dataclasses import astuple
 from pathlib import Path
 
 import pytest
 import torch
+from qwenimage_lowvram.engine.errors import CheckpointError
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.plan.forecast import Speeds, StepForecast, corrected
 from qwenimage_lowvram.engine.speeds import measure_bus, measure_disk, measure_flops
@@ -19,6 +21,17 @@ def test_measuring_gives_rates(nbytes: int, tmp_path: Path, cpu: Hardware) -> No
     assert 1e8 < measure_flops(cpu, torch.float32) < 1e15
     assert 1e8 < measure_bus(cpu) < 1e12
     assert 0 < measure_disk(file) < 1e12
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows makes links for administrators only")
+def test_a_file_that_is_gone_or_empty_is_named(tmp_path: Path) -> None:
+    empty, dangling, loop = (tmp_path / name for name in ("empty", "dangling", "loop"))
+    empty.touch()
+    dangling.symlink_to(tmp_path / "nowhere")
+    loop.symlink_to(loop)
+    for file in (empty, dangling, loop):
+        with pytest.raises(CheckpointError, match=file.name):
+            measure_disk(file)
 
 
 def forecast(compute: float, bus: float, disk: float) -> StepForecast:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from qwenimage_lowvram.engine.errors import MissingFile
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.plan.forecast import Speeds
 
@@ -37,6 +38,15 @@ def test_what_is_measured_once_is_the_same_the_next_time(known: Any, tmp_path: P
     assert len(json.loads(remembered(tmp_path).read_text())) == 3  # version, device, disk
     assert known(torch.bfloat16).get().disk_bytes == first.disk_bytes
     assert len(json.loads(remembered(tmp_path).read_text())) == 4
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows makes links for administrators only")
+def test_a_model_file_that_is_gone_when_it_is_measured_is_named(known: Any, tmp_path: Path) -> None:
+    model = tmp_path / "models" / "model.safetensors"
+    model.unlink()
+    model.symlink_to(model)  # a link to itself
+    with pytest.raises(MissingFile, match=model.name):
+        known().get()
 
 
 def test_corrections_are_kept(known: Any) -> None:

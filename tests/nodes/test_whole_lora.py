@@ -1,5 +1,6 @@
 """OFT, BOFT and GLoRA: through our node and ComfyUI's loaders, the image of weights that ComfyUI's adapters changed."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
 from live_bytes import LiveBytes
-from qwenimage_lowvram.engine.errors import Unsupported, WrongModel
+from qwenimage_lowvram.engine.errors import DamagedFile, Unsupported, WrongModel
 from qwenimage_lowvram.engine.plan.memory import least_bytes
 from qwenimage_lowvram.engine.plan.request import SamplingRequest
 from safetensors.torch import load_file, save_file
@@ -130,6 +131,35 @@ def test_the_image_is_that_of_weights_that_comfyuis_adapters_changed(
     assert "lora_te_other.oft_blocks" in report
     assert torch.equal(run(by_comfyuis_node(model, file, 0.7)), image)
     assert torch.equal(run(model), plain)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_that_is_written_over_after_it_was_read_changes_no_image(kind: str, model: Any, write: Write) -> None:
+    file = write(kind)
+    expected = run(by_our_node(model, file, 1.0)[0])
+    run(model)  # nothing of the LoRA is left in the blocks
+    ours, _ = by_our_node(model, file, 1.0)
+    header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+    with file.open("r+b") as stream:
+        stream.seek(header)
+        stream.write(bytes(file.stat().st_size - header))
+    assert torch.equal(run(ours), expected)
+
+
+def test_a_file_that_changes_while_comfyui_reads_it_is_refused(
+    model: Any, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import comfy.utils
+
+    file, read = write("OFT"), comfy.utils.load_torch_file
+
+    def change_and_read(*args: Any, **options: Any) -> Any:
+        os.utime(file, (1, 1))
+        return read(*args, **options)
+
+    monkeypatch.setattr(comfy.utils, "load_torch_file", change_and_read)
+    with pytest.raises(DamagedFile, match="was changed after it was opened"):
+        by_our_node(model, file, 1.0)
 
 
 def test_the_plan_counts_what_the_adapters_hold(model: Any, write: Write) -> None:
