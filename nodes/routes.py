@@ -29,12 +29,22 @@ async def clear(request: web.Request) -> web.Response:
     """The folder is ComfyUI's own: nothing of the request is ever a path. Forms of other pages cannot send JSON."""
     if request.content_type != "application/json":
         return _refused(415, "Send JSON, with the header Content-Type: application/json.")
-    what = _wanted(await request.content.read(_LONGEST_BODY + 1))
+    what = _wanted(await _body(request))
     if what is None:
         return _refused(400, f'Send {{"clear": X}}, with X one of: {", ".join(CLEARABLE)}.')
     loop = asyncio.get_running_loop()
     text = await loop.run_in_executor(None, cleared, weight_cache_folder(), prompt_cache(), what)
     return web.json_response({"text": text})
+
+
+async def _body(request: web.Request) -> bytes:
+    """In however many pieces it comes; cut off where it is longer than any that is answered."""
+    body = b""
+    async for piece in request.content.iter_any():
+        body += piece
+        if len(body) > _LONGEST_BODY:
+            break
+    return body
 
 
 def _wanted(body: bytes) -> str | None:

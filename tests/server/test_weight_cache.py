@@ -1,7 +1,9 @@
 """Quantizing on load through the real server: the picture is that of the quantized weights, and the second load is
 from the cache."""
 
+import http.client
 import io
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -207,3 +209,18 @@ def test_a_quantized_file_in_another_format_is_refused_before_anything_is_loaded
         client.run(with_inputs(prompt(**files), "1", weight_format="q4"))
     picture(client, prompt(**files, weight_format="fp8_e4m3fn_scaled"))
     assert files_in(models_dir / "qwen_lowvram") == []
+
+
+def test_a_request_that_comes_in_two_pieces_is_read_whole(client: ComfyClient) -> None:
+    """As a slow line cuts it."""
+    body = b'{"clear": "unused"}'
+    connection = http.client.HTTPConnection(client.url.removeprefix("http://"), timeout=60)
+    connection.putrequest("POST", "/qwen_lowvram/clear")
+    connection.putheader("Content-Type", "application/json")
+    connection.putheader("Content-Length", str(len(body)))
+    connection.endheaders()
+    for piece in (body[:8], body[8:]):
+        connection.send(piece)
+        time.sleep(0.3)
+    assert connection.getresponse().status == 200
+    connection.close()
