@@ -51,8 +51,9 @@ def pip_name(package: str) -> str:
 
 def variable(name: str) -> str:
     """What the environment says; empty where it says nothing."""
-    said = os.path.expandvars(f"${{{name}}}")
-    return "" if said.startswith("$") else said  # which an unset variable stays
+    unset = f"${name}"
+    said = os.path.expandvars(unset)
+    return "" if said == unset else said
 
 
 def environment_problem(comfyui_version: str, installed: Callable[[str], str] = version) -> str | None:

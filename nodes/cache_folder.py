@@ -5,15 +5,16 @@ from pathlib import Path
 
 import folder_paths
 
+from ..engine.environment import variable
+
 # of the environment; and a key of extra_model_paths.yaml, which is the folder's name as well
 VARIABLE, NAME = "QWEN_LOWVRAM_CACHE", "qwen_lowvram"
 
 
 def weight_cache_folder() -> Path:
     """Where the environment says, else where ComfyUI's extra_model_paths.yaml does, else beside the models."""
-    unset = f"${VARIABLE}"
-    given = os.path.expandvars(unset)
-    if given and given != unset:
+    given = variable(VARIABLE)
+    if given:
         return Path(os.path.expanduser(given)).absolute()
     listed = folder_paths.folder_names_and_paths.get(NAME, ((), ()))[0]
     return Path(listed[0]) if listed else Path(folder_paths.models_dir) / NAME
