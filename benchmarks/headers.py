@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 from devtools.comfyui import require_comfyui
 from gguf import GGUFWriter
-from qwenimage_lowvram.engine.checkpoints import checkpoint as checkpoints
-from qwenimage_lowvram.engine.checkpoints.gguf_header import MAX_TEXTS
-from qwenimage_lowvram.engine.checkpoints.header import HeaderCache
-from qwenimage_lowvram.engine.checkpoints.safetensors_header import MAX_TENSORS
 from qwenimage_lowvram.engine.errors import CheckpointError
-from qwenimage_lowvram.engine.text.prompts import PromptTokenizer
+from qwenimage_lowvram.engine.files import checkpoint as checkpoints
+from qwenimage_lowvram.engine.files.gguf_header import MAX_TEXTS
+from qwenimage_lowvram.engine.files.header import HeaderCache
+from qwenimage_lowvram.engine.files.safetensors_header import MAX_TENSORS
+from qwenimage_lowvram.engine.models.qwen_image.prompts import PromptTokenizer
 from small_checkpoint import TOKENIZER_IN_COMFYUI
 
 TOKENS, MERGES = 152_064, 151_387  # Qwen2.5's

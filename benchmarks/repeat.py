@@ -39,15 +39,15 @@ from devtools.bench import load
 from devtools.comfyui import require_comfyui
 from devtools.server import prepare_base
 from lora_files import make_parts, write_lora
-from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
+from qwenimage_lowvram.engine.caches.prompt_cache import PromptCache
+from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.lora.files import match, open_lora
-from qwenimage_lowvram.engine.plan.memory import least_bytes, most_bytes
-from qwenimage_lowvram.engine.plan.request import SamplingRequest
-from qwenimage_lowvram.engine.text.cache import PromptCache
-from qwenimage_lowvram.engine.text.encoder import TextEncoder
-from qwenimage_lowvram.engine.text.prompts import PromptTokenizer
-from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
+from qwenimage_lowvram.engine.lora.lora_file import match, open_lora
+from qwenimage_lowvram.engine.models.qwen25_vl.text_encoder import TextEncoder
+from qwenimage_lowvram.engine.models.qwen_image.prompts import PromptTokenizer
+from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
+from qwenimage_lowvram.engine.planning.memory import least_bytes, most_bytes
+from qwenimage_lowvram.engine.planning.request import SamplingRequest
 from small_checkpoint import TOKENIZER_IN_COMFYUI, TextSize, make_pipeline
 from torch import Tensor
 
@@ -174,7 +174,7 @@ class _Ours(_Contender):
         import tokenizers  # noqa: F401
         import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl  # noqa: F401
         from qwenimage_lowvram.nodes.adapters import clip, model  # noqa: F401
-        from qwenimage_lowvram.nodes.adapters.speeds import KnownSpeeds
+        from qwenimage_lowvram.nodes.adapters.known_speeds import KnownSpeeds
 
         file = folder / "pipeline" / "transformer" / WEIGHTS
         KnownSpeeds(Hardware.detect(CPU), torch.float32, file).get()

@@ -20,7 +20,7 @@ import torch
 from devtools.comfyui import require_comfyui
 from diffusers import AutoencoderKLQwenImage
 from live_bytes import LiveBytes
-from qwenimage_lowvram.engine.vae import ImageVAE
+from qwenimage_lowvram.engine.models.qwen_image_vae.image_vae import ImageVAE
 from small_checkpoint import make_vae
 from split_files import wan_vae_name
 from torch import Tensor

@@ -1,6 +1,6 @@
-"""The nodes, in ComfyUI's words. The only part of the pack that imports ComfyUI."""
+"""The nodes, in ComfyUI's display_names. The only part of the pack that imports ComfyUI."""
 
-from . import routes, words
+from . import display_names, routes
 from .decode import QwenLowVRAMDecode
 from .encode import QwenLowVRAMEncodePrompts
 from .encode_edit import QwenLowVRAMEncodeEditPrompt
@@ -26,13 +26,13 @@ NODE_CLASS_MAPPINGS = {
 }
 
 NODE_DISPLAY_NAME_MAPPINGS = {
-    "QwenLowVRAMLoader": words.LOADER,
-    "QwenLowVRAMLoadLora": words.LOAD_LORA,
-    "QwenLowVRAMEncodePrompts": words.ENCODE,
-    "QwenLowVRAMEncodeEditPrompt": words.ENCODE_EDIT,
-    "QwenLowVRAMSample": words.SAMPLE,
-    "QwenLowVRAMDecode": words.DECODE,
-    "QwenLowVRAMMemoryPlan": words.MEMORY_PLAN,
-    "QwenLowVRAMMemoryReport": words.MEMORY_REPORT,
-    "QwenLowVRAMWeightCache": words.WEIGHT_CACHE,
+    "QwenLowVRAMLoader": display_names.LOADER,
+    "QwenLowVRAMLoadLora": display_names.LOAD_LORA,
+    "QwenLowVRAMEncodePrompts": display_names.ENCODE,
+    "QwenLowVRAMEncodeEditPrompt": display_names.ENCODE_EDIT,
+    "QwenLowVRAMSample": display_names.SAMPLE,
+    "QwenLowVRAMDecode": display_names.DECODE,
+    "QwenLowVRAMMemoryPlan": display_names.MEMORY_PLAN,
+    "QwenLowVRAMMemoryReport": display_names.MEMORY_REPORT,
+    "QwenLowVRAMWeightCache": display_names.WEIGHT_CACHE,
 }

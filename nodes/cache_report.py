@@ -4,9 +4,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from ..engine.caches.prompt_cache import Entry, PromptCache
+from ..engine.caches.requantized_files import FINISHED, UNUSED, CachedFile, State, cached_files, clear
 from ..engine.errors import CacheError
-from ..engine.quantized.files import FINISHED, UNUSED, CachedFile, State, cached_files, clear
-from ..engine.text.cache import Entry, PromptCache
 from ..engine.texts import printable
 
 UNUSED_WEIGHTS, ALL_WEIGHTS, PROMPTS = "unused", "all", "prompts"

@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 
-from .adapters.checks import check_widgets, latent_of
 from .adapters.vae import LowVRAMVAE
-from .words import CATEGORY
+from .adapters.value_checks import check_widgets, latent_of
+from .display_names import CATEGORY
 
 
 class QwenLowVRAMDecode:

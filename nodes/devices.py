@@ -6,7 +6,7 @@ import torch
 
 from ..engine.hardware import Hardware
 from .adapters.switches import may_pin
-from .words import AUTO
+from .display_names import AUTO
 
 CPU = "cpu"
 ALL_CARDS = "all cards"

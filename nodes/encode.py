@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from .adapters.checks import check_widgets
 from .adapters.clip import LowVRAMCLIP
-from .words import CATEGORY
+from .adapters.value_checks import check_widgets
+from .display_names import CATEGORY
 
 
 class QwenLowVRAMEncodePrompts:

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from ..engine.errors import InvalidRequest
-from ..engine.families.members import EDIT_TEMPLATE
-from ..engine.families.variants import Variant
-from ..engine.text.prompts import with_places
-from ..engine.transformer.latents import LATENT_PX
-from ..engine.vision.edit_sizes import MOST_PICTURES, EditSizes, plan_sizes
-from ..engine.vision.patches import require_rgb
-from ..engine.vision.resample import resample
-from .adapters.checks import check_image, check_room, check_widgets
+from ..engine.models.qwen25_vl.vision_patches import require_rgb
+from ..engine.models.qwen_image.edit_sizes import MOST_PICTURES, EditSizes, plan_sizes
+from ..engine.models.qwen_image.latents import LATENT_PX
+from ..engine.models.qwen_image.prompt_template import EDIT_TEMPLATE
+from ..engine.models.qwen_image.prompts import with_places
+from ..engine.models.qwen_image.resample import resample
+from ..engine.models.qwen_image.variants import Variant
 from .adapters.clip import LowVRAMCLIP
-from .adapters.unsupported import NO_PICTURES_KEY
-from .words import AUTO, CATEGORY
+from .adapters.graph_checks import NO_PICTURES_KEY
+from .adapters.value_checks import check_image, check_room, check_widgets
+from .display_names import AUTO, CATEGORY
 
 LATENT_CHANNELS = 16
 _SMALLER = "Use a smaller batch_size, or a smaller output."

@@ -7,24 +7,25 @@ from typing import Any
 import comfy.model_management
 import torch
 
-from ..engine.checkpoints.checkpoint import Checkpoint
 from ..engine.errors import QwenLowVRAMError
-from ..engine.families.variants import variant_of
-from ..engine.families.vision import mmproj_identity
+from ..engine.files.checkpoint import Checkpoint
+from ..engine.models.qwen25_vl.text_encoder import TextEncoder
+from ..engine.models.qwen25_vl.vision_tensors import mmproj_identity
+from ..engine.models.qwen_image.positions import Positions
+from ..engine.models.qwen_image.transformer import QwenImageTransformer, TimestepRounding
+from ..engine.models.qwen_image.variants import variant_of
 from ..engine.out_of_memory import in_words
-from ..engine.text.encoder import TextEncoder
-from ..engine.transformer.model import QwenImageTransformer, TimestepRounding
-from ..engine.transformer.positions import Positions
-from . import devices, files
+from . import devices, model_choices
 from .adapters import switches
-from .adapters.checks import check_widgets, limit_bytes
 from .adapters.clip import LowVRAMCLIP
 from .adapters.model import make_model
 from .adapters.progress import tell
 from .adapters.shortage import RAM_LIMIT, VRAM_LIMIT
 from .adapters.timeline import Timeline
 from .adapters.vae import make_vae
-from .format_choice import Parts, advice_for, fastest_format, limits_now
+from .adapters.value_checks import check_widgets, limit_bytes
+from .display_names import AUTO, CATEGORY
+from .fastest_format import Parts, advice_for, fastest_format, limits_now
 from .inputs import at_input, before_the_run
 from .sources import (
     VARIANTS,
@@ -44,7 +45,6 @@ from .weight_cache import (
     losses,
     prompt_cache,
 )
-from .words import AUTO, CATEGORY
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class QwenLowVRAMLoader:
         return {
             "required": {
                 "transformer": (
-                    files.transformer_choices(),
+                    model_choices.transformer_choices(),
                     {
                         "tooltip": "A file of models/diffusion_models (bf16, fp16, fp32, fp8, fp8 scaled, GGUF), a "
                         "pipeline folder of models/diffusers (bitsandbytes nf4, fp4 and int8 too), or an all-in-one "
@@ -81,14 +81,14 @@ class QwenLowVRAMLoader:
                     },
                 ),
                 "text_encoder": (
-                    files.component_choices("text_encoders"),
+                    model_choices.component_choices("text_encoders"),
                     {
                         "tooltip": "Qwen2.5-VL-7B from models/text_encoders; 'from the folder': that of the pipeline "
                         "folder, or of the all-in-one file, that is chosen above."
                     },
                 ),
                 "vae": (
-                    files.component_choices("vae"),
+                    model_choices.component_choices("vae"),
                     {
                         "tooltip": "qwen_image_vae from models/vae (qwen_image_layered_vae for Qwen-Image-Layered); "
                         "'from the folder' as above."

@@ -7,15 +7,15 @@ from typing import Any
 import folder_paths
 
 from ..engine.errors import MissingFile, QwenLowVRAMError, Unsupported
-from ..engine.lora.files import LoraMatch, match, needs_adapters, open_lora
+from ..engine.lora.lora_file import LoraMatch, match, needs_adapters, open_lora
 from ..engine.out_of_memory import in_words
 from ..engine.texts import LONGEST, printable, shown
-from .adapters.checks import check_widgets
 from .adapters.patcher import LowVRAMPatcher
 from .adapters.progress import tell
+from .adapters.value_checks import check_widgets
 from .adapters.whole_lora import match_file
+from .display_names import CATEGORY
 from .inputs import at_input, before_the_run
-from .words import CATEGORY
 
 logger = logging.getLogger(__name__)
 

@@ -6,32 +6,32 @@ from typing import Any
 import comfy.model_management
 import torch
 
-from ..engine.checkpoints.checkpoint import Checkpoint
+from ..engine.caches.requantized_weights import QuantizedWeights
 from ..engine.errors import DoesNotFit, InvalidRequest, QwenLowVRAMError
-from ..engine.families.variants import Variant, variant_of
+from ..engine.files.checkpoint import Checkpoint
 from ..engine.hardware import Hardware
-from ..engine.plan.charts import Card, draw_cards
-from ..engine.plan.choice import choose_format
-from ..engine.plan.footprint import TransformerFootprint
-from ..engine.plan.forecast import TYPICAL, Speeds
-from ..engine.plan.memory import least_ram_bytes
-from ..engine.plan.request import GIB, Limits
-from ..engine.plan.stages import PictureModels, PicturePlan, PictureRequest, Stage, plan_picture
-from ..engine.quantized.weights import QuantizedWeights
-from ..engine.text.encoder import TextEncoder
-from ..engine.transformer.parts import TransformerParts
-from ..engine.vae import ImageVAE
-from . import files
-from .adapters.checks import check_widgets, limit_bytes
+from ..engine.models.qwen25_vl.text_encoder import TextEncoder
+from ..engine.models.qwen_image.transformer_parts import TransformerParts
+from ..engine.models.qwen_image.variants import Variant, variant_of
+from ..engine.models.qwen_image_vae.image_vae import ImageVAE
+from ..engine.planning.footprint import TransformerFootprint
+from ..engine.planning.forecast import TYPICAL, Speeds
+from ..engine.planning.format_choice import choose_format
+from ..engine.planning.memory import least_ram_bytes
+from ..engine.planning.request import GIB, Limits
+from ..engine.planning.stages import PictureModels, PicturePlan, PictureRequest, Stage, plan_picture
+from ..engine.reports.charts import Card, draw_cards
+from . import model_choices
+from .adapters.known_speeds import KnownSpeeds
 from .adapters.limits import free_ram, headroom_bytes
-from .adapters.speeds import KnownSpeeds
+from .adapters.value_checks import check_widgets, limit_bytes
 from .cache_folder import weight_cache_folder
-from .format_choice import TYPICAL_REQUEST, advice_of, versions_of
+from .display_names import AUTO, CATEGORY
+from .fastest_format import TYPICAL_REQUEST, advice_of, versions_of
 from .inputs import at_input, before_the_run
-from .pictures import as_image, preview
+from .previews import as_image, preview
 from .sources import Sources, require_transformer
 from .weight_cache import AS_STORED, FASTEST, WEIGHT_FORMATS, check_weight_format
-from .words import AUTO, CATEGORY
 
 CARDS_GB = (4, 6, 8, 12, 16, 24)
 # of a card, before the first tensor: the CUDA context with its kernels, and the picture on the screen
@@ -61,15 +61,15 @@ class QwenLowVRAMMemoryPlan:
         return {
             "required": {
                 "transformer": (
-                    files.transformer_choices(),
+                    model_choices.transformer_choices(),
                     {"tooltip": "The file or pipeline folder to plan for, as in Load Qwen-Image (low VRAM)."},
                 ),
                 "text_encoder": (
-                    files.component_choices("text_encoders"),
+                    model_choices.component_choices("text_encoders"),
                     {"tooltip": "Qwen2.5-VL-7B from models/text_encoders, or the pipeline folder's own."},
                 ),
                 "vae": (
-                    files.component_choices("vae"),
+                    model_choices.component_choices("vae"),
                     {"tooltip": "qwen_image_vae from models/vae, or the pipeline folder's own."},
                 ),
                 "weight_format": (

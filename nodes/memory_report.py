@@ -9,12 +9,12 @@ import comfyui_version
 import torch
 
 from ..engine.errors import InvalidRequest
-from ..engine.plan.charts import draw_timeline
-from ..engine.plan.picture_report import PictureReport
+from ..engine.reports.charts import draw_timeline
+from ..engine.reports.image_report import PictureReport
+from .adapters.graph_checks import refuse
 from .adapters.model import LowVRAMModel
-from .adapters.unsupported import refuse
-from .pictures import as_image, preview
-from .words import CATEGORY, LOADER
+from .display_names import CATEGORY, LOADER
+from .previews import as_image, preview
 
 JSON_VERSION = 1
 

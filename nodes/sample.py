@@ -13,12 +13,12 @@ import latent_preview
 from torch import Tensor
 
 from ..engine.errors import InvalidRequest, Unsupported
+from ..engine.models.qwen_image.latents import patches_of
+from ..engine.models.qwen_image.schedule import layered_sigmas, lightning_sigmas, qwen_sigmas, true_cfg
 from ..engine.texts import shown
-from ..engine.transformer.latents import patches_of
-from ..engine.transformer.sampling import layered_sigmas, lightning_sigmas, qwen_sigmas, true_cfg
-from .adapters.checks import check_conditioning, check_mask, check_prompts, check_room, check_widgets, latent_of
 from .adapters.model import ADDITIONAL_KEY, LowVRAMModel
-from .words import CATEGORY
+from .adapters.value_checks import check_conditioning, check_mask, check_prompts, check_room, check_widgets, latent_of
+from .display_names import CATEGORY
 
 logger = logging.getLogger(__name__)
 

@@ -5,18 +5,18 @@ from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..engine.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..engine.errors import InvalidRequest
-from ..engine.families.components import Component, components, only, require
-from ..engine.families.members import require_fitting_encoder
-from ..engine.families.variants import Variant, could_be, variant_of
-from ..engine.text.prompts import PromptTokenizer
-from ..engine.text.tokenizer_files import tokenizer_stamps
+from ..engine.files.checkpoint import Checkpoint, open_checkpoint
+from ..engine.models.qwen25_vl.tensors import require_fitting_encoder
+from ..engine.models.qwen25_vl.tokenizer_files import tokenizer_stamps
+from ..engine.models.qwen_image.prompts import PromptTokenizer
+from ..engine.models.qwen_image.variants import Variant, could_be, variant_of
+from ..engine.models.qwen_image_vae.tensor_names import RGB, RGBA, require_image_vae
+from ..engine.models.recognition import Component, components, only, require
 from ..engine.texts import shown
-from ..engine.vae import RGB, RGBA, require_image_vae
-from . import files
+from . import model_choices
+from .display_names import AUTO, LOADER
 from .inputs import at_input
-from .words import AUTO, LOADER
 
 # what a person may say; Layered is known by its tensors alone. None: what the file says
 VARIANTS: dict[str, Variant | None] = {AUTO: None} | {
@@ -42,11 +42,11 @@ class Sources:
     def of(cls, transformer: str, text_encoder: str, vae: str) -> "Sources":
         with at_input("transformer"):
             transformer_path = transformer_source(transformer)
-        folder = transformer_path.parent if files.is_folder(transformer) else None
+        folder = transformer_path.parent if model_choices.is_folder(transformer) else None
 
         def component(kind: str, choice: str, subfolder: str, wanted: Component) -> Path:
-            if choice != files.FROM_FOLDER:
-                return files.model_file(kind, choice)
+            if choice != model_choices.FROM_FOLDER:
+                return model_choices.model_file(kind, choice)
             if folder is not None:
                 return folder / subfolder
             if wanted in components(open_checkpoint(transformer_path).tensors):
@@ -60,7 +60,7 @@ class Sources:
             text_path = component("text_encoders", text_encoder, "text_encoder", Component.TEXT_ENCODER)
         with at_input("vae"):
             vae_path = component("vae", vae, "vae", Component.VAE)
-        tokenizer = folder / "tokenizer" if folder and text_encoder == files.FROM_FOLDER else COMFYUI_TOKENIZER
+        tokenizer = folder / "tokenizer" if folder and text_encoder == model_choices.FROM_FOLDER else COMFYUI_TOKENIZER
         return cls(transformer_path, text_path, vae_path, tokenizer)
 
     def open(self, variant: str) -> tuple[Checkpoint, Checkpoint, Checkpoint]:
@@ -82,9 +82,9 @@ class Sources:
 
 def transformer_source(transformer: str) -> Path:
     """Raises MissingFile unless it is a file or pipeline folder of ComfyUI's."""
-    if files.is_folder(transformer):
-        return files.pipeline_folder(transformer) / "transformer"
-    return files.model_file("diffusion_models", transformer)
+    if model_choices.is_folder(transformer):
+        return model_choices.pipeline_folder(transformer) / "transformer"
+    return model_choices.model_file("diffusion_models", transformer)
 
 
 def open_component(path: Path, component: Component) -> Checkpoint:

@@ -8,22 +8,22 @@ import comfy.model_management
 import comfy.utils
 import torch
 
-from ..engine.atomic_files import may_write
-from ..engine.checkpoints.checkpoint import Checkpoint
+from ..engine.caches.prompt_cache import PromptCache
+from ..engine.caches.requantized_files import cache_path
+from ..engine.caches.requantized_layout import FORMATS
+from ..engine.caches.requantized_weights import QuantizedWeights
 from ..engine.errors import InvalidRequest
+from ..engine.files.atomic_files import may_write
+from ..engine.files.checkpoint import Checkpoint
 from ..engine.hardware import Hardware
 from ..engine.out_of_memory import Short, reason, shortage
-from ..engine.quantized.files import cache_path
-from ..engine.quantized.layout import FORMATS
-from ..engine.quantized.weights import QuantizedWeights
 from ..engine.streaming import require_decodable
-from ..engine.text.cache import PromptCache
 from ..engine.texts import printable, shown
 from . import cache_report
 from .adapters.limits import stage_bytes
 from .adapters.progress import tell
 from .cache_folder import VARIABLE, folder_until_the_end, weight_cache_folder
-from .words import AUTO, CATEGORY
+from .display_names import AUTO, CATEGORY
 
 logger = logging.getLogger(__name__)
 

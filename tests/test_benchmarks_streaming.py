@@ -11,9 +11,9 @@ from devtools import bench
 from diffusers import QwenImageTransformer2DModel
 from diffusers.hooks import apply_group_offloading
 from diffusers.hooks.group_offloading import ModuleGroup
-from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
-from qwenimage_lowvram.engine.transformer.branch import Branch
-from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
+from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
+from qwenimage_lowvram.engine.models.qwen_image.branch import Branch
+from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
 from random_blocks import REAL_BLOCKS, Stored, repeat_blocks, write_transformer
 from streaming_contenders import CONTENDERS, NotHere, counted_groups
 from streaming_job import Job, Moved, Tier, forget_files

@@ -67,10 +67,10 @@ for name in %r:
     sys.modules[name] = None
 from pathlib import Path
 import torch
-from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
+from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.errors import MissingPackage
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
+from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
 def load(path):
     return QwenImageTransformer(
         open_checkpoint(Path(path)), dtype=torch.float32, hardware=Hardware.detect(torch.device("cpu"))
@@ -153,7 +153,7 @@ except MissingPackage as error:
 @pytest.mark.parametrize(("width", "channels"), [(4, 3), (96, 3), (8, 4)])
 def test_the_table_of_the_vaes_tensors_is_that_of_diffusers_class(width: int, channels: int) -> None:
     from diffusers import AutoencoderKLQwenImage
-    from qwenimage_lowvram.engine.vae.shapes import image_vae_shapes
+    from qwenimage_lowvram.engine.models.qwen_image_vae.shapes import image_vae_shapes
 
     with torch.device("meta"):
         network = AutoencoderKLQwenImage(base_dim=width, z_dim=16, input_channels=channels)

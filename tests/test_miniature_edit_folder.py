@@ -37,8 +37,8 @@ def test_the_committed_folder_is_small_and_stored_in_bf16() -> None:
 
 def test_the_committed_folder_is_an_edit_2509() -> None:
     diffusers = pytest.importorskip("diffusers")
-    from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
-    from qwenimage_lowvram.engine.families.variants import Variant, variant_of
+    from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
+    from qwenimage_lowvram.engine.models.qwen_image.variants import Variant, variant_of
 
     assert variant_of(open_checkpoint(FOLDER / "transformer")) is Variant.EDIT_2509
     assert type(diffusers.DiffusionPipeline.from_pretrained(FOLDER)) is diffusers.QwenImageEditPlusPipeline

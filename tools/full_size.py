@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
-from qwenimage_lowvram.engine.checkpoints.checkpoint import Checkpoint, TensorEntry
+from qwenimage_lowvram.engine.files.checkpoint import Checkpoint, TensorEntry
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.lora.files import LoraFile
+from qwenimage_lowvram.engine.lora.lora_file import LoraFile
 from transformers import Qwen2_5_VLTextConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer
 

@@ -3,12 +3,12 @@
 import full_size
 import torch
 from live_bytes import LiveBytes
-from qwenimage_lowvram.engine.checkpoints.checkpoint import Checkpoint
-from qwenimage_lowvram.engine.plan.footprint import TransformerFootprint
-from qwenimage_lowvram.engine.plan.memory import plan_memory
-from qwenimage_lowvram.engine.plan.request import GIB, Limits, SamplingRequest
-from qwenimage_lowvram.engine.transformer.branch import Branch
-from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
+from qwenimage_lowvram.engine.files.checkpoint import Checkpoint
+from qwenimage_lowvram.engine.models.qwen_image.branch import Branch
+from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
+from qwenimage_lowvram.engine.planning.footprint import TransformerFootprint
+from qwenimage_lowvram.engine.planning.memory import plan_memory
+from qwenimage_lowvram.engine.planning.request import GIB, Limits, SamplingRequest
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 

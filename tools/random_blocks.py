@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from diffusers import QwenImageTransformer2DModel
-from qwenimage_lowvram.engine.checkpoints.checkpoint import Checkpoint
+from qwenimage_lowvram.engine.files.checkpoint import Checkpoint
 
 REAL_BLOCKS = 60
 REAL_HEADS = 24

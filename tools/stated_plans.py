@@ -16,14 +16,14 @@ from typing import Any
 
 import full_size
 import torch
-from qwenimage_lowvram.engine.lora.files import match
-from qwenimage_lowvram.engine.lora.patch import lora_patches
-from qwenimage_lowvram.engine.plan.forecast import TYPICAL, Bound
-from qwenimage_lowvram.engine.plan.memory import MemoryPlan, plan_memory
-from qwenimage_lowvram.engine.plan.request import GIB, Limits, SamplingRequest, size_text
-from qwenimage_lowvram.engine.plan.stages import REFERENCE_TOKENS, SEEN_TOKENS
-from qwenimage_lowvram.engine.quantized.weights import QuantizedWeights
-from qwenimage_lowvram.engine.transformer.parts import TransformerParts
+from qwenimage_lowvram.engine.caches.requantized_weights import QuantizedWeights
+from qwenimage_lowvram.engine.lora.lora_file import match
+from qwenimage_lowvram.engine.lora.weight_patches import lora_patches
+from qwenimage_lowvram.engine.models.qwen_image.transformer_parts import TransformerParts
+from qwenimage_lowvram.engine.planning.forecast import TYPICAL, Bound
+from qwenimage_lowvram.engine.planning.memory import MemoryPlan, plan_memory
+from qwenimage_lowvram.engine.planning.request import GIB, Limits, SamplingRequest, size_text
+from qwenimage_lowvram.engine.planning.stages import REFERENCE_TOKENS, SEEN_TOKENS
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))

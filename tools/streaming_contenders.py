@@ -20,12 +20,12 @@ from diffusers.hooks import apply_group_offloading
 from diffusers.hooks.group_offloading import ModuleGroup
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
 from diffusers_step import DEVICE, DTYPE, StepInputs, guide, guided_step, parameters_of
-from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
+from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.plan.memory import MemoryPlan, activation_bytes, least_ram_bytes, plan_memory
-from qwenimage_lowvram.engine.plan.request import Limits
-from qwenimage_lowvram.engine.transformer.branch import Branch
-from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
+from qwenimage_lowvram.engine.models.qwen_image.branch import Branch
+from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
+from qwenimage_lowvram.engine.planning.memory import MemoryPlan, activation_bytes, least_ram_bytes, plan_memory
+from qwenimage_lowvram.engine.planning.request import Limits
 from random_blocks import REAL_BLOCKS
 from streaming_job import PROMPT_TOKENS, Job, Moved, Tier, forget_files
 from torch import Tensor, nn

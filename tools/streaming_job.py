@@ -7,7 +7,7 @@ from enum import Enum
 from pathlib import Path
 
 import torch
-from qwenimage_lowvram.engine.plan.request import SamplingRequest
+from qwenimage_lowvram.engine.planning.request import SamplingRequest
 
 PROMPT_TOKENS = (64, 8)
 

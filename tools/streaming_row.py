@@ -14,7 +14,7 @@ import psutil
 import torch
 from diffusers_step import DEVICE
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.speeds import measure_bus, measure_disk
+from qwenimage_lowvram.engine.runs.machine_speeds import measure_bus, measure_disk
 from random_blocks import REAL_BLOCKS
 from streaming_contenders import CONTENDERS, NotHere, synchronize
 from streaming_job import Job, Tier, forget_files

@@ -12,8 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..checkpoints.checkpoint import TensorEntry
 from ..errors import WrongModel
+from ..files.checkpoint import TensorEntry
 from ..texts import printable
 from .bnb4 import FP4, NF4
 from .gguf import GGUF, GgufCodec

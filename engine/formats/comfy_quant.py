@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from ..checkpoints.checkpoint import TensorEntry
-from ..checkpoints.json_texts import parse_json
 from ..errors import DamagedFile, MissingPackage, WrongModel
+from ..files.checkpoint import TensorEntry
+from ..files.json_texts import parse_json
 from .int8_convrot import INT8_CONVROT, load_operator
 from .kitchen import KITCHEN, MXFP8, SCALES, load_kitchen
 from .kitchen_w4a8 import W4A8, W4A8_PARTS, load_w4a8

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.checkpoint import TensorEntry
-from ..checkpoints.json_texts import parse_json
-from ..checkpoints.regular_file import open_regular, require_unchanged
 from ..errors import DamagedFile, MissingFile
+from ..files.checkpoint import TensorEntry
+from ..files.json_texts import parse_json
+from ..files.regular_file import open_regular, require_unchanged
 
 MAX_NOTE_BYTES = 4096
 

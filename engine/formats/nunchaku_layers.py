@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
 
-from ..checkpoints.checkpoint import TensorEntry
 from ..errors import DamagedFile, WrongModel
+from ..files.checkpoint import TensorEntry
 from .nunchaku import AWQ, AWQ_BIAS, AWQ_GROUP, AWQ_SPLITS, MAX_RANK, SVDQ_BIAS, SVDQ_GROUPS, SVDQ_SHIFTED_BIAS
 from .nunchaku_packing import RANK_STEP, TILE_ROWS
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 from math import prod
 from typing import Any
 
-from ..checkpoints.checkpoint import TensorEntry
 from ..errors import DamagedFile, WrongModel
+from ..files.checkpoint import TensorEntry
 from .bnb4 import BLOCK, NESTED_BLOCK, load_operators
 from .notes import read_notes
 

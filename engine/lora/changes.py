@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..checkpoints.checkpoint import TensorEntry
+from ..files.checkpoint import TensorEntry
 
 
 class Change(Protocol):

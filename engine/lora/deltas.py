@@ -8,10 +8,10 @@ from math import isfinite, prod
 import torch
 from torch import Tensor
 
-from ..checkpoints.checkpoint import TensorEntry
 from ..errors import InvalidRequest
+from ..files.checkpoint import TensorEntry
 from .changes import Change, as_fp32, carve, fp32_elements
-from .whole import WholeChange
+from .whole_change import WholeChange
 
 # of a weight that are changed at a time, 8 MiB in fp32. A constant, because the product of a run of rows may be summed
 # in another order for another number of them: results depend on no memory plan

@@ -6,11 +6,11 @@ from math import prod, sqrt
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.checkpoint import TensorEntry
 from ..errors import DamagedFile, Unsupported, WrongModel
+from ..files.checkpoint import TensorEntry
 from .changes import Change, Hadamard, Kronecker, Matrix, Sum
 from .deltas import Delta, Dora, Norm
-from .keys import PARTS_OF
+from .key_names import PARTS_OF
 
 # in which matrices may be stored
 _DTYPES = ("F32", "F16", "BF16", "F64", "F8_E4M3", "F8_E5M2")

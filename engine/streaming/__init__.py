@@ -3,9 +3,9 @@
 Knows how a block is stored and where it is to lie, and nothing of what a block computes.
 """
 
-from .host_memory import HostBuffer, HostMemory
-from .layout import FlatLayout, StoredBlock, WeightPatch, bind, store_block
-from .source import BlockSource, FileSource, TensorReader, read_params
+from .block_layout import FlatLayout, StoredBlock, WeightPatch, bind, store_block
+from .block_source import BlockSource, FileSource, TensorReader, read_params
+from .pinned_memory import HostBuffer, HostMemory
 from .store import BlockStore, require_decodable
 from .streamer import BlockStreamer, Waits
 

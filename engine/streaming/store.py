@@ -9,15 +9,15 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints.checkpoint import TensorEntry
 from ..errors import Unsupported
+from ..files.checkpoint import TensorEntry
 from ..formats import FP8_DTYPES
 from ..hardware import Hardware
 from ..out_of_memory import reason
-from .host_memory import HostBuffer, HostMemory
-from .layout import StoredBlock, bind
-from .order import Mark, StreamOrder
-from .source import BlockSource
+from .block_layout import StoredBlock, bind
+from .block_source import BlockSource
+from .pinned_memory import HostBuffer, HostMemory
+from .streams import Mark, StreamOrder
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .order import Mark
 from .store import BlockStore
+from .streams import Mark
 
 
 @dataclass

@@ -13,25 +13,25 @@ import comfy.utils
 import torch
 from torch import Tensor, nn
 
+from ...engine.caches.prompt_cache import PromptCache
+from ...engine.caches.prompt_key import PromptKey, arithmetic_of
 from ...engine.errors import DamagedFile, InvalidRequest
-from ...engine.families.members import EDIT_TEMPLATE, PICTURE_PLACE, PROMPT_TEMPLATE
-from ...engine.families.variants import Variant
+from ...engine.models.qwen25_vl.image_prompts import PICTURE, PicturePrompt
+from ...engine.models.qwen25_vl.text_encoder import TextEncoder
+from ...engine.models.qwen25_vl.vision_pass import Looking
+from ...engine.models.qwen25_vl.vision_patches import PatchedPicture, patch_picture
+from ...engine.models.qwen_image.prompt_template import EDIT_TEMPLATE, PICTURE_PLACE, PROMPT_TEMPLATE
+from ...engine.models.qwen_image.prompts import PromptTokenizer, drop_template, require_length, require_text
+from ...engine.models.qwen_image.variants import Variant
 from ...engine.out_of_memory import in_words, reason, shortage
-from ...engine.plan.memory import plan_text_encoder, text_encoder_peak_bytes
-from ...engine.plan.picture_report import Moved
-from ...engine.plan.stages import Stage, encode_stage
-from ...engine.text.cache import PromptCache
-from ...engine.text.encoder import TextEncoder
-from ...engine.text.key import PromptKey, arithmetic_of
-from ...engine.text.looking import Looking
-from ...engine.text.picture_prompts import PICTURE, PicturePrompt
-from ...engine.text.prompts import PromptTokenizer, drop_template, require_length, require_text
-from ...engine.vision.patches import PatchedPicture, patch_picture
-from .checks import check_embeds, check_image
+from ...engine.planning.memory import plan_text_encoder, text_encoder_peak_bytes
+from ...engine.planning.stages import Stage, encode_stage
+from ...engine.reports.image_report import Moved
+from .graph_checks import check_device, refuse
 from .limits import stage_bytes
 from .shortage import VRAM_LIMIT, naming_limit
 from .timeline import Timeline
-from .unsupported import check_device, refuse
+from .value_checks import check_embeds, check_image
 
 logger = logging.getLogger(__name__)
 

@@ -9,12 +9,12 @@ import comfy.sampler_helpers
 import torch
 from comfy.ldm.qwen_image.controlnet import QwenImageControlNetModel
 
-from ...engine.plan.footprint import TransformerFootprint
-from ...engine.plan.request import Controls, SamplingRequest
-from ...engine.transformer.latents import PATCH
-from .conditions import Conds, entries_of, size_of
-from .control import chain, width_of
-from .patches import patched_bytes
+from ...engine.models.qwen_image.latents import PATCH
+from ...engine.planning.footprint import TransformerFootprint
+from ...engine.planning.request import Controls, SamplingRequest
+from .block_patches import patched_bytes
+from .controlnets import chain, width_of
+from .run_conditions import Conds, entries_of, size_of
 
 # tensors of one token's width that are alive at once in ComfyUI's QwenImageTransformerBlock: the joint attention's
 # q, k and v, before and after they are joined and turned, and around the MLP its four times wider states

@@ -10,8 +10,8 @@ import torch
 from comfy.model_management import LoadedModel
 
 from ...engine.host_ram import HostRam, RamBound
-from ...engine.transformer.model import QwenImageTransformer
-from ...engine.vae import ImageVAE
+from ...engine.models.qwen_image.transformer import QwenImageTransformer
+from ...engine.models.qwen_image_vae.image_vae import ImageVAE
 from .patcher import LowVRAMPatcher
 from .switches import cache_ram_bytes, reserved_bytes
 

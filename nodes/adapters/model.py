@@ -14,30 +14,19 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrapper
 from torch import Tensor
 
 from ...engine.errors import Unsupported
-from ...engine.lora.patch import lora_patches
+from ...engine.lora.weight_patches import lora_patches
+from ...engine.models.qwen_image.block_hooks import Hooked
+from ...engine.models.qwen_image.branch import Branch
+from ...engine.models.qwen_image.latents import PATCH
+from ...engine.models.qwen_image.transformer import QwenImageTransformer
 from ...engine.out_of_memory import in_words
-from ...engine.plan.memory import MemoryPlan
-from ...engine.plan.report import MemoryReport
-from ...engine.transformer.branch import Branch
-from ...engine.transformer.hooks import Hooked
-from ...engine.transformer.latents import PATCH
-from ...engine.transformer.model import QwenImageTransformer
-from .call import Call
-from .conditions import Conds, conditions_of_run, entries_of, size_of
-from .contents import check_computed, check_result, check_values
-from .control import ControlNets, check_controls, check_devices, other_models
+from ...engine.planning.memory import MemoryPlan
+from ...engine.reports.memory_report import MemoryReport
+from .block_patches import BlockPatches, PatchPictures, check_patches, has_patches, sees_each_call
+from .content_checks import check_computed, check_result, check_values
 from .control_memory import controls_of
-from .lockstep import KEY, Lockstep
-from .native_lora import PREFIX
-from .patcher import LowVRAMPatcher
-from .patches import BlockPatches, PatchPictures, check_patches, has_patches, sees_each_call
-from .planning import check_positions, plan_run, request_of
-from .references import check_methods
-from .run import SamplingRun
-from .speeds import KnownSpeeds
-from .stand_ins import WithoutLayers, refuse_compiling
-from .timeline import Timeline
-from .unsupported import (
+from .controlnets import ControlNets, check_controls, check_devices, other_models
+from .graph_checks import (
     check_device,
     check_graph,
     check_latents,
@@ -47,6 +36,17 @@ from .unsupported import (
     refuse,
     why_one_by_one,
 )
+from .known_speeds import KnownSpeeds
+from .lockstep import KEY, Lockstep
+from .model_call import Call
+from .native_lora import PREFIX
+from .patcher import LowVRAMPatcher
+from .planning import check_positions, plan_run, request_of
+from .references import check_methods
+from .run_conditions import Conds, conditions_of_run, entries_of, size_of
+from .sampling_run import SamplingRun
+from .stand_ins import WithoutLayers, refuse_compiling
+from .timeline import Timeline
 from .whole_process import tell_patched_process
 
 logger = logging.getLogger(__name__)

@@ -9,10 +9,10 @@ import torch
 from comfy.weight_adapter import BypassInjectionManager, LoHaAdapter, LoKrAdapter, LoRAAdapter
 from torch import Tensor
 
-from ...engine.checkpoints.checkpoint import TensorEntry
+from ...engine.files.checkpoint import TensorEntry
 from ...engine.formats import TORCH_DTYPES
-from ...engine.lora.files import LoraFile
-from .unsupported import refuse
+from ...engine.lora.lora_file import LoraFile
+from .graph_checks import refuse
 
 PREFIX = "diffusion_model."  # of a weight's name in ComfyUI's model
 

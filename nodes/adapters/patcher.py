@@ -9,11 +9,11 @@ import comfy.utils
 import torch
 
 from ...engine.errors import InvalidRequest
-from ...engine.lora.files import LoraMatch
-from .checks import check_number
+from ...engine.lora.lora_file import LoraMatch
+from .graph_checks import check_hooks, refuse
 from .native_lora import PREFIX, bypass_adapters
 from .stand_ins import refuse_compiling, refuse_reaching
-from .unsupported import check_hooks, refuse
+from .value_checks import check_number
 from .whole_lora import match_patches
 
 # of ComfyUI's model: each says in which dtype it computes

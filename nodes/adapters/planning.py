@@ -9,18 +9,18 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...engine.errors import InvalidRequest
-from ...engine.plan.memory import MemoryPlan, least_bytes, least_ram_bytes, most_bytes, most_ram_bytes, plan_memory
-from ...engine.plan.request import Limits, SamplingRequest
-from ...engine.plan.split import annex_bytes, split_blocks
-from ...engine.transformer.latents import LATENT_PX, PATCH, patches_of
-from ...engine.transformer.model import QwenImageTransformer
-from ...engine.transformer.positions import require_text_positions
-from .checks import check_room
-from .conditions import Conds, entries_of, size_of
+from ...engine.models.qwen_image.latents import LATENT_PX, PATCH, patches_of
+from ...engine.models.qwen_image.positions import require_text_positions
+from ...engine.models.qwen_image.transformer import QwenImageTransformer
+from ...engine.planning.block_split import annex_bytes, split_blocks
+from ...engine.planning.memory import MemoryPlan, least_bytes, least_ram_bytes, most_bytes, most_ram_bytes, plan_memory
+from ...engine.planning.request import Limits, SamplingRequest
+from .known_speeds import KnownSpeeds
 from .limits import host_bytes, stage_bytes
 from .patcher import LowVRAMPatcher
+from .run_conditions import Conds, entries_of, size_of
 from .shortage import naming_limit
-from .speeds import KnownSpeeds
+from .value_checks import check_room
 
 
 def request_of(conds: Conds, noise_shape: torch.Size, sigmas: Tensor, joint_attention_dim: int) -> SamplingRequest:

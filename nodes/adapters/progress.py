@@ -12,7 +12,7 @@ import torch
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
-from ...engine.plan.memory import MemoryPlan
+from ...engine.planning.memory import MemoryPlan
 from ...engine.texts import printable
 
 EVENT = "qwen_lowvram.progress"

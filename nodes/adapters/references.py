@@ -5,11 +5,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ...engine.families.members import TransformerConfig, Variant
-from ...engine.transformer.latents import PATCH
-from ...engine.transformer.positions import Place
-from ..words import LOADER
-from .unsupported import refuse
+from ...engine.models.qwen_image.latents import PATCH
+from ...engine.models.qwen_image.positions import Place
+from ...engine.models.qwen_image.tensors import TransformerConfig
+from ...engine.models.qwen_image.variants import Variant
+from ..display_names import LOADER
+from .graph_checks import refuse
 
 INDEX, INDEX_AT_ZERO = "index", "index_timestep_zero"
 _BESIDE = ("offset", "uxo")

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import torch
 
 from ...engine.errors import DoesNotFit
-from ...engine.plan.request import size_text
-from ..words import LOADER
+from ...engine.planning.request import size_text
+from ..display_names import LOADER
 
 VRAM_LIMIT, RAM_LIMIT = "vram_limit_gb", "ram_limit_gb"
 

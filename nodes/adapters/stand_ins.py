@@ -7,7 +7,7 @@ import torch
 from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
 from torch import Tensor, nn
 
-from .unsupported import refuse
+from .graph_checks import refuse
 
 # of ComfyUI's own transformer, beside its layers: methods, and what its __init__ sets
 _NATIVE = frozenset({*vars(QwenImageTransformer2DModel), "pe_embedder", "default_ref_method"})

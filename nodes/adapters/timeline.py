@@ -11,8 +11,8 @@ import psutil
 import torch
 from comfy_execution.utils import get_executing_context
 
-from ...engine.plan.picture_report import Moved, Sample, StageReport
-from ...engine.plan.stages import Stage, StagePlan
+from ...engine.planning.stages import Stage, StagePlan
+from ...engine.reports.image_report import Moved, Sample, StageReport
 from .progress import MemoryWatch
 
 # between samples while a stage runs; longer after every MOST_SAMPLES, of which then every second one goes

@@ -9,18 +9,20 @@ import comfy.sd
 import comfy.utils
 import torch
 
-from ...engine.checkpoints.checkpoint import Checkpoint
+from ...engine.compute.interruption import interruptible
 from ...engine.errors import InvalidRequest, Unsupported
-from ...engine.interruption import interruptible
+from ...engine.files.checkpoint import Checkpoint
+from ...engine.models.qwen_image_vae.image_vae import ImageVAE
+from ...engine.models.qwen_image_vae.tensor_names import needed_tensors
 from ...engine.out_of_memory import in_words
-from ...engine.plan.request import PATCH_PX
-from ...engine.plan.stages import Stage, decode_stage
+from ...engine.planning.request import PATCH_PX
+from ...engine.planning.stages import Stage, decode_stage
+from ...engine.planning.tiles import TilePlan
 from ...engine.streaming import read_params
-from ...engine.vae import ImageVAE, TilePlan, needed_tensors
-from .checks import check_image, check_latent, check_number, check_room, is_finite
 from .limits import stage_bytes
 from .shortage import VRAM_LIMIT, naming_limit
 from .timeline import Timeline
+from .value_checks import check_image, check_latent, check_number, check_room, is_finite
 
 _FEWER = "Decode fewer at a time (LatentFromBatch), or smaller ones."
 

@@ -14,11 +14,11 @@ import torch
 from comfy.weight_adapter import BOFTAdapter, GLoRAAdapter, OFTAdapter
 from torch import Tensor
 
-from ...engine.checkpoints.checkpoint import TensorEntry
 from ...engine.errors import Unsupported, WrongModel
+from ...engine.files.checkpoint import TensorEntry
 from ...engine.lora.deltas import Delta
-from ...engine.lora.files import LoraFile, LoraMatch, match
-from ...engine.lora.whole import WholeChange
+from ...engine.lora.lora_file import LoraFile, LoraMatch, match
+from ...engine.lora.whole_change import WholeChange
 from .native_lora import PREFIX, entry_of, lora_of_patches
 
 _KINDS: Mapping[type, str] = {OFTAdapter: "OFT", BOFTAdapter: "BOFT", GLoRAAdapter: "GLoRA"}

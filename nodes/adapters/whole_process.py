@@ -12,7 +12,7 @@ import comfy.ldm.modules.attention
 import comfy.ldm.qwen_image.model
 from torch import nn
 
-from ..words import LOADER
+from ..display_names import LOADER
 from .progress import tell
 
 logger = logging.getLogger(__name__)

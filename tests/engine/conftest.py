@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from qwenimage_lowvram.engine.checkpoints.safetensors_header import BITS_PER_ELEMENT
+from qwenimage_lowvram.engine.files.safetensors_header import BITS_PER_ELEMENT
 from qwenimage_lowvram.engine.hardware import Hardware
 
 TEXT_DIM = 32

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from qwenimage_lowvram.engine import atomic_files
-from qwenimage_lowvram.engine.atomic_files import UNFINISHED, Held, is_file, remove, remove_dead, whole_file
+from qwenimage_lowvram.engine.files import atomic_files
+from qwenimage_lowvram.engine.files.atomic_files import UNFINISHED, Held, is_file, remove, remove_dead, whole_file
 
 needs_pipes = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no pipes among its files")
 

@@ -14,13 +14,13 @@ import torch
 from bnb_folder import dequantized, load_quantized
 from diffusers import BitsAndBytesConfig, QwenImageTransformer2DModel
 from full_size_run import require_planned_peaks
-from qwenimage_lowvram.engine.checkpoints.checkpoint import Checkpoint, TensorEntry, open_checkpoint
 from qwenimage_lowvram.engine.errors import CheckpointError, DamagedFile, WrongModel
-from qwenimage_lowvram.engine.families.members import sort_transformer
+from qwenimage_lowvram.engine.files.checkpoint import Checkpoint, TensorEntry, open_checkpoint
 from qwenimage_lowvram.engine.formats.quant_states import with_quant_states
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.transformer.branch import Branch
-from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
+from qwenimage_lowvram.engine.models.qwen_image.branch import Branch
+from qwenimage_lowvram.engine.models.qwen_image.tensors import sort_transformer
+from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
 from safetensors.torch import load_file, save_file
 from small_checkpoint import make_transformer
 from torch._subclasses.fake_tensor import FakeTensorMode

@@ -14,16 +14,16 @@ from typing import Any
 import pytest
 import torch
 from gguf_files import write_gguf_transformer
-from qwenimage_lowvram.engine.checkpoints import regular_file
-from qwenimage_lowvram.engine.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from qwenimage_lowvram.engine.checkpoints.json_texts import read_json
 from qwenimage_lowvram.engine.errors import CheckpointError, DamagedFile
-from qwenimage_lowvram.engine.families.variants import variant_of
+from qwenimage_lowvram.engine.files import regular_file
+from qwenimage_lowvram.engine.files.checkpoint import Checkpoint, open_checkpoint
+from qwenimage_lowvram.engine.files.json_texts import read_json
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.lora.files import match, open_lora
-from qwenimage_lowvram.engine.text.encoder import TextEncoder
-from qwenimage_lowvram.engine.transformer.branch import Branch
-from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
+from qwenimage_lowvram.engine.lora.lora_file import match, open_lora
+from qwenimage_lowvram.engine.models.qwen25_vl.text_encoder import TextEncoder
+from qwenimage_lowvram.engine.models.qwen_image.branch import Branch
+from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
+from qwenimage_lowvram.engine.models.qwen_image.variants import variant_of
 from safetensors.torch import load_file, save_file
 from small_checkpoint import make_transformer
 from split_files import write_split_files
@@ -332,7 +332,7 @@ def test_a_name_that_stands_twice_in_any_json_is_refused(tmp_path: Path) -> None
 
 
 def test_overlapping_tensors_of_a_gguf_file_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qwenimage_lowvram.engine.checkpoints import gguf_header
+    from qwenimage_lowvram.engine.files import gguf_header
 
     transformer = make_transformer()
     file = tmp_path / "m.gguf"

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.errors import CheckpointError, DamagedFile, MissingFile
+from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from safetensors.torch import save_file
 
 SHAPES = {"a.weight": (4, 6), "a.bias": (4,)}
@@ -266,7 +266,7 @@ def test_a_damaged_header_is_a_damaged_file(header: Any, tmp_path: Path, write_h
 _AS_NOBODY = """
 import os, sys
 from pathlib import Path
-from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
+from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.errors import MissingFile
 if os.getuid() == 0:
     try:

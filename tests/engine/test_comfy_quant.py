@@ -15,18 +15,18 @@ import torch
 from comfy_files import KINDS, note_bytes, read_dequantized
 from full_size_run import require_planned_peaks
 from live_bytes import allocated_peak_bytes
-from qwenimage_lowvram.engine.checkpoints.checkpoint import Checkpoint, TensorEntry, open_checkpoint
 from qwenimage_lowvram.engine.errors import CheckpointError, DamagedFile, MissingPackage, WrongModel
-from qwenimage_lowvram.engine.families.members import sort_transformer
+from qwenimage_lowvram.engine.files.checkpoint import Checkpoint, TensorEntry, open_checkpoint
 from qwenimage_lowvram.engine.formats import raw_layout
 from qwenimage_lowvram.engine.formats.comfy_quant import with_comfy_quants
 from qwenimage_lowvram.engine.formats.int8_convrot import CHUNK_WEIGHTS, INT8_CONVROT, load_operator
 from qwenimage_lowvram.engine.formats.kitchen import KITCHEN
 from qwenimage_lowvram.engine.hardware import Hardware
+from qwenimage_lowvram.engine.models.qwen25_vl.text_encoder import TextEncoder
+from qwenimage_lowvram.engine.models.qwen_image.branch import Branch
+from qwenimage_lowvram.engine.models.qwen_image.tensors import sort_transformer
+from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
 from qwenimage_lowvram.engine.streaming import read_params
-from qwenimage_lowvram.engine.text.encoder import TextEncoder
-from qwenimage_lowvram.engine.transformer.branch import Branch
-from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
 from safetensors.torch import load_file, save_file
 from small_checkpoint import write_split_files
 

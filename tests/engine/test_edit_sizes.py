@@ -7,10 +7,10 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import CONDITION
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from qwenimage_lowvram.engine.errors import InvalidRequest
-from qwenimage_lowvram.engine.families.variants import Variant
-from qwenimage_lowvram.engine.vision.edit_sizes import EditSizes, PictureSizes, plan_sizes
-from qwenimage_lowvram.engine.vision.patches import LEAST_PIXELS, MOST_PIXELS, patch_picture
-from qwenimage_lowvram.engine.vision.resample import resample
+from qwenimage_lowvram.engine.models.qwen25_vl.vision_patches import LEAST_PIXELS, MOST_PIXELS, patch_picture
+from qwenimage_lowvram.engine.models.qwen_image.edit_sizes import EditSizes, PictureSizes, plan_sizes
+from qwenimage_lowvram.engine.models.qwen_image.resample import resample
+from qwenimage_lowvram.engine.models.qwen_image.variants import Variant
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 EDIT, PLUS = Variant.EDIT, Variant.EDIT_2509

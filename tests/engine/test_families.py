@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.errors import WrongModel
-from qwenimage_lowvram.engine.families.components import Component, identify, only, require
-from qwenimage_lowvram.engine.families.members import sort_text_encoder, sort_transformer, vae_tensors
+from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
-from qwenimage_lowvram.engine.vae import needed_tensors, require_image_vae
+from qwenimage_lowvram.engine.models.qwen25_vl.tensors import sort_text_encoder
+from qwenimage_lowvram.engine.models.qwen_image.tensors import sort_transformer
+from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
+from qwenimage_lowvram.engine.models.qwen_image_vae.tensor_names import needed_tensors, require_image_vae, vae_tensors
+from qwenimage_lowvram.engine.models.recognition import Component, identify, only, require
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from qwenimage_lowvram.engine.checkpoints.checkpoint import TensorEntry, open_checkpoint
 from qwenimage_lowvram.engine.errors import WrongModel
+from qwenimage_lowvram.engine.files.checkpoint import TensorEntry, open_checkpoint
 from qwenimage_lowvram.engine.formats import CODECS, stored_param
 from qwenimage_lowvram.engine.formats.scaled_fp8 import SCALED_FP8
 from qwenimage_lowvram.engine.streaming import read_params

@@ -13,17 +13,17 @@ import full_size
 import pytest
 import torch
 from live_bytes import LiveBytes
-from qwenimage_lowvram.engine.checkpoints.checkpoint import Checkpoint
-from qwenimage_lowvram.engine.families.variants import Variant
-from qwenimage_lowvram.engine.lora.files import match
-from qwenimage_lowvram.engine.lora.patch import lora_patches
-from qwenimage_lowvram.engine.plan.memory import MemoryPlan, activation_bytes, plan_memory, text_encoder_peak_bytes
-from qwenimage_lowvram.engine.plan.request import GIB, Limits, SamplingRequest
-from qwenimage_lowvram.engine.plan.stages import TEMPLATE_END_TOKENS, PictureRequest
-from qwenimage_lowvram.engine.quantized.weights import QuantizedWeights
-from qwenimage_lowvram.engine.text.encoder import TextEncoder
-from qwenimage_lowvram.engine.transformer.branch import Branch
-from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
+from qwenimage_lowvram.engine.caches.requantized_weights import QuantizedWeights
+from qwenimage_lowvram.engine.files.checkpoint import Checkpoint
+from qwenimage_lowvram.engine.lora.lora_file import match
+from qwenimage_lowvram.engine.lora.weight_patches import lora_patches
+from qwenimage_lowvram.engine.models.qwen25_vl.text_encoder import TextEncoder
+from qwenimage_lowvram.engine.models.qwen_image.branch import Branch
+from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
+from qwenimage_lowvram.engine.models.qwen_image.variants import Variant
+from qwenimage_lowvram.engine.planning.memory import MemoryPlan, activation_bytes, plan_memory, text_encoder_peak_bytes
+from qwenimage_lowvram.engine.planning.request import GIB, Limits, SamplingRequest
+from qwenimage_lowvram.engine.planning.stages import TEMPLATE_END_TOKENS, PictureRequest
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 SIZES = [(1664, 928), (1328, 1328)]

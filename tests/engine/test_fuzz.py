@@ -17,15 +17,16 @@ from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from gguf_files import write_gguf_text_encoder, write_gguf_transformer, write_gguf_vision
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from qwenimage_lowvram.engine.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from qwenimage_lowvram.engine.errors import QwenLowVRAMError
-from qwenimage_lowvram.engine.families.vision import sort_vision
+from qwenimage_lowvram.engine.files.checkpoint import Checkpoint, open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
+from qwenimage_lowvram.engine.models.qwen25_vl.text_encoder import TextEncoder
+from qwenimage_lowvram.engine.models.qwen25_vl.vision_tensors import sort_vision
+from qwenimage_lowvram.engine.models.qwen_image.branch import Branch
+from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
+from qwenimage_lowvram.engine.models.qwen_image_vae.image_vae import ImageVAE
+from qwenimage_lowvram.engine.models.qwen_image_vae.tensor_names import require_image_vae
 from qwenimage_lowvram.engine.streaming import read_params
-from qwenimage_lowvram.engine.text.encoder import TextEncoder
-from qwenimage_lowvram.engine.transformer.branch import Branch
-from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
-from qwenimage_lowvram.engine.vae import ImageVAE, require_image_vae
 from safetensors.torch import save
 from small_checkpoint import TextSize, make_text_encoder, make_tokenizer, make_transformer
 

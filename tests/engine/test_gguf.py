@@ -15,18 +15,19 @@ from full_size_run import require_planned_peaks
 from gguf import GGMLQuantizationType
 from gguf_files import llama_name, read_gguf, write_gguf_text_encoder, write_gguf_transformer
 from live_bytes import LiveBytes
-from qwenimage_lowvram.engine.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from qwenimage_lowvram.engine.errors import WrongModel
-from qwenimage_lowvram.engine.families.components import Component, require
-from qwenimage_lowvram.engine.families.members import sort_text_encoder, sort_transformer
+from qwenimage_lowvram.engine.files.checkpoint import Checkpoint, open_checkpoint
 from qwenimage_lowvram.engine.formats import CODECS
 from qwenimage_lowvram.engine.formats.gguf import CHUNK_WEIGHTS, GGUF, GgufCodec
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.plan.memory import plan_text_encoder, text_encoder_peak_bytes
-from qwenimage_lowvram.engine.plan.request import GIB
-from qwenimage_lowvram.engine.text.encoder import TextEncoder
-from qwenimage_lowvram.engine.transformer.branch import Branch
-from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
+from qwenimage_lowvram.engine.models.qwen25_vl.tensors import sort_text_encoder
+from qwenimage_lowvram.engine.models.qwen25_vl.text_encoder import TextEncoder
+from qwenimage_lowvram.engine.models.qwen_image.branch import Branch
+from qwenimage_lowvram.engine.models.qwen_image.tensors import sort_transformer
+from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
+from qwenimage_lowvram.engine.models.recognition import Component, require
+from qwenimage_lowvram.engine.planning.memory import plan_text_encoder, text_encoder_peak_bytes
+from qwenimage_lowvram.engine.planning.request import GIB
 from safetensors.torch import load_file
 from small_checkpoint import TextSize, make_text_encoder, make_tokenizer, make_transformer
 from torch._subclasses.fake_tensor import FakeTensorMode

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter
-from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.errors import DamagedFile, MissingFile, WrongModel
-from qwenimage_lowvram.engine.families.members import sort_text_encoder, sort_transformer
+from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
+from qwenimage_lowvram.engine.models.qwen25_vl.tensors import sort_text_encoder
+from qwenimage_lowvram.engine.models.qwen_image.tensors import sort_transformer
 from safetensors.torch import save_file
 
 

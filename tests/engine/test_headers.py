@@ -11,14 +11,14 @@ from typing import Any, BinaryIO
 
 import pytest
 import torch
-from qwenimage_lowvram.engine.checkpoints import checkpoint as checkpoints
-from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
-from qwenimage_lowvram.engine.checkpoints.gguf_header import MAX_TEXTS, read_gguf_header
-from qwenimage_lowvram.engine.checkpoints.header import MAX_KEPT, TENSOR_BYTES, Header, HeaderCache
-from qwenimage_lowvram.engine.checkpoints.json_texts import MAX_JSON_VALUES
-from qwenimage_lowvram.engine.checkpoints.model_files import MAX_FILES
-from qwenimage_lowvram.engine.checkpoints.safetensors_header import MAX_TENSORS, read_safetensors_header
 from qwenimage_lowvram.engine.errors import DamagedFile
+from qwenimage_lowvram.engine.files import checkpoint as checkpoints
+from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
+from qwenimage_lowvram.engine.files.gguf_header import MAX_TEXTS, read_gguf_header
+from qwenimage_lowvram.engine.files.header import MAX_KEPT, TENSOR_BYTES, Header, HeaderCache
+from qwenimage_lowvram.engine.files.json_texts import MAX_JSON_VALUES
+from qwenimage_lowvram.engine.files.model_files import MAX_FILES
+from qwenimage_lowvram.engine.files.safetensors_header import MAX_TENSORS, read_safetensors_header
 from safetensors.torch import save_file
 
 LONG_AGO = 10**18  # ns

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from qwenimage_lowvram.engine import interruption
-from qwenimage_lowvram.engine.interruption import LONG_TOKENS, QUERIES, interruptible
+from qwenimage_lowvram.engine.compute import interruption
+from qwenimage_lowvram.engine.compute.interruption import LONG_TOKENS, QUERIES, interruptible
 from torch.nn.functional import scaled_dot_product_attention
 
 LONG = LONG_TOKENS + 1

@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.errors import InvalidRequest, WrongModel
-from qwenimage_lowvram.engine.families.members import sort_transformer
-from qwenimage_lowvram.engine.families.variants import Variant
+from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.transformer.branch import Branch
-from qwenimage_lowvram.engine.transformer.latents import pack, shape_in_patches, unpack
-from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer, TimestepRounding
-from qwenimage_lowvram.engine.transformer.positions import MAX_POSITIONS
+from qwenimage_lowvram.engine.models.qwen_image.branch import Branch
+from qwenimage_lowvram.engine.models.qwen_image.latents import pack, shape_in_patches, unpack
+from qwenimage_lowvram.engine.models.qwen_image.positions import MAX_POSITIONS
+from qwenimage_lowvram.engine.models.qwen_image.tensors import sort_transformer
+from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer, TimestepRounding
+from qwenimage_lowvram.engine.models.qwen_image.variants import Variant
 from torch import Tensor
 
 LAYERED = {"use_additional_t_cond": True, "use_layer3d_rope": True}
@@ -99,7 +99,7 @@ def test_the_additional_condition_has_modulation_of_its_own(tiny: Tiny, hardware
 
 
 def test_where_the_text_stands_does_not_depend_on_a_picture_being_shown(tiny: Tiny, cpu: Hardware) -> None:
-    from qwenimage_lowvram.engine.transformer.positions import rotary_tables
+    from qwenimage_lowvram.engine.models.qwen_image.positions import rotary_tables
 
     model, _ = tiny(torch.float32, **LAYERED)
     shown = rotary_tables(model.pos_embed, [(3, 4, 6), (1, 4, 6)], 7, layered=True)
@@ -189,7 +189,7 @@ def test_a_gguf_file_is_layered_too(weight_format: str, tiny: Tiny, tmp_path: Pa
 
 
 def test_a_quantized_layered_model_keeps_its_condition(tiny: Tiny, tmp_path: Path, cpu: Hardware) -> None:
-    from qwenimage_lowvram.engine.quantized.weights import QuantizedWeights
+    from qwenimage_lowvram.engine.caches.requantized_weights import QuantizedWeights
 
     model, folder = tiny(torch.bfloat16, **LAYERED)
     weights = QuantizedWeights.of(open_checkpoint(folder), "int8", tmp_path)

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from live_bytes import LiveBytes
 from lora_files import DORA, KINDS, STYLES, Parts, change_of, make_parts, write_lora
 from packaging.version import Version
-from qwenimage_lowvram.engine.checkpoints.checkpoint import TensorEntry
 from qwenimage_lowvram.engine.errors import DamagedFile, InvalidRequest, MissingFile, Unsupported, WrongModel
+from qwenimage_lowvram.engine.files.checkpoint import TensorEntry
 from qwenimage_lowvram.engine.formats import raw_layout
 from qwenimage_lowvram.engine.lora import deltas as lora_deltas
 from qwenimage_lowvram.engine.lora.deltas import Delta, apply, scratch_elements
-from qwenimage_lowvram.engine.lora.files import LoraFile, LoraMatch, match, open_lora
+from qwenimage_lowvram.engine.lora.lora_file import LoraFile, LoraMatch, match, open_lora
 from safetensors.torch import save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile

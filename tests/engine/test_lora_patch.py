@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from qwenimage_lowvram.engine.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from qwenimage_lowvram.engine.families.members import sort_transformer
+from qwenimage_lowvram.engine.caches.requantized_weights import QuantizedWeights
+from qwenimage_lowvram.engine.files.checkpoint import Checkpoint, open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.lora.files import match, open_lora
-from qwenimage_lowvram.engine.lora.patch import lora_patches
-from qwenimage_lowvram.engine.quantized.weights import QuantizedWeights
+from qwenimage_lowvram.engine.lora.lora_file import match, open_lora
+from qwenimage_lowvram.engine.lora.weight_patches import lora_patches
+from qwenimage_lowvram.engine.models.qwen_image.tensors import sort_transformer
+from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer, TimestepRounding
 from qwenimage_lowvram.engine.streaming import read_params
-from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer, TimestepRounding
 from safetensors.torch import save_file
 from torch import Tensor
 

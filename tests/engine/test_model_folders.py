@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from qwenimage_lowvram.engine.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from qwenimage_lowvram.engine.errors import MissingFile
+from qwenimage_lowvram.engine.files.checkpoint import Checkpoint, open_checkpoint
 
 Tiny = Callable[..., tuple[Any, Path]]
 SHARD = 300_000

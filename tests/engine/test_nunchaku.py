@@ -13,20 +13,20 @@ import torch
 from full_size_run import require_planned_peaks
 from live_bytes import LiveBytes
 from nunchaku_files import SHIFT, SvdqLayer, awq, pack_scales, svdq, write_nunchaku_transformer
-from qwenimage_lowvram.engine.checkpoints.checkpoint import Checkpoint, TensorEntry, open_checkpoint
+from qwenimage_lowvram.engine.caches.requantized_weights import QuantizedWeights
 from qwenimage_lowvram.engine.errors import DamagedFile, InvalidRequest, WrongModel
-from qwenimage_lowvram.engine.families.components import Component, require
-from qwenimage_lowvram.engine.families.members import sort_transformer
+from qwenimage_lowvram.engine.files.checkpoint import Checkpoint, TensorEntry, open_checkpoint
 from qwenimage_lowvram.engine.formats import CODECS, stored_param
 from qwenimage_lowvram.engine.formats.nunchaku import AWQ, SVDQ
 from qwenimage_lowvram.engine.formats.nunchaku_layers import with_nunchaku_layers
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.lora.files import match, open_lora
-from qwenimage_lowvram.engine.lora.patch import lora_patches
-from qwenimage_lowvram.engine.quantized.weights import QuantizedWeights
+from qwenimage_lowvram.engine.lora.lora_file import match, open_lora
+from qwenimage_lowvram.engine.lora.weight_patches import lora_patches
+from qwenimage_lowvram.engine.models.qwen_image.branch import Branch
+from qwenimage_lowvram.engine.models.qwen_image.tensors import sort_transformer
+from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
+from qwenimage_lowvram.engine.models.recognition import Component, require
 from qwenimage_lowvram.engine.streaming import read_params
-from qwenimage_lowvram.engine.transformer.branch import Branch
-from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
 from safetensors.torch import load_file, save_file
 from small_checkpoint import make_transformer
 from torch._subclasses.fake_tensor import FakeTensorMode

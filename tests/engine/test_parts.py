@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from gguf_files import write_gguf_text_encoder, write_gguf_transformer
-from qwenimage_lowvram.engine.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from qwenimage_lowvram.engine.checkpoints.parts import Part, parts_of, stem_of, without_later_parts
 from qwenimage_lowvram.engine.errors import DamagedFile, MissingFile
-from qwenimage_lowvram.engine.families.members import sort_text_encoder, sort_transformer
-from qwenimage_lowvram.engine.families.variants import Variant
-from qwenimage_lowvram.engine.families.vision import find_mmproj
+from qwenimage_lowvram.engine.files.checkpoint import Checkpoint, open_checkpoint
+from qwenimage_lowvram.engine.files.part_files import Part, parts_of, stem_of, without_later_parts
+from qwenimage_lowvram.engine.models.qwen25_vl.tensors import sort_text_encoder
+from qwenimage_lowvram.engine.models.qwen25_vl.vision_tensors import find_mmproj
+from qwenimage_lowvram.engine.models.qwen_image.tensors import sort_transformer
+from qwenimage_lowvram.engine.models.qwen_image.variants import Variant
 
 Tiny = Callable[..., tuple[Any, Path]]
 SHARD_BYTES = 300_000  # the tiny transformer in half a dozen files

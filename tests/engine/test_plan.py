@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from qwenimage_lowvram.engine.errors import DoesNotFit, InvalidRequest
 from qwenimage_lowvram.engine.numerics import NUMERICS_VERSION
-from qwenimage_lowvram.engine.plan.footprint import TextEncoderFootprint, TransformerFootprint
-from qwenimage_lowvram.engine.plan.forecast import TYPICAL, Bound, Speeds, step_flops
-from qwenimage_lowvram.engine.plan.memory import (
+from qwenimage_lowvram.engine.planning.footprint import TextEncoderFootprint, TransformerFootprint
+from qwenimage_lowvram.engine.planning.forecast import TYPICAL, Bound, Speeds, step_flops
+from qwenimage_lowvram.engine.planning.memory import (
     MLP_CHUNKS,
     MemoryPlan,
     activation_bytes,
@@ -29,9 +29,9 @@ from qwenimage_lowvram.engine.plan.memory import (
     spread_order,
     text_encoder_peak_bytes,
 )
-from qwenimage_lowvram.engine.plan.picture_report import PictureReport
-from qwenimage_lowvram.engine.plan.report import MemoryReport
-from qwenimage_lowvram.engine.plan.request import GIB, Controls, Limits, SamplingRequest, size_text
+from qwenimage_lowvram.engine.planning.request import GIB, Controls, Limits, SamplingRequest, size_text
+from qwenimage_lowvram.engine.reports.image_report import PictureReport
+from qwenimage_lowvram.engine.reports.memory_report import MemoryReport
 
 ALIAS = Path(__file__).parents[2] / "tools" / "alias"
 MIB = 1024**2
@@ -413,8 +413,14 @@ def test_the_text_encoder_keeps_its_limit_too(lengths: list[int], share: float) 
 
 
 def test_planning_imports_no_torch() -> None:
-    names = ("memory", "report", "stages", "choice", "split", "charts")
-    code = "".join(f"import qwenimage_lowvram.engine.plan.{name}\n" for name in names)
+    names = (
+        "planning.memory",
+        "reports.memory_report",
+        "planning.stages",
+        "planning.format_choice",
+        "planning.block_split",
+    )
+    code = "".join(f"import qwenimage_lowvram.engine.{name}\n" for name in names)
     code += "import sys; print('torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ALIAS)}, capture_output=True, text=True

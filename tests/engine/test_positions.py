@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
 from qwenimage_lowvram.engine.errors import InvalidRequest
-from qwenimage_lowvram.engine.transformer.positions import MAX_POSITIONS, place_pictures
+from qwenimage_lowvram.engine.models.qwen_image.positions import MAX_POSITIONS, place_pictures
 
 SHAPES = [(1, 6, 8), (1, 5, 7), (1, 9, 2)]
 

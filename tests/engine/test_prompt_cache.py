@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 import torch
 from devtools.cache import REPOSITORY
-from qwenimage_lowvram.engine import atomic_files
-from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
+from qwenimage_lowvram.engine.caches import prompt_key
+from qwenimage_lowvram.engine.caches.prompt_cache import LIMIT_BYTES, Cleared, PromptCache
+from qwenimage_lowvram.engine.caches.prompt_key import PromptKey, arithmetic_of
 from qwenimage_lowvram.engine.errors import CacheError
+from qwenimage_lowvram.engine.files import atomic_files
+from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.text import key as prompt_key
-from qwenimage_lowvram.engine.text.cache import LIMIT_BYTES, Cleared, PromptCache
-from qwenimage_lowvram.engine.text.encoder import TextEncoder
-from qwenimage_lowvram.engine.text.key import PromptKey, arithmetic_of
+from qwenimage_lowvram.engine.models.qwen25_vl.text_encoder import TextEncoder
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -159,9 +159,9 @@ def test_the_arithmetic_names_the_libraries_the_chip_and_the_settings() -> None:
 def test_a_changed_line_of_code_is_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = tmp_path / "engine"
     shutil.copytree(REPOSITORY / "engine", engine, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(prompt_key, "__file__", str(engine / "text" / "key.py"))
+    monkeypatch.setattr(prompt_key, "__file__", str(engine / "caches" / "prompt_key.py"))
     before = prompt_key._code_version()
-    for name in ("text/encoder.py", "formats/scaled_fp8.py"):
+    for name in ("models/qwen25_vl/text_encoder.py", "formats/scaled_fp8.py"):
         with (engine / name).open("a") as file:
             file.write("# changed\n")
         after = prompt_key._code_version()
@@ -175,7 +175,7 @@ def test_nothing_is_read_or_written_by_pickle(cache: PromptCache) -> None:
     with safe_open(file, framework="pt") as entry:
         assert list(entry.keys()) == ["embeddings"]
         assert entry.metadata()["key"] == KEY.text
-    for name in ("text/cache", "text/key", "atomic_files"):
+    for name in ("caches/prompt_cache", "caches/prompt_key", "files/atomic_files"):
         tree = ast.parse((REPOSITORY / "engine" / f"{name}.py").read_text(encoding="utf-8"))
         imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
         assert not imported & {"pickle", "shelve", "marshal", "joblib"}
@@ -528,8 +528,8 @@ import os, sys
 from dataclasses import replace
 from pathlib import Path
 import torch
-from qwenimage_lowvram.engine.text.cache import PromptCache
-from qwenimage_lowvram.engine.text.key import PromptKey
+from qwenimage_lowvram.engine.caches.prompt_cache import PromptCache
+from qwenimage_lowvram.engine.caches.prompt_key import PromptKey
 
 folder, limit, mode = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 cache = PromptCache(folder, limit)

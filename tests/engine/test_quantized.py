@@ -20,19 +20,26 @@ from bnb_folder import dequantized, load_quantized
 from devtools.cache import REPOSITORY
 from diffusers import BitsAndBytesConfig, QwenImageTransformer2DModel
 from live_bytes import LiveBytes
-from qwenimage_lowvram.engine import atomic_files
-from qwenimage_lowvram.engine.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from qwenimage_lowvram.engine.caches import requantized_files as quantized_files
+from qwenimage_lowvram.engine.caches.requantized_files import (
+    State,
+    cache_path,
+    cached_files,
+    clear,
+    remove_dead,
+    whole_file,
+)
+from qwenimage_lowvram.engine.caches.requantized_layout import FORMATS
+from qwenimage_lowvram.engine.caches.requantized_weights import QuantizedWeights
 from qwenimage_lowvram.engine.errors import CacheError, DamagedFile, InvalidRequest
-from qwenimage_lowvram.engine.families.members import sort_transformer
+from qwenimage_lowvram.engine.files import atomic_files
+from qwenimage_lowvram.engine.files.checkpoint import Checkpoint, open_checkpoint
 from qwenimage_lowvram.engine.formats import stored_param
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.quantized import files as quantized_files
-from qwenimage_lowvram.engine.quantized.files import State, cache_path, cached_files, clear, remove_dead, whole_file
-from qwenimage_lowvram.engine.quantized.layout import FORMATS
-from qwenimage_lowvram.engine.quantized.weights import QuantizedWeights
+from qwenimage_lowvram.engine.models.qwen_image.branch import Branch
+from qwenimage_lowvram.engine.models.qwen_image.tensors import sort_transformer
+from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
 from qwenimage_lowvram.engine.streaming import TensorReader, read_params
-from qwenimage_lowvram.engine.transformer.branch import Branch
-from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_checkpoint import make_transformer
@@ -339,7 +346,7 @@ class CountingReader(TensorReader):
 def test_the_second_load_reads_nothing_of_the_source(
     name: str, source: Checkpoint, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qwenimage_lowvram.engine.quantized.weights.TensorReader", CountingReader)
+    monkeypatch.setattr("qwenimage_lowvram.engine.caches.requantized_weights.TensorReader", CountingReader)
     monkeypatch.setattr(CountingReader, "read_bytes", 0)
     first = quantize(source, name, cache)
     assert CountingReader.read_bytes == LAYERS * 12
@@ -554,8 +561,8 @@ CHILD = """
 import sys
 from pathlib import Path
 import torch
-from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
-from qwenimage_lowvram.engine.quantized.weights import QuantizedWeights
+from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
+from qwenimage_lowvram.engine.caches.requantized_weights import QuantizedWeights
 def on_block(done, total):
     if done == 1:
         print("one block done", flush=True)

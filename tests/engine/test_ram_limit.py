@@ -22,12 +22,12 @@ CHILD = f"""
 import hashlib, json, sys, threading, time
 from pathlib import Path
 import psutil, torch
-from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
+from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.plan.memory import plan_memory
-from qwenimage_lowvram.engine.plan.request import Limits, SamplingRequest
-from qwenimage_lowvram.engine.transformer.branch import Branch
-from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
+from qwenimage_lowvram.engine.planning.memory import plan_memory
+from qwenimage_lowvram.engine.planning.request import Limits, SamplingRequest
+from qwenimage_lowvram.engine.models.qwen_image.branch import Branch
+from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
 
 torch.set_num_threads(2)
 process = psutil.Process()

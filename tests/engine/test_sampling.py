@@ -9,14 +9,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from qwenimage_lowvram.engine.errors import InvalidRequest
-from qwenimage_lowvram.engine.transformer.latents import (
-    pack,
-    patch_norm,
-    patches_of,
-    shape_in_patches,
-    unpack,
-)
-from qwenimage_lowvram.engine.transformer.sampling import layered_sigmas, lightning_sigmas, qwen_sigmas, true_cfg
+from qwenimage_lowvram.engine.models.qwen_image.latents import pack, patch_norm, patches_of, shape_in_patches, unpack
+from qwenimage_lowvram.engine.models.qwen_image.schedule import layered_sigmas, lightning_sigmas, qwen_sigmas, true_cfg
 
 # Qwen-Image's scheduler_config.json
 SCHEDULER = {

@@ -8,8 +8,8 @@ import pytest
 import torch
 from qwenimage_lowvram.engine.errors import CheckpointError
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.plan.forecast import Speeds, StepForecast, corrected
-from qwenimage_lowvram.engine.speeds import measure_bus, measure_disk, measure_flops
+from qwenimage_lowvram.engine.planning.forecast import Speeds, StepForecast, corrected
+from qwenimage_lowvram.engine.runs.machine_speeds import measure_bus, measure_disk, measure_flops
 
 SPEEDS = Speeds(flops=10e12, bus_bytes=10e9, disk_bytes=2e9)
 

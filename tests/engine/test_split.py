@@ -9,13 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from live_bytes import LiveBytes
-from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
+from qwenimage_lowvram.engine.caches.requantized_weights import QuantizedWeights
+from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.plan.memory import Annex, least_bytes, most_bytes, plan_memory
-from qwenimage_lowvram.engine.plan.request import GIB, Limits, SamplingRequest
-from qwenimage_lowvram.engine.plan.split import annex_bytes, split_blocks
-from qwenimage_lowvram.engine.quantized.weights import QuantizedWeights
-from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer, TimestepRounding
+from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer, TimestepRounding
+from qwenimage_lowvram.engine.planning.block_split import annex_bytes, split_blocks
+from qwenimage_lowvram.engine.planning.memory import Annex, least_bytes, most_bytes, plan_memory
+from qwenimage_lowvram.engine.planning.request import GIB, Limits, SamplingRequest
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .test_full_size import make_branch as full_size_branch

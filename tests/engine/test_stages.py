@@ -13,25 +13,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from live_bytes import LiveBytes
-from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.errors import DoesNotFit, InvalidRequest
-from qwenimage_lowvram.engine.families.members import EDIT_TEMPLATE
+from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.plan.forecast import TYPICAL, Speeds
-from qwenimage_lowvram.engine.plan.memory import plan_memory
-from qwenimage_lowvram.engine.plan.request import GIB, Limits
-from qwenimage_lowvram.engine.plan.stages import (
-    PictureModels,
-    PictureRequest,
-    Stage,
-    plan_picture,
-)
+from qwenimage_lowvram.engine.models.qwen25_vl.text_encoder import TextEncoder
+from qwenimage_lowvram.engine.models.qwen_image.prompt_template import EDIT_TEMPLATE
+from qwenimage_lowvram.engine.models.qwen_image.prompts import PromptTokenizer, with_places
+from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
+from qwenimage_lowvram.engine.models.qwen_image.transformer_parts import TransformerParts
+from qwenimage_lowvram.engine.models.qwen_image_vae.image_vae import ImageVAE
+from qwenimage_lowvram.engine.planning.forecast import TYPICAL, Speeds
+from qwenimage_lowvram.engine.planning.memory import plan_memory
+from qwenimage_lowvram.engine.planning.request import GIB, Limits
+from qwenimage_lowvram.engine.planning.stages import PictureModels, PictureRequest, Stage, plan_picture
 from qwenimage_lowvram.engine.streaming import TensorReader
-from qwenimage_lowvram.engine.text.encoder import TextEncoder
-from qwenimage_lowvram.engine.text.prompts import PromptTokenizer, with_places
-from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
-from qwenimage_lowvram.engine.transformer.parts import TransformerParts
-from qwenimage_lowvram.engine.vae import ImageVAE
 from safetensors.torch import load_file
 
 ALIAS = Path(__file__).parents[2] / "tools" / "alias"
@@ -202,10 +197,8 @@ def test_planning_reads_no_tensor_and_makes_none(tmp_path: Path, monkeypatch: py
 
 
 def test_planning_a_picture_imports_no_torch() -> None:
-    modules = ("stages", "picture_report", "charts")
-    code = (
-        f"import sys, {', '.join(f'qwenimage_lowvram.engine.plan.{m}' for m in modules)}; print('torch' in sys.modules)"
-    )
+    modules = ("planning.stages", "reports.image_report", "reports.charts")
+    code = f"import sys, {', '.join(f'qwenimage_lowvram.engine.{m}' for m in modules)}; print('torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ALIAS)}, capture_output=True, text=True
     )

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 from live_bytes import LiveBytes
-from qwenimage_lowvram.engine.checkpoints.checkpoint import TensorEntry, open_checkpoint
 from qwenimage_lowvram.engine.errors import DamagedFile, MissingFile
+from qwenimage_lowvram.engine.files.checkpoint import TensorEntry, open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.streaming import (
     BlockStore,

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 from live_bytes import LiveBytes
-from qwenimage_lowvram.engine.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from qwenimage_lowvram.engine.errors import InvalidRequest, MissingFile
-from qwenimage_lowvram.engine.families.members import PROMPT_TEMPLATE_TOKENS
+from qwenimage_lowvram.engine.files.checkpoint import Checkpoint, open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
+from qwenimage_lowvram.engine.models.qwen25_vl.text_encoder import TextEncoder
+from qwenimage_lowvram.engine.models.qwen_image.prompt_template import PROMPT_TEMPLATE_TOKENS
+from qwenimage_lowvram.engine.models.qwen_image.prompts import PromptTokenizer, drop_template
 from qwenimage_lowvram.engine.streaming import FileSource, StoredBlock
-from qwenimage_lowvram.engine.text.encoder import TextEncoder
-from qwenimage_lowvram.engine.text.prompts import PromptTokenizer, drop_template
 from safetensors.torch import load_file, save_file
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer
 

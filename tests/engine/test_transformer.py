@@ -12,15 +12,15 @@ import full_size
 import pytest
 import torch
 from live_bytes import LiveBytes
-from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.errors import InvalidRequest
+from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.plan.memory import spread_order
-from qwenimage_lowvram.engine.transformer.branch import Branch
-from qwenimage_lowvram.engine.transformer.hooks import Hooked
-from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer, TimestepRounding
-from qwenimage_lowvram.engine.transformer.positions import MAX_POSITIONS
-from qwenimage_lowvram.engine.transformer.sampling import qwen_sigmas
+from qwenimage_lowvram.engine.models.qwen_image.block_hooks import Hooked
+from qwenimage_lowvram.engine.models.qwen_image.branch import Branch
+from qwenimage_lowvram.engine.models.qwen_image.positions import MAX_POSITIONS
+from qwenimage_lowvram.engine.models.qwen_image.schedule import qwen_sigmas
+from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer, TimestepRounding
+from qwenimage_lowvram.engine.planning.memory import spread_order
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -327,7 +327,7 @@ def test_a_timestep_that_nobody_announced_costs_one_pass_once(tiny: Tiny, hardwa
 
 
 def test_rows_of_earlier_runs_are_forgotten_in_the_end(tiny: Tiny, cpu: Hardware) -> None:
-    from qwenimage_lowvram.engine.plan.memory import SPARE_ROWS
+    from qwenimage_lowvram.engine.planning.memory import SPARE_ROWS
 
     _, folder = tiny(torch.bfloat16)
     transformer = QwenImageTransformer(open_checkpoint(folder), dtype=torch.bfloat16, hardware=cpu)

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from qwenimage_lowvram.engine.errors import DamagedFile, InvalidRequest, WrongModel
-from qwenimage_lowvram.engine.vae import ImageVAE
-from qwenimage_lowvram.engine.vae.geometry import reach
+from qwenimage_lowvram.engine.models.qwen_image_vae.image_vae import ImageVAE
+from qwenimage_lowvram.engine.planning.tile_geometry import reach
 from small_checkpoint import make_vae
 from split_files import wan_vae_name
 from torch import Tensor

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.errors import DoesNotFit, InvalidRequest, Unsupported
+from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from safetensors.torch import save_file
 from small_checkpoint import make_vae
 from split_files import wan_vae_name

@@ -9,9 +9,10 @@ import full_size
 import pytest
 import torch
 from live_bytes import LiveBytes
-from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.errors import InvalidRequest, WrongModel
-from qwenimage_lowvram.engine.vae import RGB, RGBA, ImageVAE, require_image_vae
+from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
+from qwenimage_lowvram.engine.models.qwen_image_vae.image_vae import ImageVAE
+from qwenimage_lowvram.engine.models.qwen_image_vae.tensor_names import RGB, RGBA, require_image_vae
 from safetensors.torch import save_file
 from small_checkpoint import make_vae
 from split_files import wan_vae_name

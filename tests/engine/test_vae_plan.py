@@ -6,9 +6,9 @@ import pytest
 import torch
 from live_bytes import LiveBytes
 from qwenimage_lowvram.engine.errors import DoesNotFit, InvalidRequest
-from qwenimage_lowvram.engine.vae import ImageVAE, TilePlan
-from qwenimage_lowvram.engine.vae.geometry import Halo
-from qwenimage_lowvram.engine.vae.tiles import Span
+from qwenimage_lowvram.engine.models.qwen_image_vae.image_vae import ImageVAE
+from qwenimage_lowvram.engine.planning.tile_geometry import Halo
+from qwenimage_lowvram.engine.planning.tiles import Span, TilePlan
 
 GB = 10**9
 

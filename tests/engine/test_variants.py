@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from gguf_files import write_gguf_transformer
-from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.errors import DamagedFile, WrongModel
-from qwenimage_lowvram.engine.families.members import sort_transformer
-from qwenimage_lowvram.engine.families.variants import MARK_2511, Variant, could_be
+from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
+from qwenimage_lowvram.engine.models.qwen_image.tensors import sort_transformer
+from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
+from qwenimage_lowvram.engine.models.qwen_image.variants import MARK_2511, Variant, could_be
 from small_checkpoint import make_transformer
 
 Shapes = dict[str, tuple[int, ...]]

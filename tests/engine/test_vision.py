@@ -15,19 +15,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from live_bytes import LiveBytes
 from PIL import Image
-from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.errors import DoesNotFit, InvalidRequest, WrongModel
-from qwenimage_lowvram.engine.families.members import EDIT_TEMPLATE
+from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.plan.memory import text_encoder_peak_bytes
-from qwenimage_lowvram.engine.plan.request import GIB
-from qwenimage_lowvram.engine.plan.stages import encode_stage
-from qwenimage_lowvram.engine.text.encoder import TextEncoder
-from qwenimage_lowvram.engine.text.picture_prompts import PICTURE, token_positions
-from qwenimage_lowvram.engine.text.prompts import PromptTokenizer, with_places
-from qwenimage_lowvram.engine.vision.patches import PatchedPicture, patch_picture
-from qwenimage_lowvram.engine.vision.plan import VisionFootprint, plan_vision, vision_peak_bytes, with_vision
-from qwenimage_lowvram.engine.vision.tower import VisionTower
+from qwenimage_lowvram.engine.models.qwen25_vl.image_prompts import PICTURE, token_positions
+from qwenimage_lowvram.engine.models.qwen25_vl.text_encoder import TextEncoder
+from qwenimage_lowvram.engine.models.qwen25_vl.vision_patches import PatchedPicture, patch_picture
+from qwenimage_lowvram.engine.models.qwen25_vl.vision_tower import VisionTower
+from qwenimage_lowvram.engine.models.qwen_image.prompt_template import EDIT_TEMPLATE
+from qwenimage_lowvram.engine.models.qwen_image.prompts import PromptTokenizer, with_places
+from qwenimage_lowvram.engine.planning.memory import text_encoder_peak_bytes
+from qwenimage_lowvram.engine.planning.request import GIB
+from qwenimage_lowvram.engine.planning.stages import encode_stage
+from qwenimage_lowvram.engine.planning.vision import VisionFootprint, plan_vision, vision_peak_bytes, with_vision
 from safetensors.torch import load_file, save_file
 from small_checkpoint import TextSize, make_text_encoder, make_tokenizer
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel

@@ -14,10 +14,10 @@ from gguf import GGMLQuantizationType, GGUFWriter, quants
 from gguf_files import write_gguf_text_encoder, write_gguf_vision
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qwenimage_lowvram.engine.checkpoints.checkpoint import TensorEntry, open_checkpoint
 from qwenimage_lowvram.engine.errors import MissingFile, WrongModel
-from qwenimage_lowvram.engine.families.components import Component, require
-from qwenimage_lowvram.engine.families.vision import VisionTensors, find_mmproj, sort_vision
+from qwenimage_lowvram.engine.files.checkpoint import TensorEntry, open_checkpoint
+from qwenimage_lowvram.engine.models.qwen25_vl.vision_tensors import VisionTensors, find_mmproj, sort_vision
+from qwenimage_lowvram.engine.models.recognition import Component, require
 from qwenimage_lowvram.engine.streaming import TensorReader, read_params
 from safetensors.torch import load_file, save_file
 from small_checkpoint import TextSize, make_text_encoder, make_tokenizer

@@ -9,8 +9,8 @@ import pytest
 import torch
 from comfy_files import note_bytes
 from live_bytes import allocated_peak_bytes
-from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.errors import CheckpointError, DamagedFile, MissingPackage, WrongModel
+from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.formats import StoredParam, stored_param
 from qwenimage_lowvram.engine.formats.comfy_quant import with_comfy_quants
 from qwenimage_lowvram.engine.formats.kitchen_w4a8 import W4A8, load_w4a8

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
+from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.text.encoder import TextEncoder
-from qwenimage_lowvram.engine.text.prompts import PromptTokenizer
-from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
+from qwenimage_lowvram.engine.models.qwen25_vl.text_encoder import TextEncoder
+from qwenimage_lowvram.engine.models.qwen_image.prompts import PromptTokenizer
+from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
 
 DIM = 64  # of the small text encoder's embeddings
 MiB = 1024**2

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from qwenimage_lowvram.engine.families.variants import Variant
-from qwenimage_lowvram.engine.transformer.sampling import lightning_sigmas, qwen_sigmas
+from qwenimage_lowvram.engine.models.qwen_image.schedule import lightning_sigmas, qwen_sigmas
+from qwenimage_lowvram.engine.models.qwen_image.variants import Variant
 from safetensors.torch import save_file
 from small_checkpoint import write_split_files
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from qwenimage_lowvram.engine.atomic_files import may_write
-from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
+from qwenimage_lowvram.engine.caches.prompt_cache import PromptCache
+from qwenimage_lowvram.engine.caches.prompt_key import PromptKey
 from qwenimage_lowvram.engine.errors import CacheError
-from qwenimage_lowvram.engine.text.cache import PromptCache
-from qwenimage_lowvram.engine.text.key import PromptKey
+from qwenimage_lowvram.engine.files.atomic_files import may_write
+from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 
 from .test_weight_cache import cache, fingerprint, load, pipeline
 
@@ -166,7 +166,7 @@ def test_prompts_of_a_read_only_folder_are_read(closed: Path) -> None:
 
 
 def test_fastest_makes_nothing_for_one_session(pipeline: Path, closed: Path) -> None:
-    from qwenimage_lowvram.nodes.format_choice import versions_of
+    from qwenimage_lowvram.nodes.fastest_format import versions_of
 
     source = open_checkpoint(pipeline / "transformer")
     assert list(versions_of(source)) == ["as stored"]

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.errors import DoesNotFit, Unsupported
+from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.text.encoder import TextEncoder
-from qwenimage_lowvram.engine.text.prompts import PromptTokenizer
+from qwenimage_lowvram.engine.models.qwen25_vl.text_encoder import TextEncoder
+from qwenimage_lowvram.engine.models.qwen_image.prompts import PromptTokenizer
 
 from .native_encoder import native_encoder
 

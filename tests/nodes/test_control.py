@@ -14,14 +14,14 @@ from control_files import write_fun, write_instantx
 from diffusers import QwenImageTransformer2DModel
 from live_bytes import LiveBytes
 from native_sizes import teach_transformer
-from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.errors import DoesNotFit, Unsupported
-from qwenimage_lowvram.engine.families.variants import Variant
-from qwenimage_lowvram.engine.plan.memory import least_bytes
-from qwenimage_lowvram.engine.plan.request import Controls, SamplingRequest, size_text
-from qwenimage_lowvram.engine.plan.split import annex_bytes
-from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
-from qwenimage_lowvram.engine.transformer.positions import Positions
+from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
+from qwenimage_lowvram.engine.models.qwen_image.positions import Positions
+from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
+from qwenimage_lowvram.engine.models.qwen_image.variants import Variant
+from qwenimage_lowvram.engine.planning.block_split import annex_bytes
+from qwenimage_lowvram.engine.planning.memory import least_bytes
+from qwenimage_lowvram.engine.planning.request import Controls, SamplingRequest, size_text
 from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -533,7 +533,7 @@ def test_a_controlnet_for_another_width_is_refused(model: Any, apply: Apply, loa
 
 
 def test_a_controlnet_beside_layers_is_refused(apply: Apply) -> None:
-    from qwenimage_lowvram.nodes.adapters.control import check_controls
+    from qwenimage_lowvram.nodes.adapters.controlnets import check_controls
 
     positive, _ = apply(cond(), cond(5, 2))
     entries = {"positive": [positive[0][1]], "negative": None}
@@ -576,7 +576,7 @@ def test_a_run_that_fails_leaves_no_model_with_a_controlnet(model: Any, apply: A
 
 def test_a_refused_run_leaves_no_model_and_no_picture_with_a_chain(make_transformer: Any, apply: Apply) -> None:
     from qwenimage_lowvram.nodes.adapters import model as adapter
-    from qwenimage_lowvram.nodes.adapters.control import chain
+    from qwenimage_lowvram.nodes.adapters.controlnets import chain
 
     conds = apply(*apply(cond(), cond(5, 2), net="fun"), net="other")
     plan, plans = adapter.plan_run, 0

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
+from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.plan.memory import least_bytes
-from qwenimage_lowvram.engine.plan.request import SamplingRequest
-from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
+from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
+from qwenimage_lowvram.engine.planning.memory import least_bytes
+from qwenimage_lowvram.engine.planning.request import SamplingRequest
 
 from .conftest import cond, empty_latent
 from .test_model import ksampler

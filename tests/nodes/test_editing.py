@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from qwenimage_lowvram.engine.errors import InvalidRequest
-from qwenimage_lowvram.engine.families.variants import Variant
+from qwenimage_lowvram.engine.models.qwen_image.variants import Variant
 
 from .conftest import cond, empty_latent
 from .test_model import ksampler, references
@@ -53,7 +53,7 @@ def test_an_edit_model_that_is_shown_a_picture_samples(
 def test_an_edit_model_without_a_picture_samples_where_a_condition_says_that_this_is_meant(
     make_model: Callable[[Variant], Any],
 ) -> None:
-    from qwenimage_lowvram.nodes.adapters.unsupported import NO_PICTURES_KEY
+    from qwenimage_lowvram.nodes.adapters.graph_checks import NO_PICTURES_KEY
 
     meant = cond(**{NO_PICTURES_KEY: True})
     edited = ksampler(make_model(Variant.EDIT_2509), meant, cond(5, 2), empty_latent())

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.errors import InvalidRequest
-from qwenimage_lowvram.engine.families.members import EDIT_TEMPLATE
-from qwenimage_lowvram.engine.families.variants import Variant
+from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.text.encoder import TextEncoder
-from qwenimage_lowvram.engine.text.prompts import PromptTokenizer, with_places
+from qwenimage_lowvram.engine.models.qwen25_vl.text_encoder import TextEncoder
+from qwenimage_lowvram.engine.models.qwen_image.prompt_template import EDIT_TEMPLATE
+from qwenimage_lowvram.engine.models.qwen_image.prompts import PromptTokenizer, with_places
+from qwenimage_lowvram.engine.models.qwen_image.variants import Variant
 
 from .native_encoder import as_clip, native_encoder
 from .test_model import ksampler
@@ -157,7 +157,7 @@ def test_an_output_of_another_shape_is_said_to_leave_the_grid(make_clip: Callabl
 def test_without_a_picture_an_editing_model_draws_from_text(
     make_clip: Callable[..., Any], vae: Any, full_pipeline: Path
 ) -> None:
-    from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
+    from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
     from qwenimage_lowvram.nodes.adapters.model import make_model
 
     positive, negative, latent = encode(make_clip(), vae)["result"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from gguf_files import write_gguf_text_encoder, write_gguf_vision
 from qwenimage_lowvram.engine.errors import MissingFile, QwenLowVRAMError, WrongModel
-from qwenimage_lowvram.engine.families.variants import Variant
+from qwenimage_lowvram.engine.models.qwen_image.variants import Variant
 from safetensors.torch import load_file
 from small_checkpoint import SplitFiles, TextSize, make_text_encoder, make_tokenizer, write_split_files
 

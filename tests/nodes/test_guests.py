@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from qwenimage_lowvram.engine.errors import InvalidRequest, Unsupported
-from qwenimage_lowvram.engine.families.variants import Variant
+from qwenimage_lowvram.engine.models.qwen_image.variants import Variant
 from safetensors.torch import load_file
 from torch import Tensor, nn
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.errors import DoesNotFit, InvalidRequest
+from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.host_ram import HostRam, RamBound
 
 from .conftest import cond, decode, embeds, empty_latent, sample
@@ -66,7 +66,7 @@ def test_steps_whose_modulation_no_ram_holds_are_refused(model: Any, monkeypatch
 def test_a_prompt_too_long_beside_its_image_is_refused_before_anything_is_loaded(
     make_transformer: Any, positions: str
 ) -> None:
-    from qwenimage_lowvram.engine.transformer.positions import Positions
+    from qwenimage_lowvram.engine.models.qwen_image.positions import Positions
     from qwenimage_lowvram.nodes.adapters.model import make_model
 
     model = make_model(make_transformer(positions=Positions(positions)), None)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
+from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
 
 from .conftest import cond, empty_latent
 from .test_model import ksampler

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import pytest
-from qwenimage_lowvram.engine.checkpoints import checkpoint as checkpoints
-from qwenimage_lowvram.engine.checkpoints.header import Header, HeaderCache
-from qwenimage_lowvram.engine.checkpoints.safetensors_header import read_safetensors_header
 from qwenimage_lowvram.engine.errors import DamagedFile
+from qwenimage_lowvram.engine.files import checkpoint as checkpoints
+from qwenimage_lowvram.engine.files.header import Header, HeaderCache
+from qwenimage_lowvram.engine.files.safetensors_header import read_safetensors_header
 from safetensors.torch import save_file
 from small_checkpoint import SplitFiles, write_split_files
 from torch import zeros
@@ -164,7 +164,7 @@ def test_a_file_that_is_listed_and_gone_is_named(split: SplitFiles, tmp_path: Pa
 @pytest.fixture
 def walked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The folders that are listed by us, one after another; nothing is kept from before."""
-    from qwenimage_lowvram.nodes import files, folders
+    from qwenimage_lowvram.nodes import folders, model_choices
 
     listed, names = folders._listed, []
 
@@ -173,7 +173,7 @@ def walked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return listed(folder)
 
     monkeypatch.setattr(folders, "_listed", counted)
-    for search in (files._GGUF, files._PIPELINES):
+    for search in (model_choices._GGUF, model_choices._PIPELINES):
         monkeypatch.setattr(search, "_kept", {})
     return names
 
@@ -244,7 +244,7 @@ def test_folders_are_not_even_looked_at_while_comfyui_lists_all_nodes(
 @pytest.mark.skipif(not hasattr(os, "symlink"), reason="needs links")
 def test_links_to_a_folder_above_are_not_followed(models: Any, tmp_path: Path, walked: list[str]) -> None:
     """Two of them in one folder would be walked 2^40 times."""
-    from qwenimage_lowvram.nodes import files
+    from qwenimage_lowvram.nodes import model_choices
 
     root = tree(models, tmp_path)
     for name in ("self", "again"):
@@ -252,6 +252,6 @@ def test_links_to_a_folder_above_are_not_followed(models: Any, tmp_path: Path, w
         (root / "plain" / name).symlink_to(root / "plain")
     (root / "elsewhere").symlink_to(root / "plain")
     settle(root)
-    assert list(files._PIPELINES.below(str(root))) == [os.path.join("deep", "er", "second"), "first"]
-    assert list(files._GGUF.below(str(root))) == sorted([*GGUF, os.path.join("elsewhere", "low.GGUF")])
+    assert list(model_choices._PIPELINES.below(str(root))) == [os.path.join("deep", "er", "second"), "first"]
+    assert list(model_choices._GGUF.below(str(root))) == sorted([*GGUF, os.path.join("elsewhere", "low.GGUF")])
     assert len(walked) < 30

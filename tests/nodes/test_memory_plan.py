@@ -13,7 +13,7 @@ import pytest
 import torch
 from live_bytes import LiveBytes
 from PIL import Image
-from qwenimage_lowvram.engine.plan.forecast import TYPICAL
+from qwenimage_lowvram.engine.planning.forecast import TYPICAL
 
 CARDS = ("4 GB", "6 GB", "8 GB", "12 GB", "16 GB", "24 GB")
 FILES = {"transformer": "plan_bf16.safetensors", "text_encoder": "plan_te.safetensors", "vae": "plan_vae.safetensors"}

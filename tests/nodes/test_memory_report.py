@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 from qwenimage_lowvram.engine.errors import InvalidRequest, Unsupported
-from qwenimage_lowvram.engine.plan.memory import least_bytes
-from qwenimage_lowvram.engine.plan.picture_report import Moved
-from qwenimage_lowvram.engine.plan.request import SamplingRequest, size_text
-from qwenimage_lowvram.engine.plan.stages import Stage
+from qwenimage_lowvram.engine.planning.memory import least_bytes
+from qwenimage_lowvram.engine.planning.request import SamplingRequest, size_text
+from qwenimage_lowvram.engine.planning.stages import Stage
+from qwenimage_lowvram.engine.reports.image_report import Moved
 
 from .conftest import cond, empty_latent
 from .test_model import ksampler
@@ -31,11 +31,11 @@ class Graph:
     """Load, encode, sample and decode of one loader; each `run` is a prompt of its own."""
 
     def __init__(self, folder: Path) -> None:
-        from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
+        from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
         from qwenimage_lowvram.engine.hardware import Hardware
-        from qwenimage_lowvram.engine.text.encoder import TextEncoder
-        from qwenimage_lowvram.engine.text.prompts import PromptTokenizer
-        from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
+        from qwenimage_lowvram.engine.models.qwen25_vl.text_encoder import TextEncoder
+        from qwenimage_lowvram.engine.models.qwen_image.prompts import PromptTokenizer
+        from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
         from qwenimage_lowvram.nodes.adapters.clip import LowVRAMCLIP
         from qwenimage_lowvram.nodes.adapters.model import make_model
         from qwenimage_lowvram.nodes.adapters.timeline import Timeline

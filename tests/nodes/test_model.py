@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 from qwenimage_lowvram.engine.errors import DoesNotFit, InvalidRequest, Unsupported
-from qwenimage_lowvram.engine.plan.memory import least_bytes
-from qwenimage_lowvram.engine.plan.request import SamplingRequest
-from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
+from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
+from qwenimage_lowvram.engine.planning.memory import least_bytes
+from qwenimage_lowvram.engine.planning.request import SamplingRequest
 
 from .conftest import cond, embeds, empty_latent
 
@@ -366,7 +366,7 @@ def test_embeddings_of_another_model_are_refused(model: Any) -> None:
 def test_decoding_stays_within_the_limit_beside_resident_blocks(
     model: Any, transformer: QwenImageTransformer, small_pipeline: Any
 ) -> None:
-    from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
+    from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
     from qwenimage_lowvram.nodes.adapters.vae import make_vae
 
     ksampler(model, cond(), cond(5, 2), empty_latent())

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
-from qwenimage_lowvram.engine.families.variants import Variant
+from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.text.encoder import TextEncoder
-from qwenimage_lowvram.engine.text.prompts import PromptTokenizer
-from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
-from qwenimage_lowvram.engine.transformer.positions import Positions
+from qwenimage_lowvram.engine.models.qwen25_vl.text_encoder import TextEncoder
+from qwenimage_lowvram.engine.models.qwen_image.positions import Positions
+from qwenimage_lowvram.engine.models.qwen_image.prompts import PromptTokenizer
+from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
+from qwenimage_lowvram.engine.models.qwen_image.variants import Variant
 from safetensors.torch import load_file
 from split_files import wan_vae_name
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.errors import InvalidRequest
-from qwenimage_lowvram.engine.families.variants import Variant
+from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
+from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
+from qwenimage_lowvram.engine.models.qwen_image.variants import Variant
 from safetensors.torch import load_file
 from split_files import wan_vae_name
 

@@ -67,10 +67,10 @@ def test_another_device_than_the_loaders_is_refused_before_sampling(model: Any) 
 
 def test_another_device_for_the_text_encoder_is_refused_by_name(full_pipeline: Path) -> None:
     """ComfyUI's node tells the patcher of CLIP, which holds nothing."""
-    from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
+    from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
     from qwenimage_lowvram.engine.hardware import Hardware
-    from qwenimage_lowvram.engine.text.encoder import TextEncoder
-    from qwenimage_lowvram.engine.text.prompts import PromptTokenizer
+    from qwenimage_lowvram.engine.models.qwen25_vl.text_encoder import TextEncoder
+    from qwenimage_lowvram.engine.models.qwen_image.prompts import PromptTokenizer
     from qwenimage_lowvram.nodes.adapters.clip import LowVRAMCLIP
 
     cpu = Hardware.detect(torch.device("cpu"))
@@ -83,10 +83,10 @@ def test_another_device_for_the_text_encoder_is_refused_by_name(full_pipeline: P
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_a_file_that_names_an_attention_kernel_is_read(prefix: str, small_pipeline: Path, tmp_path: Path) -> None:
-    from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
+    from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
     from qwenimage_lowvram.engine.hardware import Hardware
-    from qwenimage_lowvram.engine.text.encoder import TextEncoder
-    from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
+    from qwenimage_lowvram.engine.models.qwen25_vl.text_encoder import TextEncoder
+    from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
     from qwenimage_lowvram.nodes.adapters.vae import make_vae
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from live_bytes import LiveBytes
+from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
 from qwenimage_lowvram.engine.out_of_memory import OutOfRam
-from qwenimage_lowvram.engine.plan.memory import least_bytes
-from qwenimage_lowvram.engine.plan.request import SamplingRequest
-from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
+from qwenimage_lowvram.engine.planning.memory import least_bytes
+from qwenimage_lowvram.engine.planning.request import SamplingRequest
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .conftest import cond, empty_latent
@@ -132,7 +132,7 @@ class ShrinkingCard(TorchDispatchMode):
         self.error, self.at, self.operations = error, at, 0
         self.left = len(free)
         amounts = iter(free)
-        monkeypatch.setattr("qwenimage_lowvram.nodes.adapters.run.stage_bytes", lambda *_, **__: next(amounts))
+        monkeypatch.setattr("qwenimage_lowvram.nodes.adapters.sampling_run.stage_bytes", lambda *_, **__: next(amounts))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.operations += 1
@@ -187,7 +187,7 @@ def test_the_page_is_told_the_smaller_plan(model: Any, sample: Sample, monkeypat
 def test_the_least_plan_is_tried_before_giving_up(
     model: Any, sample: Sample, transformer: QwenImageTransformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qwenimage_lowvram.nodes.adapters import run
+    from qwenimage_lowvram.nodes.adapters import sampling_run as run
 
     monkeypatch.setattr(run, "SMALLER", 0.3)  # a block of this model is a large part of its plan
     expected = sample()
@@ -203,7 +203,7 @@ def test_the_least_plan_is_tried_before_giving_up(
 def test_the_runs_own_model_is_not_asked_to_leave_when_it_is_planned_anew(
     model: Any, sample: Sample, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qwenimage_lowvram.nodes.adapters import run
+    from qwenimage_lowvram.nodes.adapters import sampling_run as run
 
     total = count_operations(sample)
     asked: list[Any] = []
@@ -216,7 +216,7 @@ def test_the_runs_own_model_is_not_asked_to_leave_when_it_is_planned_anew(
 
 
 def test_a_smaller_limit_is_what_is_free_and_a_few_reach_the_least() -> None:
-    from qwenimage_lowvram.nodes.adapters.run import MOST_TRIES, SMALLER, _below
+    from qwenimage_lowvram.nodes.adapters.sampling_run import MOST_TRIES, SMALLER, _below
 
     assert _below(1000, 700, SMALLER, 100) == 700
     assert _below(1000, 5000, SMALLER, 100) == 850
@@ -250,7 +250,7 @@ def test_ram_that_runs_out_beside_a_card_costs_held_blocks(
     streamed = on_card(small_pipeline, blocks_in_ram=3)
     ram_runs_out(streamed, 1)
     if free is not None:
-        monkeypatch.setattr("qwenimage_lowvram.nodes.adapters.run.free_ram", lambda: free)
+        monkeypatch.setattr("qwenimage_lowvram.nodes.adapters.sampling_run.free_ram", lambda: free)
     image = ksampler(streamed, cond(), cond(5, 2), empty_latent(), steps=2)
     assert torch.equal(image, expected)
     report = streamed.model.last_report
@@ -270,7 +270,7 @@ def test_comfyui_still_knows_a_model_whose_run_was_planned_smaller(
     model: Any, sample: Sample, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import comfy.model_management as management
-    from qwenimage_lowvram.nodes.adapters import run
+    from qwenimage_lowvram.nodes.adapters import sampling_run as run
 
     total = count_operations(sample)
     counted: list[int] = []

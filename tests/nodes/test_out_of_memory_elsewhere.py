@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.errors import QwenLowVRAMError, Unsupported
+from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.host_ram import HostRam, RamBound
+from qwenimage_lowvram.engine.models.qwen25_vl.text_encoder import TextEncoder
+from qwenimage_lowvram.engine.models.qwen_image_vae.image_vae import ImageVAE
 from qwenimage_lowvram.engine.out_of_memory import OutOfMemory, OutOfRam, Short, ran_out
-from qwenimage_lowvram.engine.streaming.host_memory import HostMemory
-from qwenimage_lowvram.engine.text.encoder import TextEncoder
-from qwenimage_lowvram.engine.vae import ImageVAE
+from qwenimage_lowvram.engine.streaming.pinned_memory import HostMemory
 
 from .test_host_memory import on_card, run
 from .test_weight_cache import load, pipeline
@@ -49,7 +49,7 @@ class Fails:
 
 @pytest.fixture
 def clip(small_pipeline: Path, comfy: Any) -> Any:
-    from qwenimage_lowvram.engine.text.prompts import PromptTokenizer
+    from qwenimage_lowvram.engine.models.qwen_image.prompts import PromptTokenizer
     from qwenimage_lowvram.nodes.adapters.clip import LowVRAMCLIP
 
     encoder = TextEncoder(
@@ -133,7 +133,7 @@ def test_blocks_that_find_no_ram_are_read_from_the_file(
 def test_weights_that_find_no_memory_are_not_quantized_and_it_is_said(
     pipeline: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qwenimage_lowvram.engine.quantized.weights import QuantizedWeights
+    from qwenimage_lowvram.engine.caches.requantized_weights import QuantizedWeights
 
     monkeypatch.setattr(QuantizedWeights, "make", Fails(None, MemoryError(), 9))
     with pytest.raises(OutOfRam, match="RAM ran out while the model was loaded: MemoryError"):
@@ -143,7 +143,7 @@ def test_weights_that_find_no_memory_are_not_quantized_and_it_is_said(
 def test_a_card_too_small_to_quantize_leaves_it_to_the_cpu(
     pipeline: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from qwenimage_lowvram.engine.quantized.weights import QuantizedWeights
+    from qwenimage_lowvram.engine.caches.requantized_weights import QuantizedWeights
     from qwenimage_lowvram.nodes import weight_cache
 
     make = QuantizedWeights.make
@@ -198,10 +198,10 @@ def test_windows_page_file_is_named_wherever_it_ends_loading(
         raise of_diffusers() if place == "import" else page_file_error()
 
     target = {
-        "source": "qwenimage_lowvram.engine.quantized.weights.TensorReader.read_into",
-        "cache file": "qwenimage_lowvram.engine.atomic_files._claim",
-        "tokenizer": "qwenimage_lowvram.engine.checkpoints.json_texts.open_regular",
-        "small weights": "qwenimage_lowvram.engine.streaming.source.open_regular",
+        "source": "qwenimage_lowvram.engine.caches.requantized_weights.TensorReader.read_into",
+        "cache file": "qwenimage_lowvram.engine.files.atomic_files._claim",
+        "tokenizer": "qwenimage_lowvram.engine.files.json_texts.open_regular",
+        "small weights": "qwenimage_lowvram.engine.streaming.block_source.open_regular",
         "import": "qwenimage_lowvram.engine.packages.importlib",
     }[place]
     sources._tokenizer.cache_clear()

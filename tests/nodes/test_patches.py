@@ -10,11 +10,11 @@ import pytest
 import torch
 from control_files import write_diffsynth
 from live_bytes import LiveBytes
-from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.errors import DoesNotFit, Unsupported
-from qwenimage_lowvram.engine.families.variants import Variant
-from qwenimage_lowvram.engine.plan.memory import least_bytes
-from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
+from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
+from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
+from qwenimage_lowvram.engine.models.qwen_image.variants import Variant
+from qwenimage_lowvram.engine.planning.memory import least_bytes
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .conftest import cond, empty_latent
@@ -253,7 +253,7 @@ def test_what_a_block_does_not_take_from_others_is_refused(model: Any, name: str
 def test_a_patch_of_the_real_size_takes_what_is_planned(comfy: Any) -> None:
     import comfy.ops
     from comfy_extras.nodes_model_patch import DiffSynthCnetPatch, QwenImageBlockWiseControlNet
-    from qwenimage_lowvram.nodes.adapters.patches import PATCH_WIDTHS
+    from qwenimage_lowvram.nodes.adapters.block_patches import PATCH_WIDTHS
 
     with FakeTensorMode(), LiveBytes("cuda") as live:
         with torch.device("cuda"):

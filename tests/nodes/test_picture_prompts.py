@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 from gguf_files import write_gguf_text_encoder, write_gguf_vision
-from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
+from qwenimage_lowvram.engine.caches.prompt_cache import PromptCache
 from qwenimage_lowvram.engine.errors import DamagedFile, DoesNotFit, InvalidRequest, MissingFile, Unsupported
-from qwenimage_lowvram.engine.families.members import EDIT_TEMPLATE
-from qwenimage_lowvram.engine.families.vision import mmproj_identity
+from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.text.cache import PromptCache
-from qwenimage_lowvram.engine.text.encoder import TextEncoder
-from qwenimage_lowvram.engine.text.prompts import PromptTokenizer, with_places
+from qwenimage_lowvram.engine.models.qwen25_vl.text_encoder import TextEncoder
+from qwenimage_lowvram.engine.models.qwen25_vl.vision_tensors import mmproj_identity
+from qwenimage_lowvram.engine.models.qwen_image.prompt_template import EDIT_TEMPLATE
+from qwenimage_lowvram.engine.models.qwen_image.prompts import PromptTokenizer, with_places
 from safetensors.torch import load_file
 
 from .native_encoder import as_clip, native_encoder

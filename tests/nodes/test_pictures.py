@@ -36,11 +36,11 @@ def reference(pipe: QwenImagePipeline, size: tuple[int, int], negative: str | No
 
 def picture(folder: Path, size: tuple[int, int], negative: str | None, dtype: torch.dtype = torch.float32) -> Any:
     """IMAGE of our nodes on the same folder."""
-    from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
+    from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
     from qwenimage_lowvram.engine.hardware import Hardware
-    from qwenimage_lowvram.engine.text.encoder import TextEncoder
-    from qwenimage_lowvram.engine.text.prompts import PromptTokenizer
-    from qwenimage_lowvram.engine.transformer.model import QwenImageTransformer
+    from qwenimage_lowvram.engine.models.qwen25_vl.text_encoder import TextEncoder
+    from qwenimage_lowvram.engine.models.qwen_image.prompts import PromptTokenizer
+    from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
     from qwenimage_lowvram.nodes.adapters.clip import LowVRAMCLIP
     from qwenimage_lowvram.nodes.adapters.model import make_model
     from qwenimage_lowvram.nodes.adapters.vae import make_vae
@@ -86,7 +86,7 @@ def test_bf16_is_as_close_to_fp32_as_diffusers_own(small_pipeline: Path, pipelin
 def test_prompts_longer_than_the_reference_allows_are_used_whole(
     small_pipeline: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from qwenimage_lowvram.engine.text.prompts import PromptTokenizer
+    from qwenimage_lowvram.engine.models.qwen_image.prompts import PromptTokenizer
 
     tokenizer = PromptTokenizer(small_pipeline / "tokenizer")
     ids = tokenizer.encode("word " * 1100)

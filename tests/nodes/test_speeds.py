@@ -10,7 +10,7 @@ import pytest
 import torch
 from qwenimage_lowvram.engine.errors import MissingFile
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.plan.forecast import Speeds
+from qwenimage_lowvram.engine.planning.forecast import Speeds
 
 CPU = Hardware.detect(torch.device("cpu"))
 
@@ -19,7 +19,7 @@ CPU = Hardware.detect(torch.device("cpu"))
 def known(comfy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """`known(dtype)`; ComfyUI's user folder is a new one."""
     import folder_paths
-    from qwenimage_lowvram.nodes.adapters.speeds import KnownSpeeds
+    from qwenimage_lowvram.nodes.adapters.known_speeds import KnownSpeeds
 
     monkeypatch.setattr(folder_paths, "get_user_directory", lambda: str(tmp_path / "user"))
     model = tmp_path / "models" / "model.safetensors"

@@ -122,15 +122,15 @@ def load(small_pipeline: Path, models: Any) -> Any:
     from qwenimage_lowvram.nodes.loader import QwenLowVRAMLoader
 
     models("diffusers", str(small_pipeline.parent))
-    from qwenimage_lowvram.nodes import files
+    from qwenimage_lowvram.nodes import model_choices
 
     def run(**options: Any) -> Any:
         choices = {
-            "transformer": f"{small_pipeline.name}{files.FOLDER_MARK}"
-            if hasattr(files, "FOLDER_MARK")
-            else next(name for name in files.transformer_choices() if small_pipeline.name in name),
-            "text_encoder": files.FROM_FOLDER,
-            "vae": files.FROM_FOLDER,
+            "transformer": f"{small_pipeline.name}{model_choices.FOLDER_MARK}"
+            if hasattr(model_choices, "FOLDER_MARK")
+            else next(name for name in model_choices.transformer_choices() if small_pipeline.name in name),
+            "text_encoder": model_choices.FROM_FOLDER,
+            "vae": model_choices.FROM_FOLDER,
             "dtype": "auto",
             "weight_format": "as stored",
             "vram_limit_gb": 0.0,

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
+from qwenimage_lowvram.engine.caches.prompt_cache import PromptCache
 from qwenimage_lowvram.engine.errors import InvalidRequest, QwenLowVRAMError
+from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.text.cache import PromptCache
-from qwenimage_lowvram.engine.text.encoder import TextEncoder
-from qwenimage_lowvram.engine.text.prompts import MAX_PROMPT_CHARACTERS, PromptTokenizer
+from qwenimage_lowvram.engine.models.qwen25_vl.text_encoder import TextEncoder
+from qwenimage_lowvram.engine.models.qwen_image.prompts import MAX_PROMPT_CHARACTERS, PromptTokenizer
 from qwenimage_lowvram.engine.texts import printable, shown
 from safetensors.torch import save_file
 from small_checkpoint import write_split_files

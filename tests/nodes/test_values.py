@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from qwenimage_lowvram.engine.errors import DoesNotFit, InvalidRequest
-from qwenimage_lowvram.engine.transformer.sampling import lightning_sigmas, qwen_sigmas
+from qwenimage_lowvram.engine.models.qwen_image.schedule import lightning_sigmas, qwen_sigmas
 
 from .conftest import EDIT, cond, decode, embeds, empty_latent, sample
 
@@ -198,7 +198,7 @@ def test_a_schedule_of_endless_steps_before_the_first_is_refused(denoise: float)
 
 @pytest.mark.parametrize("small", [1e-12, 5e-10])
 def test_a_tiny_limit_is_a_limit(small: float) -> None:
-    from qwenimage_lowvram.nodes.adapters.checks import limit_bytes
+    from qwenimage_lowvram.nodes.adapters.value_checks import limit_bytes
 
     assert limit_bytes(small) == 1
     assert limit_bytes(0) is limit_bytes(0.0) is None

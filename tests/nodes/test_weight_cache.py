@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from qwenimage_lowvram.engine.checkpoints.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.errors import CacheError, InvalidRequest
+from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 
 FOLDER = "from the folder"
 NAME = "quantized_on_load"
@@ -93,9 +93,9 @@ def test_the_loader_holds_blocks_in_the_chosen_format(weight_format: str, codec:
 
 def with_forecasts(monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float]) -> None:
     """As on a machine where a step in each format takes so long."""
-    from qwenimage_lowvram.engine.plan.choice import FormatChoice
-    from qwenimage_lowvram.engine.plan.forecast import StepForecast
-    from qwenimage_lowvram.nodes import format_choice
+    from qwenimage_lowvram.engine.planning.forecast import StepForecast
+    from qwenimage_lowvram.engine.planning.format_choice import FormatChoice
+    from qwenimage_lowvram.nodes import fastest_format as format_choice
 
     forecasts = {name: StepForecast(one, 0.0, 0.0, overlapped=True) for name, one in seconds.items()}
     choice = FormatChoice(min(seconds, key=lambda name: seconds[name]), forecasts)
@@ -123,7 +123,7 @@ def test_auto_is_as_stored_whatever_is_free_and_says_what_would_be_faster(
 def test_a_machine_that_cannot_be_measured_costs_the_advice_not_the_load(
     error: Exception, pipeline: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from qwenimage_lowvram.nodes import format_choice
+    from qwenimage_lowvram.nodes import fastest_format as format_choice
     from qwenimage_lowvram.nodes.loader import QwenLowVRAMLoader
 
     def fail(*_: object) -> None:

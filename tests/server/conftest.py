@@ -12,7 +12,7 @@ from control_files import write_diffsynth, write_fun, write_instantx
 from devtools.client import ComfyClient, Run
 from devtools.server import ComfyServer
 from PIL import Image
-from qwenimage_lowvram.engine.families.variants import MARK_2511
+from qwenimage_lowvram.engine.models.qwen_image.variants import MARK_2511
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_checkpoint import SplitFiles, write_split_files

@@ -1,1 +1,0 @@
-"""Index the tensors of model files: where each lies, of which dtype and shape. Reads headers only."""

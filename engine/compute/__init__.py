@@ -1,0 +1,1 @@
+"""How a block's layers compute: attention and token chunks. Knows no model."""

@@ -1,0 +1,198 @@
+"""Read LoRA files of every trainer: which weights of a transformer they change, and how. Holds no matrix."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from io import BytesIO
+from math import isfinite, prod
+from pathlib import Path
+
+import torch
+
+from ..errors import DamagedFile, MissingFile, Unsupported, WrongModel
+from ..files.checkpoint import TensorEntry, open_checkpoint
+from ..files.json_texts import parse_json
+from ..files.regular_file import open_regular, require_all_unchanged, require_unchanged
+from ..formats import TORCH_DTYPES
+from ..texts import printable
+from .deltas import Delta
+from .key_names import COMFYUIS_KINDS, LayerNames, guess_model, is_of_half_shared_model, split_key, unsupported_kind
+from .layers import LoraLayer, PeftSettings, peft_settings
+
+# where diffusers keeps PEFT's configuration in the metadata, as JSON
+_SETTINGS = "lora_adapter_metadata"
+_ALPHA_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I64", "I32", "I16", "I8", "U8")
+# weights that see nothing but the timestep
+_MODULATION = re.compile(r"\.(img|txt)_mod\.|^time_text_embed\.")
+
+_Parts = dict[str, tuple[str, TensorEntry]]
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA as it lies on disk. `identity` changes whenever its header, size or modification time does."""
+
+    path: Path
+    tensors: Mapping[str, TensorEntry] = field(repr=False)
+    metadata: Mapping[str, str] = field(repr=False)
+    identity: str
+
+    def require_unchanged(self) -> None:
+        """Raise DamagedFile where the file is another than the one that was opened, MissingFile where it is gone."""
+        require_all_unchanged({entry.file: entry.stamp for entry in self.tensors.values() if entry.stamp is not None})
+
+
+@dataclass(frozen=True)
+class LoraMatch:
+    """What a file changes in one transformer: a delta for each weight or bias, by its name.
+
+    `unmatched`: the file's keys that have no part in it, such as those of a text encoder. `empty_layers`: those whose
+    change has rank 0, which is none. `left_out_scales`: the least and the greatest scale (alpha / rank) that the file's
+    metadata alone states, which diffusers applies, and ComfyUI and this engine do not; None where it states none.
+    """
+
+    lora: LoraFile
+    deltas: Mapping[str, Delta] = field(repr=False)
+    unmatched: tuple[str, ...] = field(repr=False)
+    empty_layers: int = 0
+    left_out_scales: tuple[float, float] | None = None
+
+    @property
+    def matched_keys(self) -> int:
+        return len(self.lora.tensors) - len(self.unmatched)
+
+    @property
+    def unmatched_keys(self) -> int:
+        return len(self.unmatched)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all stored parts."""
+        return sum(delta.nbytes for delta in self.deltas.values())
+
+    @property
+    def touches_modulation(self) -> bool:
+        """Whether the table of modulation is another one with these deltas."""
+        return any(_MODULATION.search(name) for name in self.deltas)
+
+    def __str__(self) -> str:
+        counts = f"{self.matched_keys} keys matched, {self.unmatched_keys} not; {len(self.deltas)} weights changed"
+        empty = f"; {self.empty_layers} layers of rank 0 change nothing" if self.empty_layers else ""
+        return f"LoraMatch({printable(self.lora.path.name)}: {counts}{empty})"
+
+
+def open_lora(path: Path) -> LoraFile:
+    """Index a LoRA file from its header alone. Raises MissingFile or DamagedFile."""
+    checkpoint = open_checkpoint(path)
+    return LoraFile(path, checkpoint.tensors, checkpoint.metadata, checkpoint.identity)
+
+
+def needs_adapters(lora: LoraFile) -> bool:
+    """Whether changes in the file are of kinds that ComfyUI computes, and this engine does not."""
+    return any((kind := unsupported_kind(key)) is not None and kind[1] in COMFYUIS_KINDS for key in lora.tensors)
+
+
+def match(lora: LoraFile, weights: Mapping[str, tuple[int, ...]]) -> LoraMatch:
+    """Find what the file changes among `weights`: names as diffusers' transformer has them, and shapes.
+
+    Reads the alphas, a few bytes each. Raises WrongModel where nothing matches, where a shape does not fit, or where
+    the other keys are another model's; Unsupported for kinds of changes that are not computed here; DamagedFile where
+    a change is not whole.
+    """
+    layers, unmatched = _sort_keys(lora, weights)
+    if not layers or is_of_half_shared_model(unmatched):
+        raise _wrong_model(lora, unmatched)
+    alphas = _read_alphas({name: parts["alpha"] for name, parts in layers.items() if "alpha" in parts})
+    settings = _settings(lora)
+    deltas: dict[str, Delta] = {}
+    empty, left_out = 0, set[float]()
+    for name, parts in layers.items():
+        layer = LoraLayer(
+            lora.path,
+            name,
+            {part: entry for part, (_, entry) in parts.items()},
+            {part: key for part, (key, _) in parts.items()},
+            alphas.get(name),
+            settings,
+        )
+        if layer.is_empty:
+            empty += 1
+            continue
+        made, used = layer.deltas(weights)
+        left_out.add(layer.left_out_scale)
+        deltas.update((delta.weight, delta) for delta in made)
+        unmatched.extend(key for part, (key, _) in parts.items() if part not in used)
+    if not deltas and empty:
+        raise DamagedFile(f"{lora.path} changes nothing: all of its {empty} layers have rank 0. Download it again.")
+    if not deltas:
+        raise _wrong_model(lora, unmatched)
+    scales = None if left_out == {1.0} else (min(left_out), max(left_out))
+    return LoraMatch(lora, deltas, tuple(unmatched), empty, scales)
+
+
+def _sort_keys(lora: LoraFile, weights: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, _Parts], list[str]]:
+    """The parts of each layer, and the keys that belong to none."""
+    names = LayerNames(weights, (split[0] for key in lora.tensors if (split := split_key(key)) is not None))
+    layers: dict[str, _Parts] = {}
+    unmatched = []
+    for key, entry in lora.tensors.items():
+        unsupported = unsupported_kind(key)
+        if unsupported is not None and names.find(unsupported[0]) is not None:
+            raise Unsupported(
+                f"{lora.path} holds {unsupported[1]} ({key!r:.199}), which is not supported. Use a LoRA, LoHa, LoKr or "
+                "DoRA, or one that is extracted as a LoRA."
+            )
+        split = split_key(key)
+        name = names.find(split[0]) if split is not None else None
+        if split is None or name is None:
+            unmatched.append(key)
+            continue
+        parts = layers.setdefault(name, {})
+        if split[1] in parts:
+            raise DamagedFile(
+                f"{lora.path} holds one part twice, as {parts[split[1]][0]!r:.199} and as {key!r:.199}. Remove one."
+            )
+        parts[split[1]] = key, entry
+    return layers, unmatched
+
+
+def _read_alphas(entries: Mapping[str, tuple[str, TensorEntry]]) -> dict[str, float]:
+    """By layer; in the order in which they lie in the file."""
+    result: dict[str, float] = {}
+    ordered = sorted(entries.items(), key=lambda item: item[1][1].offset)
+    if not ordered:
+        return result
+    file, in_memory = ordered[0][1][1].file, ordered[0][1][1].data is not None
+    try:
+        with BytesIO() if in_memory else open_regular(file) as stream:
+            if not in_memory:
+                require_unchanged(stream, file, ordered[0][1][1].stamp)
+            for name, (key, entry) in ordered:
+                if prod(entry.shape) != 1 or entry.dtype not in _ALPHA_DTYPES:
+                    raise DamagedFile(f"{file}: {key!r:.199} is {entry.dtype}{list(entry.shape)}, not one number.")
+                stream.seek(entry.offset)
+                raw = bytearray(stream.read(entry.nbytes) if entry.data is None else entry.data)
+                value = float(torch.frombuffer(raw, dtype=TORCH_DTYPES[entry.dtype])) if raw else float("nan")
+                if not isfinite(value):
+                    raise DamagedFile(f"{file}: {key!r:.199} is {value}. Download it again.")
+                result[name] = value
+    except OSError as error:
+        raise MissingFile(f"{file} cannot be read ({error}). Check that this user may read it.") from error
+    return result
+
+
+def _settings(lora: LoraFile) -> PeftSettings:
+    return peft_settings(parse_json(lora.metadata.get(_SETTINGS, "{}"), f"{lora.path}: metadata key {_SETTINGS!r}"))
+
+
+def _wrong_model(lora: LoraFile, unmatched: Sequence[str]) -> WrongModel:
+    total = len(lora.tensors)
+    if not any(split_key(key) or unsupported_kind(key) for key in lora.tensors):
+        example = f", such as {next(iter(lora.tensors))!r:.199}" if lora.tensors else ""
+        return WrongModel(f"{lora.path} is no LoRA: none of its {total} keys is a part of one{example}.")
+    guess = guess_model(unmatched)
+    made_for = f" It seems to be made for {guess}." if guess else ""
+    return WrongModel(
+        f"{lora.path}: {len(unmatched)} of its {total} keys fit no layer of this transformer, such as "
+        f"{unmatched[0]!r:.199}.{made_for} Choose a LoRA for Qwen-Image."
+    )

@@ -1,0 +1,56 @@
+"""Stacked LoRAs as patches: what streaming adds to a weight each time it is decoded."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..files.checkpoint import TensorEntry
+from ..models.qwen_image.transformer_parts import BLOCKS
+from .deltas import Delta, apply, scratch_elements
+from .lora_file import LoraMatch
+
+
+@dataclass(frozen=True)
+class LoraPatch:
+    """All deltas of one weight, in the order of the stack, with their strengths. `name`: of the weight in its block."""
+
+    name: str
+    stack: tuple[tuple[Delta, float], ...]
+
+    @property
+    def parts(self) -> tuple[TensorEntry, ...]:
+        return tuple(part for delta, _ in self.stack for part in delta.parts)
+
+    @property
+    def scratch_bytes(self) -> int:
+        return 4 * scratch_elements(self.stack[0][0].shape, [delta for delta, _ in self.stack])
+
+    @property
+    def allocated_bytes(self) -> int:
+        return max(delta.allocated_bytes for delta, _ in self.stack)
+
+    def apply(self, weight: Tensor, parts: Sequence[Tensor], scratch: Tensor) -> None:
+        """Computed in fp32, rounded once."""
+        stack, start = [], 0
+        for delta, strength in self.stack:
+            stop = start + len(delta.parts)
+            stack.append((delta, parts[start:stop], strength))
+            start = stop
+        apply(weight, stack, scratch[: self.scratch_bytes].view(torch.float32))
+
+
+def lora_patches(loras: Sequence[tuple[LoraMatch, float]]) -> Mapping[str, LoraPatch]:
+    """Patches by the names of the weights that they change, of (LoRA, strength) in order; strength 0 is left out."""
+    stacks: dict[str, list[tuple[Delta, float]]] = {}
+    for lora, strength in loras:
+        for name, delta in lora.deltas.items():
+            if strength:
+                stacks.setdefault(name, []).append((delta, strength))
+    return {name: LoraPatch(_in_block(name), tuple(stack)) for name, stack in stacks.items()}
+
+
+def _in_block(name: str) -> str:
+    """transformer_blocks.7.attn.to_q.weight -> attn.to_q.weight; names outside the blocks stay."""
+    return name.split(".", 2)[2] if name.startswith(BLOCKS) else name

@@ -1,0 +1,1 @@
+"""What each network is: its tensors, configuration, blocks, costs, positions, latents and prompts."""

@@ -1,0 +1,265 @@
+"""Qwen2.5-VL as text encoder: tokens to embeddings, layer by layer from the file. Keeps nothing after it answers."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ...compute.token_chunks import ChunkedTokens
+from ...errors import InvalidRequest, WrongModel
+from ...files.checkpoint import Checkpoint, TensorEntry
+from ...formats import CODECS, raw_layout, stored_param
+from ...formats.kitchen import MXFP8, NVFP4
+from ...hardware import Hardware
+from ...planning.footprint import TextEncoderFootprint
+from ...streaming import (
+    BlockSource,
+    BlockStore,
+    BlockStreamer,
+    FileSource,
+    StoredBlock,
+    TensorReader,
+    Waits,
+    read_params,
+    store_block,
+)
+from .image_prompts import PICTURE, require_places, token_positions
+from .tensors import sort_text_encoder
+from .vision_tower import SeenPicture, VisionTower
+
+if TYPE_CHECKING:
+    from transformers import Qwen2_5_VLTextConfig
+
+MLP_CHUNK_TOKENS = 512
+
+
+class TextEncoder:
+    """The language model of Qwen2.5-VL without its head; its vision tower is opened where pictures are to be seen.
+
+    Guarantees: all prompts are encoded in one visit of each layer; on the device lie at most `slots` layers and the
+    prompts' activations; of the embedding matrix only the rows of the tokens at hand are read; nothing stays on the
+    device, and no file open, when `encode` returns or raises.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        dtype: torch.dtype,
+        hardware: Hardware,
+        source: Callable[[Sequence[StoredBlock]], BlockSource] = FileSource,
+    ) -> None:
+        """Reads headers only. Raises WrongModel, DamagedFile or MissingFile."""
+        tensors = sort_text_encoder(checkpoint)
+        self.identity = checkpoint.identity
+        self._checkpoint = checkpoint
+        self.dtype = dtype
+        self.hardware = hardware
+        self.waits = Waits()
+        self._where = str(checkpoint.path)
+        self._config = _hf_config(tensors.config)
+        self._embedding = stored_param("embed_tokens.weight", tensors.outside, self._where)
+        self._source, self._outside = source, tensors.outside
+        self._norm_shape = {"norm.weight": (self._config.hidden_size,)}
+        store_block(self._norm_shape, self._outside, dtype, self._where)
+        make_layer = partial(_empty_layer, self._config)  # which, unlike a method, holds no reference to this encoder
+        shapes = {name: tuple(p.shape) for name, p in make_layer().named_parameters()}
+        layers = [
+            store_block(shapes, entries, dtype, f"{self._where}, layer {i}") for i, entries in enumerate(tensors.layers)
+        ]
+        self._store = BlockStore(layers, source(layers), make_layer, hardware)
+        self.footprint = TextEncoderFootprint(
+            layers=len(layers),
+            slot_bytes=self._store.slot_bytes,
+            staging_bytes=self._store.staging_bytes,
+            scratch_bytes=self._store.scratch_bytes,
+            stored_bytes=self._store.raw_bytes,
+            ring_bytes=self._store.ring_bytes,
+            host=hardware.host_device,
+            hidden_size=self._config.hidden_size,
+            intermediate_size=self._config.intermediate_size,
+            chunk_tokens=MLP_CHUNK_TOKENS,
+            head_dim=self._config.hidden_size // self._config.num_attention_heads,
+            element_bytes=dtype.itemsize,
+        )
+
+    @property
+    def fetched_bytes(self) -> int:
+        """Bytes of layers read so far."""
+        return self._store.fetched_bytes
+
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes of layers copied from host memory to the device so far."""
+        return self._store.copied_bytes
+
+    @property
+    def hidden_size(self) -> int:
+        return self._config.hidden_size
+
+    def vision_tower(self) -> VisionTower:
+        """What sees pictures for this encoder. Reads headers only; raises MissingFile or WrongModel."""
+        return VisionTower(self._checkpoint, dtype=self.dtype, hardware=self.hardware, source=self._source)
+
+    @torch.no_grad()
+    def encode(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        pictures: Sequence[Sequence[SeenPicture]] = (),
+        slots: int = 2,
+        on_layer: Callable[[int], None] | None = None,
+    ) -> list[Tensor]:
+        """Token ids of each prompt -> its last hidden states after the final norm, (1, length, hidden), float32 on
+        the host.
+
+        `pictures`: those of each prompt, which stand in the places of PICTURE; empty where no prompt shows any.
+        `on_layer` is called before each layer with its index, and may raise. Raises InvalidRequest for an empty list
+        of tokens, an id that the vocabulary does not have, or other pictures than there are places; DamagedFile where
+        a file of the encoder has changed since it was opened.
+        """
+        shown = pictures or [()] * len(prompts)
+        states = self._embed(prompts, shown)
+        norm = self._norm()
+        try:
+            rotary = _network().Qwen2_5_VLRotaryEmbedding(self._config).to(self.hardware.device)
+            positions = [
+                self._rotary(rotary, state, token_positions(ids, seen))
+                for state, ids, seen in zip(states, prompts, shown, strict=True)
+            ]
+            with BlockStreamer(self._store, slots=slots) as streamer:
+                for index, layer in streamer.visit():
+                    if on_layer is not None:
+                        on_layer(index)
+                    for i, position in enumerate(positions):
+                        states[i] = _hidden_states(
+                            layer(states[i], attention_mask=None, position_embeddings=position, use_cache=False)
+                        )
+                self.waits += streamer.waits
+            self._checkpoint.require_unchanged()  # before anything of it is kept
+            return [norm(state).float().cpu() for state in states]
+        finally:
+            self._store.release()
+
+    def _rotary(self, rotary: nn.Module, state: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return rotary(state, positions.unsqueeze(1).to(state.device))  # (3, 1, length)
+
+    def _embed(self, prompts: Sequence[Sequence[int]], pictures: Sequence[Sequence[SeenPicture]]) -> list[Tensor]:
+        vocab, _ = self._embedding.shape
+        for ids, seen in zip(prompts, pictures, strict=True):
+            if not ids:
+                raise InvalidRequest("A prompt has no tokens. Write something, or leave the template on.")
+            require_places(ids, len(seen))
+            strange = next((token for token in ids if token != PICTURE and not 0 <= token < vocab), None)
+            if strange is not None:
+                raise InvalidRequest(
+                    f"Token {strange} is beyond the {vocab} rows of {self._where}: the tokenizer belongs to another "
+                    "model. Use the pipeline's own tokenizer."
+                )
+        rows = _EmbeddingRows(self._embedding.parts, self._embedding.codec, self.dtype)
+        try:
+            embedded = [_with_pictures(rows, ids, seen) for ids, seen in zip(prompts, pictures, strict=True)]
+            return [embeds.unsqueeze(0).to(self.hardware.device) for embeds in embedded]
+        finally:
+            rows.close()
+
+    def _norm(self) -> nn.Module:
+        """The final norm, read from the file, on the device."""
+        read = read_params(self._outside, self._norm_shape, self.dtype, self._where, self._source)
+        norm = _norm_class()(self._config.hidden_size, eps=self._config.rms_norm_eps)
+        norm.weight = nn.Parameter(read["norm.weight"].to(self.hardware.device), requires_grad=False)
+        return norm
+
+
+def _empty_layer(config: "Qwen2_5_VLTextConfig") -> nn.Module:
+    with torch.device("meta"):
+        layer = _network().Qwen2_5_VLDecoderLayer(config, 0).eval()
+    layer.mlp = ChunkedTokens(layer.mlp, MLP_CHUNK_TOKENS)
+    return layer
+
+
+def _network() -> Any:
+    """transformers' modules of Qwen2.5-VL, imported when an encoder is opened: it takes seconds."""
+    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
+
+    return modeling_qwen2_5_vl
+
+
+def _norm_class() -> type[nn.Module]:
+    """transformers before 5.2 has the norm under the name of the network that it was copied from."""
+    network = _network()
+    found: type[nn.Module] = getattr(network, "Qwen2_5_VLRMSNorm", None) or network.Qwen2RMSNorm
+    return found
+
+
+def _hidden_states(output: Any) -> Tensor:
+    """transformers 4 returns a tuple from a layer, transformers 5 the tensor."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _with_pictures(rows: "_EmbeddingRows", ids: Sequence[int], seen: Sequence[SeenPicture]) -> Tensor:
+    """(length, hidden) in the compute dtype, on the host: rows of tokens, and pictures in their places."""
+    text = iter(rows.gather([token for token in ids if token != PICTURE]).split(1))
+    pictures = iter(picture.embeds.to(rows.dtype) for picture in seen)
+    return torch.cat([next(pictures if token == PICTURE else text) for token in ids])
+
+
+def _hf_config(config: Any) -> "Qwen2_5_VLTextConfig":
+    from transformers import Qwen2_5_VLTextConfig
+
+    # transformers 4 warns of a rope_theta among these, transformers 5 puts it there itself
+    rope = {"type": "default", "rope_type": "default", "mrope_section": list(config["mrope_section"])}
+    own = ("rope_theta", "mrope_section")
+    result = Qwen2_5_VLTextConfig(
+        **{key: value for key, value in config.items() if key not in own},
+        bos_token_id=None,
+        eos_token_id=None,
+        rope_theta=config["rope_theta"],
+        rope_scaling=rope,
+    )
+    result._attn_implementation = "sdpa"
+    return result
+
+
+class _EmbeddingRows:
+    """Reads single rows of an embedding matrix from its file."""
+
+    def __init__(self, parts: Sequence[TensorEntry], codec: str, dtype: torch.dtype) -> None:
+        self._reader = TensorReader()
+        self._parts, self._codec, self.dtype = parts, CODECS[codec], dtype
+        if parts[0].dtype in (NVFP4.dtype, MXFP8.dtype):
+            raise WrongModel(
+                f"{parts[0].file}: the embeddings are stored in {codec}, whose scales belong to 128 rows together. Use "
+                "a text encoder whose embeddings are in bf16, fp8 or int8."
+            )
+
+    def gather(self, ids: Sequence[int]) -> Tensor:
+        """(len(ids), hidden) in the compute dtype, on the host."""
+        unique = sorted(set(ids))
+        stored = [self._rows(self._parts[0], unique)]
+        for scale in self._parts[1:]:
+            per_row = len(scale.shape) > 0 and scale.shape[0] == self._parts[0].shape[0] > 1
+            stored.append(self._rows(scale, unique) if per_row else self._whole(scale))
+        out = torch.empty(len(unique), self._parts[0].shape[1], dtype=self.dtype)
+        self._codec.decode_into(out, stored)
+        position = {token: i for i, token in enumerate(unique)}
+        return out[[position[token] for token in ids]]
+
+    def close(self) -> None:
+        self._reader.close()
+
+    def _rows(self, entry: TensorEntry, rows: Sequence[int]) -> Tensor:
+        width = entry.nbytes // entry.shape[0]
+        dtype, shape = raw_layout(entry)
+        out = torch.empty(len(rows), width, dtype=torch.uint8)
+        for i, row in enumerate(rows):
+            self._reader.read_into(entry, memoryview(out[i].numpy()), skip=row * width)
+        return out.view(dtype).view(len(rows), *shape[1:])
+
+    def _whole(self, entry: TensorEntry) -> Tensor:
+        dtype, shape = raw_layout(entry)
+        out = torch.empty(entry.nbytes, dtype=torch.uint8)
+        self._reader.read_into(entry, memoryview(out.numpy()))
+        return out.view(dtype).view(shape)

@@ -1,0 +1,84 @@
+"""Pictures to the patches that the vision tower reads: size, normalisation, order. Holds no weights."""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from ...errors import InvalidRequest
+
+# Qwen2.5-VL-7B-Instruct, preprocessor_config.json; the order of patches is the processor's own
+PATCH_PX, MERGE, FRAMES, CHANNELS = 14, 2, 2, 3
+LEAST_PIXELS, MOST_PIXELS = 3136, 12_845_056
+# sides of what is read are multiples of this: one token of a prompt
+TOKEN_PX = PATCH_PX * MERGE
+
+_KINDS = {1: "greyscale", 2: "greyscale with transparency", 4: "with transparency (RGBA)"}  # by channels
+
+
+@dataclass(frozen=True, eq=False)
+class PatchedPicture:
+    """patches: (height * width, 3 * 2 * 14 * 14) in float32 on the host, as the tower reads them; height and width are
+    in patches."""
+
+    patches: Tensor
+    height: int
+    width: int
+
+    @property
+    def tokens(self) -> int:
+        """That it takes in a prompt."""
+        return self.height * self.width // MERGE**2
+
+    @cached_property
+    def digest(self) -> str:
+        """Equal for equal pictures."""
+        digest = hashlib.sha256(f"{self.height}x{self.width} ".encode())
+        digest.update(self.patches.numpy())
+        return digest.hexdigest()
+
+
+def patch_picture(pixels: Tensor) -> PatchedPicture:
+    """(1, H, W, 3) in 0..1.
+
+    A picture whose sides are multiples of 28 px is not resampled; another one is, to the nearest such size, as
+    ComfyUI's own encoder does it (bilinear). Raises InvalidRequest for anything but one RGB picture, or for one that is
+    200 times as long as wide.
+    """
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor, smart_resize
+
+    require_rgb(pixels, "A picture in a prompt")
+    image = pixels[0].detach().float().cpu().movedim(-1, 0)
+    height, width = image.shape[1:]
+    try:
+        size = smart_resize(height, width, TOKEN_PX, LEAST_PIXELS, MOST_PIXELS)
+    except ValueError as error:
+        raise InvalidRequest(
+            f"A picture of {width}x{height} px is too long to be seen: one side may be 200 times the other. Crop it."
+        ) from error
+    if size != (height, width):
+        image = interpolate(image.unsqueeze(0), size, mode="bilinear", align_corners=False)[0]
+    processor = Qwen2VLImageProcessor(do_resize=False, do_rescale=False)
+    patches = processor(images=[image], return_tensors="pt")["pixel_values"]
+    return PatchedPicture(patches.contiguous(), size[0] // PATCH_PX, size[1] // PATCH_PX)
+
+
+def require_rgb(pixels: Tensor, what: str) -> None:
+    """Raise InvalidRequest unless `pixels` is one picture (1, H, W, 3); `what` names it."""
+    if pixels.ndim != 4:
+        raise InvalidRequest(f"{what} has the shape {list(pixels.shape)}; (1, height, width, 3) is needed.")
+    pictures, height, width, channels = pixels.shape
+    if pictures != 1:
+        raise InvalidRequest(
+            f"{what} is a batch of {pictures} pictures; one is needed. Choose one (ImageFromBatch), or give each its "
+            "own input."
+        )
+    if channels != CHANNELS:
+        kind = _KINDS.get(channels, "unknown")
+        raise InvalidRequest(
+            f"{what} ({width}x{height} px) has {channels} channel{'s' if channels != 1 else ''}, {kind}; red, green "
+            "and blue are needed. Convert it to RGB first: a Load Image node does, and Split Image with Alpha takes "
+            "transparency away."
+        )

@@ -1,0 +1,194 @@
+"""Qwen2.5-VL's eyes: pictures to embeddings, block by block from the file. Keeps nothing after it answers."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import WrongModel
+from ...files.checkpoint import Checkpoint
+from ...hardware import Hardware
+from ...planning.vision import VisionFootprint
+from ...streaming import (
+    BlockSource,
+    BlockStore,
+    BlockStreamer,
+    FileSource,
+    StoredBlock,
+    Waits,
+    bind,
+    read_params,
+    store_block,
+)
+from .vision_patches import CHANNELS, FRAMES, MERGE, PATCH_PX, PatchedPicture
+from .vision_tensors import sort_vision
+
+if TYPE_CHECKING:
+    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+
+
+@dataclass(frozen=True, eq=False)
+class SeenPicture:
+    """What the language model sees of a picture: embeddings (height * width, hidden) on the host, row by row; height
+    and width are in tokens."""
+
+    embeds: Tensor
+    height: int
+    width: int
+
+
+class VisionTower:
+    """The vision part of a Qwen2.5-VL text encoder, whose forward is transformers' own.
+
+    Guarantees: all pictures are seen in one visit of each block; on the device lie at most `slots` blocks, what is
+    outside of the blocks and the pictures' activations; nothing stays on the device, and no file open, when `see`
+    returns or raises.
+    """
+
+    def __init__(
+        self,
+        encoder: Checkpoint,
+        *,
+        dtype: torch.dtype,
+        hardware: Hardware,
+        source: Callable[[Sequence[StoredBlock]], BlockSource] = FileSource,
+    ) -> None:
+        """Reads headers only: those of the text encoder, and of the file beside a GGUF one. Raises MissingFile or
+        WrongModel."""
+        tensors = sort_vision(encoder)
+        self.identity = tensors.checkpoint.identity
+        self.dtype = dtype
+        self.hardware = hardware
+        self.waits = Waits()
+        self._where = str(tensors.checkpoint.path)
+        self._settings = tensors.config
+        self._require_known_patches()
+        self._config = _hf_config(self._settings)
+        self._outside, self._source = tensors.outside, source
+        self._outside_shapes = {name: tuple(p.shape) for name, p in self._empty_tower().named_parameters()}
+        outside = store_block(self._outside_shapes, self._outside, dtype, self._where)
+        make_block = partial(_empty_block, self._config)  # which, unlike a method, holds no reference to this tower
+        shapes = {name: tuple(p.shape) for name, p in make_block().named_parameters()}
+        blocks = [
+            store_block(shapes, entries, dtype, f"{self._where}, vision block {i}")
+            for i, entries in enumerate(tensors.blocks)
+        ]
+        self._store = BlockStore(blocks, source(blocks), make_block, hardware)
+        self.footprint = VisionFootprint(
+            blocks=len(blocks),
+            slot_bytes=self._store.slot_bytes,
+            staging_bytes=self._store.staging_bytes,
+            scratch_bytes=self._store.scratch_bytes,
+            stored_bytes=self._store.raw_bytes,
+            ring_bytes=self._store.ring_bytes,
+            host=hardware.host_device,
+            outside_bytes=outside.slot.nbytes,
+            patch_values=CHANNELS * FRAMES * PATCH_PX**2,
+            hidden_size=self._settings["hidden_size"],
+            intermediate_size=self._settings["intermediate_size"],
+            head_dim=self._settings["hidden_size"] // self._settings["num_heads"],
+            merge=MERGE,
+            out_hidden_size=self._settings["out_hidden_size"],
+            element_bytes=dtype.itemsize,
+        )
+
+    @property
+    def fetched_bytes(self) -> int:
+        """Bytes of blocks read so far."""
+        return self._store.fetched_bytes
+
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes of blocks copied from host memory to the device so far."""
+        return self._store.copied_bytes
+
+    @torch.no_grad()
+    def see(
+        self, pictures: Sequence[PatchedPicture], *, slots: int = 2, on_block: Callable[[int], None] | None = None
+    ) -> list[SeenPicture]:
+        """`on_block` is called before each block with its index, and may raise."""
+        device = self.hardware.device
+        try:
+            tower = self._tower()
+            with BlockStreamer(self._store, slots=slots) as streamer:
+                tower.blocks = _StreamedBlocks(streamer, on_block)
+                grids = torch.tensor([(1, picture.height, picture.width) for picture in pictures], device=device)
+                patches = torch.cat([picture.patches.to(self.dtype) for picture in pictures]).to(device)
+                embeds = _merged(tower(patches, grid_thw=grids)).cpu()
+                self.waits += streamer.waits
+        finally:
+            self._store.release()
+        parts = embeds.split([picture.tokens for picture in pictures])
+        sizes = [(picture.height // MERGE, picture.width // MERGE) for picture in pictures]
+        return [SeenPicture(part, *size) for part, size in zip(parts, sizes, strict=True)]
+
+    def _tower(self) -> nn.Module:
+        """The tower without its blocks, on the device."""
+        tower = self._empty_tower()
+        read = read_params(self._outside, self._outside_shapes, self.dtype, self._where, self._source)
+        bind(tower, {name: value.to(self.hardware.device) for name, value in read.items()})
+        # the table of rotary frequencies is in no file; it depends on the heads' size alone
+        small = {"hidden_size": self.footprint.head_dim, "num_heads": 1, "out_hidden_size": 1, "depth": 0}
+        with torch.random.fork_rng(devices=()):  # it draws first weights, which nobody uses
+            made = _network().Qwen2_5_VisionTransformerPretrainedModel(_hf_config({**self._settings, **small}))
+        tower.rotary_pos_emb = made.rotary_pos_emb.to(self.hardware.device)
+        return tower
+
+    def _empty_tower(self) -> nn.Module:
+        with torch.device("meta"):
+            return (
+                _network().Qwen2_5_VisionTransformerPretrainedModel(_hf_config({**self._settings, "depth": 0})).eval()
+            )
+
+    def _require_known_patches(self) -> None:
+        names = ("in_channels", "temporal_patch_size", "patch_size", "spatial_merge_size")
+        stated, known = tuple(self._settings[name] for name in names), (CHANNELS, FRAMES, PATCH_PX, MERGE)
+        if stated != known:
+            raise WrongModel(
+                f"{self._where}: the vision part has {', '.join(names)} of {stated}, Qwen2.5-VL has {known}. Use the "
+                "text encoder of Qwen-Image."
+            )
+
+
+class _StreamedBlocks(nn.Module):
+    """Stands where the tower has its list of blocks, and hands out each when its turn comes."""
+
+    def __init__(self, streamer: BlockStreamer, on_block: Callable[[int], None] | None) -> None:
+        super().__init__()
+        self._streamer = streamer
+        self._on_block = on_block
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        for index, block in self._streamer.visit():
+            if self._on_block is not None:
+                self._on_block(index)
+            yield block
+
+
+def _network() -> Any:
+    """transformers' modules of Qwen2.5-VL, imported when a tower is opened: it takes seconds."""
+    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
+
+    return modeling_qwen2_5_vl
+
+
+def _empty_block(config: "Qwen2_5_VLVisionConfig") -> nn.Module:
+    with torch.device("meta"):
+        block: nn.Module = _network().Qwen2_5_VLVisionBlock(config).eval()
+    return block
+
+
+def _merged(output: Any) -> Tensor:
+    """transformers 4 returns the merged tokens, transformers 5 an object that has them."""
+    return output if isinstance(output, Tensor) else output.pooler_output
+
+
+def _hf_config(settings: Mapping[str, Any]) -> "Qwen2_5_VLVisionConfig":
+    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+
+    config = Qwen2_5_VLVisionConfig(**settings)
+    config._attn_implementation = "sdpa"
+    return config

@@ -1,0 +1,96 @@
+"""A transformer's file: its configuration, and its tensors sorted by block. Never touches weights."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ...errors import WrongModel
+from ...files.checkpoint import Checkpoint, TensorEntry
+from ...formats.described import described_tensors
+from ..prefixes import find_prefix, under_prefix
+from ..recognition import EXAMPLE_OF, TRANSFORMER_ANCHORS, Component, require
+from ..sorting import shape_of, split_blocks
+from .variants import Variant, is_layered, is_marked_2511, variant_of
+
+# the reference's share of a head's dimensions for the time axis; the rest is split evenly over height and width
+_ROPE_AXES_OF_128 = (16, 56, 56)
+_CHANNELS = 64  # of a patch of 2x2 latents
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The arguments of diffusers' QwenImageTransformer2DModel that differ between family members."""
+
+    num_layers: int
+    num_attention_heads: int
+    attention_head_dim: int
+    joint_attention_dim: int
+    axes_dims_rope: tuple[int, int, int]
+    in_channels: int = 64
+    out_channels: int = 16
+    zero_cond_t: bool = False
+    use_additional_t_cond: bool = False
+    use_layer3d_rope: bool = False
+
+    @property
+    def inner_dim(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+
+@dataclass(frozen=True)
+class TransformerTensors:
+    """A transformer's tensors sorted by where they are used: outside the blocks, or in block i, without prefixes."""
+
+    variant: Variant
+    config: TransformerConfig
+    outside: Mapping[str, TensorEntry]
+    blocks: tuple[Mapping[str, TensorEntry], ...]
+
+
+def sort_transformer(checkpoint: Checkpoint, chosen: Variant | None = None) -> TransformerTensors:
+    """`chosen` says which member of the family it is, where a person knows it; else the file does.
+
+    Raises WrongModel where the file is no 20 B Qwen-Image transformer, lacks tensors, or contradicts itself or the
+    choice.
+    """
+    require(checkpoint, Component.TRANSFORMER)
+    variant = variant_of(checkpoint, chosen)
+    described = described_tensors(checkpoint)
+    tensors = under_prefix(described, find_prefix(described, TRANSFORMER_ANCHORS) or "")
+    outside, blocks = split_blocks(checkpoint, tensors, "transformer_blocks.")
+    return TransformerTensors(variant, _transformer_config(checkpoint, variant, tensors, len(blocks)), outside, blocks)
+
+
+def _transformer_config(
+    checkpoint: Checkpoint, variant: Variant, tensors: Mapping[str, TensorEntry], layers: int
+) -> TransformerConfig:
+    def shape(name: str, dimensions: int) -> tuple[int, ...]:
+        return shape_of(checkpoint, tensors, name, dimensions)
+
+    (head_dim,) = shape("transformer_blocks.0.attn.norm_q.weight", 1)
+    inner_dim, in_channels = shape("img_in.weight", 2)
+    given = checkpoint.config or {}
+    axes = given.get("axes_dims_rope", [axis * head_dim // 128 for axis in _ROPE_AXES_OF_128])
+    even = isinstance(axes, list) and len(axes) == 3 and all(isinstance(n, int) and n > 0 and n % 2 == 0 for n in axes)
+    if not even or sum(axes) != head_dim or inner_dim % head_dim:
+        raise WrongModel(
+            f"{checkpoint.path}: {inner_dim} dimensions in heads of {head_dim} do not split into even rotary axes "
+            f"({axes!s:.99})."
+        )
+    drawn_channels = shape("proj_out.weight", 2)[0]
+    if (in_channels, drawn_channels) != (_CHANNELS, _CHANNELS):
+        raise WrongModel(
+            f"{checkpoint.path} takes {in_channels} channels and makes {drawn_channels}; Qwen-Image has {_CHANNELS}. "
+            f"Choose a file such as {EXAMPLE_OF[Component.TRANSFORMER]}."
+        )
+    return TransformerConfig(
+        num_layers=layers,
+        num_attention_heads=inner_dim // head_dim,
+        attention_head_dim=head_dim,
+        joint_attention_dim=shape("txt_in.weight", 2)[1],
+        axes_dims_rope=(axes[0], axes[1], axes[2]),
+        in_channels=in_channels,
+        out_channels=drawn_channels // 4,
+        zero_cond_t=variant is Variant.EDIT_2511 or is_marked_2511(checkpoint),
+        use_additional_t_cond="time_text_embed.addition_t_embedding.weight" in tensors,
+        use_layer3d_rope=is_layered(checkpoint),
+    )

@@ -1,0 +1,1 @@
+"""Sizes, hardware and limits in, plans and forecasts out. Imports no torch."""

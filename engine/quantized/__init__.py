@@ -1,1 +1,0 @@
-"""Weights brought into another format once, and kept on the disk."""

@@ -1,0 +1,1 @@
+"""What a run took, beside its plan: values, texts and charts."""

@@ -1,0 +1,156 @@
+"""Every stage of a picture, measured beside planned. Values only; whoever runs, measures. Imports no torch."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..numerics import NUMERICS_VERSION
+from ..planning.request import Limits, size_text
+from ..planning.stages import Stage, StagePlan
+from .memory_report import MemoryReport
+
+COLUMNS = ("stage", "seconds", "VRAM planned", "measured", "RAM planned", "grown", "from files", "over the bus")
+
+
+@dataclass(frozen=True)
+class Moved:
+    """file_bytes: read from files; copied_bytes: from host memory to the device; seconds that compute stood still for
+    weights from a file (disk), and for others (bus)."""
+
+    file_bytes: int = 0
+    copied_bytes: int = 0
+    disk_seconds: float = 0.0
+    bus_seconds: float = 0.0
+
+    def __add__(self, other: "Moved") -> "Moved":
+        return Moved(
+            self.file_bytes + other.file_bytes,
+            self.copied_bytes + other.copied_bytes,
+            self.disk_seconds + other.disk_seconds,
+            self.bus_seconds + other.bus_seconds,
+        )
+
+    def __sub__(self, other: "Moved") -> "Moved":
+        return Moved(
+            self.file_bytes - other.file_bytes,
+            self.copied_bytes - other.copied_bytes,
+            self.disk_seconds - other.disk_seconds,
+            self.bus_seconds - other.bus_seconds,
+        )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Memory at one moment of a stage. vram_bytes: allocated on the device, None where that is the host. ram_bytes: of
+    the whole process."""
+
+    seconds: float
+    vram_bytes: int | None
+    ram_bytes: int
+    stage: Stage
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """What one stage did.
+
+    vram_bytes: torch's peak on the device, None where that is the host; vram_beside_bytes: what lay there before and
+    is no part of the plan. ram_bytes: the process at its peak; ram_before_bytes: before the first stage. attempts: 2
+    and more after memory ran out, or a number overflowed.
+    """
+
+    stage: Stage
+    plan: StagePlan | None
+    start_seconds: float
+    seconds: float
+    vram_bytes: int | None
+    vram_beside_bytes: int
+    ram_bytes: int
+    ram_before_bytes: int
+    moved: Moved = Moved()
+    attempts: int = 1
+
+    @property
+    def ram_grown_bytes(self) -> int:
+        return max(0, self.ram_bytes - self.ram_before_bytes)
+
+    def as_dict(self) -> dict[str, Any]:
+        plan = None if self.plan is None else self.plan.as_dict()
+        grown = {"ram_grown_bytes": self.ram_grown_bytes}
+        return {**asdict(self), "stage": self.stage.value, "plan": plan, **grown}
+
+
+@dataclass(frozen=True)
+class PictureReport:
+    """The stages that ran, in their order; `sampling` is the last sampler's own report, None where none ran.
+
+    `limits`: what the stages were allowed, None where no plan was made. `machine`: what a bug report has to say.
+    """
+
+    stages: tuple[StageReport, ...]
+    sampling: MemoryReport | None = None
+    machine: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def limits(self) -> Limits | None:
+        return None if self.sampling is None else self.sampling.plan.limits
+
+    @property
+    def moved(self) -> Moved:
+        return sum((stage.moved for stage in self.stages), Moved())
+
+    @property
+    def seconds(self) -> float:
+        return sum(stage.seconds for stage in self.stages)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "numerics_version": NUMERICS_VERSION,
+            "machine": dict(self.machine),
+            "stages": [stage.as_dict() for stage in self.stages],
+            "seconds": self.seconds,
+            "moved": asdict(self.moved),
+            "sampling": None if self.sampling is None else self.sampling.as_dict(),
+        }
+
+    def __str__(self) -> str:
+        moved = self.moved
+        rows = [COLUMNS, *map(_row, self.stages)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines += [
+            "",
+            f"{self.seconds:.1f} s, {size_text(moved.file_bytes)} read from files, {size_text(moved.copied_bytes)} "
+            f"copied over the bus; waited {moved.disk_seconds:.1f} s for the disk and {moved.bus_seconds:.1f} s for "
+            "the bus",
+        ]
+        beside = max((stage.vram_beside_bytes for stage in self.stages), default=0)
+        if beside:
+            lines.append(f"VRAM planned counts up to {size_text(beside)} of other models that stayed on the device.")
+        lines += [
+            f"{stage.stage.value}: {stage.attempts} attempts, memory ran out or a number overflowed"
+            for stage in self.stages
+            if stage.attempts > 1
+        ]
+        missing = [stage.value for stage in Stage if stage not in {report.stage for report in self.stages}]
+        if missing:
+            lines.append(f"not run, as what it gives was known or another node did it: {', '.join(missing)}")
+        if self.sampling is not None:
+            lines += ["", str(self.sampling)]
+        return "\n".join(lines)
+
+
+def _row(report: StageReport) -> tuple[str, ...]:
+    plan = report.plan
+    own = report.vram_bytes is not None
+    return (
+        report.stage.value,
+        f"{report.seconds:.1f}",
+        size_text(plan.peak_bytes + report.vram_beside_bytes) if plan and own else "-",
+        size_text(report.vram_bytes) if report.vram_bytes is not None else "-",
+        size_text(plan.ram_bytes) if plan else "-",
+        size_text(report.ram_grown_bytes),
+        size_text(report.moved.file_bytes),
+        size_text(report.moved.copied_bytes),
+    )

@@ -1,0 +1,75 @@
+"""Measured beside planned: what a run held, read and took. Values only; whoever runs, measures."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..numerics import NUMERICS_VERSION
+from ..planning.memory import MemoryPlan
+from ..planning.request import size_text
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """What sampling did, for the person and for bug reports.
+
+    passes: visits of all blocks, which took pass_seconds. fetched_blocks, fetched_bytes: blocks read from the file
+    during the run. copied_bytes: of blocks, from host memory to the device. modulation_bytes: read to compute the
+    modulation table; 0 where it was known. waited_disk_seconds, waited_bus_seconds: compute waiting for blocks that
+    came from the file, and for others. pinned_bytes: of the blocks held in host memory, those that are page-locked.
+    peak_vram_bytes: torch's peak on the device, None where the device is the host. one_by_one: why branches ran one
+    after another, empty where each block was visited once per step. out_of_memory: how many times memory ran
+    out and a smaller plan was made. first_step_seconds: from the run's beginning to the end of its first pass.
+    """
+
+    plan: MemoryPlan
+    device: str
+    weight_format: str
+    steps: int
+    passes: int
+    seconds: float
+    pass_seconds: float
+    fetched_blocks: int
+    fetched_bytes: int
+    modulation_bytes: int
+    copied_bytes: int
+    pinned_bytes: int
+    waited_disk_seconds: float
+    waited_bus_seconds: float
+    peak_vram_bytes: int | None
+    peak_ram_bytes: int
+    one_by_one: str = ""
+    out_of_memory: int = 0
+    first_step_seconds: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: the fields, the plan's, both as text, and which numbers the engine makes."""
+        texts = {"plan_text": str(self.plan), "text": str(self)}
+        return {**asdict(self), **texts, "numerics_version": NUMERICS_VERSION}
+
+    def __repr__(self) -> str:
+        vram = (
+            "the device is the host" if self.peak_vram_bytes is None else f"{size_text(self.peak_vram_bytes)} measured"
+        )
+        step = self.pass_seconds / max(1, self.passes)
+        held = ""
+        if self.plan.held:
+            pinned = "page-locked" if self.pinned_bytes else "not page-locked"
+            held = f", {len(self.plan.held)} in RAM ({pinned}), {size_text(self.copied_bytes)} copied to the device"
+        lines = [
+            f"MemoryReport: {self.steps} steps in {self.seconds:.1f} s, the first after {self.first_step_seconds:.1f} "
+            f"s, {self.passes} passes of {step:.2f} s on {self.device} (forecast {self.plan.forecast.seconds:.2f} s), "
+            f"weights {self.weight_format}",
+            f"  device memory: {size_text(self.plan.peak_bytes)} planned of {size_text(self.plan.limit_bytes)}, {vram}",
+            f"  process memory: {size_text(self.peak_ram_bytes)} at its peak, {size_text(self.plan.ram_peak_bytes)} of "
+            "it planned",
+            f"  blocks: {len(self.plan.resident)} of {self.plan.blocks} resident{held}, {self.fetched_blocks} read "
+            f"from the file ({size_text(self.fetched_bytes)}), modulation {size_text(self.modulation_bytes)}, "
+            f"{self.waited_disk_seconds:.1f} s waited for the disk, {self.waited_bus_seconds:.1f} s for the bus",
+        ]
+        if self.plan.request.controls:
+            lines.append(f"  beside the transformer: {self.plan.request.controls} planned, counted above")
+        if self.out_of_memory:
+            lines.append(f"  memory ran out {self.out_of_memory} times; the plan above is the last")
+        if self.one_by_one:
+            lines.append(f"  prompts ran one after another, each block was visited for each: {self.one_by_one}")
+        return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""A whole image: encode, sample, decode."""

@@ -1,0 +1,96 @@
+"""Measure a machine in under two seconds: matrix products, copies to the device, reads of a file."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from ..errors import DamagedFile
+from ..files.json_texts import unreadable
+from ..files.regular_file import open_regular
+from ..hardware import Hardware
+from ..streaming import HostMemory
+
+PIECE_BYTES = 32 * 1024**2  # as blocks are read
+READERS = 4
+SECONDS_EACH = 0.4
+# tokens, width, hidden width of the model's MLP; a CPU would take seconds for one
+MLP_SHAPE, MLP_SHAPE_ON_HOST = (4096, 3072, 12288), (128, 1024, 4096)
+
+
+@torch.no_grad()
+def measure_flops(hardware: Hardware, dtype: torch.dtype) -> float:
+    """Floating-point operations per second of a product as the model's MLP has them."""
+    tokens, width, hidden = MLP_SHAPE_ON_HOST if hardware.host_device else MLP_SHAPE
+    a = torch.ones(tokens, width, dtype=dtype, device=hardware.device)
+    b = torch.ones(hidden, width, dtype=dtype, device=hardware.device)
+    out = torch.empty(tokens, hidden, dtype=dtype, device=hardware.device)
+    return _rate(2.0 * tokens * width * hidden, lambda: torch.mm(a, b.T, out=out), hardware)
+
+
+@torch.no_grad()
+def measure_bus(hardware: Hardware) -> float:
+    """Bytes per second from host memory, page-locked where that is granted, to the device."""
+    host = HostMemory(hardware).take(2 * PIECE_BYTES)
+    out = torch.empty(2 * PIECE_BYTES, dtype=torch.uint8, device=hardware.device)
+    return _rate(float(len(out)), lambda: out.copy_(host.data, non_blocking=host.pinned), hardware)
+
+
+def measure_disk(file: Path) -> float:
+    """Bytes per second of pieces all over the file, read by several threads at a time.
+
+    Raises MissingFile where it cannot be read any more, DamagedFile where it is empty or no regular file.
+    """
+    try:
+        rate = _disk_rate(file)
+    except OSError as error:
+        raise unreadable(file, error) from error
+    if not rate:
+        raise DamagedFile(f"{file} is empty. Download it again.")
+    return rate
+
+
+def _disk_rate(file: Path) -> float:
+    pieces = max(1, file.stat().st_size // PIECE_BYTES)
+    stride = max(1, pieces // 61) | 1
+    stop = time.perf_counter() + SECONDS_EACH
+
+    def read(thread: int) -> int:
+        done = 0
+        buffer = memoryview(bytearray(min(PIECE_BYTES, file.stat().st_size)))
+        with open_regular(file, buffering=0) as handle:
+            for turn in range(thread, pieces, READERS):
+                handle.seek(turn * stride % pieces * PIECE_BYTES)
+                done += handle.readinto(buffer) or 0  # type: ignore[attr-defined]
+                if time.perf_counter() > stop:
+                    break
+        return done
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor(READERS) as readers:
+        total = sum(readers.map(read, range(READERS)))
+    return total / (time.perf_counter() - start)
+
+
+def _rate(amount: float, action: Callable[[], object], hardware: Hardware) -> float:
+    """`amount` per second of `action`, after a first time that does not count."""
+
+    def finish() -> None:
+        if hardware.streams:
+            hardware.accelerator.synchronize(hardware.device)
+        elif hardware.device.type == "mps":
+            torch.mps.synchronize()
+
+    action()
+    finish()
+    count, start = 0, time.perf_counter()
+    while True:
+        for _ in range(4):
+            action()
+        finish()
+        count += 4
+        seconds = time.perf_counter() - start
+        if seconds > SECONDS_EACH:
+            return count * amount / seconds

@@ -1,1 +1,0 @@
-"""Prompts to embeddings: templates, the text encoder layer by layer, and the cache of its results."""

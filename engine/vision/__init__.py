@@ -1,1 +1,0 @@
-"""Pictures in prompts: sizes, patches, and the vision tower block by block."""

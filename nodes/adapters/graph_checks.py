@@ -1,0 +1,176 @@
+"""Say in words what a graph asks of our models that they do not do; nothing is silently ignored."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import comfy.hooks
+import torch
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ...engine.errors import InvalidRequest, Unsupported
+from ...engine.models.qwen_image.latents import LATENT_PX, PATCH
+from ...engine.models.qwen_image.variants import Variant
+from ...engine.texts import printable
+from ..display_names import ENCODE_EDIT, LOADER
+from .progress import tell
+
+logger = logging.getLogger(__name__)
+
+# in a condition: its text was encoded for an editing model on purpose without a picture
+NO_PICTURES_KEY = "qwen_lowvram_no_pictures"
+
+
+def refuse(what: str, instead: str) -> None:
+    """Raise Unsupported in the pack's standard words."""
+    raise Unsupported(f"{what} does not work with the models of '{LOADER}' yet.\n\nWhat to do: {instead}")
+
+
+def check_graph(model_options: dict[str, Any], conds: dict[str, list[dict[str, Any]]]) -> None:
+    """Raise Unsupported for what the graph asks for beside patches and ControlNets, before anything is loaded."""
+    if "multigpu_clones" in model_options:
+        refuse("Work split over several GPUs", "remove the multi-GPU node.")
+    for entries in conds.values():
+        for entry in entries or ():
+            if entry.get("gligen") is not None:
+                refuse("GLIGEN", "remove the GLIGEN node.")
+
+
+def check_device(
+    patcher: Any,
+    device: torch.device,
+    *,
+    what: str = "model",
+    node: str = "Select Model Device",
+    setting: str = "transformer_device",
+) -> None:
+    """Raise Unsupported where a node has told ComfyUI another device than that on which the model computes."""
+    if patcher.load_device != device:
+        refuse(
+            f"Moving the {what} from {device} to {patcher.load_device} ({node})",
+            f"remove that node, and choose {setting} in the loader.",
+        )
+
+
+def check_references(variant: Variant, conds: dict[str, list[dict[str, Any]]]) -> None:
+    """Raise InvalidRequest for an editing model that is shown no picture, unless a condition says that this is meant.
+
+    The other way round is only worth a warning, on the node and in the log: files of editing models under other names
+    pass for Qwen-Image. So is a picture that patches do not cover, in the log: ComfyUI's own text nodes make such ones.
+    Raises InvalidRequest as well for references that are no single picture.
+    """
+    entries = [entry for named in conds.values() for entry in named or ()]
+    references = [entry.get("reference_latents") or () for entry in entries]
+    _check_pictures(variant, references)
+    sizes = {tuple(latent.shape[-2:]) for latents in references for latent in latents}
+    shown = bool(sizes)
+    if variant.edits and not shown and not any(entry.get(NO_PICTURES_KEY) for entry in entries):
+        raise InvalidRequest(
+            f"{variant.value} changes pictures, and this graph shows it none: no condition has reference latents.\n\n"
+            f"What to do: encode the prompt with '{ENCODE_EDIT}' or another node that takes the picture and the VAE "
+            "(TextEncodeQwenImageEditPlus), or add ReferenceLatent. For pictures from text alone, choose a Qwen-Image "
+            f"file, or set variant to {Variant.QWEN_IMAGE.value} in '{LOADER}'."
+        )
+    if shown and not variant.edits and variant is not Variant.LAYERED:
+        text = (
+            f"{variant.value} is shown a picture to change, which it was not trained for; a LoRA may have taught it. "
+            f"If the file is an Edit model under another name, set variant in '{LOADER}'."
+        )
+        logger.warning("%s", text)
+        tell(text)
+    for height, width in sorted(sizes):
+        if height % PATCH or width % PATCH:
+            logger.warning(
+                "A reference picture of %dx%d px is no multiple of %d: at its end it is wrapped round, as ComfyUI's "
+                "own model does it. %s.",
+                width * LATENT_PX,
+                height * LATENT_PX,
+                PATCH * LATENT_PX,
+                "Scale it first" if variant is Variant.LAYERED else f"'{ENCODE_EDIT}' chooses sizes that fit",
+            )
+
+
+def _check_pictures(variant: Variant, references: Sequence[Sequence[Tensor]]) -> None:
+    """Raise InvalidRequest for a reference of several frames or of another rank, and for a second picture that is to be
+    taken apart."""
+    for latents in references:
+        for latent in latents:
+            if latent.ndim != 5:
+                raise InvalidRequest(
+                    f"A reference latent has the shape {list(latent.shape)}; a picture's has five numbers, [1, 16, 1, "
+                    "height / 8, width / 8].\n\nWhat to do: encode the picture with VAE Encode and this model's VAE."
+                )
+        frames = max((latent.shape[2] for latent in latents), default=1)
+        if frames != 1:
+            raise InvalidRequest(
+                f"A reference latent has {frames} frames; a picture has one.\n\nWhat to do: encode one picture at a "
+                "time, and show a picture instead of its layers."
+            )
+        if variant is Variant.LAYERED and len(latents) > 1:
+            raise InvalidRequest(
+                f"{variant.value} takes one picture apart, and a prompt of this graph shows it {len(latents)}.\n\n"
+                "What to do: keep one ReferenceLatent per prompt."
+            )
+
+
+def check_latents(latents: Tensor) -> None:
+    """Raise Unsupported for latents of other models."""
+    if latents.ndim != 5:
+        raise Unsupported(
+            f"A latent of shape {list(latents.shape)} is no picture's. Use EmptySD3LatentImage, or encode pictures "
+            "with this pack's VAE."
+        )
+
+
+def check_size(latents: Tensor) -> None:
+    """Warn where patches do not cover the latents (..., H, W): ComfyUI's own model wraps them round, and graphs start
+    from pictures of any size."""
+    if any(side % PATCH for side in latents.shape[-2:]):
+        height, width = (side * LATENT_PX for side in latents.shape[-2:])
+        step = PATCH * LATENT_PX
+        logger.warning(
+            "A picture of %dx%d px is no multiple of %d: at its end it is wrapped round, as ComfyUI's own model does "
+            "it. Scale or pad it to %dx%d to avoid that.",
+            width,
+            height,
+            step,
+            *(-(-side // step) * step for side in (width, height)),
+        )
+
+
+def check_layers(variant: Variant, frames: int) -> None:
+    """Raise InvalidRequest where the latent has no layers and the model makes them, or the other way round."""
+    if variant is Variant.LAYERED and frames == 1:
+        raise InvalidRequest(
+            f"{variant.value} makes layers, and this graph's latent has none.\n\nWhat to do: use "
+            "EmptyQwenImageLayeredLatentImage with 1 layer or more, and show the model the picture with "
+            f"ReferenceLatent; for a whole picture, choose a {Variant.QWEN_IMAGE.value} file in '{LOADER}'."
+        )
+    if variant is not Variant.LAYERED and frames != 1:
+        raise InvalidRequest(
+            f"The latent has {frames} frames, and {variant.value} makes one picture.\n\nWhat to do: use "
+            "EmptySD3LatentImage, or encode pictures with this pack's VAE; for layers, choose a "
+            f"{Variant.LAYERED.value} file in '{LOADER}'."
+        )
+
+
+def check_hooks(hooks: comfy.hooks.HookGroup) -> None:
+    """Raise Unsupported for hooks that change weights."""
+    if hooks.get_type(comfy.hooks.EnumHookType.Weight):
+        refuse("A LoRA or model hook (Create Hook LoRA, Set Props)", "remove the hook nodes.")
+
+
+def why_one_by_one(model_options: dict[str, Any], own_key: str) -> str:
+    """Why prompts must run one after another in this graph; empty where they can share each visit of a block.
+
+    Recording the calls shows a wrapper zeros first; one that keeps state, such as EasyCache, would believe them.
+    """
+    if "model_function_wrapper" in model_options:
+        return "a node set a model function wrapper"
+    wrappers = model_options.get("transformer_options", {}).get("wrappers", {})
+    for kind in (WrappersMP.CALC_COND_BATCH, WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL):
+        foreign = [key for key, functions in wrappers.get(kind, {}).items() if functions and key != own_key]
+        if foreign:
+            return f"the wrapper {printable(str(foreign[0] or 'of a node'))} ({kind}) sees each call"
+    return ""

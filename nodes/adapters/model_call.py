@@ -1,0 +1,85 @@
+"""One call of the diffusion model by ComfyUI, translated to branches."""
+
+from math import prod
+
+import torch
+from comfy.ldm.common_dit import pad_to_patch_size
+from torch import Tensor
+
+from ...engine.models.qwen_image.branch import Branch
+from ...engine.models.qwen_image.latents import PATCH, pack, shape_in_patches, unpack
+from .block_patches import BlockPatches
+from .controlnets import Residuals, sample_of
+from .graph_checks import refuse
+from .references import at_zero, places_of
+
+
+class Call:
+    """One call of the diffusion model by ComfyUI: a batch of pictures, each a branch."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        *,
+        attention_mask: Tensor | None,
+        references: list[Tensor],
+        method: str | None,
+        additional_t_cond: Tensor | None,
+        residuals: Residuals,
+        dtype: torch.dtype,
+    ) -> None:
+        self._additional = [0] if additional_t_cond is None else additional_t_cond.reshape(-1).tolist()
+        if not set(self._additional) <= {0, 1}:
+            refuse(f"An additional time condition of {self._additional}", "use 0 or 1.")
+        if attention_mask is not None and attention_mask.is_floating_point():
+            refuse("A fractional or additive attention mask", "use the conditioning of a text encode node as it is.")
+        self._size = x.shape[-2:]
+        self._x = pad_to_patch_size(x, (1, PATCH, PATCH)).to(dtype)
+        self._timesteps = timestep.tolist()
+        self._context = context.to(dtype)
+        self._mask = None if attention_mask is None else attention_mask.bool()
+        # ComfyUI's own text nodes make references of odd sizes, and its model wraps them round to whole patches
+        self._references = [pad_to_patch_size(picture, (1, PATCH, PATCH)).to(dtype) for picture in references]
+        self._places = places_of(method, references)
+        self._at_zero = at_zero(method)
+        self._residuals = residuals
+        self.patches: BlockPatches | None = None
+
+    @property
+    def batch(self) -> int:
+        return self._x.shape[0]
+
+    @property
+    def reference_tokens(self) -> list[int]:
+        return [prod(shape_in_patches(picture)) for picture in self._references]
+
+    def unpack(self, tokens: Tensor) -> Tensor:
+        """A branch's velocity, (1, 16, F, H, W), without what whole patches have beyond it."""
+        frames, height, width = self._x.shape[2:]
+        return unpack(tokens, height, width, frames)[..., : self._size[0], : self._size[1]]
+
+    def branches(self) -> list[Branch]:
+        images = [self._x, *self._references]
+        shapes = tuple(shape_in_patches(image) for image in images)
+        return [
+            Branch(
+                tokens=torch.cat([pack(_sample(image, i)) for image in images], dim=1),
+                shapes=shapes,
+                prompt_embeds=_sample(self._context, i),
+                prompt_mask=None if self._mask is None else _sample(self._mask, i),
+                timestep=self._timesteps[i],
+                additional_t_cond=int(self._additional[min(i, len(self._additional) - 1)]),
+                residuals=sample_of(self._residuals, i),
+                places=self._places,
+                references_at_zero=self._at_zero,
+            )
+            for i in range(self.batch)
+        ]
+
+
+def _sample(batch: Tensor, index: int) -> Tensor:
+    """Sample `index` of a batch, or the only one there is, with its batch dimension."""
+    index = min(index, batch.shape[0] - 1)
+    return batch[index : index + 1]
