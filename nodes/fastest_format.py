@@ -1,6 +1,5 @@
 """What `fastest` stands for: the weight format that suits this machine and the person's limits; and when to say so."""
 
-import logging
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +7,7 @@ import torch
 from ..engine.errors import CacheError, InvalidRequest
 from ..engine.files.checkpoint import Checkpoint
 from ..engine.hardware import Hardware
+from ..engine.log import logger
 from ..engine.models.qwen_image.transformer_parts import TransformerParts
 from ..engine.models.qwen_image.variants import Variant
 from ..engine.out_of_memory import reason, shortage
@@ -17,8 +17,6 @@ from .adapters.known_speeds import KnownSpeeds
 from .adapters.limits import could_be_free
 from .cache_folder import weight_cache_folder
 from .weight_cache import AS_STORED, quantized_weights
-
-logger = logging.getLogger(__name__)
 
 # what the weights may become, the most faithful first; fp8 is as large as int8 and further from the weights
 QUANTIZED = ("int8", "nf4")

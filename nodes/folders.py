@@ -1,7 +1,6 @@
 """Find files below ComfyUI's folders that its own lists leave out: never round in circles, and again only when a
 folder has changed. Opens no file."""
 
-import logging
 import os
 import threading
 import time
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 
 import folder_paths
 
-logger = logging.getLogger(__name__)
+from ..engine.log import logger
 
 MAX_FOLDERS = 10_000  # below one of ComfyUI's folders
 # a folder that was changed just now may be changed again without another time: clocks of file systems are as coarse

@@ -1,6 +1,5 @@
 """The node that opens a model: files and settings in, MODEL, CLIP and VAE out. Reads headers and small weights."""
 
-import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 
 from ..engine.errors import QwenLowVRAMError
 from ..engine.files.checkpoint import Checkpoint
+from ..engine.log import logger
 from ..engine.models.qwen25_vl.text_encoder import TextEncoder
 from ..engine.models.qwen25_vl.vision_tensors import mmproj_identity
 from ..engine.models.qwen_image.positions import Positions
@@ -45,8 +45,6 @@ from .weight_cache import (
     losses,
     prompt_cache,
 )
-
-logger = logging.getLogger(__name__)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

@@ -1,12 +1,12 @@
 """The node that adds a LoRA to our MODEL. Reads the header; the matrices are streamed with their blocks."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
 import folder_paths
 
 from ..engine.errors import MissingFile, QwenLowVRAMError, Unsupported
+from ..engine.log import logger
 from ..engine.lora.lora_file import LoraMatch, match, needs_adapters, open_lora
 from ..engine.out_of_memory import in_words
 from ..engine.texts import LONGEST, printable, shown
@@ -16,8 +16,6 @@ from .adapters.value_checks import check_widgets
 from .adapters.whole_lora import match_file
 from .display_names import CATEGORY
 from .inputs import at_input, before_the_run
-
-logger = logging.getLogger(__name__)
 
 MAX_STRENGTH = 100.0
 UNSCALED_FP8 = ("fp8_e4m3fn", "fp8_e5m2")

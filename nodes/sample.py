@@ -1,6 +1,5 @@
 """The node that samples as the reference pipeline does, through ComfyUI's own samplers."""
 
-import logging
 import math
 from numbers import Integral, Real
 from typing import Any
@@ -13,14 +12,13 @@ import latent_preview
 from torch import Tensor
 
 from ..engine.errors import InvalidRequest, Unsupported
+from ..engine.log import logger
 from ..engine.models.qwen_image.latents import patches_of
 from ..engine.models.qwen_image.schedule import layered_sigmas, lightning_sigmas, qwen_sigmas, true_cfg
 from ..engine.texts import shown
 from .adapters.model import ADDITIONAL_KEY, LowVRAMModel
 from .adapters.value_checks import check_conditioning, check_mask, check_prompts, check_room, check_widgets, latent_of
 from .display_names import CATEGORY
-
-logger = logging.getLogger(__name__)
 
 QWEN_SCHEDULER = "qwen_image"
 LIGHTNING_SCHEDULER = "lightning"

@@ -1,6 +1,5 @@
 """Quantized weights and encoded prompts in models/qwen_lowvram: a node shows and clears them."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from ..engine.errors import InvalidRequest
 from ..engine.files.atomic_files import may_write
 from ..engine.files.checkpoint import Checkpoint
 from ..engine.hardware import Hardware
+from ..engine.log import logger
 from ..engine.out_of_memory import Short, reason, shortage
 from ..engine.streaming import require_decodable
 from ..engine.texts import printable, shown
@@ -24,8 +24,6 @@ from .adapters.limits import stage_bytes
 from .adapters.progress import tell
 from .cache_folder import VARIABLE, folder_until_the_end, weight_cache_folder
 from .display_names import AUTO, CATEGORY
-
-logger = logging.getLogger(__name__)
 
 AS_STORED, FASTEST = "as stored", "fastest"
 WEIGHT_FORMATS = (AUTO, AS_STORED, *FORMATS, FASTEST)  # auto is as stored: the default makes one image everywhere

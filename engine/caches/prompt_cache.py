@@ -1,7 +1,6 @@
 """Embeddings of prompts on disk: what was encoded once needs no text encoder again. Never changes a result."""
 
 import hashlib
-import logging
 import os
 import re
 from contextlib import suppress
@@ -16,10 +15,9 @@ from ..errors import CacheError, DamagedFile, MissingFile
 from ..files.atomic_files import UNFINISHED, is_odd, remove, remove_dead, whole_file
 from ..files.checkpoint import Checkpoint, open_checkpoint
 from ..formats import TORCH_DTYPES
+from ..log import logger
 from ..streaming import TensorReader
 from .prompt_key import PromptKey
-
-logger = logging.getLogger(__name__)
 
 LIMIT_BYTES = 1_000_000_000  # the longest prompt of the reference takes 4 MB in bf16, a usual one 0.7 MB
 SUFFIX = ".safetensors"

@@ -5,7 +5,6 @@ it (in 4 bits it would make most of the error), and so does modulation, whose we
 """
 
 import json
-import logging
 import os
 import re
 import shutil
@@ -25,14 +24,13 @@ from ..files.regular_file import Stamp, open_regular, require_unchanged
 from ..formats import TORCH_DTYPES, StoredParam, stored_param
 from ..formats.chunks import CHUNK_WEIGHTS
 from ..formats.described import described_tensors
+from ..log import logger
 from ..models.recognition import Component, require
 from ..models.sorting import split_blocks
 from ..streaming import TensorReader
 from ..texts import printable
 from .requantized_files import MAKER, cache_path, remove_dead, require_place, whole_file
 from .requantized_layout import FORMATS, UNQUANTIZED, Matrix, Part, quantized_matrix
-
-logger = logging.getLogger(__name__)
 
 VERSION = "1"  # of what is written here; files of another are made again
 

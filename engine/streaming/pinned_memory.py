@@ -4,7 +4,6 @@ Page-locked where the system grants it, and never more of it than the hardware s
 """
 
 import contextlib
-import logging
 import weakref
 from dataclasses import dataclass
 
@@ -12,8 +11,7 @@ import torch
 from torch import Tensor
 
 from ..hardware import Hardware
-
-logger = logging.getLogger(__name__)
+from ..log import logger
 
 
 @dataclass(eq=False)

@@ -1,6 +1,5 @@
 """The blocks of one model in three tiers: on the device, in host memory, in the file; and the way into a slot."""
 
-import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -13,13 +12,12 @@ from ..errors import Unsupported
 from ..files.checkpoint import TensorEntry
 from ..formats import FP8_DTYPES
 from ..hardware import Hardware
+from ..log import logger
 from ..out_of_memory import reason
 from .block_layout import StoredBlock, bind
 from .block_source import BlockSource
 from .pinned_memory import HostBuffer, HostMemory
 from .streams import Mark, StreamOrder
-
-logger = logging.getLogger(__name__)
 
 # a block passes through the ring in pieces: large enough for a disk's full speed, and several are read at once
 PIECE_BYTES = 32 * 1024**2

@@ -1,6 +1,5 @@
 """Our text encoder as ComfyUI's CLIP: tokens in, conditioning out, and nothing left on the device."""
 
-import logging
 import re
 from collections.abc import Sequence
 from numbers import Integral
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from ...engine.caches.prompt_cache import PromptCache
 from ...engine.caches.prompt_key import PromptKey, arithmetic_of
 from ...engine.errors import DamagedFile, InvalidRequest
+from ...engine.log import logger
 from ...engine.models.qwen25_vl.image_prompts import PICTURE, PicturePrompt
 from ...engine.models.qwen25_vl.text_encoder import TextEncoder
 from ...engine.models.qwen25_vl.vision_pass import Looking
@@ -32,8 +32,6 @@ from .limits import stage_bytes
 from .shortage import VRAM_LIMIT, naming_limit
 from .timeline import Timeline
 from .value_checks import check_embeds, check_image
-
-logger = logging.getLogger(__name__)
 
 TOKENS_KEY = "qwen25_7b"  # as ComfyUI's own Qwen-Image tokenizer names them
 

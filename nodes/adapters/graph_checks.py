@@ -1,6 +1,5 @@
 """Say in words what a graph asks of our models that they do not do; nothing is silently ignored."""
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,13 +9,12 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...engine.errors import InvalidRequest, Unsupported
+from ...engine.log import logger
 from ...engine.models.qwen_image.latents import LATENT_PX, PATCH
 from ...engine.models.qwen_image.variants import Variant
 from ...engine.texts import printable
 from ..display_names import ENCODE_EDIT, LOADER
 from .progress import tell
-
-logger = logging.getLogger(__name__)
 
 # in a condition: its text was encoded for an editing model on purpose without a picture
 NO_PICTURES_KEY = "qwen_lowvram_no_pictures"

@@ -1,7 +1,6 @@
 """Remember this machine's speeds from run to run, in ComfyUI's user folder: measured once, corrected by every run."""
 
 import json
-import logging
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -14,10 +13,9 @@ from ...engine.errors import CheckpointError
 from ...engine.files.atomic_files import whole_file
 from ...engine.files.json_texts import read_json
 from ...engine.hardware import Hardware
+from ...engine.log import logger
 from ...engine.planning.forecast import Speeds
 from ...engine.runs.machine_speeds import measure_bus, measure_disk, measure_flops
-
-logger = logging.getLogger(__name__)
 
 VERSION = 1
 MEASURING_BYTES = 512 * 1024**2  # on the device, and some to spare

@@ -1,6 +1,5 @@
 """Our transformer as ComfyUI's MODEL: what native samplers call, translated to branches."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -48,8 +47,6 @@ from .sampling_run import SamplingRun
 from .stand_ins import WithoutLayers, refuse_compiling
 from .timeline import Timeline
 from .whole_process import tell_patched_process
-
-logger = logging.getLogger(__name__)
 
 # of ComfyUI's model configuration: it alone tells Layered from the other members
 ADDITIONAL_KEY = "use_additional_t_cond"

@@ -1,6 +1,5 @@
 """One sampling run: what it asks for, the plan for it, its passes, and the report of it."""
 
-import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -13,6 +12,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...engine.errors import DoesNotFit
+from ...engine.log import logger
 from ...engine.models.qwen_image.block_hooks import Hooked
 from ...engine.models.qwen_image.branch import Branch
 from ...engine.models.qwen_image.transformer import QwenImageTransformer, TransformerSession
@@ -28,8 +28,6 @@ from .known_speeds import KnownSpeeds
 from .limits import free_ram, stage_bytes
 from .progress import MemoryWatch, RunProgress, warning_of
 from .timeline import Timeline
-
-logger = logging.getLogger(__name__)
 
 # smaller steps tell of Python's speed, not of the machine's
 TELLING_FLOPS = 1e12

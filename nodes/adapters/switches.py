@@ -1,7 +1,6 @@
 """ComfyUI's own switches: which of them the pack follows, and what the followed ones ask for. Changes none."""
 
 import argparse
-import logging
 from dataclasses import dataclass
 from enum import Enum
 
@@ -10,9 +9,8 @@ import torch
 from comfy.cli_args import args, parser
 
 from ...engine.environment import variable
+from ...engine.log import logger
 from ...engine.packages import ATTENTION, ATTENTION_VARIABLE
-
-logger = logging.getLogger(__name__)
 
 GIB = 1024**3
 _ALL = 1 << 60  # bytes

@@ -3,7 +3,6 @@
 No graph asks for it, so a run is not refused over it. ComfyUI's own loader would follow it; ours calls none of it.
 """
 
-import logging
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
@@ -12,10 +11,9 @@ import comfy.ldm.modules.attention
 import comfy.ldm.qwen_image.model
 from torch import nn
 
+from ...engine.log import logger
 from ..display_names import LOADER
 from .progress import tell
-
-logger = logging.getLogger(__name__)
 
 _MODEL = comfy.ldm.qwen_image.model
 _ATTENTION = comfy.ldm.modules.attention

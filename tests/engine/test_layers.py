@@ -22,7 +22,7 @@ FLOORS = (
     {"formats"},
     {"files"},
     {"environment", "hardware", "host_ram", "numerics", "out_of_memory", "packages"},
-    {"errors", "texts"},
+    {"errors", "log", "texts"},
 )
 HEIGHT = {room: len(FLOORS) - floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -1,7 +1,6 @@
 """Prompts to token ids: the template, the tokenizer, and which tokens of the embeddings belong to the prompt."""
 
 import hashlib
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ...errors import InvalidRequest, WrongModel
+from ...log import logger
 from ...texts import half_character, shown
 from ..qwen25_vl.image_prompts import PICTURE, require_places
 from ..qwen25_vl.tokenizer_files import read_tokenizer
@@ -25,7 +25,6 @@ from .prompt_template import (
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-logger = logging.getLogger(__name__)
 
 # longer words than these make a token are in no language
 MAX_PROMPT_CHARACTERS = MAX_POSITIONS * 16

@@ -1,6 +1,5 @@
 """Latents to pictures and back, within a memory limit; owns the loop over tiles and the retries."""
 
-import logging
 from collections.abc import Callable, Mapping
 
 import torch
@@ -8,6 +7,7 @@ from torch import nn
 
 from ...errors import DoesNotFit, InvalidRequest
 from ...files.checkpoint import Checkpoint
+from ...log import logger
 from ...out_of_memory import Short, ran_out, reason, shortage
 from ...planning.footprint import VAEFootprint
 from ...planning.tiles import Span, TilePlan, plan_tiles
@@ -16,8 +16,6 @@ from .tensor_names import RGBA, check_is_image_vae, needed_tensors, to_diffusers
 
 OnTile = Callable[[int, int], None]
 OnPlan = Callable[[TilePlan], None]
-
-logger = logging.getLogger(__name__)
 
 
 class ImageVAE(nn.Module):
