@@ -39,13 +39,10 @@ __all__ = [
 
 
 class Codec(Protocol):
-    """One storage format. `bits_per_weight` leaves out scales that are tensors of their own."""
+    """How the weights of one storage format are decoded."""
 
     @property
     def name(self) -> str: ...
-
-    @property
-    def bits_per_weight(self) -> float: ...
 
     def decode_into(self, out: Tensor, parts: Sequence[Tensor]) -> None:
         """Write the weight that `parts` store into `out` (contiguous, compute dtype)."""

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from ..packages import bitsandbytes
+from .chunks import CHUNK_WEIGHTS
 
 BLOCK = 64  # weights that share a scale (absmax)
 NESTED_BLOCK = 256  # scales that share a scale, where scales are quantized too
-# a whole number of nested blocks
-CHUNK_WEIGHTS = 1024**2
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,6 @@ class Bnb4Codec:
     """
 
     name: str
-    bits_per_weight: float = 4.0
 
     def encode(self, weight: Tensor, *, double: bool = False) -> tuple[Tensor, ...]:
         flat = weight.contiguous().view(-1)

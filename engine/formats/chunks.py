@@ -1,10 +1,15 @@
-"""Cut a matrix into runs of whole rows, so that encoding it takes little memory beside it."""
+"""How much of a weight is decoded, encoded or changed at a time, so that little memory is taken beside it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from math import prod
 
 from torch import Tensor
 
+# decoded or encoded at a time: large enough that a GPU is not kept waiting for launches, and whole blocks of a format
 CHUNK_WEIGHTS = 1024**2
+# changed by LoRAs at a time, 8 MiB in fp32. Both are constants, because the product of a run of rows may be summed in
+# another order for another number of them: results depend on no memory plan
+LORA_CHUNK_WEIGHTS = 2 * 1024**2
 
 
 def row_chunks(weight: Tensor) -> Iterator[slice]:
@@ -12,3 +17,10 @@ def row_chunks(weight: Tensor) -> Iterator[slice]:
     rows = max(1, CHUNK_WEIGHTS // max(1, weight[:1].numel()))
     for start in range(0, weight.shape[0], rows):
         yield slice(start, start + rows)
+
+
+def even_rows(shape: Sequence[int], most: int = CHUNK_WEIGHTS) -> int:
+    """Rows of a chunk of about `most` weights, as many in each chunk but for the last: a product with very few rows may
+    be summed in another order."""
+    chunks = -(-prod(shape) // most)
+    return -(-shape[0] // max(1, chunks))

@@ -8,11 +8,9 @@ from math import prod
 from torch import Tensor
 
 from ..packages import ggml_types
+from .chunks import CHUNK_WEIGHTS
 from .gguf_blocks import DECODERS, SCRATCH_PER_WEIGHT, TABLE_BYTES
 from .gguf_grids import GRID_BYTES, GRID_DECODERS, grid_decoder
-
-# large enough that a GPU is not kept waiting for launches
-CHUNK_WEIGHTS = 1024**2
 
 
 @dataclass(frozen=True)
@@ -27,10 +25,6 @@ class GgufCodec:
     @property
     def name(self) -> str:
         return f"gguf_{self.type.lower()}"
-
-    @property
-    def bits_per_weight(self) -> float:
-        return 8 * self.block_bytes / self.block_weights
 
     @property
     def block_weights(self) -> int:

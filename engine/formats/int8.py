@@ -17,7 +17,6 @@ class Int8Codec:
 
     name: str
     factor: float = 1.0
-    bits_per_weight: float = 8.0
 
     def encode(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         data = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)

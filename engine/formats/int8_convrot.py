@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# what one call decodes: large enough that a GPU is not kept waiting for launches
-CHUNK_WEIGHTS = 1024**2
+from .chunks import even_rows
+
 # comfy-kitchen's codes of the dtypes that it decodes to (backends/eager/quantization.py: DTYPE_CODE_TO_DTYPE)
 _DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -24,7 +24,6 @@ class Int8ConvrotCodec:
     """
 
     group: int
-    bits_per_weight: float = 8.0
 
     @property
     def name(self) -> str:
@@ -32,7 +31,7 @@ class Int8ConvrotCodec:
 
     def decode_into(self, out: Tensor, parts: Sequence[Tensor]) -> None:
         data, scale = parts[0], parts[1].reshape(-1, 1)
-        dequantize, code, rows = load_operator(), _DTYPE_CODES[out.dtype], self._rows(out.shape)
+        dequantize, code, rows = load_operator(), _DTYPE_CODES[out.dtype], even_rows(out.shape)
         for start in range(0, len(out), rows):
             chunk = slice(start, start + rows)
             scales = scale[chunk] if len(scale) == len(data) else scale
@@ -41,13 +40,7 @@ class Int8ConvrotCodec:
     def scratch_bytes(self, shape: Sequence[int]) -> int:
         # a chunk in fp32 before and after it is turned, as the library does it where it has no kernel of its own, and
         # the matrix, which it keeps, while that is made
-        return self._rows(shape) * shape[1] * 8 + self.group**2 * 8
-
-    @staticmethod
-    def _rows(shape: Sequence[int]) -> int:
-        """Rows of a chunk: even chunks, because a product with very few rows may be summed in another order."""
-        chunks = -(-shape[0] * shape[1] // CHUNK_WEIGHTS)
-        return -(-shape[0] // chunks)
+        return even_rows(shape) * shape[1] * 8 + self.group**2 * 8
 
 
 @cache

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .chunks import even_rows
 from .int8_convrot import INT8_CONVROT
 
 TILE_ROWS = 128
 TILE_COLUMNS = 4  # of scales
-CHUNK_WEIGHTS = 1024**2
 # what the parts behind the data are called beside `<layer>.weight`, in their order
 SCALES = ("weight_scale", "weight_scale_2")
 _NO_BLOCKS = 1
@@ -31,7 +31,6 @@ class KitchenCodec:
     """
 
     name: str
-    bits_per_weight: float
     packed: int
     block: int
     decode: Callable[..., Tensor]
@@ -69,10 +68,10 @@ class KitchenCodec:
         rotation = 0 if self.group is None else self.group**2 * 8
         return self._rows(shape) * shape[1] * 16 + rotation
 
-    def _rows(self, shape: Sequence[int]) -> int:
-        """Rows of a chunk: whole tiles; even chunks, as a product with very few rows may be summed in another order."""
-        chunks = -(-shape[0] * shape[1] // CHUNK_WEIGHTS)
-        rows = -(-shape[0] // max(1, chunks))
+    @staticmethod
+    def _rows(shape: Sequence[int]) -> int:
+        """Rows of a chunk: whole tiles."""
+        rows = even_rows(shape)
         return min(-(-rows // TILE_ROWS) * TILE_ROWS, max(1, shape[0]))
 
 
@@ -101,9 +100,9 @@ def _convrot_w4a4(data: Tensor, scales: Tensor, dtype: torch.dtype, group: int) 
     return result
 
 
-NVFP4 = KitchenCodec("nvfp4", 4.5, 2, 16, _nvfp4)
-MXFP8 = KitchenCodec("mxfp8", 8.25, 1, 32, _mxfp8)
+NVFP4 = KitchenCodec("nvfp4", 2, 16, _nvfp4)
+MXFP8 = KitchenCodec("mxfp8", 1, 32, _mxfp8)
 CONVROT_W4A4: Mapping[int, KitchenCodec] = {
-    group: KitchenCodec(f"convrot_w4a4_{group}", 4.0, 2, _NO_BLOCKS, _convrot_w4a4, group) for group in INT8_CONVROT
+    group: KitchenCodec(f"convrot_w4a4_{group}", 2, _NO_BLOCKS, _convrot_w4a4, group) for group in INT8_CONVROT
 }
 KITCHEN: Mapping[str, KitchenCodec] = {codec.dtype: codec for codec in (NVFP4, MXFP8, *CONVROT_W4A4.values())}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .chunks import CHUNK_WEIGHTS
+from .chunks import even_rows
 from .int8_convrot import INT8_CONVROT
 
 # what the parts behind the data are called beside `<layer>.`; a file without a codebook has evenly spaced numbers
@@ -26,7 +26,6 @@ class W4a8Codec:
     """
 
     group: int
-    bits_per_weight: float = 4.0
 
     @property
     def name(self) -> str:
@@ -36,7 +35,7 @@ class W4a8Codec:
         data, by_group, by_row, *codebook = parts
         if by_group.dtype == torch.uint8:  # fp8 as bytes
             by_group = by_group.view(torch.float8_e4m3fn)
-        dequantize, count = load_w4a8(), self._rows(out.shape)
+        dequantize, count = load_w4a8(), even_rows(out.shape)
         for start in range(0, len(out), count):
             rows = slice(start, start + count)
             chunk = dequantize(
@@ -53,13 +52,7 @@ class W4a8Codec:
 
     def scratch_bytes(self, shape: Sequence[int]) -> int:
         # the library's own form for any device: codes as 32-bit integers and as numbers of the codebook
-        return self._rows(shape) * shape[1] * 24 + self.group**2 * 8
-
-    @staticmethod
-    def _rows(shape: Sequence[int]) -> int:
-        """Rows of a chunk: even chunks, because a product with very few rows may be summed in another order."""
-        chunks = -(-shape[0] * shape[1] // CHUNK_WEIGHTS)
-        return -(-shape[0] // chunks)
+        return even_rows(shape) * shape[1] * 24 + self.group**2 * 8
 
 
 def load_w4a8() -> Any:

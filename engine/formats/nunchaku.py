@@ -49,10 +49,6 @@ class SvdqCodec:
     def name(self) -> str:
         return f"svdq_{self.kind}_r{self.rank}"
 
-    @property
-    def bits_per_weight(self) -> float:
-        return 4.0
-
     def decode_into(self, out: Tensor, parts: Sequence[Tensor]) -> None:
         packed, packed_scales, smooth, down, up, *others = parts
         columns = out.shape[1]
@@ -99,10 +95,6 @@ class SvdqBiasCodec:
     def name(self) -> str:
         return "svdq_shifted_bias" if self.shifted else "svdq_bias"
 
-    @property
-    def bits_per_weight(self) -> float:
-        return 16.0
-
     def decode_into(self, out: Tensor, parts: Sequence[Tensor]) -> None:
         bias = unpack_scales(parts[0]).view(-1).float()
         if self.shifted:
@@ -122,7 +114,6 @@ class AwqCodec:
     """Modulation. Three parts: codes (6 N / 4, K / 2) int32, scales and zeros (K / 64, 6 N): code * scale + zero."""
 
     name: str = "awq_int4"
-    bits_per_weight: float = 4.0
 
     def decode_into(self, out: Tensor, parts: Sequence[Tensor]) -> None:
         packed, scales, zeros = parts
@@ -156,7 +147,6 @@ class AwqBiasCodec:
     """One part: the bias of modulation (6 N,), whose scales have the one of 1 + scale added."""
 
     name: str = "awq_bias"
-    bits_per_weight: float = 16.0
 
     def decode_into(self, out: Tensor, parts: Sequence[Tensor]) -> None:
         bias = parts[0].float().view(-1, AWQ_SPLITS).t().contiguous()

@@ -30,10 +30,6 @@ class PlainCodec:
     name: str
     dtype: torch.dtype
 
-    @property
-    def bits_per_weight(self) -> float:
-        return 8.0 * self.dtype.itemsize
-
     def encode(self, weight: Tensor) -> tuple[Tensor, ...]:
         return (weight.to(self.dtype),)
 

@@ -15,7 +15,6 @@ class ScaledFp8Codec:
 
     name: str
     dtype: torch.dtype
-    bits_per_weight: float = 8.0
 
     def encode(self, weight: Tensor, *, per_row: bool = False) -> tuple[Tensor, Tensor]:
         largest = torch.finfo(self.dtype).max

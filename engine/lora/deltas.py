@@ -10,12 +10,11 @@ from torch import Tensor
 
 from ..errors import InvalidRequest
 from ..files.checkpoint import TensorEntry
+from ..formats.chunks import LORA_CHUNK_WEIGHTS as CHUNK_WEIGHTS
+from ..formats.chunks import even_rows
 from .changes import Change, as_fp32, carve, fp32_elements
 from .whole_change import WholeChange
 
-# of a weight that are changed at a time, 8 MiB in fp32. A constant, because the product of a run of rows may be summed
-# in another order for another number of them: results depend on no memory plan
-CHUNK_WEIGHTS = 2 * 1024**2
 _EPS = torch.finfo(torch.float32).eps
 
 
@@ -87,7 +86,7 @@ Stack = Sequence[tuple[Delta, Sequence[Tensor], float]]
 
 def scratch_elements(shape: Sequence[int], deltas: Sequence[Delta]) -> int:
     """The fp32 numbers that `apply` needs in `scratch` for these deltas of a weight of `shape`."""
-    rows, columns = _rows_of_chunk(shape), prod(shape[1:])
+    rows, columns = even_rows(shape, CHUNK_WEIGHTS), prod(shape[1:])
     per_column = sum(delta.dora is not None and delta.dora.norm is Norm.COLUMN for delta in deltas)
     whole = prod(shape) if any(isinstance(delta.change, WholeChange) for delta in deltas) else 0
     return (
@@ -199,17 +198,11 @@ def _by_rows(delta: Delta) -> Change:
 
 def _chunks(matrix: Tensor, scratch: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Runs of rows: the first one's index, a copy in fp32 at the beginning of `scratch`, and the rest of that."""
-    step = _rows_of_chunk(matrix.shape)
+    step = even_rows(matrix.shape, CHUNK_WEIGHTS)
     for start in range(0, len(matrix), step):
         stored = matrix[start : start + step]
         rows, work = carve(scratch, *stored.shape)
         yield start, rows.copy_(stored), work
-
-
-def _rows_of_chunk(shape: Sequence[int]) -> int:
-    """Rows that are changed at a time: as many in each run, but for the last."""
-    runs = -(-prod(shape) // CHUNK_WEIGHTS)
-    return -(-shape[0] // max(1, min(runs, shape[0])))
 
 
 def _check(weight: Tensor, stack: Stack, scratch: Tensor) -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from live_bytes import LiveBytes
 from qwenimage_lowvram.engine.formats import CODECS, ENCODERS
-from qwenimage_lowvram.engine.formats.bnb4 import CHUNK_WEIGHTS, FP4, NF4, Bnb4Codec
+from qwenimage_lowvram.engine.formats.bnb4 import FP4, NF4, Bnb4Codec
+from qwenimage_lowvram.engine.formats.chunks import CHUNK_WEIGHTS
 from qwenimage_lowvram.engine.formats.int8 import BNB_INT8, INT8
 from torch._subclasses.fake_tensor import FakeTensorMode
 

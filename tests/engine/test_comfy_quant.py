@@ -18,8 +18,9 @@ from live_bytes import allocated_peak_bytes
 from qwenimage_lowvram.engine.errors import CheckpointError, DamagedFile, MissingPackage, WrongModel
 from qwenimage_lowvram.engine.files.checkpoint import Checkpoint, TensorEntry, open_checkpoint
 from qwenimage_lowvram.engine.formats import raw_layout
+from qwenimage_lowvram.engine.formats.chunks import CHUNK_WEIGHTS
 from qwenimage_lowvram.engine.formats.comfy_quant import with_comfy_quants
-from qwenimage_lowvram.engine.formats.int8_convrot import CHUNK_WEIGHTS, INT8_CONVROT, load_operator
+from qwenimage_lowvram.engine.formats.int8_convrot import INT8_CONVROT, load_operator
 from qwenimage_lowvram.engine.formats.kitchen import KITCHEN
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.models.qwen25_vl.text_encoder import TextEncoder

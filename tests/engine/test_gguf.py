@@ -18,7 +18,8 @@ from live_bytes import LiveBytes
 from qwenimage_lowvram.engine.errors import WrongModel
 from qwenimage_lowvram.engine.files.checkpoint import Checkpoint, open_checkpoint
 from qwenimage_lowvram.engine.formats import CODECS
-from qwenimage_lowvram.engine.formats.gguf import CHUNK_WEIGHTS, GGUF, GgufCodec
+from qwenimage_lowvram.engine.formats.chunks import CHUNK_WEIGHTS
+from qwenimage_lowvram.engine.formats.gguf import GGUF, GgufCodec
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.models.qwen25_vl.tensors import sort_text_encoder
 from qwenimage_lowvram.engine.models.qwen25_vl.text_encoder import TextEncoder
