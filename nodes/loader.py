@@ -25,7 +25,6 @@ from .adapters.timeline import Timeline
 from .adapters.vae import make_vae
 from .adapters.value_checks import check_widgets, limit_bytes
 from .display_names import AUTO, CATEGORY
-from .fastest_format import Parts, advice_for, fastest_format, limits_now
 from .inputs import at_input, before_the_run
 from .sources import (
     VARIANTS,
@@ -45,6 +44,7 @@ from .weight_cache import (
     losses,
     prompt_cache,
 )
+from .weight_formats import Parts, advice_for, fastest_format, limits_now
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

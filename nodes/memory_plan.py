@@ -11,7 +11,8 @@ from ..engine.errors import DoesNotFit, InvalidRequest, QwenLowVRAMError
 from ..engine.files.checkpoint import Checkpoint
 from ..engine.hardware import Hardware
 from ..engine.models.qwen25_vl.text_encoder import TextEncoder
-from ..engine.models.qwen_image.transformer_parts import TransformerParts
+from ..engine.models.qwen_image.costs import PROMPT_SIZES
+from ..engine.models.qwen_image.network import QwenImageParts
 from ..engine.models.qwen_image.variants import Variant, variant_of
 from ..engine.models.qwen_image_vae.image_vae import ImageVAE
 from ..engine.planning.footprint import TransformerFootprint
@@ -27,11 +28,11 @@ from .adapters.limits import free_ram, headroom_bytes
 from .adapters.value_checks import check_widgets, limit_bytes
 from .cache_folder import weight_cache_folder
 from .display_names import AUTO, CATEGORY
-from .fastest_format import TYPICAL_REQUEST, advice_of, versions_of
 from .inputs import at_input, before_the_run
 from .previews import as_image, preview
 from .sources import Sources, require_transformer
 from .weight_cache import AS_STORED, FASTEST, WEIGHT_FORMATS, check_weight_format
+from .weight_formats import TYPICAL_REQUEST, advice_of, versions_of
 
 CARDS_GB = (4, 6, 8, 12, 16, 24)
 # of a card, before the first tensor: the CUDA context with its kernels, and the picture on the screen
@@ -183,7 +184,15 @@ class QwenLowVRAMMemoryPlan:
         )
         models = _Models.open(transformer, text_encoder, vae, weight_format, layers)
         request = PictureRequest(
-            width, height, batch_size, cfg > 1, steps, prompt_tokens, references=reference_pictures, layers=layers
+            width,
+            height,
+            batch_size,
+            cfg > 1,
+            steps,
+            prompt_tokens,
+            references=reference_pictures,
+            layers=layers,
+            prompts=PROMPT_SIZES,
         )
         ram_bytes = limit_bytes(ram_limit_gb) or models.free_ram_bytes(request)
         capacities = [(f"{gb} GB", gb * GIB, gb * GIB - CONTEXT_BYTES - headroom_bytes()) for gb in CARDS_GB]
@@ -223,7 +232,7 @@ class _Models:
         def footprints(versions: dict[str, Checkpoint]) -> dict[str, TransformerFootprint]:
             dtype = _dtype(transformer_file)
             return {
-                name: TransformerParts(version, dtype=dtype, hardware=CARD).footprint
+                name: QwenImageParts(version, dtype=dtype, hardware=CARD).footprint
                 for name, version in versions.items()
             }
 

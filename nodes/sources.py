@@ -7,12 +7,16 @@ from pathlib import Path
 
 from ..engine.errors import InvalidRequest
 from ..engine.files.checkpoint import Checkpoint, open_checkpoint
+from ..engine.models.component import Component
+from ..engine.models.qwen25_vl.component import TEXT_ENCODER
 from ..engine.models.qwen25_vl.tensors import require_fitting_encoder
 from ..engine.models.qwen25_vl.tokenizer_files import tokenizer_stamps
+from ..engine.models.qwen_image.component import TRANSFORMER
 from ..engine.models.qwen_image.prompts import PromptTokenizer
 from ..engine.models.qwen_image.variants import Variant, could_be, variant_of
+from ..engine.models.qwen_image_vae.component import VAE
 from ..engine.models.qwen_image_vae.tensor_names import RGB, RGBA, require_image_vae
-from ..engine.models.recognition import Component, components, only, require
+from ..engine.models.recognition import components, only, require
 from ..engine.texts import shown
 from . import model_choices
 from .display_names import AUTO, LOADER
@@ -57,9 +61,9 @@ class Sources:
             )
 
         with at_input("text_encoder"):
-            text_path = component("text_encoders", text_encoder, "text_encoder", Component.TEXT_ENCODER)
+            text_path = component("text_encoders", text_encoder, "text_encoder", TEXT_ENCODER)
         with at_input("vae"):
-            vae_path = component("vae", vae, "vae", Component.VAE)
+            vae_path = component("vae", vae, "vae", VAE)
         tokenizer = folder / "tokenizer" if folder and text_encoder == model_choices.FROM_FOLDER else COMFYUI_TOKENIZER
         return cls(transformer_path, text_path, vae_path, tokenizer)
 
@@ -67,12 +71,12 @@ class Sources:
         """Headers only. Raises where a file is missing, damaged, not what its place needs, no fitting pair, or another
         variant than the chosen one; the message begins with the input's name."""
         with at_input("transformer"):
-            transformer = open_component(self.transformer, Component.TRANSFORMER)
+            transformer = open_component(self.transformer, TRANSFORMER)
         with at_input("text_encoder"):
-            text_encoder = open_component(self.text_encoder, Component.TEXT_ENCODER)
+            text_encoder = open_component(self.text_encoder, TEXT_ENCODER)
             require_fitting_encoder(transformer, text_encoder)
         with at_input("vae"):
-            vae = open_component(self.vae, Component.VAE)
+            vae = open_component(self.vae, VAE)
         with at_input("variant"):
             layered = variant_of(transformer, chosen_variant(variant)) is Variant.LAYERED
         with at_input("vae"):
@@ -96,7 +100,7 @@ def open_component(path: Path, component: Component) -> Checkpoint:
 
 def require_transformer(transformer: str) -> None:
     """Raises where the file or folder chosen for the transformer is not there, damaged, or none."""
-    open_component(transformer_source(transformer), Component.TRANSFORMER)
+    open_component(transformer_source(transformer), TRANSFORMER)
 
 
 def chosen_variant(variant: str) -> Variant | None:

@@ -167,8 +167,8 @@ def test_comfyui_loads_no_node_of_ours_and_runs_on_where_a_name_is_gone(
 @pytest.mark.parametrize(
     "code",
     [
-        "from .words import what_is_gone",
-        "from . import words\nwords.what_is_gone",
+        "from .display_names import what_is_gone",
+        "from . import display_names\ndisplay_names.what_is_gone",
         "from . import what_is_gone",
         "class Ours: pass\nOurs.what_is_gone",
         "raise RuntimeError('what_is_gone')",

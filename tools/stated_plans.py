@@ -19,11 +19,11 @@ import torch
 from qwenimage_lowvram.engine.caches.requantized_weights import QuantizedWeights
 from qwenimage_lowvram.engine.lora.lora_file import match
 from qwenimage_lowvram.engine.lora.weight_patches import lora_patches
-from qwenimage_lowvram.engine.models.qwen_image.transformer_parts import TransformerParts
+from qwenimage_lowvram.engine.models.qwen_image.costs import PROMPT_SIZES
+from qwenimage_lowvram.engine.models.qwen_image.network import QwenImageParts
 from qwenimage_lowvram.engine.planning.forecast import TYPICAL, Bound
 from qwenimage_lowvram.engine.planning.memory import MemoryPlan, plan_memory
 from qwenimage_lowvram.engine.planning.request import GIB, Limits, SamplingRequest, size_text
-from qwenimage_lowvram.engine.planning.stages import REFERENCE_TOKENS, SEEN_TOKENS
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
@@ -49,8 +49,8 @@ def plan_of(graph: Mapping[str, Any], **changed: Any) -> MemoryPlan:
         width,
         height,
         branches=2 if sample["cfg"] > 1 else 1,
-        prompt_tokens=PROMPT_TOKENS + references * SEEN_TOKENS,
-        reference_tokens=references * REFERENCE_TOKENS,
+        prompt_tokens=PROMPT_TOKENS + references * PROMPT_SIZES.seen,
+        reference_tokens=references * PROMPT_SIZES.reference,
         timesteps=sample["steps"],
     )
     if layers:
@@ -111,7 +111,7 @@ def _size(graph: Mapping[str, Any]) -> tuple[int, int, int]:
 
 
 @cache
-def _parts(weight_format: str, *, lora: bool, layered: bool) -> TransformerParts:
+def _parts(weight_format: str, *, lora: bool, layered: bool) -> QwenImageParts:
     """A model file's sizes: fp8 as stored, or bf16 quantized at the first load; perhaps with Lightning's LoRA."""
     stored = torch.float8_e4m3fn if weight_format == "fp8" else torch.bfloat16
     source = full_size.transformer_checkpoint(stored, layered=layered)
@@ -119,7 +119,7 @@ def _parts(weight_format: str, *, lora: bool, layered: bool) -> TransformerParts
         weights = QuantizedWeights.of(source, weight_format, Path("cache"))
         assert weights is not None
         source = weights.checkpoint(data_start=0)
-    parts = TransformerParts(source, dtype=torch.bfloat16, hardware=full_size.fake_gpu(), source=full_size.EmptySource)
+    parts = QwenImageParts(source, dtype=torch.bfloat16, hardware=full_size.fake_gpu(), source=full_size.EmptySource)
     if lora:
         parts.patch(lora_patches([(match(full_size.lightning_lora(parts.weights), parts.weights), 1.0)]))
     return parts

@@ -24,7 +24,7 @@ from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.models.qwen_image.branch import Branch
 from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
-from qwenimage_lowvram.engine.planning.memory import MemoryPlan, activation_bytes, least_ram_bytes, plan_memory
+from qwenimage_lowvram.engine.planning.memory import MemoryPlan, least_ram_bytes, plan_memory
 from qwenimage_lowvram.engine.planning.request import Limits
 from random_blocks import REAL_BLOCKS
 from streaming_job import PROMPT_TOKENS, Job, Moved, Tier, forget_files
@@ -234,7 +234,7 @@ CONTENDERS: dict[str, Callable[[Job], AbstractContextManager[Contender]]] = {
 def _activations(job: Job) -> int:
     hardware = Hardware(torch.device("cpu"), streams=False, pinned=False, prefetch=False, host_device=True)
     transformer = QwenImageTransformer(open_checkpoint(job.folder), dtype=DTYPE, hardware=hardware)
-    return activation_bytes(transformer.footprint, job.request, None)
+    return transformer.footprint.activation_bytes(job.request, None)
 
 
 def _bytes(module: nn.Module) -> int:

@@ -25,7 +25,8 @@ from ..formats import TORCH_DTYPES, StoredParam, stored_param
 from ..formats.chunks import CHUNK_WEIGHTS
 from ..formats.described import described_tensors
 from ..log import logger
-from ..models.recognition import Component, require
+from ..models.qwen_image.component import TRANSFORMER
+from ..models.recognition import require
 from ..models.sorting import split_blocks
 from ..streaming import TensorReader
 from ..texts import printable
@@ -63,7 +64,7 @@ class QuantizedWeights:
 
         Raises InvalidRequest where they are in another quantized format, WrongModel where it is no transformer.
         """
-        require(source, Component.TRANSFORMER)
+        require(source, TRANSFORMER)
         where = str(source.path)
         prefix = next(name.partition(_BLOCKS)[0] for name in source.tensors if _BLOCKS in name) + _BLOCKS
         blocks = [

@@ -35,3 +35,10 @@ def chunk_bounds(tokens: int, chunk_tokens: int) -> list[tuple[int, int]]:
     """Split `tokens` into the fewest chunks of at most `chunk_tokens`, as even as can be."""
     count = -(-tokens // chunk_tokens)
     return list(pairwise(tokens * i // count for i in range(count + 1)))
+
+
+def chunk_tokens(block: nn.Module, tokens: int | None) -> None:
+    """From now on the block's ChunkedTokens take so many tokens at a time; None: all at once."""
+    for child in block.children():
+        if isinstance(child, ChunkedTokens):
+            child.chunk_tokens = tokens

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..files.checkpoint import TensorEntry
-from ..models.qwen_image.transformer_parts import BLOCKS
+from ..models.qwen_image.tensors import BLOCKS
 from .deltas import Delta, apply, scratch_elements
 from .lora_file import LoraMatch
 

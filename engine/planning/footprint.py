@@ -1,20 +1,24 @@
 """The sizes that a plan is made from: what a model's weights and a forward pass take, in bytes. Imports no torch."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from .request import SamplingRequest
+
 
 @dataclass(frozen=True)
-class TransformerFootprint:
-    """A transformer's weights in bytes.
+class TransformerFootprint(ABC):
+    """What a transformer's weights and passes take, in bytes and operations. Each network has its own, which says what
+    its passes take; `models/<network>/costs.py`.
 
-    slot_bytes: one block as it is computed with, without modulation; stored_bytes: the same block as it is stored.
-    staging_bytes: room on the device for the largest stored parameter, 0 where stored bytes need no decoding (native).
-    scratch_bytes: what decoding a block allocates on the device for a moment. modulation_*: the same of a block's
-    modulation weights. ring_bytes: host memory that file bytes pass through. host: the device is the host, and has no
-    other memory. elsewhere: blocks that stay on other devices, and are not among `blocks`. zero_cond_t: references are
-    modulated as at timestep zero, token by token.
+    slot_bytes: one block as it is computed with, without what is computed beforehand; stored_bytes: the same block as
+    it is stored. staging_bytes: room on the device for the largest stored parameter, 0 where stored bytes need no
+    decoding (native). scratch_bytes: what decoding a block allocates on the device for a moment. inner_dim: numbers of
+    a token between blocks. modulation_*: the same sizes of a block's weights that see the timestep alone, 0 where the
+    network has none. ring_bytes: host memory that file bytes pass through. host: the device is the host, and has no
+    other memory. elsewhere: blocks that stay on other devices, and are not among `blocks`.
     """
 
     blocks: int
@@ -23,34 +27,43 @@ class TransformerFootprint:
     staging_bytes: int
     native: bool
     outside_bytes: int
-    modulation_slot_bytes: int
-    modulation_staging_bytes: int
     inner_dim: int
-    head_dim: int
-    joint_attention_dim: int
     element_bytes: int
+    modulation_slot_bytes: int = 0
+    modulation_staging_bytes: int = 0
     scratch_bytes: int = 0
     modulation_scratch_bytes: int = 0
     modulation_stored_bytes: int = 0
     ring_bytes: int = 0
     host: bool = False
     elsewhere: int = 0
-    zero_cond_t: bool = False
 
     @property
     def all_blocks(self) -> int:
         return self.blocks + self.elsewhere
 
     @property
-    def row_bytes(self) -> int:
-        """One timestep's row of the modulation table: 6 vectors each for picture, references where they have their own,
-        and text, in every block."""
-        return self.all_blocks * (18 if self.zero_cond_t else 12) * self.inner_dim * self.element_bytes
-
-    @property
     def resident_block_bytes(self) -> int:
         """What a block that stays on the device takes there: decoded where nothing is gained by not decoding it."""
         return self.slot_bytes if self.native else self.stored_bytes
+
+    @property
+    def row_bytes(self) -> int:
+        """Of what is computed beforehand for one timestep, in all blocks."""
+        return 0
+
+    @property
+    def suggested_sizes(self) -> tuple[tuple[int, int], ...]:
+        """(width, height) in px that the network was trained on, largest first, and smaller ones to fall back to."""
+        return ()
+
+    @abstractmethod
+    def activation_bytes(self, request: SamplingRequest, chunk: int | None) -> int:
+        """Peak of a forward pass beyond weights; `chunk`: tokens of an MLP at a time, None for all at once."""
+
+    @abstractmethod
+    def step_flops(self, request: SamplingRequest) -> float:
+        """Floating-point operations of one step."""
 
 
 @dataclass(frozen=True)

@@ -60,17 +60,6 @@ class StepForecast:
         return f"{self.seconds:.1f} s per step, bound by {self.bound.value}"
 
 
-def step_flops(footprint: TransformerFootprint, request: SamplingRequest) -> float:
-    """Floating-point operations of one step.
-
-    A block multiplies each token with 12 dim^2 weights (q, k, v and output projections, and an MLP four times as wide)
-    of its own stream, and attends from every token to every token (dim products for the scores, dim for the sum).
-    """
-    dim, tokens = footprint.inner_dim, request.image_tokens + request.prompt_tokens
-    per_block = 2 * tokens * 12 * dim**2 + 4 * tokens**2 * dim
-    return float(request.branches * footprint.all_blocks * per_block)
-
-
 def forecast_step(
     footprint: TransformerFootprint,
     request: SamplingRequest,
@@ -82,7 +71,7 @@ def forecast_step(
 ) -> StepForecast:
     """For `streamed` blocks that pass through slots, `from_file` of which come from the file."""
     return StepForecast(
-        compute_seconds=step_flops(footprint, request) / speeds.flops,
+        compute_seconds=footprint.step_flops(request) / speeds.flops,
         bus_seconds=0.0 if footprint.host else streamed * footprint.stored_bytes / speeds.bus_bytes,
         disk_seconds=from_file * footprint.stored_bytes / speeds.disk_bytes,
         overlapped=slots > 1 or streamed == 0,

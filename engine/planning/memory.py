@@ -18,8 +18,6 @@ from .request import GIB, Controls, Limits, SamplingRequest, size_text
 MLP_CHUNKS = (None, 4096, 2048, 1024, 512)
 # rows of the modulation table kept beyond those of the present run
 SPARE_ROWS = 16
-# the sizes that the model was trained on (model card), largest first, and smaller ones to fall back to
-SUGGESTED_SIZES = ((1328, 1328), (1664, 928), (1024, 1024), (768, 768), (512, 512))
 
 
 @dataclass(frozen=True)
@@ -161,31 +159,6 @@ def most_ram_bytes(footprint: TransformerFootprint, request: SamplingRequest) ->
     return _rows_bytes(footprint, request) + footprint.ring_bytes + footprint.blocks * footprint.stored_bytes
 
 
-def activation_bytes(footprint: TransformerFootprint, request: SamplingRequest, chunk: int | None) -> int:
-    """Peak of a forward pass beyond weights.
-
-    The factors count the tensors of one token's width that are alive at once in diffusers'
-    QwenImageTransformerBlock: in the joint attention (q, k, v, rotary embedding in fp32), and around the two MLPs,
-    whose hidden width is four times the model's, before and after GELU. Where each token has its own gates
-    (zero_cond_t), the first lives on through the MLPs.
-    """
-    unit = footprint.inner_dim * footprint.element_bytes
-    image, text = request.image_tokens * unit, request.prompt_tokens * unit
-    tokens = request.image_tokens + request.prompt_tokens
-    rotary = tokens * footprint.head_dim // 2 * 8  # complex64
-    inputs = (request.image_tokens * 64 + request.prompt_tokens * footprint.joint_attention_dim) * (
-        footprint.element_bytes
-    )
-    carried = image + text + rotary + inputs
-    attention = 10 * (image + text)
-    wide_image, wide_text = (
-        8 * n if chunk is None or n <= chunk * unit else n + 8 * chunk * unit for n in (image, text)
-    )
-    mlps = max(6 * image + 4 * text + wide_image, 7 * image + 6 * text + wide_text)
-    gate = image if footprint.zero_cond_t else 0
-    return request.branches * carried + max(attention + gate, mlps + 2 * gate)
-
-
 def text_encoder_peak_bytes(footprint: TextEncoderFootprint, prompt_tokens: Sequence[int], slots: int) -> int:
     """What encoding holds on the device: the slots, each prompt's states, and the widest point of a layer's MLP."""
     unit = footprint.element_bytes
@@ -243,7 +216,7 @@ class _Draft:
         decoding = footprint.modulation_staging_bytes + footprint.modulation_scratch_bytes
         run = stays + self._slots(resident) * footprint.slot_bytes + staging + footprint.scratch_bytes
         run += controls.held_bytes
-        widest = max(activation_bytes(footprint, self.request, self.chunk), controls.working_bytes)
+        widest = max(footprint.activation_bytes(self.request, self.chunk), controls.working_bytes)
         return (
             run + footprint.row_bytes + widest,
             stays + 2 * modulation + decoding + footprint.row_bytes,
@@ -271,7 +244,7 @@ class _Draft:
             slots=slots,
             mlp_chunk_tokens=self.chunk,
             resident_bytes=footprint.outside_bytes + resident * footprint.resident_block_bytes,
-            activation_bytes=activation_bytes(footprint, request, self.chunk),
+            activation_bytes=footprint.activation_bytes(request, self.chunk),
             sampling_peak_bytes=sampling,
             modulation_peak_bytes=modulation,
             late_timestep_peak_bytes=late,
@@ -329,7 +302,7 @@ def _refusal(footprint: TransformerFootprint, request: SamplingRequest, limits: 
     )
     if fewer is not None:
         ways.append(f"a smaller batch or no guidance ({fewer} instead of {request.branches} branches)")
-    for width, height in SUGGESTED_SIZES:
+    for width, height in footprint.suggested_sizes:
         smaller = request.with_size(width, height)
         if width * height < request.width * request.height and _fits(footprint, smaller, limits):
             ways.append(f"{width}x{height} ({size_text(least_bytes(footprint, smaller))})")

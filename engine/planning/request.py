@@ -6,7 +6,7 @@ from math import ceil
 from ..errors import InvalidRequest
 
 GIB = 1024**3
-PATCH_PX = 16  # a token is 2x2 latent pixels of 8x8 picture pixels
+TOKEN_PX = 16  # of most models: a token is 2x2 latent pixels of 8x8 image pixels
 
 
 def size_text(nbytes: int) -> str:
@@ -60,13 +60,29 @@ class Controls:
 
 
 @dataclass(frozen=True)
+class PromptTokens:
+    """What a network's prompts have beside a person's words, in tokens.
+
+    before: of the template, dropped after encoding; before_edit: of the template for images to change; behind: of
+    both, kept. reference: of an image to change, for the transformer; seen: of the same in the prompt.
+    """
+
+    before: int
+    behind: int
+    before_edit: int
+    reference: int
+    seen: int
+
+
+@dataclass(frozen=True)
 class SamplingRequest:
     """What one step has to compute.
 
     width, height: of the picture in px. branches: prompts times pictures that run through a block in turn.
     prompt_tokens: of the longest prompt. reference_tokens: of all reference pictures of a branch together.
     timesteps: how many the run has. frames: of the picture's latent; one more than the layers it is taken apart into.
-    controls: what runs beside the transformer, for this size and batch.
+    controls: what runs beside the transformer, for this size and batch. token_px: pixels that a token covers along
+    each side.
     """
 
     width: int
@@ -77,18 +93,20 @@ class SamplingRequest:
     timesteps: int = 50
     frames: int = 1
     controls: Controls = Controls()
+    token_px: int = TOKEN_PX
 
     def __post_init__(self) -> None:
-        if self.width % PATCH_PX or self.height % PATCH_PX or min(self.width, self.height) < PATCH_PX:
-            nearest = [max(PATCH_PX, round(n / PATCH_PX) * PATCH_PX) for n in (self.width, self.height)]
+        step = self.token_px
+        if self.width % step or self.height % step or min(self.width, self.height) < step:
+            nearest = [max(step, round(n / step) * step) for n in (self.width, self.height)]
             raise InvalidRequest(
                 f"A picture of {self.width}x{self.height} px cannot be made: width and height must be multiples of "
-                f"{PATCH_PX}. Use {nearest[0]}x{nearest[1]}."
+                f"{step}. Use {nearest[0]}x{nearest[1]}."
             )
 
     @property
     def frame_tokens(self) -> int:
-        return (self.width // PATCH_PX) * (self.height // PATCH_PX)
+        return (self.width // self.token_px) * (self.height // self.token_px)
 
     @property
     def image_tokens(self) -> int:

@@ -5,7 +5,7 @@ refused does not fit.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -13,14 +13,7 @@ from ..errors import InvalidRequest
 from .footprint import TextEncoderFootprint, Tiles, TransformerFootprint, VAEFootprint
 from .forecast import TYPICAL, Speeds, StepForecast, forecast_step
 from .memory import MemoryPlan, plan_memory, plan_text_encoder, text_encoder_peak_bytes
-from .request import Limits, SamplingRequest, size_text
-
-# of families.PROMPT_TEMPLATE: before a prompt, dropped after encoding, and behind it, kept
-TEMPLATE_TOKENS, TEMPLATE_END_TOKENS = 34, 5
-# of families.EDIT_TEMPLATE
-EDIT_TEMPLATE_TOKENS = 64
-# a picture to change: of a megapixel for the transformer, and of 384x384 px with its label for the text encoder
-REFERENCE_TOKENS, SEEN_TOKENS = 64 * 64, 196 + 7
+from .request import Limits, PromptTokens, SamplingRequest, size_text
 
 
 class Stage(Enum):
@@ -67,7 +60,7 @@ class PictureRequest:
     """width, height in px. batch: pictures at a time. guided: with a negative prompt. prompt_tokens: of each prompt,
     without its template. references: pictures of about a megapixel that an editing model is shown. layers: that each
     picture is taken apart into, as Qwen-Image-Layered does; it is shown the picture, and makes it once more beside
-    them. 0: whole pictures."""
+    them. 0: whole pictures. prompts: of the network that makes them."""
 
     width: int
     height: int
@@ -77,6 +70,7 @@ class PictureRequest:
     prompt_tokens: int
     references: int = 0
     layers: int = 0
+    prompts: PromptTokens = field(kw_only=True)
 
     def __post_init__(self) -> None:
         if min(self.batch, self.steps, self.prompt_tokens) < 1 or self.layers < 0:
@@ -100,18 +94,18 @@ class PictureRequest:
         request = SamplingRequest(
             self.width, self.height, branches, self._kept_tokens, timesteps=self.steps, frames=self.frames
         )
-        shown = request.frame_tokens if self.layers else self.references * REFERENCE_TOKENS
+        shown = request.frame_tokens if self.layers else self.references * self.prompts.reference
         return replace(request, reference_tokens=shown)
 
     @property
     def encoded_tokens(self) -> tuple[int, int]:
         """Of both prompts, as the text encoder sees them; the negative one is encoded even where it is not used."""
-        template = EDIT_TEMPLATE_TOKENS if self.references else TEMPLATE_TOKENS
+        template = self.prompts.before_edit if self.references else self.prompts.before
         return (template + self._kept_tokens,) * 2
 
     @property
     def _kept_tokens(self) -> int:
-        return self.prompt_tokens + TEMPLATE_END_TOKENS + self.references * SEEN_TOKENS
+        return self.prompt_tokens + self.prompts.behind + self.references * self.prompts.seen
 
     def __str__(self) -> str:
         guided = "guided" if self.guided else "without guidance"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...engine.errors import Unsupported
 from ...engine.lora.weight_patches import lora_patches
-from ...engine.models.qwen_image.block_hooks import Hooked
+from ...engine.models.network import Hooked
 from ...engine.models.qwen_image.branch import Branch
 from ...engine.models.qwen_image.latents import PATCH
 from ...engine.models.qwen_image.transformer import QwenImageTransformer

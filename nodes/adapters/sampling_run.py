@@ -13,11 +13,12 @@ from torch import Tensor
 
 from ...engine.errors import DoesNotFit
 from ...engine.log import logger
-from ...engine.models.qwen_image.block_hooks import Hooked
+from ...engine.models.network import Hooked
 from ...engine.models.qwen_image.branch import Branch
-from ...engine.models.qwen_image.transformer import QwenImageTransformer, TransformerSession
+from ...engine.models.qwen_image.transformer import QwenImageTransformer
+from ...engine.models.streamed_transformer import TransformerSession
 from ...engine.out_of_memory import Short, ran_out, reason, shortage
-from ...engine.planning.forecast import corrected, step_flops
+from ...engine.planning.forecast import corrected
 from ...engine.planning.memory import MemoryPlan, least_bytes, least_ram_bytes, plan_memory
 from ...engine.planning.request import Limits, size_text
 from ...engine.planning.stages import Stage, StagePlan, load_stage, modulation_stage, sampling_stage
@@ -283,7 +284,7 @@ class SamplingRun:
     def _learn(self) -> None:
         """Correct what is known of this machine's speeds by what this run took."""
         footprint, plan, passes = self._transformer.footprint, self.plan, self._passes - 1
-        small = step_flops(footprint, plan.request) < TELLING_FLOPS
+        small = footprint.step_flops(plan.request) < TELLING_FLOPS
         if self._one_by_one or self._retries or plan.request.controls or passes < 1 or small:
             return
         seconds, waited = self._first_pass  # which reads what stays in host memory, and is like no other

@@ -15,7 +15,7 @@ from ...engine.files.checkpoint import Checkpoint
 from ...engine.models.qwen_image_vae.image_vae import ImageVAE
 from ...engine.models.qwen_image_vae.tensor_names import needed_tensors
 from ...engine.out_of_memory import in_words
-from ...engine.planning.request import PATCH_PX
+from ...engine.planning.request import TOKEN_PX
 from ...engine.planning.stages import Stage, decode_stage
 from ...engine.planning.tiles import TilePlan
 from ...engine.streaming import read_params
@@ -183,7 +183,7 @@ class LowVRAMVAE(comfy.sd.VAE):
 
         options = {"limit_bytes": budget, "tile_px": tile_px, "on_tile": on_tile, "out_device": self.output_device}
         short = naming_limit(self.device, self.limit_bytes, budget + self.size, self.limit_name)
-        long = interruptible(size[0] * size[1] // PATCH_PX**2, throw_if_interrupted)
+        long = interruptible(size[0] * size[1] // TOKEN_PX**2, throw_if_interrupted)
         with short, long, comfy.model_management.cuda_device_context(self.device):
             result = self._measured(work, data, options) if work == vae.decode else work(data, **options)
         if not is_finite(result):

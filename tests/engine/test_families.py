@@ -12,11 +12,16 @@ import torch
 from qwenimage_lowvram.engine.errors import WrongModel
 from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
+from qwenimage_lowvram.engine.models import foreign
+from qwenimage_lowvram.engine.models.component import Component
+from qwenimage_lowvram.engine.models.qwen25_vl.component import TEXT_ENCODER
 from qwenimage_lowvram.engine.models.qwen25_vl.tensors import sort_text_encoder
+from qwenimage_lowvram.engine.models.qwen_image.component import TRANSFORMER
 from qwenimage_lowvram.engine.models.qwen_image.tensors import sort_transformer
 from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
+from qwenimage_lowvram.engine.models.qwen_image_vae.component import VAE
 from qwenimage_lowvram.engine.models.qwen_image_vae.tensor_names import needed_tensors, require_image_vae, vae_tensors
-from qwenimage_lowvram.engine.models.recognition import Component, identify, only, require
+from qwenimage_lowvram.engine.models.recognition import identify, only, require
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -36,35 +41,35 @@ TEXT: Shapes = {
 
 # a few telling names of each, as their files have them
 OTHERS = {
-    "lora of diffusers": ("transformer_blocks.0.attn.to_q.lora_A.weight", Component.LORA),
-    "lora of kohya": ("lora_unet_transformer_blocks_0_attn_to_q.lora_down.weight", Component.LORA),
-    "lora of peft": ("transformer.transformer_blocks.0.attn.add_q_proj.lora_B.default.weight", Component.LORA),
-    "a model under PEFT": ("transformer_blocks.0.attn.to_q.base_layer.weight", Component.UNMERGED),
-    "previews of Wan's": ("decoder.3.conv.0.weight", Component.TINY_VAE),
-    "previews of diffusers": ("decoder.layers.3.conv.0.weight", Component.TINY_VAE),
-    "lokr": ("lycoris_transformer_blocks_0_attn_to_q.lokr_w1", Component.LORA),
-    "flux of the authors": ("double_blocks.0.img_attn.qkv.weight", Component.FLUX),
-    "flux of ComfyUI": ("model.diffusion_model.double_blocks.0.img_attn.qkv.weight", Component.FLUX),
-    "flux of diffusers": ("single_transformer_blocks.0.attn.to_q.weight", Component.FLUX),
-    "wan": ("blocks.0.cross_attn.q.weight", Component.WAN),
-    "sdxl": ("model.diffusion_model.input_blocks.0.0.weight", Component.STABLE_DIFFUSION),
-    "sdxl of diffusers": ("down_blocks.1.attentions.0.proj_in.weight", Component.STABLE_DIFFUSION),
-    "vae of diffusers": ("decoder.conv_in.weight", Component.VAE),
-    "vae of Wan": ("decoder.conv1.weight", Component.VAE),
-    "sd3": ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", Component.STABLE_DIFFUSION),
-    "DiffSynth": ("controlnet_blocks.0.x_rms.weight", Component.MODEL_PATCH),
-    "controlnet of diffusers": ("controlnet_blocks.0.weight", Component.CONTROLNET),
-    "nunchaku": ("transformer_blocks.0.attn.to_qkv.qweight", Component.OTHER_QUANTIZATION),
-    "quanto": ("transformer_blocks.0.attn.add_q_proj.weight._data", Component.OTHER_QUANTIZATION),
-    "torchao": ("transformer_blocks.0.attn.add_q_proj._weight_qdata", Component.OTHER_QUANTIZATION),
-    "compressed-tensors": ("transformer_blocks.0.attn.add_q_proj.weight_packed", Component.OTHER_QUANTIZATION),
-    "2.1 of diffusers": ("transformer_blocks.0.img_mlp.gate_layer.weight", Component.TRANSFORMER_2_1),
-    "2.1 of ComfyUI": ("model.diffusion_model.transformer_blocks.0.img_mlp.gate_up.weight", Component.TRANSFORMER_2_1),
-    "2.1 without its blocks": ("txt_in.text_norm.weight", Component.TRANSFORMER_2_1),
-    "something": ("weight", Component.UNKNOWN),
+    "lora of diffusers": ("transformer_blocks.0.attn.to_q.lora_A.weight", foreign.LORA),
+    "lora of kohya": ("lora_unet_transformer_blocks_0_attn_to_q.lora_down.weight", foreign.LORA),
+    "lora of peft": ("transformer.transformer_blocks.0.attn.add_q_proj.lora_B.default.weight", foreign.LORA),
+    "a model under PEFT": ("transformer_blocks.0.attn.to_q.base_layer.weight", foreign.UNMERGED),
+    "previews of Wan's": ("decoder.3.conv.0.weight", foreign.TINY_VAE),
+    "previews of diffusers": ("decoder.layers.3.conv.0.weight", foreign.TINY_VAE),
+    "lokr": ("lycoris_transformer_blocks_0_attn_to_q.lokr_w1", foreign.LORA),
+    "flux of the authors": ("double_blocks.0.img_attn.qkv.weight", foreign.FLUX),
+    "flux of ComfyUI": ("model.diffusion_model.double_blocks.0.img_attn.qkv.weight", foreign.FLUX),
+    "flux of diffusers": ("single_transformer_blocks.0.attn.to_q.weight", foreign.FLUX),
+    "wan": ("blocks.0.cross_attn.q.weight", foreign.WAN),
+    "sdxl": ("model.diffusion_model.input_blocks.0.0.weight", foreign.STABLE_DIFFUSION),
+    "sdxl of diffusers": ("down_blocks.1.attentions.0.proj_in.weight", foreign.STABLE_DIFFUSION),
+    "vae of diffusers": ("decoder.conv_in.weight", VAE),
+    "vae of Wan": ("decoder.conv1.weight", VAE),
+    "sd3": ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", foreign.STABLE_DIFFUSION),
+    "DiffSynth": ("controlnet_blocks.0.x_rms.weight", foreign.MODEL_PATCH),
+    "controlnet of diffusers": ("controlnet_blocks.0.weight", foreign.CONTROLNET),
+    "nunchaku": ("transformer_blocks.0.attn.to_qkv.qweight", foreign.OTHER_QUANTIZATION),
+    "quanto": ("transformer_blocks.0.attn.add_q_proj.weight._data", foreign.OTHER_QUANTIZATION),
+    "torchao": ("transformer_blocks.0.attn.add_q_proj._weight_qdata", foreign.OTHER_QUANTIZATION),
+    "compressed-tensors": ("transformer_blocks.0.attn.add_q_proj.weight_packed", foreign.OTHER_QUANTIZATION),
+    "2.1 of diffusers": ("transformer_blocks.0.img_mlp.gate_layer.weight", foreign.QWEN_IMAGE_2_1),
+    "2.1 of ComfyUI": ("model.diffusion_model.transformer_blocks.0.img_mlp.gate_up.weight", foreign.QWEN_IMAGE_2_1),
+    "2.1 without its blocks": ("txt_in.text_norm.weight", foreign.QWEN_IMAGE_2_1),
+    "something": ("weight", foreign.UNKNOWN),
 }
-FOLDERS = {Component.LORA: "loras", Component.VAE: "vae", Component.CONTROLNET: "controlnet"}
-FOLDERS |= {Component.MODEL_PATCH: "model_patches", Component.TINY_VAE: "vae_approx"}
+FOLDERS = {foreign.LORA: "loras", VAE: "vae", foreign.CONTROLNET: "controlnet"}
+FOLDERS |= {foreign.MODEL_PATCH: "model_patches", foreign.TINY_VAE: "vae_approx"}
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +97,8 @@ def test_another_model_in_the_transformers_place_is_named(
     assert message.endswith("Choose a file from models/diffusion_models, such as qwen_image_fp8_e4m3fn.safetensors.")
 
 
-@pytest.mark.parametrize("wanted", [Component.TRANSFORMER, Component.TEXT_ENCODER, Component.VAE])
-@pytest.mark.parametrize("given", [Component.TRANSFORMER, Component.TEXT_ENCODER, Component.VAE])
+@pytest.mark.parametrize("wanted", [TRANSFORMER, TEXT_ENCODER, VAE])
+@pytest.mark.parametrize("given", [TRANSFORMER, TEXT_ENCODER, VAE])
 def test_each_file_passes_in_its_own_place_only(
     wanted: Component,
     given: Component,
@@ -102,9 +107,9 @@ def test_each_file_passes_in_its_own_place_only(
     write_model: Callable[..., Path],
 ) -> None:
     shapes = {
-        Component.TRANSFORMER: transformer_shapes,
-        Component.TEXT_ENCODER: TEXT,
-        Component.VAE: {"decoder.conv_in.weight": (4, 4), "encoder.conv_in.weight": (4, 4)},
+        TRANSFORMER: transformer_shapes,
+        TEXT_ENCODER: TEXT,
+        VAE: {"decoder.conv_in.weight": (4, 4), "encoder.conv_in.weight": (4, 4)},
     }[given]
     checkpoint = open_checkpoint(write_model(tmp_path / "m.safetensors", shapes))
     if wanted is given:
@@ -250,7 +255,7 @@ def test_a_file_of_some_layers_is_said_to_be_a_part(
     with pytest.raises(
         WrongModel, match=rf"m\.safetensors holds a part of a Qwen-Image transformer \({len(shapes)} "
     ) as e:
-        require(checkpoint, Component.TRANSFORMER)
+        require(checkpoint, TRANSFORMER)
     assert "ownload" not in str(e.value)
     assert ("img_mod" in str(e.value)) == ("attn" in kept)
 
@@ -262,7 +267,7 @@ def test_an_all_in_one_file_holds_each_of_its_three_components(
     drawn = {f"model.diffusion_model.{name}": shape for name, shape in transformer_shapes.items()}
     vae = {f"vae.{name}": shape for name, shape in vae_shapes.items()}
     file = open_checkpoint(write_model(tmp_path / "all.safetensors", {**drawn, **text, **vae}))
-    for component in (Component.TRANSFORMER, Component.TEXT_ENCODER, Component.VAE):
+    for component in (TRANSFORMER, TEXT_ENCODER, VAE):
         require(file, component)
     assert sort_transformer(file).config.num_layers == 2
     assert len(sort_text_encoder(file).layers) == 3
@@ -285,9 +290,9 @@ def test_one_component_of_an_all_in_one_file_is_what_its_own_file_would_hold(
     write_model: Callable[..., Path],
 ) -> None:
     parts = {
-        Component.TRANSFORMER: (transformer_shapes, "BF16"),
-        Component.TEXT_ENCODER: ({**TEXT, "visual.blocks.0.attn.qkv.weight": (96, 32)}, "BF16"),
-        Component.VAE: (vae_shapes, "F32"),
+        TRANSFORMER: (transformer_shapes, "BF16"),
+        TEXT_ENCODER: ({**TEXT, "visual.blocks.0.attn.qkv.weight": (96, 32)}, "BF16"),
+        VAE: (vae_shapes, "F32"),
     }
     headers, names = [], {}
     for prefix, (component, (shapes, dtype)) in zip(prefixes, parts.items(), strict=True):
@@ -299,7 +304,7 @@ def test_one_component_of_an_all_in_one_file_is_what_its_own_file_would_hold(
     for component, expected in names.items():
         found = only(together, component)
         assert set(found.tensors) == expected
-        assert found.full_precision == (component is Component.VAE)
+        assert found.full_precision == (component is VAE)
         require(found, component)
 
 
@@ -339,7 +344,7 @@ def test_a_vae_is_read_under_every_prefix_without_what_strayed_into_its_file(
     strays = {"loss.weight": (3,), f"{prefix}ema.decay": (1,)}
     shapes = {prefix + name: shape for name, shape in vae_shapes.items()} | strays
     file = open_checkpoint(write_model(tmp_path / "vae.safetensors", shapes))
-    require(file, Component.VAE)
+    require(file, VAE)
     require_image_vae(file)
     assert not [name for name in needed_tensors(file) if "ema" in name or "loss" in name or "time_conv" in name]
 

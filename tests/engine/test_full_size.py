@@ -19,11 +19,12 @@ from qwenimage_lowvram.engine.lora.lora_file import match
 from qwenimage_lowvram.engine.lora.weight_patches import lora_patches
 from qwenimage_lowvram.engine.models.qwen25_vl.text_encoder import TextEncoder
 from qwenimage_lowvram.engine.models.qwen_image.branch import Branch
+from qwenimage_lowvram.engine.models.qwen_image.costs import PROMPT_SIZES
 from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
 from qwenimage_lowvram.engine.models.qwen_image.variants import Variant
-from qwenimage_lowvram.engine.planning.memory import MemoryPlan, activation_bytes, plan_memory, text_encoder_peak_bytes
+from qwenimage_lowvram.engine.planning.memory import MemoryPlan, plan_memory, text_encoder_peak_bytes
 from qwenimage_lowvram.engine.planning.request import GIB, Limits, SamplingRequest
-from qwenimage_lowvram.engine.planning.stages import TEMPLATE_END_TOKENS, PictureRequest
+from qwenimage_lowvram.engine.planning.stages import PictureRequest
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 SIZES = [(1664, 928), (1328, 1328)]
@@ -156,7 +157,9 @@ def test_layers_fit_the_cards(side: int, layers: int, card_gb: int, stored: torc
         hardware=full_size.fake_gpu(),
         source=full_size.EmptySource,
     )
-    request = PictureRequest(side, side, 1, True, 50, PROMPT_TOKENS - TEMPLATE_END_TOKENS, layers=layers).sampling
+    request = PictureRequest(
+        side, side, 1, True, 50, PROMPT_TOKENS - PROMPT_SIZES.behind, layers=layers, prompts=PROMPT_SIZES
+    ).sampling
     tokens = (side // 16) ** 2
     assert (request.frames, request.image_tokens) == (layers + 1, (layers + 2) * tokens)
     assert_fits(live, transformer, request, card_gb)
@@ -239,7 +242,7 @@ def test_chunks_take_what_the_plan_says(chunk: int, live: LiveBytes) -> None:
     whole = plan_memory(transformer.footprint, request, Limits(100 * GIB))
     plan = replace(whole, resident=(), slots=1, mlp_chunk_tokens=chunk)
     weights = whole.sampling_peak_bytes - whole.activation_bytes - 3 * transformer.footprint.slot_bytes
-    predicted = weights + activation_bytes(transformer.footprint, request, chunk)
+    predicted = weights + transformer.footprint.activation_bytes(request, chunk)
     assert 0.9 * predicted < sampling_peak(live, transformer, plan) < 1.1 * predicted
 
 

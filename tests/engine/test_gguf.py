@@ -21,12 +21,13 @@ from qwenimage_lowvram.engine.formats import CODECS
 from qwenimage_lowvram.engine.formats.chunks import CHUNK_WEIGHTS
 from qwenimage_lowvram.engine.formats.gguf import GGUF, GgufCodec
 from qwenimage_lowvram.engine.hardware import Hardware
+from qwenimage_lowvram.engine.models.qwen25_vl.component import TEXT_ENCODER
 from qwenimage_lowvram.engine.models.qwen25_vl.tensors import sort_text_encoder
 from qwenimage_lowvram.engine.models.qwen25_vl.text_encoder import TextEncoder
 from qwenimage_lowvram.engine.models.qwen_image.branch import Branch
 from qwenimage_lowvram.engine.models.qwen_image.tensors import sort_transformer
 from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
-from qwenimage_lowvram.engine.models.recognition import Component, require
+from qwenimage_lowvram.engine.models.recognition import require
 from qwenimage_lowvram.engine.planning.memory import plan_text_encoder, text_encoder_peak_bytes
 from qwenimage_lowvram.engine.planning.request import GIB
 from safetensors.torch import load_file
@@ -305,7 +306,7 @@ def renamed(file: Path, architecture: str) -> Path:
 def test_the_text_only_sister_of_the_encoder_is_refused(encoder_file: tuple[Any, Path]) -> None:
     other = open_checkpoint(renamed(encoder_file[1], "qwen2xx"))
     with pytest.raises(WrongModel, match=r"is the text encoder of another model \(GGUF architecture 'qwen2xx', \d+"):
-        require(other, Component.TEXT_ENCODER)
+        require(other, TEXT_ENCODER)
     with pytest.raises(WrongModel, match="text encoder of another model"):
         sort_text_encoder(other)
 

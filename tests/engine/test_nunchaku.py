@@ -23,9 +23,10 @@ from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.lora.lora_file import match, open_lora
 from qwenimage_lowvram.engine.lora.weight_patches import lora_patches
 from qwenimage_lowvram.engine.models.qwen_image.branch import Branch
+from qwenimage_lowvram.engine.models.qwen_image.component import TRANSFORMER
 from qwenimage_lowvram.engine.models.qwen_image.tensors import sort_transformer
 from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
-from qwenimage_lowvram.engine.models.recognition import Component, require
+from qwenimage_lowvram.engine.models.recognition import require
 from qwenimage_lowvram.engine.streaming import read_params
 from safetensors.torch import load_file, save_file
 from small_checkpoint import make_transformer
@@ -272,7 +273,7 @@ def test_a_file_of_nunchakus_is_a_transformer_and_its_quantization_is_kept(
     written: Callable[[str, int], tuple[Any, Path]], tmp_path: Path
 ) -> None:
     checkpoint = open_checkpoint(written("int4", 32)[1])
-    require(checkpoint, Component.TRANSFORMER)
+    require(checkpoint, TRANSFORMER)
     with pytest.raises(InvalidRequest, match=r"is quantized already \(svdq_int4_r32\)"):
         QuantizedWeights.of(checkpoint, "nf4", tmp_path)
 

@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from qwenimage_lowvram.engine.errors import DoesNotFit, InvalidRequest
+from qwenimage_lowvram.engine.models.qwen_image.costs import QwenImageFootprint
 from qwenimage_lowvram.engine.numerics import NUMERICS_VERSION
-from qwenimage_lowvram.engine.planning.footprint import TextEncoderFootprint, TransformerFootprint
-from qwenimage_lowvram.engine.planning.forecast import TYPICAL, Bound, Speeds, step_flops
+from qwenimage_lowvram.engine.planning.footprint import TextEncoderFootprint
+from qwenimage_lowvram.engine.planning.forecast import TYPICAL, Bound, Speeds
 from qwenimage_lowvram.engine.planning.memory import (
     MLP_CHUNKS,
     MemoryPlan,
-    activation_bytes,
     least_bytes,
     least_ram_bytes,
     most_bytes,
@@ -37,7 +37,7 @@ ALIAS = Path(__file__).parents[2] / "tools" / "alias"
 MIB = 1024**2
 
 # Qwen-Image in bf16, and stored in fp8
-REAL = TransformerFootprint(
+REAL = QwenImageFootprint(
     blocks=60,
     slot_bytes=453_093_376,
     stored_bytes=453_093_376,
@@ -72,10 +72,10 @@ TEXT = TextEncoderFootprint(
 
 
 @st.composite
-def footprints(draw: st.DrawFn) -> TransformerFootprint:
+def footprints(draw: st.DrawFn) -> QwenImageFootprint:
     native = draw(st.booleans())
     slot = draw(st.integers(1, 500)) * MIB
-    return TransformerFootprint(
+    return QwenImageFootprint(
         blocks=draw(st.integers(1, 60)),
         slot_bytes=slot,
         stored_bytes=slot if native else draw(st.integers(slot // 8, slot * 2)),
@@ -112,7 +112,7 @@ real = st.one_of(st.sampled_from([REAL, REAL_FP8]), footprints())
 
 
 def try_plan(
-    footprint: TransformerFootprint, request: SamplingRequest, limits: Limits, speeds: Speeds = TYPICAL
+    footprint: QwenImageFootprint, request: SamplingRequest, limits: Limits, speeds: Speeds = TYPICAL
 ) -> MemoryPlan | None:
     try:
         return plan_memory(footprint, request, limits, speeds)
@@ -129,20 +129,20 @@ def around(least: int, most: int, step: int) -> st.SearchStrategy[int]:
     )
 
 
-def vram(footprint: TransformerFootprint, request: SamplingRequest) -> st.SearchStrategy[int]:
+def vram(footprint: QwenImageFootprint, request: SamplingRequest) -> st.SearchStrategy[int]:
     return around(least_bytes(footprint, request), most_bytes(footprint, request), footprint.slot_bytes)
 
 
-def ram(footprint: TransformerFootprint, request: SamplingRequest) -> st.SearchStrategy[int | None]:
+def ram(footprint: QwenImageFootprint, request: SamplingRequest) -> st.SearchStrategy[int | None]:
     least, most = least_ram_bytes(footprint, request), most_ram_bytes(footprint, request)
     return st.one_of(st.none(), around(least, most, footprint.stored_bytes))
 
 
-def limits(footprint: TransformerFootprint, request: SamplingRequest) -> st.SearchStrategy[Limits]:
+def limits(footprint: QwenImageFootprint, request: SamplingRequest) -> st.SearchStrategy[Limits]:
     return st.builds(Limits, vram(footprint, request), ram(footprint, request))
 
 
-def fits(footprint: TransformerFootprint, request: SamplingRequest, limits: Limits) -> bool:
+def fits(footprint: QwenImageFootprint, request: SamplingRequest, limits: Limits) -> bool:
     enough_ram = limits.ram_bytes is None or limits.ram_bytes >= least_ram_bytes(footprint, request)
     return enough_ram and limits.vram_bytes >= least_bytes(footprint, request)
 
@@ -150,7 +150,7 @@ def fits(footprint: TransformerFootprint, request: SamplingRequest, limits: Limi
 @settings(deadline=None)
 @given(data=st.data(), footprint=real, request=requests, speeds=speeds)
 def test_a_plan_never_exceeds_its_limits(
-    data: st.DataObject, footprint: TransformerFootprint, request: SamplingRequest, speeds: Speeds
+    data: st.DataObject, footprint: QwenImageFootprint, request: SamplingRequest, speeds: Speeds
 ) -> None:
     allowed = data.draw(limits(footprint, request))
     plan = try_plan(footprint, request, allowed, speeds)
@@ -168,7 +168,7 @@ def test_a_plan_never_exceeds_its_limits(
 @settings(deadline=None)
 @given(data=st.data(), footprint=real, request=requests)
 def test_every_block_lives_in_one_place(
-    data: st.DataObject, footprint: TransformerFootprint, request: SamplingRequest
+    data: st.DataObject, footprint: QwenImageFootprint, request: SamplingRequest
 ) -> None:
     plan = try_plan(footprint, request, data.draw(limits(footprint, request)))
     if plan is None:
@@ -207,7 +207,7 @@ def _seconds(plan: MemoryPlan | None) -> float:
 @settings(deadline=None)
 @given(data=st.data(), footprint=real, request=requests, speeds=speeds)
 def test_more_memory_never_makes_a_step_slower(
-    data: st.DataObject, footprint: TransformerFootprint, request: SamplingRequest, speeds: Speeds
+    data: st.DataObject, footprint: QwenImageFootprint, request: SamplingRequest, speeds: Speeds
 ) -> None:
     one, other = data.draw(st.tuples(limits(footprint, request), limits(footprint, request)))
     ram_bytes = None if one.ram_bytes is None or other.ram_bytes is None else max(one.ram_bytes, other.ram_bytes)
@@ -220,7 +220,7 @@ def test_more_memory_never_makes_a_step_slower(
 @settings(deadline=None)
 @given(data=st.data(), footprint=real, request=requests, speeds=speeds)
 def test_what_is_left_of_a_limit_is_less_than_a_block(
-    data: st.DataObject, footprint: TransformerFootprint, request: SamplingRequest, speeds: Speeds
+    data: st.DataObject, footprint: QwenImageFootprint, request: SamplingRequest, speeds: Speeds
 ) -> None:
     allowed = data.draw(limits(footprint, request))
     plan = try_plan(footprint, request, allowed, speeds)
@@ -233,7 +233,7 @@ def test_what_is_left_of_a_limit_is_less_than_a_block(
 
 
 @pytest.mark.parametrize("footprint", [REAL, REAL_FP8], ids=["bf16", "fp8"])
-def test_no_step_of_the_limit_makes_a_plan_worse(footprint: TransformerFootprint) -> None:
+def test_no_step_of_the_limit_makes_a_plan_worse(footprint: QwenImageFootprint) -> None:
     request = SamplingRequest(1328, 1328, 2, 512)
     least = least_bytes(footprint, request)
     slow_disk = Speeds(flops=1e15, bus_bytes=20e9, disk_bytes=1e9)
@@ -245,7 +245,7 @@ def test_no_step_of_the_limit_makes_a_plan_worse(footprint: TransformerFootprint
 
 @settings(deadline=None)
 @given(footprint=real, request=requests)
-def test_from_the_most_on_everything_is_resident(footprint: TransformerFootprint, request: SamplingRequest) -> None:
+def test_from_the_most_on_everything_is_resident(footprint: QwenImageFootprint, request: SamplingRequest) -> None:
     most = Limits(most_bytes(footprint, request))
     plan = plan_memory(footprint, request, most)
     assert plan.streamed == 0
@@ -257,7 +257,7 @@ def test_from_the_most_on_everything_is_resident(footprint: TransformerFootprint
 @settings(deadline=None)
 @given(data=st.data(), footprint=real, request=requests)
 def test_a_refusal_does_not_fit_and_what_it_suggests_does(
-    data: st.DataObject, footprint: TransformerFootprint, request: SamplingRequest
+    data: st.DataObject, footprint: QwenImageFootprint, request: SamplingRequest
 ) -> None:
     vram_share, ram_share = data.draw(st.tuples(st.floats(0.01, 1.2), st.one_of(st.none(), st.floats(0.01, 1.2))))
     allowed = Limits(
@@ -341,7 +341,7 @@ def test_what_a_step_waits_for_is_named() -> None:
 
 def test_a_step_of_the_real_model_counts_the_operations_that_were_counted_for_it() -> None:
     # 130 TFLOP for one forward at 1328x1328 with a short prompt, counted by torch's flop counter
-    assert step_flops(REAL, SamplingRequest(1328, 1328, 1, 20)) == pytest.approx(130e12, rel=0.02)
+    assert REAL.step_flops(SamplingRequest(1328, 1328, 1, 20)) == pytest.approx(130e12, rel=0.02)
 
 
 def test_a_refusal_names_every_way_out() -> None:
@@ -370,14 +370,14 @@ def test_a_4_gb_card_streams_through_two_slots_and_a_large_one_keeps_all() -> No
 @given(request=requests)
 def test_activations_grow_with_the_picture_and_the_branches(request: SamplingRequest) -> None:
     for chunk in MLP_CHUNKS:
-        here = activation_bytes(REAL, request, chunk)
+        here = REAL.activation_bytes(request, chunk)
         for more in (
             replace(request, width=request.width + 16),
             replace(request, branches=request.branches + 1),
             replace(request, reference_tokens=request.reference_tokens + 1),
             replace(request, prompt_tokens=request.prompt_tokens + 1),
         ):
-            larger = activation_bytes(REAL, more, chunk)
+            larger = REAL.activation_bytes(more, chunk)
             # where the first chunk is cut, the whole output is allocated beside it: the estimate may fall by that
             assert larger > here or chunk is not None
 

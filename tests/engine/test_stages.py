@@ -17,10 +17,11 @@ from qwenimage_lowvram.engine.errors import DoesNotFit, InvalidRequest
 from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.models.qwen25_vl.text_encoder import TextEncoder
+from qwenimage_lowvram.engine.models.qwen_image.costs import PROMPT_SIZES
+from qwenimage_lowvram.engine.models.qwen_image.network import QwenImageParts
 from qwenimage_lowvram.engine.models.qwen_image.prompt_template import EDIT_TEMPLATE
 from qwenimage_lowvram.engine.models.qwen_image.prompts import PromptTokenizer, with_places
 from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
-from qwenimage_lowvram.engine.models.qwen_image.transformer_parts import TransformerParts
 from qwenimage_lowvram.engine.models.qwen_image_vae.image_vae import ImageVAE
 from qwenimage_lowvram.engine.planning.forecast import TYPICAL, Speeds
 from qwenimage_lowvram.engine.planning.memory import plan_memory
@@ -32,14 +33,14 @@ from safetensors.torch import load_file
 ALIAS = Path(__file__).parents[2] / "tools" / "alias"
 FP8 = torch.float8_e4m3fn
 CARD = Hardware(torch.device("cpu"), streams=False, pinned=False, prefetch=False, host_device=False)
-REQUEST = PictureRequest(1328, 1328, batch=1, guided=True, steps=20, prompt_tokens=60)
+REQUEST = PictureRequest(1328, 1328, batch=1, guided=True, steps=20, prompt_tokens=60, prompts=PROMPT_SIZES)
 
 
 def models_of(stored: torch.dtype) -> PictureModels:
     options = {"dtype": torch.bfloat16, "hardware": CARD}
     return PictureModels(
         TextEncoder(full_size.text_encoder_checkpoint(stored), **options).footprint,
-        TransformerParts(full_size.transformer_checkpoint(stored), **options).footprint,
+        QwenImageParts(full_size.transformer_checkpoint(stored), **options).footprint,
         ImageVAE.without_weights(full_size.vae_checkpoint(), dtype=torch.bfloat16).footprint,
     )
 
@@ -69,7 +70,7 @@ def test_no_stage_is_planned_above_its_limit(
     vram: int,
     ram: int | None,
 ) -> None:
-    request = PictureRequest(width, height, batch, guided, 20, 60)
+    request = PictureRequest(width, height, batch, guided, 20, 60, prompts=PROMPT_SIZES)
     limits = Limits(vram * GIB // 10, None if ram is None else ram * GIB // 10)
     try:
         plan = plan_picture(models[stored], request, limits)
@@ -154,7 +155,7 @@ def test_pictures_to_change_have_the_tokens_of_the_editing_prompt(shown: int, co
 def test_headers_tell_what_the_loaded_models_take(small_pipeline: Path, cpu: Hardware) -> None:
     transformer, vae = open_checkpoint(small_pipeline / "transformer"), open_checkpoint(small_pipeline / "vae")
     loaded = QwenImageTransformer(transformer, dtype=torch.float32, hardware=cpu)
-    assert TransformerParts(transformer, dtype=torch.float32, hardware=cpu).footprint == loaded.footprint
+    assert QwenImageParts(transformer, dtype=torch.float32, hardware=cpu).footprint == loaded.footprint
     assert loaded.footprint.outside_bytes == sum(p.nbytes for p in loaded._outside.parameters())
     weights = load_file(next(entry.file for entry in vae.tensors.values()))
     real, planned = (
@@ -187,7 +188,7 @@ def test_planning_reads_no_tensor_and_makes_none(tmp_path: Path, monkeypatch: py
         text, transformer, vae = (open_checkpoint(file) for file in files)
         models = PictureModels(
             TextEncoder(text, dtype=torch.bfloat16, hardware=CARD).footprint,
-            TransformerParts(transformer, dtype=torch.bfloat16, hardware=CARD).footprint,
+            QwenImageParts(transformer, dtype=torch.bfloat16, hardware=CARD).footprint,
             ImageVAE.without_weights(vae, dtype=torch.bfloat16).footprint,
         )
         plan_picture(models, REQUEST, Limits(4 * GIB))

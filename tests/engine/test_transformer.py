@@ -15,7 +15,7 @@ from live_bytes import LiveBytes
 from qwenimage_lowvram.engine.errors import InvalidRequest
 from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.models.qwen_image.block_hooks import Hooked
+from qwenimage_lowvram.engine.models.network import Hooked
 from qwenimage_lowvram.engine.models.qwen_image.branch import Branch
 from qwenimage_lowvram.engine.models.qwen_image.positions import MAX_POSITIONS
 from qwenimage_lowvram.engine.models.qwen_image.schedule import qwen_sigmas

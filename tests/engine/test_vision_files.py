@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from qwenimage_lowvram.engine.errors import MissingFile, WrongModel
 from qwenimage_lowvram.engine.files.checkpoint import TensorEntry, open_checkpoint
+from qwenimage_lowvram.engine.models.qwen25_vl.component import TEXT_ENCODER
 from qwenimage_lowvram.engine.models.qwen25_vl.vision_tensors import VisionTensors, find_mmproj, sort_vision
-from qwenimage_lowvram.engine.models.recognition import Component, require
+from qwenimage_lowvram.engine.models.recognition import require
 from qwenimage_lowvram.engine.streaming import TensorReader, read_params
 from safetensors.torch import load_file, save_file
 from small_checkpoint import TextSize, make_text_encoder, make_tokenizer
@@ -237,4 +238,4 @@ def test_an_encoder_stripped_of_its_vision_part_is_named(encoder: Encoder, tmp_p
 
 def test_an_mmproj_in_the_encoders_place_says_that_it_is_found_by_itself(copied: Path) -> None:
     with pytest.raises(WrongModel, match=r"is the vision part \(mmproj\).* found by itself beside the text encoder"):
-        require(open_checkpoint(copied / MMPROJ), Component.TEXT_ENCODER)
+        require(open_checkpoint(copied / MMPROJ), TEXT_ENCODER)

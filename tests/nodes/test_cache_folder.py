@@ -166,7 +166,7 @@ def test_prompts_of_a_read_only_folder_are_read(closed: Path) -> None:
 
 
 def test_fastest_makes_nothing_for_one_session(pipeline: Path, closed: Path) -> None:
-    from qwenimage_lowvram.nodes.fastest_format import versions_of
+    from qwenimage_lowvram.nodes.weight_formats import versions_of
 
     source = open_checkpoint(pipeline / "transformer")
     assert list(versions_of(source)) == ["as stored"]

@@ -95,7 +95,7 @@ def with_forecasts(monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float]) -
     """As on a machine where a step in each format takes so long."""
     from qwenimage_lowvram.engine.planning.forecast import StepForecast
     from qwenimage_lowvram.engine.planning.format_choice import FormatChoice
-    from qwenimage_lowvram.nodes import fastest_format as format_choice
+    from qwenimage_lowvram.nodes import weight_formats as format_choice
 
     forecasts = {name: StepForecast(one, 0.0, 0.0, overlapped=True) for name, one in seconds.items()}
     choice = FormatChoice(min(seconds, key=lambda name: seconds[name]), forecasts)
@@ -123,7 +123,7 @@ def test_auto_is_as_stored_whatever_is_free_and_says_what_would_be_faster(
 def test_a_machine_that_cannot_be_measured_costs_the_advice_not_the_load(
     error: Exception, pipeline: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from qwenimage_lowvram.nodes import fastest_format as format_choice
+    from qwenimage_lowvram.nodes import weight_formats as format_choice
     from qwenimage_lowvram.nodes.loader import QwenLowVRAMLoader
 
     def fail(*_: object) -> None:

@@ -8,8 +8,9 @@ from ...errors import WrongModel
 from ...files.checkpoint import Checkpoint, TensorEntry
 from ...formats.described import described_tensors
 from ..prefixes import find_prefix, under_prefix
-from ..recognition import EXAMPLE_OF, TEXT_ANCHORS, Component, require
+from ..recognition import require
 from ..sorting import shape_of, split_blocks
+from .component import TEXT_ENCODER
 from .gguf_names import text_encoder_config, text_encoder_names
 
 _TEXT_HEAD_DIM = 128  # of Qwen2.5-VL-7B; no tensor's shape tells it
@@ -28,10 +29,10 @@ class TextEncoderTensors:
 
 def sort_text_encoder(checkpoint: Checkpoint) -> TextEncoderTensors:
     """Raises WrongModel where the file is no Qwen2.5-VL, or lacks tensors."""
-    require(checkpoint, Component.TEXT_ENCODER)
+    require(checkpoint, TEXT_ENCODER)
     tensors = text_encoder_names(checkpoint.tensors)
     described = described_tensors(checkpoint)
-    for name, entry in under_prefix(described, find_prefix(described, TEXT_ANCHORS) or "").items():
+    for name, entry in under_prefix(described, find_prefix(described, TEXT_ENCODER.anchors) or "").items():
         if name.startswith(("layers.", "embed_tokens.", "norm.")):
             tensors[name] = entry
     outside, layers = split_blocks(checkpoint, tensors, "layers.")
@@ -49,7 +50,7 @@ def require_fitting_encoder(transformer: Checkpoint, encoder: Checkpoint) -> Non
         raise WrongModel(
             f"{encoder.path} makes embeddings of {makes} numbers, the transformer {transformer.path.name} takes "
             f"{takes}: it is another size of Qwen2.5-VL than the one that belongs to it (7B). Use "
-            f"{EXAMPLE_OF[Component.TEXT_ENCODER]}."
+            f"{TEXT_ENCODER.example}."
         )
 
 

@@ -14,8 +14,9 @@ from ...files.checkpoint import GGUF_SUFFIX, Checkpoint, TensorEntry, open_check
 from ...files.part_files import stem_of
 from ...formats.described import described_tensors
 from ..prefixes import find_prefix, under_prefix
-from ..recognition import Component, identify
+from ..recognition import identify
 from ..sorting import shape_of, split_blocks
+from .component import VISION
 from .gguf_names import VISION_ARCHITECTURE, VISION_PROJECTOR, vision_config, vision_names
 from .tensors import sort_text_encoder
 
@@ -132,7 +133,7 @@ def _require_mmproj(checkpoint: Checkpoint) -> None:
     architecture = metadata.get("general.architecture", VISION_ARCHITECTURE)
     projector = metadata.get("clip.vision.projector_type") or metadata.get("clip.projector_type", VISION_PROJECTOR)
     found = identify(checkpoint.tensors)
-    if (found, architecture, projector) != (Component.VISION, VISION_ARCHITECTURE, VISION_PROJECTOR):
+    if (found, architecture, projector) != (VISION, VISION_ARCHITECTURE, VISION_PROJECTOR):
         raise WrongModel(
             f"{checkpoint.path} is {found.value} (architecture {architecture!r:.99}, projector {projector!r:.99}); the "
             f"vision part of Qwen2.5-VL ({VISION_ARCHITECTURE!r}, {VISION_PROJECTOR!r}) is needed beside the text "

@@ -1,7 +1,6 @@
 """Let others do something around the blocks, for branches that belong together. Knows no block's inside."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -26,14 +25,6 @@ class BlockHook(Protocol):
         (N, head_dim / 2) and (L, head_dim / 2); it cannot be changed. All are on one device.
         """
         ...
-
-
-@dataclass(frozen=True)
-class Hooked:
-    """`hook` is called for the branches of these indices, together."""
-
-    branches: range
-    hook: BlockHook
 
 
 def run_hooked(branches: Sequence[BranchState], hook: BlockHook, index: int, block: torch.nn.Module) -> None:

@@ -7,13 +7,15 @@ from ...errors import WrongModel
 from ...files.checkpoint import Checkpoint, TensorEntry
 from ...formats.described import described_tensors
 from ..prefixes import find_prefix, under_prefix
-from ..recognition import EXAMPLE_OF, TRANSFORMER_ANCHORS, Component, require
+from ..recognition import require
 from ..sorting import shape_of, split_blocks
+from .component import TRANSFORMER
 from .variants import Variant, is_layered, is_marked_2511, variant_of
 
 # the reference's share of a head's dimensions for the time axis; the rest is split evenly over height and width
 _ROPE_AXES_OF_128 = (16, 56, 56)
 _CHANNELS = 64  # of a patch of 2x2 latents
+BLOCKS = "transformer_blocks."
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,11 @@ def sort_transformer(checkpoint: Checkpoint, chosen: Variant | None = None) -> T
     Raises WrongModel where the file is no 20 B Qwen-Image transformer, lacks tensors, or contradicts itself or the
     choice.
     """
-    require(checkpoint, Component.TRANSFORMER)
+    require(checkpoint, TRANSFORMER)
     variant = variant_of(checkpoint, chosen)
     described = described_tensors(checkpoint)
-    tensors = under_prefix(described, find_prefix(described, TRANSFORMER_ANCHORS) or "")
-    outside, blocks = split_blocks(checkpoint, tensors, "transformer_blocks.")
+    tensors = under_prefix(described, find_prefix(described, TRANSFORMER.anchors) or "")
+    outside, blocks = split_blocks(checkpoint, tensors, BLOCKS)
     return TransformerTensors(variant, _transformer_config(checkpoint, variant, tensors, len(blocks)), outside, blocks)
 
 
@@ -80,7 +82,7 @@ def _transformer_config(
     if (in_channels, drawn_channels) != (_CHANNELS, _CHANNELS):
         raise WrongModel(
             f"{checkpoint.path} takes {in_channels} channels and makes {drawn_channels}; Qwen-Image has {_CHANNELS}. "
-            f"Choose a file such as {EXAMPLE_OF[Component.TRANSFORMER]}."
+            f"Choose a file such as {TRANSFORMER.example}."
         )
     return TransformerConfig(
         num_layers=layers,

@@ -7,7 +7,7 @@ from typing import TypeVar
 from ...errors import DamagedFile, WrongModel
 from ...files.checkpoint import Checkpoint, TensorEntry
 from ..prefixes import find_prefix, under_prefix
-from ..recognition import VAE_ANCHORS
+from .component import VAE
 from .shapes import LATENT_CHANNELS, image_vae_shapes
 
 # of the pictures that a VAE reads and draws -> its published name; four: Qwen-Image-Layered's, with alpha
@@ -133,4 +133,4 @@ def _shapes(entries: Mapping[str, TensorEntry]) -> dict[str, tuple[int, ...]]:
 
 def vae_tensors(checkpoint: Checkpoint) -> dict[str, TensorEntry]:
     """A VAE's tensors under its own names, whichever program wrote them; all of the file's where no VAE is known."""
-    return under_prefix(checkpoint.tensors, find_prefix(checkpoint.tensors, VAE_ANCHORS) or "")
+    return under_prefix(checkpoint.tensors, find_prefix(checkpoint.tensors, VAE.anchors) or "")

@@ -8,7 +8,7 @@ from ..engine.errors import CacheError, InvalidRequest
 from ..engine.files.checkpoint import Checkpoint
 from ..engine.hardware import Hardware
 from ..engine.log import logger
-from ..engine.models.qwen_image.transformer_parts import TransformerParts
+from ..engine.models.qwen_image.network import QwenImageParts
 from ..engine.models.qwen_image.variants import Variant
 from ..engine.out_of_memory import reason, shortage
 from ..engine.planning.format_choice import FormatChoice, choose_format
@@ -81,7 +81,7 @@ def forecast_formats(source: Checkpoint, parts: Parts, limits: Limits) -> Format
     if len(versions) == 1:
         return None
     footprints = {
-        name: TransformerParts(version, dtype=parts.dtype, hardware=parts.hardware, variant=parts.variant).footprint
+        name: QwenImageParts(version, dtype=parts.dtype, hardware=parts.hardware, variant=parts.variant).footprint
         for name, version in versions.items()
     }
     speeds = KnownSpeeds(parts.hardware, parts.dtype, source.largest_file).get()

@@ -1,0 +1,89 @@
+"""What the other rooms ask of a transformer's network, whichever it is: a value made from its file's header.
+
+A network is a folder of this room. It says where its tensors lie, how empty modules of it are made, what its passes
+take, and how what goes through its blocks begins and ends. Streaming, planning and the nodes need no more.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ..files.checkpoint import TensorEntry
+from ..planning.footprint import TransformerFootprint
+from ..streaming import Waits
+
+OnBlock = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Network:
+    """A transformer's tensors and empty modules. Holds no weight.
+
+    where: the file's name in errors. outside, blocks: tensors by their names in the modules that make_outside,
+    make_block and make_modulation return, whose parameters are on the meta device (buffers are real). These three must
+    not refer to anything that holds weights. block_prefix: stands before a block's number in the model's own names.
+    make_modulation: the part of a block that sees the timestep alone, and is computed beforehand; None without one.
+    make_footprint: the network's footprint from the sizes that TransformerFootprint has.
+    """
+
+    where: str
+    outside: Mapping[str, TensorEntry]
+    blocks: Sequence[Mapping[str, TensorEntry]]
+    block_prefix: str
+    inner_dim: int
+    make_outside: Callable[[], nn.Module]
+    make_block: Callable[[], nn.Module]
+    make_footprint: Callable[..., TransformerFootprint]
+    make_modulation: Callable[[], nn.Module] | None = None
+
+
+class State(Protocol):
+    """What one forward pass carries from block to block."""
+
+    @property
+    def tokens(self) -> int:
+        """That a block sees at a time."""
+
+    def move(self, device: torch.device) -> None:
+        """Hand everything that blocks are given on to `device`."""
+
+    def run(self, index: int, block: nn.Module) -> None:
+        """Through block `index`."""
+
+    def add_residuals(self, index: int) -> None:
+        """Of ControlNets, behind block `index`."""
+
+
+class StepTable(Protocol):
+    """What blocks compute of the timestep alone, computed beforehand and kept in host memory."""
+
+    waits: Waits
+
+    @property
+    def fetched_bytes(self) -> int: ...
+
+    @property
+    def copied_bytes(self) -> int: ...
+
+    def knows(self, timesteps: Iterable[float]) -> bool:
+        """Announcing these reads nothing."""
+
+    def announce(self, timesteps: Iterable[float], *, on_block: OnBlock | None = None) -> None:
+        """A run will ask for these: compute what is missing, in one pass over the weights."""
+
+    def forget(self) -> None:
+        """Give back everything."""
+
+    def leave_device(self) -> None:
+        """Give back what lies on the device."""
+
+
+@dataclass(frozen=True)
+class Hooked:
+    """`hook` is called around each block for the branches of these indices, together; the network says with what."""
+
+    branches: range
+    hook: Any

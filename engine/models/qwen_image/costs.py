@@ -1,0 +1,64 @@
+"""What Qwen-Image's transformer takes: activations, operations, rows of its modulation table. Imports no torch."""
+
+from dataclasses import dataclass
+
+from ...planning.footprint import TransformerFootprint
+from ...planning.request import PromptTokens, SamplingRequest
+
+# of a token: 2x2 latent pixels
+CHANNELS = 64
+# that the model was trained on (model card), and smaller ones
+SUGGESTED_SIZES = ((1328, 1328), (1664, 928), (1024, 1024), (768, 768), (512, 512))
+# of the prompt templates; an image to change has a megapixel for the transformer, and for the text encoder 384x384 px
+# with its label
+PROMPT_SIZES = PromptTokens(before=34, behind=5, before_edit=64, reference=64 * 64, seen=196 + 7)
+
+
+@dataclass(frozen=True)
+class QwenImageFootprint(TransformerFootprint):
+    """head_dim, joint_attention_dim: as in diffusers' configuration. zero_cond_t: references are modulated as at
+    timestep zero, token by token."""
+
+    head_dim: int = 128
+    joint_attention_dim: int = 3584
+    zero_cond_t: bool = False
+
+    @property
+    def row_bytes(self) -> int:
+        """One timestep's row of the modulation table: 6 vectors each for image, references where they have their own,
+        and text, in every block."""
+        return self.all_blocks * (18 if self.zero_cond_t else 12) * self.inner_dim * self.element_bytes
+
+    @property
+    def suggested_sizes(self) -> tuple[tuple[int, int], ...]:
+        return SUGGESTED_SIZES
+
+    def activation_bytes(self, request: SamplingRequest, chunk: int | None) -> int:
+        """The factors count the tensors of one token's width that are alive at once in diffusers'
+        QwenImageTransformerBlock: in the joint attention (q, k, v, rotary embedding in fp32), and around the two MLPs,
+        whose hidden width is four times the model's, before and after GELU. Where each token has its own gates
+        (zero_cond_t), the first lives on through the MLPs.
+        """
+        unit = self.inner_dim * self.element_bytes
+        image, text = request.image_tokens * unit, request.prompt_tokens * unit
+        tokens = request.image_tokens + request.prompt_tokens
+        rotary = tokens * self.head_dim // 2 * 8  # complex64
+        inputs = (request.image_tokens * CHANNELS + request.prompt_tokens * self.joint_attention_dim) * (
+            self.element_bytes
+        )
+        carried = image + text + rotary + inputs
+        attention = 10 * (image + text)
+        wide_image, wide_text = (
+            8 * n if chunk is None or n <= chunk * unit else n + 8 * chunk * unit for n in (image, text)
+        )
+        mlps = max(6 * image + 4 * text + wide_image, 7 * image + 6 * text + wide_text)
+        gate = image if self.zero_cond_t else 0
+        return request.branches * carried + max(attention + gate, mlps + 2 * gate)
+
+    def step_flops(self, request: SamplingRequest) -> float:
+        """A block multiplies each token with 12 dim^2 weights (q, k, v and output projections, and an MLP four times
+        as wide) of its own stream, and attends from every token to every token (dim products for the scores, dim for
+        the sum)."""
+        dim, tokens = self.inner_dim, request.image_tokens + request.prompt_tokens
+        per_block = 2 * tokens * 12 * dim**2 + 4 * tokens**2 * dim
+        return float(request.branches * self.all_blocks * per_block)

@@ -1,0 +1,240 @@
+"""A transformer whose blocks pass through the device: where they lie, and `for block: for branch`. Knows no network."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..compute.interruption import interruptible
+from ..compute.token_chunks import chunk_tokens
+from ..errors import Unsupported
+from ..files.checkpoint import Checkpoint
+from ..hardware import Hardware
+from ..planning.footprint import TransformerFootprint
+from ..planning.memory import Annex, spread_order
+from ..streaming import BlockStreamer, Waits, WeightPatch, bind
+from .network import Hooked, OnBlock, State, StepTable
+from .transformer_parts import TransformerParts
+
+BranchT = TypeVar("BranchT")
+StateT = TypeVar("StateT", bound=State)
+
+
+class StreamedTransformer(ABC, Generic[BranchT, StateT]):
+    """A network's weights in stores, and the passes over them.
+
+    Guarantees: one pass visits each block once, whatever the number of branches; a branch's result is bit-equal to that
+    of the branch alone, wherever the blocks live. Weights are in no `nn.Module` that others see: nothing but the
+    methods here moves them. What a branch is, how it begins and how it ends is the network's (`begin`, `finish`).
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, parts: TransformerParts, *, dtype: torch.dtype, hardware: Hardware
+    ) -> None:
+        """Reads the weights outside the blocks, and no block. Raises MissingFile or DamagedFile."""
+        self.dtype = dtype
+        self.hardware = hardware
+        self.file = checkpoint.largest_file
+        self.modulation: StepTable | None = None
+        self.store = parts.store
+        self.annexes = {str(store.hardware.device): store for store in parts.annex_stores}
+        self._loaded = False
+        self._outside = parts.network.make_outside()
+        self._outside.load_state_dict(parts.read_outside(), assign=True)
+        checkpoint.require_unchanged()  # what was read of it belongs together
+        self._parts = parts
+        self._patches: dict[str, WeightPatch] = {}
+
+    @abstractmethod
+    def begin(self, branches: Sequence[BranchT], on_block: OnBlock | None) -> list[StateT]:
+        """What goes into the first block, of each branch. `on_block`: of a pass over what is computed beforehand, where
+        a timestep was not announced."""
+
+    @abstractmethod
+    def finish(self, branch: BranchT, state: StateT) -> Tensor:
+        """What the model answers, of what came out of the last block."""
+
+    def changes_modulation(self, weight: str) -> bool:
+        """Whether what is computed beforehand is another one when the weight of this name is patched."""
+        return False
+
+    def run_hooked(self, states: Sequence[StateT], hook: Any, index: int, block: nn.Module) -> None:
+        """Run one block on branches of the same sizes, through their hook. Raises Unsupported where a network has
+        none."""
+        raise Unsupported(
+            "This model takes no patches around its blocks.\n\nWhat to do: remove the node that sets them."
+        )
+
+    @property
+    def footprint(self) -> TransformerFootprint:
+        """What a plan is made from; patches count."""
+        return self._parts.footprint
+
+    @property
+    def outside(self) -> nn.Module:
+        """The model without its blocks; its weights are on the device after `return_outside`."""
+        return self._outside
+
+    @property
+    def weights(self) -> dict[str, tuple[int, ...]]:
+        """Every weight's shape by its name in the whole model: what can be patched."""
+        return self._parts.weights
+
+    def patch(self, patches: Mapping[str, WeightPatch]) -> None:
+        """Apply these to the weights of those names from the next run on, and no others.
+
+        Blocks on the device that change are decoded again from their source, so that no patch leaves a trace; what is
+        computed beforehand is computed again where it depends on what changed.
+        """
+        names = patches.keys() | self._patches.keys()
+        changed = {name for name in names if patches.get(name) != self._patches.get(name)}
+        if not changed:
+            return
+        outside = None
+        if any(not name.startswith(self._parts.network.block_prefix) for name in changed):
+            with torch.inference_mode(False):
+                outside = self._parts.read_outside(patches)  # first: it may fail
+        self._parts.patch(patches)
+        if outside is not None:
+            with torch.inference_mode(False):
+                self._outside.load_state_dict(outside, assign=True)
+            self._loaded = False
+        if self.modulation is not None and any(map(self.changes_modulation, changed)):
+            self.modulation.forget()
+        self._patches = dict(patches)
+
+    def load(
+        self,
+        resident: Iterable[int],
+        held: Iterable[int] = (),
+        annexes: Sequence[Annex] = (),
+        *,
+        on_block: OnBlock | None = None,
+    ) -> None:
+        """Bring the weights outside the blocks and the `resident` blocks to the device, and keep `held` ones in host
+        memory from their next visit on; the blocks of `annexes` go to their devices.
+
+        `on_block` is called before each block that is brought to a device, and may raise.
+        """
+        self.return_outside()
+        there = {annex.device: annex.blocks for annex in annexes}
+        for device, store in self.annexes.items():
+            store.set_resident(there.get(device, ()), on_block=on_block)
+        self.store.set_resident(resident, on_block=on_block)  # first: a block may come from host memory
+        self.store.set_held(held)
+
+    def return_outside(self) -> None:
+        """Bring the weights outside the blocks to the device, unless they are there."""
+        if not self._loaded:
+            self._move_outside(self.hardware.device)
+            self._loaded = True
+
+    def unload(self) -> None:
+        """Leave the device: what `load` brought there is given back. What was computed beforehand stays in host
+        memory."""
+        self._move_outside(torch.device("cpu"))
+        self._loaded = False
+        for store in (self.store, *self.annexes.values()):
+            store.release()
+        self._leave_device()
+
+    def shrink(self, nbytes: int) -> int:
+        """Give back resident blocks until `nbytes` are free or none is left; returns the bytes given back."""
+        before, block_bytes = self.store.resident_bytes, self.footprint.resident_block_bytes
+        resident = self.store.resident
+        leaving = [index for index in reversed(spread_order(len(self.store.blocks))) if index in resident]
+        self.store.set_resident(resident - set(leaving[: -(-nbytes // block_bytes)]))
+        return before - self.store.resident_bytes
+
+    @property
+    def weight_format(self) -> str:
+        """The format of the blocks' largest weights, as a name of `formats.CODECS`."""
+        return max(self.store.blocks[0].params, key=lambda param: param.nbytes).codec
+
+    @property
+    def loaded_bytes(self) -> int:
+        """Bytes that stay on the device between runs."""
+        return self.store.resident_bytes + (self.footprint.outside_bytes if self._loaded else 0)
+
+    @contextmanager
+    def session(
+        self, *, slots: int, mlp_chunk_tokens: int | None = None, annexes: Sequence[Annex] = ()
+    ) -> Iterator["TransformerSession[BranchT, StateT]"]:
+        """What a run of several passes needs on the devices, given back on every way out."""
+        away = min((annex.blocks.start for annex in annexes), default=len(self.store.blocks))
+        with ExitStack() as stack:
+            streamers = [stack.enter_context(BlockStreamer(self.store, slots=slots, blocks=range(away)))]
+            for annex in sorted(annexes, key=lambda annex: annex.blocks.start):
+                store = self.annexes[annex.device]
+                streamers.append(stack.enter_context(BlockStreamer(store, slots=2, blocks=annex.blocks)))
+            stack.callback(self._leave_device)
+            yield TransformerSession(self, streamers, mlp_chunk_tokens)
+
+    def _leave_device(self) -> None:
+        if self.modulation is not None:
+            self.modulation.leave_device()
+
+    def _move_outside(self, device: torch.device) -> None:
+        with torch.inference_mode(False):
+            bind(self._outside, {name: p.data.to(device) for name, p in self._outside.named_parameters()})
+
+
+class TransformerSession(Generic[BranchT, StateT]):
+    """The passes of one run. Made by `StreamedTransformer.session`."""
+
+    def __init__(
+        self,
+        transformer: StreamedTransformer[BranchT, StateT],
+        streamers: Sequence[BlockStreamer],
+        mlp_chunk_tokens: int | None,
+    ) -> None:
+        self._transformer = transformer
+        self._streamers = streamers
+        self._mlp_chunk_tokens = mlp_chunk_tokens
+
+    @property
+    def waits(self) -> Waits:
+        """How long compute has waited for blocks, by where they came from."""
+        return sum((streamer.waits for streamer in self._streamers), Waits())
+
+    @torch.no_grad()
+    def forward(
+        self,
+        branches: Sequence[BranchT],
+        *,
+        hooked: Sequence[Hooked] = (),
+        more: bool = False,
+        on_block: OnBlock | None = None,
+        check: Callable[[], None] | None = None,
+    ) -> list[Tensor]:
+        """What the model answers to each branch, in one pass over the blocks.
+
+        `hooked`: branches with something around their blocks. `more`: another pass follows. `on_block` is called
+        before each block with its index, `check` within those of huge images (`interruptible`); both may raise, and the
+        session can be used again after that. Raises what the network's `begin` does.
+        """
+        transformer = self._transformer
+        transformer.return_outside()  # it may have been asked to leave since the last pass
+        states = transformer.begin(branches, on_block)
+        alone = set(range(len(states))).difference(*(group.branches for group in hooked))
+        tokens = max((state.tokens for state in states), default=0)
+        for streamer in self._streamers:
+            for state in states:
+                state.move(streamer.device)
+            for index, block in streamer.visit(more=more):
+                if on_block is not None:
+                    on_block(index)
+                chunk_tokens(block, self._mlp_chunk_tokens)
+                with interruptible(tokens, check):
+                    for i in sorted(alone):
+                        states[i].run(index, block)
+                    for group in hooked:
+                        transformer.run_hooked([states[i] for i in group.branches], group.hook, index, block)
+                for state in states:
+                    state.add_residuals(index)
+        for state in states:
+            state.move(transformer.hardware.device)
+        return [transformer.finish(branch, states.pop(0)) for branch in branches]

@@ -1,0 +1,24 @@
+"""The table of all kinds of models, in the order in which they are looked for: the first that shows a sign decides."""
+
+from . import foreign
+from .qwen25_vl.component import TEXT_ENCODER, VISION
+from .qwen_image.component import TRANSFORMER
+from .qwen_image_vae.component import VAE
+
+COMPONENTS = (
+    foreign.UNMERGED,
+    foreign.LORA,
+    foreign.MODEL_PATCH,
+    foreign.CONTROLNET,
+    foreign.OTHER_QUANTIZATION,
+    foreign.QWEN_IMAGE_2_1,
+    TRANSFORMER,
+    foreign.OTHER_TEXT_ENCODER,
+    VISION,
+    TEXT_ENCODER,
+    foreign.STABLE_DIFFUSION,
+    foreign.FLUX,
+    foreign.WAN,
+    VAE,
+    foreign.TINY_VAE,
+)
