@@ -174,10 +174,10 @@ class _Ours(_Contender):
         import tokenizers  # noqa: F401
         import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl  # noqa: F401
         from qwenimage_lowvram.nodes.adapters import clip, model  # noqa: F401
-        from qwenimage_lowvram.nodes.adapters.known_speeds import KnownSpeeds
+        from qwenimage_lowvram.nodes.adapters.known_speeds import known_speeds
 
         file = folder / "pipeline" / "transformer" / WEIGHTS
-        KnownSpeeds(Hardware.detect(CPU), torch.float32, file).get()
+        known_speeds(Hardware.detect(CPU), torch.float32, file).get()
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         from qwenimage_lowvram.nodes.adapters.clip import LowVRAMCLIP

@@ -15,13 +15,13 @@ from ..engine.models.qwen_image.positions import Positions
 from ..engine.models.qwen_image.transformer import QwenImageTransformer, TimestepRounding
 from ..engine.models.qwen_image.variants import variant_of
 from ..engine.out_of_memory import in_words
+from ..engine.runs.timeline import Timeline
 from . import devices, model_choices
 from .adapters import switches
 from .adapters.clip import LowVRAMCLIP
 from .adapters.model import make_model
-from .adapters.progress import tell
+from .adapters.progress import executing_prompt_id, tell
 from .adapters.shortage import RAM_LIMIT, VRAM_LIMIT
-from .adapters.timeline import Timeline
 from .adapters.vae import make_vae
 from .adapters.value_checks import check_widgets, limit_bytes
 from .display_names import AUTO, CATEGORY
@@ -270,7 +270,7 @@ class QwenLowVRAMLoader:
         encoder = TextEncoder(
             text_file, dtype=_compute_dtype(dtype, text_file, text_hardware.device), hardware=text_hardware
         )
-        timeline = Timeline()
+        timeline = Timeline(executing_prompt_id)
         image_vae = make_vae(
             vae_file,
             dtype=_vae_dtype(dtype, vae_file, vae_on),

@@ -23,7 +23,7 @@ from ..engine.planning.request import GIB, Limits
 from ..engine.planning.stages import PictureModels, PicturePlan, PictureRequest, Stage, plan_picture
 from ..engine.reports.charts import Card, draw_cards
 from . import model_choices
-from .adapters.known_speeds import KnownSpeeds
+from .adapters.known_speeds import known_speeds
 from .adapters.limits import free_ram, headroom_bytes
 from .adapters.value_checks import check_widgets, limit_bytes
 from .cache_folder import weight_cache_folder
@@ -299,7 +299,7 @@ def _speeds(transformer: Checkpoint) -> Speeds | None:
     device = comfy.model_management.get_torch_device()
     if device.type == "cpu":
         return None
-    return KnownSpeeds(replace(CARD, device=device), _dtype(transformer), transformer.largest_file).remembered()
+    return known_speeds(replace(CARD, device=device), _dtype(transformer), transformer.largest_file).remembered()
 
 
 def _table(cards: list[Card]) -> list[str]:

@@ -13,7 +13,7 @@ from ..engine.models.qwen_image.variants import Variant
 from ..engine.out_of_memory import reason, shortage
 from ..engine.planning.format_choice import FormatChoice, choose_format
 from ..engine.planning.request import Limits, SamplingRequest
-from .adapters.known_speeds import KnownSpeeds
+from .adapters.known_speeds import known_speeds
 from .adapters.limits import could_be_free
 from .cache_folder import weight_cache_folder
 from .weight_cache import AS_STORED, quantized_weights
@@ -84,7 +84,7 @@ def forecast_formats(source: Checkpoint, parts: Parts, limits: Limits) -> Format
         name: QwenImageParts(version, dtype=parts.dtype, hardware=parts.hardware, variant=parts.variant).footprint
         for name, version in versions.items()
     }
-    speeds = KnownSpeeds(parts.hardware, parts.dtype, source.largest_file).get()
+    speeds = known_speeds(parts.hardware, parts.dtype, source.largest_file).get()
     return choose_format(footprints, TYPICAL_REQUEST, limits, speeds)
 
 

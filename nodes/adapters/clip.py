@@ -27,10 +27,11 @@ from ...engine.out_of_memory import in_words, reason, shortage
 from ...engine.planning.memory import plan_text_encoder, text_encoder_peak_bytes
 from ...engine.planning.stages import Stage, encode_stage
 from ...engine.reports.image_report import Moved
+from ...engine.runs.timeline import Timeline
 from .graph_checks import check_device, refuse
 from .limits import stage_bytes
+from .progress import executing_prompt_id
 from .shortage import VRAM_LIMIT, naming_limit
-from .timeline import Timeline
 from .value_checks import check_embeds, check_image
 
 TOKENS_KEY = "qwen25_7b"  # as ComfyUI's own Qwen-Image tokenizer names them
@@ -62,7 +63,7 @@ class LowVRAMCLIP(comfy.sd.CLIP):
         self.encoder = encoder
         self.tokenizer = tokenizer
         self.limit_bytes, self.limit_name = limit_bytes, limit_name
-        self.timeline = timeline or Timeline()
+        self.timeline = timeline or Timeline(executing_prompt_id)
         self.kept = kept
         self.variant = variant
         self.cond_stage_model = nn.Module()

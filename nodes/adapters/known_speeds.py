@@ -1,89 +1,24 @@
-"""Remember this machine's speeds from run to run, in ComfyUI's user folder: measured once, corrected by every run."""
+"""Where ComfyUI keeps what is known of this machine's speeds, and how room is made to measure them."""
 
-import json
-import os
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import comfy.model_management
 import folder_paths
 import torch
 
-from ...engine.errors import CheckpointError
-from ...engine.files.atomic_files import whole_file
-from ...engine.files.json_texts import read_json
 from ...engine.hardware import Hardware
-from ...engine.log import logger
-from ...engine.planning.forecast import Speeds
-from ...engine.runs.machine_speeds import measure_bus, measure_disk, measure_flops
-
-VERSION = 1
-MEASURING_BYTES = 512 * 1024**2  # on the device, and some to spare
+from ...engine.runs.known_speeds import KnownSpeeds
 
 
-class KnownSpeeds:
-    """The speeds of one device in one dtype, and of the folder that holds a model."""
-
-    def __init__(self, hardware: Hardware, dtype: torch.dtype, model_file: Path) -> None:
-        self._hardware, self._dtype, self._model_file = hardware, dtype, model_file
-        device = comfy.model_management.get_torch_device_name(hardware.device)
-        self._device_key = f"{device}, {str(dtype).removeprefix('torch.')}"
-        # of a link that leads to itself, resolve() makes an error
-        self._disk_key = str(Path(os.path.realpath(model_file)).parent)
-
-    def remembered(self) -> Speeds | None:
-        """None where something has not been measured yet; measures nothing."""
-        known = _read()
-        device, disk = known.get(self._device_key), known.get(self._disk_key)
-        return None if device is None or disk is None else Speeds(**device, **disk)
-
-    def get(self) -> Speeds:
-        """As remembered; measured where this machine is new, which takes a second."""
-        known = _read()
-        device, disk = known.get(self._device_key), known.get(self._disk_key)
-        if device is None:
-            if self._hardware.device.type != "cpu":
-                comfy.model_management.free_memory(MEASURING_BYTES, self._hardware.device)
-            device = {"flops": measure_flops(self._hardware, self._dtype), "bus_bytes": measure_bus(self._hardware)}
-        if disk is None:
-            disk = {"disk_bytes": measure_disk(self._model_file)}
-        speeds = Speeds(**device, **disk)
-        self.put(speeds)
-        return speeds
-
-    def put(self, speeds: Speeds) -> None:
-        """Remember; a folder that cannot be written costs a measurement the next time."""
-        values = asdict(speeds)
-        disk = {"disk_bytes": values.pop("disk_bytes")}
-        known = _read()
-        if known.get(self._device_key) == values and known.get(self._disk_key) == disk:
-            return
-        file = _file()
-        text = json.dumps({"version": VERSION, **known, self._device_key: values, self._disk_key: disk}, indent=1)
-        try:
-            with whole_file(file) as stream:
-                stream.write(text.encode())
-        except OSError as error:
-            logger.warning("Speeds are not remembered: %s cannot be written (%s).", file, error)
-
-
-def _file() -> Path:
-    return Path(folder_paths.get_user_directory()) / "qwen_lowvram" / "speeds.json"
-
-
-def _read() -> dict[str, dict[str, float]]:
-    """What is remembered, entries that are not whole left out."""
-    try:
-        known = read_json(_file())
-    except CheckpointError:
-        return {}
-    if known.pop("version", None) != VERSION:
-        return {}
-    names = ({"flops", "bus_bytes"}, {"disk_bytes"})
-    return {
-        key: entry
-        for key, entry in known.items()
-        if isinstance(entry, dict)
-        and set(entry) in names
-        and all(isinstance(value, (int, float)) and value > 0 for value in entry.values())
-    }
+def known_speeds(hardware: Hardware, dtype: torch.dtype, model_file: Path) -> KnownSpeeds:
+    """The speeds of one device in one dtype, and of the folder that holds a model, in ComfyUI's user folder."""
+    management = comfy.model_management
+    return KnownSpeeds(
+        hardware,
+        dtype,
+        model_file,
+        file=Path(folder_paths.get_user_directory()) / "qwen_lowvram" / "speeds.json",
+        device_name=management.get_torch_device_name(hardware.device),
+        make_room=partial(management.free_memory, device=hardware.device),
+    )

@@ -9,22 +9,16 @@ import comfy.model_patcher
 import torch
 from comfy.model_management import LoadedModel
 
-from ...engine.host_ram import HostRam, RamBound
+from ...engine.host_ram import HostRam
 from ...engine.models.qwen_image.transformer import QwenImageTransformer
 from ...engine.models.qwen_image_vae.image_vae import ImageVAE
+from ...engine.runs import free_memory
+from ...engine.runs.free_memory import HEADROOM_BYTES
 from .patcher import LowVRAMPatcher
 from .switches import cache_ram_bytes, reserved_bytes
 
-# of what is free, even where nothing is reserved: fragments of torch's allocator, cuBLAS, cuDNN, attention workspaces
-HEADROOM_BYTES = 384 * 1024**2
 # beyond the free RAM at which ComfyUI empties its caches of outputs, where a person set that
 CACHE_MARGIN_BYTES = 1_400 * 1024**2
-# of free RAM, for the system, its page cache and other programs; ComfyUI empties its caches of outputs when a tenth of
-# RAM (at least 2 GiB, at most 10) is no longer free, and this stays clear of that
-RAM_HEADROOM_BYTES = 3_500 * 1024**2
-RAM_HEADROOM_PART = 0.15
-RAM_HEADROOM_MOST = 11_500 * 1024**2
-
 # who may hold blocks in host memory; a model that is let go of is not kept here
 _holders: weakref.WeakSet[QwenImageTransformer] = weakref.WeakSet()
 
@@ -127,11 +121,5 @@ def could_be_free(device: torch.device) -> tuple[int, int]:
 
 def free_ram() -> int:
     """Bytes of RAM that models may have; negative where even the system's share is taken."""
-    system, *others = HostRam.now().bounds
     # ComfyUI looks at the system's free RAM alone
-    kept = max(_reserve(system), cache_ram_bytes() and cache_ram_bytes() + CACHE_MARGIN_BYTES)
-    return min([system.available_bytes - kept, *(other.available_bytes - _reserve(other) for other in others)])
-
-
-def _reserve(bound: RamBound) -> int:
-    return min(RAM_HEADROOM_MOST, max(RAM_HEADROOM_BYTES, int(bound.total_bytes * RAM_HEADROOM_PART)))
+    return free_memory.free_ram(kept_bytes=cache_ram_bytes() and cache_ram_bytes() + CACHE_MARGIN_BYTES)

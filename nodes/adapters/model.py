@@ -21,6 +21,7 @@ from ...engine.models.qwen_image.transformer import QwenImageTransformer
 from ...engine.out_of_memory import in_words
 from ...engine.planning.memory import MemoryPlan
 from ...engine.reports.memory_report import MemoryReport
+from ...engine.runs.timeline import Timeline
 from .block_patches import BlockPatches, PatchPictures, check_patches, has_patches, sees_each_call
 from .content_checks import check_computed, check_result, check_values
 from .control_memory import controls_of
@@ -35,17 +36,17 @@ from .graph_checks import (
     refuse,
     why_one_by_one,
 )
-from .known_speeds import KnownSpeeds
+from .known_speeds import known_speeds
 from .lockstep import KEY, Lockstep
 from .model_call import Call
 from .native_lora import PREFIX
 from .patcher import LowVRAMPatcher
 from .planning import check_positions, plan_run, request_of
+from .progress import executing_prompt_id
 from .references import check_methods
 from .run_conditions import Conds, conditions_of_run, entries_of, size_of
 from .sampling_run import SamplingRun
 from .stand_ins import WithoutLayers, refuse_compiling
-from .timeline import Timeline
 from .whole_process import tell_patched_process
 
 # of ComfyUI's model configuration: it alone tells Layered from the other members
@@ -79,7 +80,7 @@ class LowVRAMModel(comfy.model_base.QwenImage):
         self.diffusion_model = _DiffusionModel(self.calls)
         self.plan: MemoryPlan | None = None
         self.last_report: MemoryReport | None = None
-        self.timeline = timeline or Timeline()
+        self.timeline = timeline or Timeline(executing_prompt_id)
         self.advice = advice
 
     def _apply_model(self, *args: Any, **kwargs: Any) -> Any:
@@ -211,7 +212,7 @@ def _planned_run(
     request = replace(request, controls=controls)
     transformer.patch(lora_patches(patcher.loras))
     model.model_loaded_weight_memory = transformer.loaded_bytes  # blocks that the LoRAs change have left
-    speeds = KnownSpeeds(transformer.hardware, transformer.dtype, transformer.file)
+    speeds = known_speeds(transformer.hardware, transformer.dtype, transformer.file)
 
     def plan() -> MemoryPlan:
         return plan_run(transformer, request, model.limit_bytes, model.ram_limit_bytes, patcher, speeds, beside=beside)

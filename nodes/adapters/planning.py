@@ -15,7 +15,7 @@ from ...engine.models.qwen_image.transformer import QwenImageTransformer
 from ...engine.planning.block_split import annex_bytes, split_blocks
 from ...engine.planning.memory import MemoryPlan, least_bytes, least_ram_bytes, most_bytes, most_ram_bytes, plan_memory
 from ...engine.planning.request import Limits, SamplingRequest
-from .known_speeds import KnownSpeeds
+from ...engine.runs.known_speeds import KnownSpeeds
 from .limits import host_bytes, stage_bytes
 from .patcher import LowVRAMPatcher
 from .run_conditions import Conds, entries_of, size_of

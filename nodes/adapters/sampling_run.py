@@ -24,11 +24,13 @@ from ...engine.planning.request import Limits, size_text
 from ...engine.planning.stages import Stage, StagePlan, load_stage, modulation_stage, sampling_stage
 from ...engine.reports.image_report import Moved
 from ...engine.reports.memory_report import MemoryReport
+from ...engine.runs.known_speeds import KnownSpeeds
+from ...engine.runs.memory_watch import MemoryWatch
+from ...engine.runs.run_progress import RunProgress, warning_of
+from ...engine.runs.timeline import Timeline
 from ...engine.streaming import Waits
-from .known_speeds import KnownSpeeds
 from .limits import free_ram, stage_bytes
-from .progress import MemoryWatch, RunProgress, warning_of
-from .timeline import Timeline
+from .surroundings import InComfyUI
 
 # smaller steps tell of Python's speed, not of the machine's
 TELLING_FLOPS = 1e12
@@ -86,6 +88,7 @@ class SamplingRun:
         store, table = transformer.store, transformer.modulation
         self._before = (store.fetched_blocks, store.fetched_bytes, table.fetched_bytes, store.copied_bytes)
         self._progress = RunProgress(
+            InComfyUI(patcher, beside),
             self._watch,
             timeline.sample,
             blocks=transformer.footprint.blocks,

@@ -18,10 +18,11 @@ from ...engine.out_of_memory import in_words
 from ...engine.planning.request import TOKEN_PX
 from ...engine.planning.stages import Stage, decode_stage
 from ...engine.planning.tiles import TilePlan
+from ...engine.runs.timeline import Timeline
 from ...engine.streaming import read_params
 from .limits import stage_bytes
+from .progress import executing_prompt_id
 from .shortage import VRAM_LIMIT, naming_limit
-from .timeline import Timeline
 from .value_checks import check_image, check_latent, check_number, check_room, is_finite
 
 _FEWER = "Decode fewer at a time (LatentFromBatch), or smaller ones."
@@ -68,7 +69,7 @@ class LowVRAMVAE(comfy.sd.VAE):
         # the native __init__ detects and builds a network from a state dict; ours is built already
         self.first_stage_model = image_vae
         self.limit_bytes, self.limit_name = limit_bytes, limit_name
-        self.timeline = timeline or Timeline()
+        self.timeline = timeline or Timeline(executing_prompt_id)
         self.device = device or comfy.model_management.vae_device()
         self.output_device = comfy.model_management.intermediate_device()
         self.vae_dtype = image_vae.dtype

@@ -78,12 +78,13 @@ def test_a_prompt_too_long_beside_its_image_is_refused_before_anything_is_loaded
 def test_a_run_of_hours_is_warned_of(
     model: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    from qwenimage_lowvram.engine.runs import run_progress
     from qwenimage_lowvram.nodes.adapters import progress
 
     shown: list[str] = []
     monkeypatch.setattr(progress, "send", lambda event, data: shown.append(data["plan"]))
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
-        patch.setattr(progress, "LONG_SECONDS", 0.0)
+        patch.setattr(run_progress, "LONG_SECONDS", 0.0)
         ksampler(model, cond(), cond(5, 2), empty_latent(), steps=2)
     for text in (caplog.text, shown[0]):
         assert "This run will take about 0.0 hours (96x64 px, 2 steps" in text

@@ -16,6 +16,7 @@ from qwenimage_lowvram.engine.planning.memory import least_bytes
 from qwenimage_lowvram.engine.planning.request import SamplingRequest, size_text
 from qwenimage_lowvram.engine.planning.stages import Stage
 from qwenimage_lowvram.engine.reports.image_report import Moved
+from qwenimage_lowvram.engine.runs.timeline import MOST_SAMPLES, MOST_STAGES, Timeline
 
 from .conftest import cond, empty_latent
 from .test_model import ksampler
@@ -38,11 +39,11 @@ class Graph:
         from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
         from qwenimage_lowvram.nodes.adapters.clip import LowVRAMCLIP
         from qwenimage_lowvram.nodes.adapters.model import make_model
-        from qwenimage_lowvram.nodes.adapters.timeline import Timeline
+        from qwenimage_lowvram.nodes.adapters.progress import executing_prompt_id
         from qwenimage_lowvram.nodes.adapters.vae import make_vae
 
         options = {"dtype": torch.float32, "hardware": Hardware.detect(CPU)}
-        timeline = Timeline()
+        timeline = Timeline(executing_prompt_id)
         encoder = TextEncoder(open_checkpoint(folder / "text_encoder"), **options)
         self.transformer = QwenImageTransformer(open_checkpoint(folder / "transformer"), **options)
         self.clip = LowVRAMCLIP(encoder, PromptTokenizer(folder / "tokenizer"), None, timeline)
@@ -213,16 +214,12 @@ def test_a_report_before_any_run_says_what_to_do(graph: Graph) -> None:
 
 
 @pytest.fixture
-def timeline(comfy: Any) -> Iterator[Any]:
-    from qwenimage_lowvram.nodes.adapters.timeline import Timeline
-
+def timeline() -> Iterator[Timeline]:
     yield Timeline()
     assert not [thread for thread in threading.enumerate() if thread.name == "qwen-timeline"]
 
 
 def test_a_long_run_keeps_few_samples_over_its_whole_length(timeline: Any) -> None:
-    from qwenimage_lowvram.nodes.adapters.timeline import MOST_SAMPLES, MOST_STAGES
-
     with timeline.stage(Stage.SAMPLING, CPU):
         for _ in range(3 * MOST_SAMPLES):
             timeline.sample(kept=True)

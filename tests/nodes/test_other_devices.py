@@ -15,7 +15,7 @@ from split_files import write_split_files
 
 
 def test_memory_of_an_intel_card_is_counted(comfy: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qwenimage_lowvram.nodes.adapters.progress import MemoryWatch
+    from qwenimage_lowvram.engine.runs.memory_watch import MemoryWatch
 
     resets: list[torch.device] = []
     counter = SimpleNamespace(

@@ -169,11 +169,12 @@ def test_a_plan_goes_down_with_what_is_really_free_until_it_fits(
 
 
 def test_the_page_is_told_the_smaller_plan(model: Any, sample: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qwenimage_lowvram.engine.runs import run_progress
     from qwenimage_lowvram.nodes.adapters import progress
 
     sent: list[dict[str, Any]] = []
     monkeypatch.setattr(progress, "send", lambda event, data: sent.append(data))
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_EVENTS", 0.0)
+    monkeypatch.setattr(run_progress, "SECONDS_BETWEEN_EVENTS", 0.0)
     total = count_operations(sample)
     sent.clear()
     with FullMemory(total // 2, 1):

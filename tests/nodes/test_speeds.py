@@ -19,13 +19,13 @@ CPU = Hardware.detect(torch.device("cpu"))
 def known(comfy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """`known(dtype)`; ComfyUI's user folder is a new one."""
     import folder_paths
-    from qwenimage_lowvram.nodes.adapters.known_speeds import KnownSpeeds
+    from qwenimage_lowvram.nodes.adapters.known_speeds import known_speeds
 
     monkeypatch.setattr(folder_paths, "get_user_directory", lambda: str(tmp_path / "user"))
     model = tmp_path / "models" / "model.safetensors"
     model.parent.mkdir()
     model.write_bytes(b"\0" * 10_000_000)
-    return lambda dtype=torch.float32: KnownSpeeds(CPU, dtype, model)
+    return lambda dtype=torch.float32: known_speeds(CPU, dtype, model)
 
 
 def remembered(tmp_path: Path) -> Path:

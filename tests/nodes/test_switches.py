@@ -242,17 +242,18 @@ def test_no_memory_is_page_locked_where_that_is_switched_off(given: Any, monkeyp
 
 def test_ram_stays_clear_of_where_comfyui_empties_its_caches(given: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from qwenimage_lowvram.engine.host_ram import HostRam, RamBound
+    from qwenimage_lowvram.engine.runs.free_memory import RAM_HEADROOM_PART
     from qwenimage_lowvram.nodes.adapters import limits
 
     bounds = [RamBound("the system", 64 * GIB, 60 * GIB)]
     monkeypatch.setattr(HostRam, "now", lambda: HostRam(tuple(bounds)))
-    assert limits.free_ram() == 60 * GIB - int(64 * GIB * limits.RAM_HEADROOM_PART)
+    assert limits.free_ram() == 60 * GIB - int(64 * GIB * RAM_HEADROOM_PART)
     given(cache_ram=[1.0])
-    assert limits.free_ram() == 60 * GIB - int(64 * GIB * limits.RAM_HEADROOM_PART)
+    assert limits.free_ram() == 60 * GIB - int(64 * GIB * RAM_HEADROOM_PART)
     given(cache_ram=[24.0, 60.0])
     assert limits.free_ram() == 36 * GIB - limits.CACHE_MARGIN_BYTES
     bounds.append(RamBound("a container", 32 * GIB, 20 * GIB))
-    assert limits.free_ram() == 20 * GIB - int(32 * GIB * limits.RAM_HEADROOM_PART)
+    assert limits.free_ram() == 20 * GIB - int(32 * GIB * RAM_HEADROOM_PART)
 
 
 @pytest.mark.parametrize(

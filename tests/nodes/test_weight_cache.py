@@ -123,13 +123,13 @@ def test_auto_is_as_stored_whatever_is_free_and_says_what_would_be_faster(
 def test_a_machine_that_cannot_be_measured_costs_the_advice_not_the_load(
     error: Exception, pipeline: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from qwenimage_lowvram.nodes import weight_formats as format_choice
+    from qwenimage_lowvram.engine.runs.known_speeds import KnownSpeeds
     from qwenimage_lowvram.nodes.loader import QwenLowVRAMLoader
 
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(format_choice.KnownSpeeds, "get", fail)
+    monkeypatch.setattr(KnownSpeeds, "get", fail)
     settings = {"dtype": "fp32", "vram_limit_gb": 0.0, "timesteps": "fp32"}
     assert QwenLowVRAMLoader().load(**chosen("auto"), **settings)[0].model.advice == ""
     assert "No advice about weight_format" in caplog.text

@@ -1,4 +1,4 @@
-"""Measure the stages of a prompt: memory over time, and each stage's peak beside its plan. Decides nothing."""
+"""Measure the stages of an image: memory over time, and each stage's peak beside its plan. Decides nothing."""
 
 import threading
 import time
@@ -9,11 +9,10 @@ from dataclasses import replace
 
 import psutil
 import torch
-from comfy_execution.utils import get_executing_context
 
-from ...engine.planning.stages import Stage, StagePlan
-from ...engine.reports.image_report import Moved, Sample, StageReport
-from .progress import MemoryWatch
+from ..planning.stages import Stage, StagePlan
+from ..reports.image_report import Moved, Sample, StageReport
+from .memory_watch import MemoryWatch
 
 # between samples while a stage runs; longer after every MOST_SAMPLES, of which then every second one goes
 SECONDS_BETWEEN_SAMPLES = 0.05
@@ -37,16 +36,18 @@ class RunningStage:
 
 
 class Timeline:
-    """What the stages of one prompt held, moved and took; a new prompt's first stage begins it anew.
+    """What the stages of one image held, moved and took; the next image's first stage begins it anew.
 
-    The models of one loader share it. It holds MOST_SAMPLES samples at the most, however long a prompt runs, and a
-    thread only while a stage does.
+    The models that make an image together share it. It holds MOST_SAMPLES samples at the most, however long a run is,
+    and a thread only while a stage does.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, image: Callable[[], object] = lambda: None) -> None:
+        """`image` tells which image is being made: where its answer is another than before, the next one is."""
+        self._current = image
         self._process = psutil.Process()
         self._lock = threading.Lock()
-        self._prompt: str | None = None
+        self._image: object = None
         self._start = time.perf_counter()
         self._ram_before: int | None = None
         self._samples: list[Sample] = []
@@ -63,7 +64,7 @@ class Timeline:
     @property
     def reports(self) -> tuple[StageReport, ...]:
         """One for each stage that ran, in the order of the stages; visits of the same stage are put together."""
-        merged = {}
+        merged: dict[Stage, StageReport] = {}
         for report in self._reports:
             before = merged.get(report.stage)
             merged[report.stage] = report if before is None else _together(before, report)
@@ -81,7 +82,7 @@ class Timeline:
     ) -> Iterator[RunningStage]:
         """Measure within it. own_bytes: of what lies on the device already, what the plan counts. moved: counters,
         looked at before and after. watch: the owner's, where peaks of several stages matter to it."""
-        self._follow_prompt()
+        self._follow_image()
         if watch is None:
             watch = MemoryWatch(device)
             watch.start()
@@ -145,14 +146,13 @@ class Timeline:
             thread.join()
             self.sample(kept=True)
 
-    def _follow_prompt(self) -> None:
-        context = get_executing_context()
-        prompt = None if context is None else context.prompt_id
-        if self._ram_before is None:  # of the first picture: what the models keep from then on is their own
+    def _follow_image(self) -> None:
+        image = self._current()
+        if self._ram_before is None:  # of the first image: what the models keep from then on is their own
             self._ram_before = self._process.memory_info().rss
-        elif prompt == self._prompt:
+        elif image == self._image:
             return
-        self._prompt = prompt
+        self._image = image
         self._start = time.perf_counter()
         self._interval = SECONDS_BETWEEN_SAMPLES
         with self._lock:

@@ -1,0 +1,93 @@
+"""Remember this machine's speeds from run to run: measured once, corrected by every run."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from ..errors import CheckpointError
+from ..files.atomic_files import whole_file
+from ..files.json_texts import read_json
+from ..hardware import Hardware
+from ..log import logger
+from ..planning.forecast import Speeds
+from .machine_speeds import measure_bus, measure_disk, measure_flops
+
+VERSION = 1
+MEASURING_BYTES = 512 * 1024**2  # on the device, and some to spare
+
+
+class KnownSpeeds:
+    """The speeds of one device in one dtype, and of the folder that holds a model."""
+
+    def __init__(
+        self,
+        hardware: Hardware,
+        dtype: torch.dtype,
+        model_file: Path,
+        *,
+        file: Path,
+        device_name: str,
+        make_room: Callable[[int], None] = lambda nbytes: None,
+    ) -> None:
+        """`file`: where they are remembered. `device_name`: by which the device is known from run to run. `make_room`
+        is called before the device is measured, with the bytes that this takes there."""
+        self._hardware, self._dtype, self._model_file = hardware, dtype, model_file
+        self._file, self._make_room = file, make_room
+        self._device_key = f"{device_name}, {str(dtype).removeprefix('torch.')}"
+        # of a link that leads to itself, resolve() makes an error
+        self._disk_key = str(Path(os.path.realpath(model_file)).parent)
+
+    def remembered(self) -> Speeds | None:
+        """None where something has not been measured yet; measures nothing."""
+        known = self._read()
+        device, disk = known.get(self._device_key), known.get(self._disk_key)
+        return None if device is None or disk is None else Speeds(**device, **disk)
+
+    def get(self) -> Speeds:
+        """As remembered; measured where this machine is new, which takes a second."""
+        known = self._read()
+        device, disk = known.get(self._device_key), known.get(self._disk_key)
+        if device is None:
+            if self._hardware.device.type != "cpu":
+                self._make_room(MEASURING_BYTES)
+            device = {"flops": measure_flops(self._hardware, self._dtype), "bus_bytes": measure_bus(self._hardware)}
+        if disk is None:
+            disk = {"disk_bytes": measure_disk(self._model_file)}
+        speeds = Speeds(**device, **disk)
+        self.put(speeds)
+        return speeds
+
+    def put(self, speeds: Speeds) -> None:
+        """Remember; a folder that cannot be written costs a measurement the next time."""
+        values = asdict(speeds)
+        disk = {"disk_bytes": values.pop("disk_bytes")}
+        known = self._read()
+        if known.get(self._device_key) == values and known.get(self._disk_key) == disk:
+            return
+        text = json.dumps({"version": VERSION, **known, self._device_key: values, self._disk_key: disk}, indent=1)
+        try:
+            with whole_file(self._file) as stream:
+                stream.write(text.encode())
+        except OSError as error:
+            logger.warning("Speeds are not remembered: %s cannot be written (%s).", self._file, error)
+
+    def _read(self) -> dict[str, dict[str, float]]:
+        """What is remembered, entries that are not whole left out."""
+        try:
+            known = read_json(self._file)
+        except CheckpointError:
+            return {}
+        if known.pop("version", None) != VERSION:
+            return {}
+        names = ({"flops", "bus_bytes"}, {"disk_bytes"})
+        return {
+            key: entry
+            for key, entry in known.items()
+            if isinstance(entry, dict)
+            and set(entry) in names
+            and all(isinstance(value, (int, float)) and value > 0 for value in entry.values())
+        }
