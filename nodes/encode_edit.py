@@ -16,9 +16,10 @@ from ..engine.models.qwen_image.prompt_template import EDIT_TEMPLATE
 from ..engine.models.qwen_image.prompts import with_places
 from ..engine.models.qwen_image.resample import resample
 from ..engine.models.qwen_image.variants import Variant
+from ..engine.runs.free_memory import check_room
 from .adapters.clip import LowVRAMCLIP
 from .adapters.graph_checks import NO_PICTURES_KEY
-from .adapters.value_checks import check_image, check_room, check_widgets
+from .adapters.value_checks import check_image, check_widgets
 from .display_names import AUTO, CATEGORY
 
 LATENT_CHANNELS = 16

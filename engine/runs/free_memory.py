@@ -2,7 +2,9 @@
 
 import torch
 
+from ..errors import DoesNotFit
 from ..host_ram import HostRam, RamBound
+from ..planning.request import size_text
 
 # of what is free, even where nothing is reserved: fragments of torch's allocator, cuBLAS, cuDNN, attention workspaces
 HEADROOM_BYTES = 384 * 1024**2
@@ -40,6 +42,13 @@ def total_bytes(device: torch.device) -> int:
     if device.type == "xpu":
         return int(torch.xpu.get_device_properties(device).total_memory)
     return HostRam.now().total_bytes
+
+
+def check_room(nbytes: int, what: str, instead: str) -> None:
+    """Raise DoesNotFit where the host has not so much free memory for `what`."""
+    free = HostRam.now().available_bytes
+    if nbytes > free:
+        raise DoesNotFit(f"{what} needs {size_text(nbytes)} of RAM, {size_text(max(0, free))} are free.\n{instead}")
 
 
 def empty_cache(device: torch.device) -> None:

@@ -8,31 +8,25 @@ from typing import Any
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
-import comfy.utils
 import torch
 from torch import Tensor, nn
 
 from ...engine.caches.prompt_cache import PromptCache
-from ...engine.caches.prompt_key import PromptKey, arithmetic_of
-from ...engine.errors import DamagedFile, InvalidRequest
-from ...engine.log import logger
+from ...engine.errors import InvalidRequest
 from ...engine.models.qwen25_vl.image_prompts import PICTURE, PicturePrompt
 from ...engine.models.qwen25_vl.text_encoder import TextEncoder
-from ...engine.models.qwen25_vl.vision_pass import Looking
 from ...engine.models.qwen25_vl.vision_patches import PatchedPicture, patch_picture
 from ...engine.models.qwen_image.prompt_template import EDIT_TEMPLATE, PICTURE_PLACE, PROMPT_TEMPLATE
-from ...engine.models.qwen_image.prompts import PromptTokenizer, drop_template, require_length, require_text
+from ...engine.models.qwen_image.prompts import PromptTokenizer, require_text
 from ...engine.models.qwen_image.variants import Variant
-from ...engine.out_of_memory import in_words, reason, shortage
-from ...engine.planning.memory import plan_text_encoder, text_encoder_peak_bytes
-from ...engine.planning.stages import Stage, encode_stage
-from ...engine.reports.image_report import Moved
+from ...engine.out_of_memory import in_words
+from ...engine.runs.encode import EncodeRun
 from ...engine.runs.timeline import Timeline
 from .graph_checks import check_device, refuse
-from .limits import stage_bytes
 from .progress import executing_prompt_id
-from .shortage import VRAM_LIMIT, naming_limit
-from .value_checks import check_embeds, check_image
+from .shortage import VRAM_LIMIT, loader_limit
+from .surroundings import InComfyUI
+from .value_checks import check_image
 
 TOKENS_KEY = "qwen25_7b"  # as ComfyUI's own Qwen-Image tokenizer names them
 
@@ -148,98 +142,9 @@ class LowVRAMCLIP(comfy.sd.CLIP):
         check_device(
             self.patcher, self.encoder.hardware.device, what="text encoder", node="Select CLIP Device", setting=setting
         )
-        starts = [self._start(prompt) for prompt in prompts]
-        for prompt, start in zip(prompts, starts, strict=True):
-            require_length(prompt.length - start)
-        states = self._encode(prompts) if self.kept is None else self._encode_others(prompts, self.kept)
-        out = comfy.model_management.intermediate_device()
-        return [drop_template(state, start).to(out) for state, start in zip(states, starts, strict=True)]
-
-    def _encode_others(self, prompts: list[PicturePrompt], kept: PromptCache) -> list[Tensor]:
-        """The hidden states of each prompt: kept ones as they are, the others encoded and kept."""
-        keys = self._keys(prompts)
-        found = [kept.get(key) for key in keys]
-        others = [i for i, state in enumerate(found) if state is None]
-        if len(others) < len(prompts):
-            logger.info("%d of %d prompts read from %s", len(prompts) - len(others), len(prompts), kept.folder)
-        encoded = iter(self._encode([prompts[i] for i in others]) if others else ())
-        states = [next(encoded) if state is None else state for state in found]
-        if others and self._keys(prompts) != keys:
-            raise DamagedFile(
-                "The vision part beside the text encoder was changed while pictures were encoded: what was read of it "
-                "would be kept for another file.\n\nWhat to do: queue the prompt again."
-            )
-        for i in others:
-            kept.put(keys[i], states[i])
-        return states
-
-    def _keys(self, prompts: list[PicturePrompt]) -> list[PromptKey]:
-        encoder, arithmetic = self.encoder, arithmetic_of(self.encoder.hardware.device)
-        tower = Looking(encoder, prompts).identity
-        return [
-            PromptKey(
-                f"{encoder.identity}, pictures {tower}" if prompt.pictures else encoder.identity,
-                encoder.dtype,
-                prompt.tokens,
-                arithmetic,
-                tuple(picture.digest for picture in prompt.pictures),
-            )
-            for prompt in prompts
-        ]
-
-    def _encode(self, prompts: list[PicturePrompt]) -> list[Tensor]:
-        """The hidden states of each prompt; where memory runs out, once more with the least that is possible."""
-        try:
-            return self._visit(prompts)
-        except Exception as error:
-            if shortage(error) is None:
-                raise
-            why = reason(error)
-        # after the except block: the traceback keeps the failed attempt's tensors alive
-        comfy.model_management.soft_empty_cache()
-        logger.warning("Memory ran out while prompts were encoded (%s). They are encoded again through one slot.", why)
-        return self._visit(prompts, most_slots=1)
-
-    def _visit(self, prompts: list[PicturePrompt], *, most_slots: int = 2) -> list[Tensor]:
-        """The hidden states of each prompt, in one visit of the encoder, and before it one of the vision tower."""
-        encoder, looking = self.encoder, Looking(self.encoder, prompts)
-        device, footprint = encoder.hardware.device, encoder.footprint
-        lengths = [prompt.length for prompt in prompts]
-        wanted = max(text_encoder_peak_bytes(footprint, lengths, 2), looking.wanted_bytes)
-        limit = stage_bytes(device, self.limit_bytes, wanted)
-        with naming_limit(device, self.limit_bytes, limit, self.limit_name):
-            slots, looking_slots = plan_text_encoder(footprint, lengths, limit), looking.plan(limit)
-        slots, looking_slots = min(slots, most_slots), min(looking_slots, most_slots)
-        bar = comfy.utils.ProgressBar(looking.blocks + footprint.layers)
-
-        def on_block(index: int) -> None:
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            bar.update(1)
-            self.timeline.sample()
-
-        with self.timeline.stage(Stage.ENCODE, device, moved=lambda: self._moved(looking)) as running:
-            running.planned(looking.stage(encode_stage(footprint, lengths, slots), looking_slots))
-            seen = looking.see(looking_slots, on_block)
-            ids = [list(prompt.tokens) for prompt in prompts]
-            states = encoder.encode(ids, pictures=seen, slots=slots, on_layer=on_block)
-        for prompt, state in zip(prompts, states, strict=True):  # before any is kept
-            check_embeds("What the text encoder made", drop_template(state, self._start(prompt)))
-        comfy.model_management.soft_empty_cache()
-        return states
-
-    def _start(self, prompt: PicturePrompt) -> int:
-        """Where the states of the template end."""
-        return prompt.place(self.tokenizer.start(prompt.tokens))
-
-    def _moved(self, looking: Looking) -> Moved:
-        encoder = self.encoder
-        waits = encoder.waits + looking.waits
-        return Moved(
-            encoder.fetched_bytes + looking.fetched_bytes,
-            encoder.copied_bytes + looking.copied_bytes,
-            waits.disk_seconds,
-            waits.bus_seconds,
-        )
+        limit = loader_limit(self.limit_bytes, self.limit_name)
+        run = EncodeRun(self.encoder, self.tokenizer, self.timeline, InComfyUI(), limit, self.kept)
+        return [cond.to(comfy.model_management.intermediate_device()) for cond in run.encode(prompts)]
 
     def _refuse_schedule(self) -> None:
         if self.use_clip_schedule and self.patcher.forced_hooks is not None:

@@ -15,12 +15,12 @@ from ...engine.models.qwen_image.transformer import QwenImageTransformer
 from ...engine.planning.block_split import annex_bytes, split_blocks
 from ...engine.planning.memory import MemoryPlan, least_bytes, least_ram_bytes, most_bytes, most_ram_bytes, plan_memory
 from ...engine.planning.request import Limits, SamplingRequest
+from ...engine.runs.free_memory import check_room
 from ...engine.runs.known_speeds import KnownSpeeds
 from .limits import host_bytes, stage_bytes
 from .patcher import LowVRAMPatcher
 from .run_conditions import Conds, entries_of, size_of
-from .shortage import naming_limit
-from .value_checks import check_room
+from .shortage import loader_limit
 
 
 def request_of(conds: Conds, noise_shape: torch.Size, sigmas: Tensor, joint_attention_dim: int) -> SamplingRequest:
@@ -86,7 +86,7 @@ def plan_run(
             ram = min(ram, least)
     # RAM is short only where a limit is set, and the message names that
     enough = vram >= least_bytes(footprint, request)
-    short = nullcontext() if enough else naming_limit(transformer.hardware.device, limit_bytes, vram)
+    short = nullcontext() if enough else loader_limit(limit_bytes).naming(transformer.hardware.device, vram)
     annexes = split_blocks(footprint, request, vram, _other_budgets(transformer, request, limit_bytes))
     with short:
         return plan_memory(footprint, request, Limits(vram, ram), speeds.get(), annexes)

@@ -11,6 +11,7 @@ from comfy.model_patcher import ModelPatcher
 from ...engine.models.qwen_image.transformer import QwenImageTransformer
 from ...engine.runs.surroundings import Bar
 from .limits import free_ram, host_bytes, stage_bytes
+from .patcher import LowVRAMPatcher
 from .progress import progress_sender
 
 
@@ -48,6 +49,6 @@ class InComfyUI:
         return sum(int(other.loaded_size()) for other in self._beside)
 
     def left(self, device: torch.device) -> None:
-        if self._reused is not None:  # else what it gave back would count as free twice
+        if isinstance(self._reused, LowVRAMPatcher):  # else what it gave back would count as free twice
             self._reused.model.model_loaded_weight_memory = self._reused.model.transformer.loaded_bytes
         comfy.model_management.soft_empty_cache()

@@ -1,29 +1,25 @@
 """The exact VAE as ComfyUI's VAE object: native nodes decode and encode with it. Translates; decides nothing."""
 
-from collections.abc import Callable
 from typing import Any, NoReturn
 
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
-import comfy.utils
 import torch
 
-from ...engine.compute.interruption import interruptible
 from ...engine.errors import InvalidRequest, Unsupported
 from ...engine.files.checkpoint import Checkpoint
 from ...engine.models.qwen_image_vae.image_vae import ImageVAE
 from ...engine.models.qwen_image_vae.tensor_names import needed_tensors
 from ...engine.out_of_memory import in_words
-from ...engine.planning.request import TOKEN_PX
-from ...engine.planning.stages import Stage, decode_stage
-from ...engine.planning.tiles import TilePlan
+from ...engine.runs.decode import VaeRun
+from ...engine.runs.free_memory import check_room
 from ...engine.runs.timeline import Timeline
 from ...engine.streaming import read_params
-from .limits import stage_bytes
 from .progress import executing_prompt_id
-from .shortage import VRAM_LIMIT, naming_limit
-from .value_checks import check_image, check_latent, check_number, check_room, is_finite
+from .shortage import VRAM_LIMIT, loader_limit
+from .surroundings import InComfyUI
+from .value_checks import check_image, check_latent, check_number
 
 _FEWER = "Decode fewer at a time (LatentFromBatch), or smaller ones."
 
@@ -95,6 +91,7 @@ class LowVRAMVAE(comfy.sd.VAE):
         """(B, 16, 1, h, w) -> (B, H, W, 3); Layered's VAE, (B, 16, F, h, w) -> (B * F, H, W, 4)."""
         return self.decode_tiled(samples_in)
 
+    @in_words("the VAE ran")
     def decode_tiled(
         self,
         samples: torch.Tensor,
@@ -111,12 +108,15 @@ class LowVRAMVAE(comfy.sd.VAE):
         images = samples.shape[0] * (samples.shape[2] if samples.ndim == 5 else 1)
         nbytes = images * size[0] * size[1] * vae.pixel_bytes
         check_room(nbytes, f"Decoding {images} images of {size[1]}x{size[0]} px", _FEWER)
-        return self._run(vae.decode, vae.plan_decode, samples, size, _tile(tile_x, tile_y) * vae.scale)
+        tile_px = _tile(tile_x, tile_y) * vae.scale
+        decoded = self._run().decode(samples, tile_px=tile_px, out_device=self.output_device)
+        return decoded.to(comfy.model_management.intermediate_dtype())
 
     def encode(self, pixel_samples: torch.Tensor) -> torch.Tensor:
         """(B, H, W, C) -> (B, 16, 1, H/8, W/8)."""
         return self.encode_tiled(pixel_samples)
 
+    @in_words("the VAE ran")
     def encode_tiled(
         self,
         pixel_samples: torch.Tensor,
@@ -136,8 +136,8 @@ class LowVRAMVAE(comfy.sd.VAE):
                 f"got {tuple(pixel_samples.shape)}."
             )
         pixels = self.vae_encode_crop_pixels(pixel_samples)
-        size = (pixels.shape[1], pixels.shape[2])
-        return self._run(vae.encode, vae.plan_encode, pixels, size, _tile(tile_x, tile_y))
+        encoded = self._run().encode(pixels, tile_px=_tile(tile_x, tile_y), out_device=self.output_device)
+        return encoded.to(comfy.model_management.intermediate_dtype())
 
     def memory_used_decode(self, shape: torch.Size, dtype: torch.dtype) -> int:
         """Live bytes of decoding latents (..., h, w) whole, one picture at a time."""
@@ -155,58 +155,20 @@ class LowVRAMVAE(comfy.sd.VAE):
             "What to do: copy the file that it was loaded from."
         )
 
-    @in_words("the VAE ran")
-    def _run(
-        self,
-        work: Callable[..., torch.Tensor],
-        plan: Callable[..., TilePlan],
-        data: torch.Tensor,
-        size: tuple[int, int],
-        tile_px: int,
-    ) -> torch.Tensor:
-        """Make room for the plan, then work within what there is; progress and interruption after each tile."""
-        vae = self.first_stage_model
-        limit = None if self.limit_bytes is None else self.limit_bytes - self.size
-        # of a picture larger than any card, ask for half the card: tiles need no more
-        half = comfy.model_management.get_total_memory(self.device) // 2
-        with naming_limit(self.device, self.limit_bytes, self.limit_bytes or 0, self.limit_name):
-            room = min(plan(*size, limit, tile_px).peak_bytes, half)
-        # before loading: what has to leave for the tiles must not be this VAE
-        budget = stage_bytes(self.device, self.limit_bytes, self.size + room, reused=self.patcher) - self.size
-        comfy.model_management.load_models_gpu([self.patcher], memory_required=room, force_full_load=True)
-        progress = comfy.utils.ProgressBar(1)
-        throw_if_interrupted = comfy.model_management.throw_exception_if_processing_interrupted
+    def _run(self) -> VaeRun:
+        """One call's work, within ComfyUI's memory; it brings the weights through ComfyUI, which keeps them there."""
 
-        def on_tile(done: int, total: int) -> None:
-            throw_if_interrupted()
-            progress.update_absolute(done, total)
-            self.timeline.sample()
+        def bring(room: int) -> None:
+            comfy.model_management.load_models_gpu([self.patcher], memory_required=room, force_full_load=True)
 
-        options = {"limit_bytes": budget, "tile_px": tile_px, "on_tile": on_tile, "out_device": self.output_device}
-        short = naming_limit(self.device, self.limit_bytes, budget + self.size, self.limit_name)
-        long = interruptible(size[0] * size[1] // TOKEN_PX**2, throw_if_interrupted)
-        with short, long, comfy.model_management.cuda_device_context(self.device):
-            result = self._measured(work, data, options) if work == vae.decode else work(data, **options)
-        if not is_finite(result):
-            raise InvalidRequest(
-                "What the VAE made holds numbers that are not finite (NaN or infinity): it was given huge numbers.\n\n"
-                "What to do: look at what made them; a model that overflows in fp16 does such."
-            )
-        return result.to(comfy.model_management.intermediate_dtype())
-
-    def _measured(
-        self, decode: Callable[..., torch.Tensor], latents: torch.Tensor, options: dict[str, Any]
-    ) -> torch.Tensor:
-        # the weights lie on the device by now, whatever else does
-        with self.timeline.stage(Stage.DECODE, self.device, own_bytes=self.size) as running:
-
-            def on_plan(tiles: TilePlan) -> None:
-                frames = latents.shape[2] if latents.ndim == 5 else 1
-                pictures = latents.shape[0] * frames * tiles.width * tiles.height * self.first_stage_model.pixel_bytes
-                host = self.device.type == "cpu"
-                running.planned(decode_stage(tiles, weights_bytes=self.size, ram_bytes=pictures, host=host))
-
-            return decode(latents, on_plan=on_plan, **options)
+        return VaeRun(
+            self.first_stage_model,
+            self.device,
+            bring,
+            timeline=self.timeline,
+            surroundings=InComfyUI(self.patcher),
+            limit=loader_limit(self.limit_bytes, self.limit_name),
+        )
 
 
 def _tile(width: int | None, height: int | None) -> int:

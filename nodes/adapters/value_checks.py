@@ -3,7 +3,6 @@
 ComfyUI checks what is typed into a widget, not what is linked to it, and lets NaN pass.
 """
 
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -14,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...engine.errors import DoesNotFit, InvalidRequest
-from ...engine.host_ram import HostRam
-from ...engine.planning.request import GIB, size_text
+from ...engine.compute.finite import is_finite
+from ...engine.errors import InvalidRequest
+from ...engine.planning.request import GIB
 from ...engine.texts import half_character, shown
 
 _MOST = sys.float_info.max
@@ -148,13 +147,6 @@ def check_number(name: str, value: Any, *, least: float = -_MOST) -> None:
         raise InvalidRequest(f"{name} is {shown(value)}; a number{bound} is needed.\n\nWhat to do: check what sets it.")
 
 
-def check_room(nbytes: int, what: str, instead: str) -> None:
-    """Raise DoesNotFit where the host has not so much free memory for `what`."""
-    free = HostRam.now().available_bytes
-    if nbytes > free:
-        raise DoesNotFit(f"{what} needs {size_text(nbytes)} of RAM, {size_text(max(0, free))} are free.\n{instead}")
-
-
 def _check_finite(name: str, tensor: Tensor) -> None:
     if tensor.is_meta or tensor.layout is not torch.strided:
         raise InvalidRequest(
@@ -171,14 +163,6 @@ def _check_finite(name: str, tensor: Tensor) -> None:
 def _is_wide(tensor: Tensor) -> bool:
     """Whether it holds floating-point numbers that can be computed with, which fp8's cannot."""
     return tensor.is_floating_point() and tensor.itemsize > 1
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Without a second tensor of its size, which a large image would feel."""
-    if not tensor.is_floating_point():
-        return True
-    parts = tensor if tensor.ndim > 1 else (tensor,)  # one after another: of a view a copy is made
-    return all(math.isfinite(bound) for part in parts for bound in torch.aminmax(part))  # of which NaN is both
 
 
 def _wrong_number(value: Any, kind: str, options: Mapping[str, Any], *, of: Any, words: str) -> str:

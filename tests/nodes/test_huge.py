@@ -102,10 +102,10 @@ def test_a_run_of_hours_is_warned_of(
     [(None, 5, "No limit is set: .* are free on cuda:0"), (9, 5, "Of x .* are free"), (5, 5, "The limit is x in")],
 )
 def test_what_is_short_is_named(limit: int | None, free: int, said: str) -> None:
-    from qwenimage_lowvram.nodes.adapters.shortage import naming_limit
+    from qwenimage_lowvram.nodes.adapters.shortage import loader_limit
 
     card = torch.device("cuda:0")
-    with pytest.raises(DoesNotFit, match=f"(?s)^It needs.*{said}"), naming_limit(card, limit, free, "x"):
+    with pytest.raises(DoesNotFit, match=f"(?s)^It needs.*{said}"), loader_limit(limit, "x").naming(card, free):
         raise DoesNotFit("It needs more.")
 
 
