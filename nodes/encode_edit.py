@@ -130,7 +130,7 @@ class QwenLowVRAMEncodeEditPrompt:
             megapixels=megapixels,
             output=_output(width, height),
         )
-        texts = [with_places(text, len(pictures), labelled=member is not Variant.EDIT) for text in (positive, negative)]
+        texts = [with_places(text, len(pictures), labelled=member.labels_images) for text in (positive, negative)]
         seen = [resample(picture, *size.seen) for picture, size in zip(pictures, sizes.pictures, strict=True)]
         conditions = _encoded(clip, texts, seen)
         values: dict[str, Any] = {NO_PICTURES_KEY: True}
@@ -143,10 +143,8 @@ class QwenLowVRAMEncodeEditPrompt:
 
 def _member(clip: Any, variant: str) -> Variant:
     """Which model the prompts are for. A text-to-image model that is shown pictures takes them as Edit-2509 does."""
-    chosen = VARIANTS[variant]
     opened = clip.variant if isinstance(clip, LowVRAMCLIP) else None
-    known = chosen or opened
-    return known if known is not None and known.edits else Variant.EDIT_2509
+    return (VARIANTS[variant] or opened or Variant.QWEN_IMAGE).when_shown_images
 
 
 def _output(width: int, height: int) -> tuple[int, int] | None:

@@ -13,7 +13,7 @@ from ..engine.hardware import Hardware
 from ..engine.models.qwen25_vl.text_encoder import TextEncoder
 from ..engine.models.qwen_image.costs import PROMPT_SIZES
 from ..engine.models.qwen_image.network import QwenImageParts
-from ..engine.models.qwen_image.variants import Variant, variant_of
+from ..engine.models.qwen_image.variants import variant_of
 from ..engine.models.qwen_image_vae.image_vae import ImageVAE
 from ..engine.planning.footprint import TransformerFootprint
 from ..engine.planning.forecast import TYPICAL, Speeds
@@ -272,7 +272,7 @@ class _Models:
 
 def _check_layers(transformer: Checkpoint, layers: int) -> None:
     """Raise InvalidRequest where the model makes layers and none are asked for, or the other way round."""
-    layered = variant_of(transformer) is Variant.LAYERED
+    layered = variant_of(transformer).makes_layers
     if layered != (layers > 0):
         makes, ask = ("layers", "1 or more") if layered else ("whole pictures", "0")
         raise InvalidRequest(

@@ -12,7 +12,7 @@ from ..engine.errors import InvalidRequest
 from ..engine.reports.charts import draw_timeline
 from ..engine.reports.image_report import PictureReport
 from .adapters.graph_checks import refuse
-from .adapters.model import LowVRAMModel
+from .adapters.streamed_model import LowVRAMModel
 from .display_names import CATEGORY, LOADER
 from .previews import as_image, preview
 

@@ -17,7 +17,8 @@ from ..engine.models.qwen_image.latents import patches_of
 from ..engine.models.qwen_image.schedule import layered_sigmas, lightning_sigmas, qwen_sigmas, true_cfg
 from ..engine.runs.free_memory import check_room
 from ..engine.texts import shown
-from .adapters.model import ADDITIONAL_KEY, LowVRAMModel
+from .adapters.model import ADDITIONAL_KEY
+from .adapters.streamed_model import LowVRAMModel
 from .adapters.value_checks import check_conditioning, check_mask, check_prompts, check_widgets, latent_of
 from .display_names import CATEGORY
 

@@ -24,7 +24,7 @@ from .inputs import at_input
 
 # what a person may say; Layered is known by its tensors alone. None: what the file says
 VARIANTS: dict[str, Variant | None] = {AUTO: None} | {
-    variant.value: variant for variant in Variant if variant is not Variant.LAYERED
+    variant.value: variant for variant in Variant if not variant.makes_layers
 }
 # found without importing the module, whose place is no promise of ComfyUI's
 _TEXT_ENCODERS = find_spec("comfy.text_encoders")
@@ -78,7 +78,7 @@ class Sources:
         with at_input("vae"):
             vae = open_component(self.vae, VAE)
         with at_input("variant"):
-            layered = variant_of(transformer, chosen_variant(variant)) is Variant.LAYERED
+            layered = variant_of(transformer, chosen_variant(variant)).makes_layers
         with at_input("vae"):
             require_image_vae(vae, channels=RGBA if layered else RGB)
         return transformer, text_encoder, vae

@@ -40,6 +40,14 @@ class Network:
     make_modulation: Callable[[], nn.Module] | None = None
 
 
+class Branch(Protocol):
+    """One forward pass: a prompt for one image. What else it holds, its network knows."""
+
+    @property
+    def timestep(self) -> float:
+        """Sigma, 0..1."""
+
+
 class State(Protocol):
     """What one forward pass carries from block to block."""
 
@@ -79,6 +87,26 @@ class StepTable(Protocol):
 
     def leave_device(self) -> None:
         """Give back what lies on the device."""
+
+
+class NothingBeforehand:
+    """The table of a network whose blocks compute all of themselves."""
+
+    def __init__(self) -> None:
+        self.waits = Waits()
+        self.fetched_bytes = self.copied_bytes = 0
+
+    def knows(self, timesteps: Iterable[float]) -> bool:
+        return True
+
+    def announce(self, timesteps: Iterable[float], *, on_block: OnBlock | None = None) -> None:
+        pass
+
+    def forget(self) -> None:
+        pass
+
+    def leave_device(self) -> None:
+        pass
 
 
 @dataclass(frozen=True)

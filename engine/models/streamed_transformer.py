@@ -16,10 +16,10 @@ from ..hardware import Hardware
 from ..planning.footprint import TransformerFootprint
 from ..planning.memory import Annex, spread_order
 from ..streaming import BlockStreamer, Waits, WeightPatch, bind
-from .network import Hooked, OnBlock, State, StepTable
+from .network import Branch, Hooked, NothingBeforehand, OnBlock, State, StepTable
 from .transformer_parts import TransformerParts
 
-BranchT = TypeVar("BranchT")
+BranchT = TypeVar("BranchT", bound=Branch)
 StateT = TypeVar("StateT", bound=State)
 
 
@@ -38,7 +38,7 @@ class StreamedTransformer(ABC, Generic[BranchT, StateT]):
         self.dtype = dtype
         self.hardware = hardware
         self.file = checkpoint.largest_file
-        self.modulation: StepTable | None = None
+        self.modulation: StepTable = NothingBeforehand()
         self.store = parts.store
         self.annexes = {str(store.hardware.device): store for store in parts.annex_stores}
         self._loaded = False
@@ -102,7 +102,7 @@ class StreamedTransformer(ABC, Generic[BranchT, StateT]):
             with torch.inference_mode(False):
                 self._outside.load_state_dict(outside, assign=True)
             self._loaded = False
-        if self.modulation is not None and any(map(self.changes_modulation, changed)):
+        if any(map(self.changes_modulation, changed)):
             self.modulation.forget()
         self._patches = dict(patches)
 
@@ -139,7 +139,7 @@ class StreamedTransformer(ABC, Generic[BranchT, StateT]):
         self._loaded = False
         for store in (self.store, *self.annexes.values()):
             store.release()
-        self._leave_device()
+        self.modulation.leave_device()
 
     def shrink(self, nbytes: int) -> int:
         """Give back resident blocks until `nbytes` are free or none is left; returns the bytes given back."""
@@ -170,12 +170,8 @@ class StreamedTransformer(ABC, Generic[BranchT, StateT]):
             for annex in sorted(annexes, key=lambda annex: annex.blocks.start):
                 store = self.annexes[annex.device]
                 streamers.append(stack.enter_context(BlockStreamer(store, slots=2, blocks=annex.blocks)))
-            stack.callback(self._leave_device)
+            stack.callback(self.modulation.leave_device)
             yield TransformerSession(self, streamers, mlp_chunk_tokens)
-
-    def _leave_device(self) -> None:
-        if self.modulation is not None:
-            self.modulation.leave_device()
 
     def _move_outside(self, device: torch.device) -> None:
         with torch.inference_mode(False):

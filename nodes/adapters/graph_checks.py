@@ -70,7 +70,7 @@ def check_references(variant: Variant, conds: dict[str, list[dict[str, Any]]]) -
             "(TextEncodeQwenImageEditPlus), or add ReferenceLatent. For pictures from text alone, choose a Qwen-Image "
             f"file, or set variant to {Variant.QWEN_IMAGE.value} in '{LOADER}'."
         )
-    if shown and not variant.edits and variant is not Variant.LAYERED:
+    if shown and not variant.edits and not variant.makes_layers:
         text = (
             f"{variant.value} is shown a picture to change, which it was not trained for; a LoRA may have taught it. "
             f"If the file is an Edit model under another name, set variant in '{LOADER}'."
@@ -85,7 +85,7 @@ def check_references(variant: Variant, conds: dict[str, list[dict[str, Any]]]) -
                 width * LATENT_PX,
                 height * LATENT_PX,
                 PATCH * LATENT_PX,
-                "Scale it first" if variant is Variant.LAYERED else f"'{ENCODE_EDIT}' chooses sizes that fit",
+                "Scale it first" if variant.makes_layers else f"'{ENCODE_EDIT}' chooses sizes that fit",
             )
 
 
@@ -105,7 +105,7 @@ def _check_pictures(variant: Variant, references: Sequence[Sequence[Tensor]]) ->
                 f"A reference latent has {frames} frames; a picture has one.\n\nWhat to do: encode one picture at a "
                 "time, and show a picture instead of its layers."
             )
-        if variant is Variant.LAYERED and len(latents) > 1:
+        if variant.makes_layers and len(latents) > 1:
             raise InvalidRequest(
                 f"{variant.value} takes one picture apart, and a prompt of this graph shows it {len(latents)}.\n\n"
                 "What to do: keep one ReferenceLatent per prompt."
@@ -139,13 +139,13 @@ def check_size(latents: Tensor) -> None:
 
 def check_layers(variant: Variant, frames: int) -> None:
     """Raise InvalidRequest where the latent has no layers and the model makes them, or the other way round."""
-    if variant is Variant.LAYERED and frames == 1:
+    if variant.makes_layers and frames == 1:
         raise InvalidRequest(
             f"{variant.value} makes layers, and this graph's latent has none.\n\nWhat to do: use "
             "EmptyQwenImageLayeredLatentImage with 1 layer or more, and show the model the picture with "
             f"ReferenceLatent; for a whole picture, choose a {Variant.QWEN_IMAGE.value} file in '{LOADER}'."
         )
-    if variant is not Variant.LAYERED and frames != 1:
+    if not variant.makes_layers and frames != 1:
         raise InvalidRequest(
             f"The latent has {frames} frames, and {variant.value} makes one picture.\n\nWhat to do: use "
             "EmptySD3LatentImage, or encode pictures with this pack's VAE; for layers, choose a "

@@ -39,6 +39,21 @@ class Variant(Enum):
         """Whether it was trained to change pictures that it is shown."""
         return self in (Variant.EDIT, Variant.EDIT_2509, Variant.EDIT_2511)
 
+    @property
+    def makes_layers(self) -> bool:
+        """Whether it takes an image apart into layers, rather than making whole ones."""
+        return self is Variant.LAYERED
+
+    @property
+    def labels_images(self) -> bool:
+        """Whether images stand in its prompts as Picture 1, Picture 2, ..., as it was trained."""
+        return self is not Variant.EDIT
+
+    @property
+    def when_shown_images(self) -> "Variant":
+        """As which member it takes images in a prompt: one that was trained without them as Edit-2509 does."""
+        return self if self.edits else Variant.EDIT_2509
+
 
 def variant_of(checkpoint: Checkpoint, chosen: Variant | None = None) -> Variant:
     """`chosen`, or what marks, pipeline folder, metadata and name say; QWEN_IMAGE where nothing is said.

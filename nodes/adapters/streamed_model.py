@@ -1,0 +1,318 @@
+"""A streamed transformer as ComfyUI's MODEL, whichever network it is: around a run, its evaluations and their calls.
+
+A network adds two small classes: what is its own of ComfyUI's model (`LowVRAMModel`), and the translation of a call of
+the diffusion model to branches (`DiffusionModel`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Protocol
+
+import comfy.model_management
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ...engine.errors import Unsupported
+from ...engine.lora.weight_patches import lora_patches
+from ...engine.models.network import Hooked
+from ...engine.models.streamed_transformer import StreamedTransformer
+from ...engine.out_of_memory import in_words
+from ...engine.planning.memory import MemoryPlan
+from ...engine.planning.request import Controls, SamplingRequest
+from ...engine.reports.memory_report import MemoryReport
+from ...engine.runs.timeline import Timeline
+from .block_patches import BlockPatches, PatchPictures, check_patches, sees_each_call
+from .content_checks import check_computed, check_result, check_values
+from .controlnets import ControlNets, check_devices, other_models
+from .graph_checks import check_device, check_graph, refuse, why_one_by_one
+from .known_speeds import known_speeds
+from .lockstep import KEY, Lockstep
+from .native_lora import PREFIX
+from .patcher import LowVRAMPatcher
+from .planning import plan_run
+from .progress import executing_prompt_id
+from .run_conditions import Conds, conditions_of_run, entries_of, size_of
+from .sampling_run import SamplingRun
+from .stand_ins import WithoutLayers, refuse_compiling
+from .whole_process import tell_patched_process
+
+
+class ModelCall(Protocol):
+    """One call of the diffusion model by ComfyUI: a batch of images, each a branch of the network's."""
+
+    patches: BlockPatches | None
+
+    @property
+    def batch(self) -> int: ...
+
+    def branches(self) -> list[Any]:
+        """One for each image of the batch."""
+
+    def unpack(self, answer: Tensor) -> Tensor:
+        """Of a branch, as ComfyUI has it, with its batch dimension."""
+
+
+class ModelCalls:
+    """What ComfyUI's calls of the model need: the transformer and the present run. Refers to no module of ComfyUI's,
+    which would be a circle that keeps an unloaded model alive."""
+
+    def __init__(self, transformer: StreamedTransformer[Any, Any]) -> None:
+        self.transformer = transformer
+        self.lockstep = Lockstep()
+        self.run: SamplingRun | None = None
+        self.controls: ControlNets | None = None
+        self.pictures: PatchPictures | None = None
+
+    def run_together(self, calls: list[ModelCall]) -> list[Tensor]:
+        """The answers to several calls in one visit of the blocks."""
+        if self.run is None:
+            raise Unsupported("The model was called outside of a sampler. Use a sampler node.")
+        branches: list[Any] = []
+        hooked = []
+        for call in calls:
+            if call.patches is not None:
+                hooked.append(Hooked(range(len(branches), len(branches) + call.batch), call.patches))
+            branches += call.branches()
+        answers = iter(self.run.forward(branches, hooked))
+        return [torch.cat([call.unpack(next(answers)) for _ in range(call.batch)]) for call in calls]
+
+
+class DiffusionModel(WithoutLayers):
+    """What BaseModel.apply_model calls. Has no parameters: nothing here is ComfyUI's to move, cast or patch.
+
+    A network's own has a `forward` that ends in `answer`.
+    """
+
+    def __init__(self, calls: ModelCalls) -> None:
+        super().__init__(calls.transformer.weights)
+        self._calls = calls
+        self.dtype = calls.transformer.dtype
+
+    def answer(self, call: ModelCall, x: Tensor, options: dict[str, Any]) -> Tensor:
+        """To a call with latents `x`: with all other calls of the same evaluation, where they may share a visit."""
+        calls = self._calls
+        if calls.lockstep.active and (reason := sees_each_call(options)):
+            refuse(f"A hook that sets a model patch ({reason})", "set the patch on the model, without a hook.")
+        return calls.lockstep.call(call, calls.run_together, lambda: torch.zeros_like(x))
+
+
+class LowVRAMModel:
+    """Stands before ComfyUI's own class of a network's model among the bases of ours: our transformer in the place of
+    its network. Latent format, model sampling and conditions are ComfyUI's. The weights lie outside of every nn.Module.
+    """
+
+    DIFFUSION_MODEL: ClassVar[type[DiffusionModel]]
+
+    transformer: Any  # the network's StreamedTransformer
+    diffusion_model: DiffusionModel
+    model_sampling: Any
+    latent_format: Any
+
+    def __init__(
+        self,
+        config: Any,
+        transformer: StreamedTransformer[Any, Any],
+        limit_bytes: int | None,
+        ram_limit_bytes: int | None = None,
+        timeline: Timeline | None = None,
+        advice: str = "",
+    ) -> None:
+        """`config`: ComfyUI's of the network, with disable_unet_model_creation. A limit of None uses what is free."""
+        config.set_inference_dtype(transformer.dtype, None)
+        super().__init__(config, device=comfy.model_management.unet_offload_device())  # type: ignore[call-arg]
+        self.transformer = transformer
+        self.limit_bytes = limit_bytes
+        self.ram_limit_bytes = ram_limit_bytes
+        self.calls = ModelCalls(transformer)
+        self.diffusion_model = self.DIFFUSION_MODEL(self.calls)
+        self.plan: MemoryPlan | None = None
+        self.last_report: MemoryReport | None = None
+        self.timeline = timeline or Timeline(executing_prompt_id)
+        self.advice = advice
+
+    # what a network says of a run
+
+    def check_run(self, conds: dict[str, list[dict[str, Any]]], noise: Tensor) -> None:
+        """Raise Unsupported or InvalidRequest for what the graph asks of the network that it does not do; `conds`: the
+        graph's, `noise`: as large as the latents."""
+        raise NotImplementedError
+
+    def request_of(self, conds: Conds, noise: Tensor, sigmas: Tensor) -> SamplingRequest:
+        """What is to be planned for. Raises InvalidRequest for prompts of other models."""
+        raise NotImplementedError
+
+    def controls_of(
+        self, conds: Conds, guider: Any, noise: Tensor, request: SamplingRequest, beside: Sequence[ModelPatcher]
+    ) -> Controls:
+        """What runs beside the transformer: nothing, but where a network has ControlNets or patches."""
+        return Controls()
+
+    # what ComfyUI asks
+
+    def _apply_model(self, *args: Any, **kwargs: Any) -> Any:
+        self._refuse_compiled()
+        return super()._apply_model(*args, **kwargs)  # type: ignore[misc]
+
+    def _refuse_compiled(self) -> None:
+        if type(self.diffusion_model) is not self.DIFFUSION_MODEL:
+            refuse_compiling()
+
+    @property
+    def planned_bytes(self) -> int:
+        """What the present plan keeps on the device between steps."""
+        return self.plan.resident_bytes if self.plan else self.transformer.footprint.outside_bytes
+
+    def load_planned(self) -> None:
+        if self.calls.run is not None:
+            self.calls.run.load()
+            self.plan = self.calls.run.plan
+        elif self.plan is not None:
+            self.transformer.load(self.plan.resident, self.plan.held, self.plan.annexes)
+        else:
+            self.transformer.load(())
+
+    def begin_run(self) -> None:
+        if self.calls.run is not None:
+            self.calls.run.begin(self.model_sampling)
+
+    def memory_required(self, input_shape: Any, cond_shapes: Any = None) -> float:
+        """What a run takes on the device beside the resident weights."""
+        if self.calls.lockstep.active:
+            return 0  # the calls must be made alike when they are recorded and when they are replayed
+        if self.plan is None:
+            return 0
+        # the weights of ControlNets and model patches are counted by ComfyUI itself
+        return self.plan.peak_bytes - self.plan.resident_bytes - self.plan.request.controls.weights_bytes
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """The weights' names and shapes without the weights: ComfyUI's LoRA loaders look for their keys here."""
+        return self.diffusion_model.state_dict(prefix=PREFIX)
+
+    def state_dict_for_saving(self, *args: Any, **kwargs: Any) -> Any:
+        refuse("Saving the model (ModelSave, CheckpointSave)", "copy the file it was loaded from.")
+
+
+def as_patcher(model: LowVRAMModel) -> LowVRAMPatcher:
+    """The MODEL around a model, with what is done around its runs and evaluations."""
+    patcher = LowVRAMPatcher(
+        model,
+        load_device=model.transformer.hardware.device,
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
+    patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _outer_sample)
+    patcher.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, _calc_cond_batch)
+    return patcher
+
+
+@in_words("images were sampled")
+def _outer_sample(
+    executor: Any,
+    noise: Tensor,
+    latent_image: Tensor,
+    sampler: Any,
+    sigmas: Tensor,
+    denoise_mask: Tensor | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Around a whole run of any native sampler: plan and refuse before anything is loaded, report afterwards."""
+    guider = executor.class_obj
+    model: LowVRAMModel = guider.model_patcher.model
+    device = model.transformer.hardware.device
+    beside = other_models(guider)
+    check_device(guider.model_patcher, device)  # first: it is where the values lie
+    check_values(guider, noise, latent_image, sigmas, denoise_mask, model.latent_format.latent_channels)
+    _check_graph(model, guider)
+    model.check_run(guider.conds, noise)
+    check_devices(beside, device)
+    conds = conditions_of_run(guider, noise)
+    check_computed(conds, noise.shape)
+    calls = model.calls
+    calls.controls = ControlNets(conds, noise.shape, model.transformer)
+    calls.pictures = PatchPictures(guider.model_options.get("transformer_options", {}), device)
+    finished = False
+    try:
+        request = model.request_of(conds, noise, sigmas)
+        controls = model.controls_of(conds, guider, noise, request, beside)
+        calls.run = _planned_run(model, guider, conds, noise, sigmas, replace(request, controls=controls), beside)
+        result = executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
+        check_result(result)
+        finished = True
+        return result
+    finally:
+        run, nets = calls.run, calls.controls
+        calls.run = calls.controls = calls.pictures = None
+        nets.release()
+        if run is not None:
+            model.plan = run.plan
+            model.model_loaded_weight_memory = model.transformer.loaded_bytes  # a smaller plan may have taken some away
+            model.last_report = run.end(finished=finished)
+
+
+def _check_graph(model: LowVRAMModel, guider: Any) -> None:
+    """Raise Unsupported for what the graph asks of our models that none of them does."""
+    model._refuse_compiled()
+    guider.model_patcher.check_guests()
+    tell_patched_process()
+    check_graph(guider.model_options, guider.conds)
+    check_patches(guider.model_options.get("transformer_options", {}))
+
+
+def _planned_run(
+    model: LowVRAMModel,
+    guider: Any,
+    conds: Conds,
+    noise: Tensor,
+    sigmas: Tensor,
+    request: SamplingRequest,
+    beside: Sequence[ModelPatcher],
+) -> SamplingRun:
+    """The plan, and the pictures of ControlNets and model patches, which are encoded before the run's memory is laid
+    out. Raises DoesNotFit."""
+    transformer, patcher, calls = model.transformer, guider.model_patcher, model.calls
+    transformer.patch(lora_patches(patcher.loras))
+    model.model_loaded_weight_memory = transformer.loaded_bytes  # blocks that the LoRAs change have left
+    speeds = known_speeds(transformer.hardware, transformer.dtype, transformer.file)
+
+    def plan() -> MemoryPlan:
+        return plan_run(transformer, request, model.limit_bytes, model.ram_limit_bytes, patcher, speeds, beside=beside)
+
+    model.plan = plan()
+    sizes = {size_of(entry, noise.shape) for entry in entries_of(conds)}
+    assert calls.controls is not None
+    assert calls.pictures is not None
+    if calls.controls.make_hints() | calls.pictures.encode(sizes, noise):
+        model.plan = plan()  # the VAE may have moved what lay on the device
+    return SamplingRun(
+        transformer,
+        model.plan,
+        sigmas.cpu(),
+        _why_one_by_one(model, guider.model_options),
+        speeds,
+        model.timeline,
+        patcher=patcher,
+        beside=beside,
+        advice=model.advice,
+    )
+
+
+def _why_one_by_one(model: LowVRAMModel, model_options: Any) -> str:
+    """Why calls may not share each visit of a block; empty where they may."""
+    if model.diffusion_model.watched:
+        return "a hook or another forward of the model sees each call"
+    return why_one_by_one(model_options, KEY) or sees_each_call(model_options.get("transformer_options", {}))
+
+
+def _calc_cond_batch(
+    executor: Any, model: LowVRAMModel, conds: Any, x_in: Tensor, timestep: Tensor, model_options: Any
+) -> Any:
+    """Around the calls of one evaluation: all of them in one visit of the blocks, unless a foreign wrapper watches."""
+    calls = model.calls
+    alone = bool(_why_one_by_one(model, model_options))
+    if calls.run is not None and calls.controls is not None:
+        conds = calls.controls.once(conds, lambda: alone or calls.lockstep.recording, calls.run.attempt)
+    if alone:
+        return executor(model, conds, x_in, timestep, model_options)
+    return calls.lockstep.together(lambda: executor(model, conds, x_in, timestep, model_options), calls.run_together)
