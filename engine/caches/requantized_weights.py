@@ -21,9 +21,8 @@ from torch import Tensor
 from ..errors import CacheError, CheckpointError, DamagedFile, InvalidRequest, MissingFile
 from ..files.checkpoint import Checkpoint, TensorEntry, open_checkpoint
 from ..files.regular_file import Stamp, open_regular, require_unchanged
-from ..formats import TORCH_DTYPES, StoredParam, stored_param
+from ..formats import TORCH_DTYPES, StoredParam, described_tensors, stored_param
 from ..formats.chunks import CHUNK_WEIGHTS
-from ..formats.described import described_tensors
 from ..log import logger
 from ..models.qwen_image.component import TRANSFORMER
 from ..models.recognition import require

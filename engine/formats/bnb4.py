@@ -1,19 +1,34 @@
-"""nf4 and fp4 as bitsandbytes stores them, through its operators on plain tensors. Never through its modules."""
+"""nf4 and fp4 as bitsandbytes stores them, through its operators on plain tensors. Never through its modules.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+Their true shapes, and an offset, stand in notes beside them, the quant states.
+"""
+
+import re
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import DamagedFile, WrongModel
+from ..files.checkpoint import TensorEntry
 from ..packages import bitsandbytes
 from .chunks import CHUNK_WEIGHTS
+from .format import Format, Layout, StoredParam, Tensors
+from .notes import read_notes
 
 BLOCK = 64  # weights that share a scale (absmax)
 NESTED_BLOCK = 256  # scales that share a scale, where scales are quantized too
+# JSON as bytes, written by bitsandbytes/functional.py (QuantState.as_dict)
+_NOTE = re.compile(r"(.+)\.quant_state\.bitsandbytes__(nf4|fp4)")
+MAX_OFFSET = 1e30  # the mean of scales; a larger number is no fp32
+# what the parts behind the data are called beside `<layer>.weight.`, in their order
+_SCALES = ("absmax", "nested_absmax", "nested_quant_map", "nested_offset")
 
 
 @dataclass(frozen=True)
@@ -91,3 +106,74 @@ def _four_bit_code(name: str) -> Tensor:
 
 
 NF4, FP4 = Bnb4Codec("nf4"), Bnb4Codec("fp4")
+_OF_DTYPE = {codec.name.upper(): codec for codec in (NF4, FP4)}
+
+
+class Bnb4(Format):
+    """nf4 and fp4, told by their quant states."""
+
+    dtypes = _OF_DTYPE.keys()
+    codecs = (NF4, FP4)
+    encoders = (NF4, FP4)
+
+    def describe(self, tensors: Tensors, metadata: Mapping[str, str], path: Path) -> Tensors:
+        return with_quant_states(tensors)
+
+    def recognise(self, name: str, tensors: Tensors) -> StoredParam:
+        data = tensors[name]
+        found = (tensors.get(f"{name}.{scale}") for scale in _SCALES)
+        parts = (data, *(scale for scale in found if scale))
+        return StoredParam(
+            name, data.shape, _OF_DTYPE[data.dtype], parts, tile_rows=prod(data.shape[:1])
+        )  # blocks run on over rows
+
+    def raw_layout(self, part: TensorEntry) -> Layout:
+        return torch.uint8, (part.nbytes,)
+
+
+def with_quant_states(tensors: Tensors) -> dict[str, TensorEntry]:
+    """The tensors, with every 4-bit weight as dtype NF4 or FP4 in its true shape instead of U8 in none.
+
+    A doubly quantized weight also gets `<name>.nested_offset`, a number that its file states as text. Raises
+    DamagedFile where a note and its tensors disagree, WrongModel for another block size, MissingPackage where there are
+    such weights and bitsandbytes is not there.
+    """
+    result = dict(tensors)
+    notes = {name: match for name in tensors if (match := _NOTE.fullmatch(name)) and match[1] in tensors}
+    if notes:
+        load_operators()
+    for name, note in read_notes({name: tensors[name] for name in notes}).items():
+        result |= _described(tensors, notes[name][1], notes[name][2], note)
+        del result[name]
+    return result
+
+
+def _described(tensors: Tensors, name: str, kind: str, note: Mapping[str, Any]) -> dict[str, TensorEntry]:
+    entry, shape, offset = tensors[name], note.get("shape"), note.get("nested_offset")
+    file = entry.file
+    if not isinstance(shape, list) or not all(type(n) is int and n > 0 for n in shape):
+        raise DamagedFile(f"{file}: the quant state of {name!r} has the shape {shape!s:.99}. Download it again.")
+    nested = f"{name}.nested_absmax" in tensors
+    blocks = (note.get("blocksize"), note.get("nested_blocksize", NESTED_BLOCK))
+    if note.get("quant_type") != kind or blocks != (BLOCK, NESTED_BLOCK):
+        raise WrongModel(
+            f"{file}: {name!r} is stored in bitsandbytes' {note.get('quant_type')!r:.20} with blocks of "
+            f"{blocks!s:.40}, which is not supported. Use one with blocks of ({BLOCK}, {NESTED_BLOCK}), "
+            "bitsandbytes' defaults."
+        )
+    scales = -(-prod(shape) // BLOCK)
+    expected = {"absmax": ("U8" if nested else "F32", scales)}
+    if nested:
+        expected |= {"nested_absmax": ("F32", -(-scales // NESTED_BLOCK)), "nested_quant_map": ("F32", 256)}
+    found = {part: tensors.get(f"{name}.{part}") for part in expected}
+    fits = all((e.dtype, prod(e.shape)) == expected[part] if e else False for part, e in found.items())
+    stated = not nested or (isinstance(offset, int | float) and abs(offset) < MAX_OFFSET)
+    if not fits or not stated or entry.nbytes != (prod(shape) + 1) // 2:
+        raise DamagedFile(
+            f"{file}: {name!r} and its scales are not what its quant state promises, {shape!s:.99} in {kind}. "
+            "Download it again."
+        )
+    result = {name: replace(entry, dtype=kind.upper(), shape=tuple(shape))}
+    if nested:
+        result[f"{name}.nested_offset"] = TensorEntry(file, 0, 4, "F32", (), data=struct.pack("<f", offset))
+    return result

@@ -5,12 +5,16 @@ from dataclasses import dataclass
 from functools import cache
 from math import prod
 
+import torch
 from torch import Tensor
 
+from ..files.checkpoint import TensorEntry
 from ..packages import ggml_types
 from .chunks import CHUNK_WEIGHTS
+from .format import Format, Layout, StoredParam, Tensors
 from .gguf_blocks import DECODERS, SCRATCH_PER_WEIGHT, TABLE_BYTES
 from .gguf_grids import GRID_BYTES, GRID_DECODERS, grid_decoder
+from .neighbours import stands_alone
 
 
 @dataclass(frozen=True)
@@ -62,3 +66,19 @@ def _block_size(kind: str) -> tuple[int, int]:
 
 _TABLE_BYTES = {**TABLE_BYTES, **GRID_BYTES}
 GGUF = tuple(GgufCodec(kind) for kind in (*DECODERS, *GRID_DECODERS))
+_OF_DTYPE = {codec.type: codec for codec in GGUF}
+
+
+class Gguf(Format):
+    """Told by the tensor's type, which the file states."""
+
+    dtypes = _OF_DTYPE.keys()
+    codecs = GGUF
+
+    def recognise(self, name: str, tensors: Tensors) -> StoredParam | None:
+        data = tensors[name]
+        alone = bool(data.shape) and stands_alone(name, tensors)
+        return StoredParam(name, data.shape, _OF_DTYPE[data.dtype], (data,)) if alone else None
+
+    def raw_layout(self, part: TensorEntry) -> Layout:
+        return torch.uint8, _OF_DTYPE[part.dtype].raw_shape(part.shape)

@@ -6,7 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..files.checkpoint import TensorEntry
 from .chunks import row_chunks
+from .comfy_notes import Note, NotedFormat
+from .format import Format, Layout, StoredParam, Tensors
+from .neighbours import is_scale, only_scale
 
 LARGEST = 127
 
@@ -42,3 +46,40 @@ class Int8Codec:
 INT8 = Int8Codec("int8")
 # LLM.int8() keeps each row's largest absolute value (SCB): weight = data * SCB / 127
 BNB_INT8 = Int8Codec("bnb_int8", factor=1 / LARGEST)
+# ComfyUI's is told by its notes, which give it this dtype
+_DTYPE = INT8.name.upper()
+
+
+class Int8(NotedFormat):
+    """ComfyUI's int8 where it is not rotated."""
+
+    dtypes = (_DTYPE,)
+    codecs = (INT8,)
+    encoders = (INT8,)
+    notes = ("int8_tensorwise",)
+
+    def noted(self, note: Note) -> Tensors | None:
+        note.require_scaled("I8")
+        return note.weight_as(_DTYPE) if note.rotation() is None else None
+
+    def recognise(self, name: str, tensors: Tensors) -> StoredParam | None:
+        data = tensors[name]
+        scale = only_scale(name, tensors)
+        return None if scale is None else StoredParam(name, data.shape, INT8, (data, scale))
+
+    def raw_layout(self, part: TensorEntry) -> Layout:
+        return torch.int8, part.shape
+
+
+class BnbInt8(Format):
+    """bitsandbytes' int8, told by the row maxima beside it (SCB)."""
+
+    dtypes = ("I8",)
+    codecs = (BNB_INT8,)
+
+    def recognise(self, name: str, tensors: Tensors) -> StoredParam | None:
+        data = tensors[name]
+        row_maxima = tensors.get(f"{name.removesuffix('.weight')}.SCB") if name.endswith(".weight") else None
+        if row_maxima is None or not is_scale(row_maxima, data) or row_maxima.shape != data.shape[:1]:
+            return None
+        return StoredParam(name, data.shape, BNB_INT8, (data, row_maxima))

@@ -1,14 +1,19 @@
 """int8 weights that ComfyUI has rotated ("convrot"), through comfy-kitchen, its own library. Never encodes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..files.checkpoint import TensorEntry
 from .chunks import even_rows
+from .comfy_notes import GROUPS, Note, NotedFormat, require_comfy_kitchen
+from .format import Layout, StoredParam, Tensors
+from .neighbours import only_scale
 
 # comfy-kitchen's codes of the dtypes that it decodes to (backends/eager/quantization.py: DTYPE_CODE_TO_DTYPE)
 _DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -51,5 +56,33 @@ def load_operator() -> Any:
     return torch.ops.comfy_kitchen.dequantize_int8_convrot_weight_dtype.default
 
 
-# by group; the library knows powers of four, ComfyUI's files have 256 and, in narrow layers, less
-INT8_CONVROT: Mapping[int, Int8ConvrotCodec] = {group: Int8ConvrotCodec(group) for group in (16, 64, 256, 1024)}
+INT8_CONVROT: Mapping[int, Int8ConvrotCodec] = {group: Int8ConvrotCodec(group) for group in GROUPS}
+_OF_DTYPE = {codec.name.upper(): codec for codec in INT8_CONVROT.values()}
+
+
+class Int8Convrot(NotedFormat):
+    """ComfyUI's int8 where it is rotated."""
+
+    dtypes = _OF_DTYPE.keys()
+    codecs = tuple(INT8_CONVROT.values())
+    notes = ("int8_tensorwise",)
+
+    def noted(self, note: Note) -> Tensors | None:
+        note.require_scaled("I8")
+        group = note.rotation()
+        if group is None:
+            return None
+        note.require_rotated(group, note.entry.shape)
+        return note.weight_as(INT8_CONVROT[group].name.upper())
+
+    def require_packages(self, dtypes: Collection[str], path: Path) -> None:
+        if not _OF_DTYPE.keys().isdisjoint(dtypes):
+            require_comfy_kitchen(path, "rotated int8 weights (convrot)", "0.2.15", load_operator)
+
+    def recognise(self, name: str, tensors: Tensors) -> StoredParam | None:
+        data = tensors[name]
+        scale = only_scale(name, tensors)
+        return None if scale is None else StoredParam(name, data.shape, _OF_DTYPE[data.dtype], (data, scale))
+
+    def raw_layout(self, part: TensorEntry) -> Layout:
+        return torch.int8, part.shape

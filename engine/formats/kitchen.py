@@ -5,15 +5,20 @@ encodes. The block scales of nvfp4 and mxfp8 lie in tiles of 128 rows (cuBLAS' l
 that a chunk is a whole number of tiles.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import MissingPackage, WrongModel
+from ..files.checkpoint import TensorEntry
 from .chunks import even_rows
-from .int8_convrot import INT8_CONVROT
+from .comfy_notes import GROUPS, Note, NotedFormat, require_comfy_kitchen
+from .format import Layout, StoredParam, Tensors
 
 TILE_ROWS = 128
 TILE_COLUMNS = 4  # of scales
@@ -43,6 +48,11 @@ class KitchenCodec:
 
     def raw_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         return (*shape[:-1], shape[-1] // self.packed)
+
+    @property
+    def tile_rows(self) -> int:
+        """How many rows' scales belong together."""
+        return 1 if self.block == _NO_BLOCKS else TILE_ROWS
 
     def scale_count(self, shape: Sequence[int]) -> int:
         """How many scales a weight of `shape` has, those that fill up tiles included."""
@@ -103,6 +113,75 @@ def _convrot_w4a4(data: Tensor, scales: Tensor, dtype: torch.dtype, group: int) 
 NVFP4 = KitchenCodec("nvfp4", 2, 16, _nvfp4)
 MXFP8 = KitchenCodec("mxfp8", 1, 32, _mxfp8)
 CONVROT_W4A4: Mapping[int, KitchenCodec] = {
-    group: KitchenCodec(f"convrot_w4a4_{group}", 2, _NO_BLOCKS, _convrot_w4a4, group) for group in INT8_CONVROT
+    group: KitchenCodec(f"convrot_w4a4_{group}", 2, _NO_BLOCKS, _convrot_w4a4, group) for group in GROUPS
 }
 KITCHEN: Mapping[str, KitchenCodec] = {codec.dtype: codec for codec in (NVFP4, MXFP8, *CONVROT_W4A4.values())}
+# by what notes call it: the dtypes of the data, of its scales, and of the tensor's scale; fp8 scales may be written as
+# plain bytes
+_PARTS = {
+    "nvfp4": (("U8",), ("F8_E4M3", "U8"), ("F32",)),
+    "mxfp8": (("F8_E4M3",), ("F8_E8M0", "U8")),
+    "convrot_w4a4": (("I8",), ("F32",)),
+}
+_DATA = {NVFP4.dtype: torch.uint8, MXFP8.dtype: torch.float8_e4m3fn}  # the others' is int8
+_EXPONENTS = "F8_E8M0"  # powers of two, as scales: seen as the bytes they are
+
+
+class Kitchen(NotedFormat):
+    """nvfp4, mxfp8 and convrot_w4a4."""
+
+    dtypes = (*KITCHEN, _EXPONENTS)
+    fp8_dtypes = (NVFP4.dtype, MXFP8.dtype, _EXPONENTS)
+    codecs = tuple(KITCHEN.values())
+    notes = tuple(_PARTS)
+
+    def noted(self, note: Note) -> Tensors:
+        entry, kind = note.entry, note.kind
+        group = note.group() if kind == "convrot_w4a4" else None
+        codec = KITCHEN[kind.upper()] if group is None else CONVROT_W4A4[group]
+        shape = (*entry.shape[:-1], entry.shape[-1] * codec.packed) if entry.shape else ()
+        if note.part("pre_quant_scale") is not None:
+            raise WrongModel(
+                f"{note.where} has scales for what it is multiplied with (pre_quant_scale), which is not supported. "
+                "Use a file in bf16, fp8 or int8."
+            )
+        if not _fits(note, codec, shape):
+            raise note.broken()
+        if group is not None:
+            note.require_rotated(group, shape)
+        return note.weight_as(codec.dtype, shape)
+
+    def require_packages(self, dtypes: Collection[str], path: Path) -> None:
+        found = sorted(KITCHEN[dtype].name for dtype in KITCHEN.keys() & dtypes)
+        if found:
+            require_comfy_kitchen(path, f"weights in {', '.join(found)}", "0.2.26", load_kitchen)
+        if MXFP8.dtype in dtypes and not hasattr(torch, "float8_e8m0fnu"):
+            raise MissingPackage(
+                f"{path} holds weights in mxfp8, whose scales torch reads from 2.7 on; this is {torch.__version__}."
+                "\n\nWhat to do: update torch with ComfyUI, or use a file in bf16, fp8 or int8."
+            )
+
+    def recognise(self, name: str, tensors: Tensors) -> StoredParam | None:
+        data = tensors[name]
+        codec = KITCHEN.get(data.dtype)
+        if codec is None:
+            return None
+        layer = name.removesuffix(".weight")
+        scales = (tensors.get(f"{layer}.{scale}") for scale in SCALES)
+        parts = (data, *(scale for scale in scales if scale))
+        return StoredParam(name, data.shape, codec, parts, tile_rows=codec.tile_rows)
+
+    def raw_layout(self, part: TensorEntry) -> Layout:
+        if part.dtype == _EXPONENTS:
+            return torch.uint8, part.shape
+        return _DATA.get(part.dtype, torch.int8), KITCHEN[part.dtype].raw_shape(part.shape)
+
+
+def _fits(note: Note, codec: KitchenCodec, shape: tuple[int, ...]) -> bool:
+    """Whether the weight, `shape` without its packing, and its scales are what its note promises."""
+    stored, *dtypes = _PARTS[note.kind]
+    if note.entry.dtype not in stored or len(shape) != 2 or 0 in shape or shape[1] % codec.block:
+        return False
+    expected = zip(SCALES, dtypes, (codec.scale_count(shape), 1), strict=False)
+    scales = [(note.part(name), kinds, count) for name, kinds, count in expected]
+    return all(scale and scale.dtype in kinds and prod(scale.shape) == count for scale, kinds, count in scales)

@@ -3,15 +3,20 @@
 "w4a8" names how ComfyUI multiplies with it; here what is multiplied with the weight is not quantized.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import WrongModel
+from ..files.checkpoint import TensorEntry
 from .chunks import even_rows
-from .int8_convrot import INT8_CONVROT
+from .comfy_notes import GROUPS, Note, NotedFormat, require_comfy_kitchen
+from .format import Layout, StoredParam, Tensors
 
 # what the parts behind the data are called beside `<layer>.`; a file without a codebook has evenly spaced numbers
 W4A8_PARTS = ("weight_s_rel", "weight_s_channel", "weight_codebook")
@@ -33,8 +38,6 @@ class W4a8Codec:
 
     def decode_into(self, out: Tensor, parts: Sequence[Tensor]) -> None:
         data, by_group, by_row, *codebook = parts
-        if by_group.dtype == torch.uint8:  # fp8 as bytes
-            by_group = by_group.view(torch.float8_e4m3fn)
         dequantize, count = load_w4a8(), even_rows(out.shape)
         for start in range(0, len(out), count):
             rows = slice(start, start + count)
@@ -62,4 +65,67 @@ def load_w4a8() -> Any:
     return comfy_kitchen.dequantize_w4a8_int8_weight
 
 
-W4A8: Mapping[str, W4a8Codec] = {f"ASYM_W4A8_INT8_{group}": W4a8Codec(group) for group in INT8_CONVROT}
+W4A8: Mapping[str, W4a8Codec] = {f"ASYM_W4A8_INT8_{group}": W4a8Codec(group) for group in GROUPS}
+_NAME = "asym_w4a8_int8"
+_SCALE_GROUP = 16  # weights that share a scale, where its note names none
+
+
+class W4a8(NotedFormat):
+    """asym_w4a8_int8."""
+
+    dtypes = W4A8.keys()
+    codecs = tuple(W4A8.values())
+    notes = (_NAME,)
+
+    def noted(self, note: Note) -> Tensors:
+        entry, by_group = note.entry, note.part(W4A8_PARTS[0])
+        rotation = note.group()
+        if note.part("weight_correction") is not None:
+            raise WrongModel(
+                f"{note.where} has a weight_correction, which neither ComfyUI reads nor this pack. Use a file in "
+                f"{_NAME} without, or in bf16, fp8 or int8."
+            )
+        size = note.setting("group_size", _SCALE_GROUP)
+        groups = by_group.shape[-1] if by_group is not None and len(by_group.shape) == 2 else 0
+        rows, columns = entry.shape[0] if entry.shape else 0, groups * size if type(size) is int else 0
+        if len(entry.shape) == 2 and columns and entry.shape == (rows, columns * 3 // 4):
+            raise WrongModel(
+                f"{note.where} is {_NAME} with codes of 6 bits, which is not supported. Use one with 4 bits."
+            )
+        if by_group is None or not _fits(note, rows, columns, groups):
+            raise note.broken()
+        note.require_rotated(rotation, (rows, columns))
+        result = dict(note.weight_as(f"{_NAME.upper()}_{rotation}", (rows, columns)))
+        if by_group.dtype == "U8":  # fp8 as bytes
+            result[f"{note.layer}.{W4A8_PARTS[0]}"] = replace(by_group, dtype="F8_E4M3")
+        return result
+
+    def require_packages(self, dtypes: Collection[str], path: Path) -> None:
+        if not W4A8.keys().isdisjoint(dtypes):
+            require_comfy_kitchen(path, f"weights in {_NAME}", "0.2.27", load_w4a8)
+
+    def recognise(self, name: str, tensors: Tensors) -> StoredParam:
+        data = tensors[name]
+        layer = name.removesuffix(".weight")
+        found = (tensors.get(f"{layer}.{part}") for part in W4A8_PARTS)
+        return StoredParam(name, data.shape, W4A8[data.dtype], (data, *(part for part in found if part)))
+
+    def raw_layout(self, part: TensorEntry) -> Layout:
+        return torch.int8, (part.shape[0], part.shape[1] // 2)
+
+
+def _fits(note: Note, rows: int, columns: int, groups: int) -> bool:
+    """Whether the parts of a weight of that size are what its note promises."""
+    by_group, by_row, codebook = (note.part(part) for part in W4A8_PARTS)
+    return (
+        rows > 0
+        and columns > 0
+        and note.entry.dtype in ("I8", "U8")
+        and note.entry.shape == (rows, columns // 2)
+        and by_group is not None
+        and by_group.dtype in ("F8_E4M3", "U8", "F32")
+        and by_group.shape == (rows, groups)
+        and by_row is not None
+        and (by_row.dtype, prod(by_row.shape)) == ("F32", rows)
+        and (codebook is None or (codebook.dtype, codebook.shape) == ("F32", (16,)))
+    )

@@ -12,7 +12,7 @@ from math import prod
 
 from ..errors import DamagedFile, WrongModel
 from ..files.checkpoint import TensorEntry
-from .nunchaku import AWQ, AWQ_BIAS, AWQ_GROUP, AWQ_SPLITS, MAX_RANK, SVDQ_BIAS, SVDQ_GROUPS, SVDQ_SHIFTED_BIAS
+from .nunchaku_codecs import AWQ, AWQ_BIAS, AWQ_GROUP, AWQ_SPLITS, MAX_RANK, SVDQ_BIAS, SVDQ_GROUPS, SVDQ_SHIFTED_BIAS
 from .nunchaku_packing import RANK_STEP, TILE_ROWS
 
 _DATA = ".qweight"

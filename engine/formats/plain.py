@@ -6,6 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..files.checkpoint import TensorEntry
+from .format import Format, Layout, StoredParam, Tensors
+from .neighbours import stands_alone
+
 # safetensors' dtype names -> torch
 TORCH_DTYPES = {
     "F64": torch.float64,
@@ -47,3 +51,23 @@ PLAIN = (
     PlainCodec("fp8_e4m3fn", torch.float8_e4m3fn),
     PlainCodec("fp8_e5m2", torch.float8_e5m2),
 )
+_OF_DTYPE = dict(zip(("BF16", "F16", "F32", "F8_E4M3", "F8_E5M2"), PLAIN, strict=True))
+
+
+class Plain(Format):
+    """A weight that is all that its layer says of it. Of any dtype that torch has, its layout."""
+
+    dtypes = TORCH_DTYPES.keys()
+    codecs = PLAIN
+    encoders = PLAIN
+    fp8_dtypes = frozenset({"F8_E4M3", "F8_E5M2"})
+
+    def recognise(self, name: str, tensors: Tensors) -> StoredParam | None:
+        data = tensors[name]
+        codec = _OF_DTYPE.get(data.dtype)
+        if codec is None or not stands_alone(name, tensors):
+            return None
+        return StoredParam(name, data.shape, codec, (data,))
+
+    def raw_layout(self, part: TensorEntry) -> Layout:
+        return TORCH_DTYPES[part.dtype], part.shape

@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 
 from .chunks import row_chunks
+from .comfy_notes import Note, NotedFormat
+from .format import StoredParam, Tensors
+from .neighbours import only_scale
 
 
 @dataclass(frozen=True)
@@ -40,3 +43,23 @@ SCALED_FP8 = (
     ScaledFp8Codec("fp8_e4m3fn_scaled", torch.float8_e4m3fn),
     ScaledFp8Codec("fp8_e5m2_scaled", torch.float8_e5m2),
 )
+_OF_DTYPE = dict(zip(("F8_E4M3", "F8_E5M2"), SCALED_FP8, strict=True))
+_OF_NOTE = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
+
+
+class ScaledFp8(NotedFormat):
+    """fp8 beside its scale, with a note of ComfyUI's or without."""
+
+    dtypes = _OF_DTYPE.keys()
+    codecs = SCALED_FP8
+    encoders = SCALED_FP8
+    notes = tuple(_OF_NOTE)
+
+    def noted(self, note: Note) -> Tensors:
+        note.require_scaled(_OF_NOTE[note.kind])
+        return {}
+
+    def recognise(self, name: str, tensors: Tensors) -> StoredParam | None:
+        data = tensors[name]
+        scale = only_scale(name, tensors)
+        return None if scale is None else StoredParam(name, data.shape, _OF_DTYPE[data.dtype], (data, scale))

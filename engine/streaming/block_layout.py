@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import WrongModel
 from ..files.checkpoint import TensorEntry
-from ..formats import CODECS, StoredParam, is_native, raw_layout, stored_param
+from ..formats import FORMATS, Formats, StoredParam, is_native
 
 # of every tensor's offset; torch's own allocators align to at least 64 bytes, kernels ask for 16
 ALIGNMENT = 256
@@ -85,21 +85,21 @@ class WeightPatch(Protocol):
 class DecodeGroup:
     """Neighbours in a block's raw bytes that are brought and written together: bytes `start` to `end`.
 
-    members: what writes (a codec's name, or a patch), stored parts, the place in the slot, and those of the slot that a
-    codec reads, decoded before it, as further parts.
+    members: what writes (a parameter's codec, or a patch), stored parts, the place in the slot, and those of the slot
+    that a codec reads, decoded before it, as further parts.
     """
 
     start: int
     end: int
-    members: tuple[tuple[str | WeightPatch, tuple[FlatItem, ...], FlatItem, tuple[FlatItem, ...]], ...]
+    members: tuple[tuple[StoredParam | WeightPatch, tuple[FlatItem, ...], FlatItem, tuple[FlatItem, ...]], ...]
 
     def decode(self, raw: Tensor, slot: Tensor, scratch: Tensor, *, base: int = 0) -> None:
         """Write into `slot`; `raw` lies beside it and holds the block's raw bytes from `base` on."""
         for writer, items, item, decoded in self.members:
             weight, parts = item.view(slot), [part.view(raw, base) for part in items]
             parts += [other.view(slot) for other in decoded]
-            if isinstance(writer, str):
-                CODECS[writer].decode_into(weight, parts)
+            if isinstance(writer, StoredParam):
+                writer.decoder.decode_into(weight, parts)
             else:
                 writer.apply(weight, parts, scratch)
 
@@ -116,10 +116,11 @@ class StoredBlock:
     patches: tuple[WeightPatch, ...]
     slot: FlatLayout
     native: bool
+    formats: Formats = FORMATS
 
     @cached_property
     def raw(self) -> FlatLayout:
-        return FlatLayout.of((str(i), *raw_layout(part)) for i, part in enumerate(self.parts))
+        return FlatLayout.of((str(i), *self.formats.raw_layout(part)) for i, part in enumerate(self.parts))
 
     @cached_property
     def parts(self) -> tuple[TensorEntry, ...]:
@@ -138,16 +139,14 @@ class StoredBlock:
         singly; patches after the parameters that they change."""
         items = iter(self.raw.items)
         places = {item.name: item for item in self.slot.items}
-        writers: list[tuple[str | WeightPatch, str, int, str | None]] = [
-            (p.codec, p.name, len(p.parts), p.read_beside) for p in self.params
-        ]
-        writers += [(patch, patch.name, len(patch.parts), None) for patch in self.patches]
+        writers: tuple[StoredParam | WeightPatch, ...] = (*self.params, *self.patches)
         singles = []
-        for writer, name, count, other in writers:
-            own = tuple(islice(items, count))
-            if not (self.native and isinstance(writer, str)):
+        for writer in writers:
+            own = tuple(islice(items, len(writer.parts)))
+            other = writer.read_beside if isinstance(writer, StoredParam) else None
+            if not (self.native and isinstance(writer, StoredParam)):
                 decoded = () if other is None else (places[other],)
-                singles.append(DecodeGroup(own[0].offset, own[-1].end, ((writer, own, places[name], decoded),)))
+                singles.append(DecodeGroup(own[0].offset, own[-1].end, ((writer, own, places[writer.name], decoded),)))
         largest = max((group.end - group.start for group in singles), default=0)
         groups: list[DecodeGroup] = []
         for group in singles:
@@ -181,8 +180,10 @@ def store_block(
     dtype: torch.dtype,
     where: str,
     patches: Sequence[WeightPatch] = (),
+    formats: Formats = FORMATS,
 ) -> StoredBlock:
-    """The parameters `names` (name -> shape) of one block; `where` names the file and block in errors.
+    """The parameters `names` (name -> shape) of one block; `where` names the file and block in errors. `formats`: those
+    that it may be stored in.
 
     Raises WrongModel for a parameter that is missing, has another shape, or an unsupported format.
     """
@@ -190,13 +191,13 @@ def store_block(
     for name, shape in names.items():
         if name not in tensors:
             raise WrongModel(f"{where} lacks {name}. The file is not whole: download it again.")
-        param = stored_param(name, tensors, where)
+        param = formats.stored_param(name, tensors, where)
         if param.shape != shape:
             raise WrongModel(f"{where}: {name} has shape {list(param.shape)}, {list(shape)} is needed.")
         params.append(param)
     slot = FlatLayout.of((name, dtype, shape) for name, shape in names.items())
     native = all(is_native(param, FORMAT_OF_DTYPE[dtype]) for param in params)
-    return StoredBlock(tuple(params), tuple(patches), slot, native)
+    return StoredBlock(tuple(params), tuple(patches), slot, native, formats)
 
 
 def bind(module: nn.Module, views: Mapping[str, Tensor]) -> None:

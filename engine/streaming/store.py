@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import Unsupported
 from ..files.checkpoint import TensorEntry
-from ..formats import FP8_DTYPES
+from ..formats import FORMATS
 from ..hardware import Hardware
 from ..log import logger
 from ..out_of_memory import reason
@@ -353,7 +353,7 @@ def require_decodable(parts: Iterable[TensorEntry], hardware: Hardware) -> None:
     if hardware.decodes_fp8:
         return
     for part in parts:
-        if part.dtype in FP8_DTYPES:
+        if FORMATS.casts_fp8(part):
             raise Unsupported(
                 f"{part.file} holds weights in {part.dtype}, which cannot be decoded on {hardware.device}."
                 "\n\nWhat to do: use a GGUF, bf16 or int8 file, or choose the CPU as its device in the loader."

@@ -16,7 +16,7 @@ from diffusers import BitsAndBytesConfig, QwenImageTransformer2DModel
 from full_size_run import require_planned_peaks
 from qwenimage_lowvram.engine.errors import CheckpointError, DamagedFile, WrongModel
 from qwenimage_lowvram.engine.files.checkpoint import Checkpoint, TensorEntry, open_checkpoint
-from qwenimage_lowvram.engine.formats.quant_states import with_quant_states
+from qwenimage_lowvram.engine.formats.bnb4 import with_quant_states
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.models.qwen_image.branch import Branch
 from qwenimage_lowvram.engine.models.qwen_image.tensors import sort_transformer

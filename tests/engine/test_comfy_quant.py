@@ -17,9 +17,8 @@ from full_size_run import require_planned_peaks
 from live_bytes import allocated_peak_bytes
 from qwenimage_lowvram.engine.errors import CheckpointError, DamagedFile, MissingPackage, WrongModel
 from qwenimage_lowvram.engine.files.checkpoint import Checkpoint, TensorEntry, open_checkpoint
-from qwenimage_lowvram.engine.formats import raw_layout
+from qwenimage_lowvram.engine.formats import COMFY_QUANT, raw_layout
 from qwenimage_lowvram.engine.formats.chunks import CHUNK_WEIGHTS
-from qwenimage_lowvram.engine.formats.comfy_quant import with_comfy_quants
 from qwenimage_lowvram.engine.formats.int8_convrot import INT8_CONVROT, load_operator
 from qwenimage_lowvram.engine.formats.kitchen import KITCHEN
 from qwenimage_lowvram.engine.hardware import Hardware
@@ -101,7 +100,7 @@ def dequantized_by_comfyui(
 
 def ours(file: Path, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
     checkpoint = open_checkpoint(file)
-    tensors = with_comfy_quants(checkpoint.tensors, checkpoint.metadata, checkpoint.path)
+    tensors = COMFY_QUANT.describe(checkpoint.tensors, checkpoint.metadata, checkpoint.path)
     return read_params(tensors, {"layer.weight": shape}, dtype, file.name)["layer.weight"]
 
 
@@ -223,7 +222,7 @@ def test_notes_in_the_header_find_their_layers_with_and_without_the_prefix(
         },
     )
     checkpoint = open_checkpoint(tmp_path / "m.safetensors")
-    tensors = with_comfy_quants(checkpoint.tensors, checkpoint.metadata, checkpoint.path)
+    tensors = COMFY_QUANT.describe(checkpoint.tensors, checkpoint.metadata, checkpoint.path)
     assert tensors[f"{layer}.weight"].dtype == "INT8"
 
 

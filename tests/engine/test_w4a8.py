@@ -11,8 +11,7 @@ from comfy_files import note_bytes
 from live_bytes import allocated_peak_bytes
 from qwenimage_lowvram.engine.errors import CheckpointError, DamagedFile, MissingPackage, WrongModel
 from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
-from qwenimage_lowvram.engine.formats import StoredParam, stored_param
-from qwenimage_lowvram.engine.formats.comfy_quant import with_comfy_quants
+from qwenimage_lowvram.engine.formats import COMFY_QUANT, StoredParam, stored_param
 from qwenimage_lowvram.engine.formats.kitchen_w4a8 import W4A8, load_w4a8
 from qwenimage_lowvram.engine.streaming import read_params
 from safetensors.torch import save_file
@@ -46,7 +45,7 @@ def described(folder: Path, parts: dict[str, torch.Tensor], note: dict[str, Any]
     tensors = {f"layer.{part}": value for part, value in parts.items()} | {"layer.comfy_quant": note_bytes(note)}
     save_file(tensors, folder / "m.safetensors")
     checkpoint = open_checkpoint(folder / "m.safetensors")
-    return with_comfy_quants(checkpoint.tensors, checkpoint.metadata, checkpoint.path)
+    return COMFY_QUANT.describe(checkpoint.tensors, checkpoint.metadata, checkpoint.path)
 
 
 @with_format
@@ -142,7 +141,7 @@ def test_notes_that_name_an_attention_kernel_are_read_and_ignored(tmp_path: Path
     layers = json.dumps({"layers": {"block.attn": kernel}})
     save_file(tensors, tmp_path / "m.safetensors", metadata={"_quantization_metadata": layers})
     checkpoint = open_checkpoint(tmp_path / "m.safetensors")
-    found = with_comfy_quants(checkpoint.tensors, checkpoint.metadata, checkpoint.path)
+    found = COMFY_QUANT.describe(checkpoint.tensors, checkpoint.metadata, checkpoint.path)
     param: StoredParam = stored_param("block.attn.to_q.weight", found, "m")
     assert param.codec == "int8"
     assert not any(name.endswith("comfy_quant") for name in found)

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from ...compute.token_chunks import ChunkedTokens
 from ...errors import InvalidRequest, WrongModel
 from ...files.checkpoint import Checkpoint, TensorEntry
-from ...formats import CODECS, raw_layout, stored_param
-from ...formats.kitchen import MXFP8, NVFP4
+from ...formats import StoredParam, raw_layout, stored_param
 from ...hardware import Hardware
 from ...planning.footprint import TextEncoderFootprint
 from ...streaming import (
@@ -158,7 +157,7 @@ class TextEncoder:
                     f"Token {strange} is beyond the {vocab} rows of {self._where}: the tokenizer belongs to another "
                     "model. Use the pipeline's own tokenizer."
                 )
-        rows = _EmbeddingRows(self._embedding.parts, self._embedding.codec, self.dtype)
+        rows = _EmbeddingRows(self._embedding, self.dtype)
         try:
             embedded = [_with_pictures(rows, ids, seen) for ids, seen in zip(prompts, pictures, strict=True)]
             return [embeds.unsqueeze(0).to(self.hardware.device) for embeds in embedded]
@@ -226,13 +225,13 @@ def _hf_config(config: Any) -> "Qwen2_5_VLTextConfig":
 class _EmbeddingRows:
     """Reads single rows of an embedding matrix from its file."""
 
-    def __init__(self, parts: Sequence[TensorEntry], codec: str, dtype: torch.dtype) -> None:
+    def __init__(self, matrix: StoredParam, dtype: torch.dtype) -> None:
         self._reader = TensorReader()
-        self._parts, self._codec, self.dtype = parts, CODECS[codec], dtype
-        if parts[0].dtype in (NVFP4.dtype, MXFP8.dtype):
+        self._parts, self._codec, self.dtype = matrix.parts, matrix.decoder, dtype
+        if matrix.tile_rows > 1:
             raise WrongModel(
-                f"{parts[0].file}: the embeddings are stored in {codec}, whose scales belong to 128 rows together. Use "
-                "a text encoder whose embeddings are in bf16, fp8 or int8."
+                f"{matrix.parts[0].file}: the embeddings are stored in {matrix.codec}, whose scales belong to "
+                f"{matrix.tile_rows} rows together. Use a text encoder whose embeddings are in bf16, fp8 or int8."
             )
 
     def gather(self, ids: Sequence[int]) -> Tensor:

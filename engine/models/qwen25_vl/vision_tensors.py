@@ -12,7 +12,7 @@ from typing import Any
 from ...errors import CheckpointError, MissingFile, WrongModel
 from ...files.checkpoint import GGUF_SUFFIX, Checkpoint, TensorEntry, open_checkpoint
 from ...files.part_files import stem_of
-from ...formats.described import described_tensors
+from ...formats import described_tensors
 from ..prefixes import find_prefix, under_prefix
 from ..recognition import identify
 from ..sorting import shape_of, split_blocks

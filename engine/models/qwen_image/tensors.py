@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ...errors import WrongModel
 from ...files.checkpoint import Checkpoint, TensorEntry
-from ...formats.described import described_tensors
+from ...formats import described_tensors
 from ..prefixes import find_prefix, under_prefix
 from ..recognition import require
 from ..sorting import shape_of, split_blocks

@@ -1,0 +1,99 @@
+"""What a storage format is: how it is told, how its bytes lie, how they are decoded. Knows no format by name.
+
+A format describes bytes only: it moves no memory between devices, and computes with no weight.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..files.checkpoint import TensorEntry
+
+# how a part's bytes are seen as a tensor
+Layout = tuple[torch.dtype, tuple[int, ...]]
+Tensors = Mapping[str, TensorEntry]
+
+
+class Codec(Protocol):
+    """How the weights of one storage format are decoded. Parts and destination lie on one device."""
+
+    @property
+    def name(self) -> str: ...
+
+    def decode_into(self, out: Tensor, parts: Sequence[Tensor]) -> None:
+        """Write the weight that `parts` store into `out` (contiguous, compute dtype)."""
+
+    def scratch_bytes(self, shape: Sequence[int]) -> int:
+        """The most that decoding a weight of `shape` allocates beside `out`, where `out` lies."""
+
+
+class Encoder(Codec, Protocol):
+    """A codec that weights can also be brought into."""
+
+    def encode(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """The parts that store `weight`."""
+
+
+@dataclass(frozen=True)
+class StoredParam:
+    """A parameter as a file stores it: its codec, and its parts, the data first.
+
+    read_beside: the parameter whose decoded weight the codec reads as a last part. tile_rows: how many rows are stored
+    so that only together they can be decoded; 1 where each can by itself.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    decoder: Codec
+    parts: tuple[TensorEntry, ...]
+    read_beside: str | None = None
+    tile_rows: int = 1
+
+    @property
+    def codec(self) -> str:
+        """The codec's name."""
+        return self.decoder.name
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def scratch_bytes(self) -> int:
+        """What decoding it allocates for a moment."""
+        return self.decoder.scratch_bytes(self.shape)
+
+
+class Format(Protocol):
+    """A storage format, or a family of them. Inherit from it and define what differs; all is asked of headers alone.
+
+    dtypes: of data and of parts, as TensorEntry names them, that it is asked of; fp8_dtypes: those of them that are
+    decoded by casting numbers in fp8, which not every device can. codecs: all that `recognise` may name; encoders:
+    those of them that weights can be brought into.
+    """
+
+    dtypes: Collection[str] = ()
+    fp8_dtypes: Collection[str] = ()
+    codecs: Sequence[Codec] = ()
+    encoders: Sequence[Encoder] = ()
+
+    def describe(self, tensors: Tensors, metadata: Mapping[str, str], path: Path) -> Tensors:
+        """A whole file's tensors, those of this format under dtypes and names that `recognise` tells it by, in their
+        logical shapes. For formats that notes or groups of tensors tell.
+
+        `metadata` is the header's, `path` names the model in errors. Raises DamagedFile where tensors and notes
+        disagree, WrongModel for what is not supported, MissingPackage where decoding would need one.
+        """
+        return tensors
+
+    def recognise(self, name: str, tensors: Tensors) -> StoredParam | None:
+        """The parameter `name` of `tensors`, a block's or a file's; None where it is not stored in this format."""
+        return None
+
+    def raw_layout(self, part: TensorEntry) -> Layout | None:
+        """How a part's bytes are seen as a tensor, None where that is another format's to say."""
+        return None
