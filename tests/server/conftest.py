@@ -1,5 +1,7 @@
 """A server whose own loaders open small files too; the same graph runs there with theirs and with our loader."""
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_checkpoint import SplitFiles, write_split_files
 
-from .graphs import Prompt, with_our_loader
+from .graphs import LIGHTNING, Prompt, with_our_loader
 
 SHARED = ("model", "clip", "vae")  # what our loader may stand for in a graph
 TOLERANCE = 1e-4  # of fp32 latents whose standard deviation is about 1
@@ -100,6 +102,35 @@ def controls(mixing: Mixing, full_pipeline: Path) -> Mixing:
     for name, size in (("control", (120, 72)), ("wide", (128, 64))):
         Image.fromarray(values).resize(size).save(mixing.server.base / "input" / f"{name}.png")
     return mixing
+
+
+@pytest.fixture(scope="session")
+def layered_folder(layered_pipeline: Path, models_dir: Path) -> str:
+    """The loader's name of Qwen-Image-Layered's folder."""
+    shutil.copytree(layered_pipeline, models_dir / "diffusers" / layered_pipeline.name)
+    return f"{layered_pipeline.name} (folder)"
+
+
+@pytest.fixture(scope="session")
+def lora(full_pipeline: Path, models_dir: Path) -> str:
+    """A LoRA for the small checkpoint, under the name that the graphs ask for."""
+    (name,) = {
+        node["widgets_values"][0]
+        for path in LIGHTNING
+        for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]
+        if node["type"] == "QwenLowVRAMLoadLora"
+    }
+    weights = load_file(next((full_pipeline / "transformer").glob("*.safetensors")))
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for key, weight in weights.items():
+        if key.endswith(("attn.to_q.weight", "img_mlp.net.2.weight")):
+            layer = f"diffusion_model.{key.removesuffix('.weight')}"
+            tensors[f"{layer}.lora_up.weight"] = torch.randn(weight.shape[0], 4, generator=generator)
+            tensors[f"{layer}.lora_down.weight"] = torch.randn(4, weight.shape[1], generator=generator) / 8
+    (models_dir / "loras").mkdir(exist_ok=True)
+    save_file(tensors, models_dir / "loras" / name)
+    return name
 
 
 def _mark(file: Path, name: str) -> None:

@@ -2,7 +2,6 @@
 
 import io
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,9 +33,8 @@ def photo(comfy_server: ComfyServer) -> str:
 
 
 @pytest.fixture(scope="module")
-def files(layered_pipeline: Path, models_dir: Path) -> SplitFiles:
+def files(layered_pipeline: Path, layered_folder: str, models_dir: Path) -> SplitFiles:
     """Layered's split files; its folder lies beside the others."""
-    shutil.copytree(layered_pipeline, models_dir / "diffusers" / layered_pipeline.name)
     return write_split_files(layered_pipeline, models_dir, dtype="fp32", name="qwen_image_layered")
 
 

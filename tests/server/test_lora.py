@@ -1,16 +1,13 @@
 """The Lightning graphs run as they are shipped, and our Load LoRA does what ComfyUI's does."""
 
 import io
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from devtools.client import ComfyClient, PromptRefused
 from PIL import Image
-from safetensors.torch import load_file, save_file
 
 from .graphs import FOLDER, LIGHTNING, changed, with_inputs, workflow
 
@@ -22,28 +19,6 @@ LORA_NODE, SAMPLE_NODE = "8", "4"
 @pytest.fixture(scope="module")
 def loader(full_pipeline: Path) -> dict[str, Any]:
     return {"transformer": f"{full_pipeline.name} (folder)", "text_encoder": FOLDER, "vae": FOLDER, "dtype": "fp32"}
-
-
-@pytest.fixture(scope="module")
-def lora(full_pipeline: Path, models_dir: Path) -> str:
-    """A LoRA for the small checkpoint, under the name that the graphs ask for."""
-    (name,) = {
-        node["widgets_values"][0]
-        for path in LIGHTNING
-        for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]
-        if node["type"] == "QwenLowVRAMLoadLora"
-    }
-    weights = load_file(next((full_pipeline / "transformer").glob("*.safetensors")))
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for key, weight in weights.items():
-        if key.endswith(("attn.to_q.weight", "img_mlp.net.2.weight")):
-            layer = f"diffusion_model.{key.removesuffix('.weight')}"
-            tensors[f"{layer}.lora_up.weight"] = torch.randn(weight.shape[0], 4, generator=generator)
-            tensors[f"{layer}.lora_down.weight"] = torch.randn(4, weight.shape[1], generator=generator) / 8
-    (models_dir / "loras").mkdir(exist_ok=True)
-    save_file(tensors, models_dir / "loras" / name)
-    return name
 
 
 def prompt_of(path: Path, object_info: Any, loader: dict[str, Any]) -> dict[str, Any]:
