@@ -22,6 +22,8 @@ from ...engine.out_of_memory import in_words
 from ...engine.planning.memory import MemoryPlan
 from ...engine.planning.request import Controls, SamplingRequest
 from ...engine.reports.memory_report import MemoryReport
+from ...engine.runs.sampling_plan import plan_sampling
+from ...engine.runs.sampling_run import SamplingRun
 from ...engine.runs.timeline import Timeline
 from .block_patches import BlockPatches, PatchPictures, check_patches, sees_each_call
 from .content_checks import check_computed, check_result, check_values
@@ -31,11 +33,11 @@ from .known_speeds import known_speeds
 from .lockstep import KEY, Lockstep
 from .native_lora import PREFIX
 from .patcher import LowVRAMPatcher
-from .planning import plan_run
 from .progress import executing_prompt_id
 from .run_conditions import Conds, conditions_of_run, entries_of, size_of
-from .sampling_run import SamplingRun
+from .shortage import loader_limit
 from .stand_ins import WithoutLayers, refuse_compiling
+from .surroundings import InComfyUI
 from .whole_process import tell_patched_process
 
 
@@ -62,6 +64,7 @@ class ModelCalls:
         self.transformer = transformer
         self.lockstep = Lockstep()
         self.run: SamplingRun | None = None
+        self.sigmas = torch.empty(0)  # of the present run
         self.controls: ControlNets | None = None
         self.pictures: PatchPictures | None = None
 
@@ -174,8 +177,10 @@ class LowVRAMModel:
             self.transformer.load(())
 
     def begin_run(self) -> None:
+        """The resident weights are on the device, and the graph's own model sampling is in place."""
         if self.calls.run is not None:
-            self.calls.run.begin(self.model_sampling)
+            sigmas = self.calls.sigmas
+            self.calls.run.begin(self.model_sampling.timestep(sigmas[sigmas > 0]).float().tolist())
 
     def memory_required(self, input_shape: Any, cond_shapes: Any = None) -> float:
         """What a run takes on the device beside the resident weights."""
@@ -275,9 +280,10 @@ def _planned_run(
     transformer.patch(lora_patches(patcher.loras))
     model.model_loaded_weight_memory = transformer.loaded_bytes  # blocks that the LoRAs change have left
     speeds = known_speeds(transformer.hardware, transformer.dtype, transformer.file)
+    limit, surroundings = loader_limit(model.limit_bytes), InComfyUI(patcher, beside)
 
     def plan() -> MemoryPlan:
-        return plan_run(transformer, request, model.limit_bytes, model.ram_limit_bytes, patcher, speeds, beside=beside)
+        return plan_sampling(transformer, request, limit, model.ram_limit_bytes, speeds, surroundings)
 
     model.plan = plan()
     sizes = {size_of(entry, noise.shape) for entry in entries_of(conds)}
@@ -285,15 +291,15 @@ def _planned_run(
     assert calls.pictures is not None
     if calls.controls.make_hints() | calls.pictures.encode(sizes, noise):
         model.plan = plan()  # the VAE may have moved what lay on the device
+    calls.sigmas = sigmas.cpu()
     return SamplingRun(
         transformer,
         model.plan,
-        sigmas.cpu(),
-        _why_one_by_one(model, guider.model_options),
-        speeds,
-        model.timeline,
-        patcher=patcher,
-        beside=beside,
+        steps=len(sigmas) - 1,
+        speeds=speeds,
+        timeline=model.timeline,
+        surroundings=surroundings,
+        one_by_one=_why_one_by_one(model, guider.model_options),
         advice=model.advice,
     )
 

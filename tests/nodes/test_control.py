@@ -580,7 +580,7 @@ def test_a_refused_run_leaves_no_model_and_no_picture_with_a_chain(make_transfor
     from qwenimage_lowvram.nodes.adapters.model import make_model
 
     conds = apply(*apply(cond(), cond(5, 2), net="fun"), net="other")
-    plan, plans = streamed_model.plan_run, 0
+    plan, plans = streamed_model.plan_sampling, 0
 
     def refuse_the_second(*args: Any, **options: Any) -> Any:
         nonlocal plans
@@ -590,7 +590,7 @@ def test_a_refused_run_leaves_no_model_and_no_picture_with_a_chain(make_transfor
         return plan(*args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streamed_model, "plan_run", refuse_the_second)
+        patch.setattr(streamed_model, "plan_sampling", refuse_the_second)
         with pytest.raises(DoesNotFit):
             ksampler(model := make_model(make_transformer(), None), *conds, empty_latent())
     for net in chain(conds[0][0][1]["control"]):

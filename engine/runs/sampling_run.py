@@ -1,0 +1,208 @@
+"""One sampling run: its passes within its plan, and the report of it. Any sampler may drive it."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from ..errors import DoesNotFit
+from ..log import logger
+from ..out_of_memory import Short
+from ..planning.forecast import corrected
+from ..planning.memory import MemoryPlan, plan_memory
+from ..reports.memory_report import MemoryReport
+from ..streaming import Waits
+from . import retry
+from .known_speeds import KnownSpeeds
+from .memory_watch import MemoryWatch
+from .run_progress import RunProgress, warning_of
+from .sampling_plan import Transformer
+from .sampling_session import SamplingSession
+from .surroundings import Surroundings
+from .timeline import Timeline
+
+# smaller steps tell of Python's speed, not of the machine's
+TELLING_FLOPS = 1e12
+
+T = TypeVar("T")
+
+
+class SamplingRun:
+    """Owns what one run holds, from `load` over `begin` and any number of passes to `end`.
+
+    Where memory runs out all the same, what the run holds is given back, and what was being done is done again with
+    smaller plans: the image is the same.
+    """
+
+    def __init__(
+        self,
+        transformer: Transformer,
+        plan: MemoryPlan,
+        *,
+        steps: int,
+        speeds: KnownSpeeds,
+        timeline: Timeline,
+        surroundings: Surroundings,
+        one_by_one: str = "",
+        advice: str = "",
+    ) -> None:
+        """`one_by_one`: why the branches of a step do not share its passes; empty where they do. `advice`: told beside
+        each plan."""
+        self._transformer, self._surroundings = transformer, surroundings
+        self._steps, self._one_by_one, self._advice = steps, one_by_one, advice
+        self._speeds = speeds
+        self._watch = MemoryWatch(transformer.hardware.device)
+        self._session = SamplingSession(transformer, plan, timeline, self._watch, surroundings)
+        self._timesteps: Sequence[float] = ()
+        self._seen: set[float] = set()
+        self._passes = 0
+        self._pass_seconds = 0.0
+        self._first_step_seconds = 0.0
+        self._first_pass = 0.0, Waits()
+        self._start = time.perf_counter()
+        self._progress = RunProgress(
+            surroundings,
+            self._watch,
+            timeline.sample,
+            blocks=transformer.footprint.blocks,
+            steps=steps,
+            limit_bytes=plan.limit_bytes,
+            plan=self._shown_plan(),
+            forecast_seconds=plan.forecast.seconds,
+        )
+
+    @property
+    def plan(self) -> MemoryPlan:
+        """The present one."""
+        return self._session.plan
+
+    def load(self) -> None:
+        """Bring what stays on the device there."""
+        with self._session.measured_load():
+            self.attempt(self._session.load)
+
+    def begin(self, timesteps: Sequence[float]) -> None:
+        """The resident weights are on the device: compute what is computed of `timesteps`, then open the slots."""
+        self._watch.start()
+        logger.info("%s", self.plan)
+        if self._advice:
+            logger.info("%s", self._advice)
+        if warning := warning_of(self.plan):
+            logger.warning("%s", warning)
+        self._timesteps = timesteps
+        self.attempt(self._open)
+
+    def forward(self, branches: Sequence[Any], hooked: Sequence[Any] = ()) -> list[Tensor]:
+        """One pass over the blocks for all branches; `hooked` are those with something around their blocks."""
+        timestep = min(branch.timestep for branch in branches)
+        if timestep not in self._seen:
+            self._seen.add(timestep)
+            self._progress.step = len(self._seen) - 1
+        more = timestep > min(self._timesteps, default=0.0)
+        start = time.perf_counter()
+
+        def compute() -> list[Tensor]:
+            if not self._session.is_open:
+                self._open()
+            on_block, check = self._progress.sampling, self._surroundings.check
+            return self._session.forward(branches, hooked=hooked, more=more, on_block=on_block, check=check)
+
+        result = self.attempt(compute)
+        self._pass_seconds += time.perf_counter() - start
+        self._passes += 1
+        if self._passes == 1:
+            self._first_step_seconds = time.perf_counter() - self._start
+            self._first_pass = self._pass_seconds, self._session.waits
+        return result
+
+    def end(self, *, finished: bool) -> MemoryReport:
+        """Give back what the run held on the device; not `finished`: after an error or an interruption."""
+        session, transformer = self._session, self._transformer
+        session.close()
+        self._watch.ram()
+        report = MemoryReport(
+            plan=self.plan,
+            device=str(transformer.hardware.device),
+            weight_format=transformer.weight_format,
+            steps=self._steps,
+            passes=self._passes,
+            seconds=time.perf_counter() - self._start,
+            pass_seconds=self._pass_seconds,
+            pinned_bytes=transformer.store.pinned_bytes,
+            waited_disk_seconds=session.waits.disk_seconds,
+            waited_bus_seconds=session.waits.bus_seconds,
+            peak_vram_bytes=self._watch.peak_vram(),
+            peak_ram_bytes=self._watch.peak_ram,
+            one_by_one=self._one_by_one,
+            out_of_memory=session.retries,
+            first_step_seconds=self._first_step_seconds,
+            **session.counters.of_run(),
+        )
+        if finished:
+            self._progress.done()
+            self._learn()
+        logger.info("%s", report)
+        return report
+
+    def attempt(self, action: Callable[[], T]) -> T:
+        """Do it; where memory runs out, plan smaller and do it again, until it fits or no smaller plan does.
+
+        Raises OutOfMemory or OutOfRam where nothing helped.
+        """
+        retries = self._session.retries
+
+        def again() -> T:
+            if self._session.retries > retries:
+                self._session.load()
+            return action()
+
+        return retry.attempt(again, self._plan_smaller, self._give_up)
+
+    def _open(self) -> None:
+        self._session.open(self._timesteps, self._progress.modulation)
+
+    def _give_up(self, short: Short, why: str) -> Exception:
+        self._session.close()
+        return retry.no_memory(self.plan, short, why)
+
+    def _plan_smaller(self, short: Short, why: str, part: float) -> None:
+        """Plan within what is really free now; where that is as much as before, within that part of the last plan."""
+        session, transformer, plan = self._session, self._transformer, self.plan
+        session.close()
+        for store in (transformer.store, *transformer.annexes.values()):
+            store.release()
+        self._surroundings.left(transformer.hardware.device)
+        try:
+            session.plan = plan_memory(
+                transformer.footprint,
+                plan.request,
+                retry.smaller_limits(transformer, plan, short, part, self._surroundings),
+                self._speeds.get(),  # and without the other devices: one of them may be full
+            )
+        except DoesNotFit:
+            raise retry.no_memory(plan, short, why) from None
+        session.retries += 1
+        self._progress.replanned(self._shown_plan(), self.plan.limit_bytes, self.plan.forecast.seconds)
+        logger.warning("Memory ran out (%s). What was being done is done again with a smaller plan: %s", why, self.plan)
+
+    def _shown_plan(self) -> str:
+        return "\n".join(text for text in (str(self.plan), self._advice, warning_of(self.plan)) if text)
+
+    def _learn(self) -> None:
+        """Correct what is known of this machine's speeds by what this run took."""
+        footprint, plan, passes = self._transformer.footprint, self.plan, self._passes - 1
+        small = footprint.step_flops(plan.request) < TELLING_FLOPS
+        if self._one_by_one or self._session.retries or plan.request.controls or passes < 1 or small:
+            return
+        seconds, waited = self._first_pass  # which reads what stays in host memory, and is like no other
+        waits = self._session.waits - waited
+        self._speeds.put(
+            corrected(
+                self._speeds.get(),
+                plan.forecast,
+                step_seconds=(self._pass_seconds - seconds) / passes,
+                waited_disk_seconds=waits.disk_seconds / passes,
+                waited_bus_seconds=waits.bus_seconds / passes,
+            )
+        )

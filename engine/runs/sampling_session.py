@@ -1,0 +1,100 @@
+"""The transformer on its devices as a plan has it, for one run: what stays there, the slots, and the passes."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+
+from torch import Tensor
+
+from ..models.streamed_transformer import TransformerSession
+from ..planning.memory import MemoryPlan
+from ..planning.stages import Stage, StagePlan, load_stage, modulation_stage, sampling_stage
+from ..streaming import Waits
+from .memory_watch import MemoryWatch
+from .run_counters import RunCounters
+from .sampling_plan import Transformer
+from .surroundings import Surroundings
+from .timeline import Timeline
+
+
+class SamplingSession:
+    """Opens slots when the first pass needs them, measures each stage, and gives back what it opened when it closes.
+    After `close` it can be opened again, with the plan that it has then."""
+
+    def __init__(
+        self,
+        transformer: Transformer,
+        plan: MemoryPlan,
+        timeline: Timeline,
+        watch: MemoryWatch,
+        surroundings: Surroundings,
+    ) -> None:
+        self.plan = plan
+        self.retries = 0
+        self.counters = RunCounters(transformer)
+        self._transformer = transformer
+        self._timeline, self._watch, self._surroundings = timeline, watch, surroundings
+        self._stack = ExitStack()
+        self._session: TransformerSession[Any, Any] | None = None
+        self._waited = Waits()  # in sessions that are closed
+
+    @property
+    def waits(self) -> Waits:
+        """How long compute has waited for blocks since the run began."""
+        return self._waited if self._session is None else self._waited + self._session.waits
+
+    def load(self) -> None:
+        """Bring what stays on the devices there."""
+        plan = self.plan
+        self._transformer.load(
+            plan.resident, plan.held, plan.annexes, on_block=lambda index: self._surroundings.check()
+        )
+
+    @contextmanager
+    def measured_load(self) -> Iterator[None]:
+        """A `load` within it is a stage of its own."""
+        with self._stage(Stage.LOAD, load_stage):
+            yield
+
+    def open(self, timesteps: Sequence[float], on_block: Callable[[int], None]) -> None:
+        """Compute what the blocks compute of the timesteps alone, then open the slots."""
+        table, plan = self._transformer.modulation, self.plan
+        if table is not None:
+            with nullcontext() if table.knows(timesteps) else self._stage(Stage.MODULATION, modulation_stage):
+                table.announce(timesteps, on_block=on_block)
+        self._stack.enter_context(self._stage(Stage.SAMPLING, sampling_stage))
+        self._session = self._stack.enter_context(
+            self._transformer.session(slots=plan.slots, mlp_chunk_tokens=plan.mlp_chunk_tokens, annexes=plan.annexes)
+        )
+
+    @property
+    def is_open(self) -> bool:
+        return self._session is not None
+
+    def forward(self, branches: Sequence[Any], **options: Any) -> list[Tensor]:
+        """One pass over the blocks, as `TransformerSession.forward`; only while it is open."""
+        assert self._session is not None
+        return self._session.forward(branches, **options)
+
+    def close(self) -> None:
+        session, self._session = self._session, None
+        try:
+            if session is not None:
+                self._waited += session.waits
+        finally:
+            self._stack.close()
+
+    @contextmanager
+    def _stage(self, stage: Stage, plan: Callable[[Any, MemoryPlan], StagePlan]) -> Iterator[None]:
+        """Measure what happens within it."""
+        transformer = self._transformer
+        with self._timeline.stage(
+            stage,
+            transformer.hardware.device,
+            own_bytes=transformer.loaded_bytes + self._surroundings.beside_bytes(),
+            moved=lambda: self.counters.moved(self._waited),
+            watch=self._watch,
+        ) as running:
+            running.planned(plan(transformer.footprint, self.plan))
+            running.attempts += self.retries
+            yield
