@@ -243,6 +243,17 @@ def test_settings_that_other_programs_put_elsewhere_are_found(tmp_path: Path, co
     assert torch.equal(dequantized_by_comfyui(state, torch.float32), expected)
 
 
+def test_a_format_that_always_rotates_is_rotated_whatever_its_note_says_of_that(
+    tmp_path: Path, comfy: ModuleType
+) -> None:
+    state = written_by_comfyui("w4a4 rotated in 64", (96, 512), torch.float32)
+    expected = dequantized_by_comfyui(state, torch.float32, (96, 512))
+    state["layer.comfy_quant"] = note_bytes({"format": "convrot_w4a4", "convrot": False, "convrot_groupsize": 64})
+    save_file(state, tmp_path / "m.safetensors")
+    assert torch.equal(ours(tmp_path / "m.safetensors", (96, 512), torch.float32), expected)
+    assert torch.equal(dequantized_by_comfyui(state, torch.float32, (96, 512)), expected)
+
+
 # memory
 
 

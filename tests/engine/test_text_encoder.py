@@ -1,6 +1,7 @@
 """Embeddings are diffusers' own, each layer is read once for all prompts, and nothing of the encoder stays."""
 
 import gc
+import json
 import logging
 import shutil
 import weakref
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from live_bytes import LiveBytes
-from qwenimage_lowvram.engine.errors import InvalidRequest, MissingFile
+from qwenimage_lowvram.engine.errors import InvalidRequest, MissingFile, WrongModel
 from qwenimage_lowvram.engine.files.checkpoint import Checkpoint, open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.models.qwen25_vl.text_encoder import TextEncoder
@@ -174,6 +175,44 @@ def test_an_encoded_embedding_is_decoded_row_by_row(
     ids = [tokenizer.encode("a cat, 猫"), tokenizer.encode("")]
     for encoded, decoded in zip(encoders["encoded"].encode(ids), encoders["decoded"].encode(ids), strict=True):
         assert torch.equal(encoded, decoded)
+
+
+def _four_bits(shape: torch.Size) -> dict[str, torch.Tensor]:
+    """An embedding as bitsandbytes stores it."""
+    note = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": list(shape)}
+    return {
+        "weight": torch.zeros(shape.numel() // 2, 1, dtype=torch.uint8),
+        "weight.absmax": torch.ones(shape.numel() // 64),
+        "weight.quant_state.bitsandbytes__nf4": torch.tensor(list(json.dumps(note).encode()), dtype=torch.uint8),
+    }
+
+
+def _tiled(shape: torch.Size) -> dict[str, torch.Tensor]:
+    """An embedding as ComfyUI stores it in nvfp4."""
+    scales = -(-shape[0] // 128) * 128 * (-(-(shape[1] // 16) // 4) * 4)
+    return {
+        "weight": torch.zeros(shape[0], shape[1] // 2, dtype=torch.uint8),
+        "weight_scale": torch.zeros(scales, dtype=torch.uint8),
+        "weight_scale_2": torch.ones(()),
+        "comfy_quant": torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8),
+    }
+
+
+@pytest.mark.parametrize(("make", "words"), [(_four_bits, "in nf4, whose"), (_tiled, "in nvfp4, whose .* to 128 rows")])
+def test_an_embedding_whose_rows_cannot_be_decoded_singly_is_refused_before_a_prompt_is_there(
+    make: Callable[[torch.Size], dict[str, torch.Tensor]],
+    words: str,
+    small_pipeline: Path,
+    tmp_path: Path,
+    cpu: Hardware,
+) -> None:
+    (file,) = (small_pipeline / "text_encoder").glob("*.safetensors")
+    tensors = load_file(file)
+    parts = make(tensors.pop("model.embed_tokens.weight").shape)
+    shutil.copy(small_pipeline / "text_encoder" / "config.json", tmp_path)
+    save_file({**tensors, **{f"model.embed_tokens.{n}": part for n, part in parts.items()}}, tmp_path / "m.safetensors")
+    with pytest.raises(WrongModel, match=words):
+        make_encoder(open_checkpoint(tmp_path), cpu)
 
 
 class _WatchedSource(FileSource):

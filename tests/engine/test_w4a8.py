@@ -11,7 +11,7 @@ from comfy_files import note_bytes
 from live_bytes import allocated_peak_bytes
 from qwenimage_lowvram.engine.errors import CheckpointError, DamagedFile, MissingPackage, WrongModel
 from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
-from qwenimage_lowvram.engine.formats import COMFY_QUANT, StoredParam, stored_param
+from qwenimage_lowvram.engine.formats import COMFY_QUANT, FORMATS, StoredParam, stored_param
 from qwenimage_lowvram.engine.formats.kitchen_w4a8 import W4A8, load_w4a8
 from qwenimage_lowvram.engine.streaming import read_params
 from safetensors.torch import save_file
@@ -72,6 +72,14 @@ def test_a_weight_decodes_bit_for_bit_as_comfyui_does(
     ours = read_params(described(tmp_path, parts), {"layer.weight": shape}, dtype, "m")["layer.weight"]
     assert torch.equal(ours, expected)
     assert ours.float().std() > 0
+
+
+@with_format
+def test_scales_as_bytes_are_known_as_fp8(tmp_path: Path) -> None:
+    parts = parts_of(8, 512)
+    parts["weight_s_rel"] = parts["weight_s_rel"].view(torch.uint8)
+    param = stored_param("layer.weight", described(tmp_path, parts), "m")
+    assert [FORMATS.casts_fp8(part) for part in param.parts] == [False, True, False, False]
 
 
 @with_format

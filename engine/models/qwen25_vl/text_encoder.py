@@ -60,6 +60,7 @@ class TextEncoder:
         self._where = str(checkpoint.path)
         self._config = _hf_config(tensors.config)
         self._embedding = stored_param("embed_tokens.weight", tensors.outside, self._where)
+        _require_single_rows(self._embedding)
         self._source, self._outside = source, tensors.outside
         self._norm_shape = {"norm.weight": (self._config.hidden_size,)}
         store_block(self._norm_shape, self._outside, dtype, self._where)
@@ -222,17 +223,21 @@ def _hf_config(config: Any) -> "Qwen2_5_VLTextConfig":
     return result
 
 
+def _require_single_rows(matrix: StoredParam) -> None:
+    """Raise WrongModel for a matrix whose rows cannot be decoded one by one."""
+    if matrix.tile_rows > 1:
+        raise WrongModel(
+            f"{matrix.parts[0].file}: the embeddings are stored in {matrix.codec}, whose scales belong to "
+            f"{matrix.tile_rows} rows together. Use a text encoder whose embeddings are in bf16, fp8 or int8."
+        )
+
+
 class _EmbeddingRows:
     """Reads single rows of an embedding matrix from its file."""
 
     def __init__(self, matrix: StoredParam, dtype: torch.dtype) -> None:
         self._reader = TensorReader()
         self._parts, self._codec, self.dtype = matrix.parts, matrix.decoder, dtype
-        if matrix.tile_rows > 1:
-            raise WrongModel(
-                f"{matrix.parts[0].file}: the embeddings are stored in {matrix.codec}, whose scales belong to "
-                f"{matrix.tile_rows} rows together. Use a text encoder whose embeddings are in bf16, fp8 or int8."
-            )
 
     def gather(self, ids: Sequence[int]) -> Tensor:
         """(len(ids), hidden) in the compute dtype, on the host."""
