@@ -130,11 +130,12 @@ class BlockStreamer:
         if queue == self._queue:
             return
         self._discard()
-        self._queue = queue
+        self._queue = ()  # until its slots exist: memory may run out, and the next pass begins here again
         while len(self._free) < min(max(1, self._count), len(queue)):
             buffer, module = store.new_slot()
             self._free.append(_Slot(buffer, module, self._order.mark(), self._order.mark()))
         self._order.after_compute()
+        self._queue = queue
         if queue and self._reader is None and store.hardware.prefetch:
             self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="qwen-block-reader")
 

@@ -301,6 +301,53 @@ def test_blocks_that_left_the_device_find_a_slot_even_if_none_was_planned(
         one_pass(streamer, expected)
 
 
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize("fails_at", [1, 2])
+def test_a_pass_that_found_no_memory_for_its_slots_is_followed_by_a_whole_one(
+    fails_at: int,
+    back: bool,
+    hardware: Hardware,
+    files: dict[str, tuple[Path, Weights]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`back`: the blocks that left the device are there again by then, so that the slots of before would do."""
+    file, expected = files["native"]
+    store = make_store(file, hardware)
+    most = range(BLOCKS - 1)
+    store.set_resident(most)
+    new_slot, after_compute = store.new_slot, store.order.after_compute
+    calls: list[str] = []
+
+    def scarce() -> tuple[Tensor, nn.Module]:
+        calls.append("slot")
+        if calls.count("slot") == fails_at:
+            raise torch.OutOfMemoryError("out of memory")
+        return new_slot()
+
+    def noted() -> None:
+        calls.append("after compute")
+        after_compute()
+
+    with BlockStreamer(store, slots=3) as streamer:
+        one_pass(streamer, expected, more=True)
+        store.set_resident([0])
+        with monkeypatch.context() as change:
+            change.setattr(store, "new_slot", scarce)
+            change.setattr(store.order, "after_compute", noted)
+            with pytest.raises(torch.OutOfMemoryError):
+                next(streamer.visit())
+            assert calls == ["slot"] * fails_at
+            if back:
+                change.undo()
+                store.set_resident(most)
+                change.setattr(store, "new_slot", scarce)
+                change.setattr(store.order, "after_compute", noted)
+            one_pass(streamer, expected, more=True)
+            one_pass(streamer, expected)
+        assert calls[fails_at:] == ["slot"] * (0 if back else 3 - fails_at) + ["after compute"]
+        assert len(streamer._free) == (fails_at if back else 3)
+
+
 @pytest.mark.parametrize("slots", [1, 2, 3])
 @pytest.mark.parametrize("more", [False, True])
 @pytest.mark.parametrize("way", ["break", "exception"])
