@@ -12,14 +12,14 @@ from ..engine.log import logger
 from ..engine.models.qwen25_vl.text_encoder import TextEncoder
 from ..engine.models.qwen25_vl.vision_tensors import mmproj_identity
 from ..engine.models.qwen_image.positions import Positions
-from ..engine.models.qwen_image.transformer import QwenImageTransformer, TimestepRounding
+from ..engine.models.qwen_image.transformer import TimestepRounding
 from ..engine.models.qwen_image.variants import variant_of
 from ..engine.out_of_memory import in_words
 from ..engine.runs.timeline import Timeline
 from . import devices, model_choices
 from .adapters import switches
 from .adapters.clip import LowVRAMCLIP
-from .adapters.model import make_model
+from .adapters.networks import network_of
 from .adapters.progress import executing_prompt_id, tell
 from .adapters.shortage import RAM_LIMIT, VRAM_LIMIT
 from .adapters.vae import make_vae
@@ -258,7 +258,8 @@ class QwenLowVRAMLoader:
             logger.warning("%s", doubt)
             tell(doubt)
         weight_format, advice = _format_of(transformer_file, weight_format, Parts(member, compute, hardware), limits)
-        model = QwenImageTransformer(
+        network = network_of(transformer_file)
+        model = network.open(
             in_weight_format(transformer_file, weight_format, hardware, limits.on(hardware.device)),
             dtype=compute,
             hardware=hardware,
@@ -289,7 +290,7 @@ class QwenLowVRAMLoader:
             limits.name_on(text_hardware.device),
         )
         told = " ".join(text for text in (doubt, advice) if text)
-        return make_model(model, limits.vram_bytes, limits.ram_bytes, timeline, told), clip, image_vae
+        return network.make_model(model, limits.vram_bytes, limits.ram_bytes, timeline, told), clip, image_vae
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from ..engine.files.checkpoint import Checkpoint
 from ..engine.hardware import Hardware
 from ..engine.models.qwen25_vl.text_encoder import TextEncoder
 from ..engine.models.qwen_image.costs import PROMPT_SIZES
-from ..engine.models.qwen_image.network import QwenImageParts
 from ..engine.models.qwen_image.variants import variant_of
 from ..engine.models.qwen_image_vae.image_vae import ImageVAE
 from ..engine.planning.footprint import TransformerFootprint
@@ -25,6 +24,7 @@ from ..engine.reports.charts import Card, draw_cards
 from . import model_choices
 from .adapters.known_speeds import known_speeds
 from .adapters.limits import free_ram, headroom_bytes
+from .adapters.networks import network_of
 from .adapters.value_checks import check_widgets, limit_bytes
 from .cache_folder import weight_cache_folder
 from .display_names import AUTO, CATEGORY
@@ -232,7 +232,7 @@ class _Models:
         def footprints(versions: dict[str, Checkpoint]) -> dict[str, TransformerFootprint]:
             dtype = _dtype(transformer_file)
             return {
-                name: QwenImageParts(version, dtype=dtype, hardware=CARD).footprint
+                name: network_of(transformer_file).parts(version, dtype=dtype, hardware=CARD).footprint
                 for name, version in versions.items()
             }
 

@@ -11,7 +11,6 @@ from ..engine.models.component import Component
 from ..engine.models.qwen25_vl.component import TEXT_ENCODER
 from ..engine.models.qwen25_vl.tensors import require_fitting_encoder
 from ..engine.models.qwen25_vl.tokenizer_files import tokenizer_stamps
-from ..engine.models.qwen_image.component import TRANSFORMER
 from ..engine.models.qwen_image.prompts import PromptTokenizer
 from ..engine.models.qwen_image.variants import Variant, could_be, variant_of
 from ..engine.models.qwen_image_vae.component import VAE
@@ -19,6 +18,7 @@ from ..engine.models.qwen_image_vae.tensor_names import RGB, RGBA, require_image
 from ..engine.models.recognition import components, only, require
 from ..engine.texts import shown
 from . import model_choices
+from .adapters.networks import network_of
 from .display_names import AUTO, LOADER
 from .inputs import at_input
 
@@ -71,7 +71,7 @@ class Sources:
         """Headers only. Raises where a file is missing, damaged, not what its place needs, no fitting pair, or another
         variant than the chosen one; the message begins with the input's name."""
         with at_input("transformer"):
-            transformer = open_component(self.transformer, TRANSFORMER)
+            transformer = open_transformer(self.transformer)
         with at_input("text_encoder"):
             text_encoder = open_component(self.text_encoder, TEXT_ENCODER)
             require_fitting_encoder(transformer, text_encoder)
@@ -98,9 +98,17 @@ def open_component(path: Path, component: Component) -> Checkpoint:
     return only(checkpoint, component)
 
 
+def open_transformer(path: Path) -> Checkpoint:
+    """As `open_component`, of any network that the nodes serve."""
+    checkpoint = open_checkpoint(path)
+    wanted = network_of(checkpoint).component
+    require(checkpoint, wanted)
+    return only(checkpoint, wanted)
+
+
 def require_transformer(transformer: str) -> None:
     """Raises where the file or folder chosen for the transformer is not there, damaged, or none."""
-    open_component(transformer_source(transformer), TRANSFORMER)
+    open_transformer(transformer_source(transformer))
 
 
 def chosen_variant(variant: str) -> Variant | None:

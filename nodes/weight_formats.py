@@ -8,13 +8,13 @@ from ..engine.errors import CacheError, InvalidRequest
 from ..engine.files.checkpoint import Checkpoint
 from ..engine.hardware import Hardware
 from ..engine.log import logger
-from ..engine.models.qwen_image.network import QwenImageParts
 from ..engine.models.qwen_image.variants import Variant
 from ..engine.out_of_memory import reason, shortage
 from ..engine.planning.format_choice import FormatChoice, choose_format
 from ..engine.planning.request import Limits, SamplingRequest
 from .adapters.known_speeds import known_speeds
 from .adapters.limits import could_be_free
+from .adapters.networks import network_of
 from .cache_folder import weight_cache_folder
 from .weight_cache import AS_STORED, quantized_weights
 
@@ -81,7 +81,9 @@ def forecast_formats(source: Checkpoint, parts: Parts, limits: Limits) -> Format
     if len(versions) == 1:
         return None
     footprints = {
-        name: QwenImageParts(version, dtype=parts.dtype, hardware=parts.hardware, variant=parts.variant).footprint
+        name: network_of(source)
+        .parts(version, dtype=parts.dtype, hardware=parts.hardware, variant=parts.variant)
+        .footprint
         for name, version in versions.items()
     }
     speeds = known_speeds(parts.hardware, parts.dtype, source.largest_file).get()
