@@ -23,6 +23,7 @@ from ..files.checkpoint import Checkpoint, TensorEntry, open_checkpoint
 from ..files.regular_file import Stamp, open_regular, require_unchanged
 from ..formats import TORCH_DTYPES, StoredParam, described_tensors, stored_param
 from ..formats.chunks import CHUNK_WEIGHTS
+from ..formats.file_parts import Part
 from ..log import logger
 from ..models.qwen_image.component import TRANSFORMER
 from ..models.recognition import require
@@ -30,7 +31,7 @@ from ..models.sorting import split_blocks
 from ..streaming import TensorReader
 from ..texts import printable
 from .requantized_files import MAKER, cache_path, remove_dead, require_place, whole_file
-from .requantized_layout import FORMATS, UNQUANTIZED, Matrix, Part, quantized_matrix
+from .requantized_layout import FORMATS, UNQUANTIZED, Matrix, quantized_matrix
 
 VERSION = "1"  # of what is written here; files of another are made again
 

@@ -3,6 +3,7 @@
 Their true shapes, and an offset, stand in notes beside them, the quant states.
 """
 
+import json
 import re
 import struct
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from ..errors import DamagedFile, WrongModel
 from ..files.checkpoint import TensorEntry
 from ..packages import bitsandbytes
 from .chunks import CHUNK_WEIGHTS
+from .file_parts import ALIGNMENT, Part
 from .format import Format, Layout, StoredParam, Tensors
 from .notes import read_notes
 
@@ -70,6 +72,19 @@ class Bnb4Codec:
             shape = [count // BLOCK, BLOCK] if count % BLOCK == 0 else [count]
             # without a name, so that it is gone before the next chunk
             chunk.copy_(load_operators().dequantize_4bit(codes, scales, BLOCK, self.name, shape, out.dtype).view(-1))
+
+    def file_parts(self, name: str, shape: tuple[int, ...], source: str) -> tuple[Part, ...]:
+        """As bitsandbytes has it, not doubly quantized; the weight without its shape, which the quant state tells."""
+        count = prod(shape)
+        parts = (
+            Part(name, "U8", ((count + 1) // 2, 1), held=(self.name.upper(), shape)),
+            Part(f"{name}.absmax", "F32", (-(-count // BLOCK),)),
+            Part(f"{name}.quant_map", "F32", (16,), known=self.code.numpy().tobytes()),
+        )
+        note = {"quant_type": self.name, "blocksize": BLOCK, "dtype": source, "shape": list(shape)}
+        raw = json.dumps(note).encode()
+        raw += b" " * (-(len(raw) + sum(part.nbytes for part in parts)) % ALIGNMENT)
+        return (*parts, Part(f"{name}.quant_state.bitsandbytes__{self.name}", "U8", (len(raw),), known=raw))
 
     @property
     def code(self) -> Tensor:

@@ -41,14 +41,15 @@ class ComfyQuant(Format):
         return result
 
     def _noted(self, note: Note) -> Tensors:
+        kind = note.kind
         for member in self.members:
-            if note.kind in member.notes:
+            if kind in member.notes:
                 described = member.noted(note)
                 if described is not None:
                     return described
         known = dict.fromkeys(kind for member in self.members for kind in member.notes)
         raise WrongModel(
-            f"{note.where} is stored in ComfyUI's {note.kind!r:.99}, which is not supported. Use a file in bf16, fp8 "
+            f"{note.where} is stored in ComfyUI's {kind!r:.99}, which is not supported. Use a file in bf16, fp8 "
             f"or int8 (formats of ComfyUI's that are read: {', '.join(known)})."
         )
 

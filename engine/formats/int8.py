@@ -9,6 +9,7 @@ from torch import Tensor
 from ..files.checkpoint import TensorEntry
 from .chunks import row_chunks
 from .comfy_notes import Note, NotedFormat
+from .file_parts import Part, name_beside
 from .format import Format, Layout, StoredParam, Tensors
 from .neighbours import is_scale, only_scale
 
@@ -43,9 +44,19 @@ class Int8Codec:
         return 8 * shape[0]  # the numbers in fp32, and times the factor
 
 
-INT8 = Int8Codec("int8")
-# LLM.int8() keeps each row's largest absolute value (SCB): weight = data * SCB / 127
-BNB_INT8 = Int8Codec("bnb_int8", factor=1 / LARGEST)
+@dataclass(frozen=True)
+class BnbInt8Codec(Int8Codec):
+    """LLM.int8() keeps each row's largest absolute value (SCB): weight = data * SCB / 127."""
+
+    name: str = "bnb_int8"
+    factor: float = 1 / LARGEST
+
+    def file_parts(self, name: str, shape: tuple[int, ...], source: str) -> tuple[Part, ...]:
+        """As bitsandbytes has it."""
+        return Part(name, "I8", shape), Part(name_beside(name, "SCB"), "F32", shape[:1])
+
+
+INT8, BNB_INT8 = Int8Codec("int8"), BnbInt8Codec()
 # ComfyUI's is told by its notes, which give it this dtype
 _DTYPE = INT8.name.upper()
 

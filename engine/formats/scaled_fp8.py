@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .chunks import row_chunks
 from .comfy_notes import Note, NotedFormat
+from .file_parts import Part, name_beside
 from .format import StoredParam, Tensors
 from .neighbours import only_scale
 
@@ -34,6 +35,11 @@ class ScaledFp8Codec:
         out.copy_(data)
         # (1, 1), not (): on a GPU a scale without dimensions would itself be rounded to the compute dtype first
         out.mul_(scale.reshape(-1, 1))
+
+    def file_parts(self, name: str, shape: tuple[int, ...], source: str) -> tuple[Part, ...]:
+        """As ComfyUI has it without a note."""
+        dtype = "F8_E4M3" if self.dtype is torch.float8_e4m3fn else "F8_E5M2"
+        return Part(name, dtype, shape), Part(name_beside(name, "scale_weight"), "F32", ())
 
     def scratch_bytes(self, shape: Sequence[int]) -> int:
         return 0
