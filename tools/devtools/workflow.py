@@ -91,7 +91,7 @@ def choices(object_info: ObjectInfo, class_type: str, name: str) -> list[str]:
 def _widget_values(node: Mapping[str, Any], node_info: Mapping[str, Any]) -> dict[str, Any]:
     saved = node.get("widgets_values") or []
     if isinstance(saved, Mapping):
-        return {name: saved[name] for name in widget_names(node_info) if name in saved}
+        return {name: saved[name] for name in widget_names(node_info) if name is not None and name in saved}
     names = list(widget_names(node_info))
     values = [*saved, *(_default(node_info, name) for name in names[len(saved) :])]  # inputs that came later
     return {name: value for name, value in zip(names, values, strict=False) if name is not None}

@@ -130,10 +130,10 @@ def _english(scene: Scene, rng: random.Random) -> str:
     names = [_article(" ".join(filter(None, (i.size, i.colour, i.shape)))) for i in scene.items]
     background = _article(f"{scene.background} background")
     first = rng.random() < 0.3
-    if len(scene.items) == 2:
-        what = f"{names[0]} {rng.choice(ENGLISH_RELATIONS[scene.place])} {names[1]}"
-    elif scene.place is None:
+    if scene.place is None:
         what = names[0]
+    elif len(scene.items) == 2:
+        what = f"{names[0]} {rng.choice(ENGLISH_RELATIONS[scene.place])} {names[1]}"
     else:
         place = rng.choice(ENGLISH_PLACES[scene.place])
         if not first:
@@ -145,12 +145,12 @@ def _english(scene: Scene, rng: random.Random) -> str:
 def _chinese(scene: Scene, rng: random.Random) -> str:
     names = ["".join(CHINESE[w] for w in (i.size, i.colour, i.shape) if w) for i in scene.items]
     background = f"{CHINESE[scene.background]}背景"
+    if scene.place is None:
+        return f"{background}上的{names[0]}"
     if len(scene.items) == 2:
         comma = rng.choice(("上，", "上"))
         at, of = rng.choice((("在", "的"), ("位于", "")))
         return f"{background}{comma}{names[0]}{at}{names[1]}{of}{rng.choice(CHINESE_RELATIONS[scene.place])}"
-    if scene.place is None:
-        return f"{background}上的{names[0]}"
     place = rng.choice(CHINESE_PLACES[scene.place])
     return rng.choice((f"{background}{place}的{names[0]}", f"{background}上，{place}有一个{names[0]}"))
 
@@ -189,7 +189,7 @@ def locate(scene: Scene) -> tuple[list[tuple[float, float]], float]:
             return [(near, middle), (far, middle)], PAIR_JITTER
         return [(middle, near), (middle, far)], PAIR_JITTER
     places = {"left": (NEAR, middle), "right": (FAR, middle), "top": (middle, NEAR), "bottom": (middle, FAR)}
-    return [places.get(scene.place, (middle, middle))], SINGLE_JITTER
+    return [places.get(scene.place or "centre", (middle, middle))], SINGLE_JITTER
 
 
 def cover(shape: str, x_px: float, y_px: float, diameter_px: float, size_px: tuple[int, int]) -> np.ndarray:

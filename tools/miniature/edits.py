@@ -113,6 +113,7 @@ def order_of(edit: Edit, rng: random.Random) -> Order:
     if edit.kind == "together":
         shape = edit.target.items[0].shape if rng.random() < 0.3 else None
         return Order("together", shape=shape, kept=edit.kept)
+    assert edit.item is not None  # of a kind that names a shape
     items, item = edit.sources[0].items, edit.sources[0].items[edit.item]
     alike = sum(other.shape == item.shape for other in items) > 1
     colour = item.colour if alike or rng.random() < 0.3 else None
@@ -125,6 +126,7 @@ def instruction(order: Order, language: str, rng: random.Random) -> str:
         what = "".join(CHINESE[word] for word in (order.colour, order.shape) if word)
         if order.kind == "together":
             return rng.choice(CHINESE_TOGETHER).format(what=what or "图形", **_numbers(order))
+        assert order.wanted is not None  # of an order to colour something
         return rng.choice(CHINESE_COLOURINGS).format(what=what or "背景", colour=CHINESE[order.wanted])
     what = " ".join(filter(None, (order.colour, order.shape)))
     if order.kind == "together":
@@ -135,6 +137,7 @@ def instruction(order: Order, language: str, rng: random.Random) -> str:
 
 
 def _numbers(order: Order) -> dict[str, int]:
+    assert order.kept is not None  # of an order to put two together
     return {"kept": order.kept + 1, "other": 2 - order.kept}
 
 

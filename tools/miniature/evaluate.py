@@ -147,22 +147,24 @@ def main() -> None:
     start = time.monotonic()
     dtype = getattr(torch, arguments.dtype)
     if arguments.edit:
-        cases = held_out_edits(arguments.count)
+        edits = held_out_edits(arguments.count)
+        wordings = [text for _, text, _ in edits]
         settings = {"seed": arguments.seed, "dtype": dtype, "guidance": arguments.cfg}
-        verdicts, pictures = score_edits(arguments.folder, cases, **settings)
-        groups = [(language, edit.kind, f"{edit.kind} {language}") for language, _, edit in cases]
+        verdicts, pictures = score_edits(arguments.folder, edits, **settings)
+        groups: list[tuple[str, ...]] = [(language, edit.kind, f"{edit.kind} {language}") for language, _, edit in edits]
     else:
-        cases = held_out_captions(arguments.count)
-        pictures = draw_all(arguments, [text for _, text, _ in cases], dtype)
-        verdicts = [score(picture, scene) for picture, (_, _, scene) in zip(pictures, cases, strict=True)]
-        groups = [(language, shapes(scene)) for language, _, scene in cases]
+        captions = held_out_captions(arguments.count)
+        wordings = [text for _, text, _ in captions]
+        pictures = draw_all(arguments, wordings, dtype)
+        verdicts = [score(picture, scene) for picture, (_, _, scene) in zip(pictures, captions, strict=True)]
+        groups = [(language, shapes(scene)) for language, _, scene in captions]
     for group, parts in summarise(groups, verdicts).items():
         print(f"{group:13}", json.dumps({name: round(part, 3) for name, part in parts.items()}))
     print(f"{time.monotonic() - start:.0f} s")
     wrong = [i for i, verdict in enumerate(verdicts) if not verdict.correct]
     for i in random.Random(0).sample(wrong, min(arguments.failures, len(wrong))):
         missed = [fact for fact, right in verdicts[i].facts.items() if not right]
-        print(i, cases[i][1], "| wrong:", missed, "| found:", verdicts[i].background, verdicts[i].found)
+        print(i, wordings[i], "| wrong:", missed, "| found:", verdicts[i].background, verdicts[i].found)
     if arguments.sheet:
         write_contact_sheet(arguments.sheet, pictures[:64])
 

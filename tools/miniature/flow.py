@@ -60,6 +60,7 @@ def weigh(scene: Scene) -> np.ndarray:
     weights = np.ones((GRID, GRID), np.float32)
     centres, jitter = locate(scene)
     for item, (x, y) in zip(scene.items, centres, strict=True):
+        assert item.size is not None  # scenes of the pool state every fact
         reach = jitter + DIAMETERS[item.size][1] / 2
         (top, bottom), (left, right) = ((int((v - reach) * GRID), math.ceil((v + reach) * GRID)) for v in (y, x))
         weights[max(top, 0) : bottom, max(left, 0) : right] = SHAPE_WEIGHT

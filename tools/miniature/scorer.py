@@ -90,7 +90,7 @@ def _name_shape(mask: np.ndarray) -> str | None:
         rows, columns = (np.arange(n) * side // n for n in (height, width))
         ideal = ideal[np.ix_(rows, columns)]
         overlaps[shape] = (mask & ideal).sum() / (mask | ideal).sum()
-    best = max(overlaps, key=overlaps.get)
+    best = max(overlaps, key=lambda shape: overlaps[shape])
     return best if overlaps[best] > OVERLAP else None
 
 
