@@ -2,6 +2,7 @@
 
 python dev.py demo [--model PATH] [--ui]        the 4 GB workflow on a real ComfyUI, to the picture
 python dev.py test [pytest arguments]           lint, types and all tests, the real page included
+python dev.py test --fast [pytest arguments]    lint, types and the engine's quick tests, without ComfyUI or a browser
 python dev.py bench NAME [--quick] [--json F]   a benchmark of benchmarks/
 """
 
@@ -22,17 +23,19 @@ def main(arguments: list[str]) -> int:
         return 0 if command in ("-h", "--help") else 2
     sys.path.insert(0, str(REPOSITORY / "tools"))
     from devtools.cache import SetupError
-    from devtools.prepare import child_environment, prepare
+    from devtools.prepare import child_environment, prepare, prepare_engine
 
+    fast = command == "test" and "--fast" in rest
+    without_page = "not page" in rest  # as in: test -m "not page"
     try:
-        prepared = prepare(page=command == "test")
+        prepared = prepare_engine() if fast else prepare(page=command == "test" and not without_page)
     except SetupError as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
     if command == "test":
         from devtools.check import run_checks
 
-        return run_checks(prepared, rest)
+        return run_checks(prepared, [argument for argument in rest if argument != "--fast"], fast=fast)
     inside: list[str | Path] = [prepared.python, REPOSITORY / "tools" / "inside.py", command, *rest]
     process = subprocess.Popen(inside, env=child_environment(prepared))
     while True:

@@ -1,15 +1,16 @@
-"""Shared fixtures: small checkpoints, ComfyUI inside this process, and real ComfyUI servers."""
+"""Shared fixtures: small checkpoints, ComfyUI inside this process, and real ComfyUI servers; and what a test needs."""
+
+from __future__ import annotations
 
 import importlib
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # the servers compute too; spinning threads would starve them
@@ -18,14 +19,23 @@ import pytest
 from devtools.cache import REPOSITORY, SetupError
 from devtools.client import ComfyClient
 from devtools.comfyui import require_comfyui
+from devtools.in_process import use_comfyui
 from devtools.server import ComfyServer, prepare_base
-from PIL import Image
-from small_checkpoint import SplitFiles, make_pipeline, write_split_files
+
+if TYPE_CHECKING:  # they import torch, which tests of plans and headers do without
+    from split_files import SplitFiles
 
 SMALL = "small_qwen_image"
 SMALL_FULL = "small_qwen_image_full"
 SMALL_LAYERED = "small_qwen_image_layered"
-_scratch = pytest.StashKey[Path]()
+
+TESTS = Path(__file__).parent
+# by marker: the fixture that brings what the marker says, and the folder whose tests all have it
+NEEDS = {
+    "comfyui": ("comfyui_path", TESTS / "nodes"),
+    "server": ("start_server", TESTS / "server"),
+    "page": ("page_tools", TESTS / "page"),
+}
 
 
 class _RepositoryIsNoPackage:
@@ -37,26 +47,29 @@ class _RepositoryIsNoPackage:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Put ComfyUI on the path, set to the CPU and to a scratch folder, before any test module imports it."""
     # a plugin of its own: hooks of this file do not see the folder above it
     config.pluginmanager.register(_RepositoryIsNoPackage())
-    try:
-        comfyui = require_comfyui()
-    except SetupError:
-        return  # whoever needs it fails in the `comfyui_path` fixture, with the reason
-    base = Path(tempfile.mkdtemp(prefix="qwenimage-lowvram-"))
-    config.stash[_scratch] = base
-    prepare_base(base)
-    # `python -m pytest` adds the repository, where nodes/ would shadow ComfyUI's nodes.py
-    sys.path[:] = [str(comfyui), *(entry for entry in sys.path if Path(entry).resolve() != REPOSITORY)]
-    args = importlib.import_module("comfy.cli_args").args
-    args.cpu = True
-    args.base_directory = str(base)
 
 
-def pytest_unconfigure(config: pytest.Config) -> None:
-    if _scratch in config.stash:
-        shutil.rmtree(config.stash[_scratch], ignore_errors=True)
+@pytest.hookimpl(tryfirst=True)  # before pytest chooses by marker
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what needs ComfyUI, a server of it, or the page: by the fixtures that a test asks for, and by its folder."""
+    for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        for marker, (fixture, folder) in NEEDS.items():
+            if fixture in fixtures or folder in item.path.parents:
+                item.add_marker(marker)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _only_what_was_asked_for(request: pytest.FixtureRequest) -> Iterator[None]:
+    """ComfyUI comes into no process whose tests do without it, and torch into none of tests/without_torch alone."""
+    yield
+    items = request.session.items
+    if not any(item.get_closest_marker("comfyui") for item in items):
+        assert "comfy" not in sys.modules, "a test without the fixtures `comfyui_path` or `comfy` imported ComfyUI"
+    if all(TESTS / "without_torch" in item.path.parents for item in items):
+        assert "torch" not in sys.modules, "something that tests/without_torch imports brought torch in"
 
 
 @pytest.fixture(scope="session")
@@ -71,6 +84,7 @@ def comfyui_path() -> Path:
 @pytest.fixture(scope="session")
 def comfy(comfyui_path: Path) -> ModuleType:
     """ComfyUI's own package in this process, on the CPU; its folders lie in a scratch directory."""
+    use_comfyui()
     importlib.import_module("comfy.model_management")
     return importlib.import_module("comfy")
 
@@ -78,12 +92,16 @@ def comfy(comfyui_path: Path) -> ModuleType:
 @pytest.fixture(scope="session")
 def small_pipeline(comfyui_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small pipeline folder in fp32 with a pruned tokenizer. Read only: copy it before changing it."""
+    from small_checkpoint import make_pipeline
+
     return make_pipeline(tmp_path_factory.mktemp("checkpoint") / SMALL, comfyui=comfyui_path)
 
 
 @pytest.fixture(scope="session")
 def full_pipeline(comfyui_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with the whole tokenizer: split files are read with ComfyUI's, which knows every token."""
+    from small_checkpoint import make_pipeline
+
     folder = tmp_path_factory.mktemp("checkpoint") / SMALL_FULL
     return make_pipeline(folder, full_tokenizer=True, comfyui=comfyui_path)
 
@@ -91,6 +109,8 @@ def full_pipeline(comfyui_path: Path, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture(scope="session")
 def layered_pipeline(comfyui_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Qwen-Image-Layered's folder with the whole tokenizer."""
+    from small_checkpoint import make_pipeline
+
     folder = tmp_path_factory.mktemp("checkpoint") / SMALL_LAYERED
     return make_pipeline(folder, full_tokenizer=True, layered=True, comfyui=comfyui_path)
 
@@ -98,6 +118,8 @@ def layered_pipeline(comfyui_path: Path, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="session")
 def server_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The base folder of the session's server: models, input, output, user."""
+    from PIL import Image
+
     base = tmp_path_factory.mktemp("comfyui")
     prepare_base(base)
     # every ComfyUI has this picture, and the graphs that show one name it
@@ -109,6 +131,8 @@ def server_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def split_files(full_pipeline: Path, server_base: Path) -> dict[str, SplitFiles]:
     """Names of the split files in `models_dir`, by storage format: the weights of `full_pipeline`."""
+    from split_files import write_split_files
+
     formats = ("bf16", "fp8", "fp8_scaled")
     return {name: write_split_files(full_pipeline, server_base / "models", dtype=name) for name in formats}
 

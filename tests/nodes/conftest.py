@@ -7,11 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from devtools.cache import SetupError
+from devtools.in_process import use_comfyui
 from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.models.qwen25_vl.text_encoder import TextEncoder
 from qwenimage_lowvram.engine.models.qwen_image.prompts import PromptTokenizer
 from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
+
+try:
+    use_comfyui()  # before a module of tests imports our nodes, and they ComfyUI
+except SetupError as error:
+    pytest.exit(str(error), returncode=1)
 
 DIM = 64  # of the small text encoder's embeddings
 MiB = 1024**2

