@@ -11,10 +11,8 @@ from ..errors import DamagedFile
 from ..files.json_texts import unreadable
 from ..files.regular_file import open_regular
 from ..hardware import Hardware
-from ..streaming import HostMemory
+from ..streaming import PIECE_BYTES, RING_PIECES, HostMemory
 
-PIECE_BYTES = 32 * 1024**2  # as blocks are read
-READERS = 4
 SECONDS_EACH = 0.4
 # tokens, width, hidden width of the model's MLP; a CPU would take seconds for one
 MLP_SHAPE, MLP_SHAPE_ON_HOST = (4096, 3072, 12288), (128, 1024, 4096)
@@ -61,7 +59,7 @@ def _disk_rate(file: Path) -> float:
         done = 0
         buffer = memoryview(bytearray(min(PIECE_BYTES, file.stat().st_size)))
         with open_regular(file, buffering=0) as handle:
-            for turn in range(thread, pieces, READERS):
+            for turn in range(thread, pieces, RING_PIECES):
                 handle.seek(turn * stride % pieces * PIECE_BYTES)
                 done += handle.readinto(buffer) or 0  # type: ignore[attr-defined]
                 if time.perf_counter() > stop:
@@ -69,8 +67,8 @@ def _disk_rate(file: Path) -> float:
         return done
 
     start = time.perf_counter()
-    with ThreadPoolExecutor(READERS) as readers:
-        total = sum(readers.map(read, range(READERS)))
+    with ThreadPoolExecutor(RING_PIECES) as readers:
+        total = sum(readers.map(read, range(RING_PIECES)))
     return total / (time.perf_counter() - start)
 
 

@@ -3,19 +3,20 @@
 Knows how a block is stored and where it is to lie, and nothing of what a block computes.
 """
 
-from .block_layout import FlatLayout, StoredBlock, WeightPatch, bind, store_block
+from .block_layout import StoredBlock, WeightPatch, bind, store_block
 from .block_source import BlockSource, FileSource, TensorReader, read_params
-from .pinned_memory import HostBuffer, HostMemory
+from .pinned_memory import HostMemory
 from .store import BlockStore, require_decodable
 from .streamer import BlockStreamer, Waits
+from .transfer import PIECE_BYTES, RING_PIECES
 
 __all__ = [
+    "PIECE_BYTES",
+    "RING_PIECES",
     "BlockSource",
     "BlockStore",
     "BlockStreamer",
     "FileSource",
-    "FlatLayout",
-    "HostBuffer",
     "HostMemory",
     "StoredBlock",
     "TensorReader",

@@ -26,6 +26,7 @@ from qwenimage_lowvram.engine.streaming import (
     HostMemory,
     StoredBlock,
     store_block,
+    transfer,
 )
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -135,10 +136,15 @@ def test_every_pass_is_in_order_and_reads_each_streamed_block_once(
 @pytest.mark.parametrize("piece_bytes", [100, 256, 700])
 @pytest.mark.parametrize("storage", FORMATS)
 def test_blocks_arrive_whole_in_pieces_of_any_size(
-    storage: str, piece_bytes: int, hardware: Hardware, files: dict[str, tuple[Path, Weights]]
+    storage: str,
+    piece_bytes: int,
+    hardware: Hardware,
+    files: dict[str, tuple[Path, Weights]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(transfer, "PIECE_BYTES", piece_bytes)
     file, expected = files[storage]
-    store = make_store(file, hardware, piece_bytes=piece_bytes)
+    store = make_store(file, hardware)
     store.set_resident([1])
     store.set_held([3, 4])
     with BlockStreamer(store, slots=2) as streamer:
@@ -568,12 +574,18 @@ def patched_blocks(file: Path, additions: Path, factor: float) -> list[StoredBlo
 @pytest.mark.parametrize("piece_bytes", [100, 2**20])
 @pytest.mark.parametrize("storage", FORMATS)
 def test_patches_are_applied_wherever_a_block_lives_and_leave_no_trace(
-    storage: str, piece_bytes: int, hardware: Hardware, files: dict[str, tuple[Path, Weights]], tmp_path: Path
+    storage: str,
+    piece_bytes: int,
+    hardware: Hardware,
+    files: dict[str, tuple[Path, Weights]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(transfer, "PIECE_BYTES", piece_bytes)
     file, plain = files[storage]
     added = {f"{i}": torch.randn(20, 12, generator=torch.Generator().manual_seed(i)).bfloat16() for i in range(BLOCKS)}
     save_file(added, tmp_path / "added.safetensors")
-    store = make_store(file, hardware, piece_bytes=piece_bytes)
+    store = make_store(file, hardware)
 
     def expected(factor: float) -> Weights:
         if not factor:
@@ -614,11 +626,12 @@ def test_another_strength_reads_no_block_again_that_is_still_encoded_or_held(
 
 
 def test_blocks_may_be_taken_away_while_others_are_fetched_ahead(
-    hardware: Hardware, files: dict[str, tuple[Path, Weights]]
+    hardware: Hardware, files: dict[str, tuple[Path, Weights]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(transfer, "PIECE_BYTES", 100)
     file, expected = files["mixed"]
     for _ in range(15):
-        store = make_store(file, hardware, piece_bytes=100)
+        store = make_store(file, hardware)
         store.set_resident([0, 1])
         store.set_held([2])
         with BlockStreamer(store, slots=2) as streamer:
@@ -656,10 +669,14 @@ class _NoMemory(HostMemory):
 
 
 def test_no_ram_for_a_block_costs_speed_and_not_the_run(
-    hardware: Hardware, files: dict[str, tuple[Path, Weights]], caplog: pytest.LogCaptureFixture
+    hardware: Hardware,
+    files: dict[str, tuple[Path, Weights]],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(transfer, "PIECE_BYTES", 100)
     file, expected = files["native"]
-    store = make_store(file, hardware, host=_NoMemory(hardware), piece_bytes=100)
+    store = make_store(file, hardware, host=_NoMemory(hardware))
     store.set_held([0, 1, 2])
     with BlockStreamer(store, slots=2) as streamer:
         one_pass(streamer, expected, more=True)

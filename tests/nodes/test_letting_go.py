@@ -35,8 +35,8 @@ def test_what_a_model_held_goes_with_it(
     picture = ksampler(model, cond(), cond(5, 2), empty_latent(), steps=1)
     transformer = model.model.transformer
     store: Any = transformer.store
-    buffers = [weakref.ref(p) for module in store._modules.values() for p in module.parameters()]
-    buffers += [weakref.ref(buffer) for buffer in store._held.values()]
+    buffers = [weakref.ref(p) for module in store._tiers._ready.values() for p in module.parameters()]
+    buffers += [weakref.ref(buffer) for buffer in store._tiers._held.values()]
     gone = [*buffers, weakref.ref(transformer), weakref.ref(store)]
     assert len(buffers) > 0
     del model, transformer, store

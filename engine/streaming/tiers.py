@@ -1,0 +1,152 @@
+"""Where each block of one model lies: on the device, in host memory, or in its file alone. Moves no byte by itself."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..log import logger
+from ..out_of_memory import reason
+from .block_layout import StoredBlock, bind
+from .pinned_memory import HostBuffer
+from .streams import StreamOrder
+from .transfer import Transfer
+
+
+class Tiers:
+    """Owns the resident and the held blocks. Whoever changes them, or fetches, holds the store's lock.
+
+    A resident block is either `ready` (its own slot) or `encoded` (at its stored size, decoded at each visit).
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[StoredBlock],
+        make_block: Callable[[], nn.Module],
+        order: StreamOrder,
+        transfer: Transfer,
+    ) -> None:
+        self.blocks = tuple(blocks)
+        self._make_block = make_block
+        self._order = order
+        self._transfer = transfer
+        self._ready: dict[int, nn.Module] = {}
+        self._encoded: dict[int, Tensor] = {}
+        self._to_hold: frozenset[int] = frozenset()
+        self._held: dict[int, HostBuffer] = {}
+
+    @property
+    def resident(self) -> frozenset[int]:
+        return frozenset(self._ready) | frozenset(self._encoded)
+
+    @property
+    def resident_bytes(self) -> int:
+        ready = sum(self.blocks[i].slot.nbytes for i in self._ready)
+        return ready + sum(self.blocks[i].raw.nbytes for i in self._encoded)
+
+    @property
+    def held(self) -> frozenset[int]:
+        return frozenset(self._held)
+
+    @property
+    def held_bytes(self) -> int:
+        return sum(buffer.data.nbytes for buffer in self._held.values())
+
+    @property
+    def pinned_bytes(self) -> int:
+        return sum(buffer.data.nbytes for buffer in self._held.values() if buffer.pinned)
+
+    def module(self, index: int) -> nn.Module | None:
+        return self._ready.get(index)
+
+    def encoded(self, index: int) -> Tensor | None:
+        return self._encoded.get(index)
+
+    def reads_file(self, index: int) -> bool:
+        return index not in self._held and index not in self._encoded
+
+    def new_slot(self) -> tuple[Tensor, nn.Module]:
+        """A buffer on the device, large enough for any block, and a module whose parameters lie in it."""
+        buffer = self._transfer.new_buffer(self._transfer.sizes.slot_bytes)
+        with torch.inference_mode(False):
+            module = self._make_block()
+            bind(module, self.blocks[0].slot.views(buffer))
+        return buffer, module
+
+    def set_resident(self, indices: Iterable[int], on_block: Callable[[int], None] | None) -> None:
+        wanted = set(indices)
+        leaving = self.resident - wanted
+        if leaving:
+            self._order.finish()  # an encoded block may be read on the copy stream
+        for index in leaving:
+            self._ready.pop(index, None)
+            self._encoded.pop(index, None)
+        missing = sorted(wanted - self.resident)
+        if not missing:
+            return  # perhaps in the middle of a run
+        self._to_hold -= wanted
+        try:
+            for index in missing:
+                if on_block is not None:
+                    on_block(index)
+                self._load(index)
+        finally:
+            self._transfer.end_run()
+
+    def _load(self, index: int) -> None:
+        block, held = self.blocks[index], self._held.get(index)
+        if block.native:
+            slot, module = self.new_slot()
+            self._order.after_compute()
+            with torch.no_grad(), self._order.copying():
+                self._transfer.fill(index, block, held, slot)
+            self._ready[index] = module
+            return
+        buffer = self._transfer.new_buffer(block.raw.nbytes)
+        self._order.after_compute()
+        with torch.no_grad(), self._order.copying():
+            self._transfer.bring(index, block, held, buffer)
+        self._encoded[index] = buffer
+
+    def set_held(self, indices: Iterable[int]) -> None:
+        self._to_hold = frozenset(indices)
+        leaving = self.held - self._to_hold
+        if leaving:
+            self._order.finish()
+        for index in leaving:
+            del self._held[index]
+
+    def held_now(self, index: int) -> HostBuffer | None:
+        """The block's bytes in host memory; read into it now where they are to stay there from this visit on.
+
+        Where the system has no memory for them, no further block is held.
+        """
+        if index in self._to_hold and index not in self._held:
+            try:
+                buffer = self._transfer.take_host_memory(self.blocks[index])
+            except (RuntimeError, MemoryError) as error:
+                self._to_hold = self.held
+                logger.warning(
+                    "There is no RAM for more than %d held blocks (%s); the others are read from the file at every "
+                    "step.",
+                    len(self._held),
+                    reason(error),
+                )
+                return None
+            self._transfer.read_whole(index, self.blocks[index], buffer)
+            self._held[index] = buffer
+        return self._held.get(index)
+
+    def replace(self, blocks: Sequence[StoredBlock]) -> None:
+        for index, (old, new) in enumerate(zip(self.blocks, blocks, strict=True)):
+            if old.parts != new.parts:
+                self._encoded.pop(index, None)
+                self._held.pop(index, None)
+            if old.parts != new.parts or old.patches != new.patches:
+                self._ready.pop(index, None)
+        self.blocks = tuple(blocks)
+
+    def release(self) -> None:
+        """Give back all that lies on the device; held blocks stay in host memory."""
+        self._ready.clear()
+        self._encoded.clear()
