@@ -68,7 +68,8 @@ class State(Protocol):
 class StepTable(Protocol):
     """What blocks compute of the timestep alone, computed beforehand and kept in host memory."""
 
-    waits: Waits
+    @property
+    def waits(self) -> Waits: ...
 
     @property
     def fetched_bytes(self) -> int: ...

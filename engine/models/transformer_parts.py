@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..hardware import Hardware
 from ..planning.footprint import TransformerFootprint
 from ..streaming import (
+    BlockFiles,
     BlockSource,
     BlockStore,
     FileSource,
@@ -16,7 +17,6 @@ from ..streaming import (
     StoredBlock,
     WeightPatch,
     read_params,
-    store_block,
 )
 from .network import Network
 
@@ -44,55 +44,42 @@ class TransformerParts:
         self._dtype, self._hardware, self._source = dtype, hardware, source
         with torch.device("meta"):
             self._outside_shapes = _shapes(network.make_outside())
-        self._block_shapes = _shapes(network.make_block())
-        self._modulation_shapes = _shapes(network.make_modulation()) if network.make_modulation else {}
         host = HostMemory(hardware)
+        block_files = self._files(network.make_block)
+        self.store = block_files.open(hardware, host)
+        self.annex_stores = [block_files.open(other, host) for other in others]
+        self.modulation_store: BlockStore | None = None
+        self._stores_of = [(block_files, [self.store, *self.annex_stores])]
+        if network.make_modulation is not None:
+            modulation_files = self._files(network.make_modulation)
+            self.modulation_store = modulation_files.open(hardware, host)
+            self._stores_of.append((modulation_files, [self.modulation_store]))
 
-        def store(
-            shapes: Mapping[str, tuple[int, ...]], make_module: Callable[[], nn.Module], on: Hardware = hardware
-        ) -> BlockStore:
-            blocks = self._stored(shapes, {})
-            return BlockStore(blocks, source(blocks), make_module, on, host=host)
-
-        self.store = store(self._block_shapes, network.make_block)
-        self.annex_stores = [store(self._block_shapes, network.make_block, other) for other in others]
-        self.modulation_store = (
-            store(self._modulation_shapes, network.make_modulation) if network.make_modulation else None
-        )
+    def _files(self, make_part: Callable[[], nn.Module]) -> BlockFiles:
+        network = self.network
+        return BlockFiles(network.blocks, make_part, self._dtype, f"{network.where}, block", self._source)
 
     @property
     def weights(self) -> dict[str, tuple[int, ...]]:
         """Every weight's shape by its name in the whole model."""
-        in_block = self._block_shapes | self._modulation_shapes
         names = {
             f"{self.network.block_prefix}{i}.{name}": shape
             for i in range(len(self.network.blocks))
-            for name, shape in in_block.items()
+            for files, _ in self._stores_of
+            for name, shape in files.shapes.items()
         }
         return self._outside_shapes | names
 
     def patch(self, patches: Mapping[str, WeightPatch]) -> None:
         """From now on apply these to the weights of those names, and no others; between two runs."""
-        for shapes, stores in (
-            (self._block_shapes, [self.store, *self.annex_stores]),
-            (self._modulation_shapes, [self.modulation_store] if self.modulation_store else []),
-        ):
-            for store in stores:
-                blocks = self._stored(shapes, patches)
-                store.replace(blocks, self._source(blocks))
-
-    def _stored(self, shapes: Mapping[str, tuple[int, ...]], patches: Mapping[str, WeightPatch]) -> list[StoredBlock]:
-        network = self.network
-        return [
-            store_block(
-                shapes,
-                entries,
-                self._dtype,
-                f"{network.where}, block {i}",
-                [patches[full] for name in shapes if (full := f"{network.block_prefix}{i}.{name}") in patches],
-            )
-            for i, entries in enumerate(network.blocks)
-        ]
+        for files, stores in self._stores_of:
+            in_blocks = {
+                (i, name): patches[full]
+                for i in range(len(self.network.blocks))
+                for name in files.shapes
+                if (full := f"{self.network.block_prefix}{i}.{name}") in patches
+            }
+            files.patch(stores, in_blocks)
 
     @property
     def footprint(self) -> TransformerFootprint:

@@ -7,18 +7,21 @@ from .block_layout import StoredBlock, WeightPatch, bind, store_block
 from .block_source import BlockSource, FileSource, TensorReader, read_params
 from .pinned_memory import HostMemory
 from .store import BlockStore, require_decodable
+from .streamed_blocks import BlockFiles, StreamedBlocks
 from .streamer import BlockStreamer, Waits
 from .transfer import PIECE_BYTES, RING_PIECES
 
 __all__ = [
     "PIECE_BYTES",
     "RING_PIECES",
+    "BlockFiles",
     "BlockSource",
     "BlockStore",
     "BlockStreamer",
     "FileSource",
     "HostMemory",
     "StoredBlock",
+    "StreamedBlocks",
     "TensorReader",
     "Waits",
     "WeightPatch",

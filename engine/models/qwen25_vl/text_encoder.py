@@ -14,11 +14,11 @@ from ...formats import StoredParam, raw_layout, stored_param
 from ...hardware import Hardware
 from ...planning.footprint import TextEncoderFootprint
 from ...streaming import (
+    BlockFiles,
     BlockSource,
-    BlockStore,
-    BlockStreamer,
     FileSource,
     StoredBlock,
+    StreamedBlocks,
     TensorReader,
     Waits,
     read_params,
@@ -56,7 +56,6 @@ class TextEncoder:
         self._checkpoint = checkpoint
         self.dtype = dtype
         self.hardware = hardware
-        self.waits = Waits()
         self._where = str(checkpoint.path)
         self._config = _hf_config(tensors.config)
         self._embedding = stored_param("embed_tokens.weight", tensors.outside, self._where)
@@ -65,19 +64,11 @@ class TextEncoder:
         self._norm_shape = {"norm.weight": (self._config.hidden_size,)}
         store_block(self._norm_shape, self._outside, dtype, self._where)
         make_layer = partial(_empty_layer, self._config)  # which, unlike a method, holds no reference to this encoder
-        shapes = {name: tuple(p.shape) for name, p in make_layer().named_parameters()}
-        layers = [
-            store_block(shapes, entries, dtype, f"{self._where}, layer {i}") for i, entries in enumerate(tensors.layers)
-        ]
-        self._store = BlockStore(layers, source(layers), make_layer, hardware)
+        files = BlockFiles(tensors.layers, make_layer, dtype, f"{self._where}, layer", source)
+        self._layers = StreamedBlocks(files.open(hardware))
         self.footprint = TextEncoderFootprint(
-            layers=len(layers),
-            slot_bytes=self._store.slot_bytes,
-            staging_bytes=self._store.staging_bytes,
-            scratch_bytes=self._store.scratch_bytes,
-            stored_bytes=self._store.raw_bytes,
-            ring_bytes=self._store.ring_bytes,
-            host=hardware.host_device,
+            layers=len(self._layers),
+            **self._layers.nbytes,
             hidden_size=self._config.hidden_size,
             intermediate_size=self._config.intermediate_size,
             chunk_tokens=MLP_CHUNK_TOKENS,
@@ -88,12 +79,17 @@ class TextEncoder:
     @property
     def fetched_bytes(self) -> int:
         """Bytes of layers read so far."""
-        return self._store.fetched_bytes
+        return self._layers.fetched_bytes
 
     @property
     def copied_bytes(self) -> int:
         """Bytes of layers copied from host memory to the device so far."""
-        return self._store.copied_bytes
+        return self._layers.copied_bytes
+
+    @property
+    def waits(self) -> Waits:
+        """What visits of the layers have waited so far."""
+        return self._layers.waits
 
     @property
     def hidden_size(self) -> int:
@@ -123,25 +119,19 @@ class TextEncoder:
         shown = pictures or [()] * len(prompts)
         states = self._embed(prompts, shown)
         norm = self._norm()
-        try:
-            rotary = _network().Qwen2_5_VLRotaryEmbedding(self._config).to(self.hardware.device)
-            positions = [
-                self._rotary(rotary, state, token_positions(ids, seen))
-                for state, ids, seen in zip(states, prompts, shown, strict=True)
-            ]
-            with BlockStreamer(self._store, slots=slots) as streamer:
-                for index, layer in streamer.visit():
-                    if on_layer is not None:
-                        on_layer(index)
-                    for i, position in enumerate(positions):
-                        states[i] = _hidden_states(
-                            layer(states[i], attention_mask=None, position_embeddings=position, use_cache=False)
-                        )
-                self.waits += streamer.waits
-            self._checkpoint.require_unchanged()  # before anything of it is kept
-            return [norm(state).float().cpu() for state in states]
-        finally:
-            self._store.release()
+        rotary = _network().Qwen2_5_VLRotaryEmbedding(self._config).to(self.hardware.device)
+        positions = [
+            self._rotary(rotary, state, token_positions(ids, seen))
+            for state, ids, seen in zip(states, prompts, shown, strict=True)
+        ]
+        with self._layers.visit(slots, on_layer) as layers:
+            for _, layer in layers:
+                for i, position in enumerate(positions):
+                    states[i] = _hidden_states(
+                        layer(states[i], attention_mask=None, position_embeddings=position, use_cache=False)
+                    )
+        self._checkpoint.require_unchanged()  # before anything of it is kept
+        return [norm(state).float().cpu() for state in states]
 
     def _rotary(self, rotary: nn.Module, state: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         return rotary(state, positions.unsqueeze(1).to(state.device))  # (3, 1, length)

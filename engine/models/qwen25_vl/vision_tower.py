@@ -13,11 +13,11 @@ from ...files.checkpoint import Checkpoint
 from ...hardware import Hardware
 from ...planning.vision import VisionFootprint
 from ...streaming import (
+    BlockFiles,
     BlockSource,
-    BlockStore,
-    BlockStreamer,
     FileSource,
     StoredBlock,
+    StreamedBlocks,
     Waits,
     bind,
     read_params,
@@ -62,7 +62,6 @@ class VisionTower:
         self.identity = tensors.checkpoint.identity
         self.dtype = dtype
         self.hardware = hardware
-        self.waits = Waits()
         self._where = str(tensors.checkpoint.path)
         self._settings = tensors.config
         self._require_known_patches()
@@ -71,20 +70,11 @@ class VisionTower:
         self._outside_shapes = {name: tuple(p.shape) for name, p in self._empty_tower().named_parameters()}
         outside = store_block(self._outside_shapes, self._outside, dtype, self._where)
         make_block = partial(_empty_block, self._config)  # which, unlike a method, holds no reference to this tower
-        shapes = {name: tuple(p.shape) for name, p in make_block().named_parameters()}
-        blocks = [
-            store_block(shapes, entries, dtype, f"{self._where}, vision block {i}")
-            for i, entries in enumerate(tensors.blocks)
-        ]
-        self._store = BlockStore(blocks, source(blocks), make_block, hardware)
+        files = BlockFiles(tensors.blocks, make_block, dtype, f"{self._where}, vision block", source)
+        self._blocks = StreamedBlocks(files.open(hardware))
         self.footprint = VisionFootprint(
-            blocks=len(blocks),
-            slot_bytes=self._store.slot_bytes,
-            staging_bytes=self._store.staging_bytes,
-            scratch_bytes=self._store.scratch_bytes,
-            stored_bytes=self._store.raw_bytes,
-            ring_bytes=self._store.ring_bytes,
-            host=hardware.host_device,
+            blocks=len(self._blocks),
+            **self._blocks.nbytes,
             outside_bytes=outside.slot.nbytes,
             patch_values=CHANNELS * FRAMES * PATCH_PX**2,
             hidden_size=self._settings["hidden_size"],
@@ -98,12 +88,17 @@ class VisionTower:
     @property
     def fetched_bytes(self) -> int:
         """Bytes of blocks read so far."""
-        return self._store.fetched_bytes
+        return self._blocks.fetched_bytes
 
     @property
     def copied_bytes(self) -> int:
         """Bytes of blocks copied from host memory to the device so far."""
-        return self._store.copied_bytes
+        return self._blocks.copied_bytes
+
+    @property
+    def waits(self) -> Waits:
+        """What visits of the blocks have waited so far."""
+        return self._blocks.waits
 
     @torch.no_grad()
     def see(
@@ -111,16 +106,12 @@ class VisionTower:
     ) -> list[SeenPicture]:
         """`on_block` is called before each block with its index, and may raise."""
         device = self.hardware.device
-        try:
-            tower = self._tower()
-            with BlockStreamer(self._store, slots=slots) as streamer:
-                tower.blocks = _StreamedBlocks(streamer, on_block)
-                grids = torch.tensor([(1, picture.height, picture.width) for picture in pictures], device=device)
-                patches = torch.cat([picture.patches.to(self.dtype) for picture in pictures]).to(device)
-                embeds = _merged(tower(patches, grid_thw=grids)).cpu()
-                self.waits += streamer.waits
-        finally:
-            self._store.release()
+        tower = self._tower()
+        with self._blocks.visit(slots, on_block) as blocks:
+            tower.blocks = _InTurn(blocks)
+            grids = torch.tensor([(1, picture.height, picture.width) for picture in pictures], device=device)
+            patches = torch.cat([picture.patches.to(self.dtype) for picture in pictures]).to(device)
+            embeds = _merged(tower(patches, grid_thw=grids)).cpu()
         parts = embeds.split([picture.tokens for picture in pictures])
         sizes = [(picture.height // MERGE, picture.width // MERGE) for picture in pictures]
         return [SeenPicture(part, *size) for part, size in zip(parts, sizes, strict=True)]
@@ -153,18 +144,15 @@ class VisionTower:
             )
 
 
-class _StreamedBlocks(nn.Module):
+class _InTurn(nn.Module):
     """Stands where the tower has its list of blocks, and hands out each when its turn comes."""
 
-    def __init__(self, streamer: BlockStreamer, on_block: Callable[[int], None] | None) -> None:
+    def __init__(self, blocks: Iterator[tuple[int, nn.Module]]) -> None:
         super().__init__()
-        self._streamer = streamer
-        self._on_block = on_block
+        self._blocks = blocks
 
     def __iter__(self) -> Iterator[nn.Module]:
-        for index, block in self._streamer.visit():
-            if self._on_block is not None:
-                self._on_block(index)
+        for _, block in self._blocks:
             yield block
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...planning.memory import SPARE_ROWS
-from ...streaming import BlockStore, BlockStreamer, Waits
+from ...streaming import BlockStore, StreamedBlocks, Waits
 
 # a timestep in 0..1 and the index of the additional condition, 0 where the model has none
 Moment = tuple[float, int]
@@ -41,22 +41,26 @@ class ModulationTable:
     def __init__(self, store: BlockStore, embed: Callable[[float, int], Tensor]) -> None:
         """`store` streams the modulation weights (img_mod, txt_mod per block); `embed` maps a timestep in 0..1 and the
         index of the additional condition to their embedding (rows, dim) on the device."""
-        self._store = store
+        self._blocks = StreamedBlocks(store)
         self._embed = embed
         self._rows: dict[Moment, ModulationRow] = {}
         self._announced: dict[Moment, None] = {}
         self._current: tuple[Moment, ModulationRow] | None = None
-        self.waits = Waits()
 
     @property
     def fetched_bytes(self) -> int:
         """Bytes of modulation weights read so far."""
-        return self._store.fetched_bytes
+        return self._blocks.fetched_bytes
 
     @property
     def copied_bytes(self) -> int:
         """Bytes of modulation weights copied from host memory to the device so far."""
-        return self._store.copied_bytes
+        return self._blocks.copied_bytes
+
+    @property
+    def waits(self) -> Waits:
+        """What passes over the modulation weights have waited so far."""
+        return self._blocks.waits
 
     def knows(self, timesteps: Iterable[float]) -> bool:
         """Their rows are here: announcing them reads nothing."""
@@ -77,10 +81,7 @@ class ModulationTable:
     def _compute(self, missing: list[Moment], slots: int, on_block: Callable[[int], None] | None) -> None:
         if not missing:
             return
-        try:
-            rows = self._project(missing, slots, on_block)
-        finally:
-            self._store.release()  # host buffers and files; the device's slots went with the streamer
+        rows = self._project(missing, slots, on_block)
         self._rows.update(zip(missing, rows, strict=True))
 
     def _project(
@@ -88,22 +89,19 @@ class ModulationTable:
     ) -> list[ModulationRow]:
         embedded = [self._embed(*moment) for moment in missing]
         rows: list[ModulationRow] = []
-        with BlockStreamer(self._store, slots=slots) as streamer:
-            for index, block in streamer.visit():
-                if on_block is not None:
-                    on_block(index)
+        with self._blocks.visit(slots, on_block) as blocks:
+            for index, block in blocks:
                 outputs = [(block.img_mod(temb), block.txt_mod(temb[:1])) for temb in embedded]
                 if not rows:
                     rows = [ModulationRow(self._empty(img), self._empty(txt)) for img, txt in outputs]
                 for row, (img, txt) in zip(rows, outputs, strict=True):
                     row.img[index].copy_(img)
                     row.txt[index].copy_(txt)
-            self.waits += streamer.waits
         return rows
 
     def _empty(self, output: Tensor) -> Tensor:
         """Host memory for such an output of every block."""
-        return torch.empty(len(self._store.blocks), *output.shape, dtype=output.dtype)
+        return torch.empty(len(self._blocks), *output.shape, dtype=output.dtype)
 
     def row(
         self, timestep: float, additional_t_cond: int = 0, *, on_block: Callable[[int], None] | None = None
@@ -114,7 +112,7 @@ class ModulationTable:
             if moment not in self._rows:
                 self._forget_all_but(self._announced)
                 self._compute([moment], 1, on_block)
-            self._current = moment, self._rows[moment].to(self._store.hardware.device)
+            self._current = moment, self._rows[moment].to(self._blocks.device)
         return self._current[1]
 
     def forget(self) -> None:
