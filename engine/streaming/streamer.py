@@ -1,5 +1,6 @@
 """Hand out a model's blocks in order, each in its slot when its turn comes, fetching ahead in a reader thread."""
 
+import logging
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..log import logger
 from .store import BlockStore
 from .streams import Mark
 
@@ -62,7 +64,7 @@ class BlockStreamer:
         self._queue: tuple[int, ...] = ()
         self._next = 0
         self._waits = Waits()
-        self._moments: list[tuple[bool, Any, Any]] = []
+        self._moments: list[tuple[int, bool, Any, Any]] = []
 
     @property
     def device(self) -> torch.device:
@@ -180,15 +182,32 @@ class BlockStreamer:
             del future  # it holds the error, whose traceback holds this frame: a circle would keep the buffers alive
             raise
         self._order.compute_waits(slot.filled)
-        self._moments.append((slot.from_file, wanted_at, self._order.compute_moment()))
+        self._moments.append((index, slot.from_file, wanted_at, self._order.compute_moment()))
         return slot
 
     def _settle(self) -> None:
-        """Add up what the last pass waited."""
-        for from_file, wanted, there in self._moments:
+        """Add up what was waited since the last time: during a pass, or a part of one."""
+        waited = Waits()
+        for _, from_file, wanted, there in self._moments:
             seconds = self._order.seconds_between(wanted, there)
-            self._waits += Waits(disk_seconds=seconds) if from_file else Waits(bus_seconds=seconds)
+            waited += Waits(disk_seconds=seconds) if from_file else Waits(bus_seconds=seconds)
+        self._waits += waited
+        if self._moments and logger.isEnabledFor(logging.DEBUG):
+            self._tell(waited)
         self._moments.clear()
+
+    def _tell(self, waited: Waits) -> None:
+        read = [index for index, from_file, _, _ in self._moments if from_file]
+        logger.debug(
+            "pass on %s: %d blocks, %d of them read from the file (%d bytes); waited %.3f s for these, %.3f s for the "
+            "others",
+            self.device,
+            len(self._moments),
+            len(read),
+            sum(self._store.blocks[index].nbytes for index in read),
+            waited.disk_seconds,
+            waited.bus_seconds,
+        )
 
     def _discard(self) -> None:
         """Forget what was fetched ahead by a pass that was left in the middle."""

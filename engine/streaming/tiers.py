@@ -83,6 +83,8 @@ class Tiers:
             self._encoded.pop(index, None)
         missing = sorted(wanted - self.resident)
         if not missing:
+            if leaving:
+                self._tell_residents(came=(), left=leaving)
             return  # perhaps in the middle of a run
         self._to_hold -= wanted
         try:
@@ -92,6 +94,17 @@ class Tiers:
                 self._load(index)
         finally:
             self._transfer.end_run()
+            self._tell_residents(came=self.resident.intersection(missing), left=leaving)
+
+    def _tell_residents(self, *, came: Iterable[int], left: Iterable[int]) -> None:
+        logger.debug(
+            "resident blocks: %s came, %s left; now %d of %d, %d bytes",
+            sorted(came),
+            sorted(left),
+            len(self.resident),
+            len(self.blocks),
+            self.resident_bytes,
+        )
 
     def _load(self, index: int) -> None:
         block, held = self.blocks[index], self._held.get(index)
@@ -115,6 +128,10 @@ class Tiers:
             self._order.finish()
         for index in leaving:
             del self._held[index]
+        if leaving:
+            logger.debug(
+                "held blocks: %s left RAM; now %d, %d bytes", sorted(leaving), len(self._held), self.held_bytes
+            )
 
     def held_now(self, index: int) -> HostBuffer | None:
         """The block's bytes in host memory; read into it now where they are to stay there from this visit on.
@@ -135,9 +152,17 @@ class Tiers:
                 return None
             self._transfer.read_whole(index, self.blocks[index], buffer)
             self._held[index] = buffer
+            logger.debug(
+                "held blocks: %d read into RAM%s; now %d, %d bytes",
+                index,
+                ", page-locked" if buffer.pinned else "",
+                len(self._held),
+                self.held_bytes,
+            )
         return self._held.get(index)
 
     def replace(self, blocks: Sequence[StoredBlock]) -> None:
+        resident, held = self.resident, self.held
         for index, (old, new) in enumerate(zip(self.blocks, blocks, strict=True)):
             if old.parts != new.parts:
                 self._encoded.pop(index, None)
@@ -145,8 +170,15 @@ class Tiers:
             if old.parts != new.parts or old.patches != new.patches:
                 self._ready.pop(index, None)
         self.blocks = tuple(blocks)
+        if self.resident != resident:
+            self._tell_residents(came=(), left=resident - self.resident)
+        if self.held != held:
+            logger.debug("held blocks: %s changed and left RAM; now %d", sorted(held - self.held), len(self._held))
 
     def release(self) -> None:
         """Give back all that lies on the device; held blocks stay in host memory."""
+        leaving = self.resident
         self._ready.clear()
         self._encoded.clear()
+        if leaving:
+            self._tell_residents(came=(), left=leaving)

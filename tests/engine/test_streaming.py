@@ -683,3 +683,49 @@ def test_no_ram_for_a_block_costs_speed_and_not_the_run(
         one_pass(streamer, expected)
     assert store.held == {0}
     assert [r.message for r in caplog.records if "no RAM for more than 1 held blocks" in r.message]
+
+
+def test_the_log_says_which_blocks_came_and_left_and_what_a_pass_read(
+    hardware: Hardware, files: dict[str, tuple[Path, Weights]], caplog: pytest.LogCaptureFixture
+) -> None:
+    file, expected = files["mixed"]
+    store = make_store(file, hardware)
+    with caplog.at_level("DEBUG", "qwen_lowvram"):
+        store.set_resident([0, 2])
+        loaded = store.resident_bytes
+        store.set_held([1])
+        with BlockStreamer(store, slots=2) as streamer:
+            one_pass(streamer, expected, more=True)
+            one_pass(streamer, expected)
+            assert streamer.waits.seconds > 0
+        store.set_held([])
+        store.set_resident([2])
+        kept = store.resident_bytes
+        store.release()
+    said = [record.getMessage().split("; waited")[0] for record in caplog.records]
+    device = hardware.device
+    first, second = ([1, 3, 4], [3, 4])
+    nbytes = [sum(store.blocks[i].nbytes for i in read) for read in (first, second)]
+    assert said == [
+        f"resident blocks: [0, 2] came, [] left; now 2 of {BLOCKS}, {loaded} bytes",
+        f"held blocks: 1 read into RAM; now 1, {store.blocks[1].raw.nbytes} bytes",
+        f"pass on {device}: 3 blocks, 3 of them read from the file ({nbytes[0]} bytes)",
+        f"pass on {device}: 3 blocks, 2 of them read from the file ({nbytes[1]} bytes)",
+        "held blocks: [1] left RAM; now 0, 0 bytes",
+        f"resident blocks: [] came, [0] left; now 1 of {BLOCKS}, {kept} bytes",
+        f"resident blocks: [] came, [2] left; now 0 of {BLOCKS}, 0 bytes",
+    ]
+
+
+def test_the_log_says_nothing_unless_it_is_asked(
+    hardware: Hardware, files: dict[str, tuple[Path, Weights]], caplog: pytest.LogCaptureFixture
+) -> None:
+    file, expected = files["native"]
+    store = make_store(file, hardware)
+    with caplog.at_level("INFO", "qwen_lowvram"):
+        store.set_resident([0])
+        with BlockStreamer(store, slots=2) as streamer:
+            one_pass(streamer, expected)
+            assert streamer.waits.seconds > 0
+        store.release()
+    assert not caplog.records
