@@ -15,7 +15,8 @@ from ..engine.models.qwen_image.prompts import PromptTokenizer
 from ..engine.models.qwen_image.variants import Variant, could_be, variant_of
 from ..engine.models.qwen_image_vae.component import VAE
 from ..engine.models.qwen_image_vae.tensor_names import RGB, RGBA, require_image_vae
-from ..engine.models.recognition import components, only, require
+from ..engine.models.recognition import components
+from ..engine.runs.opened_files import open_component
 from ..engine.texts import shown
 from . import model_choices
 from .adapters.networks import network_of
@@ -91,19 +92,9 @@ def transformer_source(transformer: str) -> Path:
     return model_choices.model_file("diffusion_models", transformer)
 
 
-def open_component(path: Path, component: Component) -> Checkpoint:
-    """Headers only. Raises where the file is missing, damaged, or not what that place needs."""
-    checkpoint = open_checkpoint(path)
-    require(checkpoint, component)
-    return only(checkpoint, component)
-
-
 def open_transformer(path: Path) -> Checkpoint:
     """As `open_component`, of any network that the nodes serve."""
-    checkpoint = open_checkpoint(path)
-    wanted = network_of(checkpoint).component
-    require(checkpoint, wanted)
-    return only(checkpoint, wanted)
+    return open_component(path, network_of(open_checkpoint(path)).component)
 
 
 def require_transformer(transformer: str) -> None:

@@ -10,14 +10,28 @@ from torch import Tensor
 from ..compute.finite import is_finite
 from ..compute.interruption import interruptible
 from ..errors import InvalidRequest
+from ..files.checkpoint import Checkpoint
 from ..models.qwen_image_vae.image_vae import ImageVAE
+from ..models.qwen_image_vae.tensor_names import needed_tensors
 from ..out_of_memory import in_words
 from ..planning.request import TOKEN_PX
 from ..planning.stages import Stage, decode_stage
 from ..planning.tiles import TilePlan
+from ..streaming import read_params
 from .limit import Limit
 from .surroundings import Surroundings
 from .timeline import Timeline
+
+
+def read_vae(checkpoint: Checkpoint, dtype: torch.dtype) -> ImageVAE:
+    """A VAE in diffusers' or ComfyUI's names, on the host. Raises WrongModel for any but the family's VAEs."""
+    needed = needed_tensors(checkpoint)
+    shapes = {name: entry.shape for name, entry in needed.items()}
+    # outside of any inference mode, so that the weights may be used in every thread
+    with torch.inference_mode(False):
+        tensors = read_params(needed, shapes, dtype, str(checkpoint.path))
+        checkpoint.require_unchanged()
+        return ImageVAE.from_state_dict(tensors, dtype=dtype)
 
 
 class VaeRun:
@@ -72,16 +86,23 @@ class VaeRun:
             latents = vae.encode(images, out_device=out_device, **options)
         return _finite(latents)
 
+    def require_decodes(self, height: int, width: int) -> None:
+        """Raise DoesNotFit where the limit has no room for decoding images of that many px. Moves nothing."""
+        self._planned(self._vae.plan_decode, (height, width), 0)
+
+    def _planned(self, plan: Callable[..., TilePlan], size: tuple[int, int], tile_px: int) -> TilePlan:
+        """Within the limit alone, whatever is free."""
+        limit = self._limit
+        with limit.naming(self._device, limit.nbytes or 0):
+            return plan(*size, None if limit.nbytes is None else limit.nbytes - self._weights_bytes, tile_px)
+
     @contextmanager
     def _ready(self, plan: Callable[..., TilePlan], size: tuple[int, int], tile_px: int) -> Iterator[dict[str, Any]]:
         """Make room for the plan and bring the VAE; gives what it works with, progress and interruption after each tile
         included."""
         limit, weights, around = self._limit, self._weights_bytes, self._surroundings
-        beside = None if limit.nbytes is None else limit.nbytes - weights
         # of an image larger than any card, ask for half the card: tiles need no more
-        half = around.total_bytes(self._device) // 2
-        with limit.naming(self._device, limit.nbytes or 0):
-            room = min(plan(*size, beside, tile_px).peak_bytes, half)
+        room = min(self._planned(plan, size, tile_px).peak_bytes, around.total_bytes(self._device) // 2)
         # before the weights are brought: what has to leave for the tiles must not be this VAE
         budget = around.device_bytes(self._device, limit.nbytes, weights + room) - weights
         self._bring(room)

@@ -29,14 +29,15 @@ class KnownSpeeds:
         dtype: torch.dtype,
         model_file: Path,
         *,
-        file: Path,
+        file: Path | None,
         device_name: str,
         make_room: Callable[[int], None] = lambda nbytes: None,
     ) -> None:
-        """`file`: where they are remembered. `device_name`: by which the device is known from run to run. `make_room`
-        is called before the device is measured, with the bytes that this takes there."""
+        """`file`: where they are remembered; None: in this object alone. `device_name`: by which the device is known
+        from run to run. `make_room` is called before the device is measured, with the bytes that this takes there."""
         self._hardware, self._dtype, self._model_file = hardware, dtype, model_file
         self._file, self._make_room = file, make_room
+        self._known: dict[str, dict[str, float]] = {}  # where there is no file
         self._device_key = f"{device_name}, {str(dtype).removeprefix('torch.')}"
         # of a link that leads to itself, resolve() makes an error
         self._disk_key = str(Path(os.path.realpath(model_file)).parent)
@@ -68,7 +69,11 @@ class KnownSpeeds:
         known = self._read()
         if known.get(self._device_key) == values and known.get(self._disk_key) == disk:
             return
-        text = json.dumps({"version": VERSION, **known, self._device_key: values, self._disk_key: disk}, indent=1)
+        known |= {self._device_key: values, self._disk_key: disk}
+        if self._file is None:
+            self._known = known
+            return
+        text = json.dumps({"version": VERSION, **known}, indent=1)
         try:
             with whole_file(self._file) as stream:
                 stream.write(text.encode())
@@ -77,6 +82,8 @@ class KnownSpeeds:
 
     def _read(self) -> dict[str, dict[str, float]]:
         """What is remembered, entries that are not whole left out."""
+        if self._file is None:
+            return dict(self._known)
         try:
             known = read_json(self._file)
         except CheckpointError:

@@ -10,12 +10,10 @@ import torch
 from ...engine.errors import InvalidRequest, Unsupported
 from ...engine.files.checkpoint import Checkpoint
 from ...engine.models.qwen_image_vae.image_vae import ImageVAE
-from ...engine.models.qwen_image_vae.tensor_names import needed_tensors
 from ...engine.out_of_memory import in_words
-from ...engine.runs.decode import VaeRun
+from ...engine.runs.decode import VaeRun, read_vae
 from ...engine.runs.free_memory import check_room
 from ...engine.runs.timeline import Timeline
-from ...engine.streaming import read_params
 from .progress import executing_prompt_id
 from .shortage import VRAM_LIMIT, loader_limit
 from .surroundings import InComfyUI
@@ -36,13 +34,9 @@ def make_vae(
     """Read a VAE in diffusers' or ComfyUI's names; raises WrongModel for any but the family's VAEs.
 
     `device` None: ComfyUI's own choice. `limit_name`: of the input that sets `limit_bytes`."""
-    needed = needed_tensors(checkpoint)
-    shapes = {name: entry.shape for name, entry in needed.items()}
-    # outside the node's inference mode, so that the weights may be used in any thread
+    vae = read_vae(checkpoint, dtype)
+    # outside the node's inference mode, as the weights are
     with torch.inference_mode(False):
-        tensors = read_params(needed, shapes, dtype, str(checkpoint.path))
-        checkpoint.require_unchanged()
-        vae = ImageVAE.from_state_dict(tensors, dtype=dtype)
         return LowVRAMVAE(vae, limit_bytes=limit_bytes, device=device, timeline=timeline, limit_name=limit_name)
 
 

@@ -1,0 +1,54 @@
+"""The files of one model, found and checked: what a pipeline is made from. Reads headers only."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import InvalidRequest
+from ..files.checkpoint import Checkpoint, open_checkpoint
+from ..models.component import Component
+from ..models.qwen25_vl.component import TEXT_ENCODER
+from ..models.qwen25_vl.tensors import require_fitting_encoder
+from ..models.qwen_image.component import TRANSFORMER
+from ..models.qwen_image.variants import Variant, variant_of
+from ..models.qwen_image_vae.component import VAE
+from ..models.qwen_image_vae.tensor_names import RGB, require_image_vae
+from ..models.recognition import only, require
+
+
+@dataclass(frozen=True)
+class OpenedFiles:
+    """`tokenizer`: its folder. The others fit together, and make whole images of prompts alone."""
+
+    transformer: Checkpoint
+    text_encoder: Checkpoint
+    vae: Checkpoint
+    tokenizer: Path
+    variant: Variant
+
+    @classmethod
+    def of(cls, transformer: Path, text_encoder: Path, vae: Path, tokenizer: Path) -> "OpenedFiles":
+        """Each a file in any format that the loader reads, or a folder of a pipeline. Raises MissingFile, DamagedFile
+        or WrongModel, and InvalidRequest for a model that needs an image to begin with."""
+        model = open_component(transformer, TRANSFORMER)
+        variant = variant_of(model)
+        if variant.edits or variant.makes_layers:
+            raise InvalidRequest(
+                f"{transformer} is {variant.value}, which begins with an image; here images are made of prompts alone. "
+                "Use Qwen-Image or Qwen-Image-2512, or the nodes in ComfyUI."
+            )
+        encoder, image_vae = open_component(text_encoder, TEXT_ENCODER), open_component(vae, VAE)
+        require_fitting_encoder(model, encoder)
+        require_image_vae(image_vae, channels=RGB)
+        return cls(model, encoder, image_vae, tokenizer, variant)
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> "OpenedFiles":
+        """A pipeline folder of diffusers'. Raises as `of`."""
+        return cls.of(*(folder / name for name in ("transformer", "text_encoder", "vae", "tokenizer")))
+
+
+def open_component(path: Path, component: Component) -> Checkpoint:
+    """Headers only. Raises where the file is missing, damaged, or not what that place needs."""
+    checkpoint = open_checkpoint(path)
+    require(checkpoint, component)
+    return only(checkpoint, component)

@@ -1,0 +1,226 @@
+"""A whole image without ComfyUI: opens a model's files, and encodes, samples and decodes within limits.
+
+with Pipeline.open(Path("models/Qwen-Image"), vram_limit_bytes=4 * GIB) as pipeline:
+    images = pipeline.make("a cat that holds a sign", width=1328, height=1328, seed=1)
+    print(pipeline.report)
+"""
+
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..caches.prompt_cache import PromptCache
+from ..errors import InvalidRequest
+from ..files.checkpoint import Checkpoint
+from ..hardware import Hardware
+from ..models.qwen25_vl.image_prompts import PicturePrompt
+from ..models.qwen25_vl.text_encoder import TextEncoder
+from ..models.qwen_image.latents import LATENT_PX, PATCH
+from ..models.qwen_image.positions import Positions
+from ..models.qwen_image.prompts import PromptTokenizer
+from ..models.qwen_image.schedule import qwen_sigmas
+from ..models.qwen_image.transformer import QwenImageTransformer
+from ..planning.request import GIB
+from ..reports.image_report import PictureReport
+from ..reports.memory_report import MemoryReport
+from .decode import VaeRun, read_vae
+from .devices import best_device, computes_bf16, device_name
+from .encode import EncodeRun
+from .known_speeds import KnownSpeeds
+from .limit import Limit
+from .opened_files import OpenedFiles
+from .sample import SampleRun
+from .surroundings import Alone
+from .timeline import Timeline
+
+__all__ = ["GIB", "Pipeline"]
+
+TOKEN_PX = PATCH * LATENT_PX
+
+
+class Pipeline:
+    """Qwen-Image on one device, for whole images of prompts.
+
+    Guarantees: each stage keeps the limits, and what does not fit is refused before anything is loaded; the image is
+    that of the nodes, and of a card with room for everything. Between images, blocks stay on the device as far as the
+    limit allows; `close` gives them back.
+    """
+
+    def __init__(
+        self,
+        files: OpenedFiles,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        vram_limit_bytes: int | None = None,
+        ram_limit_bytes: int | None = None,
+        positions: Positions = Positions.COMFYUI,
+        cache: Path | None = None,
+        on_progress: Callable[[Mapping[str, Any]], None] = lambda progress: None,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Reads headers, the tokenizer, the VAE and the transformer's weights outside of its blocks.
+
+        device None: the first card, else the CPU. dtype None: bf16 where the device has it and the file is not in
+        fp32. A limit of None: what is free. cache: a folder for encoded prompts and measured speeds; None keeps
+        neither. on_progress: told a few times a second while images are sampled. check: called before each block and
+        tile, and may raise, which ends the run.
+        """
+        self._device = best_device() if device is None else torch.device(device)
+        hardware = Hardware.detect(self._device)
+        # the host has one memory, which both bound
+        ram_too = {"ram_limit_bytes": ram_limit_bytes} if hardware.host_device else {}
+        self._limit, self._ram_limit = _tightest(vram_limit_bytes=vram_limit_bytes, **ram_too), ram_limit_bytes
+        self._dtype = dtype
+        dtypes = [self._dtype_of(file) for file in (files.text_encoder, files.transformer, files.vae)]
+        self._tokenizer = PromptTokenizer(files.tokenizer)
+        self._encoder = TextEncoder(files.text_encoder, dtype=dtypes[0], hardware=hardware)
+        self._transformer = QwenImageTransformer(
+            files.transformer, dtype=dtypes[1], hardware=hardware, positions=positions, variant=files.variant
+        )
+        self._vae = read_vae(files.vae, dtypes[2])
+        self._kept = None if cache is None else PromptCache(cache / "prompts")
+        self._speeds = KnownSpeeds(
+            hardware,
+            dtypes[1],
+            files.transformer.largest_file,
+            file=None if cache is None else cache / "speeds.json",
+            device_name=device_name(self._device),
+        )
+        self._on_progress, self._check = on_progress, check
+        self._images = 0
+        self._sampling: MemoryReport | None = None
+        self.timeline = Timeline(lambda: self._images)
+
+    @classmethod
+    def open(cls, folder: Path, **settings: Any) -> "Pipeline":
+        """Of a pipeline folder; settings as above. Of single files: `Pipeline(OpenedFiles.of(...))`."""
+        return cls(OpenedFiles.of_folder(folder), **settings)
+
+    def make(
+        self,
+        prompt: str,
+        negative: str = " ",
+        *,
+        width: int,
+        height: int,
+        seed: int,
+        steps: int = 20,
+        cfg: float = 4.0,
+        batch: int = 1,
+    ) -> Tensor:
+        """(batch, height, width, 3) in fp32, 0 to 1. cfg 1: without the negative prompt, which halves the computing.
+
+        Raises InvalidRequest and DoesNotFit.
+        """
+        self._images += 1  # whatever an image before this one came to
+        _require_size(width, height, batch)
+        self._vae_run().require_decodes(height, width)  # before minutes are spent on sampling
+        prompts = self.encode([prompt, negative] if cfg > 1 else [prompt])
+        return self.decode(
+            self.sample(prompts, width=width, height=height, seed=seed, steps=steps, cfg=cfg, batch=batch)
+        )
+
+    def encode(self, prompts: Sequence[str]) -> list[Tensor]:
+        """(1, length, dim) in fp32 on the host, of each prompt; all in one visit of the text encoder."""
+        ids = [self._tokenizer.encode(prompt) for prompt in prompts]
+        run = EncodeRun(self._encoder, self._tokenizer, self.timeline, self._beside(), self._limit, self._kept)
+        return run.encode([PicturePrompt(tuple(tokens)) for tokens in ids])
+
+    def sample(
+        self,
+        prompts: Sequence[Tensor],
+        *,
+        width: int,
+        height: int,
+        seed: int,
+        steps: int = 20,
+        cfg: float = 4.0,
+        batch: int = 1,
+    ) -> Tensor:
+        """Latents (batch, 16, 1, height / 8, width / 8) in fp32 on the host, by the reference's schedule; prompts: what
+        `encode` gave, the positive one and, where cfg is above 1, the negative one."""
+        _require_size(width, height, batch)
+        shape = (batch, 16, 1, height // LATENT_PX, width // LATENT_PX)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        sigmas = qwen_sigmas(steps, (width // TOKEN_PX) * (height // TOKEN_PX))
+        surroundings = Alone(self._transformer, (), self._on_progress, self._check)
+        run = SampleRun(self._transformer, self._speeds, self.timeline, surroundings, self._limit, self._ram_limit)
+        sampled = run.sample(prompts, noise, sigmas, cfg=cfg)
+        self._sampling = sampled.report
+        return sampled.latents
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(batch, height, width, 3) in fp32, 0 to 1, on the host. Ends the image: the report begins anew after it."""
+        try:
+            return self._vae_run().decode(latents, out_device=torch.device("cpu"))
+        finally:
+            self._move_vae(torch.device("cpu"))
+            self._images += 1
+
+    @property
+    def report(self) -> PictureReport:
+        """What the last image took, stage by stage, beside what was planned. Prints itself."""
+        machine = {
+            "device": device_name(self._device),
+            "system": platform.platform(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        }
+        return PictureReport(self.timeline.reports, self._sampling, machine)
+
+    def close(self) -> None:
+        """Give back what stays on the device and in host memory between images."""
+        self._transformer.unload()
+        self._transformer.store.set_held(())
+
+    def __enter__(self) -> "Pipeline":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _beside(self) -> Alone:
+        """Of stages whose model leaves the device: the transformer's resident blocks may have to."""
+        return Alone(None, (self._transformer,), self._on_progress, self._check)
+
+    def _vae_run(self) -> VaeRun:
+        return VaeRun(
+            self._vae,
+            self._device,
+            lambda room: self._move_vae(self._device),
+            timeline=self.timeline,
+            surroundings=self._beside(),
+            limit=self._limit,
+        )
+
+    def _move_vae(self, device: torch.device) -> None:
+        with torch.inference_mode(False):
+            self._vae.to(device)
+
+    def _dtype_of(self, file: Checkpoint) -> torch.dtype:
+        if self._dtype is not None:
+            return self._dtype
+        return torch.float32 if file.full_precision or not computes_bf16(self._device) else torch.bfloat16
+
+
+def _require_size(width: int, height: int, batch: int) -> None:
+    if width % TOKEN_PX or height % TOKEN_PX or min(width, height, batch) < 1:
+        raise InvalidRequest(
+            f"{batch} images of {width}x{height} px cannot be made. Use a batch of 1 or more, and a width and a height "
+            f"that are multiples of {TOKEN_PX}."
+        )
+
+
+def _tightest(**limits: int | None) -> Limit:
+    """Of several limits of one memory, by their names."""
+    given = {name: nbytes for name, nbytes in limits.items() if nbytes is not None}
+    name = min(given, key=lambda name: given[name], default=next(iter(limits)))
+    return Limit(given.get(name), name)

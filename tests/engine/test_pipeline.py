@@ -1,0 +1,147 @@
+"""A whole image without ComfyUI: that of diffusers' pipeline, within limits that are kept."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import QwenImagePipeline
+from qwenimage_lowvram.engine.errors import DoesNotFit, InvalidRequest
+from qwenimage_lowvram.engine.models.qwen_image.positions import Positions
+from qwenimage_lowvram.engine.planning.memory import least_bytes
+from qwenimage_lowvram.engine.planning.stages import Stage
+from qwenimage_lowvram.engine.runs.pipeline import Pipeline
+
+PROMPT, NEGATIVE = 'a sign that says "红色"', "blurry"
+STEPS = 4
+MIB = 1024**2
+
+
+def opened(folder: Path, **settings: Any) -> Pipeline:
+    return Pipeline.open(folder, device="cpu", positions=Positions.DIFFUSERS, **settings)
+
+
+def image(pipeline: Pipeline, width: int = 112, height: int = 80, **settings: Any) -> torch.Tensor:
+    return pipeline.make(PROMPT, NEGATIVE, width=width, height=height, seed=5, steps=STEPS, **settings)
+
+
+@pytest.mark.parametrize(("width", "height"), [(112, 80), (64, 64)])
+@pytest.mark.parametrize("cfg", [4.0, 1.0])
+def test_the_image_is_that_of_diffusers(small_pipeline: Path, width: int, height: int, cfg: float) -> None:
+    reference = QwenImagePipeline.from_pretrained(small_pipeline)
+    reference.set_progress_bar_config(disable=True)
+    expected = reference(
+        PROMPT,
+        negative_prompt=NEGATIVE if cfg > 1 else None,
+        true_cfg_scale=cfg,
+        width=width,
+        height=height,
+        num_inference_steps=STEPS,
+        generator=torch.Generator().manual_seed(5),
+        max_sequence_length=1024,
+        output_type="pt",
+    ).images
+    with opened(small_pipeline) as pipeline:
+        ours = image(pipeline, width, height, cfg=cfg)
+    assert ours.shape == (1, height, width, 3)
+    assert (ours - expected.float().permute(0, 2, 3, 1)).abs().max() < 1e-4
+
+
+def test_limits_change_where_weights_lie_and_not_the_latents(small_pipeline: Path) -> None:
+    size = {"width": 112, "height": 80, "seed": 1, "steps": STEPS}
+    with opened(small_pipeline) as roomy:
+        prompts = roomy.encode([PROMPT, NEGATIVE])
+        expected = roomy.sample(prompts, **size)
+        plan, footprint = roomy.report.sampling.plan, roomy._transformer.footprint
+    limit = least_bytes(footprint, plan.request) + footprint.resident_block_bytes
+    with opened(small_pipeline, vram_limit_bytes=limit) as tight:
+        assert torch.equal(tight.sample(prompts, **size), expected)
+        fewer = tight.report.sampling.plan
+        assert 0 < len(fewer.resident) < len(plan.resident)
+        assert fewer.peak_bytes <= limit
+        assert tight._transformer.loaded_bytes == fewer.resident_bytes
+    assert tight._transformer.loaded_bytes == tight._transformer.store.held_bytes == 0
+
+
+def test_an_image_that_could_not_be_decoded_is_refused_before_it_is_sampled(small_pipeline: Path) -> None:
+    pipeline = opened(small_pipeline, vram_limit_bytes=2 * MIB)
+    with pytest.raises(DoesNotFit, match=r"(?s)VAE decode of 1600x1600 needs .*The limit is vram_limit_bytes\.$"):
+        image(pipeline, 1600, 1600)
+    assert pipeline._encoder.fetched_bytes == 0
+
+
+def test_what_does_not_fit_is_refused_by_the_limits_name(small_pipeline: Path) -> None:
+    with opened(small_pipeline, vram_limit_bytes=300_000) as pipeline:
+        prompts = [torch.zeros(1, 5, 64)] * 2
+        with pytest.raises(DoesNotFit, match=r"(?s)Sampling needs .*The limit is vram_limit_bytes\.$"):
+            pipeline.sample(prompts, width=112, height=80, seed=1)
+        assert pipeline._transformer.store.fetched_blocks == 0
+    with (
+        opened(small_pipeline, vram_limit_bytes=2 * MIB, ram_limit_bytes=300_000) as pipeline,
+        pytest.raises(DoesNotFit, match=r"The limit is ram_limit_bytes\.$"),
+    ):
+        pipeline.sample(prompts, width=112, height=80, seed=1)
+
+
+def test_each_image_has_its_own_report_of_every_stage(small_pipeline: Path) -> None:
+    with opened(small_pipeline) as pipeline:
+        image(pipeline)
+        assert [report.stage for report in pipeline.report.stages] == list(Stage)
+        assert all(report.plan is not None for report in pipeline.report.stages)
+        first = pipeline.report
+        image(pipeline)
+        second = {report.stage: report for report in pipeline.report.stages}
+    assert Stage.MODULATION not in second  # its table is known
+    assert second[Stage.LOAD].moved.file_bytes == 0  # resident blocks are still there
+    assert "modulation" in str(first)
+    assert first.sampling.passes == STEPS
+
+
+def test_prompts_and_speeds_are_kept_where_a_folder_is_given(small_pipeline: Path, tmp_path: Path) -> None:
+    expected = image(opened(small_pipeline, cache=tmp_path))
+    assert (tmp_path / "speeds.json").exists()
+    again = opened(small_pipeline, cache=tmp_path)
+    assert torch.equal(image(again), expected)
+    assert Stage.ENCODE not in {report.stage for report in again.report.stages}
+
+
+def test_progress_is_told_and_a_check_ends_the_run(small_pipeline: Path) -> None:
+    told: list[Mapping[str, Any]] = []
+
+    def check() -> None:
+        if any(progress["step"] == 2 for progress in told):
+            raise KeyboardInterrupt
+
+    pipeline = opened(small_pipeline, on_progress=told.append, check=check)
+    pipeline.sample(pipeline.encode([PROMPT]), width=64, height=64, seed=1, steps=1, cfg=1.0)
+    assert [progress["stage"] for progress in told][-1] == "done"
+    assert "MemoryPlan(64x64" in told[0]["plan"]
+    told.append({"step": 2})
+    with pytest.raises(KeyboardInterrupt):
+        image(pipeline)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "batch", "count", "cfg"),
+    [(100, 64, 1, 2, 4.0), (64, 0, 1, 2, 4.0), (64, 64, 0, 2, 4.0), (64, 64, 1, 1, 4.0), (64, 64, 1, 2, 1.0)],
+)
+def test_what_is_no_request_is_refused(
+    small_pipeline: Path, width: int, height: int, batch: int, count: int, cfg: float
+) -> None:
+    pipeline = opened(small_pipeline)
+    with pytest.raises(InvalidRequest):
+        pipeline.sample([torch.zeros(1, 5, 64)] * count, width=width, height=height, batch=batch, seed=1, cfg=cfg)
+    assert pipeline._transformer.store.fetched_blocks == 0
+
+
+def test_models_that_begin_with_an_image_are_refused(layered_pipeline: Path) -> None:
+    with pytest.raises(InvalidRequest, match="Qwen-Image-Layered, which begins with an image"):
+        Pipeline.open(layered_pipeline)
+
+
+def test_a_batch_is_its_images(small_pipeline: Path) -> None:
+    pipeline = opened(small_pipeline)
+    both = image(pipeline, 64, 64, batch=2)
+    assert both.shape == (2, 64, 64, 3)
+    assert torch.equal(both[:1], image(pipeline, 64, 64))
