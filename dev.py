@@ -3,6 +3,7 @@
 python dev.py demo [--model PATH] [--ui]        the 4 GB workflow on a real ComfyUI, to the picture
 python dev.py test [pytest arguments]           lint, types and all tests, the real page included
 python dev.py test --fast [pytest arguments]    lint, types and the engine's quick tests, without ComfyUI or a browser
+python dev.py test --lint                       ruff and mypy alone, as before a commit
 python dev.py bench NAME [--quick] [--json F]   a benchmark of benchmarks/
 """
 
@@ -25,16 +26,18 @@ def main(arguments: list[str]) -> int:
     from devtools.cache import SetupError
     from devtools.prepare import child_environment, prepare, prepare_engine
 
-    fast = command == "test" and "--fast" in rest
+    fast, lint = (command == "test" and option in rest for option in ("--fast", "--lint"))
     without_page = "not page" in rest  # as in: test -m "not page"
     try:
-        prepared = prepare_engine() if fast else prepare(page=command == "test" and not without_page)
+        prepared = prepare_engine() if fast or lint else prepare(page=command == "test" and not without_page)
     except SetupError as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
     if command == "test":
-        from devtools.check import run_checks
+        from devtools.check import run_checks, run_lint
 
+        if lint:
+            return 1 if run_lint(prepared) else 0
         return run_checks(prepared, [argument for argument in rest if argument != "--fast"], fast=fast)
     inside: list[str | Path] = [prepared.python, REPOSITORY / "tools" / "inside.py", command, *rest]
     process = subprocess.Popen(inside, env=child_environment(prepared))

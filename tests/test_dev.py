@@ -15,9 +15,16 @@ from devtools.cache import REPOSITORY, SetupError, cache_folder
 from devtools.comfyui import find_comfyui, unpack_folder, verify_digest
 from devtools.demo import ProgressPrinter, format_report
 from devtools.demo_model import choose_model
-from devtools.environment import requirement_lines, unsatisfied, venv_folder
+from devtools.environment import (
+    TORCH,
+    engine_requirement_lines,
+    requirement_lines,
+    requirement_name,
+    unsatisfied,
+    venv_folder,
+)
 from devtools.link import LinkKind, link_folder, remove_link
-from devtools.overlay import OVERLAYS, with_overlay
+from devtools.overlay import OLDEST_TORCH, OVERLAYS, environment_lines, with_overlay
 from devtools.prepare import Need, announce
 from devtools.workflow import CannotConvert, choices, set_widgets, to_prompt, widget_names
 from qwenimage_lowvram.engine.environment import PACKAGES
@@ -364,3 +371,20 @@ def test_a_benchmark_prints_its_table_and_writes_rows_and_machine(
     assert written["machine"]["torch"]
     with pytest.raises(SystemExit):
         bench.main(["nothing-of-the-kind"])
+
+
+def test_an_environment_of_another_age_has_each_package_once() -> None:
+    for overlay, torch in zip(OVERLAYS, (OLDEST_TORCH, TORCH), strict=True):
+        lines = environment_lines(overlay)
+        assert {*torch, *overlay.requirements} <= set(lines)
+        names = [requirement_name(line) for line in lines]
+        assert len(names) == len(set(names))
+        assert {"pytest", "gguf", "transformers", "bitsandbytes"} <= set(names)
+    bounds = {bounds.name: bounds for bounds in PACKAGES}
+    assert OLDEST_TORCH[0].startswith(f"torch=={bounds['torch'].oldest}")
+
+
+def test_the_engines_tests_ask_for_no_package_of_comfyui_alone() -> None:
+    lines = engine_requirement_lines()
+    assert any(line.startswith("transformers") for line in lines)
+    assert not [line for line in lines if "comfyui" in line and "guard" not in line]

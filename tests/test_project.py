@@ -48,7 +48,8 @@ FLAGGED = [
     r"://raw\.githubusercontent\.com",
     r"(?<![.\w])(eval|exec)\(",
 ]
-DEVELOPERS_ONLY = ("tests/", "tools/", "benchmarks/", "docs/", "miniature", ".ci/", ".github/", "dev.py")
+DEVELOPERS_ONLY = ("tests/", "tools/", "benchmarks/", "docs/", "miniature", ".ci/", ".github/", ".pre-commit", "dev.py")
+DEVELOPERS_ONLY += ("CONTRIBUTING.md", "SECURITY.md")
 
 
 @pytest.fixture(scope="module")

@@ -24,12 +24,17 @@ def run_checks(prepared: Prepared, pytest_arguments: Sequence[str], *, fast: boo
     failed = []
     if not fast and not pytest_arguments:  # a person who names some tests wants those
         failed = [overlay.name for overlay in OVERLAYS if _run_over(overlay, prepared)]
-    failed += [" ".join(command) for command in STATIC if _run(prepared, command)]
+    failed += run_lint(prepared)
     *first, last = _fast_tests(pytest_arguments) if fast else [["pytest", *(pytest_arguments or _parallel())]]
     failed += [" ".join(command) for command in first if _run(prepared, command)]
     if failed:
         print(f"Not passed: {', '.join(failed)}")
     return _run(prepared, last) or (1 if failed else 0)
+
+
+def run_lint(prepared: Prepared) -> list[str]:
+    """Lint, format and types; returns the commands that did not pass."""
+    return [" ".join(command) for command in STATIC if _run(prepared, command)]
 
 
 def _fast_tests(pytest_arguments: Sequence[str]) -> list[list[str]]:

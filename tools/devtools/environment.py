@@ -13,7 +13,17 @@ from .comfyui import BUNDLED_VERSION
 
 # torch and its companions, pinned together: the resolver tries many combinations otherwise
 TORCH = ("torch==2.14.1", "torchvision==0.29.1", "torchaudio==2.11.0")
-TOOLS = ("ruff", "mypy", "pytest", "pytest-xdist", "comfy-import-guard==1.3.0", "hypothesis", "peft", "uv")
+# ruff and mypy of one version everywhere: others find other things
+TOOLS = (
+    "ruff==0.17.6",
+    "mypy==2.4.1",
+    "pytest",
+    "pytest-xdist",
+    "comfy-import-guard==1.3.0",
+    "hypothesis",
+    "peft",
+    "uv",
+)
 # of ComfyUI's packages, those that the engine imports
 FOR_ENGINE = ("transformers>=4.57.1,<6", "numpy", "Pillow", "psutil")
 # PyPI's torch for Windows has no CUDA
@@ -56,6 +66,11 @@ def venv_python(venv: Path) -> Path:
 def requirement_lines(comfyui: Path, pack: Path = REPOSITORY) -> list[str]:
     """Every requirement, torch pinned, without comments."""
     return [*TORCH, *TOOLS, *_lines(comfyui / "requirements.txt"), *_lines(pack / "requirements.txt")]
+
+
+def requirement_name(line: str) -> str:
+    """The package of a requirement line, as pip compares names."""
+    return re.split(r"[^A-Za-z0-9._-]", line, maxsplit=1)[0].lower().replace("_", "-")
 
 
 def _lines(file: Path) -> list[str]:

@@ -1,13 +1,19 @@
-"""Other versions of single packages over the one environment: folders that come first on sys.path. torch stays."""
+"""Other versions of single packages over the one environment: folders that come first on sys.path. torch stays.
+
+`python -m devtools.overlay oldest` prints the requirements of an environment of that age, with its torch and the tools
+for the engine's tests: for a machine whose environment is not kept.
+"""
 
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .cache import SetupError
+from .cache import REPOSITORY, SetupError
+from .environment import FOR_ENGINE, TOOLS, TORCH, requirement_name
 
 # what a focused run proves: everything that touches diffusers, transformers or tokenizers
 _TESTS = ("test_text_encoder", "test_tokenizers", "test_vision", "test_transformer", "test_vae", "test_sampling")
@@ -59,6 +65,7 @@ NEWEST = Overlay(
     ("test_comfy_quant", "test_w4a8"),
 )
 OVERLAYS = (OLDEST, NEWEST)
+OLDEST_TORCH = ("torch==2.6.0", "torchvision==0.21.0")
 _STAMP = "overlay.txt"
 
 
@@ -82,7 +89,20 @@ def with_overlay(environment: Mapping[str, str], folder: Path) -> dict[str, str]
     return {**environment, "PYTHONPATH": os.pathsep.join([str(folder), environment["PYTHONPATH"]])}
 
 
+def environment_lines(overlay: Overlay) -> list[str]:
+    """What pip is to install, all together: the overlay's packages and, of the others, what the engine's tests need."""
+    torch = OLDEST_TORCH if overlay is OLDEST else TORCH
+    ours = (REPOSITORY / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    chosen = {requirement_name(line) for line in overlay.requirements}
+    rest = [line for line in (*TOOLS, *FOR_ENGINE, *ours) if requirement_name(line) not in chosen]
+    return [*torch, *overlay.requirements, *rest]
+
+
 def overlay_arguments(overlay: Overlay) -> list[str]:
     """What pytest is to run there: one way to a slot, and nothing of tiles and memory, which are this code's alone."""
     names = " and ".join(f"not {name}" for name in _OWN)
     return ["-q", "-p", "no:cacheprovider", "-k", names, *overlay.tests]
+
+
+if __name__ == "__main__":
+    print("\n".join(environment_lines({"oldest": OLDEST, "newest": NEWEST}[sys.argv[1]])))
