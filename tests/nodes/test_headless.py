@@ -81,3 +81,14 @@ def test_the_ten_lines_of_the_readme_make_an_image(small_pipeline: Path, tmp_pat
     assert "MemoryPlan(64x64, 2 branches" in done.stderr
     assert "sampling" in done.stdout
     assert Image.open(tmp_path / "cat.png").size == (64, 64)
+
+
+def test_the_demo_compares_with_diffusers_and_with_the_engine_alone(small_pipeline: Path, tmp_path: Path) -> None:
+    from devtools.reference import Inputs, difference, diffusers_image, engine_image
+
+    inputs = Inputs(PROMPT, NEGATIVE, size=(112, 80), seed=5, steps=2, cfg=4.0)
+    ours, file = engine_image(small_pipeline, inputs), tmp_path / "image.png"
+    Image.fromarray((255.0 * ours).clip(0, 255).astype("uint8")).save(file)
+    assert difference(file, ours) == 0
+    assert difference(file, diffusers_image(small_pipeline, inputs)) <= 1
+    assert difference(file, 1 - ours) > 100

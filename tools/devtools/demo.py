@@ -162,25 +162,25 @@ def _wait_in_page(server: ComfyServer, graph: dict[str, Any]) -> None:
 
 
 def _compare(model: DemoModel, folder: Path, prompt: dict[str, Any], picture: Path, device: str) -> None:
-    """Run diffusers' own pipeline on the same folder and inputs, and print how far its picture is from ours."""
-    from .reference import difference_from_diffusers
+    """Make the image without the server, by diffusers' own pipeline and by our engine alone, on the same folder and
+    inputs, and print how far each is from the server's."""
+    from .reference import Inputs, difference, diffusers_image, engine_image
 
     if not model.trained:
         print("\nThe weights are random: noise is what the picture should show.")
-    inputs = {node["class_type"]: node["inputs"] for node in prompt.values()}
-    print("Running diffusers' QwenImagePipeline on the same weights and inputs ...", flush=True)
-    difference = difference_from_diffusers(
-        folder,
-        picture,
-        prompt=inputs[ENCODE]["positive"],
-        negative_prompt=inputs[ENCODE]["negative"],
-        size=(inputs["EmptySD3LatentImage"]["width"], inputs["EmptySD3LatentImage"]["height"]),
-        seed=inputs[SAMPLE]["seed"],
-        steps=inputs[SAMPLE]["steps"],
-        cfg=inputs[SAMPLE]["cfg"],
-        device=device,
+    widgets = {node["class_type"]: node["inputs"] for node in prompt.values()}
+    inputs = Inputs(
+        prompt=widgets[ENCODE]["positive"],
+        negative_prompt=widgets[ENCODE]["negative"],
+        size=(widgets["EmptySD3LatentImage"]["width"], widgets["EmptySD3LatentImage"]["height"]),
+        seed=widgets[SAMPLE]["seed"],
+        steps=widgets[SAMPLE]["steps"],
+        cfg=widgets[SAMPLE]["cfg"],
     )
-    print(f"Largest difference from it: {difference}/255")
+    print("Running diffusers' QwenImagePipeline on the same weights and inputs ...", flush=True)
+    print(f"Largest difference from it: {difference(picture, diffusers_image(folder, inputs, device))}/255")
+    print("Running the engine on them without ComfyUI ...", flush=True)
+    print(f"Largest difference from it: {difference(picture, engine_image(folder, inputs, device))}/255")
 
 
 def _device() -> str:
