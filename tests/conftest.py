@@ -53,9 +53,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest chooses by marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what needs ComfyUI, a server of it, or the page: by the fixtures that a test asks for, and by its folder."""
+    """Mark what needs ComfyUI, a server of it, or the page: by the fixtures that a test asks for, and by its folder.
+
+    Of several workers one has all tests of a server, which is then started once; other tests stay with their file's.
+    """
     for item in items:
         fixtures = getattr(item, "fixturenames", ())
+        server = next((name for name in ("mixing", "start_server") if name in fixtures), None)
+        item.add_marker(pytest.mark.xdist_group(server or item.path.relative_to(TESTS).as_posix()))
         for marker, (fixture, folder) in NEEDS.items():
             if fixture in fixtures or folder in item.path.parents:
                 item.add_marker(marker)

@@ -171,6 +171,7 @@ def test_the_whole_transformer_takes_its_formats_size(case: str, block_bytes: fl
     assert 60 * footprint.stored_bytes + footprint.outside_bytes <= all_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["int8", "nf4", "nf4 double"])
 def test_the_plan_of_a_full_size_transformer_is_what_its_run_takes(case: str) -> None:
     require_planned_peaks(full_size_checkpoint(case, 3), 1.5)

@@ -295,6 +295,7 @@ def full_size_checkpoint(layers: int) -> Checkpoint:
     return replace(checkpoint, tensors=tensors)
 
 
+@pytest.mark.slow
 def test_the_plan_of_a_full_size_rotated_transformer_is_what_its_run_takes() -> None:
     footprint = require_planned_peaks(full_size_checkpoint(3), 1.5)
     assert footprint.scratch_bytes == INT8_CONVROT[256].scratch_bytes((3072, 12288))

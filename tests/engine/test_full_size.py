@@ -27,6 +27,8 @@ from qwenimage_lowvram.engine.planning.request import GIB, Limits, SamplingReque
 from qwenimage_lowvram.engine.planning.stages import PictureRequest
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+pytestmark = pytest.mark.slow
+
 SIZES = [(1664, 928), (1328, 1328)]
 PROMPT_TOKENS = 512
 FP8 = torch.float8_e4m3fn

@@ -30,6 +30,8 @@ from qwenimage_lowvram.engine.streaming import read_params
 from safetensors.torch import save
 from small_checkpoint import TextSize, make_text_encoder, make_tokenizer, make_transformer
 
+pytestmark = pytest.mark.slow
+
 MiB = 1024**2
 CPU = Hardware.detect(torch.device("cpu"))
 

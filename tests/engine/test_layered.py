@@ -70,6 +70,7 @@ def open_transformer(folder: Path, dtype: torch.dtype, hardware: Hardware) -> Qw
 PICTURES = [((4, 6, 10), (1, 6, 10)), ((3, 7, 5), (1, 7, 5)), ((6, 4, 4), (1, 4, 4)), ((2, 4, 6), (1, 8, 12))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("picture", "reference"), PICTURES, ids=str)
 def test_layers_are_diffusers_own_wherever_the_blocks_live(

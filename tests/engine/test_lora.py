@@ -438,6 +438,7 @@ def test_strength_zero_changes_nothing_and_needs_no_scratch(tmp_path: Path) -> N
 # runs of rows
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_runs_of_rows_leave_no_seam(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -482,6 +483,7 @@ def changed_at_once(weight: torch.Tensor, parts: Parts, strength: float) -> torc
     return weight + strength * (merged - weight)
 
 
+@pytest.mark.slow
 def test_a_weight_of_the_real_size_has_no_seam(tmp_path: Path) -> None:
     rows, columns = 12288 // 4, 3072  # more than four runs of rows
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).bfloat16()

@@ -68,6 +68,7 @@ def merge(weights: dict[str, Tensor], file: Path, strength: float) -> None:
             weights[f"{layer}.weight"] += strength * 2.0 / RANK * delta
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["as stored", "fp8_e4m3fn_scaled", "int8", "nf4"])
 def test_a_lora_on_any_format_equals_the_merged_weights(
     name: str, tiny: Tiny, hardware: Hardware, lora_file: Path, tmp_path: Path

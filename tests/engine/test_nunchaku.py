@@ -79,6 +79,7 @@ def decoded(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]], dtype: t
     return read_params(with_nunchaku_layers(checkpoint.tensors), shapes, dtype, "layer")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "rank"), [("int4", 32), ("int4", 128), ("fp4", 32)])
 @pytest.mark.parametrize("name", REAL)
 def test_a_layer_of_the_real_shape_computes_the_formula(name: str, rank: int, precision: str, tmp_path: Path) -> None:
@@ -110,6 +111,7 @@ def test_the_compute_dtype_is_reached_in_one_rounding(precision: str, dtype: tor
     assert relative(exact, layer.weight()) < 1e-6
 
 
+@pytest.mark.slow
 def test_modulation_of_the_real_shape_is_in_diffusers_order(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(6 * DIM, DIM, generator=generator) / 50
@@ -135,6 +137,7 @@ def test_a_quantized_weight_comes_back_within_the_formats_error(precision: str, 
 CODEC_SHAPES = [("SVDQ_INT4_R32", (3072, 12288)), ("SVDQ_INT4_R128", (3072, 12288)), ("SVDQ_FP4_R128", (12288, 3072))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "shape"), [*CODEC_SHAPES, ("SVDQ_INT4_R32", (128, 256))])
 def test_decoding_allocates_no_more_than_it_says(kind: str, shape: tuple[int, int]) -> None:
     codec, (rows, columns) = SVDQ[kind], shape
@@ -156,6 +159,7 @@ def test_decoding_allocates_no_more_than_it_says(kind: str, shape: tuple[int, in
         assert 0.6 * codec.scratch_bytes(shape) < live.peak - held <= codec.scratch_bytes(shape) <= 32 * 1024**2
 
 
+@pytest.mark.slow
 def test_decoding_modulation_allocates_no_more_than_it_says() -> None:
     shape = (6 * DIM, DIM)
     with FakeTensorMode(), torch.inference_mode(), LiveBytes("cuda") as live:

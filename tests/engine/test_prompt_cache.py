@@ -583,6 +583,7 @@ def wait_for(process: "subprocess.Popen[str]", word: str) -> None:
     assert process.stdout.readline() == f"{word}\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entries", [5, 40])
 def test_two_processes_at_once_read_nothing_wrong_and_keep_the_limit(
     entries: int, child: Any, cache: PromptCache
@@ -624,6 +625,7 @@ def test_what_processes_that_write_at_once_have_too_much_goes(
     assert kept(cache) == {1, 2}
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_nothing_that_is_believed_or_stays(child: Any, cache: PromptCache) -> None:
     process = child(LIMIT_BYTES, "killed")
     wait_for(process, "written")

@@ -272,6 +272,7 @@ def test_the_result_has_the_error_of_its_format(
 # memory and size
 
 
+@pytest.mark.slow
 @every_format
 def test_quantizing_holds_less_than_a_block(name: str, tmp_path: Path, cache: Path) -> None:
     folder = tmp_path / "transformer"
@@ -600,6 +601,7 @@ def wait_for_a_block(process: "subprocess.Popen[str]") -> None:
     assert process.stdout.readline() == "one block done\n"
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_nothing_that_is_believed(child: Any, source: Checkpoint, cache: Path) -> None:
     process = child()
     weights = weights_of(source, "nf4", cache)
@@ -616,6 +618,7 @@ def test_a_killed_process_leaves_nothing_that_is_believed(child: Any, source: Ch
     assert [path.name for path in cache.iterdir()] == [weights.path.name]
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_both_end_well(child: Any, source: Checkpoint, cache: Path) -> None:
     children = [child(), child()]
     for process in children:

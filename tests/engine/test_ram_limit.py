@@ -8,8 +8,11 @@ from itertools import accumulate
 from math import prod, sqrt
 from pathlib import Path
 
+import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
+
+pytestmark = pytest.mark.slow
 
 TOOLS = Path(__file__).parents[2] / "tools"
 LAYERS, HEADS, TEXT_DIM = 53, 7, 64

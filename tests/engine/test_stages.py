@@ -50,6 +50,7 @@ def models() -> dict[torch.dtype, PictureModels]:
     return {stored: models_of(stored) for stored in (torch.bfloat16, FP8)}
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=150)
 @given(
     stored=st.sampled_from([torch.bfloat16, FP8]),

@@ -73,6 +73,7 @@ def exact(theirs: Any) -> ImageVAE:
     return ImageVAE.from_state_dict(theirs.state_dict(), dtype=torch.float64)
 
 
+@pytest.mark.slow
 def test_a_decode_equals_diffusers(theirs: Any, exact: ImageVAE) -> None:
     latents = random_latents(2, 16, 1, 23, 30)
     images = exact.decode(latents)
@@ -107,6 +108,7 @@ def test_an_encode_in_fp32_equals_diffusers_within_a_millionth_of_its_range(mild
     assert (ours.encode(images) - expected).abs().max() < 1e-6 * expected.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("tile_px", [64, 136, 200])
 def test_tiled_equals_untiled(exact: ImageVAE, size: tuple[int, int], tile_px: int) -> None:
@@ -126,6 +128,7 @@ def test_tiled_equals_untiled_in_fp32_within_1e_6(mild: tuple[Any, ImageVAE], ti
     assert (vae.encode(images, tile_px=tile_px) - whole).abs().max() < 1e-6 * whole.abs().max()
 
 
+@pytest.mark.slow
 def test_blended_tiles_would_fail_here(mild: tuple[Any, ImageVAE]) -> None:
     theirs, ours = mild
     latents = random_latents(1, 16, 1, 34, 40)
@@ -137,6 +140,7 @@ def test_blended_tiles_would_fail_here(mild: tuple[Any, ImageVAE]) -> None:
     assert (blended - whole).abs().max() > 0.01
 
 
+@pytest.mark.slow
 def test_a_decode_under_a_limit_equals_one_without(ours: ImageVAE) -> None:
     latents = random_latents(1, 16, 1, 40, 60)
     limit = ours.plan_decode(320, 480).peak_bytes // 2

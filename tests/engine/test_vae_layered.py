@@ -44,6 +44,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_vae(tmp_path_factory.mktemp("vae"), 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tile_px", [0, 64])
 def test_each_layer_decodes_as_diffusers_decodes_it_alone(theirs: Any, exact: ImageVAE, tile_px: int) -> None:
     latents = random_latents(2, 16, FRAMES, 23, 30).double()

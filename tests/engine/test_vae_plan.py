@@ -55,6 +55,7 @@ def test_1328_untiled_lives_in_800_bytes_per_pixel_as_planned(vae: ImageVAE, tas
     assert 0.99 * peak <= planned <= 1.1 * peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["decode", "encode"])
 def test_2048_lives_under_1_gb_as_planned(vae: ImageVAE, task: str) -> None:
     peak = live_peak(vae, task, 2048, 2048, GB)
@@ -63,6 +64,7 @@ def test_2048_lives_under_1_gb_as_planned(vae: ImageVAE, task: str) -> None:
     assert 0.99 * peak <= planned <= 1.1 * peak
 
 
+@pytest.mark.slow
 def test_4096_lives_under_1_5_gb_as_planned(vae: ImageVAE) -> None:
     peak = live_peak(vae, "decode", 4096, 4096, 3 * GB // 2)
     assert peak <= 3 * GB // 2
@@ -84,6 +86,7 @@ def check_axis(spans: tuple[Span, ...], length: int, halo: Halo) -> None:
         assert span.read_stop <= length
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["decode", "encode"])
 def test_a_plan_writes_each_latent_once_reads_every_halo_and_never_exceeds_its_limit(vae: ImageVAE, task: str) -> None:
     network = vae.decoder.network if task == "decode" else vae.encoder.network

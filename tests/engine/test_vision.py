@@ -162,6 +162,7 @@ def test_nothing_of_the_tower_stays(
     assert len(tower.see(shown)) == len(shown)
 
 
+@pytest.mark.slow
 @DTYPES
 @pytest.mark.parametrize("slots", [1, 2])
 @pytest.mark.parametrize("sizes", [[(364, 420)], [(364, 420), (392, 364), (280, 504)]], ids=["one", "three"])

@@ -13,7 +13,7 @@ from .cache import REPOSITORY, SetupError
 from .overlay import OVERLAYS, Overlay, overlay_arguments, prepare_overlay, with_overlay
 from .prepare import Prepared, child_environment
 
-WORKERS = 2  # of pytest: each has its own ComfyUI servers, and takes up to 7 GB
+WORKERS = 2  # of pytest: each takes up to 7 GB
 STATIC = (["ruff", "check"], ["ruff", "format", "--check"], ["mypy"])
 WITHOUT_TORCH = "tests/without_torch"
 QUICK = ["-m", "not slow and not comfyui"]
@@ -52,8 +52,8 @@ def _run(prepared: Prepared, command: Sequence[str]) -> int:
 
 
 def _parallel() -> list[str]:
-    """A file's tests share what they make, so that they stay together."""
-    return ["-q", "-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "loadfile"]
+    """A server's tests stay together, and a file's: they share what they make (tests/conftest.py has the groups)."""
+    return ["-q", "-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "loadgroup"]
 
 
 def _run_over(overlay: Overlay, prepared: Prepared) -> int:
