@@ -1,16 +1,79 @@
-"""Every error the engine raises. Each message says what is wrong, how much, and what to do."""
+"""Every error the engine raises. Each message says what is wrong, how much, and what to do.
 
-from .texts import printable
+Beside its English text an error has a code and values, so that it can be said in another language. All codes, with
+their texts, stand in locales/en/errors.json.
+"""
+
+import copy
+from math import isfinite
+from typing import Any, TypeVar
+
+from .texts import printable, size_text
+
+_Same = TypeVar("_Same", bound="QwenLowVRAMError")
+_LONGEST_VALUE = 4096  # characters: as many as a path may have
 
 
 class QwenLowVRAMError(Exception):
     """Root of the pack's errors: catch this to catch them all.
 
+    text: with {name} where a value stands, and format specifications as in str.format. Whole numbers whose name ends
+    in _bytes are shown as sizes (1.58 GiB), lists of texts with commas between.
+    code: one for each text. It stays when the text is improved.
+    values: what the text names. Numbers, texts and lists of them stay what they are; of all else its text is kept.
+
     Messages hold names and keys of files: what cannot be printed in them is escaped, but for line breaks.
     """
 
-    def __init__(self, message: str = "") -> None:
-        super().__init__(printable(message, lines=True))
+    code: str
+    values: dict[str, Any]
+
+    def __init__(self, text: str, /, *, code: str = "", **values: Any) -> None:
+        self.code = code
+        self.values = {name: _plain(value) for name, value in values.items()}
+        if code or values:
+            text = text.format_map({name: _shown(name, value) for name, value in values.items()})
+        super().__init__(printable(text, lines=True))
+
+    def saying(self: _Same, text: str, **values: Any) -> _Same:
+        """The same error, with its code and values and more of them, in other words. To be raised from this one."""
+        again = copy.copy(self)
+        again.args = (printable(text, lines=True),)
+        again.values = self.values | {name: _plain(value) for name, value in values.items()}
+        return again
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return {"code": self.code, "values": self.values, "text": str(self)}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _again, (type(self), str(self)), self.__dict__
+
+
+def _again(kind: type[_Same], text: str) -> _Same:
+    """Of pickles and copies, which then set the code and the values."""
+    return kind("{text}", code="", text=text)
+
+
+class _Texts(list[str]):
+    def __format__(self, specification: str) -> str:
+        return format(", ".join(self), specification)
+
+
+def _shown(name: str, value: Any) -> Any:
+    if name.endswith("_bytes") and isinstance(value, int):
+        return size_text(value)
+    texts = isinstance(value, list | tuple) and value and all(isinstance(item, str) for item in value)
+    return _Texts(value) if texts else value
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has: numbers, texts, and lists of them."""
+    if value is None or isinstance(value, int) or (isinstance(value, float) and isfinite(value)):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return printable(str(value)[:_LONGEST_VALUE], lines=True)
 
 
 class CheckpointError(QwenLowVRAMError):

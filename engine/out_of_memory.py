@@ -52,24 +52,32 @@ class OutOfRam(QwenLowVRAMError, MemoryError):
 class Short(Enum):
     """What there was too little of."""
 
-    DEVICE = "The card's memory"
-    HOST = "RAM"
-
-
-_ADVICE = {
-    Short.DEVICE: "close other programs that use the card, or set vram_limit_gb to less than the card has free",
-    Short.HOST: "close other programs, raise the limit that is named, or set ram_limit_gb to less than is free",
-}
+    DEVICE = "device"
+    HOST = "host"
 
 
 def ran_out(when: str, short: Short, why: str) -> OutOfMemory | OutOfRam:
     """The error to raise where nothing smaller helps; `when` goes on after "ran out", `why` is a `reason`."""
-    advice = f"What to do: {_ADVICE[short]}, and queue the prompt again."
     if short is Short.DEVICE:
-        return OutOfMemory(f"{short.value} ran out {when}: {why}.\n\n{advice}")
+        return OutOfMemory(
+            "The card's memory ran out {when}: {why}.\n\nWhat to do: close other programs that use the card, or set "
+            "vram_limit_gb to less than the card has free, and queue the prompt again.",
+            code="memory.card_ran_out",
+            when=when,
+            why=why,
+        )
     bound = HostRam.now().tightest
-    left = f"{bound.name} leaves {bound.available_bytes / 2**30:.1f} of {bound.total_bytes / 2**30:.1f} GiB now"
-    return OutOfRam(f"{short.value} ran out {when}: {why}; {left}.\n\n{advice}")
+    return OutOfRam(
+        "RAM ran out {when}: {why}; {bound} leaves {free_gib:.1f} of {total_gib:.1f} GiB now.\n\nWhat to do: close "
+        "other programs, raise the limit that is named, or set ram_limit_gb to less than is free, and queue the "
+        "prompt again.",
+        code="memory.ram_ran_out",
+        when=when,
+        why=why,
+        bound=bound.name,
+        free_gib=bound.available_bytes / 2**30,
+        total_gib=bound.total_bytes / 2**30,
+    )
 
 
 @contextmanager

@@ -53,8 +53,12 @@ def _imported(module: str, package: str, purpose: str) -> ModuleType:
     except ImportError as error:
         if error.name in (package, module):
             raise MissingPackage(
-                f"The package {package} is missing; {purpose}.\n\nWhat to do: install it into ComfyUI's Python with "
-                f"`pip install {pip_name(package)}`, then start ComfyUI again."
+                "The package {package} is missing; {purpose}.\n\nWhat to do: install it into ComfyUI's Python with "
+                "`pip install {pip_name}`, then start ComfyUI again.",
+                code="package.missing",
+                package=package,
+                purpose=purpose,
+                pip_name=pip_name(package),
             ) from error
         raise _broken(package, purpose, error) from error
     except Exception as error:  # code of others: it may fail in any way
@@ -69,9 +73,16 @@ def _broken(package: str, purpose: str, error: Exception) -> MissingPackage:
     culprit = _importing(error) or package
     through = "" if culprit == package else f", which {package} imports,"
     return MissingPackage(
-        f"The package {culprit}{through} fails while it is imported ({type(error).__name__}: {error!s:.500}); "
-        f"{purpose}.\n\nWhat to do: install it again into ComfyUI's Python with `pip install --force-reinstall "
-        f"--no-deps {pip_name(culprit)}`, in a version that fits, then start ComfyUI again."
+        "The package {package}{through} fails while it is imported ({kind}: {error!s:.500}); {purpose}.\n\nWhat to "
+        "do: install it again into ComfyUI's Python with `pip install --force-reinstall --no-deps {pip_name}`, in a "
+        "version that fits, then start ComfyUI again.",
+        code="package.fails",
+        package=culprit,
+        through=through,
+        kind=type(error).__name__,
+        error=error,
+        purpose=purpose,
+        pip_name=pip_name(culprit),
     )
 
 
@@ -83,9 +94,13 @@ def _importing(error: Exception) -> str | None:
 
 def _bad_attention(why: str) -> MissingPackage:
     return MissingPackage(
-        f"The environment variable {ATTENTION_VARIABLE} asks diffusers for an attention kernel that it does not "
-        f"know ({why:.300}).\n\nWhat to do: remove {ATTENTION_VARIABLE} from the environment that ComfyUI is started "
-        f"in, or set it to {ATTENTION}, then start ComfyUI again."
+        "The environment variable {variable} asks diffusers for an attention kernel that it does not know "
+        "({why:.300}).\n\nWhat to do: remove {variable} from the environment that ComfyUI is started in, or set it to "
+        "{known}, then start ComfyUI again.",
+        code="package.unknown_attention",
+        variable=ATTENTION_VARIABLE,
+        why=why,
+        known=ATTENTION,
     )
 
 

@@ -1,6 +1,12 @@
-"""Foreign texts as a log, a page or an error may show them. Holds no text of its own."""
+"""Sizes and foreign texts as a log, a page or an error may show them. Holds no text of its own."""
 
 LONGEST = 200  # characters of a foreign value that a message repeats
+_GIB = 1024**3
+
+
+def size_text(nbytes: int) -> str:
+    """Bytes as a person reads them: 1.58 GiB, 81.0 MiB."""
+    return f"{nbytes / _GIB:.2f} GiB" if nbytes >= _GIB / 10 else f"{nbytes / 1024**2:.1f} MiB"
 
 
 def printable(text: str, *, lines: bool = False) -> str:

@@ -1,6 +1,7 @@
 """The nodes, in ComfyUI's display_names. The only part of the pack that imports ComfyUI."""
 
 from . import display_names, routes
+from .adapters.error_events import errors_sent
 from .decode import QwenLowVRAMDecode
 from .encode import QwenLowVRAMEncodePrompts
 from .encode_edit import QwenLowVRAMEncodeEditPrompt
@@ -24,6 +25,8 @@ NODE_CLASS_MAPPINGS = {
     "QwenLowVRAMMemoryReport": QwenLowVRAMMemoryReport,
     "QwenLowVRAMWeightCache": QwenLowVRAMWeightCache,
 }
+for _node in NODE_CLASS_MAPPINGS.values():
+    setattr(_node, _node.FUNCTION, errors_sent()(getattr(_node, _node.FUNCTION)))
 
 NODE_DISPLAY_NAME_MAPPINGS = {
     "QwenLowVRAMLoader": display_names.LOADER,

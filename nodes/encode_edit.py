@@ -150,7 +150,10 @@ def _member(clip: Any, variant: str) -> Variant:
 def _output(width: int, height: int) -> tuple[int, int] | None:
     if bool(width) != bool(height):
         raise InvalidRequest(
-            f"The output is {width}x{height} px. Give both width and height, or leave both 0 for the size of picture 1."
+            "The output is {width}x{height} px. Give both width and height, or leave both 0 for the size of picture 1.",
+            code="edit.one_side_given",
+            width=width,
+            height=height,
         )
     return (width, height) if width else None
 

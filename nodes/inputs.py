@@ -13,7 +13,7 @@ def at_input(name: str) -> Iterator[None]:
     try:
         yield
     except QwenLowVRAMError as error:
-        raise type(error)(f"{name}: {error}") from error
+        raise error.saying(f"{name}: {error}", input=name) from error
 
 
 async def before_the_run(require: Callable[[str], object], choice: str | None) -> bool | str:

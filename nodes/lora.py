@@ -74,7 +74,8 @@ class QwenLowVRAMLoadLora:
         if not isinstance(model, LowVRAMPatcher):
             raise Unsupported(
                 "This node adds LoRAs to models of Load Qwen-Image (low VRAM).\n\nWhat to do: use LoraLoaderModelOnly "
-                "for models of ComfyUI's own loaders."
+                "for models of ComfyUI's own loaders.",
+                code="graph.lora_of_another_loader",
             )
         transformer = model.model.transformer
         with at_input("lora_name"):
@@ -111,7 +112,11 @@ def warnings_of(lora: LoraMatch, weight_format: str) -> list[str]:
 def _file_of(name: str) -> Path:
     path = folder_paths.get_full_path("loras", name) if name in folder_paths.get_filename_list("loras") else None
     if path is None:
-        raise MissingFile(f"There is no {shown(name)} in models/loras.\n\nWhat to do: put it there and press R.")
+        raise MissingFile(
+            "There is no {name} in models/loras.\n\nWhat to do: put it there and press R.",
+            code="lora.missing",
+            name=shown(name),
+        )
     return Path(path)
 
 

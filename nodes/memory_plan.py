@@ -276,7 +276,12 @@ def _check_layers(transformer: Checkpoint, layers: int) -> None:
     if layered != (layers > 0):
         makes, ask = ("layers", "1 or more") if layered else ("whole pictures", "0")
         raise InvalidRequest(
-            f"{transformer.path} makes {makes}, and {layers} layers are asked for.\n\nWhat to do: set layers to {ask}."
+            "{file} makes {makes}, and {layers} layers are asked for.\n\nWhat to do: set layers to {needed}.",
+            code="plan.wrong_layers",
+            file=transformer.path,
+            makes=makes,
+            layers=layers,
+            needed=ask,
         )
 
 

@@ -13,7 +13,7 @@ from ..engine.reports.charts import draw_timeline
 from ..engine.reports.image_report import PictureReport
 from .adapters.graph_checks import refuse
 from .adapters.streamed_model import LowVRAMModel
-from .display_names import CATEGORY, LOADER
+from .display_names import CATEGORY
 from .previews import as_image, preview
 
 JSON_VERSION = 1
@@ -59,11 +59,16 @@ class QwenLowVRAMMemoryReport:
     def report(self, model: Any, after: Any = None) -> dict[str, Any]:
         inner = getattr(model, "model", None)
         if not isinstance(inner, LowVRAMModel):
-            refuse("Memory Report with a model of another loader", f"use it with '{LOADER}'.")
+            refuse(
+                "Memory Report with a model of another loader",
+                "use it with '{loader}'.",
+                code="graph.report_of_another_loader",
+            )
         if not inner.timeline.reports:
             raise InvalidRequest(
                 "No stage of this model has run yet.\n\nWhat to do: connect the image from Decode (tiled) to 'after', "
-                "so that the report waits for it."
+                "so that the report waits for it.",
+                code="report.no_stage_yet",
             )
         report = PictureReport(inner.timeline.reports, inner.last_report, _machine(inner.transformer.hardware.device))
         text = str(report)

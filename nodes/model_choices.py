@@ -40,8 +40,11 @@ def pipeline_folder(choice: str) -> Path:
     if name not in folders:
         found = ", ".join(folders)[:1000] or "none"
         raise MissingFile(
-            f"There is no pipeline folder {shown(name)} in models/diffusers (found: {found}).\n\n"
-            "What to do: put the folder that holds model_index.json there, and press R."
+            "There is no pipeline folder {name} in models/diffusers (found: {found}).\n\nWhat to do: put the folder "
+            "that holds model_index.json there, and press R.",
+            code="choice.no_pipeline_folder",
+            name=shown(name),
+            found=found,
         )
     return folders[name]
 
@@ -53,34 +56,48 @@ def model_file(kind: str, choice: str) -> Path:
         kind, name = "checkpoints", choice.removesuffix(CHECKPOINT_SUFFIX)
     path = folder_paths.get_full_path(kind, name) if name in _all_files(kind) else None
     if path is None:
-        raise MissingFile(_not_there(kind, name, choice))
+        raise _not_there(kind, name, choice)
     return Path(path)
 
 
-def _not_there(kind: str, name: str, choice: str) -> str:
+def _not_there(kind: str, name: str, choice: str) -> MissingFile:
     """Why a name that is not offered is none: files that are not read are told from those that are not there."""
     if (
         isinstance(name, str)
         and name.lower().endswith(PICKLE_SUFFIXES)
         and name in folder_paths.get_filename_list(kind)
     ):
-        return (
-            f"{shown(name)} in models/{kind} is a file of PyTorch's, which could run code when it is opened, and is "
-            "not read.\n\nWhat to do: use the model's .safetensors file."
+        return MissingFile(
+            "{name} in models/{kind} is a file of PyTorch's, which could run code when it is opened, and is not "
+            "read.\n\nWhat to do: use the model's .safetensors file.",
+            code="choice.pickle",
+            name=shown(name),
+            kind=kind,
         )
     if isinstance(name, str) and name.lower().endswith(GGUF_SUFFIX) and name in _gguf_files(kind):
-        return (
-            f"{shown(name)} is in models/{kind}, where no GGUF files are read.\n\nWhat to do: put a transformer into "
-            "models/diffusion_models, a text encoder into models/text_encoders; of a VAE use the .safetensors file."
+        return MissingFile(
+            "{name} is in models/{kind}, where no GGUF files are read.\n\nWhat to do: put a transformer into "
+            "models/diffusion_models, a text encoder into models/text_encoders; of a VAE use the .safetensors file.",
+            code="choice.gguf_elsewhere",
+            name=shown(name),
+            kind=kind,
         )
     if name in _all_files(kind) and any(
         os.path.islink(Path(root, name)) for root in folder_paths.get_folder_paths(kind)
     ):
-        return (
-            f"{shown(choice)} in models/{kind} is a link, and what it leads to is gone.\n\nWhat to do: put the file "
-            "itself there, or make the link anew."
+        return MissingFile(
+            "{choice} in models/{kind} is a link, and what it leads to is gone.\n\nWhat to do: put the file itself "
+            "there, or make the link anew.",
+            code="choice.broken_link",
+            choice=shown(choice),
+            kind=kind,
         )
-    return f"There is no {shown(choice)} in models/{kind}.\n\nWhat to do: put it there and press R, or choose another."
+    return MissingFile(
+        "There is no {choice} in models/{kind}.\n\nWhat to do: put it there and press R, or choose another.",
+        code="choice.missing",
+        choice=shown(choice),
+        kind=kind,
+    )
 
 
 def _files(kind: str) -> list[str]:

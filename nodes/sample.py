@@ -175,8 +175,9 @@ class QwenLowVRAMSample:
         guided = model.clone()
         if norm_rescale and "sampler_cfg_function" in guided.model_options:
             raise Unsupported(
-                "Another node sets its own guidance on this model (RescaleCFG, for one); norm_rescale would replace it."
-                "\n\nWhat to do: switch norm_rescale off, or remove that node."
+                "Another node sets its own guidance on this model (RescaleCFG, for one); norm_rescale would replace "
+                "it.\n\nWhat to do: switch norm_rescale off, or remove that node.",
+                code="graph.own_guidance",
             )
         if norm_rescale:
             guided.set_model_sampler_cfg_function(_rescaled_guidance)
@@ -232,8 +233,12 @@ def _downscale(latent: dict[str, Any], key: str) -> float | None:
     if ratio is None or (isinstance(ratio, Real) and 1 <= ratio <= MOST_DOWNSCALE):
         return ratio
     raise InvalidRequest(
-        f"latent_image: its {key} is {shown(ratio)}; a number from 1 to {MOST_DOWNSCALE} is needed.\n\nWhat to do: use "
-        "EmptySD3LatentImage, or check the node that makes the latent."
+        "latent_image: its {key} is {ratio}; a number from 1 to {most} is needed.\n\nWhat to do: use "
+        "EmptySD3LatentImage, or check the node that makes the latent.",
+        code="sampling.wrong_ratio",
+        key=key,
+        ratio=shown(ratio),
+        most=MOST_DOWNSCALE,
     )
 
 
@@ -244,8 +249,10 @@ def _check_batch_index(index: Any) -> None:
     numbers = list(index) if isinstance(index, list | tuple) else []
     if not numbers or not all(isinstance(i, Integral) and 0 <= i <= MOST_INDEX for i in numbers):
         raise InvalidRequest(
-            f"latent_image: its batch_index is no list of whole numbers from 0 to {MOST_INDEX}.\n\nWhat to do: use "
-            "ComfyUI's nodes for batches (LatentFromBatch, RepeatLatentBatch)."
+            "latent_image: its batch_index is no list of whole numbers from 0 to {most}.\n\nWhat to do: use ComfyUI's "
+            "nodes for batches (LatentFromBatch, RepeatLatentBatch).",
+            code="sampling.wrong_batch_index",
+            most=MOST_INDEX,
         )
 
 
@@ -260,14 +267,18 @@ def _noise_mask(mask: Tensor | None, latents: Tensor) -> Tensor | None:
     masks = mask if mask.ndim == latents.ndim else mask.reshape(-1, 1, 1, *mask.shape[-2:])
     if len(masks) > len(latents):
         raise InvalidRequest(
-            f"There are {len(masks)} masks for a batch of {len(latents)}.\n\n"
-            "What to do: join the masks (MaskComposite), or make as many pictures (RepeatLatentBatch)."
+            "There are {masks} masks for a batch of {count}.\n\nWhat to do: join the masks (MaskComposite), or make "
+            "as many pictures (RepeatLatentBatch).",
+            code="sampling.wrong_number_of_masks",
+            masks=len(masks),
+            count=len(latents),
         )
     if not comfy.sampler_helpers.prepare_mask(masks, latents.shape, latents.device).any():
         raise InvalidRequest(
-            "The noise mask is empty: nothing of the picture would change.\n\n"
-            "What to do: right-click the picture in Load Image, choose 'Open in Mask Editor' and paint over what is to "
-            "change. Or leave out the node that sets the mask."
+            "The noise mask is empty: nothing of the picture would change.\n\nWhat to do: right-click the picture in "
+            "Load Image, choose 'Open in Mask Editor' and paint over what is to change. Or leave out the node that "
+            "sets the mask.",
+            code="sampling.empty_mask",
         )
     return masks
 

@@ -57,8 +57,12 @@ class Sources:
             if wanted in components(open_checkpoint(transformer_path).tensors):
                 return transformer_path
             raise InvalidRequest(
-                f"{transformer} is a single file and has no {subfolder} in it or beside it.\n\n"
-                f"What to do: choose a file from models/{kind}."
+                "{transformer} is a single file and has no {part} in it or beside it.\n\nWhat to do: choose a file "
+                "from models/{kind}.",
+                code="choice.not_in_file",
+                transformer=transformer,
+                part=subfolder,
+                kind=kind,
             )
 
         with at_input("text_encoder"):
@@ -105,7 +109,12 @@ def require_transformer(transformer: str) -> None:
 def chosen_variant(variant: str) -> Variant | None:
     """None where the file is to say. Raises InvalidRequest for a name that there is not."""
     if not isinstance(variant, str) or variant not in VARIANTS:
-        raise InvalidRequest(f"There is no variant {shown(variant)}. Use one of: {', '.join(VARIANTS)}.")
+        raise InvalidRequest(
+            "There is no variant {variant}. Use one of: {variants}.",
+            code="choice.no_variant",
+            variant=shown(variant),
+            variants=list(VARIANTS),
+        )
     return VARIANTS[variant]
 
 

@@ -44,7 +44,10 @@ def check_weight_format(source: Checkpoint, weight_format: str) -> None:
     """Raise InvalidRequest or CacheError where the source cannot be held in that format. Reads headers only."""
     if weight_format not in WEIGHT_FORMATS:
         raise InvalidRequest(
-            f"There is no weight_format {shown(weight_format)}. Use one of: {', '.join(WEIGHT_FORMATS)}."
+            "There is no weight_format {weight_format}. Use one of: {weight_formats}.",
+            code="choice.no_weight_format",
+            weight_format=shown(weight_format),
+            weight_formats=WEIGHT_FORMATS,
         )
     weights = _weights(source, weight_format)
     if weights is not None:

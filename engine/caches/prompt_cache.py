@@ -113,7 +113,12 @@ class PromptCache:
         try:
             return [entry for entry in self._files() if entry.is_whole]
         except OSError as error:
-            raise CacheError(f"{self.folder} cannot be read ({error}). Check that this user may read it.") from error
+            raise CacheError(
+                "{file} cannot be read ({error}). Check that this user may read it.",
+                code="file.unreadable",
+                file=self.folder,
+                error=error,
+            ) from error
 
     def odd_names(self) -> list[str]:
         """What has an entry's name and is no plain file: it is left alone. Nothing where the folder cannot be read."""
@@ -132,7 +137,10 @@ class PromptCache:
             entries = {entry.path: entry for entry in self._files_of_the_living() if entry.is_whole}
         except OSError as error:
             raise CacheError(
-                f"{self.folder} cannot be cleared ({error}).\n\nWhat to do: check that this user may read it."
+                "{folder} cannot be cleared ({error}).\n\nWhat to do: check that this user may read it.",
+                code="prompt_cache.not_cleared",
+                folder=self.folder,
+                error=error,
             ) from error
         done = remove(entries)
         return Cleared(
@@ -190,18 +198,24 @@ def _read(path: Path, key: PromptKey) -> Tensor:
     """Raises DamagedFile where the file is not what was written for that key, MissingFile where it cannot be read."""
     file = open_checkpoint(path)
     if file.metadata.get("key") != key.text or set(file.tensors) != {NAME}:
-        raise DamagedFile(f"{path} holds something else than its name says.")
+        raise DamagedFile(
+            "{file} holds something else than its name says.", code="prompt_cache.other_contents", file=path
+        )
     held = _data(file)
     given = file.metadata.get("dtype", "")
     if file.metadata.get("checksum") != _checksum(key, given, held):
-        raise DamagedFile(f"{path} is damaged: its data is not what was written.")
+        raise DamagedFile(
+            "{file} is damaged: its data is not what was written.", code="prompt_cache.changed_data", file=path
+        )
     return held.to(TORCH_DTYPES[given])
 
 
 def _data(file: Checkpoint) -> Tensor:
     entry = file.tensors[NAME]
     if entry.dtype not in TORCH_DTYPES:
-        raise DamagedFile(f"{file.path} is damaged: it holds {entry.dtype}.")
+        raise DamagedFile(
+            "{file} is damaged: it holds {dtype}.", code="prompt_cache.other_dtype", file=file.path, dtype=entry.dtype
+        )
     out = torch.empty(entry.nbytes, dtype=torch.uint8)
     entry = replace(entry, stamp=None)  # another process may set its time, which tells when it was used
     reader = TensorReader()

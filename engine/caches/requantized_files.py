@@ -162,26 +162,39 @@ def _listed(folder: Path, suffix: str) -> list[Path]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise CacheError(f"{folder} cannot be read ({error}). Check that this user may read it.") from error
+        raise CacheError(
+            "{file} cannot be read ({error}). Check that this user may read it.",
+            code="file.unreadable",
+            file=folder,
+            error=error,
+        ) from error
 
 
 def _is_held(path: Path, error: OSError) -> CacheError:
     return CacheError(
-        f"{path} was written whole, but another program holds it, as virus scanners do ({error}). Nothing is left of "
+        "{file} was written whole, but another program holds it, as virus scanners do ({error}). Nothing is left of "
         "it.\n\nWhat to do: except that folder from the scanner, end the other programs that use it, or check that "
-        "this user may replace files there; then run it again, or choose weight_format auto."
+        "this user may replace files there; then run it again, or choose weight_format auto.",
+        code="weight_cache.held",
+        file=path,
+        error=error,
     )
 
 
 def _is_in_the_way(path: Path) -> CacheError:
     return CacheError(
-        f"{path} is a folder, a link or something else that is no plain file, where quantized weights are to be "
-        "written. It is left alone.\n\nWhat to do: move it away, or choose weight_format auto."
+        "{file} is a folder, a link or something else that is no plain file, where quantized weights are to be "
+        "written. It is left alone.\n\nWhat to do: move it away, or choose weight_format auto.",
+        code="weight_cache.in_the_way",
+        file=path,
     )
 
 
 def _cannot_write(path: Path, error: OSError) -> CacheError:
     return CacheError(
-        f"{path} cannot be written ({error}). Nothing is left of it.\n\n"
-        "What to do: free space on that disk, or check that this user may write there; or choose weight_format auto."
+        "{file} cannot be written ({error}). Nothing is left of it.\n\nWhat to do: free space on that disk, or check "
+        "that this user may write there; or choose weight_format auto.",
+        code="weight_cache.not_written",
+        file=path,
+        error=error,
     )

@@ -76,8 +76,12 @@ class QuantizedWeights:
             return None
         if found:
             raise InvalidRequest(
-                f"{where} is quantized already ({', '.join(sorted(found))}); brought to {weight_format} it would have "
-                "the errors of both.\n\nWhat to do: choose weight_format auto, or a bf16, fp16 or fp32 file."
+                "{where} is quantized already ({found}); brought to {weight_format} it would have the errors of "
+                "both.\n\nWhat to do: choose weight_format auto, or a bf16, fp16 or fp32 file.",
+                code="weight_cache.quantized_already",
+                where=where,
+                found=sorted(found),
+                weight_format=weight_format,
             )
         matrices = tuple(
             tuple(quantized_matrix(f"{prefix}{i}.", param, weight_format) for param in sorted(params, key=_place))
@@ -117,14 +121,26 @@ class QuantizedWeights:
         try:
             free = shutil.disk_usage(folder).free
         except OSError as error:
-            raise CacheError(f"{folder} cannot be used ({error}). Check that this user may write there.") from error
+            raise CacheError(
+                "{folder} cannot be used ({error}). Check that this user may write there.",
+                code="weight_cache.folder_unusable",
+                folder=folder,
+                error=error,
+            ) from error
         needed = self.nbytes + _FREE_BYTES
         if free < needed:
             raise CacheError(
-                f"Quantizing {self.source.path.name} to {self.weight_format} writes {self.nbytes / 1e9:.1f} GB to "
-                f"{self.path.parent}; that takes {needed / 1e9:.1f} GB on its disk, {free / 1e9:.1f} GB are free.\n\n"
-                f"What to do: free {(needed - free) / 1e9:.1f} GB there (quantized weights that are no longer used "
-                "can be cleared), or choose weight_format auto."
+                "Quantizing {file} to {weight_format} writes {writes_gb:.1f} GB to {folder}; that takes "
+                "{needed_gb:.1f} GB on its disk, {free_gb:.1f} GB are free.\n\nWhat to do: free {lacking_gb:.1f} GB "
+                "there (quantized weights that are no longer used can be cleared), or choose weight_format auto.",
+                code="weight_cache.disk_full",
+                file=self.source.path.name,
+                weight_format=self.weight_format,
+                writes_gb=self.nbytes / 1e9,
+                folder=self.path.parent,
+                needed_gb=needed / 1e9,
+                free_gb=free / 1e9,
+                lacking_gb=(needed - free) / 1e9,
             )
 
     def open(self) -> Checkpoint | None:
@@ -171,7 +187,11 @@ class QuantizedWeights:
         logger.info("Quantized %s in %.0f s: %s, %.1f GB", *names, self.nbytes / 1e9)
         opened = self.open()
         if opened is None:
-            raise CacheError(f"{self.path} is gone or changed right after it was written. Run it again.")
+            raise CacheError(
+                "{file} is gone or changed right after it was written. Run it again.",
+                code="weight_cache.gone_at_once",
+                file=self.path,
+            )
         return opened
 
     def checkpoint(self, data_start: int, stamp: Stamp | None = None) -> Checkpoint:
@@ -233,9 +253,17 @@ class QuantizedWeights:
                 if on_block is not None:
                     on_block(len(self.blocks), len(self.blocks))
                 if self._source_stats() != before:
-                    raise MissingFile(f"{self.source.path} was changed while it was quantized. Run it again.")
+                    raise MissingFile(
+                        "{file} was changed while it was quantized. Run it again.",
+                        code="weight_cache.source_changed",
+                        file=self.source.path,
+                    )
                 if self.open() is not None:  # and read by that process's model, under whose reads it must not change
-                    raise CacheError(f"{self.path} was made by another process meanwhile.")
+                    raise CacheError(
+                        "{file} was made by another process meanwhile.",
+                        code="weight_cache.made_by_another",
+                        file=self.path,
+                    )
                 stream.seek(0)
                 stream.write(self._header(made, crc))
         finally:
@@ -257,7 +285,9 @@ class QuantizedWeights:
         try:
             stats = [file.stat() for file in files]
         except OSError as error:
-            raise MissingFile(f"{self.source.path} cannot be read any more ({error}).") from error
+            raise MissingFile(
+                "{file} cannot be read any more ({error}).", code="file.gone", file=self.source.path, error=error
+            ) from error
         return [(stat.st_size, stat.st_mtime_ns) for stat in stats]
 
     def _is_ours(self, file: Checkpoint) -> bool:

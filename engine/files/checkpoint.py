@@ -129,8 +129,13 @@ def _entries(headers: Mapping[Path, Header]) -> dict[str, TensorEntry]:
         for name, tensor in header.tensors.items():
             if name in found:
                 raise DamagedFile(
-                    f"{file.parent}: tensor {name!r} stands in two files, {found[name].file.name} and {file.name}. "
-                    "Remove the one that does not belong there, or use parts that were made together."
+                    "{folder}: tensor {name!r} stands in two files, {first} and {second}. Remove the one that does "
+                    "not belong there, or use parts that were made together.",
+                    code="file.tensor_in_two_files",
+                    folder=file.parent,
+                    name=name,
+                    first=found[name].file.name,
+                    second=file.name,
                 )
             found[name] = TensorEntry(
                 file, tensor.offset, tensor.nbytes, tensor.dtype, tensor.shape, stamp=header.stamp
@@ -150,8 +155,13 @@ def _settings(headers: Mapping[Path, Header], tensor_count: int) -> dict[str, st
         settings = {**header.metadata, **settings}
     if settings.get(_SPLIT_TENSORS, str(tensor_count)) != str(tensor_count):
         raise DamagedFile(
-            f"{next(iter(headers))}: its {len(headers)} parts hold {tensor_count} tensors, the first one's header says "
-            f"{settings[_SPLIT_TENSORS]:.20}. Use parts of one model, made together."
+            "{file}: its {parts} parts hold {tensor_count} tensors, the first one's header says {stated_count:.20}. "
+            "Use parts of one model, made together.",
+            code="file.parts_of_different_models",
+            file=next(iter(headers)),
+            parts=len(headers),
+            tensor_count=tensor_count,
+            stated_count=settings[_SPLIT_TENSORS],
         )
     return settings
 
@@ -164,12 +174,22 @@ def _require_part(file: Path, settings: Mapping[str, str], number: int, count: i
     of = settings.get(_SPLIT_NUMBER, "?")
     which = f"part {int(of) + 1 if of.isdecimal() and len(of) < 9 else '?'} of {stated:.20} by its header"
     if count == 1:
+        example = f"{stem_of(file)}-00001-of-{stated:0>5.20}.gguf"
         raise MissingFile(
-            f"{file} is {which}, which its name does not say: the others cannot be found. Give all of them, in one "
-            f"folder, the names that they were made with, such as {stem_of(file)}-00001-of-{stated:0>5.20}.gguf."
+            "{file} is {which}, which its name does not say: the others cannot be found. Give all of them, in one "
+            "folder, the names that they were made with, such as {example}.",
+            code="file.part_without_name",
+            file=file,
+            which=which,
+            example=example,
         )
     if (of, stated) != (str(number), str(count)):
-        raise DamagedFile(f"{file} is {which}. Give the parts the names that they were made with.")
+        raise DamagedFile(
+            "{file} is {which}. Give the parts the names that they were made with.",
+            code="file.part_misnamed",
+            file=file,
+            which=which,
+        )
 
 
 def _require_indexed(path: Path, weight_map: Mapping[str, str], tensors: Mapping[str, TensorEntry]) -> None:
@@ -177,6 +197,10 @@ def _require_indexed(path: Path, weight_map: Mapping[str, str], tensors: Mapping
     for name, file in weight_map.items():
         if name not in tensors or tensors[name].file.name != file:
             raise DamagedFile(
-                f"{path}: its index says that {name!r:.199} is in {file}, and it is not. The files do not belong "
-                "together: download them again."
+                "{folder}: its index says that {name!r:.199} is in {file}, and it is not. The files do not belong "
+                "together: download them again.",
+                code="file.index_names_another_file",
+                folder=path,
+                name=name,
+                file=file,
             )

@@ -57,7 +57,11 @@ def read_gguf_header(file: Path, stream: BinaryIO) -> Header:
     tensor_count, setting_count = reader.number("<Q"), reader.number("<Q")
     if max(tensor_count, setting_count) > MAX_ENTRIES:
         raise DamagedFile(
-            f"{file} is damaged: it announces {tensor_count} tensors and {setting_count} settings. Download it again."
+            "{file} is damaged: it announces {tensor_count} tensors and {setting_count} settings. Download it again.",
+            code="gguf.too_many_entries",
+            file=file,
+            tensor_count=tensor_count,
+            setting_count=setting_count,
         )
     settings = _settings(file, reader, setting_count)
     infos = [reader.tensor_info() for _ in range(tensor_count)]
@@ -66,7 +70,12 @@ def read_gguf_header(file: Path, stream: BinaryIO) -> Header:
     tensors: dict[str, StoredTensor] = {}
     for name, type_number, shape, offset in infos:
         if name in tensors:
-            raise DamagedFile(f"{file}: tensor {name!r} stands twice in its header. Download it again.")
+            raise DamagedFile(
+                "{file}: tensor {name!r} stands twice in its header. Download it again.",
+                code="gguf.tensor_twice",
+                file=file,
+                name=name,
+            )
         tensors[name] = _tensor(file, name, type_number, shape, data_start + offset, stamp[0])
     _require_apart(file, tensors)
     return Header(tensors, settings, reader.digest().encode(), stamp)
@@ -76,11 +85,25 @@ def _require_gguf(file: Path, reader: "_Reader") -> None:
     if (magic := reader.take(len(MAGIC))) != MAGIC:
         # a safetensors file begins with the length of a JSON object, in eight bytes
         if reader.peek(5)[4:] == b"{":
-            raise DamagedFile(f"{file} is no GGUF file, but a safetensors file. Give it the ending .safetensors.")
-        raise DamagedFile(f"{file} is no GGUF file: it begins with {magic!r}. Download it again.")
+            raise DamagedFile(
+                "{file} is no GGUF file, but a safetensors file. Give it the ending .safetensors.",
+                code="gguf.is_safetensors",
+                file=file,
+            )
+        raise DamagedFile(
+            "{file} is no GGUF file: it begins with {begins_with!r}. Download it again.",
+            code="gguf.not_gguf",
+            file=file,
+            begins_with=magic,
+        )
     version = reader.number("<I")
     if version not in _VERSIONS:
-        raise DamagedFile(f"{file} is a GGUF file of version {version}; versions 2 and 3 are read. Convert it.")
+        raise DamagedFile(
+            "{file} is a GGUF file of version {version}; versions 2 and 3 are read. Convert it.",
+            code="gguf.unknown_version",
+            file=file,
+            version=version,
+        )
 
 
 def _settings(file: Path, reader: "_Reader", count: int) -> dict[str, str]:
@@ -89,7 +112,12 @@ def _settings(file: Path, reader: "_Reader", count: int) -> dict[str, str]:
     for _ in range(count):
         key = reader.name()
         if key in names:
-            raise DamagedFile(f"{file}: setting {key!r:.199} stands twice in its header. Download it again.")
+            raise DamagedFile(
+                "{file}: setting {key!r:.199} stands twice in its header. Download it again.",
+                code="gguf.setting_twice",
+                file=file,
+                key=key,
+            )
         names.add(key)
         value = reader.value(reader.number("<I"))
         if value is not None:
@@ -125,7 +153,12 @@ class _Reader:
         """A text of a name's length."""
         length = self.number("<Q")
         if length > MAX_NAME:
-            raise DamagedFile(f"{self._file} is damaged: a name in its header has {length} bytes. Download it again.")
+            raise DamagedFile(
+                "{file} is damaged: a name in its header has {length} bytes. Download it again.",
+                code="gguf.name_too_long",
+                file=self._file,
+                length=length,
+            )
         return self._text(length)
 
     def text(self) -> str:
@@ -136,7 +169,9 @@ class _Reader:
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise DamagedFile(f"{self._file}: a name in its header is no text. Download it again.") from error
+            raise DamagedFile(
+                "{file}: a name in its header is no text. Download it again.", code="gguf.name_no_text", file=self._file
+            ) from error
 
     def value(self, kind: int) -> str | None:
         """A setting's value as text; None for a long list, which is skipped."""
@@ -159,7 +194,13 @@ class _Reader:
     def tensor_info(self) -> tuple[str, int, tuple[int, ...], int]:
         name, dimensions = self.name(), self.number("<I")
         if dimensions > MAX_DIMENSIONS:
-            raise DamagedFile(f"{self._file}: {name!r:.99} has {dimensions} dimensions. Download it again.")
+            raise DamagedFile(
+                "{file}: {name!r:.99} has {dimensions} dimensions. Download it again.",
+                code="gguf.too_many_dimensions",
+                file=self._file,
+                name=name,
+                dimensions=dimensions,
+            )
         shape = [self.number("<Q") for _ in range(dimensions)]
         # the fastest dimension stands first in the file
         return name, self.number("<I"), tuple(reversed(shape)), self.number("<Q")
@@ -172,7 +213,10 @@ class _Reader:
         self._texts += count
         if self._texts > MAX_TEXTS:
             raise DamagedFile(
-                f"{self._file} is damaged: lists in its header announce {self._texts} texts. Download it again."
+                "{file} is damaged: lists in its header announce {texts} texts. Download it again.",
+                code="gguf.too_many_texts",
+                file=self._file,
+                texts=self._texts,
             )
         buffer, position = self._buffer, self.position
         for _ in range(count):
@@ -203,12 +247,21 @@ class _Reader:
 
     def _cut_off(self, end: int) -> DamagedFile:
         return DamagedFile(
-            f"{self._file} is cut off, or is no GGUF file: its header goes on to byte {end}, {self._end} can be read. "
-            "Download it again."
+            "{file} is cut off, or is no GGUF file: its header goes on to byte {header_end}, {readable_end} can be "
+            "read. Download it again.",
+            code="gguf.cut_off",
+            file=self._file,
+            header_end=end,
+            readable_end=self._end,
         )
 
     def _strange(self, kind: int) -> DamagedFile:
-        return DamagedFile(f"{self._file}: its header has a value of unknown type {kind}. Download it again.")
+        return DamagedFile(
+            "{file}: its header has a value of unknown type {kind}. Download it again.",
+            code="gguf.unknown_value_type",
+            file=self._file,
+            kind=kind,
+        )
 
 
 def _require_apart(file: Path, tensors: Mapping[str, StoredTensor]) -> None:
@@ -216,7 +269,13 @@ def _require_apart(file: Path, tensors: Mapping[str, StoredTensor]) -> None:
     end, before = 0, ""
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if tensor.nbytes and tensor.offset < end:
-            raise DamagedFile(f"{file} is damaged: {name!r} overlaps {before!r}. Download it again.")
+            raise DamagedFile(
+                "{file} is damaged: {name!r} overlaps {before!r}. Download it again.",
+                code="gguf.tensors_overlap",
+                file=file,
+                name=name,
+                before=before,
+            )
         if tensor.nbytes:
             end, before = tensor.offset + tensor.nbytes, name
 
@@ -225,7 +284,12 @@ def _alignment(file: Path, settings: Mapping[str, str]) -> int:
     text = settings.get("general.alignment", str(_DEFAULT_ALIGNMENT))
     value = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0
     if value < 1 or value & (value - 1):
-        raise DamagedFile(f"{file}: its alignment is {text:.99}, no power of two. Download it again.")
+        raise DamagedFile(
+            "{file}: its alignment is {alignment:.99}, no power of two. Download it again.",
+            code="gguf.wrong_alignment",
+            file=file,
+            alignment=text,
+        )
     return value
 
 
@@ -237,14 +301,26 @@ def _tensor(
         kind = types.GGMLQuantizationType(type_number)
     except ValueError as error:
         raise DamagedFile(
-            f"{file}: {name!r} has the unknown ggml type {type_number}. Update the gguf package, or use another."
+            "{file}: {name!r} has the unknown ggml type {type_number}. Update the gguf package, or use another.",
+            code="gguf.unknown_tensor_type",
+            file=file,
+            name=name,
+            type_number=type_number,
         ) from error
     block, block_bytes = types.GGML_QUANT_SIZES[kind]
     row = shape[-1] if shape else 1
     nbytes = prod(shape) // block * block_bytes
     if row % block or offset + nbytes > file_size:
         raise DamagedFile(
-            f"{file} is cut off or damaged: {name!r} {kind.name}{list(shape)} of {nbytes} bytes at {offset} is not in "
-            f"its {file_size} bytes. Download it again."
+            "{file} is cut off or damaged: {name!r} {kind}{shape} of {nbytes} bytes at {offset} is not in its "
+            "{file_size} bytes. Download it again.",
+            code="gguf.tensor_beyond_end",
+            file=file,
+            name=name,
+            kind=kind.name,
+            shape=list(shape),
+            nbytes=nbytes,
+            offset=offset,
+            file_size=file_size,
         )
     return StoredTensor(kind.name, shape, offset, nbytes)

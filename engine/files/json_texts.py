@@ -41,29 +41,63 @@ def parse_json(raw: str | bytes, what: str, *, max_values: int = MAX_JSON_VALUES
     """The JSON object that a file states; `what` names the place. Raises DamagedFile, also for one that is too long
     to be held, or too deep to be printed."""
     if len(raw) > MAX_JSON_BYTES:
-        raise DamagedFile(f"{what} has {len(raw)} bytes; no model's has more than {MAX_JSON_BYTES}. Download it again.")
+        raise DamagedFile(
+            "{what} has {size} bytes; no model's has more than {most}. Download it again.",
+            code="json.too_long",
+            what=what,
+            size=len(raw),
+            most=MAX_JSON_BYTES,
+        )
     text = raw if isinstance(raw, bytes) else raw.encode(errors="surrogatepass")
     values = sum(text.count(mark) for mark in (b",", b"[", b"{"))  # or more, where texts have such characters
     if values > max_values:
-        raise DamagedFile(f"{what} has {values} values; no model's has more than {max_values}. Download it again.")
+        raise DamagedFile(
+            "{what} has {values_count} values; no model's has more than {most}. Download it again.",
+            code="json.too_many_values",
+            what=what,
+            values_count=values,
+            most=max_values,
+        )
     try:
         value = json.loads(raw, object_pairs_hook=_without_doubles)
     except _Double as error:
-        raise DamagedFile(f"{what} names {error.args[0]!r:.199} twice. Download it again.") from error
+        raise DamagedFile(
+            "{what} names {name!r:.199} twice. Download it again.",
+            code="json.name_twice",
+            what=what,
+            name=error.args[0],
+        ) from error
     except (ValueError, RecursionError) as error:
-        raise DamagedFile(f"{what} is not valid JSON ({error}). Download it again.") from error
+        raise DamagedFile(
+            "{what} is not valid JSON ({error}). Download it again.", code="json.not_json", what=what, error=error
+        ) from error
     if not isinstance(value, dict):
-        raise DamagedFile(f"{what} is a JSON {type(value).__name__}, not an object. Download it again.")
+        raise DamagedFile(
+            "{what} is a JSON {kind}, not an object. Download it again.",
+            code="json.no_object",
+            what=what,
+            kind=type(value).__name__,
+        )
     level: list[Any] = [value]
     for _ in range(MAX_JSON_DEPTH):
         level = [child for item in level for child in _children(item) if isinstance(child, _CONTAINERS)]
     if level:
-        raise DamagedFile(f"{what} is JSON of more than {MAX_JSON_DEPTH} levels. Download it again.")
+        raise DamagedFile(
+            "{what} is JSON of more than {most} levels. Download it again.",
+            code="json.too_deep",
+            what=what,
+            most=MAX_JSON_DEPTH,
+        )
     return value
 
 
 def unreadable(path: Path, error: Exception) -> CheckpointError:
-    return MissingFile(f"{path} cannot be read ({error}). Check that this user may read it.")
+    return MissingFile(
+        "{file} cannot be read ({error}). Check that this user may read it.",
+        code="file.unreadable",
+        file=path,
+        error=error,
+    )
 
 
 _CONTAINERS = (dict, list)

@@ -35,7 +35,9 @@ def is_gguf(path: Path) -> bool:
 def model_files(path: Path) -> ModelFiles:
     """Raises MissingFile where one is not there, DamagedFile where an index is none or leads out of its folder."""
     if not _exists(path):
-        raise MissingFile(f"{path} does not exist. Check the name, or download the model again.")
+        raise MissingFile(
+            "{file} does not exist. Check the name, or download the model again.", code="file.missing", file=path
+        )
     if path.is_dir():
         return _of_folder(path)
     parts = parts_of(path)
@@ -55,7 +57,7 @@ def _of_folder(folder: Path) -> ModelFiles:
         return _of_index(folder, indexes[usual or min(indexes)], config)
     chosen = usual or next(iter(firsts), "")
     if (len(firsts) > 1 and usual is None) or chosen not in firsts:
-        raise MissingFile(_no_model(folder, listed, len(singles)))
+        raise _no_model(folder, listed, len(singles))
     return ModelFiles(parts_of(firsts[chosen]), config)
 
 
@@ -74,28 +76,43 @@ def _of_index(folder: Path, index: Path, config: Path | None) -> ModelFiles:
     missing = [name for name in names if not _exists(folder / name)]
     if missing or not names:
         raise MissingFile(
-            f"{folder}: {index.name} names {len(names)} files, {len(missing)} of them are not there "
-            f"({', '.join(missing[:3])!s:.200}). Put them there: the files are read together."
+            "{folder}: {index} names {names_count} files, {missing_count} of them are not there ({missing:.200}). "
+            "Put them there: the files are read together.",
+            code="file.shards_missing",
+            folder=folder,
+            index=index.name,
+            names_count=len(names),
+            missing_count=len(missing),
+            missing=missing[:3],
         )
     return ModelFiles([folder / name for name in names], config, weight_map, {index: stamp})
 
 
-def _no_model(folder: Path, listed: Sequence[Path], count: int) -> str:
+def _no_model(folder: Path, listed: Sequence[Path], count: int) -> MissingFile:
     pickled = [file.name for file in listed if file.suffix.lower() in PICKLE_SUFFIXES]
     if not count and pickled:
-        return (
-            f"{folder} holds its weights as {pickled[0]!r:.99}, a file of PyTorch's that could run code and is not "
-            "read. Use the model's .safetensors files (in diffusers: save_pretrained, with safe_serialization)."
+        return MissingFile(
+            "{folder} holds its weights as {file!r:.99}, a file of PyTorch's that could run code and is not read. Use "
+            "the model's .safetensors files (in diffusers: save_pretrained, with safe_serialization).",
+            code="file.pickle",
+            folder=folder,
+            file=pickled[0],
         )
     ggufs = [file.name for file in listed if is_gguf(file)]
     if not count and ggufs:
-        return (
-            f"{folder} holds its weights as {ggufs[0]!r:.99}; of a folder .safetensors files are read. Move the GGUF "
-            "file to models/diffusion_models (a text encoder to models/text_encoders) and choose it there."
+        return MissingFile(
+            "{folder} holds its weights as {file!r:.99}; of a folder .safetensors files are read. Move the GGUF file "
+            "to models/diffusion_models (a text encoder to models/text_encoders) and choose it there.",
+            code="file.gguf_in_folder",
+            folder=folder,
+            file=ggufs[0],
         )
-    return (
-        f"{folder} holds {count} .safetensors files and no index. A model folder has one file, or shards with a "
-        "*.safetensors.index.json."
+    return MissingFile(
+        "{folder} holds {count} .safetensors files and no index. A model folder has one file, or shards with a "
+        "*.safetensors.index.json.",
+        code="file.no_index",
+        folder=folder,
+        count=count,
     )
 
 
@@ -122,18 +139,31 @@ def _weight_map(index: Path) -> tuple[dict[str, str], Stamp]:
     stated, stamp = read_json_with_stamp(index)
     weight_map = stated.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise DamagedFile(f"{index} has no 'weight_map' of tensors to file names. Download it again.")
+        raise DamagedFile(
+            "{file} has no 'weight_map' of tensors to file names. Download it again.",
+            code="file.no_weight_map",
+            file=index,
+        )
     names = sorted(set(weight_map.values()))
     if len(names) > MAX_FILES or len(weight_map) > MAX_TENSORS:
         raise DamagedFile(
-            f"{index} names {len(weight_map)} tensors in {len(names)} files; no model has more than {MAX_TENSORS} in "
-            f"{MAX_FILES}. Download it again."
+            "{file} names {tensor_count} tensors in {file_count} files; no model has more than {most_tensors} in "
+            "{most_files}. Download it again.",
+            code="file.index_too_long",
+            file=index,
+            tensor_count=len(weight_map),
+            file_count=len(names),
+            most_tensors=MAX_TENSORS,
+            most_files=MAX_FILES,
         )
     for name in names:
         # a path, in any system's way of writing one, would lead out of the folder
         if PureWindowsPath(name).name != name or not name.isprintable() or not name.endswith(".safetensors"):
             raise DamagedFile(
-                f"{index} names {name!r:.99}, which is no .safetensors file of its own folder. Download it again."
+                "{file} names {name!r:.99}, which is no .safetensors file of its own folder. Download it again.",
+                code="file.index_leads_out",
+                file=index,
+                name=name,
             )
     return weight_map, stamp
 

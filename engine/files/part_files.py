@@ -54,8 +54,16 @@ def parts_of(path: Path) -> list[Path]:
         which = "the others are" if len(missing) == part.count - 1 else f"{len(missing)} of the others are"
         more = f" and {len(missing) - _NAMES_SHOWN} more" if len(missing) > _NAMES_SHOWN else ""
         raise MissingFile(
-            f"{path} is part {part.number + 1 - first} of {part.count}, {which} missing: "
-            f"{', '.join(missing[:_NAMES_SHOWN])}{more}. Put them beside it, in {path.parent}: they are read together."
+            "{file} is part {number} of {count}, {which} missing: {missing}{more}. Put them beside it, in {folder}: "
+            "they are read together.",
+            code="file.parts_missing",
+            file=path,
+            number=part.number + 1 - first,
+            count=part.count,
+            which=which,
+            missing=missing[:_NAMES_SHOWN],
+            more=more,
+            folder=path.parent,
         )
     return files
 

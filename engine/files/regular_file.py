@@ -71,7 +71,9 @@ def require_all_unchanged(stamps: Mapping[Path, Stamp]) -> None:
         try:
             now = _stamp(path.stat())
         except OSError as error:
-            raise MissingFile(f"{path} cannot be read any more ({error}).") from error
+            raise MissingFile(
+                "{file} cannot be read any more ({error}).", code="file.gone", file=path, error=error
+            ) from error
         _require_same(path, stamp, now)
 
 
@@ -87,7 +89,12 @@ def _open_at_once(path: str, flags: int) -> int:
 def _require(path: Path, mode: int) -> None:
     if not stat.S_ISREG(mode):
         kind = next((words for is_kind, words in _KINDS if is_kind(mode)), "something else")
-        raise DamagedFile(f"{path} is {kind}, where a file is needed. Put the model's file there.")
+        raise DamagedFile(
+            "{file} is {kind}, where a file is needed. Put the model's file there.",
+            code="file.not_regular",
+            file=path,
+            kind=kind,
+        )
 
 
 def _stamp(found: os.stat_result) -> Stamp:
@@ -97,6 +104,11 @@ def _stamp(found: os.stat_result) -> Stamp:
 def _require_same(path: Path, stamp: Stamp, now: Stamp) -> None:
     if now != stamp:
         raise DamagedFile(
-            f"{path} was changed after it was opened ({stamp[0]} bytes then, {now[0]} now): what was read of it would "
-            "not fit together.\n\nWhat to do: queue the prompt again when the file is whole; the loader opens it anew."
+            "{file} was changed after it was opened ({size_before} bytes then, {size_now} now): what was read of it "
+            "would not fit together.\n\nWhat to do: queue the prompt again when the file is whole; the loader opens "
+            "it anew.",
+            code="file.changed",
+            file=path,
+            size_before=stamp[0],
+            size_now=now[0],
         )

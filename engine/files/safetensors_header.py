@@ -36,10 +36,18 @@ def read_safetensors_header(file: Path, stream: BinaryIO) -> Header:
     stated = parse_json(raw, f"{file}: its header")
     metadata = stated.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise DamagedFile(f"{file}: '__metadata__' in its header is no table of texts. Download it again.")
+        raise DamagedFile(
+            "{file}: '__metadata__' in its header is no table of texts. Download it again.",
+            code="safetensors.metadata_no_texts",
+            file=file,
+        )
     if len(stated) > MAX_TENSORS:
         raise DamagedFile(
-            f"{file} announces {len(stated)} tensors; no model has more than {MAX_TENSORS}. Download it again."
+            "{file} announces {count} tensors; no model has more than {most}. Download it again.",
+            code="safetensors.too_many_tensors",
+            file=file,
+            count=len(stated),
+            most=MAX_TENSORS,
         )
     data_start = 8 + len(raw)
     tensors = {name: _tensor(file, name, info, data_start, stamp[0]) for name, info in stated.items()}
@@ -53,10 +61,16 @@ def _raw(file: Path, stream: BinaryIO, size: int) -> bytes:
     if len(prefix) < 8 or not 2 <= length <= min(MAX_JSON_BYTES, size - 8):
         other = next((words for magic, words in _OTHER_FILES if prefix.startswith(magic)), None)
         if other is not None:
-            raise DamagedFile(f"{file} is not a safetensors file, but {other}.")
+            raise DamagedFile(
+                "{file} is not a safetensors file, but {other}.", code="safetensors.other_file", file=file, other=other
+            )
         raise DamagedFile(
-            f"{file} is not a safetensors file, or is cut off: it has {size} bytes, its first 8 announce a header of "
-            f"{length}. Download it again."
+            "{file} is not a safetensors file, or is cut off: it has {size} bytes, its first 8 announce a header of "
+            "{length}. Download it again.",
+            code="safetensors.not_safetensors",
+            file=file,
+            size=size,
+            length=length,
         )
     return stream.read(length)
 
@@ -72,15 +86,32 @@ def _tensor(file: Path, name: str, info: Any, data_start: int, size: int) -> Sto
             raise ValueError(f"shape {info['shape']!s:.99}, bytes {info['data_offsets']!s:.99}")
     except (KeyError, TypeError, ValueError) as error:
         raise DamagedFile(
-            f"{file}: the header entry of {name!r:.99} is damaged ({error}). Download it again."
+            "{file}: the header entry of {name!r:.99} is damaged ({error}). Download it again.",
+            code="safetensors.damaged_entry",
+            file=file,
+            name=name,
+            error=error,
         ) from error
     if data_start + end > size:
         raise DamagedFile(
-            f"{file} is cut off: {name!r} ends at byte {data_start + end}, the file has {size}. Download it again."
+            "{file} is cut off: {name!r} ends at byte {tensor_end}, the file has {size}. Download it again.",
+            code="safetensors.cut_off",
+            file=file,
+            name=name,
+            tensor_end=data_start + end,
+            size=size,
         )
     bits = BITS_PER_ELEMENT.get(dtype)
     if bits is not None and prod(shape) * bits != (end - begin) * 8:
-        raise DamagedFile(f"{file}: {name!r} {dtype}{list(shape)} cannot have {end - begin} bytes. Download it again.")
+        raise DamagedFile(
+            "{file}: {name!r} {dtype}{shape} cannot have {nbytes} bytes. Download it again.",
+            code="safetensors.wrong_tensor_size",
+            file=file,
+            name=name,
+            dtype=dtype,
+            shape=list(shape),
+            nbytes=end - begin,
+        )
     return StoredTensor(dtype, shape, data_start + begin, end - begin)
 
 
@@ -91,12 +122,21 @@ def _require_whole_spans(file: Path, tensors: list[StoredTensor], data_start: in
         if tensor.offset != end:
             how = "overlaps" if tensor.offset < end else "leaves a gap behind"
             raise DamagedFile(
-                f"{file} is damaged: a tensor at byte {tensor.offset} {how} {before}, which ends at {end}. Download it "
-                "again."
+                "{file} is damaged: a tensor at byte {offset} {how} {before}, which ends at {end}. Download it again.",
+                code="safetensors.gap_or_overlap",
+                file=file,
+                offset=tensor.offset,
+                how=how,
+                before=before,
+                end=end,
             )
         end, before = tensor.offset + tensor.nbytes, "the tensor before it"
     if end != size:
         raise DamagedFile(
-            f"{file} is damaged: {size - end} bytes behind its last tensor, which ends at {end}, belong to none. "
-            "Download it again."
+            "{file} is damaged: {nbytes} bytes behind its last tensor, which ends at {end}, belong to none. Download "
+            "it again.",
+            code="safetensors.bytes_left_over",
+            file=file,
+            nbytes=size - end,
+            end=end,
         )

@@ -192,7 +192,12 @@ def _changed(rows: Tensor, start: int, delta: Delta, parts: Sequence[Tensor], wo
 
 def _by_rows(delta: Delta) -> Change:
     if isinstance(delta.change, WholeChange):
-        raise InvalidRequest(f"{delta.kind} of {delta.weight} takes the whole weight, not rows of it.")
+        raise InvalidRequest(
+            "{kind} of {weight} takes the whole weight, not rows of it.",
+            code="lora.needs_whole_weight",
+            kind=delta.kind,
+            weight=delta.weight,
+        )
     return delta.change
 
 
@@ -209,12 +214,27 @@ def _check(weight: Tensor, stack: Stack, scratch: Tensor) -> None:
     for delta, parts, strength in stack:
         if tuple(weight.shape) != delta.shape or len(parts) != len(delta.parts) or not isfinite(strength):
             raise InvalidRequest(
-                f"{delta.kind} of {delta.weight} takes a weight of {list(delta.shape)}, {len(delta.parts)} parts and a "
-                f"finite strength; got {list(weight.shape)}, {len(parts)} and {strength}."
+                "{kind} of {weight} takes a weight of {shape}, {parts_count} parts and a finite strength; got "
+                "{given_shape}, {given_parts_count} and {strength}.",
+                code="lora.wrong_weight",
+                kind=delta.kind,
+                weight=delta.weight,
+                shape=list(delta.shape),
+                parts_count=len(delta.parts),
+                given_shape=list(weight.shape),
+                given_parts_count=len(parts),
+                strength=strength,
             )
     needed = scratch_elements(weight.shape, [delta for delta, _, _ in stack])
     if scratch.dtype is not torch.float32 or scratch.device != weight.device or scratch.numel() < needed:
         raise InvalidRequest(
-            f"Changing a weight of {list(weight.shape)} takes {needed} numbers of fp32 as scratch on {weight.device}; "
-            f"got {scratch.numel()} of {scratch.dtype} on {scratch.device}."
+            "Changing a weight of {shape} takes {needed} numbers of fp32 as scratch on {device}; got {given} of "
+            "{given_dtype} on {given_device}.",
+            code="lora.wrong_scratch",
+            shape=list(weight.shape),
+            needed=needed,
+            device=weight.device,
+            given=scratch.numel(),
+            given_dtype=scratch.dtype,
+            given_device=scratch.device,
         )

@@ -88,7 +88,13 @@ class LoraLayer:
 
     def _only(self, kinds: Sequence[str]) -> str | None:
         if len(kinds) > 1:
-            raise Unsupported(f"{self.file} changes {self.name} in two ways at once ({', '.join(kinds)}).")
+            raise Unsupported(
+                "{file} changes {name} in two ways at once ({kinds}).",
+                code="lora.two_ways_at_once",
+                file=self.file,
+                name=self.name,
+                kinds=kinds,
+            )
         return kinds[0] if kinds else None
 
     def _change(self, kind: str) -> tuple[Change, float]:
@@ -101,7 +107,13 @@ class LoraLayer:
         if kind == "LoHa":
             first, second = self._product("hada_w1_a", "hada_w1_b"), self._product("hada_w2_a", "hada_w2_b")
             if first.shape != second.shape:
-                raise self._damaged("hada_w1_a", f"makes {first.shape}, and its second product {second.shape}")
+                raise self._damaged(
+                    "hada_w1_a",
+                    "makes {shape}, and its second product {second_shape}",
+                    code="lora.products_differ",
+                    shape=first.shape,
+                    second_shape=second.shape,
+                )
             return Hadamard(first, second), self._scale(first.shared)
         outer, inner = (
             Matrix((self._matrix(name),)) if name in self.entries else self._product(f"{name}_a", f"{name}_b")
@@ -118,7 +130,14 @@ class LoraLayer:
         matrix = Matrix((self._matrix(left), self._matrix(right)))
         if matrix.entries[0].shape[1] != matrix.shared:
             shapes = [list(entry.shape) for entry in matrix.entries]
-            raise self._damaged(left, f"is {shapes[0]} and {self.keys[right]!r} {shapes[1]}, which are no product")
+            raise self._damaged(
+                left,
+                "is {shape} and {second_key!r} {second_shape}, which are no product",
+                code="lora.no_product",
+                shape=shapes[0],
+                second_key=self.keys[right],
+                second_shape=shapes[1],
+            )
         return matrix
 
     def _matrix(self, part: str) -> TensorEntry:
@@ -126,12 +145,22 @@ class LoraLayer:
         entry = self.entries.get(part)
         if entry is None:
             present = next(iter(self.keys.values()))
-            raise DamagedFile(f"{self.file} has {present!r:.199}, but not its part {part!r}. Download it again.")
+            raise DamagedFile(
+                "{file} has {present!r:.199}, but not its part {part!r}. Download it again.",
+                code="lora.part_missing",
+                file=self.file,
+                present=present,
+                part=part,
+            )
         if not entry.shape or prod(entry.shape) == 0:
-            raise self._damaged(part, f"has shape {list(entry.shape)}")
+            raise self._damaged(part, "has shape {shape}", code="lora.empty_part", shape=list(entry.shape))
         if entry.dtype not in _DTYPES:
             raise Unsupported(
-                f"{self.file}: {self.keys[part]!r:.199} is stored as {entry.dtype}. Use a LoRA in bf16, fp16 or fp32."
+                "{file}: {key!r:.199} is stored as {dtype}. Use a LoRA in bf16, fp16 or fp32.",
+                code="lora.unread_dtype",
+                file=self.file,
+                key=self.keys[part],
+                dtype=entry.dtype,
             )
         return replace(entry, shape=(entry.shape[0], prod(entry.shape[1:])))
 
@@ -147,7 +176,14 @@ class LoraLayer:
             norm = Norm.COLUMN
         else:
             shape = list(self.entries[part].shape)
-            raise self._damaged(part, f"has shape {shape}, which is neither rows nor columns of {rows}x{columns}")
+            raise self._damaged(
+                part,
+                "has shape {shape}, which is neither rows nor columns of {rows}x{columns}",
+                code="lora.wrong_dora_scale",
+                shape=shape,
+                rows=rows,
+                columns=columns,
+            )
         return Dora(replace(stored, shape=(prod(stored.shape),)), norm)
 
     def _delta(
@@ -156,13 +192,24 @@ class LoraLayer:
         shape = weights[weight]
         if (shape[0], prod(shape[1:])) != change.shape:
             raise WrongModel(
-                f"{self.file} changes {weight} by a matrix of {list(change.shape)}; this model's is {list(shape)}. It "
-                "was made for another model, or another size of it: choose a LoRA for Qwen-Image."
+                "{file} changes {weight} by a matrix of {shape}; this model's is {model_shape}. It was made for "
+                "another model, or another size of it: choose a LoRA for Qwen-Image.",
+                code="lora.other_size",
+                file=self.file,
+                weight=weight,
+                shape=list(change.shape),
+                model_shape=list(shape),
             )
         return Delta(weight, shape, change, scale, dora)
 
-    def _damaged(self, part: str, what: str) -> DamagedFile:
-        return DamagedFile(f"{self.file}: {self.keys[part]!r:.199} {what}. Download it again.")
+    def _damaged(self, part: str, what: str, *, code: str, **values: Any) -> DamagedFile:
+        return DamagedFile(
+            f"{{file}}: {{key!r:.199}} {what}. Download it again.",
+            code=code,
+            file=self.file,
+            key=self.keys[part],
+            **values,
+        )
 
 
 def peft_settings(given: Mapping[str, Any]) -> PeftSettings:

@@ -1,5 +1,6 @@
 """Read LoRA files of every trainer: which weights of a transformer they change, and how. Holds no matrix."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -21,6 +22,8 @@ from .layers import LoraLayer, PeftSettings, peft_settings
 # where diffusers keeps PEFT's configuration in the metadata, as JSON
 _SETTINGS = "lora_adapter_metadata"
 _ALPHA_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I64", "I32", "I16", "I8", "U8")
+# weights that see nothing but the timestep
+_MODULATION = re.compile(r"\.(img|txt)_mod\.|^time_text_embed\.")
 
 _Parts = dict[str, tuple[str, TensorEntry]]
 
@@ -66,6 +69,11 @@ class LoraMatch:
     def nbytes(self) -> int:
         """Of all stored parts."""
         return sum(delta.nbytes for delta in self.deltas.values())
+
+    @property
+    def touches_modulation(self) -> bool:
+        """Whether the table of modulation is another one with these deltas."""
+        return any(_MODULATION.search(name) for name in self.deltas)
 
     def __str__(self) -> str:
         counts = f"{self.matched_keys} keys matched, {self.unmatched_keys} not; {len(self.deltas)} weights changed"
@@ -115,7 +123,12 @@ def match(lora: LoraFile, weights: Mapping[str, tuple[int, ...]]) -> LoraMatch:
         deltas.update((delta.weight, delta) for delta in made)
         unmatched.extend(key for part, (key, _) in parts.items() if part not in used)
     if not deltas and empty:
-        raise DamagedFile(f"{lora.path} changes nothing: all of its {empty} layers have rank 0. Download it again.")
+        raise DamagedFile(
+            "{file} changes nothing: all of its {empty} layers have rank 0. Download it again.",
+            code="lora.changes_nothing",
+            file=lora.path,
+            empty=empty,
+        )
     if not deltas:
         raise _wrong_model(lora, unmatched)
     scales = None if left_out == {1.0} else (min(left_out), max(left_out))
@@ -131,8 +144,12 @@ def _sort_keys(lora: LoraFile, weights: Mapping[str, tuple[int, ...]]) -> tuple[
         unsupported = unsupported_kind(key)
         if unsupported is not None and names.find(unsupported[0]) is not None:
             raise Unsupported(
-                f"{lora.path} holds {unsupported[1]} ({key!r:.199}), which is not supported. Use a LoRA, LoHa, LoKr or "
-                "DoRA, or one that is extracted as a LoRA."
+                "{file} holds {kind} ({key!r:.199}), which is not supported. Use a LoRA, LoHa, LoKr or DoRA, or one "
+                "that is extracted as a LoRA.",
+                code="lora.unsupported_kind",
+                file=lora.path,
+                kind=unsupported[1],
+                key=key,
             )
         split = split_key(key)
         name = names.find(split[0]) if split is not None else None
@@ -142,7 +159,11 @@ def _sort_keys(lora: LoraFile, weights: Mapping[str, tuple[int, ...]]) -> tuple[
         parts = layers.setdefault(name, {})
         if split[1] in parts:
             raise DamagedFile(
-                f"{lora.path} holds one part twice, as {parts[split[1]][0]!r:.199} and as {key!r:.199}. Remove one."
+                "{file} holds one part twice, as {first!r:.199} and as {second!r:.199}. Remove one.",
+                code="lora.part_twice",
+                file=lora.path,
+                first=parts[split[1]][0],
+                second=key,
             )
         parts[split[1]] = key, entry
     return layers, unmatched
@@ -161,15 +182,33 @@ def _read_alphas(entries: Mapping[str, tuple[str, TensorEntry]]) -> dict[str, fl
                 require_unchanged(stream, file, ordered[0][1][1].stamp)
             for name, (key, entry) in ordered:
                 if prod(entry.shape) != 1 or entry.dtype not in _ALPHA_DTYPES:
-                    raise DamagedFile(f"{file}: {key!r:.199} is {entry.dtype}{list(entry.shape)}, not one number.")
+                    raise DamagedFile(
+                        "{file}: {key!r:.199} is {dtype}{shape}, not one number.",
+                        code="lora.alpha_no_number",
+                        file=file,
+                        key=key,
+                        dtype=entry.dtype,
+                        shape=list(entry.shape),
+                    )
                 stream.seek(entry.offset)
                 raw = bytearray(stream.read(entry.nbytes) if entry.data is None else entry.data)
                 value = float(torch.frombuffer(raw, dtype=TORCH_DTYPES[entry.dtype])) if raw else float("nan")
                 if not isfinite(value):
-                    raise DamagedFile(f"{file}: {key!r:.199} is {value}. Download it again.")
+                    raise DamagedFile(
+                        "{file}: {key!r:.199} is {value}. Download it again.",
+                        code="lora.alpha_not_finite",
+                        file=file,
+                        key=key,
+                        value=value,
+                    )
                 result[name] = value
     except OSError as error:
-        raise MissingFile(f"{file} cannot be read ({error}). Check that this user may read it.") from error
+        raise MissingFile(
+            "{file} cannot be read ({error}). Check that this user may read it.",
+            code="file.unreadable",
+            file=file,
+            error=error,
+        ) from error
     return result
 
 
@@ -181,10 +220,22 @@ def _wrong_model(lora: LoraFile, unmatched: Sequence[str]) -> WrongModel:
     total = len(lora.tensors)
     if not any(split_key(key) or unsupported_kind(key) for key in lora.tensors):
         example = f", such as {next(iter(lora.tensors))!r:.199}" if lora.tensors else ""
-        return WrongModel(f"{lora.path} is no LoRA: none of its {total} keys is a part of one{example}.")
+        return WrongModel(
+            "{file} is no LoRA: none of its {total} keys is a part of one{example}.",
+            code="lora.is_none",
+            file=lora.path,
+            total=total,
+            example=example,
+        )
     guess = guess_model(unmatched)
     made_for = f" It seems to be made for {guess}." if guess else ""
     return WrongModel(
-        f"{lora.path}: {len(unmatched)} of its {total} keys fit no layer of this transformer, such as "
-        f"{unmatched[0]!r:.199}.{made_for} Choose a LoRA for Qwen-Image."
+        "{file}: {unmatched_count} of its {total} keys fit no layer of this transformer, such as "
+        "{example!r:.199}.{made_for} Choose a LoRA for Qwen-Image.",
+        code="lora.other_model",
+        file=lora.path,
+        unmatched_count=len(unmatched),
+        total=total,
+        example=unmatched[0],
+        made_for=made_for,
     )

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from math import prod
 
 from torch import Tensor
 
@@ -31,3 +32,7 @@ class WholeChange(ABC):
     @abstractmethod
     def change(self, weight: Tensor, parts: Sequence[Tensor], strength: float) -> None:
         """Change `weight` (rows, columns), contiguous fp32, in place. Raises Unsupported where that cannot be done."""
+
+    @property
+    def weight_elements(self) -> int:
+        return prod(self.shape)

@@ -61,8 +61,17 @@ def require(checkpoint: Checkpoint, wanted: Component, table: Sequence[Component
     stated = size if architecture is None else f"GGUF architecture {architecture!r:.99}, {size}"
     belongs = f" It belongs in models/{found.folder}." if found.folder not in (None, wanted.folder) else ""
     raise WrongModel(
-        f"{checkpoint.path} is {found.value} ({stated}); {wanted.value} is needed here.{belongs}{found.hint} Choose a "
-        f"file from models/{wanted.folder}, such as {wanted.example}."
+        "{file} is {found} ({stated}); {wanted} is needed here.{belongs}{hint} Choose a file from models/{folder}, "
+        "such as {example}.",
+        code="model.other_kind",
+        file=checkpoint.path,
+        found=found.value,
+        stated=stated,
+        wanted=wanted.value,
+        belongs=belongs,
+        hint=found.hint,
+        folder=wanted.folder,
+        example=wanted.example,
     )
 
 
@@ -86,9 +95,15 @@ def _require_all_kinds(checkpoint: Checkpoint, wanted: Component) -> None:
     ]
     if missing:
         raise WrongModel(
-            f"{checkpoint.path} holds a part of {wanted.value} ({len(checkpoint.tensors)} tensors; none is called "
-            f"{', '.join(missing)}), such as layers that were trained or saved by themselves. Use the whole model, "
-            f"such as {wanted.example}; changes of some layers belong in a LoRA."
+            "{file} holds a part of {wanted} ({tensor_count} tensors; none is called {missing}), such as layers that "
+            "were trained or saved by themselves. Use the whole model, such as {example}; changes of some layers "
+            "belong in a LoRA.",
+            code="model.part_of_one",
+            file=checkpoint.path,
+            wanted=wanted.value,
+            tensor_count=len(checkpoint.tensors),
+            missing=missing,
+            example=wanted.example,
         )
 
 
@@ -99,7 +114,11 @@ def _require_one(checkpoint: Checkpoint, wanted: Component) -> None:
     models = [prefix for prefix in prefixes if not is_average(prefix)]
     if len(models) > 1:
         raise WrongModel(
-            f"{checkpoint.path} holds {len(models)} {wanted.several}, whose tensors' names begin with "
-            f"{' and '.join(shown(prefix) for prefix in models[:3])}, and nothing tells which one is meant. Use a file "
-            "that holds one."
+            "{file} holds {count} {several}, whose tensors' names begin with {prefixes}, and nothing tells which one "
+            "is meant. Use a file that holds one.",
+            code="model.several_in_file",
+            file=checkpoint.path,
+            count=len(models),
+            several=wanted.several,
+            prefixes=" and ".join(shown(prefix) for prefix in models[:3]),
         )

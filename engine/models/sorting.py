@@ -17,14 +17,21 @@ def split_blocks(
             index, _, rest = name.removeprefix(prefix).partition(".")
             if not (index.isascii() and index.isdigit() and len(index) < 9 and rest):
                 raise WrongModel(
-                    f"{checkpoint.path}: {name!r} is no tensor of a numbered block. Download the file again."
+                    "{file}: {name!r} is no tensor of a numbered block. Download the file again.",
+                    code="model.no_block_tensor",
+                    file=checkpoint.path,
+                    name=name,
                 )
             blocks.setdefault(int(index), {})[rest] = entry
         else:
             outside[name] = entry
     if sorted(blocks) != list(range(len(blocks))):
         raise WrongModel(
-            f"{checkpoint.path}: of blocks 0..{max(blocks)} only {len(blocks)} are in the file. Download it again."
+            "{file}: of blocks 0..{last} only {count} are in the file. Download it again.",
+            code="model.blocks_missing",
+            file=checkpoint.path,
+            last=max(blocks),
+            count=len(blocks),
         )
     return outside, tuple(blocks[i] for i in range(len(blocks)))
 
@@ -32,8 +39,19 @@ def split_blocks(
 def shape_of(checkpoint: Checkpoint, tensors: Mapping[str, TensorEntry], name: str, dimensions: int) -> tuple[int, ...]:
     """Of a tensor that has to be there, with that many dimensions, none of them empty."""
     if name not in tensors:
-        raise WrongModel(f"{checkpoint.path} lacks {name}: the model is not whole. Download it again.")
+        raise WrongModel(
+            "{file} lacks {name}: the model is not whole. Download it again.",
+            code="model.lacks_tensor",
+            file=checkpoint.path,
+            name=name,
+        )
     shape = tensors[name].shape
     if len(shape) != dimensions or 0 in shape:
-        raise WrongModel(f"{checkpoint.path}: {name} has shape {list(shape)}, which no Qwen-Image has.")
+        raise WrongModel(
+            "{file}: {name} has shape {shape}, which no Qwen-Image has.",
+            code="model.wrong_shape",
+            file=checkpoint.path,
+            name=name,
+            shape=list(shape),
+        )
     return shape

@@ -4,14 +4,10 @@ from dataclasses import dataclass, replace
 from math import ceil
 
 from ..errors import InvalidRequest
+from ..texts import size_text
 
 GIB = 1024**3
 TOKEN_PX = 16  # of most models: a token is 2x2 latent pixels of 8x8 image pixels
-
-
-def size_text(nbytes: int) -> str:
-    """Bytes as a person reads them: 1.58 GiB, 81.0 MiB."""
-    return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB / 10 else f"{nbytes / 1024**2:.1f} MiB"
 
 
 @dataclass(frozen=True)
@@ -100,8 +96,14 @@ class SamplingRequest:
         if self.width % step or self.height % step or min(self.width, self.height) < step:
             nearest = [max(step, round(n / step) * step) for n in (self.width, self.height)]
             raise InvalidRequest(
-                f"A picture of {self.width}x{self.height} px cannot be made: width and height must be multiples of "
-                f"{step}. Use {nearest[0]}x{nearest[1]}."
+                "A picture of {width}x{height} px cannot be made: width and height must be multiples of {step}. Use "
+                "{near_width}x{near_height}.",
+                code="plan.wrong_size",
+                width=self.width,
+                height=self.height,
+                step=step,
+                near_width=nearest[0],
+                near_height=nearest[1],
             )
 
     @property

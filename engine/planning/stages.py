@@ -74,9 +74,17 @@ class PictureRequest:
 
     def __post_init__(self) -> None:
         if min(self.batch, self.steps, self.prompt_tokens) < 1 or self.layers < 0:
-            raise InvalidRequest(f"{self} cannot be made: batch, steps and prompt tokens have to be 1 or more.")
+            raise InvalidRequest(
+                "{request} cannot be made: batch, steps and prompt tokens have to be 1 or more.",
+                code="plan.nothing_to_do",
+                request=self,
+            )
         if self.layers and self.references:
-            raise InvalidRequest(f"{self} cannot be made: no model changes pictures and takes them apart. Ask for one.")
+            raise InvalidRequest(
+                "{request} cannot be made: no model changes pictures and takes them apart. Ask for one.",
+                code="plan.edits_and_layers",
+                request=self,
+            )
 
     @property
     def frames(self) -> int:

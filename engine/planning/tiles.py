@@ -96,9 +96,15 @@ def plan_tiles(
     if best is None:
         least = peak((_extent(_choices(size[0], halo, 1)[-1]), _extent(column_choices[-1])))
         raise DoesNotFit(
-            f"VAE {task} of {width}x{height} needs {size_text(least)} beside its weights, even in its smallest tiles; "
-            f"{size_text(max(0, limit_bytes or 0))} are there.\n"
-            f"Use a smaller picture, or a VRAM limit that is {size_text(least - (limit_bytes or 0))} higher."
+            "VAE {task} of {width}x{height} needs {need_bytes} beside its weights, even in its smallest tiles; "
+            "{limit_bytes} are there.\nUse a smaller picture, or a VRAM limit that is {lacking_bytes} higher.",
+            code="plan.vae_does_not_fit",
+            task=task,
+            width=width,
+            height=height,
+            need_bytes=least,
+            limit_bytes=max(0, limit_bytes or 0),
+            lacking_bytes=least - (limit_bytes or 0),
         )
     return TilePlan(task, width, height, best[2], best[3], best[1], limit_bytes)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from ..errors import DoesNotFit
 from .forecast import TYPICAL, Speeds, StepForecast
-from .request import GIB, size_text
+from .request import GIB
 from .stages import Stage, StagePlan
 
 
@@ -61,9 +61,15 @@ def plan_vision(footprint: VisionFootprint, patches: Sequence[int], limit_bytes:
     need = vision_peak_bytes(footprint, patches, 1)
     tokens = " + ".join(str(count // footprint.merge**2) for count in patches)
     raise DoesNotFit(
-        f"Looking at {len(patches)} picture{'s' if len(patches) != 1 else ''} ({tokens} tokens) needs "
-        f"{size_text(need)}, the limit is {size_text(limit_bytes)}.\nUse fewer or smaller pictures, or a VRAM limit of "
-        f"{need / GIB + 0.01:.2f} GB or more."
+        "Looking at {count} picture{plural} ({tokens} tokens) needs {need_bytes}, the limit is {limit_bytes}.\nUse "
+        "fewer or smaller pictures, or a VRAM limit of {need_gb:.2f} GB or more.",
+        code="plan.images_do_not_fit",
+        count=len(patches),
+        plural="s" if len(patches) != 1 else "",
+        tokens=tokens,
+        need_bytes=need,
+        limit_bytes=limit_bytes,
+        need_gb=need / GIB + 0.01,
     )
 
 

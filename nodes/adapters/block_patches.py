@@ -28,15 +28,31 @@ def check_patches(options: dict[str, Any]) -> None:
     """
     for kind, patches in options.get("patches", {}).items():
         if patches and kind != "double_block":
-            refuse(f"A model patch ('{kind}')", "remove the node that patches attention or other parts of the model.")
+            refuse(
+                "A model patch ('{kind}')",
+                "remove the node that patches attention or other parts of the model.",
+                code="graph.model_patch",
+                kind=kind,
+            )
     for kind, patches in options.get("patches_replace", {}).items():
         for place in patches:
             if kind != "dit" or not isinstance(place, tuple) or place[0] not in KINDS_OF_BLOCKS:
-                refuse(f"A node that replaces '{kind}' at {place} of the model", f"remove it: {OTHER_MODELS}.")
+                refuse(
+                    "A node that replaces '{kind}' at {place} of the model",
+                    "remove it: {others}.",
+                    code="graph.replaced_part",
+                    kind=kind,
+                    place=str(place),
+                    others=OTHER_MODELS,
+                )
     if options.get("optimized_attention_override") is not None:
-        refuse("An attention override (SageAttention and others)", "remove the node that patches attention.")
+        refuse(
+            "An attention override (SageAttention and others)",
+            "remove the node that patches attention.",
+            code="graph.attention_override",
+        )
     if options.get("rope_options"):
-        refuse("Scaled rotary positions (the ScaleROPE node)", "remove that node.")
+        refuse("Scaled rotary positions (the ScaleROPE node)", "remove that node.", code="graph.scaled_rope")
 
 
 def behind_blocks(options: dict[str, Any]) -> list[Any]:
@@ -147,7 +163,12 @@ def _original(block: Callable[[Tensor, Tensor], States], given: dict[str, Any], 
     def run(args: dict[str, Any]) -> dict[str, Tensor]:
         for name, what in (("vec", "the timestep's embedding"), ("pe", "the rotary positions")):
             if args[name] is not given[name]:
-                refuse(f"A node that changes {what} of a block", "remove the node that replaces blocks of the model.")
+                refuse(
+                    "A node that changes {changed} of a block",
+                    "remove the node that replaces blocks of the model.",
+                    code="graph.changed_block",
+                    changed=what,
+                )
         img, txt = block(args["img"].to(device), args["txt"].to(device))
         return {"img": img, "txt": txt}
 

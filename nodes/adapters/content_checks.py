@@ -34,8 +34,11 @@ def check_values(
     most = MOST_STEPS + 1
     if sigmas.ndim != 1 or not 2 <= len(sigmas) <= most or not torch.isfinite(sigmas).all():
         raise InvalidRequest(
-            f"The schedule has shape {list(sigmas.shape)}, or numbers that are not finite; 2 to {most} sigmas are "
-            "needed.\n\nWhat to do: check steps and denoise of the scheduler."
+            "The schedule has shape {shape}, or numbers that are not finite; 2 to {most} sigmas are needed.\n\nWhat "
+            "to do: check steps and denoise of the scheduler.",
+            code="sampling.wrong_sigmas",
+            shape=list(sigmas.shape),
+            most=most,
         )
 
 
@@ -45,15 +48,19 @@ def check_computed(conds: Conds, shape: Sequence[int]) -> None:
     for name, entries in conds.items():
         if not entries:
             raise InvalidRequest(
-                f"The {name} conditioning holds no prompt.\n\nWhat to do: connect a node that encodes one."
+                "The {name} conditioning holds no prompt.\n\nWhat to do: connect a node that encodes one.",
+                code="conditioning.no_prompt",
+                name=name,
             )
         for entry in entries:
             area = entry.get("area") or ()
             if min(size_of(entry, shape)) < 1 or any(side < 0 for side in area):
                 raise InvalidRequest(
-                    f"The {name} conditioning has an area without pixels, or outside of the image: {list(area)} in "
-                    "latents (height, width, from the top, from the left).\n\nWhat to do: give it an area within the "
-                    "image."
+                    "The {name} conditioning has an area without pixels, or outside of the image: {area} in latents "
+                    "(height, width, from the top, from the left).\n\nWhat to do: give it an area within the image.",
+                    code="conditioning.area_without_pixels",
+                    name=name,
+                    area=list(area),
                 )
 
 
@@ -61,9 +68,10 @@ def check_result(latents: Tensor) -> None:
     """Raise InvalidRequest for what would be a black image. Guidance, samplers and patches of others may make it."""
     if not torch.isfinite(latents).all():
         raise InvalidRequest(
-            "The sampled latents hold numbers that are not finite (NaN or infinity): the image would be black.\n\n"
-            "What to do: check the numbers of the nodes that change guidance, sampler or model; use bf16 or fp32 where "
-            "dtype is fp16."
+            "The sampled latents hold numbers that are not finite (NaN or infinity): the image would be "
+            "black.\n\nWhat to do: check the numbers of the nodes that change guidance, sampler or model; use bf16 or "
+            "fp32 where dtype is fp16.",
+            code="sampling.latents_not_finite",
         )
 
 
@@ -73,16 +81,23 @@ def _check_entry(name: str, entry: dict[str, Any], channels: int) -> None:
     if mask is not None and (not isinstance(mask, Tensor) or mask.shape[-1:] != (tokens,)):
         given = list(mask.shape) if isinstance(mask, Tensor) else shown(mask)
         raise InvalidRequest(
-            f"{name}: the attention mask is {given}, the prompt has {tokens} tokens.\n\nWhat to do: use the "
-            "conditioning of a text encode node as it is."
+            "{name}: the attention mask is {given}, the prompt has {tokens} tokens.\n\nWhat to do: use the "
+            "conditioning of a text encode node as it is.",
+            code="conditioning.wrong_mask",
+            name=name,
+            given=given,
+            tokens=tokens,
         )
     of = f"t{name[1:]}"  # within a sentence
     if entry.get("mask") is not None:
         check_mask(f"The mask of {of}", entry["mask"])
     if not _is_area(entry.get("area")):
         raise InvalidRequest(
-            f"{name}: its area is {shown(entry['area'])}, not whole numbers of latents or percentages (height, width, "
-            "from the top, from the left).\n\nWhat to do: use ComfyUI's nodes for areas."
+            "{name}: its area is {area}, not whole numbers of latents or percentages (height, width, from the top, "
+            "from the left).\n\nWhat to do: use ComfyUI's nodes for areas.",
+            code="conditioning.wrong_area",
+            name=name,
+            area=shown(entry["area"]),
         )
     for what, value in _numbers_of(entry):
         check_number(f"{name}: its {what}", value)

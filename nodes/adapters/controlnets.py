@@ -15,7 +15,6 @@ from comfy.ldm.qwen_image.controlnet import QwenImageControlNetModel, QwenImageF
 from torch import Tensor
 
 from ...engine.models.qwen_image.transformer import QwenImageTransformer
-from ..display_names import LOADER
 from .borrowed_base import BorrowedBase
 from .graph_checks import refuse
 from .run_conditions import Conds, entries_of, size_of
@@ -44,14 +43,24 @@ def check_controls(conds: Conds, inner_dim: int, frames: int) -> None:
     """Raise Unsupported for ControlNets that were made for other models, or beside latents of several `frames`."""
     for net in _nets(entries_of(conds)):
         if frames > 1:
-            refuse("A ControlNet beside layers", "remove the ControlNet, or use a Qwen-Image or Edit model.")
+            refuse(
+                "A ControlNet beside layers",
+                "remove the ControlNet, or use a Qwen-Image or Edit model.",
+                code="graph.control_beside_layers",
+            )
         model = getattr(net, "control_model", None)
         known = isinstance(model, (QwenImageControlNetModel, QwenImageFunControlNetModel))
         width = width_of(net) if known and isinstance(net, comfy.controlnet.ControlNet) else None
         if width != inner_dim:
             kind = type(net if model is None else model).__name__
             of = "" if width is None else f", {width} wide where the model is {inner_dim},"
-            refuse(f"A ControlNet for another model ({kind}){of}", "choose a ControlNet made for Qwen-Image.")
+            refuse(
+                "A ControlNet for another model ({kind}){of}",
+                "choose a ControlNet made for Qwen-Image.",
+                code="graph.control_of_another_model",
+                kind=kind,
+                of=of,
+            )
 
 
 def other_models(guider: Any) -> list[comfy.model_patcher.ModelPatcher]:
@@ -66,8 +75,14 @@ def check_devices(models: Iterable[comfy.model_patcher.ModelPatcher], device: to
     """Raise Unsupported for models beside the transformer on another device than its own."""
     for other in models:
         if other.load_device != device:
-            what = f"A {type(other.model).__name__} on {other.load_device} beside a transformer on {device}"
-            refuse(what, f"set transformer_device to auto in '{LOADER}'.")
+            refuse(
+                "A {kind} on {other_device} beside a transformer on {device}",
+                "set transformer_device to auto in '{loader}'.",
+                code="graph.model_on_another_device",
+                kind=type(other.model).__name__,
+                other_device=other.load_device,
+                device=device,
+            )
 
 
 def width_of(net: Any) -> int:

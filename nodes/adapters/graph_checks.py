@@ -14,25 +14,32 @@ from ...engine.models.qwen_image.latents import LATENT_PX, PATCH
 from ...engine.models.qwen_image.variants import Variant
 from ...engine.texts import printable
 from ..display_names import ENCODE_EDIT, LOADER
+from .error_events import errors_sent
 from .progress import tell
 
 # in a condition: its text was encoded for an editing model on purpose without a picture
 NO_PICTURES_KEY = "qwen_lowvram_no_pictures"
 
 
-def refuse(what: str, instead: str) -> None:
-    """Raise Unsupported in the pack's standard words."""
-    raise Unsupported(f"{what} does not work with the models of '{LOADER}' yet.\n\nWhat to do: {instead}")
+@errors_sent()
+def refuse(what: str, instead: str, *, code: str = "", **values: Any) -> None:
+    """Raise Unsupported in the pack's standard words, in which {loader} may stand as well as the values."""
+    raise Unsupported(
+        f"{what} does not work with the models of '{{loader}}' yet.\n\nWhat to do: {instead}",
+        code=code,
+        loader=LOADER,
+        **values,
+    )
 
 
 def check_graph(model_options: dict[str, Any], conds: dict[str, list[dict[str, Any]]]) -> None:
     """Raise Unsupported for what the graph asks for beside patches and ControlNets, before anything is loaded."""
     if "multigpu_clones" in model_options:
-        refuse("Work split over several GPUs", "remove the multi-GPU node.")
+        refuse("Work split over several GPUs", "remove the multi-GPU node.", code="graph.multi_gpu")
     for entries in conds.values():
         for entry in entries or ():
             if entry.get("gligen") is not None:
-                refuse("GLIGEN", "remove the GLIGEN node.")
+                refuse("GLIGEN", "remove the GLIGEN node.", code="graph.gligen")
 
 
 def check_device(
@@ -46,8 +53,14 @@ def check_device(
     """Raise Unsupported where a node has told ComfyUI another device than that on which the model computes."""
     if patcher.load_device != device:
         refuse(
-            f"Moving the {what} from {device} to {patcher.load_device} ({node})",
-            f"remove that node, and choose {setting} in the loader.",
+            "Moving the {part} from {device} to {moved_to} ({node})",
+            "remove that node, and choose {setting} in the loader.",
+            code="graph.moved_model",
+            part=what,
+            device=device,
+            moved_to=patcher.load_device,
+            node=node,
+            setting=setting,
         )
 
 
@@ -65,10 +78,15 @@ def check_references(variant: Variant, conds: dict[str, list[dict[str, Any]]]) -
     shown = bool(sizes)
     if variant.edits and not shown and not any(entry.get(NO_PICTURES_KEY) for entry in entries):
         raise InvalidRequest(
-            f"{variant.value} changes pictures, and this graph shows it none: no condition has reference latents.\n\n"
-            f"What to do: encode the prompt with '{ENCODE_EDIT}' or another node that takes the picture and the VAE "
+            "{variant} changes pictures, and this graph shows it none: no condition has reference latents.\n\nWhat to "
+            "do: encode the prompt with '{encode_edit}' or another node that takes the picture and the VAE "
             "(TextEncodeQwenImageEditPlus), or add ReferenceLatent. For pictures from text alone, choose a Qwen-Image "
-            f"file, or set variant to {Variant.QWEN_IMAGE.value} in '{LOADER}'."
+            "file, or set variant to {qwen_image} in '{loader}'.",
+            code="graph.no_image_to_edit",
+            variant=variant.value,
+            encode_edit=ENCODE_EDIT,
+            qwen_image=Variant.QWEN_IMAGE.value,
+            loader=LOADER,
         )
     if shown and not variant.edits and not variant.makes_layers:
         text = (
@@ -96,19 +114,26 @@ def _check_pictures(variant: Variant, references: Sequence[Sequence[Tensor]]) ->
         for latent in latents:
             if latent.ndim != 5:
                 raise InvalidRequest(
-                    f"A reference latent has the shape {list(latent.shape)}; a picture's has five numbers, [1, 16, 1, "
-                    "height / 8, width / 8].\n\nWhat to do: encode the picture with VAE Encode and this model's VAE."
+                    "A reference latent has the shape {shape}; a picture's has five numbers, [1, 16, 1, height / 8, "
+                    "width / 8].\n\nWhat to do: encode the picture with VAE Encode and this model's VAE.",
+                    code="graph.wrong_reference_shape",
+                    shape=list(latent.shape),
                 )
         frames = max((latent.shape[2] for latent in latents), default=1)
         if frames != 1:
             raise InvalidRequest(
-                f"A reference latent has {frames} frames; a picture has one.\n\nWhat to do: encode one picture at a "
-                "time, and show a picture instead of its layers."
+                "A reference latent has {frames} frames; a picture has one.\n\nWhat to do: encode one picture at a "
+                "time, and show a picture instead of its layers.",
+                code="graph.reference_of_frames",
+                frames=frames,
             )
         if variant.makes_layers and len(latents) > 1:
             raise InvalidRequest(
-                f"{variant.value} takes one picture apart, and a prompt of this graph shows it {len(latents)}.\n\n"
-                "What to do: keep one ReferenceLatent per prompt."
+                "{variant} takes one picture apart, and a prompt of this graph shows it {count}.\n\nWhat to do: keep "
+                "one ReferenceLatent per prompt.",
+                code="graph.several_images_to_layer",
+                variant=variant.value,
+                count=len(latents),
             )
 
 
@@ -116,8 +141,10 @@ def check_latents(latents: Tensor) -> None:
     """Raise Unsupported for latents of other models."""
     if latents.ndim != 5:
         raise Unsupported(
-            f"A latent of shape {list(latents.shape)} is no picture's. Use EmptySD3LatentImage, or encode pictures "
-            "with this pack's VAE."
+            "A latent of shape {shape} is no picture's. Use EmptySD3LatentImage, or encode pictures with this pack's "
+            "VAE.",
+            code="graph.latent_of_no_image",
+            shape=list(latents.shape),
         )
 
 
@@ -141,22 +168,30 @@ def check_layers(variant: Variant, frames: int) -> None:
     """Raise InvalidRequest where the latent has no layers and the model makes them, or the other way round."""
     if variant.makes_layers and frames == 1:
         raise InvalidRequest(
-            f"{variant.value} makes layers, and this graph's latent has none.\n\nWhat to do: use "
+            "{variant} makes layers, and this graph's latent has none.\n\nWhat to do: use "
             "EmptyQwenImageLayeredLatentImage with 1 layer or more, and show the model the picture with "
-            f"ReferenceLatent; for a whole picture, choose a {Variant.QWEN_IMAGE.value} file in '{LOADER}'."
+            "ReferenceLatent; for a whole picture, choose a {qwen_image} file in '{loader}'.",
+            code="graph.latent_without_layers",
+            variant=variant.value,
+            qwen_image=Variant.QWEN_IMAGE.value,
+            loader=LOADER,
         )
     if not variant.makes_layers and frames != 1:
         raise InvalidRequest(
-            f"The latent has {frames} frames, and {variant.value} makes one picture.\n\nWhat to do: use "
-            "EmptySD3LatentImage, or encode pictures with this pack's VAE; for layers, choose a "
-            f"{Variant.LAYERED.value} file in '{LOADER}'."
+            "The latent has {frames} frames, and {variant} makes one picture.\n\nWhat to do: use EmptySD3LatentImage, "
+            "or encode pictures with this pack's VAE; for layers, choose a {layered} file in '{loader}'.",
+            code="graph.latent_with_layers",
+            frames=frames,
+            variant=variant.value,
+            layered=Variant.LAYERED.value,
+            loader=LOADER,
         )
 
 
 def check_hooks(hooks: comfy.hooks.HookGroup) -> None:
     """Raise Unsupported for hooks that change weights."""
     if hooks.get_type(comfy.hooks.EnumHookType.Weight):
-        refuse("A LoRA or model hook (Create Hook LoRA, Set Props)", "remove the hook nodes.")
+        refuse("A LoRA or model hook (Create Hook LoRA, Set Props)", "remove the hook nodes.", code="graph.weight_hook")
 
 
 def why_one_by_one(model_options: dict[str, Any], own_key: str) -> str:

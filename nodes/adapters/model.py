@@ -85,9 +85,18 @@ class QwenImageDiffusion(DiffusionModel):
         check_patches(transformer_options)
         config = calls.transformer.config
         if x.shape[1] != config.in_channels // PATCH**2:
-            refuse(f"A latent of {x.shape[1]} channels in the model (concat_cond, c_concat)", "remove that node.")
+            refuse(
+                "A latent of {channels} channels in the model (concat_cond, c_concat)",
+                "remove that node.",
+                code="graph.concat_condition",
+                channels=x.shape[1],
+            )
         if additional_t_cond is not None and not config.use_additional_t_cond:
-            refuse("Additional time conditioning", "use a Qwen-Image-Layered model, or remove the node that sets it.")
+            refuse(
+                "Additional time conditioning",
+                "use a Qwen-Image-Layered model, or remove the node that sets it.",
+                code="graph.additional_time",
+            )
         method = None if config.use_layer3d_rope else ref_latents_method  # which has but one
         call = Call(
             x,

@@ -32,9 +32,18 @@ class Call:
     ) -> None:
         self._additional = [0] if additional_t_cond is None else additional_t_cond.reshape(-1).tolist()
         if not set(self._additional) <= {0, 1}:
-            refuse(f"An additional time condition of {self._additional}", "use 0 or 1.")
+            refuse(
+                "An additional time condition of {value}",
+                "use 0 or 1.",
+                code="graph.wrong_additional_time",
+                value=self._additional,
+            )
         if attention_mask is not None and attention_mask.is_floating_point():
-            refuse("A fractional or additive attention mask", "use the conditioning of a text encode node as it is.")
+            refuse(
+                "A fractional or additive attention mask",
+                "use the conditioning of a text encode node as it is.",
+                code="graph.fractional_mask",
+            )
         self._size = x.shape[-2:]
         self._x = pad_to_patch_size(x, (1, PATCH, PATCH)).to(dtype)
         self._timesteps = timestep.tolist()

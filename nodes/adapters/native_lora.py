@@ -36,7 +36,12 @@ def lora_of_patches(patches: Mapping[Any, Any]) -> LoraFile:
     tensors: dict[str, TensorEntry] = {}
     for key, adapter in patches.items():
         if not isinstance(key, str):
-            refuse(f"A LoRA that changes a part of a weight ({key[0]})", "use another file.")
+            refuse(
+                "A LoRA that changes a part of a weight ({key})",
+                "use another file.",
+                code="graph.lora_of_a_part",
+                key=key[0],
+            )
         layer = key.removeprefix(PREFIX).removesuffix(".weight")
         if isinstance(adapter, tuple) and adapter[0] == "diff":
             bias = key.endswith(".bias")
@@ -46,7 +51,13 @@ def lora_of_patches(patches: Mapping[Any, Any]) -> LoraFile:
         names = _ADAPTERS.get(type(adapter))
         if names is None:
             kind = adapter[0] if isinstance(adapter, tuple) else type(adapter).__name__
-            refuse(f"A LoRA of the kind {kind!r} ({key})", "use a LoRA, LoHa or LoKr.")
+            refuse(
+                "A LoRA of the kind {kind!r} ({key})",
+                "use a LoRA, LoHa or LoKr.",
+                code="graph.lora_kind",
+                kind=kind,
+                key=key,
+            )
         for name, value in zip(names, adapter.weights, strict=False):
             if name is not None and value is not None:
                 full = f"{layer}.{name}"

@@ -93,9 +93,15 @@ class LowVRAMPatcher(comfy.model_patcher.ModelPatcher):
         """ComfyUI's own LoRA loaders come here; returns the keys that were used."""
         check_number("The LoRA's strength", strength_patch)
         if strength_model != 1.0:
-            refuse("Scaling the model's own weights (ModelMerge)", "merge with ComfyUI's own loaders.")
+            refuse(
+                "Scaling the model's own weights (ModelMerge)",
+                "merge with ComfyUI's own loaders.",
+                code="graph.scaled_weights",
+            )
         if not patches:
-            raise InvalidRequest("No key of the LoRA fits this model: it is a LoRA of another model.")
+            raise InvalidRequest(
+                "No key of the LoRA fits this model: it is a LoRA of another model.", code="lora.no_key_fits"
+            )
         names = {key: patches[key] for key in patches if _weight_of(key).startswith(PREFIX)}
         if names:
             self.add_lora(match_patches(names, self.model.transformer.weights), strength_patch)
@@ -106,7 +112,12 @@ class LowVRAMPatcher(comfy.model_patcher.ModelPatcher):
         for injection in injections:
             adapters = bypass_adapters(injection)
             if not adapters:
-                refuse(f"A node that injects code into modules ({key})", "remove that node.")
+                refuse(
+                    "A node that injects code into modules ({key})",
+                    "remove that node.",
+                    code="graph.injected_code",
+                    key=key,
+                )
             for strength in dict.fromkeys(strength for _, strength in adapters.values()):
                 given = {f"{name}.weight": adapter for name, (adapter, own) in adapters.items() if own == strength}
                 self.add_patches(given, strength)
@@ -124,6 +135,7 @@ class LowVRAMPatcher(comfy.model_patcher.ModelPatcher):
         refuse(
             "A second copy of the model on another device (MultiGPU, Select Model Device)",
             "remove that node, and choose the device, or all cards, as transformer_device in the loader.",
+            code="graph.copy_on_another_device",
         )
 
     # what would change modules: ours hold nothing
@@ -143,7 +155,9 @@ class LowVRAMPatcher(comfy.model_patcher.ModelPatcher):
         super().add_wrapper_with_key(wrapper_type, key, wrapper)
 
     def __deepcopy__(self, memo: Any) -> Any:
-        refuse("Copying the weights (a node that changes them in a copy)", "remove that node.")
+        refuse(
+            "Copying the weights (a node that changes them in a copy)", "remove that node.", code="graph.copied_weights"
+        )
 
     def check_guests(self) -> None:
         """Raise Unsupported for what other nodes have left with this MODEL and nothing would come of."""
@@ -154,23 +168,38 @@ class LowVRAMPatcher(comfy.model_patcher.ModelPatcher):
         if _OF_DTYPE & self.object_patches.keys() or computed != self.model.transformer.dtype:
             self.set_model_compute_dtype(computed)
         if self.patches or self.weight_wrapper_patches:
-            refuse("A node that changes weights in its own way", "use a LoRA loader.")
+            refuse("A node that changes weights in its own way", "use a LoRA loader.", code="graph.own_way_of_changing")
         if self.injections:
-            refuse(f"A node that injects code into modules ({', '.join(map(str, self.injections))})", "remove it.")
+            refuse(
+                "A node that injects code into modules ({names})",
+                "remove it.",
+                code="graph.injections",
+                names=[*map(str, self.injections)],
+            )
 
     # what would change or copy weights that are not there to be changed
 
     def get_key_patches(self, filter_prefix: Any = None) -> Any:
-        refuse("Merging models (ModelMerge, CLIPMerge)", "merge with ComfyUI's own loaders, then load the result.")
+        refuse(
+            "Merging models (ModelMerge, CLIPMerge)",
+            "merge with ComfyUI's own loaders, then load the result.",
+            code="graph.merged_models",
+        )
 
     def add_weight_wrapper(self, name: str, function: Any) -> None:
-        refuse("A node that wraps weights", "remove that node.")
+        refuse("A node that wraps weights", "remove that node.", code="graph.wrapped_weights")
 
     def set_model_compute_dtype(self, dtype: Any) -> None:
-        refuse("Setting the compute dtype (ModelComputeDtype)", "choose dtype in the loader.")
+        refuse(
+            "Setting the compute dtype (ModelComputeDtype)", "choose dtype in the loader.", code="graph.compute_dtype"
+        )
 
     def model_state_dict_for_saving(self, *args: Any, **kwargs: Any) -> Any:
-        refuse("Saving the model (ModelSave, CheckpointSave)", "copy the file it was loaded from.")
+        refuse(
+            "Saving the model (ModelSave, CheckpointSave)",
+            "copy the file it was loaded from.",
+            code="graph.saved_model",
+        )
 
     def register_all_hook_patches(self, hooks: comfy.hooks.HookGroup, *args: Any, **kwargs: Any) -> Any:
         check_hooks(hooks)

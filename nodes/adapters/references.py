@@ -9,7 +9,6 @@ from ...engine.models.qwen_image.latents import PATCH
 from ...engine.models.qwen_image.positions import Place
 from ...engine.models.qwen_image.tensors import TransformerConfig
 from ...engine.models.qwen_image.variants import Variant
-from ..display_names import LOADER
 from .graph_checks import refuse
 
 INDEX, INDEX_AT_ZERO = "index", "index_timestep_zero"
@@ -24,11 +23,21 @@ def check_methods(conds: dict[str, list[dict[str, Any]]], config: TransformerCon
     for method in {entry.get("reference_latents_method") for entry in entries} - {None}:
         if method not in known:
             instead = "" if config.use_layer3d_rope else f"set it to '{INDEX}', or "
-            refuse(f"The reference method '{method}' of 'Edit Model Reference Method'", f"{instead}remove that node.")
+            refuse(
+                "The reference method '{method}' of 'Edit Model Reference Method'",
+                "{other_way}remove that node.",
+                code="graph.reference_method",
+                method=method,
+                other_way=instead,
+            )
         if method == INDEX_AT_ZERO and not config.zero_cond_t:
             refuse(
-                f"The reference method '{INDEX_AT_ZERO}' of {Variant.EDIT_2511.value} with another model",
-                f"set the method to '{INDEX}', or, if the file is that model, set variant to it in '{LOADER}'.",
+                "The reference method '{method}' of {variant} with another model",
+                "set the method to '{index}', or, if the file is that model, set variant to it in '{loader}'.",
+                code="graph.index_at_zero",
+                method=INDEX_AT_ZERO,
+                variant=Variant.EDIT_2511.value,
+                index=INDEX,
             )
 
 

@@ -167,10 +167,14 @@ class WithoutLayers(nn.Module):
 
 def refuse_reaching(path: str) -> Any:
     refuse(
-        f"A node that reaches into the model (diffusion_model.{path})",
+        "A node that reaches into the model (diffusion_model.{path})",
         "remove that node. The weights lie outside of modules; nothing that is done to a module changes the image.",
+        code="graph.reaches_into_model",
+        path=path,
     )
 
 
 def refuse_compiling() -> Any:
-    refuse("Compiling the model (TorchCompileModel and others)", "remove the compile node.")
+    refuse(
+        "Compiling the model (TorchCompileModel and others)", "remove the compile node.", code="graph.compiled_model"
+    )

@@ -28,6 +28,7 @@ from ...engine.runs.timeline import Timeline
 from .block_patches import BlockPatches, PatchPictures, check_patches, sees_each_call
 from .content_checks import check_computed, check_result, check_values
 from .controlnets import ControlNets, check_devices, other_models
+from .error_events import errors_sent
 from .graph_checks import check_device, check_graph, refuse, why_one_by_one
 from .known_speeds import known_speeds
 from .lockstep import KEY, Lockstep
@@ -71,7 +72,9 @@ class ModelCalls:
     def run_together(self, calls: list[ModelCall]) -> list[Tensor]:
         """The answers to several calls in one visit of the blocks."""
         if self.run is None:
-            raise Unsupported("The model was called outside of a sampler. Use a sampler node.")
+            raise Unsupported(
+                "The model was called outside of a sampler. Use a sampler node.", code="graph.called_outside_of_sampler"
+            )
         branches: list[Any] = []
         hooked = []
         for call in calls:
@@ -97,7 +100,12 @@ class DiffusionModel(WithoutLayers):
         """To a call with latents `x`: with all other calls of the same evaluation, where they may share a visit."""
         calls = self._calls
         if calls.lockstep.active and (reason := sees_each_call(options)):
-            refuse(f"A hook that sets a model patch ({reason})", "set the patch on the model, without a hook.")
+            refuse(
+                "A hook that sets a model patch ({reason})",
+                "set the patch on the model, without a hook.",
+                code="graph.hooked_patch",
+                reason=reason,
+            )
         return calls.lockstep.call(call, calls.run_together, lambda: torch.zeros_like(x))
 
 
@@ -196,7 +204,11 @@ class LowVRAMModel:
         return self.diffusion_model.state_dict(prefix=PREFIX)
 
     def state_dict_for_saving(self, *args: Any, **kwargs: Any) -> Any:
-        refuse("Saving the model (ModelSave, CheckpointSave)", "copy the file it was loaded from.")
+        refuse(
+            "Saving the model (ModelSave, CheckpointSave)",
+            "copy the file it was loaded from.",
+            code="graph.saved_model",
+        )
 
 
 def as_patcher(model: LowVRAMModel) -> LowVRAMPatcher:
@@ -211,6 +223,7 @@ def as_patcher(model: LowVRAMModel) -> LowVRAMPatcher:
     return patcher
 
 
+@errors_sent()
 @in_words("images were sampled")
 def _outer_sample(
     executor: Any,

@@ -31,8 +31,11 @@ def check_widgets(inputs: Mapping[str, Mapping[str, Any]], **values: Any) -> Non
         needed = _CHECKS["CHOICE" if isinstance(kind, list) else kind](value, kind, options)
         if needed:
             raise InvalidRequest(
-                f"{name} is {shown(value)}; {needed} is needed.\n\nWhat to do: set {name}, or change what is linked to "
-                "it."
+                "{name} is {value}; {needed} is needed.\n\nWhat to do: set {name}, or change what is linked to it.",
+                code="value.wrong",
+                name=name,
+                value=shown(value),
+                needed=needed,
             )
 
 
@@ -46,7 +49,9 @@ def latent_of(name: str, value: Any) -> Tensor:
     samples = value.get("samples") if isinstance(value, Mapping) else None
     if not isinstance(samples, Tensor):
         raise InvalidRequest(
-            f"{name} is no latent: it has no 'samples'.\n\nWhat to do: connect EmptySD3LatentImage, or a VAE Encode."
+            "{name} is no latent: it has no 'samples'.\n\nWhat to do: connect EmptySD3LatentImage, or a VAE Encode.",
+            code="value.no_samples",
+            name=name,
         )
     check_latent(name, samples)
     return samples
@@ -55,11 +60,20 @@ def latent_of(name: str, value: Any) -> Tensor:
 def check_latent(name: str, samples: Any) -> None:
     """Raise InvalidRequest for what is no latent of an image."""
     if not isinstance(samples, Tensor):
-        raise InvalidRequest(f"{name} is {shown(samples)}, no latent.\n\nWhat to do: check the node that makes it.")
+        raise InvalidRequest(
+            "{name} is {value}, no latent.\n\nWhat to do: check the node that makes it.",
+            code="value.no_latent",
+            name=name,
+            value=shown(samples),
+        )
     if samples.ndim not in (4, 5) or 0 in samples.shape or not _is_wide(samples):
         raise InvalidRequest(
-            f"{name} is a latent of shape {list(samples.shape)} in {samples.dtype}; one or more images of at least one "
-            "latent pixel are needed, (B, C, H, W) or (B, C, F, H, W).\n\nWhat to do: check the node that makes it."
+            "{name} is a latent of shape {shape} in {dtype}; one or more images of at least one latent pixel are "
+            "needed, (B, C, H, W) or (B, C, F, H, W).\n\nWhat to do: check the node that makes it.",
+            code="value.wrong_latent_shape",
+            name=name,
+            shape=list(samples.shape),
+            dtype=samples.dtype,
         )
     _check_finite(name, samples)
 
@@ -68,8 +82,12 @@ def check_channels(name: str, latent: Tensor, channels: int) -> None:
     """Raise InvalidRequest for another model's latent."""
     if latent.shape[1] != channels:
         raise InvalidRequest(
-            f"{name} is a latent of {latent.shape[1]} channels, {channels} are needed: it is another model's.\n\n"
-            "What to do: use EmptySD3LatentImage, or encode images with this model's VAE."
+            "{name} is a latent of {channels} channels, {needed} are needed: it is another model's.\n\nWhat to do: "
+            "use EmptySD3LatentImage, or encode images with this model's VAE.",
+            code="value.other_latent_channels",
+            name=name,
+            channels=latent.shape[1],
+            needed=channels,
         )
 
 
@@ -90,7 +108,9 @@ def check_prompts(name: str, entries: Any, *, least: int = 1) -> None:
         or not all(isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[1], dict) for pair in pairs)
     ):
         raise InvalidRequest(
-            f"{name} holds no prompt.\n\nWhat to do: connect a node that encodes one, such as Encode Prompts."
+            "{name} holds no prompt.\n\nWhat to do: connect a node that encodes one, such as Encode Prompts.",
+            code="value.no_prompt",
+            name=name,
         )
 
 
@@ -100,8 +120,10 @@ def check_references(name: str, references: Any, channels: int | None = None) ->
         return
     if not isinstance(references, list | tuple):
         raise InvalidRequest(
-            f"The reference latents of {name} are {shown(type(references).__name__)}, not a list of latents.\n\n"
-            "What to do: use ReferenceLatent."
+            "The reference latents of {name} are {kind}, not a list of latents.\n\nWhat to do: use ReferenceLatent.",
+            code="value.wrong_references",
+            name=name,
+            kind=shown(type(references).__name__),
         )
     for reference in references:
         check_latent(f"A reference latent of {name}", reference)
@@ -114,8 +136,11 @@ def check_embeds(name: str, embeds: Any) -> None:
     if not isinstance(embeds, Tensor) or embeds.ndim != 3 or 0 in embeds.shape or not _is_wide(embeds):
         shape = f"{list(embeds.shape)} in {embeds.dtype}" if isinstance(embeds, Tensor) else type(embeds).__name__
         raise InvalidRequest(
-            f"{name} is {shape}, not the embeddings of a prompt (B, L, dim).\n\nWhat to do: encode the prompt with the "
-            "loader's CLIP."
+            "{name} is {shape}, not the embeddings of a prompt (B, L, dim).\n\nWhat to do: encode the prompt with the "
+            "loader's CLIP.",
+            code="value.no_embeddings",
+            name=name,
+            shape=shape,
         )
     _check_finite(name, embeds)
 
@@ -124,7 +149,12 @@ def check_image(name: str, image: Any) -> None:
     """Raise InvalidRequest unless this is an IMAGE with pixels, (B, H, W, C)."""
     if not isinstance(image, Tensor) or image.ndim != 4 or 0 in image.shape or not _is_wide(image):
         shape = f"{list(image.shape)} in {image.dtype}" if isinstance(image, Tensor) else type(image).__name__
-        raise InvalidRequest(f"{name} is {shape}, not images (B, H, W, C).\n\nWhat to do: connect a Load Image.")
+        raise InvalidRequest(
+            "{name} is {shape}, not images (B, H, W, C).\n\nWhat to do: connect a Load Image.",
+            code="value.no_images",
+            name=name,
+            shape=shape,
+        )
     _check_finite(name, image)
 
 
@@ -133,8 +163,11 @@ def check_mask(name: str, mask: Any) -> None:
     if not isinstance(mask, Tensor) or mask.ndim < 2 or 0 in mask.shape or not _is_wide(mask):
         shape = f"{list(mask.shape)} in {mask.dtype}" if isinstance(mask, Tensor) else shown(mask)
         raise InvalidRequest(
-            f"{name} is {shape}, not masks (..., H, W) of numbers between 0 and 1.\n\nWhat to do: check the node that "
-            "makes it."
+            "{name} is {shape}, not masks (..., H, W) of numbers between 0 and 1.\n\nWhat to do: check the node that "
+            "makes it.",
+            code="value.no_masks",
+            name=name,
+            shape=shape,
         )
     _check_finite(name, mask)
 
@@ -144,19 +177,31 @@ def check_number(name: str, value: Any, *, least: float = -_MOST) -> None:
     # NaN is neither more nor less than anything
     if not isinstance(value, _NUMBERS) or not least <= value <= _MOST:
         bound = "" if least == -_MOST else f" of {least} or more"
-        raise InvalidRequest(f"{name} is {shown(value)}; a number{bound} is needed.\n\nWhat to do: check what sets it.")
+        raise InvalidRequest(
+            "{name} is {value}; a number{bound} is needed.\n\nWhat to do: check what sets it.",
+            code="value.no_number",
+            name=name,
+            value=shown(value),
+            bound=bound,
+        )
 
 
 def _check_finite(name: str, tensor: Tensor) -> None:
     if tensor.is_meta or tensor.layout is not torch.strided:
         raise InvalidRequest(
-            f"{name} is a tensor whose numbers cannot be read ({tensor.layout}, on {tensor.device}).\n\nWhat to do: "
-            "check the node that makes it."
+            "{name} is a tensor whose numbers cannot be read ({layout}, on {device}).\n\nWhat to do: check the node "
+            "that makes it.",
+            code="value.unreadable_tensor",
+            name=name,
+            layout=tensor.layout,
+            device=tensor.device,
         )
     if not is_finite(tensor):
         raise InvalidRequest(
-            f"{name} holds numbers that are not finite (NaN or infinity).\n\nWhat to do: check the node that makes it; "
-            "fp16 overflows in some models, bf16 or fp32 do not."
+            "{name} holds numbers that are not finite (NaN or infinity).\n\nWhat to do: check the node that makes it; "
+            "fp16 overflows in some models, bf16 or fp32 do not.",
+            code="value.not_finite",
+            name=name,
         )
 
 

@@ -54,7 +54,11 @@ class AdapterChange(WholeChange):
         given = iter(parts)
         values = tuple(next(given) if isinstance(value, TensorEntry) else value for value in self.values)
         if not _calculate(self.adapter, weight, values, strength):
-            raise Unsupported(f"ComfyUI's {self.kind} adapter failed, as its log says. Take the LoRA out.")
+            raise Unsupported(
+                "ComfyUI's {kind} adapter failed, as its log says. Take the LoRA out.",
+                code="lora.adapter_failed",
+                kind=self.kind,
+            )
 
 
 def whole_kinds(patches: Mapping[Any, Any]) -> dict[str, Any]:
@@ -100,7 +104,11 @@ def match_file(lora: LoraFile, model: Any) -> LoraMatch | None:
 def _delta(name: str, adapter: Any, weights: Mapping[str, tuple[int, ...]]) -> Delta:
     shape = weights.get(name, ())
     if len(shape) != 2:
-        raise WrongModel(f"A LoRA changes {name}, which is no matrix of this model. Choose a LoRA for Qwen-Image.")
+        raise WrongModel(
+            "A LoRA changes {name}, which is no matrix of this model. Choose a LoRA for Qwen-Image.",
+            code="lora.changes_no_matrix",
+            name=name,
+        )
     values = tuple(
         entry_of(f"{name}.{i}", value) if isinstance(value, Tensor) else value
         for i, value in enumerate(adapter.weights)
@@ -108,8 +116,13 @@ def _delta(name: str, adapter: Any, weights: Mapping[str, tuple[int, ...]]) -> D
     shapes = tuple(value.shape if isinstance(value, TensorEntry) else value for value in values)
     if not _fits(type(adapter), shape, shapes):
         raise WrongModel(
-            f"ComfyUI's {_KINDS[type(adapter)]} adapter does not fit {name} {list(shape)}; its parts are "
-            f"{', '.join(map(str, shapes))!s:.199}, its log says why. Choose a LoRA for Qwen-Image."
+            "ComfyUI's {kind} adapter does not fit {name} {shape}; its parts are {shapes:.199}, its log says why. "
+            "Choose a LoRA for Qwen-Image.",
+            code="lora.adapter_does_not_fit",
+            kind=_KINDS[type(adapter)],
+            name=name,
+            shape=list(shape),
+            shapes=[*map(str, shapes)],
         )
     return Delta(name, shape, AdapterChange(type(adapter), (shape[0], shape[1]), values))
 

@@ -1,9 +1,11 @@
 """What containers, limits and the page file leave of the host's memory, on trees and libraries that stand in for
 systems that are not here."""
 
+import copy
 import ctypes
 import errno
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +17,7 @@ import torch
 from qwenimage_lowvram.engine import host_ram
 from qwenimage_lowvram.engine.hardware import PINNED_PART, Hardware
 from qwenimage_lowvram.engine.host_ram import HostRam, RamBound, cgroup_bounds, resource_bounds, windows_bounds
-from qwenimage_lowvram.engine.out_of_memory import OutOfMemory, Short, reason, shortage
+from qwenimage_lowvram.engine.out_of_memory import OutOfMemory, OutOfRam, Short, ran_out, reason, shortage
 
 GB = 10**9
 NEVER = 9223372036854771712  # what version 1 calls no limit
@@ -207,6 +209,23 @@ def test_an_error_without_words_is_called_by_its_name() -> None:
     assert reason(RuntimeError("\n \n")) == "RuntimeError"
     assert reason(RuntimeError("\n what\nmore")) == "what"
     assert issubclass(OutOfMemory, torch.OutOfMemoryError)
+
+
+def test_running_out_says_of_what_by_its_code() -> None:
+    error = ran_out("while it ran", Short.HOST, "full")
+    assert isinstance(error, OutOfRam)
+    assert error.code == "memory.ram_ran_out"
+    assert error.values["when"] == "while it ran"
+    assert error.values["total_gib"] > 0
+    assert isinstance(ran_out("while it ran", Short.DEVICE, "full"), OutOfMemory)
+
+
+@pytest.mark.parametrize("short", Short)
+def test_copies_of_running_out_keep_code_and_values(short: Short) -> None:
+    error = ran_out("while it ran", short, "full")
+    for again in (copy.copy(error), copy.deepcopy(error), pickle.loads(pickle.dumps(error))):
+        assert type(again) is type(error)
+        assert again.as_dict() == error.as_dict()
 
 
 def test_windows_error_1455_is_about_the_page_file() -> None:

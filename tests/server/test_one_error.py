@@ -1,5 +1,6 @@
 """One wrong input makes one error, at that input: before the run in the server's answer, or in the run at the node."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ LOADER, PLAN, LORA, CACHE = (
     "QwenLowVRAMWeightCache",
 )
 Prompt = dict[str, Any]
+ENGLISH = json.loads((Path(__file__).parents[2] / "locales" / "en" / "errors.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture
@@ -102,7 +104,53 @@ IN_THE_RUN = [
 def test_what_only_the_run_can_know_is_one_error_that_begins_with_the_inputs_name(
     node: str, given: dict[str, Any], name: str, client: ComfyClient, object_info: Any, files: dict[str, str]
 ) -> None:
+    events: list[tuple[str, dict[str, Any]]] = []
     with pytest.raises(ExecutionFailed) as failed:
-        client.run(prompt_of(node, object_info, files, **given))
+        client.run(prompt_of(node, object_info, files, **given), on_event=lambda *event: events.append(event))
     assert failed.value.node_type == node
     assert failed.value.message.startswith(f"{name}: ")
+    event = the_error(events)
+    assert event["node"] == failed.value.node_id
+    assert failed.value.message.startswith(event["text"])
+    assert event["values"]["input"] == name
+    assert event["code"] in ENGLISH
+
+
+def the_error(events: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+    """What a page is sent beside ComfyUI's message, and before it."""
+    kinds = [kind for kind, _ in events]
+    assert kinds.count("qwen_lowvram.error") == 1
+    assert kinds.index("qwen_lowvram.error") < kinds.index("execution_error")
+    return events[kinds.index("qwen_lowvram.error")][1]
+
+
+IN_OTHERS_NODES = [
+    ("KSampler", "graph.latent_with_layers", {"frames": 2, "variant": "Qwen-Image", "layered": "Qwen-Image-Layered"}),
+    ("ModelComputeDtype", "graph.compute_dtype", {}),
+]
+
+
+@pytest.mark.parametrize(("node", "code", "values"), IN_OTHERS_NODES)
+def test_an_error_of_our_model_in_a_node_of_others_is_sent_with_its_code(
+    node: str, code: str, values: dict[str, Any], client: ComfyClient, object_info: Any, files: dict[str, str]
+) -> None:
+    steps = {"seed": 0, "steps": 1, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+    latent = {"width": 64, "height": 64, "length": 5, "batch_size": 1}
+    prompt = {
+        "1": prompt_of(LOADER, object_info, files)["1"],
+        "2": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": "a cat"}},
+        "3": {"class_type": "EmptyHunyuanLatentVideo", "inputs": latent},
+        "4": {"class_type": "ModelComputeDtype", "inputs": {"model": ["1", 0], "dtype": "default"}},
+    }
+    model = "4" if node == "ModelComputeDtype" else "1"
+    links = {"positive": ["2", 0], "negative": ["2", 0], "latent_image": ["3", 0]}
+    prompt["5"] = {"class_type": "KSampler", "inputs": {"model": [model, 0], **links, **steps}}
+    prompt["6"] = {"class_type": "SaveLatent", "inputs": {"samples": ["5", 0], "filename_prefix": "none"}}
+    events: list[tuple[str, dict[str, Any]]] = []
+    with pytest.raises(ExecutionFailed) as failed:
+        client.run(prompt, on_event=lambda *event: events.append(event))
+    assert failed.value.node_type == node
+    event = the_error(events)
+    assert (event["node"], event["code"]) == (failed.value.node_id, code)
+    assert failed.value.message.startswith(event["text"])
+    assert event["values"].items() >= values.items()

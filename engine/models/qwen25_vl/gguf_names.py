@@ -84,7 +84,14 @@ def vision_names(tensors: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
             slices = _pieces(tensors, *_SPLIT_KERNEL)
             element_bits = BITS_PER_ELEMENT.get(entry.dtype)
             if len(entry.shape) != 4 or element_bits is None:
-                raise WrongModel(f"{entry.file}: {name!r} is no kernel, but {entry.dtype}{list(entry.shape)}.")
+                raise WrongModel(
+                    "{file}: {name!r} is no kernel, but {dtype}{shape}.",
+                    code="text_encoder.no_kernel",
+                    file=entry.file,
+                    name=name,
+                    dtype=entry.dtype,
+                    shape=list(entry.shape),
+                )
             out, channels, height, width = entry.shape
             shape = (out, channels, len(slices), height, width)
             result["patch_embed.proj.weight"] = _joined(slices, shape, height * width * element_bits // 8)
@@ -107,13 +114,26 @@ def _pieces(tensors: Mapping[str, TensorEntry], *names: str) -> tuple[TensorEntr
     first = tensors[names[0]]
     missing = [name for name in names if name not in tensors]
     if missing:
-        raise WrongModel(f"{first.file} lacks {missing[0]!r}: the vision part is not whole. Download it again.")
+        raise WrongModel(
+            "{file} lacks {name!r}: the vision part is not whole. Download it again.",
+            code="vision.not_whole",
+            file=first.file,
+            name=missing[0],
+        )
     pieces = tuple(tensors[name] for name in names)
     for name, piece in zip(names, pieces, strict=True):
         if (piece.dtype, piece.shape) != (first.dtype, first.shape):
             raise WrongModel(
-                f"{first.file}: {name!r} is {piece.dtype}{list(piece.shape)} and {names[0]!r} {first.dtype}"
-                f"{list(first.shape)}; they belong in one tensor. Use a vision part of one type, such as F16."
+                "{file}: {name!r} is {dtype}{shape} and {other!r} {other_dtype}{other_shape}; they belong in one "
+                "tensor. Use a vision part of one type, such as F16.",
+                code="vision.mixed_types",
+                file=first.file,
+                name=name,
+                dtype=piece.dtype,
+                shape=list(piece.shape),
+                other=names[0],
+                other_dtype=first.dtype,
+                other_shape=list(first.shape),
             )
     return pieces
 

@@ -47,9 +47,13 @@ def require_places(tokens: Sequence[int], pictures: int) -> None:
     places = sum(token == PICTURE for token in tokens)
     if places != pictures:
         raise InvalidRequest(
-            f"A prompt is given {pictures} picture{'s' if pictures != 1 else ''} and has {places} "
-            f"place{'s' if places != 1 else ''} for them (<|vision_start|><|image_pad|><|vision_end|>). Give it as "
-            "many as it shows."
+            "A prompt is given {images} picture{plural} and has {places} place{places_plural} for them "
+            "(<|vision_start|><|image_pad|><|vision_end|>). Give it as many as it shows.",
+            code="prompt.other_number_of_images",
+            images=pictures,
+            plural="s" if pictures != 1 else "",
+            places=places,
+            places_plural="s" if places != 1 else "",
         )
 
 

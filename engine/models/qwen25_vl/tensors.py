@@ -38,7 +38,12 @@ def sort_text_encoder(checkpoint: Checkpoint) -> TextEncoderTensors:
     outside, layers = split_blocks(checkpoint, tensors, "layers.")
     missing = [n for n in ("embed_tokens.weight", "norm.weight") if n not in outside]
     if missing:
-        raise WrongModel(f"{checkpoint.path} lacks {', '.join(missing)}: not a whole text encoder. Download it again.")
+        raise WrongModel(
+            "{file} lacks {missing}: not a whole text encoder. Download it again.",
+            code="text_encoder.not_whole",
+            file=checkpoint.path,
+            missing=missing,
+        )
     return TextEncoderTensors(_text_config(checkpoint, outside, layers), outside, layers)
 
 
@@ -48,9 +53,14 @@ def require_fitting_encoder(transformer: Checkpoint, encoder: Checkpoint) -> Non
     takes, makes = _length(transformer, "txt_norm.weight"), _length(encoder, *_FIRST_NORMS)
     if None not in (takes, makes) and takes != makes:
         raise WrongModel(
-            f"{encoder.path} makes embeddings of {makes} numbers, the transformer {transformer.path.name} takes "
-            f"{takes}: it is another size of Qwen2.5-VL than the one that belongs to it (7B). Use "
-            f"{TEXT_ENCODER.example}."
+            "{file} makes embeddings of {makes} numbers, the transformer {transformer} takes {takes}: it is another "
+            "size of Qwen2.5-VL than the one that belongs to it (7B). Use {example}.",
+            code="text_encoder.other_size",
+            file=encoder.path,
+            makes=makes,
+            transformer=transformer.path.name,
+            takes=takes,
+            example=TEXT_ENCODER.example,
         )
 
 
@@ -67,7 +77,13 @@ def _text_config(
         value = config.get(key)
         number = isinstance(value, int | float) and type(value) is not bool and 0 < value < _LARGEST
         if value is not None and not (number if kind is float else type(value) is kind):
-            raise WrongModel(f"{checkpoint.path}: {key} of its configuration is {value!r:.99}. Download it again.")
+            raise WrongModel(
+                "{file}: {key} of its configuration is {value!r:.99}. Download it again.",
+                code="text_encoder.wrong_setting",
+                file=checkpoint.path,
+                key=key,
+                value=value,
+            )
         return default if value is None else kind(value)
 
     given = checkpoint.config or text_encoder_config(checkpoint.metadata)
@@ -80,9 +96,22 @@ def _text_config(
     head_dim = hidden_size // max(1, heads)
     sections = setting(rope, "mrope_section", list, [16, 24, 24])
     if heads < 1 or hidden_size % heads or key_dim % head_dim or heads % (key_dim // head_dim):
-        raise WrongModel(f"{checkpoint.path}: {hidden_size} and {key_dim} dimensions do not split into {heads} heads.")
+        raise WrongModel(
+            "{file}: {hidden_size} and {key_dim} dimensions do not split into {heads} heads.",
+            code="text_encoder.wrong_heads",
+            file=checkpoint.path,
+            hidden_size=hidden_size,
+            key_dim=key_dim,
+            heads=heads,
+        )
     if len(sections) != 3 or not all(type(n) is int and n > 0 for n in sections) or 2 * sum(sections) != head_dim:
-        raise WrongModel(f"{checkpoint.path}: heads of {head_dim} do not split into rotary sections {sections!s:.99}.")
+        raise WrongModel(
+            "{file}: heads of {head_dim} do not split into rotary sections {sections!s:.99}.",
+            code="text_encoder.wrong_sections",
+            file=checkpoint.path,
+            head_dim=head_dim,
+            sections=sections,
+        )
     return {
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,

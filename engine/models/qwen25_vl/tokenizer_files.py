@@ -40,7 +40,12 @@ def tokenizer_stamps(folder: Path) -> dict[Path, Stamp]:
             raise unreadable(folder / name, error) from error
     if folder / WHOLE not in found and not {folder / VOCABULARY, folder / MERGES} <= found.keys():
         raise MissingFile(
-            f"{folder} holds no tokenizer ({WHOLE}, or {VOCABULARY} and {MERGES}). Download the tokenizer's folder."
+            "{folder} holds no tokenizer ({whole}, or {vocabulary} and {merges}). Download the tokenizer's folder.",
+            code="tokenizer.missing",
+            folder=folder,
+            whole=WHOLE,
+            vocabulary=VOCABULARY,
+            merges=MERGES,
         )
     return found
 
@@ -69,15 +74,23 @@ def _whole(file: Path) -> "Tokenizer":
     model = _parsed(raw, file).get("model")
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or any(map(model.get, _UNUSED)):
         raise WrongModel(
-            f"{file} is another model's tokenizer: Qwen-Image's is of type BPE, without {', '.join(_UNUSED)}. Use "
-            "Qwen-Image's folder."
+            "{file} is another model's tokenizer: Qwen-Image's is of type BPE, without {unused}. Use Qwen-Image's "
+            "folder.",
+            code="tokenizer.other_model",
+            file=file,
+            unused=_UNUSED,
         )
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in _listed(file, model.get("merges"))]
     _require_whole_merges(file, _vocabulary(file, model.get("vocab")), merges)
     try:
         return Tokenizer.from_str(raw.decode("utf-8"))
     except Exception as error:  # the package has no class for it
-        raise DamagedFile(f"{file} is no tokenizer ({error!s:.199}). Download it again.") from error
+        raise DamagedFile(
+            "{file} is no tokenizer ({error!s:.199}). Download it again.",
+            code="tokenizer.is_none",
+            file=file,
+            error=error,
+        ) from error
 
 
 def _assembled(folder: Path) -> "Tokenizer":
@@ -89,7 +102,13 @@ def _assembled(folder: Path) -> "Tokenizer":
     try:
         tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[(first, second) for first, second in merges]))
     except Exception as error:  # the package has no class for it
-        raise DamagedFile(f"{file} and {VOCABULARY} do not fit ({error!s:.199}). Download them again.") from error
+        raise DamagedFile(
+            "{file} and {vocabulary} do not fit ({error!s:.199}). Download them again.",
+            code="tokenizer.files_do_not_fit",
+            file=file,
+            vocabulary=VOCABULARY,
+            error=error,
+        ) from error
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -107,16 +126,28 @@ def _require_whole_merges(file: Path, vocabulary: Mapping[str, int], merges: Seq
     try:
         made = ["".join((first, second)) for first, second in merges]
     except (TypeError, ValueError) as error:
-        raise DamagedFile(f"{file}: one of its merges is no pair of tokens. Download it again.") from error
+        raise DamagedFile(
+            "{file}: one of its merges is no pair of tokens. Download it again.",
+            code="tokenizer.merge_no_pair",
+            file=file,
+        ) from error
     unmade = {token for token in vocabulary if len(token) > 1}.difference(made)
     if unmade:
         raise DamagedFile(
-            f"{file} is cut off, or does not belong to its vocabulary: {len(unmade)} of {len(vocabulary)} tokens are "
-            "never made. Download it again."
+            "{file} is cut off, or does not belong to its vocabulary: {unmade_count} of {token_count} tokens are "
+            "never made. Download it again.",
+            code="tokenizer.cut_off",
+            file=file,
+            unmade_count=len(unmade),
+            token_count=len(vocabulary),
         )
     numbers = [vocabulary.get(token, -1) for token in made]
     if any(later <= earlier for earlier, later in pairwise(numbers)):
-        raise DamagedFile(f"{file}: its merges are not in the order of their tokens' numbers. Download it again.")
+        raise DamagedFile(
+            "{file}: its merges are not in the order of their tokens' numbers. Download it again.",
+            code="tokenizer.merges_out_of_order",
+            file=file,
+        )
 
 
 def _add_tokens(tokenizer: "Tokenizer", folder: Path, given: Mapping[str, Any]) -> None:
@@ -137,30 +168,49 @@ def _add_tokens(tokenizer: "Tokenizer", folder: Path, given: Mapping[str, Any]) 
         for number, token in tokens.items():
             if (found := tokenizer.token_to_id(token["content"])) != number:
                 raise DamagedFile(
-                    f"{file} says that {token['content']!r:.99} is token {number}, and it is {found}: the folder's "
-                    "files do not belong together. Download them again."
+                    "{file} says that {token!r:.99} is token {number}, and it is {found}: the folder's files do not "
+                    "belong together. Download them again.",
+                    code="tokenizer.token_has_two_numbers",
+                    file=file,
+                    token=token["content"],
+                    number=number,
+                    found=found,
                 )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise DamagedFile(f"{file}: its added tokens are damaged ({error!s:.99}). Download it again.") from error
+        raise DamagedFile(
+            "{file}: its added tokens are damaged ({error!s:.99}). Download it again.",
+            code="tokenizer.added_tokens_damaged",
+            file=file,
+            error=error,
+        ) from error
 
 
 def _vocabulary(file: Path, given: Any) -> dict[str, int]:
     from tokenizers import pre_tokenizers
 
     if not isinstance(given, dict) or not given or not all(type(number) is int for number in given.values()):
-        raise DamagedFile(f"{file} has no table of tokens to numbers. Download it again.")
+        raise DamagedFile(
+            "{file} has no table of tokens to numbers. Download it again.", code="tokenizer.no_table", file=file
+        )
     if len(set(given.values())) < len(given) or not all(0 <= number < 2**31 for number in given.values()):
-        raise DamagedFile(f"{file} gives two tokens one number, or none that can be. Download it again.")
+        raise DamagedFile(
+            "{file} gives two tokens one number, or none that can be. Download it again.",
+            code="tokenizer.number_twice",
+            file=file,
+        )
     if missing := set(pre_tokenizers.ByteLevel.alphabet()).difference(given):
         raise DamagedFile(
-            f"{file} lacks {len(missing)} of the 256 bytes that every text is made of. Download it again."
+            "{file} lacks {missing_count} of the 256 bytes that every text is made of. Download it again.",
+            code="tokenizer.bytes_missing",
+            file=file,
+            missing_count=len(missing),
         )
     return given
 
 
 def _listed(file: Path, given: Any) -> list[Any]:
     if not isinstance(given, list):
-        raise DamagedFile(f"{file} has no list of merges. Download it again.")
+        raise DamagedFile("{file} has no list of merges. Download it again.", code="tokenizer.no_merges", file=file)
     return given
 
 
@@ -168,7 +218,9 @@ def _merges(file: Path) -> list[list[str]]:
     try:
         lines = _raw(file).decode("utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise DamagedFile(f"{file} is no text ({error}). Download it again.") from error
+        raise DamagedFile(
+            "{file} is no text ({error}). Download it again.", code="tokenizer.no_text", file=file, error=error
+        ) from error
     return [line.split(" ") for line in lines if line and not line.startswith("#version")]
 
 
@@ -183,9 +235,22 @@ def _parsed(raw: bytes, file: Path) -> dict[str, Any]:
 def _raw(file: Path) -> bytes:
     raw, _ = read_text(file)
     if not raw.strip() or len(raw) > MAX_JSON_BYTES:
-        raise DamagedFile(f"{file} has {len(raw)} bytes or more, as no tokenizer's has. Download it again.")
+        raise DamagedFile(
+            "{file} has {size} bytes or more, as no tokenizer's has. Download it again.",
+            code="tokenizer.too_long",
+            file=file,
+            size=len(raw),
+        )
     if raw.startswith(b"version https://git-lfs"):
-        raise DamagedFile(f"{file} is a pointer to a file of git-lfs. Download the file itself.")
+        raise DamagedFile(
+            "{file} is a pointer to a file of git-lfs. Download the file itself.",
+            code="tokenizer.git_lfs_pointer",
+            file=file,
+        )
     if raw.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise DamagedFile(f"{file} begins with a byte order mark, as an editor writes it. Download it again.")
+        raise DamagedFile(
+            "{file} begins with a byte order mark, as an editor writes it. Download it again.",
+            code="tokenizer.byte_order_mark",
+            file=file,
+        )
     return raw

@@ -56,7 +56,10 @@ def patch_picture(pixels: Tensor) -> PatchedPicture:
         size = smart_resize(height, width, TOKEN_PX, LEAST_PIXELS, MOST_PIXELS)
     except ValueError as error:
         raise InvalidRequest(
-            f"A picture of {width}x{height} px is too long to be seen: one side may be 200 times the other. Crop it."
+            "A picture of {width}x{height} px is too long to be seen: one side may be 200 times the other. Crop it.",
+            code="image.too_long_to_be_seen",
+            width=width,
+            height=height,
         ) from error
     if size != (height, width):
         image = interpolate(image.unsqueeze(0), size, mode="bilinear", align_corners=False)[0]
@@ -68,17 +71,31 @@ def patch_picture(pixels: Tensor) -> PatchedPicture:
 def require_rgb(pixels: Tensor, what: str) -> None:
     """Raise InvalidRequest unless `pixels` is one picture (1, H, W, 3); `what` names it."""
     if pixels.ndim != 4:
-        raise InvalidRequest(f"{what} has the shape {list(pixels.shape)}; (1, height, width, 3) is needed.")
+        raise InvalidRequest(
+            "{image} has the shape {shape}; (1, height, width, 3) is needed.",
+            code="image.wrong_shape",
+            image=what,
+            shape=list(pixels.shape),
+        )
     pictures, height, width, channels = pixels.shape
     if pictures != 1:
         raise InvalidRequest(
-            f"{what} is a batch of {pictures} pictures; one is needed. Choose one (ImageFromBatch), or give each its "
-            "own input."
+            "{image} is a batch of {count} pictures; one is needed. Choose one (ImageFromBatch), or give each its own "
+            "input.",
+            code="image.is_batch",
+            image=what,
+            count=pictures,
         )
     if channels != CHANNELS:
         kind = _KINDS.get(channels, "unknown")
         raise InvalidRequest(
-            f"{what} ({width}x{height} px) has {channels} channel{'s' if channels != 1 else ''}, {kind}; red, green "
-            "and blue are needed. Convert it to RGB first: a Load Image node does, and Split Image with Alpha takes "
-            "transparency away."
+            "{image} ({width}x{height} px) has {channels} channel{plural}, {kind}; red, green and blue are needed. "
+            "Convert it to RGB first: a Load Image node does, and Split Image with Alpha takes transparency away.",
+            code="image.not_rgb",
+            image=what,
+            width=width,
+            height=height,
+            channels=channels,
+            plural="s" if channels != 1 else "",
+            kind=kind,
         )

@@ -58,8 +58,10 @@ def sort_vision(encoder: Checkpoint) -> VisionTensors:
         tensors = vision_names(checkpoint.tensors)
     if not tensors:
         raise WrongModel(
-            f"{encoder.path} holds a language model without its vision part (no tensor is called visual...). Use a "
-            "whole text encoder, such as qwen_2.5_vl_7b_fp8_scaled.safetensors."
+            "{file} holds a language model without its vision part (no tensor is called visual...). Use a whole text "
+            "encoder, such as qwen_2.5_vl_7b_fp8_scaled.safetensors.",
+            code="vision.missing_in_file",
+            file=encoder.path,
         )
     outside, blocks = split_blocks(checkpoint, tensors, "blocks.")
     own = checkpoint is encoder
@@ -67,8 +69,13 @@ def sort_vision(encoder: Checkpoint) -> VisionTensors:
     config = _vision_config(checkpoint, stated, outside, blocks)
     if config["out_hidden_size"] != text_width:
         raise WrongModel(
-            f"{checkpoint.path} makes {config['out_hidden_size']} numbers of each part of a picture, the text encoder "
-            f"{encoder.path.name} takes {text_width}: models of different sizes. Use the vision part of the same one."
+            "{file} makes {makes} numbers of each part of a picture, the text encoder {text_encoder} takes {takes}: "
+            "models of different sizes. Use the vision part of the same one.",
+            code="vision.other_size",
+            file=checkpoint.path,
+            makes=config["out_hidden_size"],
+            text_encoder=encoder.path.name,
+            takes=text_width,
         )
     return VisionTensors(checkpoint, config, outside, blocks)
 
@@ -92,22 +99,34 @@ def find_mmproj(encoder: Path) -> Path:
     try:
         listed = sorted(encoder.parent.iterdir())
     except OSError as error:
-        raise MissingFile(f"{encoder.parent} cannot be read ({error}). Check that this user may read it.") from error
+        raise MissingFile(
+            "{file} cannot be read ({error}). Check that this user may read it.",
+            code="file.unreadable",
+            file=encoder.parent,
+            error=error,
+        ) from error
     found = [file for file in listed if file.suffix.lower() == GGUF_SUFFIX and _MARK in file.stem.lower()]
     same = [file for file in found if _model_words(file) == _model_words(encoder)]
     nameless = [file for file in found if not _model_words(file)]
     fitting = same or nameless or found
     if not fitting:
         raise MissingFile(
-            f"{encoder} holds the language model only; its vision part, which sees pictures, is not beside it. Put the "
-            f"mmproj file of the same model (such as Qwen2.5-VL-7B-Instruct-mmproj-F16.gguf) into {encoder.parent}, or "
-            "use a .safetensors text encoder, which holds both."
+            "{file} holds the language model only; its vision part, which sees pictures, is not beside it. Put the "
+            "mmproj file of the same model (such as Qwen2.5-VL-7B-Instruct-mmproj-F16.gguf) into {folder}, or use a "
+            ".safetensors text encoder, which holds both.",
+            code="vision.missing_beside",
+            file=encoder,
+            folder=encoder.parent,
         )
     if len(fitting) > 1:
         names = ", ".join(file.name for file in fitting)
         raise MissingFile(
-            f"{encoder}: {len(fitting)} files beside it could be its vision part ({names}). Keep one of them there, "
-            "with the name of the encoder."
+            "{file}: {count} files beside it could be its vision part ({names}). Keep one of them there, with the "
+            "name of the encoder.",
+            code="vision.several_beside",
+            file=encoder,
+            count=len(fitting),
+            names=names,
         )
     return fitting[0]
 
@@ -135,9 +154,16 @@ def _require_mmproj(checkpoint: Checkpoint) -> None:
     found = identify(checkpoint.tensors)
     if (found, architecture, projector) != (VISION, VISION_ARCHITECTURE, VISION_PROJECTOR):
         raise WrongModel(
-            f"{checkpoint.path} is {found.value} (architecture {architecture!r:.99}, projector {projector!r:.99}); the "
-            f"vision part of Qwen2.5-VL ({VISION_ARCHITECTURE!r}, {VISION_PROJECTOR!r}) is needed beside the text "
-            "encoder. Put it there, and this file elsewhere."
+            "{file} is {found} (architecture {architecture!r:.99}, projector {projector!r:.99}); the vision part of "
+            "Qwen2.5-VL ({wanted_architecture!r}, {wanted_projector!r}) is needed beside the text encoder. Put it "
+            "there, and this file elsewhere.",
+            code="vision.other_kind",
+            file=checkpoint.path,
+            found=found.value,
+            architecture=architecture,
+            projector=projector,
+            wanted_architecture=VISION_ARCHITECTURE,
+            wanted_projector=VISION_PROJECTOR,
         )
 
 
@@ -152,7 +178,13 @@ def _vision_config(
     def number(key: str, default: int) -> int:
         value = stated.get(key)
         if value is not None and not (type(value) is int and 0 < value < 2**31):
-            raise WrongModel(f"{checkpoint.path}: {key} of its vision part is {value!r:.99}. Download it again.")
+            raise WrongModel(
+                "{file}: {key} of its vision part is {value!r:.99}. Download it again.",
+                code="vision.wrong_setting",
+                file=checkpoint.path,
+                key=key,
+                value=value,
+            )
         return default if value is None else value
 
     hidden, channels, frames, patch, patch_width = shape_of(checkpoint, outside, "patch_embed.proj.weight", 5)
@@ -160,14 +192,28 @@ def _vision_config(
     heads, merge = number("num_heads", max(1, hidden // _HEAD_DIM)), number("spatial_merge_size", _MERGE)
     if patch != patch_width or hidden % heads or merged != hidden * merge**2:
         raise WrongModel(
-            f"{checkpoint.path}: {hidden} dimensions in {heads} heads, patches of {patch}x{patch_width} and "
-            f"{merged} numbers of {merge}x{merge} patches do not fit together. Download it again."
+            "{file}: {hidden} dimensions in {heads} heads, patches of {patch}x{patch_width} and {merged} numbers of "
+            "{merge}x{merge} patches do not fit together. Download it again.",
+            code="vision.does_not_fit_together",
+            file=checkpoint.path,
+            hidden=hidden,
+            heads=heads,
+            patch=patch,
+            patch_width=patch_width,
+            merged=merged,
+            merge=merge,
         )
     full = stated.get("fullatt_block_indexes")
     if full is None:
         full = [i for i in range(len(blocks)) if (i + 1) % _FULL_ATTENTION_EVERY == 0]
     if not isinstance(full, list) or not all(type(i) is int and 0 <= i < len(blocks) for i in full):
-        raise WrongModel(f"{checkpoint.path}: blocks {full!s:.99} of {len(blocks)} cannot see the whole picture.")
+        raise WrongModel(
+            "{file}: blocks {full!s:.99} of {block_count} cannot see the whole picture.",
+            code="vision.wrong_blocks",
+            file=checkpoint.path,
+            full=full,
+            block_count=len(blocks),
+        )
     return {
         "depth": len(blocks),
         "hidden_size": hidden,

@@ -85,25 +85,45 @@ def plan_sizes(
     if len(pictures) > most:
         newer = f" Use {Variant.EDIT_2509.value} or {Variant.EDIT_2511.value} for several." if most == 1 else ""
         raise InvalidRequest(
-            f"{variant.value} changes {most} picture{'s' if most != 1 else ''} at a time, {len(pictures)} are shown."
-            f"{newer}"
+            "{variant} changes {most} picture{plural} at a time, {count} are shown.{newer}",
+            code="edit.too_many_images",
+            variant=variant.value,
+            most=most,
+            plural="s" if most != 1 else "",
+            count=len(pictures),
+            newer=newer,
         )
     for i, (width, height) in enumerate(pictures, start=1):
         if min(width, height) < LEAST_SIDE_PX:
             raise InvalidRequest(
-                f"Picture {i} is {width}x{height} px; {LEAST_SIDE_PX} px are the least for each side. Show the picture "
-                "itself, not a placeholder."
+                "Picture {number} is {width}x{height} px; {least_px} px are the least for each side. Show the picture "
+                "itself, not a placeholder.",
+                code="edit.image_too_small",
+                number=i,
+                width=width,
+                height=height,
+                least_px=LEAST_SIDE_PX,
             )
         if max(width, height) > MOST_LENGTH * min(width, height):
             raise InvalidRequest(
-                f"Picture {i} is {width}x{height} px, too long to be seen: one side may be {MOST_LENGTH} times the "
-                "other. Crop it."
+                "Picture {number} is {width}x{height} px, too long to be seen: one side may be {most_length} times "
+                "the other. Crop it.",
+                code="edit.image_too_long",
+                number=i,
+                width=width,
+                height=height,
+                most_length=MOST_LENGTH,
             )
     if output is not None and (min(output) < LEAST_STEP_PX or any(side % LEAST_STEP_PX for side in output)):
         near = tuple(max(LEAST_STEP_PX, round(side / LEAST_STEP_PX) * LEAST_STEP_PX) for side in output)
         raise InvalidRequest(
-            f"The output is {_text(output)} px; width and height must be multiples of {LEAST_STEP_PX}.\nUse "
-            f"{near[0]}x{near[1]}."
+            "The output is {output} px; width and height must be multiples of {step_px}.\nUse "
+            "{near_width}x{near_height}.",
+            code="edit.wrong_output_size",
+            output=_text(output),
+            step_px=LEAST_STEP_PX,
+            near_width=near[0],
+            near_height=near[1],
         )
     references = [_on_grid(size, megapixels * PIXELS) for size in pictures]
     if output is not None and pictures and abs(_stretch(pictures[0], output)) <= SAME_SHAPE:

@@ -73,7 +73,11 @@ def rotary_tables(embed: nn.Module, shapes: Sequence[Shape], length: int, *, lay
 
 def _require_one_reference(shapes: Sequence[Shape]) -> None:
     if len(shapes) > 2:
-        raise InvalidRequest(f"One picture is taken apart at a time, {len(shapes) - 1} are shown. Show one.")
+        raise InvalidRequest(
+            "One picture is taken apart at a time, {count} are shown. Show one.",
+            code="layered.several_images",
+            count=len(shapes) - 1,
+        )
 
 
 def require_text_positions(shapes: Sequence[Shape], length: int, positions: Positions, *, layered: bool) -> int:
@@ -85,8 +89,12 @@ def require_text_positions(shapes: Sequence[Shape], length: int, positions: Posi
         reach = max(reach, frames) if layered else reach
     if reach + length > MAX_POSITIONS:
         raise InvalidRequest(
-            f"The prompt has {length} tokens; beside pictures of up to {reach * 32} px the model has "
-            f"positions for {MAX_POSITIONS - reach}. Shorten the prompt."
+            "The prompt has {tokens} tokens; beside pictures of up to {image_px} px the model has positions for "
+            "{most}. Shorten the prompt.",
+            code="prompt.too_many_tokens_beside_images",
+            tokens=length,
+            image_px=reach * 32,
+            most=MAX_POSITIONS - reach,
         )
     return reach
 
@@ -106,8 +114,11 @@ def place_pictures(
         starts = frame, down - positions.before_centre(shape[1]), right - positions.before_centre(shape[2])
         if any(not -MAX_POSITIONS <= s <= MAX_POSITIONS - n for s, n in zip(starts, shape, strict=True)):
             raise InvalidRequest(
-                f"A reference picture begins {max(down, right) * 16} px beside the centre of the others, and the model "
-                f"has {MAX_POSITIONS} positions of 16 px.\n\nWhat to do: show fewer or smaller pictures."
+                "A reference picture begins {distance_px} px beside the centre of the others, and the model has "
+                "{positions} positions of 16 px.\n\nWhat to do: show fewer or smaller pictures.",
+                code="edit.reference_too_far",
+                distance_px=max(down, right) * 16,
+                positions=MAX_POSITIONS,
             )
         rows = [axes[i][MAX_POSITIONS + starts[i] :][: shape[i]] for i in range(3)]
         views = [rows[0][:, None, None], rows[1][None, :, None], rows[2][None, None, :]]

@@ -52,9 +52,13 @@ class PromptTokenizer:
             ids = self._ids(text.split("{}")[0])
             if len(ids) != count:
                 raise WrongModel(
-                    f"{folder} holds another model's tokenizer: Qwen-Image's makes {count} tokens of the prompt "
-                    f"template's beginning, this one {len(ids)}. Use the tokenizer folder of Qwen-Image, or a text "
-                    "encoder from models/text_encoders."
+                    "{folder} holds another model's tokenizer: Qwen-Image's makes {count} tokens of the prompt "
+                    "template's beginning, this one {given_count}. Use the tokenizer folder of Qwen-Image, or a text "
+                    "encoder from models/text_encoders.",
+                    code="tokenizer.other_template_tokens",
+                    folder=folder,
+                    count=count,
+                    given_count=len(ids),
                 )
             # the last token may join with the prompt's first characters
             self._templates.append((ids[: count - 1], count))
@@ -109,25 +113,38 @@ def _require_known(folder: Path, tokenizer: "Tokenizer") -> None:
     full = tokenizer.get_vocab_size(with_added_tokens=False) >= FULL_VOCABULARY
     if full and hashlib.sha256(ids.encode()).hexdigest()[:16] != PROBE_DIGEST:
         raise WrongModel(
-            f"{folder} holds another model's tokenizer: it makes other tokens than Qwen2.5's of the same text. Use the "
-            "tokenizer folder of Qwen-Image, or a text encoder from models/text_encoders."
+            "{folder} holds another model's tokenizer: it makes other tokens than Qwen2.5's of the same text. Use the "
+            "tokenizer folder of Qwen-Image, or a text encoder from models/text_encoders.",
+            code="tokenizer.other_tokens",
+            folder=folder,
         )
 
 
 def require_text(prompt: object) -> None:
     """Raise InvalidRequest for what is no text of whole characters, and for a book; cuts nothing into tokens."""
     if not isinstance(prompt, str):
-        raise InvalidRequest(f"The prompt is {shown(prompt)}; a text is needed.\n\nWhat to do: check what is linked.")
+        raise InvalidRequest(
+            "The prompt is {prompt}; a text is needed.\n\nWhat to do: check what is linked.",
+            code="prompt.no_text",
+            prompt=shown(prompt),
+        )
     half = half_character(prompt)
     if half is not None:
         raise InvalidRequest(
-            f"The prompt's character {half + 1} is one half of a character ({prompt[half]!a}), which no encoding "
-            "has.\n\nWhat to do: type it again, or remove it."
+            "The prompt's character {position} is one half of a character ({character!a}), which no encoding "
+            "has.\n\nWhat to do: type it again, or remove it.",
+            code="prompt.half_character",
+            position=half + 1,
+            character=prompt[half],
         )
     if len(prompt) > MAX_PROMPT_CHARACTERS:
         raise InvalidRequest(
-            f"The prompt has {len(prompt)} characters, more than the {MAX_PROMPT_CHARACTERS} that the model's "
-            f"positions have room for; it has seen {MAX_PROMPT_TOKENS} tokens.\n\nWhat to do: shorten it."
+            "The prompt has {count} characters, more than the {most} that the model's positions have room for; it has "
+            "seen {most_tokens} tokens.\n\nWhat to do: shorten it.",
+            code="prompt.too_many_characters",
+            count=len(prompt),
+            most=MAX_PROMPT_CHARACTERS,
+            most_tokens=MAX_PROMPT_TOKENS,
         )
 
 
@@ -135,8 +152,12 @@ def require_length(tokens: int) -> None:
     """Raise InvalidRequest for a prompt of more tokens than the model has positions for."""
     if tokens >= MAX_POSITIONS:
         raise InvalidRequest(
-            f"The prompt has {tokens} tokens; the model has positions for {MAX_POSITIONS - 1}, and has seen "
-            f"{MAX_PROMPT_TOKENS}.\n\nWhat to do: shorten it."
+            "The prompt has {tokens} tokens; the model has positions for {most}, and has seen {most_seen}.\n\nWhat to "
+            "do: shorten it.",
+            code="prompt.too_many_tokens",
+            tokens=tokens,
+            most=MAX_POSITIONS - 1,
+            most_seen=MAX_PROMPT_TOKENS,
         )
 
 
@@ -145,8 +166,10 @@ def _filled(template: str, prompt: str) -> str:
         return template.format(prompt)
     except (KeyError, IndexError, ValueError, AttributeError) as error:
         raise InvalidRequest(
-            f"The template of the prompt cannot be filled in ({error}).\n\nWhat to do: mark the prompt's place in it "
-            "with {}, and write other braces twice."
+            "The template of the prompt cannot be filled in ({error}).\n\nWhat to do: mark the prompt's place in it "
+            "with {{}}, and write other braces twice.",
+            code="prompt.template_not_filled",
+            error=error,
         ) from error
 
 

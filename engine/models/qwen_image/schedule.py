@@ -60,8 +60,13 @@ def _times(steps: int, denoise: float) -> Tensor:
     """Evenly from 1 to above 0, before any shift."""
     if not (1 <= steps <= MOST_STEPS and denoise >= LEAST_DENOISE):  # nor NaN, which is neither more nor less
         raise InvalidRequest(
-            f"{steps} steps at denoise {denoise} cannot be taken. Use 1 to {MOST_STEPS} steps, and denoise from "
-            f"{LEAST_DENOISE} to 1."
+            "{steps} steps at denoise {denoise} cannot be taken. Use 1 to {most_steps} steps, and denoise from "
+            "{least_denoise} to 1.",
+            code="sampling.wrong_steps",
+            steps=steps,
+            denoise=denoise,
+            most_steps=MOST_STEPS,
+            least_denoise=LEAST_DENOISE,
         )
     total = steps if denoise >= 1 else int(steps / denoise)
     return torch.linspace(1, 1 / total, total, dtype=torch.float64)

@@ -75,14 +75,24 @@ def _transformer_config(
     even = isinstance(axes, list) and len(axes) == 3 and all(isinstance(n, int) and n > 0 and n % 2 == 0 for n in axes)
     if not even or sum(axes) != head_dim or inner_dim % head_dim:
         raise WrongModel(
-            f"{checkpoint.path}: {inner_dim} dimensions in heads of {head_dim} do not split into even rotary axes "
-            f"({axes!s:.99})."
+            "{file}: {inner_dim} dimensions in heads of {head_dim} do not split into even rotary axes ({axes!s:.99}).",
+            code="transformer.wrong_axes",
+            file=checkpoint.path,
+            inner_dim=inner_dim,
+            head_dim=head_dim,
+            axes=axes,
         )
     drawn_channels = shape("proj_out.weight", 2)[0]
     if (in_channels, drawn_channels) != (_CHANNELS, _CHANNELS):
         raise WrongModel(
-            f"{checkpoint.path} takes {in_channels} channels and makes {drawn_channels}; Qwen-Image has {_CHANNELS}. "
-            f"Choose a file such as {TRANSFORMER.example}."
+            "{file} takes {in_channels} channels and makes {drawn_channels}; Qwen-Image has {channels}. Choose a file "
+            "such as {example}.",
+            code="transformer.other_channels",
+            file=checkpoint.path,
+            in_channels=in_channels,
+            drawn_channels=drawn_channels,
+            channels=_CHANNELS,
+            example=TRANSFORMER.example,
         )
     return TransformerConfig(
         num_layers=layers,

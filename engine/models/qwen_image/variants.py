@@ -68,16 +68,24 @@ def variant_of(checkpoint: Checkpoint, chosen: Variant | None = None) -> Variant
     if chosen is not None and layered != (chosen is Variant.LAYERED):
         is_it = "is" if layered else "is not"
         raise WrongModel(
-            f"{checkpoint.path} {is_it} {Variant.LAYERED.value}, by its tensors; the variant {chosen.value} was "
-            "chosen. Choose auto, or another file."
+            "{file} {is_it} {found}, by its tensors; the variant {chosen} was chosen. Choose auto, or another file.",
+            code="variant.layered_by_its_tensors",
+            file=checkpoint.path,
+            is_it=is_it,
+            found=Variant.LAYERED.value,
+            chosen=chosen.value,
         )
     if layered:
         return Variant.LAYERED
     if chosen is not None:
         if marked and chosen in (Variant.EDIT, Variant.EDIT_2509):
             raise WrongModel(
-                f"{checkpoint.path} is marked as {Variant.EDIT_2511.value}; the variant {chosen.value} was chosen. "
-                f"Choose auto or {Variant.EDIT_2511.value}, or another file."
+                "{file} is marked as {found}; the variant {chosen} was chosen. Choose auto or {found}, or another "
+                "file.",
+                code="variant.marked_2511",
+                file=checkpoint.path,
+                found=Variant.EDIT_2511.value,
+                chosen=chosen.value,
             )
         return chosen
     if marked:
@@ -85,10 +93,13 @@ def variant_of(checkpoint: Checkpoint, chosen: Variant | None = None) -> Variant
     named = [variant for text in _titles(checkpoint) if (variant := _named(text)) is not None]
     if Variant.EDIT_2511 in named:
         raise WrongModel(
-            f"{checkpoint.path} is {Variant.EDIT_2511.value} by its name, but has lost that model's mark (the setting "
-            f"zero_cond_t, or the tensor {MARK_2511}), as many GGUF files have; pictures come out wrong without it. "
-            f"Choose the variant {Variant.EDIT_2511.value} if that is what it is, another variant if it is not, or a "
-            "file with the mark."
+            "{file} is {variant} by its name, but has lost that model's mark (the setting zero_cond_t, or the tensor "
+            "{mark}), as many GGUF files have; pictures come out wrong without it. Choose the variant {variant} if "
+            "that is what it is, another variant if it is not, or a file with the mark.",
+            code="variant.lost_mark",
+            file=checkpoint.path,
+            variant=Variant.EDIT_2511.value,
+            mark=MARK_2511,
         )
     return _of_pipeline(checkpoint) or next(iter(named), Variant.QWEN_IMAGE)
 

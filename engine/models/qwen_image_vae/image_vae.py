@@ -108,8 +108,10 @@ class ImageVAE(nn.Module):
             latents = latents.movedim(2, 1).flatten(0, 1)
         if latents.ndim != 4 or latents.shape[1] != self.latent_channels or 0 in latents.shape:
             raise InvalidRequest(
-                f"The VAE decodes latents (B, {self.latent_channels}, 1, h, w) of still images, "
-                f"got {tuple(latents.shape)}."
+                "The VAE decodes latents (B, {channels}, 1, h, w) of still images, got {shape}.",
+                code="vae.wrong_latents",
+                channels=self.latent_channels,
+                shape=tuple(latents.shape),
             )
         b, _, h, w = latents.shape
         size = (h * self.scale, w * self.scale)
@@ -143,7 +145,10 @@ class ImageVAE(nn.Module):
         """
         if images.ndim != 4 or images.shape[-1] != self.image_channels or 0 in images.shape:
             raise InvalidRequest(
-                f"The VAE encodes pictures (B, H, W, {self.image_channels}), got {tuple(images.shape)}."
+                "The VAE encodes pictures (B, H, W, {channels}), got {shape}.",
+                code="vae.wrong_images",
+                channels=self.image_channels,
+                shape=tuple(images.shape),
             )
         b, height, width, _ = images.shape
         self._check_size(height, width)
@@ -235,8 +240,10 @@ class ImageVAE(nn.Module):
                 logger.warning("Memory ran out (%s) in %r: again with %d MiB.", why, plan, limit_bytes // 2**20)
             elif dtype == torch.float32:
                 raise InvalidRequest(
-                    f"The VAE's {task} overflows in float32: what it is given holds NaN, infinity or huge numbers.\n\n"
-                    "What to do: look at what made it; a model that overflows in fp16 does such."
+                    "The VAE's {task} overflows in float32: what it is given holds NaN, infinity or huge "
+                    "numbers.\n\nWhat to do: look at what made it; a model that overflows in fp16 does such.",
+                    code="vae.overflow",
+                    task=task,
                 )
             else:
                 logger.warning("The VAE overflowed in %s: the whole %s runs again in float32.", dtype, task)
@@ -266,7 +273,11 @@ class ImageVAE(nn.Module):
     def _check_size(self, height: int, width: int) -> None:
         if height < self.scale or width < self.scale or height % self.scale or width % self.scale:
             raise InvalidRequest(
-                f"The VAE works on multiples of {self.scale} pixels, got {width}x{height}. Crop or resize the image."
+                "The VAE works on multiples of {multiple} pixels, got {width}x{height}. Crop or resize the image.",
+                code="vae.wrong_size",
+                multiple=self.scale,
+                width=width,
+                height=height,
             )
 
     def _result_bytes(self, result: torch.Tensor) -> int:

@@ -66,7 +66,11 @@ class _Parts:
 
     def tensor(self, name: str) -> torch.Tensor:
         if name not in self.tensors:
-            raise DamagedFile(f"The VAE has no tensor {name}: the file is cut or mixed up. Download it again.")
+            raise DamagedFile(
+                "The VAE has no tensor {name}: the file is cut or mixed up. Download it again.",
+                code="vae.tensor_missing",
+                name=name,
+            )
         return self.tensors[name]
 
     def folded(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:

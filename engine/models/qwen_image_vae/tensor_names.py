@@ -71,37 +71,86 @@ def check_is_image_vae(shapes: Mapping[str, Sequence[int]], where: str) -> int:
     use = f"Use {NAME}."
     # its blocks are nested in a way that the names above leave over
     if any(".resnets.0.upsamples." in name for name in shapes):
-        raise WrongModel(f"{where} is the Wan 2.2 VAE (48 latent channels). {use}")
+        raise WrongModel(
+            "{file} is the Wan 2.2 VAE (48 latent channels). {use}", code="vae.wan_22", file=where, use=use
+        )
     if "decoder.conv_norm_out.weight" in shapes or "decoder.norm_out.weight" in shapes:
-        raise WrongModel(f"{where} is a VAE of the Stable Diffusion or Flux kind. {use}")
+        raise WrongModel(
+            "{file} is a VAE of the Stable Diffusion or Flux kind. {use}",
+            code="vae.stable_diffusion_or_flux",
+            file=where,
+            use=use,
+        )
     ends = {name: tuple(shapes.get(name, ())) for name in _ENDS}
     strange = [name for name, shape in ends.items() if len(shape) < 4 or 0 in shape]
     if strange:
         found = ", ".join(repr(name) for name in sorted(shapes)[:3]) or "nothing"
         raise WrongModel(
-            f"{where} is not a Qwen-Image VAE: {strange[0]} {list(ends[strange[0]]) or 'is missing'} "
-            f"({len(shapes)} tensors: {found}, ...). {use}"
+            "{file} is not a Qwen-Image VAE: {name} {shape} ({tensor_count} tensors: {found}, ...). {use}",
+            code="vae.is_none",
+            file=where,
+            name=strange[0],
+            shape=list(ends[strange[0]]) or "is missing",
+            tensor_count=len(shapes),
+            found=found,
+            use=use,
         )
     latent_channels, image_channels = ends["post_quant_conv.weight"][0], ends["encoder.conv_in.weight"][1]
     drawn_channels, width = ends["decoder.conv_out.weight"][:2]
     if latent_channels == 64:
-        raise WrongModel(f"{where} is Qwen-Image-2.1's VAE (64 latent channels, RGBA). {use}")
+        raise WrongModel(
+            "{file} is Qwen-Image-2.1's VAE (64 latent channels, RGBA). {use}",
+            code="vae.qwen_image_21",
+            file=where,
+            use=use,
+        )
     if latent_channels != LATENT_CHANNELS:
-        raise WrongModel(f"{where} has {latent_channels} latent channels; Qwen-Image's has {LATENT_CHANNELS}. {use}")
+        raise WrongModel(
+            "{file} has {channels} latent channels; Qwen-Image's has {needed}. {use}",
+            code="vae.other_latent_channels",
+            file=where,
+            channels=latent_channels,
+            needed=LATENT_CHANNELS,
+            use=use,
+        )
     if drawn_channels == image_channels * UPSCALING**2:
         raise WrongModel(
-            f"{where} is a VAE that upscales (it draws {drawn_channels} channels for {UPSCALING} times the size). {use}"
+            "{file} is a VAE that upscales (it draws {channels} channels for {times} times the size). {use}",
+            code="vae.upscales",
+            file=where,
+            channels=drawn_channels,
+            times=UPSCALING,
+            use=use,
         )
     if image_channels != drawn_channels or image_channels not in NAMES or width > MAX_WIDTH:
         raise WrongModel(
-            f"{where} reads {image_channels} channels, draws {drawn_channels} and is {width} wide, as none of "
-            f"Qwen-Image's. {use}"
+            "{file} reads {image_channels} channels, draws {drawn_channels} and is {width} wide, as none of "
+            "Qwen-Image's. {use}",
+            code="vae.other_channels",
+            file=where,
+            image_channels=image_channels,
+            drawn_channels=drawn_channels,
+            width=width,
+            use=use,
         )
     for name, shape in image_vae_shapes(width, image_channels).items():
         if name not in shapes:
-            raise DamagedFile(f"{where} has no tensor {name}: the file is cut or mixed up. Download it again.")
+            raise DamagedFile(
+                "{file} has no tensor {name}: the file is cut or mixed up. Download it again.",
+                code="vae.lacks_tensor",
+                file=where,
+                name=name,
+            )
         if tuple(shapes[name]) != shape:
-            raise WrongModel(f"{where} is not a Qwen-Image VAE: {name} {list(shapes[name])}, not {list(shape)}. {use}")
+            raise WrongModel(
+                "{file} is not a Qwen-Image VAE: {name} {shape}, not {needed_shape}. {use}",
+                code="vae.other_shape",
+                file=where,
+                name=name,
+                shape=list(shapes[name]),
+                needed_shape=list(shape),
+                use=use,
+            )
     return image_channels
 
 
@@ -112,8 +161,12 @@ def require_image_vae(checkpoint: Checkpoint, *, channels: int | None = None) ->
     if channels not in (None, found):
         which = {RGB: "of the models that make whole pictures (RGB)", RGBA: "of Qwen-Image-Layered (RGBA)"}
         raise WrongModel(
-            f"{checkpoint.path} is the VAE {which[found]}; the transformer needs that {which[channels]}. "
-            f"Use {NAMES[channels]}."
+            "{file} is the VAE {found}; the transformer needs that {needed}. Use {example}.",
+            code="vae.other_variant",
+            file=checkpoint.path,
+            found=which[found],
+            needed=which[channels],
+            example=NAMES[channels],
         )
 
 
