@@ -107,7 +107,9 @@ def _row(format_: _Format, weight: Tensor, turns: int) -> dict[str, Any]:
         "error": None if few_parts is None else _error(format_.codec, few, few_parts),
         "encode_gb_s": _speed(lambda: format_.parts(weight), weight, turns) if encodes else None,
         "decode_gb_s": _speed(lambda: codec.decode_into(out, parts), weight, turns),
-        "peer_gb_s": None if format_.peer is None else _peer_speed(format_, weight[:PEER_ROWS], turns),
+        "peer_gb_s": None
+        if format_.peer is None
+        else _peer_speed(format_.peer, format_.parts, weight[:PEER_ROWS], turns),
         "scratch_bytes": codec.scratch_bytes(weight.shape),
     }
 
@@ -168,9 +170,11 @@ def _by_gguf(codec: GgufCodec, weight: Tensor, parts: Parts) -> Any:
         return gguf.quants.dequantize(parts[0].cpu().numpy(), GGMLQuantizationType[codec.type])
 
 
-def _peer_speed(format_: _Format, weight: Tensor, turns: int) -> float:
-    parts = format_.parts(weight)
-    return _speed(lambda: format_.peer(weight, parts), weight, turns)
+def _peer_speed(
+    peer: Callable[[Tensor, Parts], Any], make: Callable[[Tensor], Parts], weight: Tensor, turns: int
+) -> float:
+    parts = make(weight)
+    return _speed(lambda: peer(weight, parts), weight, turns)
 
 
 def _error(codec: str, weight: Tensor, parts: Parts) -> float:

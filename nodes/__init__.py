@@ -1,5 +1,7 @@
 """The nodes, in ComfyUI's display_names. The only part of the pack that imports ComfyUI."""
 
+from typing import Any
+
 from . import display_names, routes
 from .adapters.error_events import errors_sent
 from .decode import QwenLowVRAMDecode
@@ -14,7 +16,7 @@ from .weight_cache import QwenLowVRAMWeightCache
 
 routes.register()
 
-NODE_CLASS_MAPPINGS = {
+NODE_CLASS_MAPPINGS: dict[str, Any] = {
     "QwenLowVRAMLoader": QwenLowVRAMLoader,
     "QwenLowVRAMLoadLora": QwenLowVRAMLoadLora,
     "QwenLowVRAMEncodePrompts": QwenLowVRAMEncodePrompts,

@@ -57,7 +57,7 @@ class QwenLowVRAMMemoryReport:
         return float("nan")  # what was measured is no input
 
     def report(self, model: Any, after: Any = None) -> dict[str, Any]:
-        inner = getattr(model, "model", None)
+        inner: Any = getattr(model, "model", None)
         if not isinstance(inner, LowVRAMModel):
             refuse(
                 "Memory Report with a model of another loader",

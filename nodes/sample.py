@@ -153,8 +153,8 @@ class QwenLowVRAMSample:
             preset=preset,
         )
         given = latent_of("latent_image", latent_image)
-        if PRESETS[preset] is not None:
-            steps, cfg, sampler, scheduler = PRESETS[preset], 1.0, "euler", LIGHTNING_SCHEDULER
+        if (preset_steps := PRESETS[preset]) is not None:
+            steps, cfg, sampler, scheduler = preset_steps, 1.0, "euler", LIGHTNING_SCHEDULER
         check_conditioning("positive", positive)
         if cfg > 1:
             check_conditioning("negative", negative)
@@ -223,14 +223,14 @@ def _sigmas(scheduler: str, latents: Tensor, steps: int, denoise: float, layered
     return own_sigmas(steps, math.prod(patches_of(latents)), denoise=denoise)
 
 
-def _downscale(latent: dict[str, Any], key: str) -> float | None:
+def _downscale(latent: dict[str, Any], key: str) -> Any:
     """How many pixels or frames an empty latent's node gave each latent; ComfyUI resizes by it. None: not said.
 
     Raises InvalidRequest for what is no such number.
     """
     ratio = latent.get(key)
     # NaN is neither more nor less than anything
-    if ratio is None or (isinstance(ratio, Real) and 1 <= ratio <= MOST_DOWNSCALE):
+    if ratio is None or (isinstance(ratio, Real) and 1 <= float(ratio) <= MOST_DOWNSCALE):
         return ratio
     raise InvalidRequest(
         "latent_image: its {key} is {ratio}; a number from 1 to {most} is needed.\n\nWhat to do: use "
@@ -247,7 +247,7 @@ def _check_batch_index(index: Any) -> None:
     if index is None:
         return
     numbers = list(index) if isinstance(index, list | tuple) else []
-    if not numbers or not all(isinstance(i, Integral) and 0 <= i <= MOST_INDEX for i in numbers):
+    if not numbers or not all(isinstance(i, Integral) and 0 <= int(i) <= MOST_INDEX for i in numbers):
         raise InvalidRequest(
             "latent_image: its batch_index is no list of whole numbers from 0 to {most}.\n\nWhat to do: use ComfyUI's "
             "nodes for batches (LatentFromBatch, RepeatLatentBatch).",

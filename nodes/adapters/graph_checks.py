@@ -1,7 +1,7 @@
 """Say in words what a graph asks of our models that they do not do; nothing is silently ignored."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import comfy.hooks
 import torch
@@ -22,7 +22,7 @@ NO_PICTURES_KEY = "qwen_lowvram_no_pictures"
 
 
 @errors_sent()
-def refuse(what: str, instead: str, *, code: str = "", **values: Any) -> None:
+def refuse(what: str, instead: str, *, code: str = "", **values: Any) -> NoReturn:
     """Raise Unsupported in the pack's standard words, in which {loader} may stand as well as the values."""
     raise Unsupported(
         f"{what} does not work with the models of '{{loader}}' yet.\n\nWhat to do: {instead}",

@@ -58,9 +58,9 @@ def lora_of_patches(patches: Mapping[Any, Any]) -> LoraFile:
                 kind=kind,
                 key=key,
             )
-        for name, value in zip(names, adapter.weights, strict=False):
-            if name is not None and value is not None:
-                full = f"{layer}.{name}"
+        for part, value in zip(names, adapter.weights, strict=False):
+            if part is not None and value is not None:
+                full = f"{layer}.{part}"
                 tensors[full] = entry_of(full, value if isinstance(value, Tensor) else torch.tensor(float(value)))
     path = Path("the LoRA of another node")
     return LoraFile(path, tensors, {}, f"memory {id(patches)}")

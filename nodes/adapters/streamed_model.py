@@ -120,6 +120,7 @@ class LowVRAMModel:
     diffusion_model: DiffusionModel
     model_sampling: Any
     latent_format: Any
+    model_loaded_weight_memory: int  # ComfyUI's, which asks it how much a model holds on its device
 
     def __init__(
         self,

@@ -19,7 +19,7 @@ from ...engine.planning.request import GIB
 from ...engine.texts import half_character, shown
 
 _MOST = sys.float_info.max
-_NUMBERS = (Integral, float, np.floating)  # that tensors compute with: fractions are none of them
+_NUMBERS: Any = (Integral, float, np.floating)  # that tensors compute with: fractions are none of them
 
 
 def check_widgets(inputs: Mapping[str, Mapping[str, Any]], **values: Any) -> None:

@@ -113,8 +113,9 @@ def _delta(name: str, adapter: Any, weights: Mapping[str, tuple[int, ...]]) -> D
         entry_of(f"{name}.{i}", value) if isinstance(value, Tensor) else value
         for i, value in enumerate(adapter.weights)
     )
+    kind: Any = type(adapter)
     shapes = tuple(value.shape if isinstance(value, TensorEntry) else value for value in values)
-    if not _fits(type(adapter), shape, shapes):
+    if not _fits(kind, shape, shapes):
         raise WrongModel(
             "ComfyUI's {kind} adapter does not fit {name} {shape}; its parts are {shapes:.199}, its log says why. "
             "Choose a LoRA for Qwen-Image.",
