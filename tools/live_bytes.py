@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+_SCORES = torch.ops.aten._scaled_dot_product_attention_math.default
 
 
 class LiveBytes(TorchDispatchMode):
@@ -20,11 +21,13 @@ class LiveBytes(TorchDispatchMode):
 
     Fused attention counts as one kernel: its output, and while it runs one fp32 number per query and head (the
     log-sum-exp that flash and memory-efficient kernels keep). Only inference mode hands it over as one operation.
+    `fused` False: it makes scores, and is counted operation by operation, as torch computes it without such a kernel.
     """
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, *, fused: bool = True) -> None:
         super().__init__()
         self._device = device
+        self._fused = fused
         self._sizes: dict[int, int] = {}
         self.now = 0
         self.peak = 0
@@ -33,6 +36,9 @@ class LiveBytes(TorchDispatchMode):
         self.peak = self.now
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _ATTENTION and not self._fused and self._is_here(args[0]):
+            with self:
+                return _SCORES.decompose(*args, **(kwargs or {}))[0]
         if func is _ATTENTION and self._device != "cpu" and self._is_here(args[0]):
             query, value = args[0], args[2]
             self.peak = max(self.peak, self.now + query.shape[:-1].numel() * 4)

@@ -1,1 +1,1 @@
-"""How a block's layers compute: attention and token chunks. Knows no model."""
+"""How a block's layers compute, and what that takes: attention and its kernels, token chunks. Knows no model."""

@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..compute.interruption import interruptible
+from ..compute.attention import attention_by, kernel_of
 from ..compute.token_chunks import chunk_tokens
 from ..errors import Unsupported
 from ..files.checkpoint import Checkpoint
@@ -210,7 +210,7 @@ class TransformerSession(Generic[BranchT, StateT]):
         """What the model answers to each branch, in one pass over the blocks.
 
         `hooked`: branches with something around their blocks. `more`: another pass follows. `on_block` is called
-        before each block with its index, `check` within those of huge images (`interruptible`); both may raise, and the
+        before each block with its index, `check` within those of huge images (`attention_by`); both may raise, and the
         session can be used again after that. Raises what the network's `begin` does.
         """
         transformer = self._transformer
@@ -219,13 +219,14 @@ class TransformerSession(Generic[BranchT, StateT]):
         alone = set(range(len(states))).difference(*(group.branches for group in hooked))
         tokens = max((state.tokens for state in states), default=0)
         for streamer in self._streamers:
+            kernel = kernel_of(streamer.hardware, transformer.dtype)
             for state in states:
                 state.move(streamer.device)
             for index, block in streamer.visit(more=more):
                 if on_block is not None:
                     on_block(index)
                 chunk_tokens(block, self._mlp_chunk_tokens)
-                with interruptible(tokens, check):
+                with attention_by(kernel, tokens, check):
                     for i in sorted(alone):
                         states[i].run(index, block)
                     for group in hooked:

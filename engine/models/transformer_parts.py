@@ -6,6 +6,8 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from ..compute.attention import kernel_of
+from ..compute.attention_kernels import FUSED
 from ..hardware import Hardware
 from ..planning.footprint import TransformerFootprint
 from ..streaming import (
@@ -42,6 +44,8 @@ class TransformerParts:
         """
         self.network = network
         self._dtype, self._hardware, self._source = dtype, hardware, source
+        kernels = [kernel_of(device, dtype) for device in (hardware, *others)]
+        self._attention = next((kernel for kernel in kernels if kernel != FUSED), FUSED)  # plans are of any of them
         with torch.device("meta"):
             self._outside_shapes = _shapes(network.make_outside())
         host = HostMemory(hardware)
@@ -105,6 +109,7 @@ class TransformerParts:
             scratch_bytes=store.scratch_bytes,
             ring_bytes=store.ring_bytes + (modulation.ring_bytes if modulation else 0),
             host=self._hardware.host_device,
+            attention=self._attention,
             **beforehand,
         )
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from ..compute.attention_kernels import FUSED, AttentionKernel, AttentionShape
 from .request import SamplingRequest
 
 
@@ -18,7 +19,8 @@ class TransformerFootprint(ABC):
     decoding (native). scratch_bytes: what decoding a block allocates on the device for a moment. inner_dim: numbers of
     a token between blocks. modulation_*: the same sizes of a block's weights that see the timestep alone, 0 where the
     network has none. ring_bytes: host memory that file bytes pass through. host: the device is the host, and has no
-    other memory. elsewhere: blocks that stay on other devices, and are not among `blocks`.
+    other memory. elsewhere: blocks that stay on other devices, and are not among `blocks`. attention: what all devices
+    of the blocks can compute attention with.
     """
 
     blocks: int
@@ -37,6 +39,7 @@ class TransformerFootprint(ABC):
     ring_bytes: int = 0
     host: bool = False
     elsewhere: int = 0
+    attention: AttentionKernel = FUSED
 
     @property
     def all_blocks(self) -> int:
@@ -61,6 +64,10 @@ class TransformerFootprint(ABC):
     def activation_bytes(self, request: SamplingRequest, chunk: int | None) -> int:
         """Peak of a forward pass beyond weights; `chunk`: tokens of an MLP at a time, None for all at once."""
 
+    def attention_text(self, request: SamplingRequest) -> str:
+        """The kernel of attention, and its chunks."""
+        return self.attention.name
+
     @abstractmethod
     def step_flops(self, request: SamplingRequest) -> float:
         """Floating-point operations of one step."""
@@ -68,7 +75,10 @@ class TransformerFootprint(ABC):
 
 @dataclass(frozen=True)
 class TextEncoderFootprint:
-    """A text encoder's weights in bytes, layer by layer; the fields are named as in TransformerFootprint."""
+    """A text encoder's weights in bytes, layer by layer; the fields are named as in TransformerFootprint.
+
+    shared_keys: heads that look at the same keys.
+    """
 
     layers: int
     slot_bytes: int
@@ -82,6 +92,13 @@ class TextEncoderFootprint:
     stored_bytes: int = 0
     ring_bytes: int = 0
     host: bool = False
+    attention: AttentionKernel = FUSED
+    shared_keys: int = 1
+
+    def attended(self, tokens: int) -> AttentionShape:
+        """Each token looks at those before it."""
+        heads = self.hidden_size // self.head_dim
+        return AttentionShape(tokens, tokens, heads, self.head_dim, self.shared_keys, masked=True)
 
 
 class Tiles(Protocol):

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
+from ..compute.attention_kernels import FUSED
+from ..compute.chunk_sizes import MLP_CHUNKS
 from ..errors import DoesNotFit
 from .footprint import TextEncoderFootprint, TransformerFootprint
 from .forecast import TYPICAL, Speeds, StepForecast, forecast_step
 from .request import GIB, Controls, Limits, SamplingRequest, size_text
 
-# in the order in which they are tried; below 512 tokens a GPU is no longer filled
-MLP_CHUNKS = (None, 4096, 2048, 1024, 512)
 # rows of the modulation table kept beyond those of the present run
 SPARE_ROWS = 16
 
@@ -39,9 +39,9 @@ class MemoryPlan:
 
     resident: indices of the blocks that stay on the device. held: of those that stay in host memory; the others are
     read from the file at every step. slots: buffers that blocks pass through (two overlap fetching with computing).
-    mlp_chunk_tokens: None computes the MLP of all tokens at once. The *_peak_bytes are predictions of everything that
-    the stage holds on the device, ram_peak_bytes of everything in host memory. `blocks` and all that leave out those of
-    annexes.
+    mlp_chunk_tokens: None computes the MLP of all tokens at once. attention: by which kernel, and in which chunks. The
+    *_peak_bytes are predictions of everything that the stage holds on the device, ram_peak_bytes of everything in host
+    memory. `blocks` and all that leave out those of annexes.
     """
 
     request: SamplingRequest
@@ -59,6 +59,7 @@ class MemoryPlan:
     ram_peak_bytes: int
     streamed_bytes_per_step: int
     forecast: StepForecast
+    attention: str = FUSED.name
     annexes: tuple[Annex, ...] = ()
 
     @property
@@ -82,6 +83,7 @@ class MemoryPlan:
 
     def __repr__(self) -> str:
         chunk = f", MLP in chunks of {self.mlp_chunk_tokens} tokens" if self.mlp_chunk_tokens else ""
+        chunk += f", attention {self.attention}" if self.attention != FUSED.name else ""
         slots = f"{self.slots} slot{'s' if self.slots != 1 else ''}"
         ram = "" if self.limits.ram_bytes is None else f" of {size_text(self.limits.ram_bytes)}"
         controls = f", {self.request.controls}" if self.request.controls else ""
@@ -160,15 +162,16 @@ def most_ram_bytes(footprint: TransformerFootprint, request: SamplingRequest) ->
 
 
 def text_encoder_peak_bytes(footprint: TextEncoderFootprint, prompt_tokens: Sequence[int], slots: int) -> int:
-    """What encoding holds on the device: the slots, each prompt's states, and the widest point of a layer's MLP."""
+    """What encoding holds on the device: the slots, each prompt's states, and the widest point of a layer:
+    in its MLP, or in its attention where that makes scores."""
     unit = footprint.element_bytes
     longest = max(prompt_tokens)
     carried = sum(prompt_tokens) * (footprint.hidden_size + 2 * footprint.head_dim)
-    widest = (
-        4 * longest * footprint.hidden_size + 3 * min(longest, footprint.chunk_tokens) * footprint.intermediate_size
-    )
+    states = 4 * longest * footprint.hidden_size * unit
+    mlp = 3 * min(longest, footprint.chunk_tokens) * footprint.intermediate_size * unit
+    scores = footprint.attention.scratch_bytes(footprint.attended(longest))
     decoding = footprint.staging_bytes + footprint.scratch_bytes
-    return slots * footprint.slot_bytes + decoding + (carried + widest) * unit
+    return slots * footprint.slot_bytes + decoding + carried * unit + states + max(mlp, scores)
 
 
 def plan_text_encoder(footprint: TextEncoderFootprint, prompt_tokens: Sequence[int], limit_bytes: int) -> int:
@@ -253,6 +256,7 @@ class _Draft:
             forecast=forecast_step(
                 footprint, request, speeds, streamed=streamed, from_file=streamed - held, slots=slots
             ),
+            attention=footprint.attention_text(request),
         )
 
 

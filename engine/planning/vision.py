@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from ..compute.attention_kernels import FUSED, AttentionKernel, AttentionShape
 from ..errors import DoesNotFit
 from .forecast import TYPICAL, Speeds, StepForecast
 from .request import GIB
@@ -31,6 +32,7 @@ class VisionFootprint:
     merge: int
     out_hidden_size: int
     element_bytes: int
+    attention: AttentionKernel = FUSED
 
 
 def vision_peak_bytes(footprint: VisionFootprint, patches: Sequence[int], slots: int) -> int:
@@ -48,9 +50,11 @@ def vision_peak_bytes(footprint: VisionFootprint, patches: Sequence[int], slots:
     rotary = 4 * footprint.head_dim * 7 // 2
     carried = total * (footprint.patch_values * element + rotary) + unit + indices
     attention = 4 * unit + 4 * single + (2 * single if element < 4 else 0)
+    heads, longest = footprint.hidden_size // footprint.head_dim, max(patches)
+    scores = footprint.attention.scratch_bytes(AttentionShape(longest, longest, heads, footprint.head_dim))
     mlp = 2 * unit + 3 * total * footprint.intermediate_size * element
     passing = slots * footprint.slot_bytes + footprint.staging_bytes + footprint.scratch_bytes
-    return footprint.outside_bytes + passing + carried + max(attention, mlp)
+    return footprint.outside_bytes + passing + carried + max(attention, 8 * unit + scores, mlp)
 
 
 def plan_vision(footprint: VisionFootprint, patches: Sequence[int], limit_bytes: int) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..hardware import Hardware
 from ..log import logger
 from .store import BlockStore
 from .streams import Mark
@@ -67,9 +68,13 @@ class BlockStreamer:
         self._moments: list[tuple[int, bool, Any, Any]] = []
 
     @property
-    def device(self) -> torch.device:
+    def hardware(self) -> Hardware:
         """Where blocks are handed out."""
-        return self._store.hardware.device
+        return self._store.hardware
+
+    @property
+    def device(self) -> torch.device:
+        return self.hardware.device
 
     @property
     def waits(self) -> Waits:

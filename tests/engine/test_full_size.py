@@ -248,6 +248,29 @@ def test_chunks_take_what_the_plan_says(chunk: int, live: LiveBytes) -> None:
     assert 0.9 * predicted < sampling_peak(live, transformer, plan) < 1.1 * predicted
 
 
+WITHOUT_FUSED = [(512, 0, None), (1328, 0, None), (1024, 4096, Variant.EDIT_2511)]
+
+
+@pytest.mark.parametrize(("side", "references", "variant"), WITHOUT_FUSED, ids=str)
+def test_scores_take_what_the_plan_says(side: int, references: int, variant: Variant | None) -> None:
+    """On a device without a fused kernel for attention; at 1328x1328 px the whole scores would be 4.9 GiB in fp32."""
+    with FakeTensorMode(), LiveBytes("cuda", fused=False) as live, torch.inference_mode():
+        transformer = QwenImageTransformer(
+            full_size.transformer_checkpoint(layers=3),
+            dtype=torch.bfloat16,
+            hardware=replace(full_size.fake_gpu(), fused_attention=frozenset()),
+            source=full_size.EmptySource,
+            variant=variant,
+        )
+        request = SamplingRequest(side, side, 2, PROMPT_TOKENS, reference_tokens=references)
+        plan = plan_memory(transformer.footprint, request, Limits(int(1.9e9)))
+        plan = replace(plan, mlp_chunk_tokens=512)  # attention is the widest point
+        assert "attention native in chunks of" in repr(plan)
+        weights = plan.sampling_peak_bytes - plan.activation_bytes
+        predicted = weights + transformer.footprint.activation_bytes(request, 512)
+        assert 0.9 * predicted < sampling_peak(live, transformer, plan) <= predicted
+
+
 @pytest.mark.parametrize("stored", [torch.bfloat16, FP8], ids=str)
 @pytest.mark.parametrize("late", [False, True])
 def test_the_modulation_pass_takes_what_the_plan_says(late: bool, stored: torch.dtype, live: LiveBytes) -> None:
@@ -290,6 +313,20 @@ def test_the_text_encoder_takes_less_than_1100_mb(
     predicted = text_encoder_peak_bytes(encoder.footprint, lengths, 2)
     assert 0.9 * predicted < live.peak < 1.1 * predicted
     assert live.now == 0
+
+
+@pytest.mark.parametrize("length", [546, 2048])
+def test_the_text_encoders_scores_take_what_is_planned(length: int) -> None:
+    with FakeTensorMode(), LiveBytes("cuda", fused=False) as live, torch.inference_mode():
+        encoder = _EmbeddedEncoder(
+            full_size.text_encoder_checkpoint(layers=3),
+            dtype=torch.bfloat16,
+            hardware=replace(full_size.fake_gpu(), fused_shared_attention=frozenset()),
+            source=full_size.EmptySource,
+        )
+        encoder.encode([[1] * length])
+        predicted = text_encoder_peak_bytes(encoder.footprint, (length,), 2)
+        assert 0.85 * predicted < live.peak < 1.02 * predicted
 
 
 @pytest.mark.parametrize("weight_format", ["bf16", "int8"])

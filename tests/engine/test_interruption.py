@@ -6,7 +6,11 @@ from typing import Any
 import pytest
 import torch
 from qwenimage_lowvram.engine.compute import interruption
-from qwenimage_lowvram.engine.compute.interruption import LONG_TOKENS, QUERIES, interruptible
+from qwenimage_lowvram.engine.compute.attention import attention_by
+from qwenimage_lowvram.engine.compute.attention_kernels import FUSED
+from qwenimage_lowvram.engine.compute.chunk_sizes import LONG_TOKENS
+from qwenimage_lowvram.engine.compute.chunk_sizes import QUERIES_BETWEEN_CHECKS as QUERIES
+from qwenimage_lowvram.engine.compute.interruption import interruptible
 from torch.nn.functional import scaled_dot_product_attention
 
 LONG = LONG_TOKENS + 1
@@ -44,7 +48,7 @@ def test_attention_in_chunks_equals_the_whole(mask: Any, dtype: torch.dtype) -> 
         nonlocal checks
         checks += 1
 
-    with pytest.MonkeyPatch.context() as patch, interruptible(LONG, count):
+    with pytest.MonkeyPatch.context() as patch, attention_by(FUSED, LONG, count):
         patch.setattr(interruption, "SECONDS_BETWEEN_CHECKS", -1.0)
         chunked = scaled_dot_product_attention(q, k, v, attn_mask=mask)
     assert checks >= 3
@@ -57,18 +61,18 @@ def test_attention_in_chunks_equals_the_whole(mask: Any, dtype: torch.dtype) -> 
 def test_attention_in_chunks_equals_the_whole_on_a_card() -> None:
     q, k, v = (heads(LONG + 77, 128, seed, torch.bfloat16).cuda() for seed in range(3))
     whole = scaled_dot_product_attention(q, k, v)
-    with interruptible(LONG, lambda: None):
+    with attention_by(FUSED, LONG, lambda: None):
         assert torch.equal(scaled_dot_product_attention(q, k, v), whole)
 
 
 def test_a_long_attention_is_interrupted_within_it(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = (heads(LONG, 16, seed) for seed in range(3))
     start = time.monotonic()
-    with interruptible(LONG, lambda: None):
+    with attention_by(FUSED, LONG, lambda: None):
         scaled_dot_product_attention(q[:, :, :QUERIES], k, v)
     chunk_seconds = time.monotonic() - start
     start = time.monotonic()
-    with pytest.raises(Interrupted), interruptible(LONG, interrupt):
+    with pytest.raises(Interrupted), attention_by(FUSED, LONG, interrupt):
         scaled_dot_product_attention(q, k, v)
     assert time.monotonic() - start < 3 * chunk_seconds + 1  # of the 17 chunks that it has
 
@@ -81,5 +85,5 @@ def test_operations_beside_attention_are_interrupted_too(monkeypatch: pytest.Mon
 
 def test_usual_sizes_are_left_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interruption, "SECONDS_BETWEEN_CHECKS", -1.0)
-    with interruptible(LONG_TOKENS, interrupt), interruptible(LONG, None):
+    with interruptible(LONG_TOKENS, interrupt), interruptible(LONG, None), attention_by(FUSED, LONG_TOKENS, interrupt):
         torch.ones(2) + 1

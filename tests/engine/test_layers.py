@@ -17,9 +17,9 @@ FLOORS = (
     {"runs"},
     {"caches", "lora"},
     {"models"},
-    {"compute", "reports", "streaming"},
+    {"reports", "streaming"},
     {"planning"},
-    {"formats"},
+    {"compute", "formats"},
     {"files"},
     {"environment", "hardware", "host_ram", "numerics", "out_of_memory", "packages"},
     {"errors", "log", "texts"},
@@ -90,12 +90,17 @@ def test_an_adapter_knows_no_node(module: Path) -> None:
 
 # of `models/`: what tells files apart, and what passes take
 HEADERS = ("component", "foreign", "prefixes", "recognition", "sorting", "table", "tensors", "variants", "costs")
-HEADERS += ("gguf_names", "vision_tensors", "edit_sizes", "prompt_template")
+HEADERS += ("attention_kernels", "chunk_sizes", "gguf_names", "vision_tensors", "edit_sizes", "prompt_template")
 WITHOUT_TORCH = sorted(
     [
         *(ENGINE / "planning").glob("*.py"),
         *(ENGINE / "files").glob("*.py"),
-        *(module for module in (ENGINE / "models").rglob("*.py") if module.stem in HEADERS),
+        *(
+            module
+            for room in ("models", "compute")
+            for module in (ENGINE / room).rglob("*.py")
+            if module.stem in HEADERS
+        ),
         ENGINE / "errors.py",
     ]
 )

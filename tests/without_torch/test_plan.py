@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from qwenimage_lowvram.engine.compute.attention_kernels import SCORES
+from qwenimage_lowvram.engine.compute.chunk_sizes import MLP_CHUNKS, SCORES_AT_A_TIME_BYTES
 from qwenimage_lowvram.engine.errors import DoesNotFit, InvalidRequest
 from qwenimage_lowvram.engine.models.qwen_image.costs import QwenImageFootprint
 from qwenimage_lowvram.engine.numerics import NUMERICS_VERSION
 from qwenimage_lowvram.engine.planning.footprint import TextEncoderFootprint
 from qwenimage_lowvram.engine.planning.forecast import TYPICAL, Bound, Speeds
 from qwenimage_lowvram.engine.planning.memory import (
-    MLP_CHUNKS,
     MemoryPlan,
     least_bytes,
     least_ram_bytes,
@@ -486,3 +487,16 @@ def test_a_report_prints_what_was_measured_beside_what_was_planned() -> None:
 )
 def test_bytes_read_as_a_person_says_them(nbytes: int, text: str) -> None:
     assert size_text(nbytes) == text
+
+
+def test_attention_that_makes_scores_is_planned_and_named() -> None:
+    request, limits = SamplingRequest(1328, 1328, 2, 512), Limits(7 * GIB)
+    fused = plan_memory(REAL, request, limits)
+    made = plan_memory(replace(REAL, attention=SCORES), request, limits)
+    assert (fused.attention, made.attention) == ("native", "native in chunks of 1481 queries of 1 head")
+    assert "attention" not in repr(fused)
+    assert ", attention native in chunks of 1481 queries of 1 head;" in repr(made)
+    for chunk in MLP_CHUNKS:
+        more = replace(REAL, attention=SCORES).activation_bytes(request, chunk) - REAL.activation_bytes(request, chunk)
+        assert 0 <= more <= SCORES_AT_A_TIME_BYTES
+    assert least_bytes(replace(REAL, attention=SCORES), request) > least_bytes(REAL, request)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ...compute.attention import attention_by, kernel_of
+from ...compute.chunk_sizes import TEXT_MLP_TOKENS
 from ...compute.token_chunks import ChunkedTokens
 from ...errors import InvalidRequest, WrongModel
 from ...files.checkpoint import Checkpoint, TensorEntry
@@ -30,8 +32,6 @@ from .vision_tower import SeenPicture, VisionTower
 
 if TYPE_CHECKING:
     from transformers import Qwen2_5_VLTextConfig
-
-MLP_CHUNK_TOKENS = 512
 
 
 class TextEncoder:
@@ -71,9 +71,11 @@ class TextEncoder:
             **self._layers.nbytes,
             hidden_size=self._config.hidden_size,
             intermediate_size=self._config.intermediate_size,
-            chunk_tokens=MLP_CHUNK_TOKENS,
+            chunk_tokens=TEXT_MLP_TOKENS,
             head_dim=self._config.hidden_size // self._config.num_attention_heads,
             element_bytes=dtype.itemsize,
+            attention=kernel_of(hardware, dtype, shared_keys=True),
+            shared_keys=self._config.num_attention_heads // self._config.num_key_value_heads,
         )
 
     @property
@@ -124,7 +126,7 @@ class TextEncoder:
             self._rotary(rotary, state, token_positions(ids, seen))
             for state, ids, seen in zip(states, prompts, shown, strict=True)
         ]
-        with self._layers.visit(slots, on_layer) as layers:
+        with self._layers.visit(slots, on_layer) as layers, attention_by(self.footprint.attention):
             for _, layer in layers:
                 for i, position in enumerate(positions):
                     states[i] = _hidden_states(
@@ -166,7 +168,7 @@ class TextEncoder:
 def _empty_layer(config: "Qwen2_5_VLTextConfig") -> nn.Module:
     with torch.device("meta"):
         layer = _network().Qwen2_5_VLDecoderLayer(config, 0).eval()
-    layer.mlp = ChunkedTokens(layer.mlp, MLP_CHUNK_TOKENS)
+    layer.mlp = ChunkedTokens(layer.mlp, TEXT_MLP_TOKENS)
     return layer
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ...compute.attention import attention_by, kernel_of
 from ...errors import WrongModel
 from ...files.checkpoint import Checkpoint
 from ...hardware import Hardware
@@ -83,6 +84,7 @@ class VisionTower:
             merge=MERGE,
             out_hidden_size=self._settings["out_hidden_size"],
             element_bytes=dtype.itemsize,
+            attention=kernel_of(hardware, dtype),
         )
 
     @property
@@ -107,7 +109,7 @@ class VisionTower:
         """`on_block` is called before each block with its index, and may raise."""
         device = self.hardware.device
         tower = self._tower()
-        with self._blocks.visit(slots, on_block) as blocks:
+        with self._blocks.visit(slots, on_block) as blocks, attention_by(self.footprint.attention):
             tower.blocks = _InTurn(blocks)
             grids = torch.tensor([(1, picture.height, picture.width) for picture in pictures], device=device)
             patches = torch.cat([picture.patches.to(self.dtype) for picture in pictures]).to(device)

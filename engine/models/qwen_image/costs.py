@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from ...compute.attention_kernels import AttentionShape
 from ...planning.footprint import TransformerFootprint
 from ...planning.request import PromptTokens, SamplingRequest
 
@@ -47,13 +48,22 @@ class QwenImageFootprint(TransformerFootprint):
             self.element_bytes
         )
         carried = image + text + rotary + inputs
-        attention = 10 * (image + text)
+        scores = self.attention.scratch_bytes(self._attended(request))  # made when q and k have been turned
+        attention = max(10 * (image + text), 9 * (image + text) + scores)
         wide_image, wide_text = (
             8 * n if chunk is None or n <= chunk * unit else n + 8 * chunk * unit for n in (image, text)
         )
         mlps = max(6 * image + 4 * text + wide_image, 7 * image + 6 * text + wide_text)
         gate = image if self.zero_cond_t else 0
         return request.branches * carried + max(attention + gate, mlps + 2 * gate)
+
+    def attention_text(self, request: SamplingRequest) -> str:
+        return self.attention.text(self._attended(request))
+
+    def _attended(self, request: SamplingRequest) -> AttentionShape:
+        """Of one branch: image and prompt see each other."""
+        tokens = request.image_tokens + request.prompt_tokens
+        return AttentionShape(tokens, tokens, self.inner_dim // self.head_dim, self.head_dim)
 
     def step_flops(self, request: SamplingRequest) -> float:
         """A block multiplies each token with 12 dim^2 weights (q, k, v and output projections, and an MLP four times

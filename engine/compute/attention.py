@@ -1,0 +1,136 @@
+"""Attention within a block: by which kernel, in chunks where that needs them, interrupted where it is long.
+
+Blocks are other packages' modules and call torch's scaled_dot_product_attention. It is met there, in this thread alone;
+nothing of theirs is patched. Knows no model.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from ..hardware import Hardware
+from .attention_kernels import FUSED, SCORES, AttentionKernel, AttentionShape
+from .chunk_sizes import QUERIES_BETWEEN_CHECKS
+from .interruption import interruptible, is_long
+from .token_chunks import chunk_bounds
+
+
+def kernel_of(hardware: Hardware, dtype: torch.dtype, *, shared_keys: bool = False) -> AttentionKernel:
+    """What attention in `dtype` is computed with there. `shared_keys`: several heads look at the same keys."""
+    fused = hardware.fused_shared_attention if shared_keys else hardware.fused_attention
+    return FUSED if dtype in fused else SCORES
+
+
+@contextmanager
+def attention_by(kernel: AttentionKernel, tokens: int = 0, check: Callable[[], None] | None = None) -> Iterator[None]:
+    """Attention within it is computed by `kernel`. Where `tokens` are more than LONG_TOKENS, `check` is called a few
+    times per second, between operations and between chunks; it may raise.
+
+    Neither heads nor queries depend on each other: a chunk computes what the whole would. Bit-equal, but where a
+    library splits its sums by the number of queries or heads: fp32 then differs in its last digit.
+    """
+    pausing = check is not None and is_long(tokens)
+    with ExitStack() as stack:
+        stack.enter_context(interruptible(tokens, check))
+        if pausing or kernel.scores_bytes is not None:
+            stack.enter_context(_InChunks(kernel, QUERIES_BETWEEN_CHECKS if pausing else None))
+        yield
+
+
+class _InChunks(TorchFunctionMode):  # of this thread alone
+    def __init__(self, kernel: AttentionKernel, most_queries: int | None) -> None:
+        super().__init__()
+        self._kernel = kernel
+        self._most_queries = most_queries
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        run = self._attend if func is F.scaled_dot_product_attention else func
+        return run(*args, **(kwargs or {}))
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """As torch's, of query (B, H, L, E), key (B, H or fewer, S, E) and value (B, as key's, S, E)."""
+        options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
+        chunks = self._chunks(query, key, value, attn_mask, is_causal) if not dropout_p else []
+        if len(chunks) < 2:
+            return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
+        out = torch.empty_like(query)  # in the query's strides, which what follows counts on
+        for chunk in chunks:
+            mask = chunk.causal_mask(key) if is_causal else chunk.mask(attn_mask)
+            q, k, v = query[chunk.of_queries], key[chunk.of_keys], value[chunk.of_keys]
+            out[chunk.of_queries] = F.scaled_dot_product_attention(q, k, v, mask, **options)
+        return out
+
+    def _chunks(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool
+    ) -> list["_Chunk"]:
+        """Empty where operands are of other shapes than `_attend` names."""
+        if query.ndim != 4 or key.ndim != 4 or query.shape[-1] != value.shape[-1]:
+            return []
+        images, heads, queries, head_dim = query.shape
+        masked = is_causal or (mask is not None and mask.ndim > 1 and mask.shape[-2] > 1)
+        shape = AttentionShape(queries, key.shape[2], heads, head_dim, heads // key.shape[1], masked)
+        chunk = self._kernel.chunk(shape)
+        most = min(chunk.queries, self._most_queries or chunk.queries)
+        alone = self._kernel.scores_bytes is not None  # scores are counted for one image
+        return [
+            _Chunk(slice(*image), slice(*of_heads), slice(*of_keys), slice(*bounds))
+            for image in chunk_bounds(images, 1 if alone else images)
+            for of_heads, of_keys in _heads(shape, chunk.heads)
+            for bounds in chunk_bounds(queries, most)
+        ]
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    images: slice
+    heads: slice  # of the queries
+    key_heads: slice
+    queries: slice
+
+    @property
+    def of_queries(self) -> tuple[slice, slice, slice]:
+        return self.images, self.heads, self.queries
+
+    @property
+    def of_keys(self) -> tuple[slice, slice]:
+        return self.images, self.key_heads
+
+    def mask(self, whole: Tensor | None) -> Tensor | None:
+        """This chunk's part of a mask that broadcasts to (B, H, L, S)."""
+        if whole is None:
+            return None
+        whole = whole[(None,) * (4 - whole.ndim)]
+        every = slice(None)
+        own = [part if size > 1 else every for part, size in zip(self.of_queries, whole.shape[:3], strict=True)]
+        return whole[tuple(own)]
+
+    def causal_mask(self, key: Tensor) -> Tensor:
+        rows = self.queries.stop - self.queries.start
+        return torch.ones(rows, key.shape[2], dtype=torch.bool, device=key.device).tril(self.queries.start)
+
+
+def _heads(shape: AttentionShape, size: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Bounds of heads of the queries, at most `size`, and of the keys they look at."""
+    shared = shape.shared
+    if size % shared:  # a part of the heads that share keys: one
+        return [((head, head + 1), (head // shared, head // shared + 1)) for head in range(shape.heads)]
+    keys = chunk_bounds(shape.heads // shared, size // shared)
+    return [((first * shared, last * shared), (first, last)) for first, last in keys]
