@@ -19,7 +19,7 @@ from qwenimage_lowvram.engine.planning.request import GIB, Limits, SamplingReque
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .test_full_size import make_branch as full_size_branch
-from .test_plan import REAL, REAL_FP8
+from ..without_torch.test_plan import REAL, REAL_FP8
 from .test_transformer import LAYERS, Tiny, diffusers_forward, make_branch
 
 REQUEST = SamplingRequest(1328, 1328, 2, 512)
