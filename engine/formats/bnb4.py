@@ -167,14 +167,26 @@ def _described(tensors: Tensors, name: str, kind: str, note: Mapping[str, Any]) 
     entry, shape, offset = tensors[name], note.get("shape"), note.get("nested_offset")
     file = entry.file
     if not isinstance(shape, list) or not all(type(n) is int and n > 0 for n in shape):
-        raise DamagedFile(f"{file}: the quant state of {name!r} has the shape {shape!s:.99}. Download it again.")
+        raise DamagedFile(
+            "{file}: the quant state of {name!r} has the shape {shape!s:.99}. Download it again.",
+            code="bnb4.wrong_shape",
+            file=file,
+            name=name,
+            shape=shape,
+        )
     nested = f"{name}.nested_absmax" in tensors
     blocks = (note.get("blocksize"), note.get("nested_blocksize", NESTED_BLOCK))
     if note.get("quant_type") != kind or blocks != (BLOCK, NESTED_BLOCK):
         raise WrongModel(
-            f"{file}: {name!r} is stored in bitsandbytes' {note.get('quant_type')!r:.20} with blocks of "
-            f"{blocks!s:.40}, which is not supported. Use one with blocks of ({BLOCK}, {NESTED_BLOCK}), "
-            "bitsandbytes' defaults."
+            "{file}: {name!r} is stored in bitsandbytes' {kind!r:.20} with blocks of {blocks!s:.40}, which is not "
+            "supported. Use one with blocks of ({block}, {nested_block}), bitsandbytes' defaults.",
+            code="bnb4.unsupported_blocks",
+            file=file,
+            name=name,
+            kind=note.get("quant_type"),
+            blocks=blocks,
+            block=BLOCK,
+            nested_block=NESTED_BLOCK,
         )
     scales = -(-prod(shape) // BLOCK)
     expected = {"absmax": ("U8" if nested else "F32", scales)}
@@ -185,8 +197,13 @@ def _described(tensors: Tensors, name: str, kind: str, note: Mapping[str, Any]) 
     stated = not nested or (isinstance(offset, int | float) and abs(offset) < MAX_OFFSET)
     if not fits or not stated or entry.nbytes != (prod(shape) + 1) // 2:
         raise DamagedFile(
-            f"{file}: {name!r} and its scales are not what its quant state promises, {shape!s:.99} in {kind}. "
-            "Download it again."
+            "{file}: {name!r} and its scales are not what its quant state promises, {shape!s:.99} in {kind}. Download "
+            "it again.",
+            code="bnb4.broken_state",
+            file=file,
+            name=name,
+            shape=shape,
+            kind=kind,
         )
     result = {name: replace(entry, dtype=kind.upper(), shape=tuple(shape))}
     if nested:

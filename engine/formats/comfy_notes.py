@@ -38,7 +38,11 @@ class Note:
         """Raises DamagedFile where the note names no format."""
         kind = self.settings.get("format")
         if not isinstance(kind, str):
-            raise DamagedFile(f"{self.where} has a quantization note without a format. Download it again.")
+            raise DamagedFile(
+                "{where} has a quantization note without a format. Download it again.",
+                code="comfy_quant.no_format",
+                where=self.where,
+            )
         return kind
 
     def part(self, name: str) -> TensorEntry | None:
@@ -59,8 +63,13 @@ class Note:
         """The error for tensors that are not what the note promises."""
         entry = self.entry
         return DamagedFile(
-            f"{self.where}, {entry.dtype}{list(entry.shape)}, and its {scales} are not what its note promises, "
-            f"{self.kind}. Download it again."
+            "{where}, {dtype}{shape}, and its {scales} are not what its note promises, {kind}. Download it again.",
+            code="comfy_quant.broken",
+            where=self.where,
+            dtype=entry.dtype,
+            shape=list(entry.shape),
+            scales=scales,
+            kind=self.kind,
         )
 
     def require_scaled(self, dtype: str) -> None:
@@ -76,18 +85,34 @@ class Note:
         """How many neighbours of a row are rotated together. Raises DamagedFile, WrongModel for another than GROUPS."""
         group = self.setting("convrot_groupsize", GROUP)
         if type(group) is not int:
-            raise DamagedFile(f"{self.where} is rotated in groups of {group!r:.99}. Download it again.")
+            raise DamagedFile(
+                "{where} is rotated in groups of {group!r:.99}. Download it again.",
+                code="comfy_quant.group_no_number",
+                where=self.where,
+                group=group,
+            )
         if group not in GROUPS:
             raise WrongModel(
-                f"{self.where} is rotated in groups of {group}, which is not supported. Use a file with groups of "
-                f"{', '.join(map(str, GROUPS))} (ComfyUI's default is {GROUP}), or one without convrot."
+                "{where} is rotated in groups of {group}, which is not supported. Use a file with groups of {groups} "
+                "(ComfyUI's default is {default}), or one without convrot.",
+                code="comfy_quant.unsupported_group",
+                where=self.where,
+                group=group,
+                groups=[*map(str, GROUPS)],
+                default=GROUP,
             )
         return group
 
     def require_rotated(self, group: int, shape: tuple[int, ...]) -> None:
         """Raise DamagedFile where rows of a weight of `shape` cannot be rotated in such groups."""
         if len(shape) != 2 or shape[1] % group:
-            raise DamagedFile(f"{self.where} {list(shape)} cannot be rotated in groups of {group}. Download it again.")
+            raise DamagedFile(
+                "{where} {shape} cannot be rotated in groups of {group}. Download it again.",
+                code="comfy_quant.cannot_be_rotated",
+                where=self.where,
+                shape=list(shape),
+                group=group,
+            )
 
 
 class NotedFormat(Format):
@@ -115,7 +140,12 @@ def require_comfy_kitchen(path: Path, what: str, version: str, load: Callable[[]
         load()
     except (ImportError, AttributeError) as error:
         raise MissingPackage(
-            f"{path} holds {what}, which are read with the package comfy-kitchen, {version} or newer ({error}). "
+            "{file} holds {what}, which are read with the package comfy-kitchen, {version} or newer ({error}). "
             "Install it with `pip install comfy-kitchen`, update ComfyUI, which brings it, or use a file in bf16, fp8 "
-            "or int8 without convrot."
+            "or int8 without convrot.",
+            code="package.comfy_kitchen",
+            file=path,
+            what=what,
+            version=version,
+            error=error,
         ) from error

@@ -49,8 +49,12 @@ class ComfyQuant(Format):
                     return described
         known = dict.fromkeys(kind for member in self.members for kind in member.notes)
         raise WrongModel(
-            f"{note.where} is stored in ComfyUI's {kind!r:.99}, which is not supported. Use a file in bf16, fp8 "
-            f"or int8 (formats of ComfyUI's that are read: {', '.join(known)})."
+            "{where} is stored in ComfyUI's {kind!r:.99}, which is not supported. Use a file in bf16, fp8 or int8 "
+            "(formats of ComfyUI's that are read: {known}).",
+            code="comfy_quant.unsupported",
+            where=note.where,
+            kind=kind,
+            known=list(known),
         )
 
 
@@ -61,7 +65,12 @@ def _notes(tensors: Tensors, metadata: Mapping[str, str], path: Path) -> dict[st
     if _HEADER in metadata:
         layers = parse_json(metadata[_HEADER], f"{path}: {_HEADER!r}").get("layers")
         if not isinstance(layers, dict) or not all(isinstance(note, dict) for note in layers.values()):
-            raise DamagedFile(f"{path}: {_HEADER!r} has no table of 'layers'. Download it again.")
+            raise DamagedFile(
+                "{file}: {key!r} has no table of 'layers'. Download it again.",
+                code="comfy_quant.no_layers",
+                file=path,
+                key=_HEADER,
+            )
         prefix = _PREFIX if any(name.startswith(_PREFIX) for name in tensors) else ""
         notes |= {prefix + layer.removeprefix(prefix): note for layer, note in layers.items()}
     return notes

@@ -142,8 +142,10 @@ class Kitchen(NotedFormat):
         shape = (*entry.shape[:-1], entry.shape[-1] * codec.packed) if entry.shape else ()
         if note.part("pre_quant_scale") is not None:
             raise WrongModel(
-                f"{note.where} has scales for what it is multiplied with (pre_quant_scale), which is not supported. "
-                "Use a file in bf16, fp8 or int8."
+                "{where} has scales for what it is multiplied with (pre_quant_scale), which is not supported. Use a "
+                "file in bf16, fp8 or int8.",
+                code="comfy_quant.pre_quant_scale",
+                where=note.where,
             )
         if not _fits(note, codec, shape):
             raise note.broken()
@@ -157,8 +159,11 @@ class Kitchen(NotedFormat):
             require_comfy_kitchen(path, f"weights in {', '.join(found)}", "0.2.26", load_kitchen)
         if MXFP8.dtype in dtypes and not hasattr(torch, "float8_e8m0fnu"):
             raise MissingPackage(
-                f"{path} holds weights in mxfp8, whose scales torch reads from 2.7 on; this is {torch.__version__}."
-                "\n\nWhat to do: update torch with ComfyUI, or use a file in bf16, fp8 or int8."
+                "{file} holds weights in mxfp8, whose scales torch reads from 2.7 on; this is {version}.\n\nWhat to "
+                "do: update torch with ComfyUI, or use a file in bf16, fp8 or int8.",
+                code="package.torch_too_old",
+                file=path,
+                version=torch.__version__,
             )
 
     def recognise(self, name: str, tensors: Tensors) -> StoredParam | None:

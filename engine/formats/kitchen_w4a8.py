@@ -82,15 +82,21 @@ class W4a8(NotedFormat):
         rotation = note.group()
         if note.part("weight_correction") is not None:
             raise WrongModel(
-                f"{note.where} has a weight_correction, which neither ComfyUI reads nor this pack. Use a file in "
-                f"{_NAME} without, or in bf16, fp8 or int8."
+                "{where} has a weight_correction, which neither ComfyUI reads nor this pack. Use a file in {kind} "
+                "without, or in bf16, fp8 or int8.",
+                code="comfy_quant.weight_correction",
+                where=note.where,
+                kind=_NAME,
             )
         size = note.setting("group_size", _SCALE_GROUP)
         groups = by_group.shape[-1] if by_group is not None and len(by_group.shape) == 2 else 0
         rows, columns = entry.shape[0] if entry.shape else 0, groups * size if type(size) is int else 0
         if len(entry.shape) == 2 and columns and entry.shape == (rows, columns * 3 // 4):
             raise WrongModel(
-                f"{note.where} is {_NAME} with codes of 6 bits, which is not supported. Use one with 4 bits."
+                "{where} is {kind} with codes of 6 bits, which is not supported. Use one with 4 bits.",
+                code="comfy_quant.codes_of_6_bits",
+                where=note.where,
+                kind=_NAME,
             )
         if by_group is None or not _fits(note, rows, columns, groups):
             raise note.broken()

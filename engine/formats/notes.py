@@ -21,7 +21,13 @@ def read_notes(entries: Mapping[str, TensorEntry]) -> dict[str, dict[str, Any]]:
     files: dict[Path, list[str]] = {}
     for name, entry in sorted(entries.items(), key=lambda item: item[1].offset):
         if entry.nbytes > MAX_NOTE_BYTES:
-            raise DamagedFile(f"{entry.file}: {name!r} has {entry.nbytes} bytes, too many. Download it again.")
+            raise DamagedFile(
+                "{file}: {name!r} has {size} bytes, too many. Download it again.",
+                code="comfy_quant.note_too_long",
+                file=entry.file,
+                name=name,
+                size=entry.nbytes,
+            )
         files.setdefault(entry.file, []).append(name)
     for file, names in files.items():
         try:
@@ -31,5 +37,10 @@ def read_notes(entries: Mapping[str, TensorEntry]) -> dict[str, dict[str, Any]]:
                     result[name] = parse_json(stream.read(entries[name].nbytes), f"{file}: {name!r}")
                 require_unchanged(stream, file, entries[names[0]].stamp)
         except OSError as error:
-            raise MissingFile(f"{file} cannot be read ({error}). Check that this user may read it.") from error
+            raise MissingFile(
+                "{file} cannot be read ({error}). Check that this user may read it.",
+                code="file.unreadable",
+                file=file,
+                error=error,
+            ) from error
     return result

@@ -9,6 +9,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
+from typing import Any
 
 from ..errors import DamagedFile, WrongModel
 from ..files.checkpoint import TensorEntry
@@ -50,7 +51,9 @@ def with_nunchaku_layers(tensors: Mapping[str, TensorEntry]) -> Tensors:
             result[name] = entry
     for layer, parts in owned.items():
         if len(parts["qweight"].shape) != 2:
-            raise _damaged(layer, parts, "formats", f"qweight is {_told(parts['qweight'])}")
+            raise _damaged(
+                layer, parts, "formats", "qweight is {found}", code="nunchaku.no_matrix", found=_told(parts["qweight"])
+            )
         result |= _awq(layer, parts) if "wzeros" in parts else _svdq(layer, parts)
     return result
 
@@ -75,12 +78,26 @@ def _svdq(layer: str, parts: Tensors) -> Tensors:
     _require_parts(layer, parts, expected, "SVDQuant")
     names = _names(layer)
     if rows % (TILE_ROWS * len(names)) or columns % TILE_ROWS:
-        raise _damaged(layer, parts, "SVDQuant", f"{rows} rows of {columns} do not split into tiles of {TILE_ROWS}")
+        raise _damaged(
+            layer,
+            parts,
+            "SVDQuant",
+            "{rows} rows of {columns} do not split into tiles of {tile_rows}",
+            code="nunchaku.no_tiles",
+            rows=rows,
+            columns=columns,
+            tile_rows=TILE_ROWS,
+        )
     if rank % RANK_STEP or not 0 < rank <= MAX_RANK:
         raise WrongModel(
-            f"{data.file}: {layer!r} is stored in nunchaku's SVDQuant with a low-rank part of rank {rank}, which is "
-            f"not supported: ranks that are read are {RANK_STEP} to {MAX_RANK} in steps of {RANK_STEP}. Use the file "
-            "of rank 32 or 128."
+            "{file}: {layer!r} is stored in nunchaku's SVDQuant with a low-rank part of rank {rank}, which is not "
+            "supported: ranks that are read are {step} to {most} in steps of {step}. Use the file of rank 32 or 128.",
+            code="nunchaku.unsupported_rank",
+            file=data.file,
+            layer=layer,
+            rank=rank,
+            step=RANK_STEP,
+            most=MAX_RANK,
         )
     result: Tensors = {}
     for index, name in enumerate(names):
@@ -100,8 +117,11 @@ def _awq(layer: str, parts: Tensors) -> Tensors:
     rows, columns = data.shape[0] * 4, data.shape[-1] * 2
     if not _MODULATION.fullmatch(layer):
         raise WrongModel(
-            f"{data.file}: {layer!r} is stored in AWQ's 4 bits, which is read in nunchaku's modulation (img_mod.1, "
-            "txt_mod.1) only. Use a file in bf16, fp8, int8 or GGUF."
+            "{file}: {layer!r} is stored in AWQ's 4 bits, which is read in nunchaku's modulation (img_mod.1, "
+            "txt_mod.1) only. Use a file in bf16, fp8, int8 or GGUF.",
+            code="nunchaku.awq_elsewhere",
+            file=data.file,
+            layer=layer,
         )
     groups = scales.shape[0] if scales is not None and scales.shape else 0
     expected = {
@@ -112,7 +132,16 @@ def _awq(layer: str, parts: Tensors) -> Tensors:
     }
     _require_parts(layer, parts, expected, "AWQ")
     if columns % AWQ_GROUP or groups < columns // AWQ_GROUP or rows % (2 * AWQ_SPLITS):
-        raise _damaged(layer, parts, "AWQ", f"{rows} rows of {columns} and {groups} groups do not belong together")
+        raise _damaged(
+            layer,
+            parts,
+            "AWQ",
+            "{rows} rows of {columns} and {groups} groups do not belong together",
+            code="nunchaku.wrong_groups",
+            rows=rows,
+            columns=columns,
+            groups=groups,
+        )
     bias = parts["bias"]
     return {
         f"{layer}.weight": replace(data, dtype=AWQ.name.upper(), shape=(rows, columns)),
@@ -154,17 +183,39 @@ def _require_parts(layer: str, parts: Tensors, expected: _Expected, what: str) -
     for part, (shape, dtypes) in expected.items():
         entry = parts.get(part)
         if entry is None or entry.shape != shape or entry.dtype not in dtypes or 0 in shape:
-            raise _damaged(layer, parts, what, f"{part} is {_told(entry)}, {'/'.join(dtypes)}{list(shape)} is needed")
+            raise _damaged(
+                layer,
+                parts,
+                what,
+                "{part} is {found}, {dtypes}{shape} is needed",
+                code="nunchaku.wrong_part",
+                part=part,
+                found=_told(entry),
+                dtypes="/".join(dtypes),
+                shape=list(shape),
+            )
     whole = parts.get("wtscale")
     if whole is not None and (prod(whole.shape) != 1 or whole.dtype not in ("F32", *_SIXTEEN_BITS)):
-        raise _damaged(layer, parts, what, f"wtscale is {_told(whole)}, one number is needed")
+        raise _damaged(
+            layer,
+            parts,
+            what,
+            "wtscale is {found}, one number is needed",
+            code="nunchaku.wrong_scale",
+            found=_told(whole),
+        )
 
 
 def _told(entry: TensorEntry | None) -> str:
     return "missing" if entry is None else f"{entry.dtype}{list(entry.shape)}"
 
 
-def _damaged(layer: str, parts: Tensors, what: str, why: str) -> DamagedFile:
+def _damaged(layer: str, parts: Tensors, kind: str, why: str, *, code: str, **values: Any) -> DamagedFile:
     return DamagedFile(
-        f"{parts['qweight'].file}: {layer!r} is no whole layer of nunchaku's {what}: {why}. Download it again."
+        f"{{file}}: {{layer!r}} is no whole layer of nunchaku's {{kind}}: {why}. Download it again.",
+        code=code,
+        file=parts["qweight"].file,
+        layer=layer,
+        kind=kind,
+        **values,
     )

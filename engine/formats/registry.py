@@ -68,7 +68,12 @@ class Formats:
             layout = format_.raw_layout(part)
             if layout is not None:
                 return layout
-        raise WrongModel(f"{part.file} holds numbers in {part.dtype}, which is not read.")
+        raise WrongModel(
+            "{file} holds numbers in {dtype}, which is not read.",
+            code="format.unread_dtype",
+            file=part.file,
+            dtype=part.dtype,
+        )
 
     def casts_fp8(self, part: TensorEntry) -> bool:
         """Whether decoding casts numbers in fp8."""
@@ -77,13 +82,26 @@ class Formats:
 
 def _unknown_format(where: str, name: str, data: TensorEntry, beside: Sequence[str]) -> WrongModel:
     """The error for a parameter that no format has; `beside`: what its layer holds that says so."""
-    stored = f"{where}: {name} is stored as {data.dtype}{list(data.shape)}"
     if data.dtype == "F64":
-        return WrongModel(f"{stored}, which is not read. Save the model in fp32, bf16 or fp16.")
+        return WrongModel(
+            "{where}: {name} is stored as {dtype}{shape}, which is not read. Save the model in fp32, bf16 or fp16.",
+            code="format.fp64",
+            where=where,
+            name=name,
+            dtype=data.dtype,
+            shape=list(data.shape),
+        )
     scales = f" (beside it: {', '.join(map(printable, beside[:3])):.99})" if beside else ""
     lost = _LOST_NOTES if data.dtype in _NOTED_DTYPES and "weight_scale" in beside else ""
     return WrongModel(
-        f"{stored} in a quantization that is not supported{scales}. {lost}Use a bf16, fp16, fp32, fp8 or fp8-scaled "
-        "file, one of ComfyUI's own formats (int8, convrot, nvfp4, mxfp8), GGUF, bitsandbytes (nf4, fp4, int8) or "
-        "nunchaku."
+        "{where}: {name} is stored as {dtype}{shape} in a quantization that is not supported{scales}. {lost}Use a "
+        "bf16, fp16, fp32, fp8 or fp8-scaled file, one of ComfyUI's own formats (int8, convrot, nvfp4, mxfp8), GGUF, "
+        "bitsandbytes (nf4, fp4, int8) or nunchaku.",
+        code="format.unsupported",
+        where=where,
+        name=name,
+        dtype=data.dtype,
+        shape=list(data.shape),
+        scales=scales,
+        lost=lost,
     )

@@ -11,7 +11,7 @@ from error_texts import Site
 from qwenimage_lowvram.engine.errors import DamagedFile, DoesNotFit, MissingFile
 from qwenimage_lowvram.engine.files.model_files import model_files
 
-NOT_YET = ("engine/formats", "engine/planning/memory.py", "engine/runs", "engine/streaming")
+NOT_YET = ("engine/planning/memory.py", "engine/runs", "engine/streaming")
 NOT_YET += ("engine/models/qwen25_vl/text_encoder.py", "engine/models/qwen25_vl/vision_tower.py")
 NOT_YET += ("nodes/adapters/clip.py", "nodes/adapters/planning.py", "nodes/adapters/vae.py")
 SITES = [site for site in error_texts.sites() if not site.where.startswith(NOT_YET)]
