@@ -12,6 +12,7 @@ from .texts import printable, size_text
 
 _Same = TypeVar("_Same", bound="QwenLowVRAMError")
 _LONGEST_VALUE = 4096  # characters: as many as a path may have
+_MOST_ITEMS = 100  # of a list
 
 
 class QwenLowVRAMError(Exception):
@@ -20,7 +21,8 @@ class QwenLowVRAMError(Exception):
     text: with {name} where a value stands, and format specifications as in str.format. Whole numbers whose name ends
     in _bytes are shown as sizes (1.58 GiB), lists of texts with commas between.
     code: one for each text. It stays when the text is improved.
-    values: what the text names. Numbers, texts and lists of them stay what they are; of all else its text is kept.
+    values: what the text names. Numbers, texts and lists of them stay what they are, up to a length; of all else its
+    text is kept.
 
     Messages hold names and keys of files: what cannot be printed in them is escaped, but for line breaks.
     """
@@ -69,10 +71,14 @@ def _shown(name: str, value: Any) -> Any:
 
 def _plain(value: Any) -> Any:
     """What JSON has: numbers, texts, and lists of them."""
+    if isinstance(value, list | tuple):
+        return [_plain_item(item) for item in value[:_MOST_ITEMS]]
+    return _plain_item(value)
+
+
+def _plain_item(value: Any) -> Any:
     if value is None or isinstance(value, int) or (isinstance(value, float) and isfinite(value)):
         return value
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
     return printable(str(value)[:_LONGEST_VALUE], lines=True)
 
 

@@ -83,7 +83,7 @@ def _of_index(folder: Path, index: Path, config: Path | None) -> ModelFiles:
             index=index.name,
             names_count=len(names),
             missing_count=len(missing),
-            missing=missing[:3],
+            missing=", ".join(missing[:3]),
         )
     return ModelFiles([folder / name for name in names], config, weight_map, {index: stamp})
 

@@ -190,10 +190,22 @@ def store_block(
     params = []
     for name, shape in names.items():
         if name not in tensors:
-            raise WrongModel(f"{where} lacks {name}. The file is not whole: download it again.")
+            raise WrongModel(
+                "{where} lacks {name}. The file is not whole: download it again.",
+                code="model.block_lacks_tensor",
+                where=where,
+                name=name,
+            )
         param = formats.stored_param(name, tensors, where)
         if param.shape != shape:
-            raise WrongModel(f"{where}: {name} has shape {list(param.shape)}, {list(shape)} is needed.")
+            raise WrongModel(
+                "{where}: {name} has shape {shape}, {needed_shape} is needed.",
+                code="model.block_wrong_shape",
+                where=where,
+                name=name,
+                shape=list(param.shape),
+                needed_shape=list(shape),
+            )
         params.append(param)
     slot = FlatLayout.of((name, dtype, shape) for name, shape in names.items())
     native = all(is_native(param, FORMAT_OF_DTYPE[dtype]) for param in params)

@@ -51,13 +51,18 @@ class TensorReader:
                     count = handle.readinto(out[done:])  # type: ignore[attr-defined]
                     if not count:
                         raise DamagedFile(
-                            f"{entry.file} ends {len(out) - done} bytes early: it was changed or cut off after it was "
-                            "opened. Load the model again, or download it again."
+                            "{file} ends {lacking} bytes early: it was changed or cut off after it was opened. Load "
+                            "the model again, or download it again.",
+                            code="file.ends_early",
+                            file=entry.file,
+                            lacking=len(out) - done,
                         )
                     done += count
                 require_unchanged(handle, entry.file, entry.stamp)  # behind the read: what was read is the file's
         except OSError as error:
-            raise MissingFile(f"{entry.file} cannot be read any more ({error}).") from error
+            raise MissingFile(
+                "{file} cannot be read any more ({error}).", code="file.gone", file=entry.file, error=error
+            ) from error
 
     def close(self) -> None:
         with self._lock:

@@ -178,6 +178,10 @@ def require_decodable(parts: Iterable[TensorEntry], hardware: Hardware) -> None:
     for part in parts:
         if FORMATS.casts_fp8(part):
             raise Unsupported(
-                f"{part.file} holds weights in {part.dtype}, which cannot be decoded on {hardware.device}."
-                "\n\nWhat to do: use a GGUF, bf16 or int8 file, or choose the CPU as its device in the loader."
+                "{file} holds weights in {dtype}, which cannot be decoded on {device}.\n\nWhat to do: use a GGUF, "
+                "bf16 or int8 file, or choose the CPU as its device in the loader.",
+                code="format.cannot_decode_there",
+                file=part.file,
+                dtype=part.dtype,
+                device=hardware.device,
             )

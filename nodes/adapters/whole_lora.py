@@ -123,7 +123,7 @@ def _delta(name: str, adapter: Any, weights: Mapping[str, tuple[int, ...]]) -> D
             kind=_KINDS[type(adapter)],
             name=name,
             shape=list(shape),
-            shapes=[*map(str, shapes)],
+            shapes=", ".join(map(str, shapes)),
         )
     return Delta(name, shape, AdapterChange(type(adapter), (shape[0], shape[1]), values))
 

@@ -142,13 +142,19 @@ class TextEncoder:
         vocab, _ = self._embedding.shape
         for ids, seen in zip(prompts, pictures, strict=True):
             if not ids:
-                raise InvalidRequest("A prompt has no tokens. Write something, or leave the template on.")
+                raise InvalidRequest(
+                    "A prompt has no tokens. Write something, or leave the template on.", code="prompt.no_tokens"
+                )
             require_places(ids, len(seen))
             strange = next((token for token in ids if token != PICTURE and not 0 <= token < vocab), None)
             if strange is not None:
                 raise InvalidRequest(
-                    f"Token {strange} is beyond the {vocab} rows of {self._where}: the tokenizer belongs to another "
-                    "model. Use the pipeline's own tokenizer."
+                    "Token {token} is beyond the {rows} rows of {where}: the tokenizer belongs to another model. Use "
+                    "the pipeline's own tokenizer.",
+                    code="prompt.unknown_token",
+                    token=strange,
+                    rows=vocab,
+                    where=self._where,
                 )
         rows = _EmbeddingRows(self._embedding, self.dtype)
         try:
@@ -219,8 +225,12 @@ def _require_single_rows(matrix: StoredParam) -> None:
     """Raise WrongModel for a matrix whose rows cannot be decoded one by one."""
     if matrix.tile_rows > 1:
         raise WrongModel(
-            f"{matrix.parts[0].file}: the embeddings are stored in {matrix.codec}, whose scales belong to "
-            f"{matrix.tile_rows} rows together. Use a text encoder whose embeddings are in bf16, fp8 or int8."
+            "{file}: the embeddings are stored in {codec}, whose scales belong to {rows} rows together. Use a text "
+            "encoder whose embeddings are in bf16, fp8 or int8.",
+            code="text_encoder.embeddings_by_tiles",
+            file=matrix.parts[0].file,
+            codec=matrix.codec,
+            rows=matrix.tile_rows,
         )
 
 

@@ -141,8 +141,13 @@ class VisionTower:
         stated, known = tuple(self._settings[name] for name in names), (CHANNELS, FRAMES, PATCH_PX, MERGE)
         if stated != known:
             raise WrongModel(
-                f"{self._where}: the vision part has {', '.join(names)} of {stated}, Qwen2.5-VL has {known}. Use the "
-                "text encoder of Qwen-Image."
+                "{where}: the vision part has {names} of {stated}, Qwen2.5-VL has {known}. Use the text encoder of "
+                "Qwen-Image.",
+                code="vision.other_settings",
+                where=self._where,
+                names=names,
+                stated=stated,
+                known=known,
             )
 
 
