@@ -389,7 +389,7 @@ class _FailsOnce:
     def read(self, index: int, out: Tensor, start: int = 0) -> None:
         if index == self._at and not self._failed:
             self._failed = True
-            raise MissingFile(f"block {index} was on a disk that went away")
+            raise MissingFile("block {index} was on a disk that went away", code="test.gone", index=index)
         self._source.read(index, out, start)
 
     def close(self) -> None:

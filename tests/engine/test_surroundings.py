@@ -99,7 +99,7 @@ def test_speeds_without_a_file_are_measured_once(cpu: Hardware, tmp_path: Path) 
 )
 def test_the_limit_that_is_short_is_named(limit: Limit, said: str) -> None:
     with pytest.raises(DoesNotFit, match=f"(?s)^It needs more.*{said}"), limit.naming(CPU, 5 * MIB):
-        raise DoesNotFit("It needs more.")
+        raise DoesNotFit("It needs more.", code="test.needs_more")
 
 
 def test_what_the_host_has_no_room_for_is_refused_with_a_way_out(free: Callable[..., None]) -> None:

@@ -586,7 +586,7 @@ def test_a_refused_run_leaves_no_model_and_no_picture_with_a_chain(make_transfor
         nonlocal plans
         plans += 1
         if plans == 2:
-            raise DoesNotFit("The VAE has taken the room.")
+            raise DoesNotFit("The VAE has taken the room.", code="test.no_room")
         return plan(*args, **options)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -106,7 +106,7 @@ def test_what_is_short_is_named(limit: int | None, free: int, said: str) -> None
 
     card = torch.device("cuda:0")
     with pytest.raises(DoesNotFit, match=f"(?s)^It needs.*{said}"), loader_limit(limit, "x").naming(card, free):
-        raise DoesNotFit("It needs more.")
+        raise DoesNotFit("It needs more.", code="test.needs_more")
 
 
 def test_on_the_cpu_the_ram_limit_is_named_where_it_is_the_short_one(small_pipeline: Path, comfy: Any) -> None:

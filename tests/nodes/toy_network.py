@@ -201,7 +201,12 @@ class ToyModel(LowVRAMModel, comfy.model_base.BaseModel):
 
     def check_run(self, conds: Any, noise: Tensor) -> None:
         if noise.ndim != 4:
-            raise InvalidRequest(f"A toy makes images (B, {CHANNELS}, H, W), not {list(noise.shape)}.")
+            raise InvalidRequest(
+                "A toy makes images (B, {channels}, H, W), not {shape}.",
+                code="toy.wrong_shape",
+                channels=CHANNELS,
+                shape=list(noise.shape),
+            )
 
     def request_of(self, conds: Any, noise: Tensor, sigmas: Tensor) -> SamplingRequest:
         prompts = [entry["cross_attn"] for entry in entries_of(conds)]
