@@ -18,8 +18,8 @@ from qwenimage_lowvram.engine.planning.memory import Annex, least_bytes, most_by
 from qwenimage_lowvram.engine.planning.request import GIB, Limits, SamplingRequest
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .test_full_size import make_branch as full_size_branch
 from ..without_torch.test_plan import REAL, REAL_FP8
+from .test_full_size import make_branch as full_size_branch
 from .test_transformer import LAYERS, Tiny, diffusers_forward, make_branch
 
 REQUEST = SamplingRequest(1328, 1328, 2, 512)
