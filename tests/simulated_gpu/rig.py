@@ -1,0 +1,110 @@
+"""Runs the engine on a SimulatedGPU and on the CPU, and says what differs: bits, races, and what was left behind."""
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from qwenimage_lowvram.engine.hardware import Hardware
+from qwenimage_lowvram.engine.lora.lora_file import match, open_lora
+from qwenimage_lowvram.engine.lora.weight_patches import lora_patches
+from qwenimage_lowvram.engine.models.qwen_image.branch import Branch
+from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
+from torch import Tensor
+
+from . import seams
+from .device import SimulatedGPU
+from .tiny_models import DIM, LAYERS, TEXT_DIM, TinyModels
+
+TIMES = (1.0, 0.5)
+IMAGE = (1, 3, 4)  # frames, height and width in patches
+PROMPT_TOKENS = (7, 5)
+PIECE_BYTES = 16384  # so that tiny blocks pass through the ring in several pieces
+
+Lora = Sequence[tuple[str, float]]
+
+
+@dataclass
+class Rig:
+    """What a scenario is given. `gpu` None: it runs on the CPU, for the bits that are to come out."""
+
+    models: TinyModels
+    gpu: SimulatedGPU | None
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def hardware(self) -> Hardware:
+        return Hardware.detect(torch.device("cpu")) if self.gpu is None else self.gpu.hardware(**self.changes)
+
+    @property
+    def other(self) -> Hardware | None:
+        """A second card; none on the CPU."""
+        return None if self.gpu is None else self.gpu.hardware(1)
+
+    def transformer(self, kind: str, *, lora: Lora = ()) -> QwenImageTransformer:
+        others = [] if self.other is None else [self.other]
+        model = QwenImageTransformer(
+            self.models.open(kind), dtype=torch.bfloat16, hardware=self.hardware, others=others
+        )
+        if lora:
+            self.patch(model, lora)
+        return model
+
+    def patch(self, model: QwenImageTransformer, lora: Lora) -> None:
+        stack = [(match(open_lora(self.models.file(name)), model.weights), strength) for name, strength in lora]
+        model.patch(lora_patches(stack))
+
+    def branches(self, timestep: float, *, residuals: bool = False) -> list[Branch]:
+        """Two prompts for one image."""
+        generator = torch.Generator().manual_seed(int(timestep * 1000))
+        device = self.hardware.device
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(1, *shape, generator=generator).to(torch.bfloat16).to(device)
+
+        tokens = IMAGE[0] * IMAGE[1] * IMAGE[2]
+        image = draw(tokens, 64)
+        added: tuple[Any, ...] = ()
+        if residuals:  # of two ControlNets, one for the first blocks alone; references get none
+            n = tokens - 2
+            added = ([draw(n, DIM) for _ in range(LAYERS)], [None, draw(n, DIM)])
+        return [Branch(image, (IMAGE,), draw(n, TEXT_DIM), None, timestep, residuals=added) for n in PROMPT_TOKENS]
+
+
+Scenario = Callable[[Rig], list[Tensor]]
+
+
+def host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.cpu() for tensor in tensors]
+
+
+def finish(model: QwenImageTransformer) -> None:
+    model.unload()
+    model.store.set_held(())
+
+
+def expected(scenario: Scenario, models: TinyModels) -> list[Tensor]:
+    with seams.small_pieces(PIECE_BYTES):
+        return scenario(Rig(models, None))
+
+
+def findings(
+    scenario: Scenario, models: TinyModels, wanted: Sequence[Tensor], gpu: SimulatedGPU, **changes: Any
+) -> list[str]:
+    """What is wrong with the scenario on that GPU, in words; empty if nothing is. `changes`: of its Hardware."""
+    try:
+        with gpu, seams.small_pieces(PIECE_BYTES):
+            made = host(scenario(Rig(models, gpu, changes)))
+            gc.collect()
+            gpu.accelerator.synchronize()
+    except Exception as error:
+        return [f"{type(error).__name__}: {error}"]
+    found = list(dict.fromkeys(gpu.races))
+    if len(made) != len(wanted) or not all(map(torch.equal, made, wanted)):
+        found.append("the result is another than the CPU's")
+    if gpu.allocator.allocated_bytes:
+        found.append(f"{gpu.allocator.allocated_bytes} bytes of device memory are left")
+    if len(gpu.page_locks):
+        found.append(f"{len(gpu.page_locks)} page-locked buffers are left")
+    return found

@@ -1,0 +1,155 @@
+"""Runs of the transformer that streaming has to get right. Each returns what is to be the same, to the last bit."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .rig import TIMES, Lora, Rig, finish, host
+
+
+class Interrupted(Exception):
+    pass
+
+
+def steps(
+    rig: Rig,
+    kind: str,
+    *,
+    resident: Sequence[int] = (),
+    held: Sequence[int] = (),
+    slots: int = 2,
+    lora: Lora = (),
+    then: Lora | None = None,
+    residuals: bool = False,
+    chunk: int | None = None,
+) -> list[Tensor]:
+    """Two steps of one run; `then`: a second run with other LoRAs."""
+    model = rig.transformer(kind, lora=lora)
+    made: list[Tensor] = []
+    for turn in range(1 if then is None else 2):
+        if turn and then is not None:
+            rig.patch(model, then)
+        model.load(resident, held)
+        model.modulation.announce(TIMES)
+        with model.session(slots=slots, mlp_chunk_tokens=chunk) as session:
+            for timestep in TIMES:
+                branches = rig.branches(timestep, residuals=residuals)
+                made += host(session.forward(branches, more=timestep != TIMES[-1]))
+            assert session.waits.seconds >= 0
+    finish(model)
+    return made
+
+
+def interrupted(
+    rig: Rig, kind: str, *, at: int, more: bool, resident: Sequence[int] = (0,), held: Sequence[int] = (1,)
+) -> list[Tensor]:
+    """`on_block` raises in the middle of a step; the same session goes on; and a later session is left that way."""
+    model = rig.transformer(kind)
+    model.load(resident, held)
+    model.modulation.announce(TIMES)
+    made: list[Tensor] = []
+
+    def stop(index: int) -> None:
+        if index == at:
+            raise Interrupted
+
+    with model.session(slots=2) as session:
+        _until_interrupted(lambda: session.forward(rig.branches(TIMES[0]), more=more, on_block=stop))
+        made += host(session.forward(rig.branches(TIMES[0]), more=more))
+        made += host(session.forward(rig.branches(TIMES[1])))
+
+    def leave() -> None:
+        with model.session(slots=2) as session:
+            session.forward(rig.branches(TIMES[0]), more=more, on_block=stop)
+
+    _until_interrupted(leave)
+    finish(model)
+    return made
+
+
+def shrunk(rig: Rig, kind: str, *, inside: bool, held: Sequence[int] = ()) -> list[Tensor]:
+    """Resident blocks are taken between steps, or within one, while others are fetched ahead; then they are brought
+    back; then all is given back, and the session goes on."""
+    model = rig.transformer(kind)
+    resident, times = (0, 1, 2), (1.0, 0.8, 0.6, 0.5)
+    model.load(resident, held)
+    model.modulation.announce(times)
+    made: list[Tensor] = []
+    block = model.footprint.resident_block_bytes
+
+    def take(index: int) -> None:
+        if inside and index == 1:
+            model.shrink(block)
+
+    with model.session(slots=2) as session:
+        for i, timestep in enumerate(times):
+            made += host(session.forward(rig.branches(timestep), more=timestep != times[-1], on_block=take))
+            if i == 0:
+                model.shrink(block)
+            elif i == 1:
+                model.store.set_held(())
+                model.load(resident, ())
+            elif i == 2:
+                model.unload()
+    finish(model)
+    return made
+
+
+def unannounced(rig: Rig, kind: str) -> list[Tensor]:
+    """The weights of modulation are streamed beside open slots, for a timestep that nobody announced."""
+    model = rig.transformer(kind)
+    model.load((0,), (1,))
+    model.modulation.announce(TIMES[:1])
+    made: list[Tensor] = []
+    with model.session(slots=2) as session:
+        for timestep in TIMES:
+            made += host(session.forward(rig.branches(timestep), more=timestep != TIMES[-1]))
+    finish(model)
+    return made
+
+
+def two_models(rig: Rig, kinds: Sequence[str]) -> list[Tensor]:
+    """Their sessions are open at the same time, their steps come by turns."""
+    models = [rig.transformer(kind) for kind in kinds]
+    for model in models:
+        model.load((0,), (1,))
+        model.modulation.announce(TIMES)
+    made: list[Tensor] = []
+    with models[0].session(slots=2) as one, models[1].session(slots=2) as other:
+        for timestep in TIMES:
+            for session in (one, other):
+                made += host(session.forward(rig.branches(timestep), more=timestep != TIMES[-1]))
+            models[1].shrink(1)
+    for model in models:
+        finish(model)
+    return made
+
+
+def without_memory(rig: Rig, kind: str, *, fail_at: int) -> list[Tensor]:
+    """One allocation finds none: what the run holds is given back, and the step is done again with less."""
+    model = rig.transformer(kind)
+    made: list[Tensor] = []
+    if rig.gpu is not None:
+        rig.gpu.allocator.fail_at = fail_at
+    for resident, slots in (((0, 2), 2), ((), 1)):
+        try:
+            model.load(resident, (1,))
+            model.modulation.announce(TIMES)
+            with model.session(slots=slots) as session:
+                for timestep in TIMES[len(made) // 2 :]:
+                    made += host(session.forward(rig.branches(timestep), more=timestep != TIMES[-1]))
+            break
+        except torch.OutOfMemoryError:
+            pass
+        model.store.release()
+    finish(model)
+    return made
+
+
+def _until_interrupted(action: Callable[[], object]) -> None:
+    try:
+        action()
+    except Interrupted:
+        return
+    raise AssertionError("nothing was interrupted")

@@ -1,0 +1,72 @@
+"""Where a SimulatedGPU is put under the engine: page-locking, reads of files, the store's lock; and under torch, where
+that looks for a driver past every mode. All else comes to it through Hardware. The only module that knows these names.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+import torch
+from qwenimage_lowvram.engine.streaming import BlockStore, FileSource, transfer
+from qwenimage_lowvram.engine.streaming.pinned_memory import HostMemory
+from torch import Tensor
+from torch.nn import functional as F
+
+from .host_threads import OrderedLock
+from .tensors import DeviceTensor
+
+if TYPE_CHECKING:
+    from .device import SimulatedGPU
+
+
+@contextmanager
+def installed(gpu: "SimulatedGPU") -> Iterator[None]:
+    with ExitStack() as stack:
+        for owner, name, replacement in (*_engine(gpu), *_torch(gpu)):
+            stack.enter_context(patch.object(owner, name, replacement))
+        torch._C._ensureCUDADeviceGuardSet()  # as fake tensors do it: indexing asks for a guard
+        yield
+
+
+def _engine(gpu: "SimulatedGPU") -> Iterator[tuple[Any, str, Any]]:
+    made, read = BlockStore.__init__, FileSource.read
+
+    def init(store: BlockStore, *args: Any, **kwargs: Any) -> None:
+        made(store, *args, **kwargs)
+        store._lock = OrderedLock(gpu.threads)
+
+    def read_file(source: FileSource, index: int, out: Tensor, start: int = 0) -> None:
+        gpu.page_locks.host_access(out, True, f"block {index} read from its file, from byte {start} on")
+        read(source, index, out, start)
+
+    def lock(memory: HostMemory, data: Tensor) -> bool:
+        gpu.page_locks.lock(data)
+        return True
+
+    yield BlockStore, "__init__", init
+    yield FileSource, "read", read_file
+    yield HostMemory, "_lock", lock
+    yield HostMemory, "_unlock", lambda memory, data: gpu.page_locks.unlock(data)
+
+
+def _torch(gpu: "SimulatedGPU") -> Iterator[tuple[Any, str, Any]]:
+    make, attention = torch.tensor, F.scaled_dot_product_attention
+
+    def tensor(data: Any, *, dtype: torch.dtype | None = None, device: Any = None, **options: Any) -> Tensor:
+        if device is not None and torch.device(device).type == "cuda":
+            return make(data, dtype=dtype, **options).to(device)
+        return make(data, dtype=dtype, device=device, **options)
+
+    def attend(*args: Any, **kwargs: Any) -> Tensor:
+        on_device = any(isinstance(t, DeviceTensor) for t in (*args, *kwargs.values()))
+        return gpu.attend(attention, args, kwargs) if on_device else attention(*args, **kwargs)
+
+    yield torch, "tensor", tensor
+    yield F, "scaled_dot_product_attention", attend
+    yield torch.cuda, "_lazy_init", lambda: None
+
+
+def small_pieces(nbytes: int) -> AbstractContextManager[object]:
+    """Within it, blocks pass through pieces of at most that many bytes."""
+    return patch.object(transfer, "PIECE_BYTES", nbytes)
