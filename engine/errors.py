@@ -30,12 +30,11 @@ class QwenLowVRAMError(Exception):
     code: str
     values: dict[str, Any]
 
-    def __init__(self, text: str, /, *, code: str = "", **values: Any) -> None:
+    def __init__(self, text: str, /, *, code: str, **values: Any) -> None:
         self.code = code
         self.values = {name: _plain(value) for name, value in values.items()}
-        if code or values:
-            text = text.format_map({name: _shown(name, value) for name, value in values.items()})
-        super().__init__(printable(text, lines=True))
+        said = text.format_map({name: _shown(name, value) for name, value in values.items()})
+        super().__init__(printable(said, lines=True))
 
     def saying(self: _Same, text: str, **values: Any) -> _Same:
         """The same error, with its code and values and more of them, in other words. To be raised from this one."""

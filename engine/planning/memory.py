@@ -118,7 +118,7 @@ def plan_memory(
             if resident is not None:
                 plans.append(draft.plan(resident, limits, speeds))
     if not plans:
-        raise DoesNotFit(_refusal(footprint, request, limits))
+        raise _refusal(footprint, request, limits)
     return replace(min(plans, key=_slowness), annexes=annexes)
 
 
@@ -181,8 +181,13 @@ def plan_text_encoder(footprint: TextEncoderFootprint, prompt_tokens: Sequence[i
             return slots
     need = text_encoder_peak_bytes(footprint, prompt_tokens, 1)
     raise DoesNotFit(
-        f"Encoding prompts of {', '.join(map(str, prompt_tokens))} tokens needs {size_text(need)}, the limit is "
-        f"{size_text(limit_bytes)}.\nUse shorter prompts, or a VRAM limit of {need / GIB + 0.01:.2f} GB or more."
+        "Encoding prompts of {tokens} tokens needs {need_bytes}, the limit is {limit_bytes}.\nUse shorter prompts, or "
+        "a VRAM limit of {need_gb:.2f} GB or more.",
+        code="plan.prompts_do_not_fit",
+        tokens=[*map(str, prompt_tokens)],
+        need_bytes=need,
+        limit_bytes=limit_bytes,
+        need_gb=need / GIB + 0.01,
     )
 
 
@@ -293,7 +298,7 @@ def spread_order(blocks: int) -> tuple[int, ...]:
     return tuple(order)[:blocks]
 
 
-def _refusal(footprint: TransformerFootprint, request: SamplingRequest, limits: Limits) -> str:
+def _refusal(footprint: TransformerFootprint, request: SamplingRequest, limits: Limits) -> DoesNotFit:
     need, need_ram = least_bytes(footprint, request), least_ram_bytes(footprint, request)
     short_of_ram = limits.ram_bytes is not None and need_ram > limits.ram_bytes
     ways, beside = [], ""
@@ -317,9 +322,28 @@ def _refusal(footprint: TransformerFootprint, request: SamplingRequest, limits: 
     if short_of_ram:
         raised.append(f"a RAM limit of {need_ram / GIB + 0.01:.2f} GB or more")
     ways.append(" and ".join(raised))
-    what = size_text(need) + (f" and {size_text(need_ram)} of RAM" if short_of_ram else "")
-    limit = str(limits) if short_of_ram else size_text(limits.vram_bytes)
-    return f"Sampling needs {what} at least{beside}, the limit is {limit} ({request}).\nUse {', or '.join(ways)}."
+    if not short_of_ram:
+        return DoesNotFit(
+            "Sampling needs {need_bytes} at least{beside}, the limit is {limit_bytes} ({request}).\nUse {ways}.",
+            code="plan.sampling_does_not_fit",
+            need_bytes=need,
+            beside=beside,
+            limit_bytes=limits.vram_bytes,
+            request=request,
+            ways=", or ".join(ways),
+        )
+    return DoesNotFit(
+        "Sampling needs {need_bytes} and {need_ram_bytes} of RAM at least{beside}, the limit is {limit_bytes} and "
+        "{limit_ram_bytes} of RAM ({request}).\nUse {ways}.",
+        code="plan.sampling_does_not_fit_in_ram",
+        need_bytes=need,
+        need_ram_bytes=need_ram,
+        beside=beside,
+        limit_bytes=limits.vram_bytes,
+        limit_ram_bytes=limits.ram_bytes,
+        request=request,
+        ways=", or ".join(ways),
+    )
 
 
 def _fits(footprint: TransformerFootprint, request: SamplingRequest, limits: Limits) -> bool:

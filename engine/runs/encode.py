@@ -63,7 +63,8 @@ class EncodeRun:
         if others and self._keys(prompts) != keys:
             raise DamagedFile(
                 "The vision part beside the text encoder was changed while pictures were encoded: what was read of it "
-                "would be kept for another file.\n\nWhat to do: queue the prompt again."
+                "would be kept for another file.\n\nWhat to do: queue the prompt again.",
+                code="vision.changed",
             )
         for i in others:
             kept.put(keys[i], states[i])
@@ -146,10 +147,12 @@ def _require_embeddings(states: Tensor) -> None:
     if not states.shape[1]:
         raise InvalidRequest(
             "The prompt ends where its template does: it has no token of its own.\n\nWhat to do: write something "
-            "behind the template, or leave the template out."
+            "behind the template, or leave the template out.",
+            code="prompt.ends_with_template",
         )
     if not is_finite(states):
         raise InvalidRequest(
             "What the text encoder made holds numbers that are not finite (NaN or infinity).\n\nWhat to do: check the "
-            "images of the prompt; fp16 overflows in some models, bf16 or fp32 do not."
+            "images of the prompt; fp16 overflows in some models, bf16 or fp32 do not.",
+            code="text_encoder.made_not_finite",
         )

@@ -4,7 +4,6 @@ import torch
 
 from ..errors import DoesNotFit
 from ..host_ram import HostRam, RamBound
-from ..planning.request import size_text
 
 # of what is free, even where nothing is reserved: fragments of torch's allocator, cuBLAS, cuDNN, attention workspaces
 HEADROOM_BYTES = 384 * 1024**2
@@ -48,7 +47,14 @@ def check_room(nbytes: int, what: str, instead: str) -> None:
     """Raise DoesNotFit where the host has not so much free memory for `what`."""
     free = HostRam.now().available_bytes
     if nbytes > free:
-        raise DoesNotFit(f"{what} needs {size_text(nbytes)} of RAM, {size_text(max(0, free))} are free.\n{instead}")
+        raise DoesNotFit(
+            "{what} needs {need_bytes} of RAM, {free_bytes} are free.\n{instead}",
+            code="memory.lacks_ram",
+            what=what,
+            need_bytes=nbytes,
+            free_bytes=max(0, free),
+            instead=instead,
+        )
 
 
 def empty_cache(device: torch.device) -> None:

@@ -26,7 +26,14 @@ class Limit:
         try:
             yield
         except DoesNotFit as error:
-            raise DoesNotFit(f"{error}\n{self._sentence(device, budget_bytes)}") from error
+            raise error.saying(
+                f"{error}\n{self._sentence(device, budget_bytes)}",
+                limit=self.name,
+                place=self.place,
+                set_bytes=self.nbytes,
+                free_bytes=budget_bytes,
+                device=device,
+            ) from error
 
     def _sentence(self, device: torch.device, budget_bytes: int) -> str:
         free = f"{size_text(budget_bytes)} are free on {device}"

@@ -46,7 +46,7 @@ def measure_disk(file: Path) -> float:
     except OSError as error:
         raise unreadable(file, error) from error
     if not rate:
-        raise DamagedFile(f"{file} is empty. Download it again.")
+        raise DamagedFile("{file} is empty. Download it again.", code="file.empty", file=file)
     return rate
 
 

@@ -33,8 +33,11 @@ class OpenedFiles:
         variant = variant_of(model)
         if variant.edits or variant.makes_layers:
             raise InvalidRequest(
-                f"{transformer} is {variant.value}, which begins with an image; here images are made of prompts alone. "
-                "Use Qwen-Image or Qwen-Image-2512, or the nodes in ComfyUI."
+                "{file} is {variant}, which begins with an image; here images are made of prompts alone. Use "
+                "Qwen-Image or Qwen-Image-2512, or the nodes in ComfyUI.",
+                code="run.needs_an_image",
+                file=transformer,
+                variant=variant.value,
             )
         encoder, image_vae = open_component(text_encoder, TEXT_ENCODER), open_component(vae, VAE)
         require_fitting_encoder(model, encoder)

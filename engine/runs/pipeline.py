@@ -214,8 +214,13 @@ class Pipeline:
 def _require_size(width: int, height: int, batch: int) -> None:
     if width % TOKEN_PX or height % TOKEN_PX or min(width, height, batch) < 1:
         raise InvalidRequest(
-            f"{batch} images of {width}x{height} px cannot be made. Use a batch of 1 or more, and a width and a height "
-            f"that are multiples of {TOKEN_PX}."
+            "{batch} images of {width}x{height} px cannot be made. Use a batch of 1 or more, and a width and a height "
+            "that are multiples of {token_px}.",
+            code="run.wrong_size",
+            batch=batch,
+            width=width,
+            height=height,
+            token_px=TOKEN_PX,
         )
 
 

@@ -111,11 +111,16 @@ def _require(prompts: Sequence[Tensor], noise: Tensor, cfg: float) -> None:
     """Raise InvalidRequest for what is no request of whole images."""
     if len(prompts) != (2 if cfg > 1 else 1):
         raise InvalidRequest(
-            f"{len(prompts)} prompts were given with cfg {cfg}. Give two, the positive and the negative one, where cfg "
-            "is above 1, and else one."
+            "{count} prompts were given with cfg {cfg}. Give two, the positive and the negative one, where cfg is "
+            "above 1, and else one.",
+            code="run.wrong_number_of_prompts",
+            count=len(prompts),
+            cfg=cfg,
         )
     if noise.ndim != 5 or noise.shape[2] != 1 or 0 in noise.shape or noise.shape[-1] % 2 or noise.shape[-2] % 2:
         raise InvalidRequest(
-            f"The noise has the shape {list(noise.shape)}; (B, 16, 1, h, w) is needed, h and w even: the image's sides "
-            "are multiples of 16 px."
+            "The noise has the shape {shape}; (B, 16, 1, h, w) is needed, h and w even: the image's sides are "
+            "multiples of 16 px.",
+            code="run.wrong_noise",
+            shape=list(noise.shape),
         )

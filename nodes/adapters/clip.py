@@ -22,6 +22,7 @@ from ...engine.models.qwen_image.variants import Variant
 from ...engine.out_of_memory import in_words
 from ...engine.runs.encode import EncodeRun
 from ...engine.runs.timeline import Timeline
+from .error_events import errors_sent
 from .graph_checks import check_device, refuse
 from .progress import executing_prompt_id
 from .shortage import VRAM_LIMIT, loader_limit
@@ -87,7 +88,7 @@ class LowVRAMCLIP(comfy.sd.CLIP):
         return other
 
     def clip_layer(self, layer_idx: int) -> None:
-        refuse("Another layer of the text encoder (CLIPSetLastLayer)", "remove that node.")
+        refuse("Another layer of the text encoder (CLIPSetLastLayer)", "remove that node.", code="clip.other_layer")
 
     def tokenize(
         self,
@@ -119,6 +120,7 @@ class LowVRAMCLIP(comfy.sd.CLIP):
             return out
         return (cond, None) if return_pooled else cond
 
+    @errors_sent()
     @in_words("prompts were encoded")
     def encode_prompts(
         self, prompts: Sequence[str], *, template: str = PROMPT_TEMPLATE, images: Sequence[Tensor] = ()
@@ -131,6 +133,7 @@ class LowVRAMCLIP(comfy.sd.CLIP):
         conds = self.encode_tokens([PicturePrompt(tuple(tokens), pictures) for tokens in ids])
         return [[[cond, self.add_hooks_to_dict({"pooled_output": None})]] for cond in conds]
 
+    @errors_sent()
     @in_words("prompts were encoded")
     def encode_tokens(self, prompts: list[PicturePrompt]) -> list[Tensor]:
         """(1, length of the prompt, dim) in float32 for each prompt.
@@ -148,7 +151,11 @@ class LowVRAMCLIP(comfy.sd.CLIP):
 
     def _refuse_schedule(self) -> None:
         if self.use_clip_schedule and self.patcher.forced_hooks is not None:
-            refuse("A schedule of hooks on the text encoder (SetClipHooks)", "switch schedule_clip off.")
+            refuse(
+                "A schedule of hooks on the text encoder (SetClipHooks)",
+                "switch schedule_clip off.",
+                code="clip.hook_schedule",
+            )
 
     def load_model(self, tokens: Any = None) -> Any:
         return self.patcher
@@ -157,16 +164,22 @@ class LowVRAMCLIP(comfy.sd.CLIP):
         return []  # no key of a LoRA is ours: our state dict has none, and ComfyUI says which keys it did not use
 
     def get_key_patches(self) -> Any:
-        refuse("Merging text encoders (CLIPMerge)", "merge with ComfyUI's own loaders.")
+        refuse("Merging text encoders (CLIPMerge)", "merge with ComfyUI's own loaders.", code="clip.merged")
 
     def get_sd(self) -> Any:
-        refuse("Saving the text encoder (CLIPSave)", "copy the file it was loaded from.")
+        refuse("Saving the text encoder (CLIPSave)", "copy the file it was loaded from.", code="clip.saved")
 
     def state_dict_for_saving(self) -> Any:
-        refuse("Saving the text encoder (CheckpointSave)", "copy the file it was loaded from.")
+        refuse(
+            "Saving the text encoder (CheckpointSave)",
+            "copy the file it was loaded from.",
+            code="clip.saved_in_checkpoint",
+        )
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        refuse("Generating text with the encoder", "use ComfyUI's own CLIP loader for that.")
+        refuse(
+            "Generating text with the encoder", "use ComfyUI's own CLIP loader for that.", code="clip.generates_text"
+        )
 
 
 def _as_comfyui_reads(text: str) -> str:
@@ -178,7 +191,7 @@ def _as_comfyui_reads(text: str) -> str:
 
 
 def _refuse_embedding() -> None:
-    refuse("An embedding in a prompt (embedding:...)", "write the prompt in words.")
+    refuse("An embedding in a prompt (embedding:...)", "write the prompt in words.", code="clip.embedding")
 
 
 def _own(tokens: Any) -> Sequence[tuple[Any, ...]]:
@@ -187,8 +200,10 @@ def _own(tokens: Any) -> Sequence[tuple[Any, ...]]:
     pairs = batches[0] if isinstance(batches, list | tuple) and batches else None
     if not isinstance(pairs, list | tuple) or not all(isinstance(pair, list | tuple) and pair for pair in pairs):
         raise InvalidRequest(
-            f"These tokens are not of Qwen-Image's text encoder: there are none for {TOKENS_KEY}.\n\nWhat to do: cut "
-            "the prompt into tokens with the CLIP that encodes it."
+            "These tokens are not of Qwen-Image's text encoder: there are none for {key}.\n\nWhat to do: cut the "
+            "prompt into tokens with the CLIP that encodes it.",
+            code="clip.other_tokens",
+            key=TOKENS_KEY,
         )
     return pairs
 

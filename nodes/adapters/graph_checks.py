@@ -22,7 +22,7 @@ NO_PICTURES_KEY = "qwen_lowvram_no_pictures"
 
 
 @errors_sent()
-def refuse(what: str, instead: str, *, code: str = "", **values: Any) -> NoReturn:
+def refuse(what: str, instead: str, *, code: str, **values: Any) -> NoReturn:
     """Raise Unsupported in the pack's standard words, in which {loader} may stand as well as the values."""
     raise Unsupported(
         f"{what} does not work with the models of '{{loader}}' yet.\n\nWhat to do: {instead}",

@@ -14,6 +14,7 @@ from ...engine.out_of_memory import in_words
 from ...engine.runs.decode import VaeRun, read_vae
 from ...engine.runs.free_memory import check_room
 from ...engine.runs.timeline import Timeline
+from .error_events import errors_sent
 from .progress import executing_prompt_id
 from .shortage import VRAM_LIMIT, loader_limit
 from .surroundings import InComfyUI
@@ -85,6 +86,7 @@ class LowVRAMVAE(comfy.sd.VAE):
         """(B, 16, 1, h, w) -> (B, H, W, 3); Layered's VAE, (B, 16, F, h, w) -> (B * F, H, W, 4)."""
         return self.decode_tiled(samples_in)
 
+    @errors_sent()
     @in_words("the VAE ran")
     def decode_tiled(
         self,
@@ -110,6 +112,7 @@ class LowVRAMVAE(comfy.sd.VAE):
         """(B, H, W, C) -> (B, 16, 1, H/8, W/8)."""
         return self.encode_tiled(pixel_samples)
 
+    @errors_sent()
     @in_words("the VAE ran")
     def encode_tiled(
         self,
@@ -126,8 +129,10 @@ class LowVRAMVAE(comfy.sd.VAE):
         check_image("The image", pixel_samples)
         if min(pixel_samples.shape[1:3]) < vae.scale:
             raise InvalidRequest(
-                f"The VAE encodes images (B, H, W, C) of at least {vae.scale}x{vae.scale} pixels, "
-                f"got {tuple(pixel_samples.shape)}."
+                "The VAE encodes images (B, H, W, C) of at least {least_px}x{least_px} pixels, got {shape}.",
+                code="vae.image_too_small",
+                least_px=vae.scale,
+                shape=tuple(pixel_samples.shape),
             )
         pixels = self.vae_encode_crop_pixels(pixel_samples)
         encoded = self._run().encode(pixels, tile_px=_tile(tile_x, tile_y), out_device=self.output_device)
@@ -145,8 +150,9 @@ class LowVRAMVAE(comfy.sd.VAE):
 
     def get_sd(self) -> NoReturn:
         raise Unsupported(
-            "VAESave does not work with this VAE: in memory it is folded to one frame.\n\n"
-            "What to do: copy the file that it was loaded from."
+            "VAESave does not work with this VAE: in memory it is folded to one frame.\n\nWhat to do: copy the file "
+            "that it was loaded from.",
+            code="vae.saved",
         )
 
     def _run(self) -> VaeRun:

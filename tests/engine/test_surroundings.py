@@ -98,8 +98,11 @@ def test_speeds_without_a_file_are_measured_once(cpu: Hardware, tmp_path: Path) 
     ids=["none", "not free", "by name", "by place"],
 )
 def test_the_limit_that_is_short_is_named(limit: Limit, said: str) -> None:
-    with pytest.raises(DoesNotFit, match=f"(?s)^It needs more.*{said}"), limit.naming(CPU, 5 * MIB):
-        raise DoesNotFit("It needs more.", code="test.needs_more")
+    with pytest.raises(DoesNotFit, match=f"(?s)^It needs more.*{said}") as caught, limit.naming(CPU, 5 * MIB):
+        raise DoesNotFit("It needs more.", code="test.needs_more", need_bytes=7 * MIB)
+    assert caught.value.code == "test.needs_more"
+    set_to = {"limit": limit.name, "place": limit.place, "set_bytes": limit.nbytes, "device": "cpu"}
+    assert caught.value.values == {"need_bytes": 7 * MIB, "free_bytes": 5 * MIB, **set_to}
 
 
 def test_what_the_host_has_no_room_for_is_refused_with_a_way_out(free: Callable[..., None]) -> None:

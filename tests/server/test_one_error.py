@@ -127,6 +127,8 @@ def the_error(events: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
 IN_OTHERS_NODES = [
     ("KSampler", "graph.latent_with_layers", {"frames": 2, "variant": "Qwen-Image", "layered": "Qwen-Image-Layered"}),
     ("ModelComputeDtype", "graph.compute_dtype", {}),
+    ("CLIPTextEncode", "clip.embedding", {}),
+    ("VAEEncode", "vae.image_too_small", {"least_px": 8, "shape": [1, 4, 4, 3]}),
 ]
 
 
@@ -136,9 +138,10 @@ def test_an_error_of_our_model_in_a_node_of_others_is_sent_with_its_code(
 ) -> None:
     steps = {"seed": 0, "steps": 1, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
     latent = {"width": 64, "height": 64, "length": 5, "batch_size": 1}
+    text = "embedding:cat" if node == "CLIPTextEncode" else "a cat"
     prompt = {
         "1": prompt_of(LOADER, object_info, files)["1"],
-        "2": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": "a cat"}},
+        "2": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": text}},
         "3": {"class_type": "EmptyHunyuanLatentVideo", "inputs": latent},
         "4": {"class_type": "ModelComputeDtype", "inputs": {"model": ["1", 0], "dtype": "default"}},
     }
@@ -146,6 +149,10 @@ def test_an_error_of_our_model_in_a_node_of_others_is_sent_with_its_code(
     links = {"positive": ["2", 0], "negative": ["2", 0], "latent_image": ["3", 0]}
     prompt["5"] = {"class_type": "KSampler", "inputs": {"model": [model, 0], **links, **steps}}
     prompt["6"] = {"class_type": "SaveLatent", "inputs": {"samples": ["5", 0], "filename_prefix": "none"}}
+    if node == "VAEEncode":
+        prompt = {"1": prompt["1"], "6": prompt["6"]}
+        prompt["2"] = {"class_type": "EmptyImage", "inputs": {"width": 4, "height": 4, "batch_size": 1, "color": 0}}
+        prompt["5"] = {"class_type": "VAEEncode", "inputs": {"pixels": ["2", 0], "vae": ["1", 2]}}
     events: list[tuple[str, dict[str, Any]]] = []
     with pytest.raises(ExecutionFailed) as failed:
         client.run(prompt, on_event=lambda *event: events.append(event))
