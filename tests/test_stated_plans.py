@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import stated_plans
 from qwenimage_lowvram.engine.planning.memory import MemoryPlan
-from qwenimage_lowvram.engine.planning.request import GIB, size_text
+from qwenimage_lowvram.engine.planning.request import GIB
+from qwenimage_lowvram.engine.texts import size_text
 
 GUIDED = {4: "01 - Qwen-Image on 4 GB", 8: "02 - Qwen-Image on 8 GB", 16: "03 - Qwen-Image on 16 GB"}
 DOCS = stated_plans.ROOT / "js" / "docs"

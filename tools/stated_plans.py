@@ -23,7 +23,8 @@ from qwenimage_lowvram.engine.models.qwen_image.costs import PROMPT_SIZES
 from qwenimage_lowvram.engine.models.qwen_image.network import QwenImageParts
 from qwenimage_lowvram.engine.planning.forecast import TYPICAL, Bound
 from qwenimage_lowvram.engine.planning.memory import MemoryPlan, plan_memory
-from qwenimage_lowvram.engine.planning.request import GIB, Limits, SamplingRequest, size_text
+from qwenimage_lowvram.engine.planning.request import GIB, Limits, SamplingRequest
+from qwenimage_lowvram.engine.texts import size_text
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))

@@ -12,9 +12,10 @@ from functools import cache
 from ..compute.attention_kernels import FUSED
 from ..compute.chunk_sizes import MLP_CHUNKS
 from ..errors import DoesNotFit
+from ..texts import size_text
 from .footprint import TextEncoderFootprint, TransformerFootprint
 from .forecast import TYPICAL, Speeds, StepForecast, forecast_step
-from .request import GIB, Controls, Limits, SamplingRequest, size_text
+from .request import GIB, Controls, Limits, SamplingRequest
 
 # rows of the modulation table kept beyond those of the present run
 SPARE_ROWS = 16

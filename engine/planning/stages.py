@@ -10,10 +10,11 @@ from enum import Enum
 from typing import Any
 
 from ..errors import InvalidRequest
+from ..texts import size_text
 from .footprint import TextEncoderFootprint, Tiles, TransformerFootprint, VAEFootprint
 from .forecast import TYPICAL, Speeds, StepForecast, forecast_step
 from .memory import MemoryPlan, plan_memory, plan_text_encoder, text_encoder_peak_bytes
-from .request import Limits, PromptTokens, SamplingRequest, size_text
+from .request import Limits, PromptTokens, SamplingRequest
 
 
 class Stage(Enum):

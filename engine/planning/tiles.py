@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..errors import DoesNotFit
-from .request import size_text
+from ..texts import size_text
 from .tile_geometry import Halo, Network
 
 # beyond 2**31 - 1 values per tensor, kernels with 32-bit indices refuse or fall back to slow ones

@@ -5,8 +5,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..numerics import NUMERICS_VERSION
-from ..planning.request import Limits, size_text
+from ..planning.request import Limits
 from ..planning.stages import Stage, StagePlan
+from ..texts import size_text
 from .memory_report import MemoryReport
 
 COLUMNS = ("stage", "seconds", "VRAM planned", "measured", "RAM planned", "grown", "from files", "over the bus")

@@ -5,7 +5,7 @@ from typing import Any
 
 from ..numerics import NUMERICS_VERSION
 from ..planning.memory import MemoryPlan
-from ..planning.request import size_text
+from ..texts import size_text
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import DoesNotFit
-from ..planning.request import size_text
+from ..texts import size_text
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from typing import TypeVar
 
 from ..out_of_memory import OutOfMemory, OutOfRam, Short, ran_out, reason, shortage
 from ..planning.memory import MemoryPlan, least_bytes, least_ram_bytes
-from ..planning.request import Limits, size_text
+from ..planning.request import Limits
+from ..texts import size_text
 from .sampling_plan import Transformer
 from .surroundings import Surroundings
 

@@ -21,7 +21,8 @@ from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTran
 from qwenimage_lowvram.engine.models.qwen_image.variants import Variant
 from qwenimage_lowvram.engine.planning.block_split import annex_bytes
 from qwenimage_lowvram.engine.planning.memory import least_bytes
-from qwenimage_lowvram.engine.planning.request import Controls, SamplingRequest, size_text
+from qwenimage_lowvram.engine.planning.request import Controls, SamplingRequest
+from qwenimage_lowvram.engine.texts import size_text
 from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -13,10 +13,11 @@ import pytest
 import torch
 from qwenimage_lowvram.engine.errors import InvalidRequest, Unsupported
 from qwenimage_lowvram.engine.planning.memory import least_bytes
-from qwenimage_lowvram.engine.planning.request import SamplingRequest, size_text
+from qwenimage_lowvram.engine.planning.request import SamplingRequest
 from qwenimage_lowvram.engine.planning.stages import Stage
 from qwenimage_lowvram.engine.reports.image_report import Moved
 from qwenimage_lowvram.engine.runs.timeline import MOST_SAMPLES, MOST_STAGES, Timeline
+from qwenimage_lowvram.engine.texts import size_text
 
 from .conftest import cond, empty_latent
 from .test_model import ksampler

@@ -30,9 +30,10 @@ from qwenimage_lowvram.engine.planning.memory import (
     spread_order,
     text_encoder_peak_bytes,
 )
-from qwenimage_lowvram.engine.planning.request import GIB, Controls, Limits, SamplingRequest, size_text
+from qwenimage_lowvram.engine.planning.request import GIB, Controls, Limits, SamplingRequest
 from qwenimage_lowvram.engine.reports.image_report import PictureReport
 from qwenimage_lowvram.engine.reports.memory_report import MemoryReport
+from qwenimage_lowvram.engine.texts import size_text
 
 ALIAS = Path(__file__).parents[2] / "tools" / "alias"
 MIB = 1024**2
