@@ -1,7 +1,8 @@
 """Count the bytes of live tensor storages on one device, with real, meta or fake tensors. For tests and benchmarks."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _ATTENTION and not self._fused and self._is_here(args[0]):
-            with self:
+            with self, _scores_in_fp32():
                 return _SCORES.decompose(*args, **(kwargs or {}))[0]
         if func is _ATTENTION and self._device != "cpu" and self._is_here(args[0]):
             query, value = args[0], args[2]
@@ -66,6 +67,18 @@ class LiveBytes(TorchDispatchMode):
     def _free(self, key: int, nbytes: int) -> None:
         self._sizes.pop(key, None)
         self.now -= nbytes
+
+
+@contextmanager
+def _scores_in_fp32() -> Iterator[None]:
+    """As torch makes them, which plans count. ComfyUI has it make them in half precision, which takes less."""
+    cuda = torch.backends.cuda
+    before = cuda.fp16_bf16_reduction_math_sdp_allowed()
+    cuda.allow_fp16_bf16_reduction_math_sdp(False)
+    try:
+        yield
+    finally:
+        cuda.allow_fp16_bf16_reduction_math_sdp(before)
 
 
 def allocated_peak_bytes(work: Callable[[], Any]) -> int:

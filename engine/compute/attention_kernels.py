@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from .chunk_sizes import SCORES_AT_A_TIME_BYTES
 
-# of one score in torch's attention without a fused kernel: itself and its softmax in fp32, and whether it is -inf
+# of one score in torch's attention without a fused kernel: itself and its softmax in fp32, and whether it is -inf; half
+# of that where the process lets torch make scores in half precision, as ComfyUI does
 _SCORE_BYTES = 4 + 4 + 1
 # of one score's mask, made for all heads: in fp32 and as truth
 _MASK_BYTES = 4 + 1
