@@ -1,6 +1,6 @@
 """Two commands for people and one for numbers: demo, test, bench. Python 3.10 or newer, nothing else installed.
 
-python dev.py demo [--model PATH] [--ui]        the 4 GB workflow on a real ComfyUI, to the picture
+python dev.py demo [--model PATH] [--ui]        the 4 GB workflow on a real ComfyUI, to the image
 python dev.py test [pytest arguments]           lint, types and all tests, the real page included
 python dev.py test --fast [pytest arguments]    lint, types and the engine's quick tests, without ComfyUI or a browser
 python dev.py test --lint                       ruff and mypy alone, as before a commit
@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
         if lint:
             return 1 if run_lint(prepared) else 0
         return run_checks(prepared, [argument for argument in rest if argument != "--fast"], fast=fast)
-    inside: list[str | Path] = [prepared.python, REPOSITORY / "tools" / "inside.py", command, *rest]
+    inside: list[str | Path] = [prepared.python, REPOSITORY / "tools" / "run_in_venv.py", command, *rest]
     process = subprocess.Popen(inside, env=child_environment(prepared))
     while True:
         try:

@@ -1,19 +1,19 @@
-"""Ten pictures one after the other, as people make them: seeds, then prompts, then LoRA strengths. Ours and ComfyUI's.
+"""Ten images one after the other, as people make them: seeds, then prompts, then LoRA strengths. Ours and ComfyUI's.
 
     python dev.py bench repeat
 
-Both draw the same pictures from the same small files (random weights, fp32, on the CPU), each in a process of its own,
+Both draw the same images from the same small files (random weights, fp32, on the CPU), each in a process of its own,
 with files that the operating system has in its cache: ours under a limit that leaves part of the blocks streamed (read
 at every step, on a CPU from the file), ComfyUI's own classes with everything in RAM; both with the tokenizer's files
 that ComfyUI ships (those of a pipeline folder take transformers a second longer). Texts are encoded again where they
-changed, as ComfyUI runs a graph. Where the latents of a picture differ by more than 1e-4 of the largest, the benchmark
+changed, as ComfyUI runs a graph. Where the latents of an image differ by more than 1e-4 of the largest, the benchmark
 ends with an error.
 
-Bytes are weights read from the files, per picture: the encoder's, the modulation's and those of the blocks without
-modulation. ComfyUI's are read when it loads, in its first picture, with the embedding matrix and the vision tower;
-ours reads rows of that matrix, which are not counted. `held_bytes` are weights kept from picture to picture, ComfyUI's
+Bytes are weights read from the files, per image: the encoder's, the modulation's and those of the blocks without
+modulation. ComfyUI's are read when it loads, in its first image, with the embedding matrix and the vision tower;
+ours reads rows of that matrix, which are not counted. `held_bytes` are weights kept from image to image, ComfyUI's
 copies of those that a LoRA changes and our modulation table included. `first_step_seconds` is from the text to the end
-of the first step, `seconds` to the latents; the first picture's include opening or loading the files. `peak_bytes` is
+of the first step, `seconds` to the latents; the first image's include opening or loading the files. `peak_bytes` is
 what resident memory grew by since before that, tokenizer and mapped files included; it is sampled, and what the
 allocator keeps counts. What is done once per process or machine, imports and our look at the machine's speeds, comes
 before all.
@@ -55,7 +55,7 @@ CPU = torch.device("cpu")
 STEPS, CFG = 4, 3.0
 SIDE = 128
 NEGATIVE = "blurry"
-TOLERANCE = 1e-4  # of the largest number of a picture's latents
+TOLERANCE = 1e-4  # of the largest number of an image's latents
 SAMPLE_SECONDS = 0.002
 PROMPT_TOKENS = 64  # that the limit is reckoned for
 LIMIT = 0.7  # of the way from the least memory that does to all that is of use
@@ -67,8 +67,8 @@ NATIVE_ENCODER = Path(__file__).parents[1] / "tests" / "nodes" / "native_encoder
 
 
 @dataclass(frozen=True)
-class Picture:
-    """What a person asks for, and what of it is not as in the picture before."""
+class Image:
+    """What a person asks for, and what of it is not as in the image before."""
 
     changed: str
     seed: int
@@ -77,35 +77,35 @@ class Picture:
 
 
 _FIRST, _SECOND, _THIRD = "a red circle on white", "two blue squares, one above the other", "a green star at night"
-PICTURES = (
-    Picture("first", 1, _FIRST),
-    Picture("seed", 2, _FIRST),
-    Picture("seed", 3, _FIRST),
-    Picture("seed", 4, _FIRST),
-    Picture("prompt", 4, _SECOND),
-    Picture("prompt", 4, _THIRD),
-    Picture("prompt, the first again", 4, _FIRST),
-    Picture("LoRA, strength 1", 4, _FIRST, 1.0),
-    Picture("LoRA, strength 0.5", 4, _FIRST, 0.5),
-    Picture("LoRA, strength 0.8", 4, _FIRST, 0.8),
+IMAGES = (
+    Image("first", 1, _FIRST),
+    Image("seed", 2, _FIRST),
+    Image("seed", 3, _FIRST),
+    Image("seed", 4, _FIRST),
+    Image("prompt", 4, _SECOND),
+    Image("prompt", 4, _THIRD),
+    Image("prompt, the first again", 4, _FIRST),
+    Image("LoRA, strength 1", 4, _FIRST, 1.0),
+    Image("LoRA, strength 0.5", 4, _FIRST, 0.5),
+    Image("LoRA, strength 0.8", 4, _FIRST, 0.8),
 )
-QUICK_PICTURES = (
-    Picture("first, LoRA, strength 1", 1, _FIRST, 1.0),
-    Picture("seed", 2, _FIRST, 1.0),
-    Picture("LoRA, strength 0.5", 2, _FIRST, 0.5),
+QUICK_IMAGES = (
+    Image("first, LoRA, strength 1", 1, _FIRST, 1.0),
+    Image("seed", 2, _FIRST, 1.0),
+    Image("LoRA, strength 0.5", 2, _FIRST, 0.5),
 )
 
 
 def rows(quick: bool) -> list[dict[str, Any]]:
-    pictures = QUICK_PICTURES if quick else PICTURES
+    images = QUICK_IMAGES if quick else IMAGES
     path = os.pathsep.join([str(TOOLS / "alias"), str(TOOLS)])
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         _write_files(folder, quick)
         made, latents = {}, {}
         for who in ("ours", "comfyui"):
-            print(f"{who}: {len(pictures)} pictures", flush=True)
-            command = [sys.executable, __file__, who, folder, str(len(pictures))]
+            print(f"{who}: {len(images)} images", flush=True)
+            command = [sys.executable, __file__, who, folder, str(len(images))]
             subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=True)
             made[who] = json.loads((folder / f"{who}.json").read_text(encoding="utf-8"))
             latents[who] = torch.load(folder / f"{who}.pt")
@@ -116,7 +116,7 @@ def rows(quick: bool) -> list[dict[str, Any]]:
 
 
 def compare(ours: list[Tensor], theirs: list[Tensor]) -> list[float]:
-    """The largest difference of each picture, against its largest number. Exits where one is above TOLERANCE."""
+    """The largest difference of each image, against its largest number. Exits where one is above TOLERANCE."""
     differences = [
         float((one - other).abs().max() / other.abs().max()) for one, other in zip(ours, theirs, strict=True)
     ]
@@ -124,7 +124,7 @@ def compare(ours: list[Tensor], theirs: list[Tensor]) -> list[float]:
         if not difference <= TOLERANCE:  # NaN is none of it
             raise SystemExit(
                 f"Picture {number} is not ComfyUI's: the latents differ by {difference:.1e} of the largest, "
-                f"{TOLERANCE:.0e} is allowed. No figures are given for pictures that are not the same."
+                f"{TOLERANCE:.0e} is allowed. No figures are given for images that are not the same."
             )
     return differences
 
@@ -294,8 +294,8 @@ def _native_model(folder: Path) -> Any:
     return comfy.model_patcher.ModelPatcher(model, load_device=CPU, offload_device=CPU)
 
 
-def _draw(who: str, folder: Path, pictures: tuple[Picture, ...]) -> tuple[list[dict[str, Any]], list[Tensor]]:
-    """A row and latents (1, 16, 1, H, W) of each picture."""
+def _draw(who: str, folder: Path, images: tuple[Image, ...]) -> tuple[list[dict[str, Any]], list[Tensor]]:
+    """A row and latents (1, 16, 1, H, W) of each image."""
     kind = {"ours": _Ours, "comfyui": _ComfyUI}[who]
     kind.prepare(folder)
     made: list[dict[str, Any]] = []
@@ -306,18 +306,18 @@ def _draw(who: str, folder: Path, pictures: tuple[Picture, ...]) -> tuple[list[d
         contender = kind(folder, stack)
         conds: tuple[Any, Any] = (None, None)
         prompt = None
-        for picture in pictures:
-            if picture.prompt != prompt:
-                conds, prompt = contender.encode(picture.prompt), picture.prompt
+        for image in images:
+            if image.prompt != prompt:
+                conds, prompt = contender.encode(image.prompt), image.prompt
             model = contender.model
-            if picture.strength is not None:
-                model = contender.with_lora(folder / "style.safetensors", picture.strength)
-            sampled, first_step = _sample(model, *conds, picture.seed)
+            if image.strength is not None:
+                model = contender.with_lora(folder / "style.safetensors", image.strength)
+            sampled, first_step = _sample(model, *conds, image.seed)
             end = time.perf_counter()
             made.append(
                 {
                     "who": who,
-                    "case": f"{len(made) + 1}: {picture.changed}",
+                    "case": f"{len(made) + 1}: {image.changed}",
                     "seconds": end - start,
                     "first_step_seconds": first_step - start,
                     "peak_bytes": peak.bytes - base,
@@ -399,9 +399,9 @@ def _child(who: str, folder: Path, count: int) -> None:
     import comfy.sample
     import comfy.sd  # noqa: F401 - both before memory is looked at first
 
-    pictures = next(some for some in (PICTURES, QUICK_PICTURES) if len(some) == count)
+    images = next(some for some in (IMAGES, QUICK_IMAGES) if len(some) == count)
     with torch.inference_mode():
-        made, latents = _draw(who, folder, pictures)
+        made, latents = _draw(who, folder, images)
     torch.save(latents, folder / f"{who}.pt")
     (folder / f"{who}.json").write_text(json.dumps(made), encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""One picture through the VAE of the real size, random weights: ours, diffusers' and ComfyUI's, whole and tiled.
+"""One image through the VAE of the real size, random weights: ours, diffusers' and ComfyUI's, whole and tiled.
 
     python dev.py bench vae
 
@@ -6,7 +6,7 @@ Everybody decodes the same latents in one process, in turns. `seconds` is the me
 fastest, which other programs on the machine disturb least, and `times_ours` the ratio of that to ours; `cpu_seconds`
 is the fastest turn in the processor's own time, of all threads. `peak_bytes` counts what is live beside the
 weights: all tensors on a CPU, allocated memory on a GPU. `error` is the largest difference from diffusers' whole
-picture in fp32 (0..1).
+image in fp32 (0..1).
 """
 
 import statistics
@@ -130,7 +130,7 @@ def _comfyui(model: AutoencoderKLQwenImage, latents: Tensor, side: int, tile: in
 
 
 def _measure_memory(contestant: _Contestant) -> tuple[Tensor, int]:
-    """The picture, and the live bytes of making it: everything beside the weights."""
+    """The image, and the live bytes of making it: everything beside the weights."""
     if DEVICE.type == "cuda":
         contestant.decode()
         torch.cuda.synchronize()

@@ -7,6 +7,6 @@ showText({
   name: "qwen_lowvram_sizes",
   className: "qwen-lowvram-sizes",
   css: "white-space:pre-wrap;font:11px/16px monospace",
-  heightPx: 76, // four lines: the output and three pictures
+  heightPx: 76, // four lines: the output and three images
   widthPx: 420, // of a new node
 });

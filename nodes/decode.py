@@ -10,7 +10,7 @@ from .display_names import CATEGORY
 
 
 class QwenLowVRAMDecode:
-    """Decode latents; tiles change memory, not the picture."""
+    """Decode latents; tiles change memory, not the image."""
 
     CATEGORY = CATEGORY
     DESCRIPTION = (

@@ -14,7 +14,7 @@ class QwenLowVRAMEncodePrompts:
     DESCRIPTION = "Encodes both prompts while each layer of the text encoder passes through the card, once."
     RETURN_TYPES = ("CONDITIONING", "CONDITIONING")
     RETURN_NAMES = ("positive", "negative")
-    OUTPUT_TOOLTIPS = ("What the picture should show.", "What it should not; used only where cfg is above 1.")
+    OUTPUT_TOOLTIPS = ("What the image should show.", "What it should not; used only where cfg is above 1.")
     SEARCH_ALIASES = ("prompt", "text encode", "clip text encode", "qwen")
     FUNCTION = "encode"
 
@@ -26,7 +26,7 @@ class QwenLowVRAMEncodePrompts:
                 "clip": ("CLIP", {"tooltip": "The text encoder: this pack's, or ComfyUI's own."}),
                 "positive": (
                     "STRING",
-                    {**text, "default": "", "tooltip": "What the picture should show. Text to be written: in quotes."},
+                    {**text, "default": "", "tooltip": "What the image should show. Text to be written: in quotes."},
                 ),
                 "negative": (
                     "STRING",

@@ -1,4 +1,4 @@
-"""The node that encodes an edit: prompts and pictures to conditions, and an empty latent on the same grid."""
+"""The node that encodes an edit: prompts and images to conditions, and an empty latent on the same grid."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..engine.errors import InvalidRequest
 from ..engine.models.qwen25_vl.vision_patches import require_rgb
-from ..engine.models.qwen_image.edit_sizes import MOST_PICTURES, EditSizes, plan_sizes
+from ..engine.models.qwen_image.edit_sizes import MOST_IMAGES, EditSizes, plan_sizes
 from ..engine.models.qwen_image.latents import LATENT_PX
 from ..engine.models.qwen_image.prompt_template import EDIT_TEMPLATE
 from ..engine.models.qwen_image.prompts import with_places
@@ -18,7 +18,7 @@ from ..engine.models.qwen_image.resample import resample
 from ..engine.models.qwen_image.variants import Variant
 from ..engine.runs.free_memory import check_room
 from .adapters.clip import LowVRAMCLIP
-from .adapters.graph_checks import NO_PICTURES_KEY
+from .adapters.graph_checks import NO_IMAGES_KEY
 from .adapters.value_checks import check_image, check_widgets
 from .display_names import AUTO, CATEGORY
 
@@ -32,14 +32,14 @@ class QwenLowVRAMEncodeEditPrompt:
 
     CATEGORY = CATEGORY
     DESCRIPTION = (
-        "Shows one to three pictures to Qwen-Image-Edit. Both prompts and all pictures take one visit of the text "
-        "encoder; picture and output lie on one pixel grid, so that what is kept stays where it is."
+        "Shows one to three images to Qwen-Image-Edit. Both prompts and all images take one visit of the text "
+        "encoder; image and output lie on one pixel grid, so that what is kept stays where it is."
     )
     RETURN_TYPES = ("CONDITIONING", "CONDITIONING", "LATENT")
     RETURN_NAMES = ("positive", "negative", "latent")
     OUTPUT_TOOLTIPS = (
-        "What should change, with the pictures.",
-        "What should not be there, with the same pictures; used only where cfg is above 1.",
+        "What should change, with the images.",
+        "What should not be there, with the same images; used only where cfg is above 1.",
         "Empty, of the output's size: for the sampler.",
     )
     SEARCH_ALIASES = ("edit", "image edit", "TextEncodeQwenImageEditPlus", "reference", "qwen", "kontext")
@@ -49,12 +49,12 @@ class QwenLowVRAMEncodeEditPrompt:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         text = {"multiline": True, "dynamicPrompts": True}
         side = {"default": 0, "min": 0, "max": 16384, "step": 16}
-        picture = "Call it Picture {} in the prompt. Inputs that are left free are not counted."
+        image = "Call it Picture {} in the prompt. Inputs that are left free are not counted."
         return {
             "required": {
                 "clip": ("CLIP", {"tooltip": "The text encoder: this pack's, or ComfyUI's own."}),
-                "vae": ("VAE", {"tooltip": "Encodes the pictures for the model: this pack's, or ComfyUI's own."}),
-                "positive": ("STRING", {**text, "default": "", "tooltip": "What to change in the picture, in words."}),
+                "vae": ("VAE", {"tooltip": "Encodes the images for the model: this pack's, or ComfyUI's own."}),
+                "positive": ("STRING", {**text, "default": "", "tooltip": "What to change in the image, in words."}),
                 "negative": (
                     "STRING",
                     {**text, "default": " ", "tooltip": "What it should not show. A space is the model's own default."},
@@ -66,19 +66,19 @@ class QwenLowVRAMEncodeEditPrompt:
                         "min": 0.0,
                         "max": 16.0,
                         "step": 0.05,
-                        "tooltip": "Of each picture as the model is shown it, and of the output. 1: as it was trained. "
-                        "0: the picture's own size, to the nearest multiple of 16.",
+                        "tooltip": "Of each image as the model is shown it, and of the output. 1: as it was trained. "
+                        "0: the image's own size, to the nearest multiple of 16.",
                     },
                 ),
                 "width": ("INT", {**side, "tooltip": "Of the output. 0: as picture 1."}),
                 "height": ("INT", {**side, "tooltip": "Of the output. 0: as picture 1."}),
-                "batch_size": ("INT", {"default": 1, "min": 1, "max": 64, "tooltip": "Pictures made at a time."}),
+                "batch_size": ("INT", {"default": 1, "min": 1, "max": 64, "tooltip": "Images made at a time."}),
                 "variant": (
                     list(VARIANTS),
                     {
                         "default": AUTO,
                         "advanced": True,
-                        "tooltip": "Which model the prompt is for; Edit shows its one picture in another way than the "
+                        "tooltip": "Which model the prompt is for; Edit shows its one image in another way than the "
                         "later ones. auto: the loader's, else Edit-2509.",
                     },
                 ),
@@ -86,9 +86,9 @@ class QwenLowVRAMEncodeEditPrompt:
             "optional": {
                 f"image{i + 1}": (
                     "IMAGE",
-                    {"tooltip": "The picture to change; the output has its size." if i == 0 else picture.format(i + 1)},
+                    {"tooltip": "The image to change; the output has its size." if i == 0 else image.format(i + 1)},
                 )
-                for i in range(MOST_PICTURES)
+                for i in range(MOST_IMAGES)
             },
         }
 
@@ -120,29 +120,29 @@ class QwenLowVRAMEncodeEditPrompt:
         for name, image in images.items():
             if image is not None:
                 check_image(name, image)
-        pictures = [images[name] for name in sorted(images) if images[name] is not None]
-        for i, picture in enumerate(pictures, start=1):
-            require_rgb(picture, f"Picture {i}")
+        given = [images[name] for name in sorted(images) if images[name] is not None]
+        for i, image in enumerate(given, start=1):
+            require_rgb(image, f"Picture {i}")
         member = _member(clip, variant)
         sizes = plan_sizes(
-            [(picture.shape[2], picture.shape[1]) for picture in pictures],
+            [(image.shape[2], image.shape[1]) for image in given],
             member,
             megapixels=megapixels,
             output=_output(width, height),
         )
-        texts = [with_places(text, len(pictures), labelled=member.labels_images) for text in (positive, negative)]
-        seen = [resample(picture, *size.seen) for picture, size in zip(pictures, sizes.pictures, strict=True)]
+        texts = [with_places(text, len(given), labelled=member.labels_images) for text in (positive, negative)]
+        seen = [resample(image, *size.seen) for image, size in zip(given, sizes.images, strict=True)]
         conditions = _encoded(clip, texts, seen)
-        values: dict[str, Any] = {NO_PICTURES_KEY: True}
-        if pictures:
-            shown = zip(pictures, sizes.pictures, strict=True)
-            values = {"reference_latents": [vae.encode(resample(picture, *size.reference)) for picture, size in shown]}
+        values: dict[str, Any] = {NO_IMAGES_KEY: True}
+        if given:
+            shown = zip(given, sizes.images, strict=True)
+            values = {"reference_latents": [vae.encode(resample(image, *size.reference)) for image, size in shown]}
         conditions = [node_helpers.conditioning_set_values(condition, values, append=True) for condition in conditions]
         return {"ui": {"text": [str(sizes)]}, "result": (*conditions, _empty_latent(sizes, batch_size))}
 
 
 def _member(clip: Any, variant: str) -> Variant:
-    """Which model the prompts are for. A text-to-image model that is shown pictures takes them as Edit-2509 does."""
+    """Which model the prompts are for. A text-to-image model that is shown images takes them as Edit-2509 does."""
     opened = clip.variant if isinstance(clip, LowVRAMCLIP) else None
     return (VARIANTS[variant] or opened or Variant.QWEN_IMAGE).when_shown_images
 

@@ -55,7 +55,7 @@ class QwenLowVRAMLoader:
     CATEGORY = CATEGORY
     DESCRIPTION = (
         "Opens Qwen-Image for a small card: the weights stay in their files and pass through the card block by "
-        "block, each once per step, within the VRAM limit. The picture is the one a large card would make."
+        "block, each once per step, within the VRAM limit. The image is the one a large card would make."
     )
     RETURN_TYPES = ("MODEL", "CLIP", "VAE")
     OUTPUT_TOOLTIPS = (
@@ -97,7 +97,7 @@ class QwenLowVRAMLoader:
                     {
                         "default": "auto",
                         "tooltip": "What is computed in. auto: bf16 where the card has it, else fp32; fp32 for fp32 "
-                        "files. fp16 can overflow to black pictures.",
+                        "files. fp16 can overflow to black images.",
                     },
                 ),
                 "weight_format": (
@@ -128,7 +128,7 @@ class QwenLowVRAMLoader:
                         "default": TimestepRounding.FP32.value,
                         "advanced": True,
                         "tooltip": "fp32: exact timesteps, as ComfyUI has them. diffusers: rounded as the diffusers "
-                        "pipeline rounds them in bf16, to compare pictures with it.",
+                        "pipeline rounds them in bf16, to compare images with it.",
                     },
                 ),
             },
@@ -158,7 +158,7 @@ class QwenLowVRAMLoader:
                     {
                         "default": AUTO,
                         "advanced": True,
-                        "tooltip": "Where pictures are sampled. auto: ComfyUI's device. all cards: blocks stay on all "
+                        "tooltip": "Where images are sampled. auto: ComfyUI's device. all cards: blocks stay on all "
                         "of them, within the VRAM limit of each, and activations are handed on.",
                     },
                 ),
@@ -175,7 +175,7 @@ class QwenLowVRAMLoader:
                     {
                         "default": AUTO,
                         "advanced": True,
-                        "tooltip": "Where pictures are decoded. auto: ComfyUI's device for VAEs.",
+                        "tooltip": "Where images are decoded. auto: ComfyUI's device for VAEs.",
                     },
                 ),
                 "positions": (

@@ -103,7 +103,7 @@ def warnings_of(lora: LoraMatch, weight_format: str) -> list[str]:
         )
     if "lightning" in lora.lora.path.name.lower() and weight_format in UNSCALED_FP8:
         warnings.append(
-            f"Lightning on unscaled fp8 weights ({weight_format}) is known to draw a grid over the picture. Use an "
+            f"Lightning on unscaled fp8 weights ({weight_format}) is known to draw a grid over the image. Use an "
             "fp8 scaled, bf16 or GGUF file, or weight_format int8 from a bf16 file."
         )
     return warnings

@@ -1,4 +1,4 @@
-"""Node: the plan of a picture for cards of every size side by side, before anything is loaded."""
+"""Node: the plan of an image for cards of every size side by side, before anything is loaded."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import comfy.model_management
 import torch
 
-from ..engine.caches.requantized_weights import QuantizedWeights
+from ..engine.caches.requantized_weights import RequantizedWeights
 from ..engine.errors import DoesNotFit, InvalidRequest, QwenLowVRAMError
 from ..engine.files.checkpoint import Checkpoint
 from ..engine.hardware import Hardware
@@ -19,7 +19,7 @@ from ..engine.planning.forecast import TYPICAL, Speeds
 from ..engine.planning.format_choice import choose_format
 from ..engine.planning.memory import least_ram_bytes
 from ..engine.planning.request import GIB, Limits
-from ..engine.planning.stages import PictureModels, PicturePlan, PictureRequest, Stage, plan_picture
+from ..engine.planning.stages import ImageModels, ImagePlan, ImageRequest, Stage, plan_image
 from ..engine.reports.charts import Card, draw_cards
 from . import model_choices
 from .adapters.known_speeds import known_speeds
@@ -35,7 +35,7 @@ from .weight_cache import AS_STORED, FASTEST, WEIGHT_FORMATS, check_weight_forma
 from .weight_formats import TYPICAL_REQUEST, advice_of, versions_of
 
 CARDS_GB = (4, 6, 8, 12, 16, 24)
-# of a card, before the first tensor: the CUDA context with its kernels, and the picture on the screen
+# of a card, before the first tensor: the CUDA context with its kernels, and the image on the screen
 CONTEXT_BYTES = 600_000_000
 # a card with memory of its own: what it is asked for does not depend on the machine that plans
 CARD = Hardware(torch.device("cpu"), streams=False, pinned=False, prefetch=False, host_device=False)
@@ -46,12 +46,12 @@ class QwenLowVRAMMemoryPlan:
 
     CATEGORY = CATEGORY
     DESCRIPTION = (
-        "Shows what a picture would take on cards of 4 to 24 GB, stage by stage, and how long a step would be. Reads "
+        "Shows what an image would take on cards of 4 to 24 GB, stage by stage, and how long a step would be. Reads "
         "the headers of the files and loads nothing."
     )
     RETURN_TYPES = ("STRING", "IMAGE")
     RETURN_NAMES = ("plan", "chart")
-    OUTPUT_TOOLTIPS = ("The plan as a table.", "The plan as a picture: each stage's memory under each card's limit.")
+    OUTPUT_TOOLTIPS = ("The plan as a table.", "The plan as an image: each stage's memory under each card's limit.")
     SEARCH_ALIASES = ("vram", "memory", "plan", "estimate", "low vram", "requirements")
     FUNCTION = "plan"
     OUTPUT_NODE = True
@@ -79,15 +79,15 @@ class QwenLowVRAMMemoryPlan:
                 ),
                 "width": (
                     "INT",
-                    {"default": 1328, "min": 16, "max": 16384, "step": 16, "tooltip": "Of the picture, in pixels."},
+                    {"default": 1328, "min": 16, "max": 16384, "step": 16, "tooltip": "Of the image, in pixels."},
                 ),
                 "height": (
                     "INT",
-                    {"default": 1328, "min": 16, "max": 16384, "step": 16, "tooltip": "Of the picture, in pixels."},
+                    {"default": 1328, "min": 16, "max": 16384, "step": 16, "tooltip": "Of the image, in pixels."},
                 ),
                 "batch_size": (
                     "INT",
-                    {"default": 1, "min": 1, "max": 64, "tooltip": "Pictures made at a time."},
+                    {"default": 1, "min": 1, "max": 64, "tooltip": "Images made at a time."},
                 ),
                 "steps": ("INT", {"default": 20, "min": 1, "max": 1000, "tooltip": "As in the sampler."}),
                 "cfg": (
@@ -120,7 +120,7 @@ class QwenLowVRAMMemoryPlan:
                         "default": 0,
                         "min": 0,
                         "max": 3,
-                        "tooltip": "Editing models: how many pictures of a megapixel they are shown.",
+                        "tooltip": "Editing models: how many images of a megapixel they are shown.",
                     },
                 ),
                 "layers": (
@@ -129,7 +129,7 @@ class QwenLowVRAMMemoryPlan:
                         "default": 0,
                         "min": 0,
                         "max": 64,
-                        "tooltip": "That Qwen-Image-Layered takes a picture apart into. 0 for the other models.",
+                        "tooltip": "That Qwen-Image-Layered takes an image apart into. 0 for the other models.",
                     },
                 ),
             },
@@ -183,7 +183,7 @@ class QwenLowVRAMMemoryPlan:
             layers=layers,
         )
         models = _Models.open(transformer, text_encoder, vae, weight_format, layers)
-        request = PictureRequest(
+        request = ImageRequest(
             width,
             height,
             batch_size,
@@ -205,8 +205,8 @@ class QwenLowVRAMMemoryPlan:
         advice = [line for name, _, limit in capacities for line in models.advice(name, limit, ram_bytes)]
         lines = [title, subtitle, f"RAM limit {ram_bytes / GIB:.1f} GiB", "", *_table(cards)]
         text = "\n".join([*lines, *([""] if advice else []), *advice])
-        picture = draw_cards(title, subtitle, cards)
-        return {"ui": {"images": preview(picture), "text": [text]}, "result": (text, as_image(picture))}
+        image = draw_cards(title, subtitle, cards)
+        return {"ui": {"images": preview(image), "text": [text]}, "result": (text, as_image(image))}
 
 
 @dataclass(frozen=True)
@@ -246,17 +246,17 @@ class _Models:
             "speeds of this machine" if remembered else "typical speeds: no run has told this machine's yet",
         )
 
-    def free_ram_bytes(self, request: PictureRequest) -> int:
+    def free_ram_bytes(self, request: ImageRequest) -> int:
         """What is free now; the least that is needed is granted, as when it runs."""
         least = max(least_ram_bytes(footprint, request.sampling) for footprint in self.transformers.values())
         return max(free_ram(), least)
 
-    def card(self, request: PictureRequest, name: str, capacity_bytes: int, limit_bytes: int, ram_bytes: int) -> Card:
+    def card(self, request: ImageRequest, name: str, capacity_bytes: int, limit_bytes: int, ram_bytes: int) -> Card:
         limits = Limits(limit_bytes, ram_bytes)
         weight_format = choose_format(self.transformers, TYPICAL_REQUEST, limits, self.speeds).name
-        models = PictureModels(self.text_encoder.footprint, self.transformers[weight_format], self.vae.footprint)
+        models = ImageModels(self.text_encoder.footprint, self.transformers[weight_format], self.vae.footprint)
         try:
-            plan = plan_picture(models, request, limits, self.speeds)
+            plan = plan_image(models, request, limits, self.speeds)
         except DoesNotFit as error:
             return Card(name, capacity_bytes, limit_bytes, None, weight_format, str(error))
         return Card(name, capacity_bytes, limit_bytes, plan, weight_format)
@@ -274,7 +274,7 @@ def _check_layers(transformer: Checkpoint, layers: int) -> None:
     """Raise InvalidRequest where the model makes layers and none are asked for, or the other way round."""
     layered = variant_of(transformer).makes_layers
     if layered != (layers > 0):
-        makes, ask = ("layers", "1 or more") if layered else ("whole pictures", "0")
+        makes, ask = ("layers", "1 or more") if layered else ("whole images", "0")
         raise InvalidRequest(
             "{file} makes {makes}, and {layers} layers are asked for.\n\nWhat to do: set layers to {needed}.",
             code="plan.wrong_layers",
@@ -290,7 +290,7 @@ def _versions(source: Checkpoint, weight_format: str) -> dict[str, Checkpoint]:
         return versions_of(source)
     if weight_format in (AUTO, AS_STORED):
         return {AS_STORED: source}
-    weights = QuantizedWeights.of(source, weight_format, weight_cache_folder())
+    weights = RequantizedWeights.of(source, weight_format, weight_cache_folder())
     return {weight_format: source if weights is None else weights.checkpoint(data_start=0)}
 
 
@@ -317,7 +317,7 @@ def _table(cards: list[Card]) -> list[str]:
     return [*_aligned(rows), "", *_aligned(peaks), *([""] if refused else []), *refused]
 
 
-def _step_row(card: Card, plan: PicturePlan) -> tuple[str, ...]:
+def _step_row(card: Card, plan: ImagePlan) -> tuple[str, ...]:
     sampling = plan.sampling
     blocks = (len(sampling.resident), len(sampling.held), sampling.from_file, len(plan.tiles))
     forecast = sampling.forecast
@@ -325,7 +325,7 @@ def _step_row(card: Card, plan: PicturePlan) -> tuple[str, ...]:
     return (card.name, card.weight_format, *step, *map(str, blocks))
 
 
-def _peak_row(card: Card, plan: PicturePlan) -> tuple[str, ...]:
+def _peak_row(card: Card, plan: ImagePlan) -> tuple[str, ...]:
     peaks = (f"{stage.peak_bytes / GIB:.2f}/{stage.ram_bytes / GIB:.1f}" for stage in plan.stages)
     return (card.name, f"{card.limit_bytes / GIB:.2f}", *peaks)
 

@@ -1,4 +1,4 @@
-"""Node: what the stages of a picture really took, beside what was planned."""
+"""Node: what the stages of an image really took, beside what was planned."""
 
 import json
 import platform
@@ -10,7 +10,7 @@ import torch
 
 from ..engine.errors import InvalidRequest
 from ..engine.reports.charts import draw_timeline
-from ..engine.reports.image_report import PictureReport
+from ..engine.reports.image_report import ImageReport
 from .adapters.graph_checks import refuse
 from .adapters.streamed_model import LowVRAMModel
 from .display_names import CATEGORY
@@ -70,15 +70,15 @@ class QwenLowVRAMMemoryReport:
                 "so that the report waits for it.",
                 code="report.no_stage_yet",
             )
-        report = PictureReport(inner.timeline.reports, inner.last_report, _machine(inner.transformer.hardware.device))
+        report = ImageReport(inner.timeline.reports, inner.last_report, _machine(inner.transformer.hardware.device))
         text = str(report)
         numbers = json.dumps({"version": JSON_VERSION, **report.as_dict(), "text": text}, indent=1)
-        picture = draw_timeline(_title(report), report, inner.timeline.samples)
-        ui = {"images": preview(picture), "text": [text]}
-        return {"ui": ui, "result": (text, as_image(picture), numbers)}
+        image = draw_timeline(_title(report), report, inner.timeline.samples)
+        ui = {"images": preview(image), "text": [text]}
+        return {"ui": ui, "result": (text, as_image(image), numbers)}
 
 
-def _title(report: PictureReport) -> str:
+def _title(report: ImageReport) -> str:
     return "Memory report" if report.sampling is None else f"Memory report: {report.sampling.plan.request}"
 
 

@@ -1,4 +1,4 @@
-"""Drawn pictures as ComfyUI's IMAGE, and as previews on the node that drew them."""
+"""Drawn images as ComfyUI's IMAGE, and as previews on the node that drew them."""
 
 from pathlib import Path
 from typing import Any
@@ -11,16 +11,16 @@ from PIL import Image
 PREFIX = "qwen_lowvram"
 
 
-def as_image(picture: Image.Image) -> torch.Tensor:
+def as_image(image: Image.Image) -> torch.Tensor:
     """(1, H, W, 3), fp32 in 0..1."""
-    return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255).unsqueeze(0)
+    return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).unsqueeze(0)
 
 
-def preview(picture: Image.Image) -> list[dict[str, Any]]:
+def preview(image: Image.Image) -> list[dict[str, Any]]:
     """Saved to ComfyUI's folder of temporary files; what a node returns as "images" of its ui."""
     folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
-        PREFIX, folder_paths.get_temp_directory(), picture.width, picture.height
+        PREFIX, folder_paths.get_temp_directory(), image.width, image.height
     )
     file = f"{name}_{counter:05}_.png"
-    picture.save(Path(folder) / file, compress_level=1)
+    image.save(Path(folder) / file, compress_level=1)
     return [{"filename": file, "subfolder": subfolder, "type": "temp"}]

@@ -37,11 +37,11 @@ class QwenLowVRAMSample:
 
     CATEGORY = CATEGORY
     DESCRIPTION = (
-        "Makes the latent picture: Qwen-Image's own noise schedule for the picture's size, and true guidance with "
+        "Makes the latent image: Qwen-Image's own noise schedule for the image's size, and true guidance with "
         "both prompts in one visit of each block. Shows step, block and memory while it runs."
     )
     RETURN_TYPES = ("LATENT",)
-    OUTPUT_TOOLTIPS = ("The latent picture, for Decode (tiled) or ComfyUI's VAE Decode.",)
+    OUTPUT_TOOLTIPS = ("The latent image, for Decode (tiled) or ComfyUI's VAE Decode.",)
     SEARCH_ALIASES = ("ksampler", "sampler", "qwen", "true cfg")
     FUNCTION = "sample"
 
@@ -50,7 +50,7 @@ class QwenLowVRAMSample:
         return {
             "required": {
                 "model": ("MODEL", {"tooltip": "From Load Qwen-Image (low VRAM)."}),
-                "positive": ("CONDITIONING", {"tooltip": "What the picture should show."}),
+                "positive": ("CONDITIONING", {"tooltip": "What the image should show."}),
                 "negative": ("CONDITIONING", {"tooltip": "What it should not; not computed where cfg is 1."}),
                 "latent_image": ("LATENT", {"tooltip": "Size and batch: from EmptySD3LatentImage, or a VAE Encode."}),
                 "seed": (
@@ -60,7 +60,7 @@ class QwenLowVRAMSample:
                         "min": 0,
                         "max": 0xFFFFFFFFFFFFFFFF,
                         "control_after_generate": True,
-                        "tooltip": "The noise that the picture grows from.",
+                        "tooltip": "The noise that the image grows from.",
                     },
                 ),
                 "steps": (
@@ -90,7 +90,7 @@ class QwenLowVRAMSample:
                     [QWEN_SCHEDULER, LIGHTNING_SCHEDULER, *comfy.samplers.SCHEDULER_NAMES],
                     {
                         "default": QWEN_SCHEDULER,
-                        "tooltip": "qwen_image: the reference schedule, shifted by picture size. lightning: that of "
+                        "tooltip": "qwen_image: the reference schedule, shifted by image size. lightning: that of "
                         "Lightning models, shift 3. Others are ComfyUI's.",
                     },
                 ),
@@ -101,7 +101,7 @@ class QwenLowVRAMSample:
                         "min": 0.01,
                         "max": 1.0,
                         "step": 0.01,
-                        "tooltip": "Below 1 starts from the latent picture instead of pure noise (image to image).",
+                        "tooltip": "Below 1 starts from the latent image instead of pure noise (image to image).",
                     },
                 ),
                 "norm_rescale": (
@@ -257,9 +257,9 @@ def _check_batch_index(index: Any) -> None:
 
 
 def _noise_mask(mask: Tensor | None, latents: Tensor) -> Tensor | None:
-    """A mask for each picture, (N, 1, 1, H, W): ComfyUI mixes several (N, H, W) into one, as frames of a video.
+    """A mask for each image, (N, 1, 1, H, W): ComfyUI mixes several (N, H, W) into one, as frames of a video.
 
-    Raises InvalidRequest for more masks than pictures, and where nothing is masked: that run would change nothing.
+    Raises InvalidRequest for more masks than images, and where nothing is masked: that run would change nothing.
     """
     if mask is None:
         return None
@@ -268,14 +268,14 @@ def _noise_mask(mask: Tensor | None, latents: Tensor) -> Tensor | None:
     if len(masks) > len(latents):
         raise InvalidRequest(
             "There are {masks} masks for a batch of {count}.\n\nWhat to do: join the masks (MaskComposite), or make "
-            "as many pictures (RepeatLatentBatch).",
+            "as many images (RepeatLatentBatch).",
             code="sampling.wrong_number_of_masks",
             masks=len(masks),
             count=len(latents),
         )
     if not comfy.sampler_helpers.prepare_mask(masks, latents.shape, latents.device).any():
         raise InvalidRequest(
-            "The noise mask is empty: nothing of the picture would change.\n\nWhat to do: right-click the picture in "
+            "The noise mask is empty: nothing of the image would change.\n\nWhat to do: right-click the image in "
             "Load Image, choose 'Open in Mask Editor' and paint over what is to change. Or leave out the node that "
             "sets the mask.",
             code="sampling.empty_mask",

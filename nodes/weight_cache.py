@@ -10,7 +10,7 @@ import torch
 from ..engine.caches.prompt_cache import PromptCache
 from ..engine.caches.requantized_files import cache_path
 from ..engine.caches.requantized_layout import FORMATS
-from ..engine.caches.requantized_weights import QuantizedWeights
+from ..engine.caches.requantized_weights import RequantizedWeights
 from ..engine.errors import InvalidRequest
 from ..engine.files.atomic_files import may_write
 from ..engine.files.checkpoint import Checkpoint
@@ -79,24 +79,24 @@ def losses(source: Checkpoint, weight_format: str | None) -> int:
     return sum(_lent.losses(cache_path(source, name, folder)) for name in formats for folder in folders)
 
 
-def _weights(source: Checkpoint, weight_format: str) -> QuantizedWeights | None:
+def _weights(source: Checkpoint, weight_format: str) -> RequantizedWeights | None:
     if weight_format in (AUTO, AS_STORED, FASTEST):
         return None
     return quantized_weights(source, weight_format)
 
 
-def quantized_weights(source: Checkpoint, weight_format: str) -> QuantizedWeights | None:
+def quantized_weights(source: Checkpoint, weight_format: str) -> RequantizedWeights | None:
     """In the cache's folder; where nothing can be written there, what it does not have is for ComfyUI's temporary
-    folder. None and errors as QuantizedWeights.of has them."""
-    weights = QuantizedWeights.of(source, weight_format, weight_cache_folder())
+    folder. None and errors as RequantizedWeights.of has them."""
+    weights = RequantizedWeights.of(source, weight_format, weight_cache_folder())
     return weights if weights is None or weights.is_there() else _where_it_can_be_made(weights)
 
 
-def _where_it_can_be_made(weights: QuantizedWeights) -> QuantizedWeights:
+def _where_it_can_be_made(weights: RequantizedWeights) -> RequantizedWeights:
     return weights if may_write(weights.path.parent) else weights.in_folder(folder_until_the_end())
 
 
-def _make(weights: QuantizedWeights, device: torch.device, limit_bytes: int | None) -> Checkpoint:
+def _make(weights: RequantizedWeights, device: torch.device, limit_bytes: int | None) -> Checkpoint:
     if stage_bytes(device, limit_bytes, weights.working_bytes) < weights.working_bytes:
         device = torch.device("cpu")  # the same file, later
     text = printable(

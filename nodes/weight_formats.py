@@ -22,7 +22,7 @@ from .weight_cache import AS_STORED, quantized_weights
 QUANTIZED = ("int8", "nf4")
 # from how many times the speed on another format is worth a sentence
 MUCH_FASTER = 1.5
-# the picture that the reference makes, guided
+# the image that the reference makes, guided
 TYPICAL_REQUEST = SamplingRequest(1328, 1328, branches=2, prompt_tokens=512, timesteps=20)
 
 

@@ -127,7 +127,7 @@ def server_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     base = tmp_path_factory.mktemp("comfyui")
     prepare_base(base)
-    # every ComfyUI has this picture, and the graphs that show one name it
+    # every ComfyUI has this image, and the graphs that show one name it
     (base / "input").mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (64, 64), "white").save(base / "input" / "example.png")
     return base

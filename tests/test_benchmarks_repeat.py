@@ -1,4 +1,4 @@
-"""What `python dev.py bench repeat` shows: a picture after the first reads only what changed, and is ComfyUI's."""
+"""What `python dev.py bench repeat` shows: an image after the first reads only what changed, and is ComfyUI's."""
 
 from typing import Any
 
@@ -16,12 +16,12 @@ def repeat(comfyui_path: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def rows(repeat: Any) -> dict[str, list[dict[str, Any]]]:
-    """By who, of a first picture with a LoRA, another seed, and another strength of the LoRA."""
+    """By who, of a first image with a LoRA, another seed, and another strength of the LoRA."""
     made = repeat.rows(True)
     return {who: [row for row in made if row["who"] == who] for who in ("ours", "comfyui")}
 
 
-def test_the_first_picture_reads_the_encoder_the_modulation_and_all_blocks(rows: Any) -> None:
+def test_the_first_image_reads_the_encoder_the_modulation_and_all_blocks(rows: Any) -> None:
     first = rows["ours"][0]
     assert first["encoder_bytes"] > 0
     assert first["modulation_bytes"] == rows["comfyui"][0]["modulation_bytes"] > 0
@@ -57,12 +57,12 @@ def test_the_first_step_comes_before_the_last(rows: Any) -> None:
         assert row["peak_bytes"] > 0
 
 
-def test_pictures_that_are_not_the_same_give_no_figures(repeat: Any) -> None:
-    picture = torch.linspace(-1, 1, 64)
-    near, far = picture.clone(), picture.clone()
+def test_images_that_are_not_the_same_give_no_figures(repeat: Any) -> None:
+    image = torch.linspace(-1, 1, 64)
+    near, far = image.clone(), image.clone()
     near[3] += 0.9e-4
     far[3] += 1.1e-4
-    assert repeat.compare([picture, near], [picture, picture]) == pytest.approx([0.0, 0.9e-4], rel=0.01)
-    for other in (far, torch.full_like(picture, torch.nan)):
+    assert repeat.compare([image, near], [image, image]) == pytest.approx([0.0, 0.9e-4], rel=0.01)
+    for other in (far, torch.full_like(image, torch.nan)):
         with pytest.raises(SystemExit, match="Picture 2 is not ComfyUI's"):
-            repeat.compare([picture, other], [picture, picture])
+            repeat.compare([image, other], [image, image])

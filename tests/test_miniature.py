@@ -35,12 +35,12 @@ ONE = Scene("white", (Item("circle", "red", "large"),), "centre")
 TWO = Scene("blue", (Item("square", "yellow", "small"), Item("triangle", "red", "large")), "left")
 
 
-def picture_of(scene: Scene, seed: int = 0) -> np.ndarray:
+def image_of(scene: Scene, seed: int = 0) -> np.ndarray:
     return paint(scene, random.Random(seed))
 
 
-def wrong_facts(picture: np.ndarray, scene: Scene) -> set[str]:
-    return {fact for fact, right in score(picture, scene).facts.items() if not right}
+def wrong_facts(image: np.ndarray, scene: Scene) -> set[str]:
+    return {fact for fact, right in score(image, scene).facts.items() if not right}
 
 
 @pytest.mark.parametrize("held_out", [False, True])
@@ -63,35 +63,35 @@ def test_every_painted_scene_scores_as_correct(held_out: bool) -> None:
     ],
 )
 def test_a_wrong_fact_is_found_and_only_it(shown: Scene, fact: str) -> None:
-    assert wrong_facts(picture_of(shown), ONE) == {fact}
+    assert wrong_facts(image_of(shown), ONE) == {fact}
 
 
 @pytest.mark.parametrize("relation", RELATIONS)
 @pytest.mark.parametrize("shown", RELATIONS)
 def test_only_the_stated_relation_is_right(relation: str, shown: str) -> None:
     expected = set() if relation == shown else {"place"}
-    assert wrong_facts(picture_of(replace(TWO, place=shown)), replace(TWO, place=relation)) == expected
+    assert wrong_facts(image_of(replace(TWO, place=shown)), replace(TWO, place=relation)) == expected
 
 
 def test_swapped_colours_are_wrong() -> None:
     square, triangle = TWO.items
     swapped = (replace(square, colour="red"), replace(triangle, colour="yellow"))
-    assert not score(picture_of(replace(TWO, items=swapped)), TWO).correct
+    assert not score(image_of(replace(TWO, items=swapped)), TWO).correct
 
 
 def test_swapped_sizes_are_wrong() -> None:
     square, triangle = TWO.items
     swapped = (replace(square, size="large"), replace(triangle, size="small"))
-    assert wrong_facts(picture_of(replace(TWO, items=swapped)), TWO) == {"size"}
+    assert wrong_facts(image_of(replace(TWO, items=swapped)), TWO) == {"size"}
 
 
 @pytest.mark.parametrize(("shown", "stated"), [(ONE, TWO), (TWO, ONE)])
 def test_a_missing_or_additional_shape_makes_every_fact_about_shapes_wrong(shown: Scene, stated: Scene) -> None:
-    assert {"count", "shape", "colour", "size", "place"} <= wrong_facts(picture_of(shown), stated)
+    assert {"count", "shape", "colour", "size", "place"} <= wrong_facts(image_of(shown), stated)
 
 
 @pytest.mark.parametrize("value", [0, 127, 255])
-def test_an_empty_picture_is_wrong(value: int) -> None:
+def test_an_empty_image_is_wrong(value: int) -> None:
     assert not score(np.full((128, 128, 3), value, np.uint8), ONE).correct
 
 
@@ -101,25 +101,25 @@ def test_noise_is_wrong() -> None:
 
 
 def test_a_shape_that_is_none_of_the_known_is_wrong() -> None:
-    picture = picture_of(ONE)
-    picture[64:] = picture[0, 0]  # half a circle
-    assert "shape" in wrong_facts(picture, ONE)
+    image = image_of(ONE)
+    image[64:] = image[0, 0]  # half a circle
+    assert "shape" in wrong_facts(image, ONE)
 
 
 def test_faint_noise_and_blur_do_not_change_the_verdict() -> None:
     noise = np.random.default_rng(0).normal(0, 6, (128, 128, 3))
-    picture = picture_of(TWO).astype(float)
-    picture[1:-1] = (picture[:-2] + picture[1:-1] + picture[2:]) / 3
-    assert score(np.clip(picture + noise, 0, 255).astype(np.uint8), TWO).correct
+    image = image_of(TWO).astype(float)
+    image[1:-1] = (image[:-2] + image[1:-1] + image[2:]) / 3
+    assert score(np.clip(image + noise, 0, 255).astype(np.uint8), TWO).correct
 
 
 def test_facts_that_the_caption_leaves_open_are_not_asked() -> None:
     asked = Scene("white", (Item("circle", "red", None),), None)
-    assert score(picture_of(replace(ONE, place="top")), asked).correct
-    assert score(picture_of(replace(ONE, items=(Item("circle", "red", "small"),))), asked).correct
+    assert score(image_of(replace(ONE, place="top")), asked).correct
+    assert score(image_of(replace(ONE, items=(Item("circle", "red", "small"),))), asked).correct
 
 
-def test_a_larger_picture_is_described_alike() -> None:
+def test_a_larger_image_is_described_alike() -> None:
     large = paint(TWO, random.Random(5), side_px=256)
     assert score(large, TWO).correct
     assert describe(large)[0] == "blue"
@@ -184,6 +184,6 @@ def test_the_committed_folder_draws_most_of_eight_held_out_captions(pipeline) ->
     from miniature.evaluate import draw
 
     cases = held_out_captions(8)
-    pictures = draw(pipeline, [text for _, text, _ in cases], seed=0, batch=8)
-    right = [score(picture, scene).correct for picture, (_, _, scene) in zip(pictures, cases, strict=True)]
+    images = draw(pipeline, [text for _, text, _ in cases], seed=0, batch=8)
+    right = [score(image, scene).correct for image, (_, _, scene) in zip(images, cases, strict=True)]
     assert sum(right) >= 6

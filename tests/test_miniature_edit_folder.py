@@ -68,12 +68,12 @@ def test_training_reads_instructions_as_the_pipeline_does(pipeline, shown: int) 
     from PIL import Image
 
     text = "make the circle blue"
-    pictures = [Image.effect_noise((384, 384), 90).convert("RGB") for _ in range(shown)]
+    images = [Image.effect_noise((384, 384), 90).convert("RGB") for _ in range(shown)]
     read = Embeddings(pipeline.text_encoder, pipeline.tokenizer)
     with torch.no_grad():
-        wanted, _ = pipeline._get_qwen_prompt_embeds(text, pictures)
+        wanted, _ = pipeline._get_qwen_prompt_embeds(text, images)
     ours, mask, places, _ = read([text], shown, thinned=False)
-    assert (ours - wanted).abs().max() < 1e-4  # whatever the pictures show: the vision tower says nothing
+    assert (ours - wanted).abs().max() < 1e-4  # whatever the images show: the vision tower says nothing
     few, _, kept, amounts = read([text], shown, thinned=True)
     assert torch.equal(few, ours[:, kept])
     assert mask.all()
@@ -81,11 +81,11 @@ def test_training_reads_instructions_as_the_pipeline_does(pipeline, shown: int) 
 
 
 def test_the_committed_folder_does_most_of_six_held_out_edits(pipeline) -> None:
-    from miniature.evaluate import edit_pictures
+    from miniature.evaluate import edit_images
 
     right = 0
     for i, (_, text, edit) in enumerate(held_out_edits(6)):
         shown, _ = paint_edit(edit, f"held out {i}")
-        made = edit_pictures(pipeline, text, shown, seed=i)
+        made = edit_images(pipeline, text, shown, seed=i)
         right += score_edit(made, edit.target, shown[edit.kept]).correct
     assert right >= 5

@@ -29,26 +29,26 @@ def edits(count: int = 60, *, held_out: bool = False, kinds: tuple[str, ...] = K
     return [draw_edit(rng, kinds[i % len(kinds)], held_out=held_out) for i in range(count)]
 
 
-def wrong_facts(picture: np.ndarray, target: Scene, kept: np.ndarray) -> set[str]:
-    return {fact for fact, right in score_edit(picture, target, kept).facts.items() if not right}
+def wrong_facts(image: np.ndarray, target: Scene, kept: np.ndarray) -> set[str]:
+    return {fact for fact, right in score_edit(image, target, kept).facts.items() if not right}
 
 
 @pytest.mark.parametrize("held_out", [False, True])
-def test_every_wanted_picture_scores_as_correct(held_out: bool) -> None:
+def test_every_wanted_image_scores_as_correct(held_out: bool) -> None:
     for i, edit in enumerate(edits(held_out=held_out)):
         shown, target = paint_edit(edit, str(i))
         assert wrong_facts(target, edit.target, shown[edit.kept]) == set(), edit
 
 
-def test_a_picture_that_is_left_as_it_was_is_wrong() -> None:
+def test_an_image_that_is_left_as_it_was_is_wrong() -> None:
     for i, edit in enumerate(edits()):
         shown, _ = paint_edit(edit, str(i))
-        assert all(wrong_facts(picture, edit.target, shown[edit.kept]) for picture in shown), edit
+        assert all(wrong_facts(image, edit.target, shown[edit.kept]) for image in shown), edit
 
 
-def test_the_wanted_picture_differs_only_where_the_edit_says() -> None:
+def test_the_wanted_image_differs_only_where_the_edit_says() -> None:
     for i, edit in enumerate(edits(kinds=("shape",))):
-        (shown,), target = (np.asarray(pictures, int) for pictures in paint_edit(edit, str(i)))
+        (shown,), target = (np.asarray(images, int) for images in paint_edit(edit, str(i)))
         source = edit.sources[0]
         others = [source.background, *(item.colour for j, item in enumerate(source.items) if j != edit.item)]
         left = np.any([(shown == COLOURS[colour]).all(-1) for colour in others], axis=0)
@@ -68,7 +68,7 @@ def test_a_shape_that_moves_is_found(shift_px: int, wrong: set[str]) -> None:
 
 def test_a_shape_that_grows_is_found() -> None:
     sizes = [paint(CIRCLE, random.Random(seed)) for seed in range(40)]
-    widths = [int((picture != picture[0, 0]).any((0, 2)).sum()) for picture in sizes]
+    widths = [int((image != image[0, 0]).any((0, 2)).sum()) for image in sizes]
     small, large = sizes[int(np.argmin(widths))], sizes[int(np.argmax(widths))]
     assert max(widths) - min(widths) >= 4
     assert score(large, CIRCLE).correct
@@ -116,7 +116,7 @@ def test_an_edit_and_its_way_back_are_both_edits() -> None:
         assert edit.back.target == edit.sources[0]
 
 
-def test_two_pictures_in_the_other_order_make_the_same() -> None:
+def test_two_images_in_the_other_order_make_the_same() -> None:
     for edit in edits(kinds=("together",)):
         assert edit.turned.sources[edit.turned.kept] == edit.sources[edit.kept]
         assert edit.turned.target == edit.target

@@ -65,7 +65,7 @@ def text_encoder_checkpoint(dtype: torch.dtype = torch.bfloat16, *, layers: int 
 
 
 def vae_checkpoint(dtype: torch.dtype = torch.bfloat16, *, channels: int = 3) -> Checkpoint:
-    """Of RGB pictures; Qwen-Image-Layered's has 4 channels."""
+    """Of RGB images; Qwen-Image-Layered's has 4 channels."""
     with torch.device("meta"):
         model = AutoencoderKLQwenImage(base_dim=96, z_dim=16, input_channels=channels)
     return _checkpoint("vae", {name: tuple(p.shape) for name, p in model.named_parameters()}, dtype)

@@ -1,4 +1,4 @@
-"""diffusers' image-to-image and inpainting pipelines on a pipeline folder, their pictures encoded without chance. For
+"""diffusers' image-to-image and inpainting pipelines on a pipeline folder, their images encoded without chance. For
 tests."""
 
 from pathlib import Path
@@ -38,7 +38,7 @@ class InpaintPipeline(_Encoding, QwenImageInpaintPipeline):
 
 
 class EditInpaintPipeline(_Encoding, QwenImageEditInpaintPipeline):
-    """Tells the text encoder which tokens are pictures, as `edit_reference.EditPipeline` does."""
+    """Tells the text encoder which tokens are images, as `edit_reference.EditPipeline` does."""
 
     def _get_qwen_prompt_embeds(self, prompt: Any = None, image: Any = None, *_: Any) -> Embeds:
         (text,) = [prompt] if isinstance(prompt, str) else prompt
@@ -53,7 +53,7 @@ def start_pipeline(kind: type[Kind], folder: Path) -> Kind:
 
 
 def edit_inpaint_pipeline(folder: Path) -> EditInpaintPipeline:
-    """Of the models of a text-to-image folder; for pictures of FIRST_WIDTH x FIRST_HEIGHT px."""
+    """Of the models of a text-to-image folder; for images of FIRST_WIDTH x FIRST_HEIGHT px."""
     pipeline = EditInpaintPipeline(**edit_models(folder))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

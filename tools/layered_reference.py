@@ -1,4 +1,4 @@
-"""diffusers' pipeline of Qwen-Image-Layered on a small folder, for pictures of a few patches. For tests."""
+"""diffusers' pipeline of Qwen-Image-Layered on a small folder, for images of a few patches. For tests."""
 
 from pathlib import Path
 from typing import Any
@@ -9,15 +9,15 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_layered
 from PIL import Image
 from torch import Tensor
 
-# of the picture that is taken apart; the pipeline itself knows areas of 640x640 and 1024x1024 px alone
+# of the image that is taken apart; the pipeline itself knows areas of 640x640 and 1024x1024 px alone
 WIDTH, HEIGHT = 160, 96
 
 
 def layered_reference(
-    folder: Path, picture: Image.Image, noise: Tensor, *, prompt: str, negative: str, cfg: float, steps: int
+    folder: Path, image: Image.Image, noise: Tensor, *, prompt: str, negative: str, cfg: float, steps: int
 ) -> tuple[Tensor, Tensor]:
-    """What the pipeline makes of a picture of WIDTH x HEIGHT px and of noise (1, 16, F, h, w): latents like it, still
-    normalised, and the layers (F - 1, H, W, 4) in 0..1, without the first frame, which is the picture itself."""
+    """What the pipeline makes of an image of WIDTH x HEIGHT px and of noise (1, 16, F, h, w): latents like it, still
+    normalised, and the layers (F - 1, H, W, 4) in 0..1, without the first frame, which is the image itself."""
     pipeline_qwenimage_layered.calculate_dimensions = lambda area, ratio: (WIDTH, HEIGHT)
     pipeline = QwenImageLayeredPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
@@ -31,7 +31,7 @@ def layered_reference(
 
     # output_type "latent" raises UnboundLocalError in diffusers 0.42
     made = pipeline(
-        image=picture.convert("RGBA"),
+        image=image.convert("RGBA"),
         prompt=prompt,
         negative_prompt=negative,
         true_cfg_scale=cfg,

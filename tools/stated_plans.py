@@ -16,7 +16,7 @@ from typing import Any
 
 import full_size
 import torch
-from qwenimage_lowvram.engine.caches.requantized_weights import QuantizedWeights
+from qwenimage_lowvram.engine.caches.requantized_weights import RequantizedWeights
 from qwenimage_lowvram.engine.lora.lora_file import match
 from qwenimage_lowvram.engine.lora.weight_patches import lora_patches
 from qwenimage_lowvram.engine.models.qwen_image.costs import PROMPT_SIZES
@@ -35,12 +35,12 @@ SPEEDS_TEXT = (
     f"{TYPICAL.disk_bytes / 1e9:g} GB/s from the disk"
 )
 WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
-SIDE_PX = 1024  # of an edited picture, and of a megapixel as ComfyUI scales to it
+SIDE_PX = 1024  # of an edited image, and of a megapixel as ComfyUI scales to it
 
 
 def plan_of(graph: Mapping[str, Any], **changed: Any) -> MemoryPlan:
     """What the planner makes of a workflow's loader (with settings `changed`), LoRA, size, steps, guidance and
-    pictures."""
+    images."""
     loader = _widgets(graph, "QwenLowVRAMLoader") | changed
     sample = _widgets(graph, "QwenLowVRAMSample")
     types = [node["type"] for node in graph["nodes"]]
@@ -68,7 +68,7 @@ def lines(plan: MemoryPlan) -> list[str]:
     megapixels = request.reference_tokens * 256 / 1e6
     shown = f", {megapixels:.1f} megapixels to change" if megapixels else ""
     if request.frames > 1:
-        shown = f", {request.frames - 1} layers and the picture itself"
+        shown = f", {request.frames - 1} layers and the image itself"
     guided = "guided" if request.branches > 1 else "no guidance: the negative prompt is not used"
     stay = [f"{len(plan.resident)} stay on the card", f"{len(plan.held)} in RAM"]
     stay += [f"{plan.from_file} are read from the file"] * (plan.from_file > 0)
@@ -98,7 +98,7 @@ def note_of(graph: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _size(graph: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Width and height of the output, and layers: an empty latent's, a square one of a scaled or an edited picture."""
+    """Width and height of the output, and layers: an empty latent's, a square one of a scaled or an edited image."""
     by_type = {node["type"]: node.get("widgets_values") for node in graph["nodes"]}
     if "EmptyQwenImageLayeredLatentImage" in by_type:
         width, height, layers, _ = by_type["EmptyQwenImageLayeredLatentImage"]
@@ -117,7 +117,7 @@ def _parts(weight_format: str, *, lora: bool, layered: bool) -> QwenImageParts:
     stored = torch.float8_e4m3fn if weight_format == "fp8" else torch.bfloat16
     source = full_size.transformer_checkpoint(stored, layered=layered)
     if weight_format != "fp8":
-        weights = QuantizedWeights.of(source, weight_format, Path("cache"))
+        weights = RequantizedWeights.of(source, weight_format, Path("cache"))
         assert weights is not None
         source = weights.checkpoint(data_start=0)
     parts = QwenImageParts(source, dtype=torch.bfloat16, hardware=full_size.fake_gpu(), source=full_size.EmptySource)

@@ -23,7 +23,7 @@ class Tier(Enum):
 class Job:
     """What one process measures. folder: of the transformer; scratch: an empty folder for copies that a peer makes.
 
-    blocks: how many the folder has. width, height: of the picture in px. vram_bytes bounds every way but `resident`;
+    blocks: how many the folder has. width, height: of the image in px. vram_bytes bounds every way but `resident`;
     ram_bytes (None: no limit) only ours, which alone can be told. steps: of the run that what is done once is spread
     over; rounds: how many of them are measured.
     """

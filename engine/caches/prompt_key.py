@@ -25,7 +25,7 @@ class PromptKey:
     """Equal keys have equal embeddings, bit for bit.
 
     encoder: Checkpoint.identity, which stands for the weights and their format. tokens: the prompt's within its
-    template. arithmetic: as `arithmetic_of` gives it. images: a digest of each picture that the prompt shows.
+    template. arithmetic: as `arithmetic_of` gives it. images: a digest of each image that the prompt shows.
     """
 
     encoder: str

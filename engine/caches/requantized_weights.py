@@ -46,7 +46,7 @@ _READ_BYTES = 8 * 1024**2
 
 
 @dataclass(frozen=True)
-class QuantizedWeights:
+class RequantizedWeights:
     """The quantized blocks of one source in one format, in a file of the cache folder that may yet have to be made.
 
     The file is a safetensors file in bitsandbytes' layout (int8, nf4, fp4) or ComfyUI's (scaled fp8). It is believed
@@ -59,7 +59,7 @@ class QuantizedWeights:
     blocks: tuple[tuple[Matrix, ...], ...] = field(repr=False)
 
     @classmethod
-    def of(cls, source: Checkpoint, weight_format: str, folder: Path) -> "QuantizedWeights | None":
+    def of(cls, source: Checkpoint, weight_format: str, folder: Path) -> "RequantizedWeights | None":
         """None where the source stores its blocks in that format already. Reads no weight.
 
         Raises InvalidRequest where they are in another quantized format, WrongModel where it is no transformer.
@@ -106,7 +106,7 @@ class QuantizedWeights:
         except CheckpointError:
             return False
 
-    def in_folder(self, folder: Path) -> "QuantizedWeights":
+    def in_folder(self, folder: Path) -> "RequantizedWeights":
         """The same in another folder."""
         return replace(self, path=folder / self.path.name)
 

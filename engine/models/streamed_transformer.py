@@ -14,7 +14,7 @@ from ..errors import Unsupported
 from ..files.checkpoint import Checkpoint
 from ..hardware import Hardware
 from ..planning.footprint import TransformerFootprint
-from ..planning.memory import Annex, spread_order
+from ..planning.memory import SecondaryDevice, spread_order
 from ..streaming import BlockStreamer, Waits, WeightPatch, bind
 from .network import Branch, Hooked, NothingBeforehand, OnBlock, State, StepTable
 from .transformer_parts import TransformerParts
@@ -40,7 +40,7 @@ class StreamedTransformer(ABC, Generic[BranchT, StateT]):
         self.file = checkpoint.largest_file
         self.modulation: StepTable = NothingBeforehand()
         self.store = parts.store
-        self.annexes = {str(store.hardware.device): store for store in parts.annex_stores}
+        self.secondaries = {str(store.hardware.device): store for store in parts.secondary_stores}
         self._loaded = False
         self._outside = parts.network.make_outside()
         self._outside.load_state_dict(parts.read_outside(), assign=True)
@@ -111,18 +111,18 @@ class StreamedTransformer(ABC, Generic[BranchT, StateT]):
         self,
         resident: Iterable[int],
         held: Iterable[int] = (),
-        annexes: Sequence[Annex] = (),
+        secondaries: Sequence[SecondaryDevice] = (),
         *,
         on_block: OnBlock | None = None,
     ) -> None:
         """Bring the weights outside the blocks and the `resident` blocks to the device, and keep `held` ones in host
-        memory from their next visit on; the blocks of `annexes` go to their devices.
+        memory from their next visit on; the blocks of `secondaries` go to their devices.
 
         `on_block` is called before each block that is brought to a device, and may raise.
         """
         self.return_outside()
-        there = {annex.device: annex.blocks for annex in annexes}
-        for device, store in self.annexes.items():
+        there = {secondary.device: secondary.blocks for secondary in secondaries}
+        for device, store in self.secondaries.items():
             store.set_resident(there.get(device, ()), on_block=on_block)
         self.store.set_resident(resident, on_block=on_block)  # first: a block may come from host memory
         self.store.set_held(held)
@@ -138,7 +138,7 @@ class StreamedTransformer(ABC, Generic[BranchT, StateT]):
         memory."""
         self._move_outside(torch.device("cpu"))
         self._loaded = False
-        for store in (self.store, *self.annexes.values()):
+        for store in (self.store, *self.secondaries.values()):
             store.release()
         self.modulation.leave_device()
 
@@ -162,15 +162,15 @@ class StreamedTransformer(ABC, Generic[BranchT, StateT]):
 
     @contextmanager
     def session(
-        self, *, slots: int, mlp_chunk_tokens: int | None = None, annexes: Sequence[Annex] = ()
+        self, *, slots: int, mlp_chunk_tokens: int | None = None, secondaries: Sequence[SecondaryDevice] = ()
     ) -> Iterator["TransformerSession[BranchT, StateT]"]:
         """What a run of several passes needs on the devices, given back on every way out."""
-        away = min((annex.blocks.start for annex in annexes), default=len(self.store.blocks))
+        away = min((secondary.blocks.start for secondary in secondaries), default=len(self.store.blocks))
         with ExitStack() as stack:
             streamers = [stack.enter_context(BlockStreamer(self.store, slots=slots, blocks=range(away)))]
-            for annex in sorted(annexes, key=lambda annex: annex.blocks.start):
-                store = self.annexes[annex.device]
-                streamers.append(stack.enter_context(BlockStreamer(store, slots=2, blocks=annex.blocks)))
+            for secondary in sorted(secondaries, key=lambda secondary: secondary.blocks.start):
+                store = self.secondaries[secondary.device]
+                streamers.append(stack.enter_context(BlockStreamer(store, slots=2, blocks=secondary.blocks)))
             stack.callback(self.modulation.leave_device)
             yield TransformerSession(self, streamers, mlp_chunk_tokens)
 

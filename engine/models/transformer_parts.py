@@ -15,7 +15,7 @@ from ..streaming import (
     BlockSource,
     BlockStore,
     FileSource,
-    HostMemory,
+    PinnedMemory,
     StoredBlock,
     WeightPatch,
     read_params,
@@ -48,12 +48,12 @@ class TransformerParts:
         self._attention = next((kernel for kernel in kernels if kernel != FUSED), FUSED)  # plans are of any of them
         with torch.device("meta"):
             self._outside_shapes = _shapes(network.make_outside())
-        host = HostMemory(hardware)
+        host = PinnedMemory(hardware)
         block_files = self._files(network.make_block)
         self.store = block_files.open(hardware, host)
-        self.annex_stores = [block_files.open(other, host) for other in others]
+        self.secondary_stores = [block_files.open(other, host) for other in others]
         self.modulation_store: BlockStore | None = None
-        self._stores_of = [(block_files, [self.store, *self.annex_stores])]
+        self._stores_of = [(block_files, [self.store, *self.secondary_stores])]
         if network.make_modulation is not None:
             modulation_files = self._files(network.make_modulation)
             self.modulation_store = modulation_files.open(hardware, host)

@@ -4,31 +4,33 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from .footprint import TransformerFootprint
-from .memory import Annex, most_bytes, without_annexes
+from .memory import SecondaryDevice, most_bytes, without_secondaries
 from .request import Controls, SamplingRequest
 
 
 def split_blocks(
     footprint: TransformerFootprint, request: SamplingRequest, first_limit_bytes: int, others: Sequence[tuple[str, int]]
-) -> tuple[Annex, ...]:
+) -> tuple[SecondaryDevice, ...]:
     """What further devices, (name, limit in bytes) each, take from the end of the model.
 
     Each holds as many blocks as fit all at once, and none where the first device has room for what is left: handing
     activations on costs less than fetching a block, but it costs. At least one block stays with the first device.
     """
-    annexes: list[Annex] = []
+    secondaries: list[SecondaryDevice] = []
     left = footprint.blocks
     for device, limit in others:
-        if most_bytes(without_annexes(footprint, annexes), request) <= first_limit_bytes:
+        if most_bytes(without_secondaries(footprint, secondaries), request) <= first_limit_bytes:
             break
-        count = max((n for n in range(left) if n and annex_bytes(footprint, request, n) <= limit), default=0)
+        count = max((n for n in range(left) if n and secondary_bytes(footprint, request, n) <= limit), default=0)
         if count:
-            annexes.append(Annex(device, range(left - count, left), annex_bytes(footprint, request, count), limit))
+            secondaries.append(
+                SecondaryDevice(device, range(left - count, left), secondary_bytes(footprint, request, count), limit)
+            )
             left -= count
-    return tuple(annexes)
+    return tuple(secondaries)
 
 
-def annex_bytes(footprint: TransformerFootprint, request: SamplingRequest, blocks: int) -> int:
+def secondary_bytes(footprint: TransformerFootprint, request: SamplingRequest, blocks: int) -> int:
     """What a device takes on which so many blocks stay, and nothing else of the model or beside it."""
     away = footprint.blocks - blocks
     there = replace(footprint, blocks=blocks, elsewhere=away, outside_bytes=0)

@@ -102,7 +102,7 @@ class TextEncoderFootprint:
 
 
 class Tiles(Protocol):
-    """In which tiles a picture is decoded: how many, whether that is the whole picture, and what they hold."""
+    """In which tiles an image is decoded: how many, whether that is the whole image, and what they hold."""
 
     @property
     def peak_bytes(self) -> int: ...
@@ -115,8 +115,8 @@ class Tiles(Protocol):
 
 @dataclass(frozen=True)
 class VAEFootprint:
-    """A VAE's weights in bytes, decoder and encoder. plan_decode(height, width, limit_bytes): the tiles of a picture of
-    that many px, within that limit beside the weights; raises DoesNotFit. pixel_bytes: of a decoded picture."""
+    """A VAE's weights in bytes, decoder and encoder. plan_decode(height, width, limit_bytes): the tiles of an image of
+    that many px, within that limit beside the weights; raises DoesNotFit. pixel_bytes: of a decoded image."""
 
     weights_bytes: int
     plan_decode: Callable[[int, int, int], Tiles]

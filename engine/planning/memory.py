@@ -22,7 +22,7 @@ SPARE_ROWS = 16
 
 
 @dataclass(frozen=True)
-class Annex:
+class SecondaryDevice:
     """A further device, on which `blocks` stay: `peak_bytes` of its `limit_bytes` at the worst moment of a step."""
 
     device: str
@@ -42,7 +42,7 @@ class MemoryPlan:
     read from the file at every step. slots: buffers that blocks pass through (two overlap fetching with computing).
     mlp_chunk_tokens: None computes the MLP of all tokens at once. attention: by which kernel, and in which chunks. The
     *_peak_bytes are predictions of everything that the stage holds on the device, ram_peak_bytes of everything in host
-    memory. `blocks` and all that leave out those of annexes.
+    memory. `blocks` and all that leave out those of secondaries.
     """
 
     request: SamplingRequest
@@ -61,7 +61,7 @@ class MemoryPlan:
     streamed_bytes_per_step: int
     forecast: StepForecast
     attention: str = FUSED.name
-    annexes: tuple[Annex, ...] = ()
+    secondaries: tuple[SecondaryDevice, ...] = ()
 
     @property
     def limit_bytes(self) -> int:
@@ -88,12 +88,13 @@ class MemoryPlan:
         slots = f"{self.slots} slot{'s' if self.slots != 1 else ''}"
         ram = "" if self.limits.ram_bytes is None else f" of {size_text(self.limits.ram_bytes)}"
         controls = f", {self.request.controls}" if self.request.controls else ""
+        elsewhere = "".join(f"; {secondary}" for secondary in self.secondaries)
         return (
             f"MemoryPlan({self.request}: {len(self.resident)} of {self.blocks} blocks resident, {len(self.held)} in "
             f"RAM, {self.from_file} read from the file, through {slots}, {size_text(self.streamed_bytes_per_step)} "
             f"per step{chunk}; peak {size_text(self.peak_bytes)} of {size_text(self.limit_bytes)}: weights "
             f"{size_text(self.resident_bytes)}, activations {size_text(self.activation_bytes)}{controls}; RAM "
-            f"{size_text(self.ram_peak_bytes)}{ram}; {self.forecast}{''.join(f'; {annex}' for annex in self.annexes)})"
+            f"{size_text(self.ram_peak_bytes)}{ram}; {self.forecast}{elsewhere})"
         )
 
 
@@ -102,15 +103,15 @@ def plan_memory(
     request: SamplingRequest,
     limits: Limits,
     speeds: Speeds = TYPICAL,
-    annexes: tuple[Annex, ...] = (),
+    secondaries: tuple[SecondaryDevice, ...] = (),
 ) -> MemoryPlan:
     """The fastest plan within the limits. Of equally fast ones that with two slots, then with the most resident
-    blocks, then with the least chunking (chunks of MLP_CHUNKS cost next to nothing). The blocks of `annexes`, at the
-    end of the model, stay on other devices.
+    blocks, then with the least chunking (chunks of MLP_CHUNKS cost next to nothing). The blocks of `secondaries`, at
+    the end of the model, stay on other devices.
 
     Raises DoesNotFit with what would fit.
     """
-    footprint = without_annexes(footprint, annexes)
+    footprint = without_secondaries(footprint, secondaries)
     plans = []
     for slots in (2, 1):
         for chunk in MLP_CHUNKS:
@@ -120,12 +121,14 @@ def plan_memory(
                 plans.append(draft.plan(resident, limits, speeds))
     if not plans:
         raise _refusal(footprint, request, limits)
-    return replace(min(plans, key=_slowness), annexes=annexes)
+    return replace(min(plans, key=_slowness), secondaries=secondaries)
 
 
-def without_annexes(footprint: TransformerFootprint, annexes: Sequence[Annex]) -> TransformerFootprint:
+def without_secondaries(
+    footprint: TransformerFootprint, secondaries: Sequence[SecondaryDevice]
+) -> TransformerFootprint:
     """What is left to the first device."""
-    away = sum(len(annex.blocks) for annex in annexes)
+    away = sum(len(secondary.blocks) for secondary in secondaries)
     return replace(footprint, blocks=footprint.blocks - away, elsewhere=away)
 
 

@@ -31,14 +31,14 @@ class Controls:
 
     weights_bytes: stay there for the whole run. held_bytes: what they hand to the blocks, kept while those are visited.
     working_bytes: their own pass at its widest, made before the blocks are visited; fixed_bytes: of it, whatever the
-    picture's size. pictures: how many are made at a time.
+    image's size. images: how many are made at a time.
     """
 
     weights_bytes: int = 0
     held_bytes: int = 0
     working_bytes: int = 0
     fixed_bytes: int = 0
-    pictures: int = 1
+    images: int = 1
 
     def __bool__(self) -> bool:
         return bool(self.weights_bytes or self.held_bytes or self.working_bytes)
@@ -74,9 +74,9 @@ class PromptTokens:
 class SamplingRequest:
     """What one step has to compute.
 
-    width, height: of the picture in px. branches: prompts times pictures that run through a block in turn.
-    prompt_tokens: of the longest prompt. reference_tokens: of all reference pictures of a branch together.
-    timesteps: how many the run has. frames: of the picture's latent; one more than the layers it is taken apart into.
+    width, height: of the image in px. branches: prompts times images that run through a block in turn.
+    prompt_tokens: of the longest prompt. reference_tokens: of all reference images of a branch together.
+    timesteps: how many the run has. frames: of the image's latent; one more than the layers it is taken apart into.
     controls: what runs beside the transformer, for this size and batch. token_px: pixels that a token covers along
     each side.
     """
@@ -96,7 +96,7 @@ class SamplingRequest:
         if self.width % step or self.height % step or min(self.width, self.height) < step:
             nearest = [max(step, round(n / step) * step) for n in (self.width, self.height)]
             raise InvalidRequest(
-                "A picture of {width}x{height} px cannot be made: width and height must be multiples of {step}. Use "
+                "An image of {width}x{height} px cannot be made: width and height must be multiples of {step}. Use "
                 "{near_width}x{near_height}.",
                 code="plan.wrong_size",
                 width=self.width,
@@ -115,9 +115,9 @@ class SamplingRequest:
         return self.frames * self.frame_tokens + self.reference_tokens
 
     def with_branches(self, branches: int) -> "SamplingRequest":
-        """The same with fewer pictures, or without guidance."""
-        prompts = max(1, self.branches // self.controls.pictures)
-        part = ceil(branches / prompts) / self.controls.pictures
+        """The same with fewer images, or without guidance."""
+        prompts = max(1, self.branches // self.controls.images)
+        part = ceil(branches / prompts) / self.controls.images
         return replace(self, branches=branches, controls=self.controls.scaled(part))
 
     def with_size(self, width: int, height: int) -> "SamplingRequest":

@@ -1,4 +1,4 @@
-"""Plan a whole picture, stage by stage, from what three models take. Integers in, a PicturePlan out; imports no torch.
+"""Plan a whole image, stage by stage, from what three models take. Integers in, a ImagePlan out; imports no torch.
 
 Guarantees: no stage's predicted peak on the device is above the limit, and sampling keeps that of host memory; what is
 refused does not fit.
@@ -18,7 +18,7 @@ from .request import Limits, PromptTokens, SamplingRequest
 
 
 class Stage(Enum):
-    """What happens to a picture, in this order."""
+    """What happens to an image, in this order."""
 
     ENCODE = "encode"
     LOAD = "load"
@@ -57,11 +57,11 @@ class StagePlan:
 
 
 @dataclass(frozen=True)
-class PictureRequest:
-    """width, height in px. batch: pictures at a time. guided: with a negative prompt. prompt_tokens: of each prompt,
-    without its template. references: pictures of about a megapixel that an editing model is shown. layers: that each
-    picture is taken apart into, as Qwen-Image-Layered does; it is shown the picture, and makes it once more beside
-    them. 0: whole pictures. prompts: of the network that makes them."""
+class ImageRequest:
+    """width, height in px. batch: images at a time. guided: with a negative prompt. prompt_tokens: of each prompt,
+    without its template. references: images of about a megapixel that an editing model is shown. layers: that each
+    image is taken apart into, as Qwen-Image-Layered does; it is shown the image, and makes it once more beside
+    them. 0: whole images. prompts: of the network that makes them."""
 
     width: int
     height: int
@@ -82,18 +82,18 @@ class PictureRequest:
             )
         if self.layers and self.references:
             raise InvalidRequest(
-                "{request} cannot be made: no model changes pictures and takes them apart. Ask for one.",
+                "{request} cannot be made: no model changes images and takes them apart. Ask for one.",
                 code="plan.edits_and_layers",
                 request=self,
             )
 
     @property
     def frames(self) -> int:
-        """Of each picture's latent."""
+        """Of each image's latent."""
         return self.layers + 1
 
     @property
-    def pictures(self) -> int:
+    def images(self) -> int:
         """That are decoded."""
         return self.batch * self.frames
 
@@ -125,8 +125,8 @@ class PictureRequest:
 
 
 @dataclass(frozen=True)
-class PictureModels:
-    """The sizes of all that a picture passes through."""
+class ImageModels:
+    """The sizes of all that an image passes through."""
 
     text_encoder: TextEncoderFootprint
     transformer: TransformerFootprint
@@ -134,10 +134,10 @@ class PictureModels:
 
 
 @dataclass(frozen=True)
-class PicturePlan:
-    """The stages of a picture under given limits. The forecast leaves out decoding."""
+class ImagePlan:
+    """The stages of an image under given limits. The forecast leaves out decoding."""
 
-    request: PictureRequest
+    request: ImageRequest
     sampling: MemoryPlan
     tiles: Tiles
     stages: tuple[StagePlan, ...]
@@ -169,7 +169,7 @@ class PicturePlan:
         tiles = "whole" if self.tiles.is_whole else f"in {len(self.tiles)} tiles"
         ram = "" if self.limits.ram_bytes is None else f" of {size_text(self.limits.ram_bytes)}"
         return (
-            f"PicturePlan({self.request}: peak {size_text(self.peak_bytes)} of {size_text(self.limits.vram_bytes)} in "
+            f"ImagePlan({self.request}: peak {size_text(self.peak_bytes)} of {size_text(self.limits.vram_bytes)} in "
             f"{widest.stage.value}, RAM {size_text(self.ram_bytes)}{ram}; {self.sampling.forecast}, "
             f"{self.seconds:.0f} s until decoding; decoded {tiles})"
         )
@@ -192,10 +192,8 @@ class PicturePlan:
         }
 
 
-def plan_picture(
-    models: PictureModels, request: PictureRequest, limits: Limits, speeds: Speeds = TYPICAL
-) -> PicturePlan:
-    """The plan of a picture that is the first one of its models. Raises DoesNotFit for the first stage that does not
+def plan_image(models: ImageModels, request: ImageRequest, limits: Limits, speeds: Speeds = TYPICAL) -> ImagePlan:
+    """The plan of an image that is the first one of its models. Raises DoesNotFit for the first stage that does not
     fit, or InvalidRequest."""
     sampling = plan_memory(models.transformer, request.sampling, limits, speeds)
     device_bytes, host = limits.vram_bytes, models.transformer.host
@@ -208,7 +206,7 @@ def plan_picture(
     room = device_bytes - kept - models.vae.weights_bytes - tiles.peak_bytes
     block = models.transformer.resident_block_bytes
     kept += min(len(sampling.resident), room // block) * block
-    pictures = request.pictures * request.width * request.height * models.vae.pixel_bytes
+    images = request.images * request.width * request.height * models.vae.pixel_bytes
     stages = (
         encode_stage(models.text_encoder, request.encoded_tokens, slots, speeds),
         load_stage(models.transformer, sampling, speeds),
@@ -217,11 +215,11 @@ def plan_picture(
         decode_stage(
             tiles,
             weights_bytes=kept + models.vae.weights_bytes,
-            ram_bytes=pictures + (kept if host else sampling.ram_peak_bytes - models.transformer.ring_bytes),
+            ram_bytes=images + (kept if host else sampling.ram_peak_bytes - models.transformer.ring_bytes),
             host=host,
         ),
     )
-    return PicturePlan(request, sampling, tiles, stages)
+    return ImagePlan(request, sampling, tiles, stages)
 
 
 def encode_stage(

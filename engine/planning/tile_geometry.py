@@ -71,7 +71,7 @@ def largest_tensor(layers: Sequence[LayerShape], height: int, width: int) -> int
 
 @dataclass(frozen=True)
 class Network:
-    """A decoder or an encoder: `whole` sees the whole picture at latent resolution, `local` may run in tiles."""
+    """A decoder or an encoder: `whole` sees the whole image at latent resolution, `local` may run in tiles."""
 
     whole: tuple[LayerShape, ...]
     local: tuple[LayerShape, ...]
@@ -102,7 +102,7 @@ class Network:
         return self.local[-1].outputs if self.is_encoder else self.local[0].inputs
 
     def peak_bytes(self, size: tuple[int, int], tile: tuple[int, int], itemsize: int) -> int:
-        """Live bytes for a picture of `size` latents in tiles that read `tile` latents; both (height, width)."""
+        """Live bytes for an image of `size` latents in tiles that read `tile` latents; both (height, width)."""
         latents = size[0] * size[1]
         kept = self.features * latents * itemsize if tile != size else 0
         whole = peak_bytes(self.whole, *size, itemsize)

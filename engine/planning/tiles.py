@@ -1,4 +1,4 @@
-"""Decide in which tiles a picture is decoded or encoded. Integers in, a TilePlan out; imports no torch."""
+"""Decide in which tiles an image is decoded or encoded. Integers in, a TilePlan out; imports no torch."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ class TilePlan:
 
     @property
     def work(self) -> float:
-        """Pixels computed per pixel of the picture; 1.0 without tiles."""
+        """Pixels computed per pixel of the image; 1.0 without tiles."""
         return _read(self.rows) * _read(self.columns) / (self.rows[-1].stop * self.columns[-1].stop)
 
     def __repr__(self) -> str:
@@ -68,7 +68,7 @@ def plan_tiles(
 ) -> TilePlan:
     """The tiles that compute the fewest pixels twice and stay within the limit.
 
-    * The whole picture at once where it fits; strips where they cost less than squares.
+    * The whole image at once where it fits; strips where they cost less than squares.
     * The plan's peak never exceeds the limit; DoesNotFit is raised where no tile is small enough.
     * `tile_latents` is the most that an inner tile writes along an axis. The result does not depend on it.
 
@@ -97,7 +97,7 @@ def plan_tiles(
         least = peak((_extent(_choices(size[0], halo, 1)[-1]), _extent(column_choices[-1])))
         raise DoesNotFit(
             "VAE {task} of {width}x{height} needs {need_bytes} beside its weights, even in its smallest tiles; "
-            "{limit_bytes} are there.\nUse a smaller picture, or a VRAM limit that is {lacking_bytes} higher.",
+            "{limit_bytes} are there.\nUse a smaller image, or a VRAM limit that is {lacking_bytes} higher.",
             code="plan.vae_does_not_fit",
             task=task,
             width=width,

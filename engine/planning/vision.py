@@ -1,4 +1,4 @@
-"""What looking at pictures takes, and with how many slots it fits. Integers in; imports no torch."""
+"""What looking at images takes, and with how many slots it fits. Integers in; imports no torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -36,7 +36,7 @@ class VisionFootprint:
 
 
 def vision_peak_bytes(footprint: VisionFootprint, patches: Sequence[int], slots: int) -> int:
-    """What the tower holds on the device for pictures of that many patches each: the slots, what lies outside of the
+    """What the tower holds on the device for images of that many patches each: the slots, what lies outside of the
     blocks, and the widest point of a block.
 
     The factors count the tensors of a patch's width that are alive at once in transformers'
@@ -58,15 +58,15 @@ def vision_peak_bytes(footprint: VisionFootprint, patches: Sequence[int], slots:
 
 
 def plan_vision(footprint: VisionFootprint, patches: Sequence[int], limit_bytes: int) -> int:
-    """How many slots to look at pictures of that many patches with. Raises DoesNotFit."""
+    """How many slots to look at images of that many patches with. Raises DoesNotFit."""
     for slots in (2, 1):
         if vision_peak_bytes(footprint, patches, slots) <= limit_bytes:
             return slots
     need = vision_peak_bytes(footprint, patches, 1)
     tokens = " + ".join(str(count // footprint.merge**2) for count in patches)
     raise DoesNotFit(
-        "Looking at {count} picture{plural} ({tokens} tokens) needs {need_bytes}, the limit is {limit_bytes}.\nUse "
-        "fewer or smaller pictures, or a VRAM limit of {need_gb:.2f} GB or more.",
+        "Looking at {count} image{plural} ({tokens} tokens) needs {need_bytes}, the limit is {limit_bytes}.\nUse "
+        "fewer or smaller images, or a VRAM limit of {need_gb:.2f} GB or more.",
         code="plan.images_do_not_fit",
         count=len(patches),
         plural="s" if len(patches) != 1 else "",
@@ -80,7 +80,7 @@ def plan_vision(footprint: VisionFootprint, patches: Sequence[int], limit_bytes:
 def with_vision(
     encoding: StagePlan, footprint: VisionFootprint, patches: Sequence[int], slots: int, speeds: Speeds = TYPICAL
 ) -> StagePlan:
-    """The plan of a stage that looks at pictures before it encodes prompts: the worse moment of both."""
+    """The plan of a stage that looks at images before it encodes prompts: the worse moment of both."""
     peak = vision_peak_bytes(footprint, patches, slots)
     passing = slots * footprint.slot_bytes + footprint.staging_bytes + footprint.scratch_bytes
     nbytes = footprint.blocks * footprint.stored_bytes

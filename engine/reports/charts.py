@@ -1,4 +1,4 @@
-"""Draw plans and reports as plain pictures: values in, PIL pictures out. Imports no torch."""
+"""Draw plans and reports as plain images: values in, PIL images out. Imports no torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ from math import floor, log10
 from PIL import Image, ImageDraw, ImageFont
 
 from ..planning.request import GIB
-from ..planning.stages import PicturePlan, Stage
-from .image_report import PictureReport, Sample
+from ..planning.stages import ImagePlan, Stage
+from .image_report import ImageReport, Sample
 
 WIDTH_PX = 1200
 MARGIN_PX = 24
@@ -36,12 +36,12 @@ LABELS = {
 
 @dataclass(frozen=True)
 class Card:
-    """A plan for a card of `capacity_bytes`; no plan, but a reason, where the picture does not fit."""
+    """A plan for a card of `capacity_bytes`; no plan, but a reason, where the image does not fit."""
 
     name: str
     capacity_bytes: int
     limit_bytes: int
-    plan: PicturePlan | None
+    plan: ImagePlan | None
     weight_format: str = ""
     refusal: str = ""
 
@@ -50,8 +50,8 @@ def draw_cards(title: str, subtitle: str, cards: Sequence[Card]) -> Image.Image:
     """A panel for each card: device memory stage by stage under its limit, and what a step takes."""
     rows = -(-len(cards) // PANEL_COLUMNS)
     top = 112
-    picture = Image.new("RGB", (WIDTH_PX, top + rows * PANEL_HEIGHT_PX + MARGIN_PX), WHITE)
-    pen = _Pen(picture)
+    image = Image.new("RGB", (WIDTH_PX, top + rows * PANEL_HEIGHT_PX + MARGIN_PX), WHITE)
+    pen = _Pen(image)
     pen.text(MARGIN_PX, 14, title, size=24)
     pen.text(MARGIN_PX, 46, subtitle, size=17, fill=GREY)
     x = MARGIN_PX
@@ -68,16 +68,16 @@ def draw_cards(title: str, subtitle: str, cards: Sequence[Card]) -> Image.Image:
     for index, card in enumerate(cards):
         row, column = divmod(index, PANEL_COLUMNS)
         _draw_card(pen, MARGIN_PX + column * width, top + row * PANEL_HEIGHT_PX, width - 20, card)
-    return picture
+    return image
 
 
-def draw_timeline(title: str, report: PictureReport, samples: Sequence[Sample]) -> Image.Image:
+def draw_timeline(title: str, report: ImageReport, samples: Sequence[Sample]) -> Image.Image:
     """Device memory and host memory over time, stages marked, limits as lines. Without samples it says so."""
     own = any(sample.vram_bytes is not None for sample in samples)
     plots = 2 if own else 1
     top = 84
-    picture = Image.new("RGB", (WIDTH_PX, top + plots * (PLOT_HEIGHT_PX + 56) + MARGIN_PX), WHITE)
-    pen = _Pen(picture)
+    image = Image.new("RGB", (WIDTH_PX, top + plots * (PLOT_HEIGHT_PX + 56) + MARGIN_PX), WHITE)
+    pen = _Pen(image)
     pen.text(MARGIN_PX, 14, title, size=24)
     moved = report.moved
     pen.text(
@@ -91,7 +91,7 @@ def draw_timeline(title: str, report: PictureReport, samples: Sequence[Sample]) 
     )
     if not samples:
         pen.text(MARGIN_PX, top + 40, "No stage has run yet.", size=20, fill=LIMIT)
-        return picture
+        return image
     limits = report.limits
     before = min((stage.ram_before_bytes for stage in report.stages), default=0)
     if own:
@@ -115,7 +115,7 @@ def draw_timeline(title: str, report: PictureReport, samples: Sequence[Sample]) 
         ACTIVATIONS,
         [],
     )
-    return picture
+    return image
 
 
 def _draw_card(pen: "_Pen", x: int, y: int, width: int, card: Card) -> None:
@@ -236,10 +236,10 @@ def _duration(seconds: float) -> str:
 
 
 class _Pen:
-    """Draws on one picture, in px; text in the font that Pillow brings."""
+    """Draws on one image, in px; text in the font that Pillow brings."""
 
-    def __init__(self, picture: Image.Image) -> None:
-        self._draw = ImageDraw.Draw(picture)
+    def __init__(self, image: Image.Image) -> None:
+        self._draw = ImageDraw.Draw(image)
 
     def text(
         self,

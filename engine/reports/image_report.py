@@ -1,4 +1,4 @@
-"""Every stage of a picture, measured beside planned. Values only; whoever runs, measures. Imports no torch."""
+"""Every stage of an image, measured beside planned. Values only; whoever runs, measures. Imports no torch."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -82,7 +82,7 @@ class StageReport:
 
 
 @dataclass(frozen=True)
-class PictureReport:
+class ImageReport:
     """The stages that ran, in their order; `sampling` is the last sampler's own report, None where none ran.
 
     `limits`: what the stages were allowed, None where no plan was made. `machine`: what a bug report has to say.

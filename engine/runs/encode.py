@@ -10,9 +10,9 @@ from ..caches.prompt_key import PromptKey, arithmetic_of
 from ..compute.finite import is_finite
 from ..errors import DamagedFile, InvalidRequest
 from ..log import logger
-from ..models.qwen25_vl.image_prompts import PicturePrompt
+from ..models.qwen25_vl.image_prompts import ImagePrompt
 from ..models.qwen25_vl.text_encoder import TextEncoder
-from ..models.qwen25_vl.vision_pass import Looking
+from ..models.qwen25_vl.vision_pass import VisionPass
 from ..models.qwen_image.prompts import PromptTokenizer, drop_template, require_length
 from ..out_of_memory import in_words, reason, shortage
 from ..planning.memory import plan_text_encoder, text_encoder_peak_bytes
@@ -40,7 +40,7 @@ class EncodeRun:
     kept: PromptCache | None = None
 
     @in_words("prompts were encoded")
-    def encode(self, prompts: Sequence[PicturePrompt]) -> list[Tensor]:
+    def encode(self, prompts: Sequence[ImagePrompt]) -> list[Tensor]:
         """(1, length of the prompt, dim) in float32 on the host for each prompt, without its template.
 
         Raises DoesNotFit before anything is read, and InvalidRequest for prompts that are too long or overflow.
@@ -51,7 +51,7 @@ class EncodeRun:
         states = self._encode(prompts) if self.kept is None else self._encode_others(prompts, self.kept)
         return [drop_template(state, start) for state, start in zip(states, starts, strict=True)]
 
-    def _encode_others(self, prompts: Sequence[PicturePrompt], kept: PromptCache) -> list[Tensor]:
+    def _encode_others(self, prompts: Sequence[ImagePrompt], kept: PromptCache) -> list[Tensor]:
         """The hidden states of each prompt: kept ones as they are, the others encoded and kept."""
         keys = self._keys(prompts)
         found = [kept.get(key) for key in keys]
@@ -62,7 +62,7 @@ class EncodeRun:
         states = [next(encoded) if state is None else state for state in found]
         if others and self._keys(prompts) != keys:
             raise DamagedFile(
-                "The vision part beside the text encoder was changed while pictures were encoded: what was read of it "
+                "The vision part beside the text encoder was changed while images were encoded: what was read of it "
                 "would be kept for another file.\n\nWhat to do: queue the prompt again.",
                 code="vision.changed",
             )
@@ -70,21 +70,21 @@ class EncodeRun:
             kept.put(keys[i], states[i])
         return states
 
-    def _keys(self, prompts: Sequence[PicturePrompt]) -> list[PromptKey]:
+    def _keys(self, prompts: Sequence[ImagePrompt]) -> list[PromptKey]:
         encoder, arithmetic = self.encoder, arithmetic_of(self.encoder.hardware.device)
-        tower = Looking(encoder, prompts).identity
+        tower = VisionPass(encoder, prompts).identity
         return [
             PromptKey(
-                f"{encoder.identity}, pictures {tower}" if prompt.pictures else encoder.identity,
+                f"{encoder.identity}, images {tower}" if prompt.images else encoder.identity,
                 encoder.dtype,
                 prompt.tokens,
                 arithmetic,
-                tuple(picture.digest for picture in prompt.pictures),
+                tuple(image.digest for image in prompt.images),
             )
             for prompt in prompts
         ]
 
-    def _encode(self, prompts: Sequence[PicturePrompt]) -> list[Tensor]:
+    def _encode(self, prompts: Sequence[ImagePrompt]) -> list[Tensor]:
         """The hidden states of each prompt; where memory runs out, once more with the least that is possible."""
         device = self.encoder.hardware.device
         try:
@@ -98,9 +98,9 @@ class EncodeRun:
         logger.warning("Memory ran out while prompts were encoded (%s). They are encoded again through one slot.", why)
         return self._visit(prompts, most_slots=1)
 
-    def _visit(self, prompts: Sequence[PicturePrompt], *, most_slots: int = 2) -> list[Tensor]:
+    def _visit(self, prompts: Sequence[ImagePrompt], *, most_slots: int = 2) -> list[Tensor]:
         """The hidden states of each prompt, in one visit of the encoder, and before it one of the vision tower."""
-        encoder, looking, around = self.encoder, Looking(self.encoder, prompts), self.surroundings
+        encoder, looking, around = self.encoder, VisionPass(self.encoder, prompts), self.surroundings
         device, footprint = encoder.hardware.device, encoder.footprint
         lengths = [prompt.length for prompt in prompts]
         wanted = max(text_encoder_peak_bytes(footprint, lengths, 2), looking.wanted_bytes)
@@ -121,17 +121,17 @@ class EncodeRun:
             running.planned(looking.stage(encode_stage(footprint, lengths, slots), looking_slots))
             seen = looking.see(looking_slots, on_block)
             ids = [list(prompt.tokens) for prompt in prompts]
-            states = encoder.encode(ids, pictures=seen, slots=slots, on_layer=on_block)
+            states = encoder.encode(ids, images=seen, slots=slots, on_layer=on_block)
         for prompt, state in zip(prompts, states, strict=True):  # before any is kept
             _require_embeddings(drop_template(state, self._start(prompt)))
         around.left(device)
         return states
 
-    def _start(self, prompt: PicturePrompt) -> int:
+    def _start(self, prompt: ImagePrompt) -> int:
         """Where the states of the template end."""
         return prompt.place(self.tokenizer.start(prompt.tokens))
 
-    def _moved(self, looking: Looking) -> Moved:
+    def _moved(self, looking: VisionPass) -> Moved:
         encoder = self.encoder
         waits = encoder.waits + looking.waits
         return Moved(

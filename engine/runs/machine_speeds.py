@@ -11,7 +11,7 @@ from ..errors import DamagedFile
 from ..files.json_texts import unreadable
 from ..files.regular_file import open_regular
 from ..hardware import Hardware
-from ..streaming import PIECE_BYTES, RING_PIECES, HostMemory
+from ..streaming import PIECE_BYTES, RING_PIECES, PinnedMemory
 
 SECONDS_EACH = 0.4
 # tokens, width, hidden width of the model's MLP; a CPU would take seconds for one
@@ -31,7 +31,7 @@ def measure_flops(hardware: Hardware, dtype: torch.dtype) -> float:
 @torch.no_grad()
 def measure_bus(hardware: Hardware) -> float:
     """Bytes per second from host memory, page-locked where that is granted, to the device."""
-    host = HostMemory(hardware).take(2 * PIECE_BYTES)
+    host = PinnedMemory(hardware).take(2 * PIECE_BYTES)
     out = torch.empty(2 * PIECE_BYTES, dtype=torch.uint8, device=hardware.device)
     return _rate(float(len(out)), lambda: out.copy_(host.data, non_blocking=host.pinned), hardware)
 

@@ -18,7 +18,7 @@ from ..caches.prompt_cache import PromptCache
 from ..errors import InvalidRequest
 from ..files.checkpoint import Checkpoint
 from ..hardware import Hardware
-from ..models.qwen25_vl.image_prompts import PicturePrompt
+from ..models.qwen25_vl.image_prompts import ImagePrompt
 from ..models.qwen25_vl.text_encoder import TextEncoder
 from ..models.qwen_image.latents import LATENT_PX, PATCH
 from ..models.qwen_image.positions import Positions
@@ -26,7 +26,7 @@ from ..models.qwen_image.prompts import PromptTokenizer
 from ..models.qwen_image.schedule import qwen_sigmas
 from ..models.qwen_image.transformer import QwenImageTransformer
 from ..planning.request import GIB
-from ..reports.image_report import PictureReport
+from ..reports.image_report import ImageReport
 from ..reports.memory_report import MemoryReport
 from .decode import VaeRun, read_vae
 from .devices import best_device, computes_bf16, device_name
@@ -130,7 +130,7 @@ class Pipeline:
         """(1, length, dim) in fp32 on the host, of each prompt; all in one visit of the text encoder."""
         ids = [self._tokenizer.encode(prompt) for prompt in prompts]
         run = EncodeRun(self._encoder, self._tokenizer, self.timeline, self._beside(), self._limit, self._kept)
-        return run.encode([PicturePrompt(tuple(tokens)) for tokens in ids])
+        return run.encode([ImagePrompt(tuple(tokens)) for tokens in ids])
 
     def sample(
         self,
@@ -164,7 +164,7 @@ class Pipeline:
             self._images += 1
 
     @property
-    def report(self) -> PictureReport:
+    def report(self) -> ImageReport:
         """What the last image took, stage by stage, beside what was planned. Prints itself."""
         machine = {
             "device": device_name(self._device),
@@ -172,7 +172,7 @@ class Pipeline:
             "python": platform.python_version(),
             "torch": torch.__version__,
         }
-        return PictureReport(self.timeline.reports, self._sampling, machine)
+        return ImageReport(self.timeline.reports, self._sampling, machine)
 
     def close(self) -> None:
         """Give back what stays on the device and in host memory between images."""

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ..models.streamed_transformer import StreamedTransformer
-from ..planning.block_split import annex_bytes, split_blocks
+from ..planning.block_split import secondary_bytes, split_blocks
 from ..planning.memory import MemoryPlan, least_bytes, least_ram_bytes, most_bytes, most_ram_bytes, plan_memory
 from ..planning.request import Limits, SamplingRequest
 from .free_memory import check_room
@@ -37,20 +37,20 @@ def plan_sampling(
         ram = surroundings.host_bytes(transformer, ram_limit_bytes, wanted, least)
         if hardware.unified:  # the device's memory is the host's too: what is free must not be given out twice
             ram = min(ram, least)
-    annexes = split_blocks(footprint, request, vram, _other_budgets(transformer, request, limit, surroundings))
+    secondaries = split_blocks(footprint, request, vram, _other_budgets(transformer, request, limit, surroundings))
     # RAM is short only where a limit is set, and the message names that
     enough = vram >= least_bytes(footprint, request)
     with nullcontext() if enough else limit.naming(hardware.device, vram):
-        return plan_memory(footprint, request, Limits(vram, ram), speeds.get(), annexes)
+        return plan_memory(footprint, request, Limits(vram, ram), speeds.get(), secondaries)
 
 
 def _other_budgets(
     transformer: Transformer, request: SamplingRequest, limit: Limit, surroundings: Surroundings
 ) -> list[tuple[str, int]]:
     """What may be held on each of the model's further devices."""
-    wanted = annex_bytes(transformer.footprint, request, transformer.footprint.blocks)
+    wanted = secondary_bytes(transformer.footprint, request, transformer.footprint.blocks)
     budgets = []
-    for name, store in transformer.annexes.items():
+    for name, store in transformer.secondaries.items():
         held = store.resident_bytes  # nobody else knows of it: what is called free is beside it
         free = surroundings.device_bytes(torch.device(name), limit.nbytes, wanted - held) + held
         budgets.append((name, free if limit.nbytes is None else min(free, limit.nbytes)))

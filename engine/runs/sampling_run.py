@@ -170,7 +170,7 @@ class SamplingRun:
         """Plan within what is really free now; where that is as much as before, within that part of the last plan."""
         session, transformer, plan = self._session, self._transformer, self.plan
         session.close()
-        for store in (transformer.store, *transformer.annexes.values()):
+        for store in (transformer.store, *transformer.secondaries.values()):
             store.release()
         self._surroundings.left(transformer.hardware.device)
         try:

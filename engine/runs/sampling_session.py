@@ -47,7 +47,7 @@ class SamplingSession:
         """Bring what stays on the devices there."""
         plan = self.plan
         self._transformer.load(
-            plan.resident, plan.held, plan.annexes, on_block=lambda index: self._surroundings.check()
+            plan.resident, plan.held, plan.secondaries, on_block=lambda index: self._surroundings.check()
         )
 
     @contextmanager
@@ -64,7 +64,9 @@ class SamplingSession:
                 table.announce(timesteps, on_block=on_block)
         self._stack.enter_context(self._stage(Stage.SAMPLING, sampling_stage))
         self._session = self._stack.enter_context(
-            self._transformer.session(slots=plan.slots, mlp_chunk_tokens=plan.mlp_chunk_tokens, annexes=plan.annexes)
+            self._transformer.session(
+                slots=plan.slots, mlp_chunk_tokens=plan.mlp_chunk_tokens, secondaries=plan.secondaries
+            )
         )
 
     @property

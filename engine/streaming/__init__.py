@@ -5,7 +5,7 @@ Knows how a block is stored and where it is to lie, and nothing of what a block 
 
 from .block_layout import StoredBlock, WeightPatch, bind, store_block
 from .block_source import BlockSource, FileSource, TensorReader, read_params
-from .pinned_memory import HostMemory
+from .pinned_memory import PinnedMemory
 from .store import BlockStore, require_decodable
 from .streamed_blocks import BlockFiles, StreamedBlocks
 from .streamer import BlockStreamer, Waits
@@ -19,7 +19,7 @@ __all__ = [
     "BlockStore",
     "BlockStreamer",
     "FileSource",
-    "HostMemory",
+    "PinnedMemory",
     "StoredBlock",
     "StreamedBlocks",
     "TensorReader",

@@ -22,7 +22,7 @@ class HostBuffer:
     pinned: bool
 
 
-class HostMemory:
+class PinnedMemory:
     """Hands out host buffers, locking their pages while that is granted; they are given back when let go of."""
 
     def __init__(self, hardware: Hardware) -> None:

@@ -12,7 +12,7 @@ from ..formats import FORMATS
 from ..hardware import Hardware
 from .block_layout import StoredBlock
 from .block_source import BlockSource
-from .pinned_memory import HostMemory
+from .pinned_memory import PinnedMemory
 from .streams import StreamOrder
 from .tiers import Tiers
 from .transfer import BlockSizes, Transfer
@@ -36,13 +36,13 @@ class BlockStore:
         make_block: Callable[[], nn.Module],
         hardware: Hardware,
         *,
-        host: HostMemory | None = None,
+        host: PinnedMemory | None = None,
     ) -> None:
         """`host`: of several stores whose page-locked memory has one limit; the store's own if not given."""
         require_decodable((part for block in blocks for part in block.parts), hardware)
         self.hardware = hardware
         self.order = StreamOrder(hardware)
-        self._host = host or HostMemory(hardware)
+        self._host = host or PinnedMemory(hardware)
         self._transfer = Transfer(source, BlockSizes(blocks), self.order, hardware, self._host)
         self._tiers = Tiers(blocks, make_block, self.order, self._transfer)
         # between the thread that fetches ahead and whoever takes blocks from the device; piece readers need none

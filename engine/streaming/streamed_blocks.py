@@ -12,7 +12,7 @@ from ..files.checkpoint import TensorEntry
 from ..hardware import Hardware
 from .block_layout import StoredBlock, WeightPatch, store_block
 from .block_source import BlockSource, FileSource
-from .pinned_memory import HostMemory
+from .pinned_memory import PinnedMemory
 from .store import BlockStore
 from .streamer import BlockStreamer, Waits
 
@@ -38,7 +38,7 @@ class BlockFiles:
         shapes = {name: tuple(p.shape) for name, p in self.make_block().named_parameters()}
         object.__setattr__(self, "shapes", shapes)
 
-    def open(self, hardware: Hardware, host: HostMemory | None = None) -> BlockStore:
+    def open(self, hardware: Hardware, host: PinnedMemory | None = None) -> BlockStore:
         """A store of the blocks; `host` as there. Reads nothing. Raises WrongModel for what is missing or of another
         shape, Unsupported for what the device cannot decode."""
         blocks = self._stored({})

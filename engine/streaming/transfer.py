@@ -11,7 +11,7 @@ from torch import Tensor
 from ..hardware import Hardware
 from .block_layout import StoredBlock
 from .block_source import BlockSource
-from .pinned_memory import HostBuffer, HostMemory
+from .pinned_memory import HostBuffer, PinnedMemory
 from .streams import Mark, StreamOrder
 
 # a block passes through the ring in pieces: large enough for a disk's full speed, and several are read at once
@@ -71,7 +71,7 @@ class Transfer:
         sizes: BlockSizes,
         order: StreamOrder,
         hardware: Hardware,
-        host: HostMemory,
+        host: PinnedMemory,
     ) -> None:
         self.source = source
         self.sizes = sizes

@@ -14,10 +14,10 @@ from .graph_checks import refuse
 # the blocks that a node may name; Qwen-Image has none of the second kind, and nodes name both
 KINDS_OF_BLOCKS = ("double_block", "single_block")
 OTHER_MODELS = "perturbed, self-attention guidance and the like are made for other models"
-# DiffSynth's patch: keeps an encoded picture, and nothing from one block to the next. Known by its name, for ComfyUI
+# DiffSynth's patch: keeps an encoded image, and nothing from one block to the next. Known by its name, for ComfyUI
 # loads the file of its nodes under another name than an import does
 CONTROL_PATCH = "DiffSynthCnetPatch"
-# tensors of a picture's states that a control patch has alive at once beside them: two norms, their sum, two layers
+# tensors of an image's states that a control patch has alive at once beside them: two norms, their sum, two layers
 PATCH_WIDTHS = 6
 
 
@@ -83,8 +83,8 @@ def _name(function: Any) -> str:
     return getattr(function, "__qualname__", type(function).__name__)
 
 
-class PatchPictures:
-    """The pictures of control patches, encoded for each size that a run's calls have. ComfyUI keeps one at a time."""
+class PatchImages:
+    """The images of control patches, encoded for each size that a run's calls have. ComfyUI keeps one at a time."""
 
     def __init__(self, options: dict[str, Any], device: torch.device) -> None:
         self._patches = control_patches(options)
@@ -103,12 +103,12 @@ class PatchPictures:
                     patch({"x": x, "img": empty, "txt": empty, "block_index": 0, "transformer_options": {}})
                 finally:
                     del model.control_block
-                picture = patch.encoded_image.to(self._device)
-                self._encoded[id(patch), x.shape[-2:]] = picture, patch.encoded_image_size
+                image = patch.encoded_image.to(self._device)
+                self._encoded[id(patch), x.shape[-2:]] = image, patch.encoded_image_size
         return bool(self._encoded)
 
     def show(self, patch: Any, x: Tensor) -> None:
-        """Let the patch have its picture for latents like `x`."""
+        """Let the patch have its image for latents like `x`."""
         if (id(patch), x.shape[-2:]) in self._encoded:
             patch.encoded_image, patch.encoded_image_size = self._encoded[id(patch), x.shape[-2:]]
 
@@ -117,14 +117,14 @@ class BlockPatches:
     """The patches of one call, as a hook around our blocks."""
 
     def __init__(
-        self, options: dict[str, Any], x: Tensor, blocks: int, reference_tokens: list[int], pictures: PatchPictures
+        self, options: dict[str, Any], x: Tensor, blocks: int, reference_tokens: list[int], images: PatchImages
     ) -> None:
-        """`x`: what the call was given, (B, 16, 1, H, W). `reference_tokens`: of each reference picture."""
+        """`x`: what the call was given, (B, 16, 1, H, W). `reference_tokens`: of each reference image."""
         self._options = options | {"block_type": "double", "total_blocks": blocks}
         if reference_tokens:
             self._options["reference_image_num_tokens"] = reference_tokens
         self._x = x
-        self._pictures = pictures
+        self._images = images
         self._behind = behind_blocks(options)
         self._instead = options.get("patches_replace", {}).get("dit", {})
 
@@ -151,7 +151,7 @@ class BlockPatches:
         img, txt = img.to(home), txt.to(home)
         for patch in self._behind:
             args = {"img": img, "txt": txt, "x": self._x, "block_index": index, "transformer_options": options}
-            self._pictures.show(patch, self._x)
+            self._images.show(patch, self._x)
             out = patch(args)
             img, txt = out["img"], out["txt"]
         return img.to(away), txt.to(away)
@@ -185,7 +185,7 @@ def _pe(rotary: States, img: Tensor) -> Tensor:
 def patched_bytes(
     options: dict[str, Any], request: SamplingRequest, footprint: TransformerFootprint, batch: int, sizes: int
 ) -> Controls:
-    """What patches hold and take beyond their weights: pictures that they encoded, of so many sizes, and states that
+    """What patches hold and take beyond their weights: images that they encoded, of so many sizes, and states that
     are handed to them and back; around a block they are alive twice more."""
     if not has_patches(options):
         return Controls()
@@ -193,7 +193,7 @@ def patched_bytes(
     unit = footprint.inner_dim * footprint.element_bytes
     tokens = request.image_tokens - request.reference_tokens
     states = (request.image_tokens + request.prompt_tokens) * unit
-    pictures = sizes * sum(patch.image.shape[0] for patch in patches) * tokens * footprint.inner_dim * 4  # fp32
+    images = sizes * sum(patch.image.shape[0] for patch in patches) * tokens * footprint.inner_dim * 4  # fp32
     layer = footprint.inner_dim * unit if patches else 0
     working = PATCH_WIDTHS * batch * tokens * unit + layer + 2 * request.branches * states
-    return Controls(held_bytes=pictures + 2 * batch * states, working_bytes=working, fixed_bytes=layer)
+    return Controls(held_bytes=images + 2 * batch * states, working_bytes=working, fixed_bytes=layer)

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from ...engine.caches.prompt_cache import PromptCache
 from ...engine.errors import InvalidRequest
-from ...engine.models.qwen25_vl.image_prompts import PICTURE, PicturePrompt
+from ...engine.models.qwen25_vl.image_prompts import IMAGE, ImagePrompt
 from ...engine.models.qwen25_vl.text_encoder import TextEncoder
-from ...engine.models.qwen25_vl.vision_patches import PatchedPicture, patch_picture
-from ...engine.models.qwen_image.prompt_template import EDIT_TEMPLATE, PICTURE_PLACE, PROMPT_TEMPLATE
+from ...engine.models.qwen25_vl.vision_patches import PatchedImage, patch_image
+from ...engine.models.qwen_image.prompt_template import EDIT_TEMPLATE, IMAGE_PLACE, PROMPT_TEMPLATE
 from ...engine.models.qwen_image.prompts import PromptTokenizer, require_text
 from ...engine.models.qwen_image.variants import Variant
 from ...engine.out_of_memory import in_words
@@ -31,8 +31,8 @@ from .value_checks import check_image
 
 TOKENS_KEY = "qwen25_7b"  # as ComfyUI's own Qwen-Image tokenizer names them
 
-# ComfyUI's own for a prompt with pictures that names none: that of Edit, with one place before the text
-ONE_PICTURE_TEMPLATE = EDIT_TEMPLATE.replace("{}", PICTURE_PLACE + "{}")
+# ComfyUI's own for a prompt with images that names none: that of Edit, with one place before the text
+ONE_IMAGE_TEMPLATE = EDIT_TEMPLATE.replace("{}", IMAGE_PLACE + "{}")
 
 
 class LowVRAMCLIP(comfy.sd.CLIP):
@@ -99,14 +99,14 @@ class LowVRAMCLIP(comfy.sd.CLIP):
         images: Sequence[Tensor] | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """In ComfyUI's form: {name: [[(id, weight), ...]]}, with a picture in the place of an id for each of `images`.
+        """In ComfyUI's form: {name: [[(id, weight), ...]]}, with an image in the place of an id for each of `images`.
         Weights are always 1, as for every Qwen-Image encoder."""
         text = _as_comfyui_reads(text)
-        pictures = [{"type": "image", "data": image, "original_type": "image"} for image in images or ()]
-        template = llama_template or (ONE_PICTURE_TEMPLATE if pictures else PROMPT_TEMPLATE)
-        tokens = self.tokenizer.encode(text, template=template, pictures=len(pictures))
-        shown = iter(pictures)
-        return {TOKENS_KEY: [[(next(shown) if token == PICTURE else token, 1.0) for token in tokens]]}
+        entries = [{"type": "image", "data": image, "original_type": "image"} for image in images or ()]
+        template = llama_template or (ONE_IMAGE_TEMPLATE if entries else PROMPT_TEMPLATE)
+        tokens = self.tokenizer.encode(text, template=template, images=len(entries))
+        shown = iter(entries)
+        return {TOKENS_KEY: [[(next(shown) if token == IMAGE else token, 1.0) for token in tokens]]}
 
     def encode_from_tokens_scheduled(self, tokens: Any, *args: Any, **kwargs: Any) -> Any:
         self._refuse_schedule()
@@ -127,15 +127,15 @@ class LowVRAMCLIP(comfy.sd.CLIP):
     ) -> list[Any]:
         """A CONDITIONING for each prompt, all of them in one visit of the encoder; each shows all of `images`, which
         are seen once."""
-        pictures = tuple(_patched(image) for image in images)
+        patched = tuple(_patched(image) for image in images)
         texts = [_as_comfyui_reads(prompt) for prompt in prompts]
-        ids = [self.tokenizer.encode(text, template=template, pictures=len(pictures)) for text in texts]
-        conds = self.encode_tokens([PicturePrompt(tuple(tokens), pictures) for tokens in ids])
+        ids = [self.tokenizer.encode(text, template=template, images=len(patched)) for text in texts]
+        conds = self.encode_tokens([ImagePrompt(tuple(tokens), patched) for tokens in ids])
         return [[[cond, self.add_hooks_to_dict({"pooled_output": None})]] for cond in conds]
 
     @errors_sent()
     @in_words("prompts were encoded")
-    def encode_tokens(self, prompts: list[PicturePrompt]) -> list[Tensor]:
+    def encode_tokens(self, prompts: list[ImagePrompt]) -> list[Tensor]:
         """(1, length of the prompt, dim) in float32 for each prompt.
 
         Only those that are not kept are encoded. Raises DoesNotFit before anything is read.
@@ -208,20 +208,20 @@ def _own(tokens: Any) -> Sequence[tuple[Any, ...]]:
     return pairs
 
 
-def _prompt_of(pairs: Sequence[tuple[Any, ...]]) -> PicturePrompt:
-    """From ComfyUI's form. Raises Unsupported for what is neither a token nor a picture."""
-    tokens, pictures = [], []
+def _prompt_of(pairs: Sequence[tuple[Any, ...]]) -> ImagePrompt:
+    """From ComfyUI's form. Raises Unsupported for what is neither a token nor an image."""
+    tokens, images = [], []
     for element, *_ in pairs:
         if isinstance(element, Integral):
             tokens.append(int(element))
         elif isinstance(element, dict) and element.get("type") == "image":
-            tokens.append(PICTURE)
-            pictures.append(_patched(element.get("data")))
+            tokens.append(IMAGE)
+            images.append(_patched(element.get("data")))
         else:
             _refuse_embedding()
-    return PicturePrompt(tuple(tokens), tuple(pictures))
+    return ImagePrompt(tuple(tokens), tuple(images))
 
 
-def _patched(image: Any) -> PatchedPicture:
-    check_image("A picture in a prompt", image)
-    return patch_picture(image)
+def _patched(image: Any) -> PatchedImage:
+    check_image("An image in a prompt", image)
+    return patch_image(image)

@@ -43,12 +43,12 @@ def controls_of(
         held_bytes=held + patches.held_bytes,
         working_bytes=max(working + cast, patches.working_bytes),
         fixed_bytes=max(cast, patches.fixed_bytes),
-        pictures=batch,
+        images=batch,
     )
 
 
 def _tokens(entry: dict[str, Any], shape: Sequence[int]) -> int:
-    """Of one picture of a condition; references are not shown to ControlNets."""
+    """Of one image of a condition; references are not shown to ControlNets."""
     return prod(-(-side // PATCH) for side in size_of(entry, shape))
 
 
@@ -58,7 +58,7 @@ def _dtype(net: Any) -> torch.dtype:
 
 
 def held_bytes(net: Any, tokens: int) -> int:
-    """Residuals and the hint, of one condition's pictures."""
+    """Residuals and the hint, of one condition's images."""
     model = net.control_model
     if isinstance(model, QwenImageControlNetModel):
         widths = len(model.controlnet_blocks) * model.inner_dim + model.controlnet_x_embedder.weight.shape[1]

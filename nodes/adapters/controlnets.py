@@ -93,7 +93,7 @@ def width_of(net: Any) -> int:
 class ControlNets:
     """The ControlNets of one sampling run, from before its memory is laid out until `release`.
 
-    Their pictures are encoded once for each size that the run's calls have. ComfyUI keeps one at a time, and does not
+    Their images are encoded once for each size that the run's calls have. ComfyUI keeps one at a time, and does not
     compare widths.
     """
 
@@ -105,7 +105,7 @@ class ControlNets:
         self._hints: dict[tuple[Any, torch.Size], Tensor] = {}
 
     def make_hints(self) -> bool:
-        """Let each encode its picture for each size now. True where there was one to do it.
+        """Let each encode its image for each size now. True where there was one to do it.
 
         Their VAE may ask for room, which during the run would be taken from the blocks.
         """
@@ -162,7 +162,7 @@ class ControlNets:
         return BorrowedBase(config.attention_head_dim, config.axes_dims_rope, transformer.outside)
 
     def release(self) -> None:
-        """However the run has ended: nets that are kept must not keep its pictures, nor what ComfyUI gave them."""
+        """However the run has ended: nets that are kept must not keep its images, nor what ComfyUI gave them."""
         self._hints.clear()
         for net in _nets(entries_of(self._conds)):
             net.cleanup()
@@ -198,7 +198,7 @@ class ControlOnce:
 
 
 def sample_of(residuals: Residuals, index: int) -> Residuals:
-    """Those of picture `index` of a batch, or of the only one there is."""
+    """Those of image `index` of a batch, or of the only one there is."""
     return tuple(
         [None if r is None else r[(at := min(index, r.shape[0] - 1)) : at + 1] for r in net] for net in residuals
     )

@@ -17,8 +17,8 @@ from ..display_names import ENCODE_EDIT, LOADER
 from .error_events import errors_sent
 from .progress import tell
 
-# in a condition: its text was encoded for an editing model on purpose without a picture
-NO_PICTURES_KEY = "qwen_lowvram_no_pictures"
+# in a condition: its text was encoded for an editing model on purpose without an image
+NO_IMAGES_KEY = "qwen_lowvram_no_pictures"
 
 
 @errors_sent()
@@ -65,22 +65,22 @@ def check_device(
 
 
 def check_references(variant: Variant, conds: dict[str, list[dict[str, Any]]]) -> None:
-    """Raise InvalidRequest for an editing model that is shown no picture, unless a condition says that this is meant.
+    """Raise InvalidRequest for an editing model that is shown no image, unless a condition says that this is meant.
 
     The other way round is only worth a warning, on the node and in the log: files of editing models under other names
-    pass for Qwen-Image. So is a picture that patches do not cover, in the log: ComfyUI's own text nodes make such ones.
-    Raises InvalidRequest as well for references that are no single picture.
+    pass for Qwen-Image. So is an image that patches do not cover, in the log: ComfyUI's own text nodes make such ones.
+    Raises InvalidRequest as well for references that are no single image.
     """
     entries = [entry for named in conds.values() for entry in named or ()]
     references = [entry.get("reference_latents") or () for entry in entries]
-    _check_pictures(variant, references)
+    _check_images(variant, references)
     sizes = {tuple(latent.shape[-2:]) for latents in references for latent in latents}
     shown = bool(sizes)
-    if variant.edits and not shown and not any(entry.get(NO_PICTURES_KEY) for entry in entries):
+    if variant.edits and not shown and not any(entry.get(NO_IMAGES_KEY) for entry in entries):
         raise InvalidRequest(
-            "{variant} changes pictures, and this graph shows it none: no condition has reference latents.\n\nWhat to "
-            "do: encode the prompt with '{encode_edit}' or another node that takes the picture and the VAE "
-            "(TextEncodeQwenImageEditPlus), or add ReferenceLatent. For pictures from text alone, choose a Qwen-Image "
+            "{variant} changes images, and this graph shows it none: no condition has reference latents.\n\nWhat to "
+            "do: encode the prompt with '{encode_edit}' or another node that takes the image and the VAE "
+            "(TextEncodeQwenImageEditPlus), or add ReferenceLatent. For images from text alone, choose a Qwen-Image "
             "file, or set variant to {qwen_image} in '{loader}'.",
             code="graph.no_image_to_edit",
             variant=variant.value,
@@ -90,7 +90,7 @@ def check_references(variant: Variant, conds: dict[str, list[dict[str, Any]]]) -
         )
     if shown and not variant.edits and not variant.makes_layers:
         text = (
-            f"{variant.value} is shown a picture to change, which it was not trained for; a LoRA may have taught it. "
+            f"{variant.value} is shown an image to change, which it was not trained for; a LoRA may have taught it. "
             f"If the file is an Edit model under another name, set variant in '{LOADER}'."
         )
         logger.warning("%s", text)
@@ -98,7 +98,7 @@ def check_references(variant: Variant, conds: dict[str, list[dict[str, Any]]]) -
     for height, width in sorted(sizes):
         if height % PATCH or width % PATCH:
             logger.warning(
-                "A reference picture of %dx%d px is no multiple of %d: at its end it is wrapped round, as ComfyUI's "
+                "A reference image of %dx%d px is no multiple of %d: at its end it is wrapped round, as ComfyUI's "
                 "own model does it. %s.",
                 width * LATENT_PX,
                 height * LATENT_PX,
@@ -107,29 +107,29 @@ def check_references(variant: Variant, conds: dict[str, list[dict[str, Any]]]) -
             )
 
 
-def _check_pictures(variant: Variant, references: Sequence[Sequence[Tensor]]) -> None:
-    """Raise InvalidRequest for a reference of several frames or of another rank, and for a second picture that is to be
+def _check_images(variant: Variant, references: Sequence[Sequence[Tensor]]) -> None:
+    """Raise InvalidRequest for a reference of several frames or of another rank, and for a second image that is to be
     taken apart."""
     for latents in references:
         for latent in latents:
             if latent.ndim != 5:
                 raise InvalidRequest(
-                    "A reference latent has the shape {shape}; a picture's has five numbers, [1, 16, 1, height / 8, "
-                    "width / 8].\n\nWhat to do: encode the picture with VAE Encode and this model's VAE.",
+                    "A reference latent has the shape {shape}; an image's has five numbers, [1, 16, 1, height / 8, "
+                    "width / 8].\n\nWhat to do: encode the image with VAE Encode and this model's VAE.",
                     code="graph.wrong_reference_shape",
                     shape=list(latent.shape),
                 )
         frames = max((latent.shape[2] for latent in latents), default=1)
         if frames != 1:
             raise InvalidRequest(
-                "A reference latent has {frames} frames; a picture has one.\n\nWhat to do: encode one picture at a "
-                "time, and show a picture instead of its layers.",
+                "A reference latent has {frames} frames; an image has one.\n\nWhat to do: encode one image at a "
+                "time, and show an image instead of its layers.",
                 code="graph.reference_of_frames",
                 frames=frames,
             )
         if variant.makes_layers and len(latents) > 1:
             raise InvalidRequest(
-                "{variant} takes one picture apart, and a prompt of this graph shows it {count}.\n\nWhat to do: keep "
+                "{variant} takes one image apart, and a prompt of this graph shows it {count}.\n\nWhat to do: keep "
                 "one ReferenceLatent per prompt.",
                 code="graph.several_images_to_layer",
                 variant=variant.value,
@@ -141,8 +141,7 @@ def check_latents(latents: Tensor) -> None:
     """Raise Unsupported for latents of other models."""
     if latents.ndim != 5:
         raise Unsupported(
-            "A latent of shape {shape} is no picture's. Use EmptySD3LatentImage, or encode pictures with this pack's "
-            "VAE.",
+            "A latent of shape {shape} is no image's. Use EmptySD3LatentImage, or encode images with this pack's VAE.",
             code="graph.latent_of_no_image",
             shape=list(latents.shape),
         )
@@ -150,12 +149,12 @@ def check_latents(latents: Tensor) -> None:
 
 def check_size(latents: Tensor) -> None:
     """Warn where patches do not cover the latents (..., H, W): ComfyUI's own model wraps them round, and graphs start
-    from pictures of any size."""
+    from images of any size."""
     if any(side % PATCH for side in latents.shape[-2:]):
         height, width = (side * LATENT_PX for side in latents.shape[-2:])
         step = PATCH * LATENT_PX
         logger.warning(
-            "A picture of %dx%d px is no multiple of %d: at its end it is wrapped round, as ComfyUI's own model does "
+            "An image of %dx%d px is no multiple of %d: at its end it is wrapped round, as ComfyUI's own model does "
             "it. Scale or pad it to %dx%d to avoid that.",
             width,
             height,
@@ -169,8 +168,8 @@ def check_layers(variant: Variant, frames: int) -> None:
     if variant.makes_layers and frames == 1:
         raise InvalidRequest(
             "{variant} makes layers, and this graph's latent has none.\n\nWhat to do: use "
-            "EmptyQwenImageLayeredLatentImage with 1 layer or more, and show the model the picture with "
-            "ReferenceLatent; for a whole picture, choose a {qwen_image} file in '{loader}'.",
+            "EmptyQwenImageLayeredLatentImage with 1 layer or more, and show the model the image with "
+            "ReferenceLatent; for a whole image, choose a {qwen_image} file in '{loader}'.",
             code="graph.latent_without_layers",
             variant=variant.value,
             qwen_image=Variant.QWEN_IMAGE.value,
@@ -178,8 +177,8 @@ def check_layers(variant: Variant, frames: int) -> None:
         )
     if not variant.makes_layers and frames != 1:
         raise InvalidRequest(
-            "The latent has {frames} frames, and {variant} makes one picture.\n\nWhat to do: use EmptySD3LatentImage, "
-            "or encode pictures with this pack's VAE; for layers, choose a {layered} file in '{loader}'.",
+            "The latent has {frames} frames, and {variant} makes one image.\n\nWhat to do: use EmptySD3LatentImage, "
+            "or encode images with this pack's VAE; for layers, choose a {layered} file in '{loader}'.",
             code="graph.latent_with_layers",
             frames=frames,
             variant=variant.value,

@@ -110,10 +110,10 @@ class QwenImageDiffusion(DiffusionModel):
             dtype=self.dtype,
         )
         if has_patches(transformer_options):
-            assert calls.pictures is not None
+            assert calls.images is not None
             given = x.to(self.dtype)
             call.patches = BlockPatches(
-                transformer_options, given, config.num_layers, call.reference_tokens, calls.pictures
+                transformer_options, given, config.num_layers, call.reference_tokens, calls.images
             )
         return self.answer(call, x, transformer_options)
 

@@ -15,7 +15,7 @@ from .references import at_zero, places_of
 
 
 class Call:
-    """One call of the diffusion model by ComfyUI: a batch of pictures, each a branch."""
+    """One call of the diffusion model by ComfyUI: a batch of images, each a branch."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class Call:
         self._context = context.to(dtype)
         self._mask = None if attention_mask is None else attention_mask.bool()
         # ComfyUI's own text nodes make references of odd sizes, and its model wraps them round to whole patches
-        self._references = [pad_to_patch_size(picture, (1, PATCH, PATCH)).to(dtype) for picture in references]
+        self._references = [pad_to_patch_size(image, (1, PATCH, PATCH)).to(dtype) for image in references]
         self._places = places_of(method, references)
         self._at_zero = at_zero(method)
         self._residuals = residuals
@@ -62,7 +62,7 @@ class Call:
 
     @property
     def reference_tokens(self) -> list[int]:
-        return [prod(shape_in_patches(picture)) for picture in self._references]
+        return [prod(shape_in_patches(image)) for image in self._references]
 
     def unpack(self, tokens: Tensor) -> Tensor:
         """A branch's velocity, (1, 16, F, H, W), without what whole patches have beyond it."""

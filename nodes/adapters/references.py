@@ -1,4 +1,4 @@
-"""What "Edit Model Reference Method" asks for: where references lie beside the picture, and at which timestep."""
+"""What "Edit Model Reference Method" asks for: where references lie beside the image, and at which timestep."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from .graph_checks import refuse
 
 INDEX, INDEX_AT_ZERO = "index", "index_timestep_zero"
 _BESIDE = ("offset", "uxo")
-_BEFORE = "negative_index"  # of layered pictures
+_BEFORE = "negative_index"  # of layered images
 
 
 def check_methods(conds: dict[str, list[dict[str, Any]]], config: TransformerConfig) -> None:
@@ -47,7 +47,7 @@ def at_zero(method: str | None) -> bool:
 
 
 def places_of(method: str | None, references: Sequence[Tensor]) -> tuple[Place, ...]:
-    """Of the picture and of each reference (B, 16, 1, h, w); none where each has a frame of its own, in order.
+    """Of the image and of each reference (B, 16, 1, h, w); none where each has a frame of its own, in order.
 
     "offset" and "uxo" lay all references into one frame, each below or to the right of those before it.
     """

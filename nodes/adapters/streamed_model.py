@@ -25,7 +25,7 @@ from ...engine.reports.memory_report import MemoryReport
 from ...engine.runs.sampling_plan import plan_sampling
 from ...engine.runs.sampling_run import SamplingRun
 from ...engine.runs.timeline import Timeline
-from .block_patches import BlockPatches, PatchPictures, check_patches, sees_each_call
+from .block_patches import BlockPatches, PatchImages, check_patches, sees_each_call
 from .content_checks import check_computed, check_result, check_values
 from .controlnets import ControlNets, check_devices, other_models
 from .error_events import errors_sent
@@ -67,7 +67,7 @@ class ModelCalls:
         self.run: SamplingRun | None = None
         self.sigmas = torch.empty(0)  # of the present run
         self.controls: ControlNets | None = None
-        self.pictures: PatchPictures | None = None
+        self.images: PatchImages | None = None
 
     def run_together(self, calls: list[ModelCall]) -> list[Tensor]:
         """The answers to several calls in one visit of the blocks."""
@@ -181,7 +181,7 @@ class LowVRAMModel:
             self.calls.run.load()
             self.plan = self.calls.run.plan
         elif self.plan is not None:
-            self.transformer.load(self.plan.resident, self.plan.held, self.plan.annexes)
+            self.transformer.load(self.plan.resident, self.plan.held, self.plan.secondaries)
         else:
             self.transformer.load(())
 
@@ -250,7 +250,7 @@ def _outer_sample(
     check_computed(conds, noise.shape)
     calls = model.calls
     calls.controls = ControlNets(conds, noise.shape, model.transformer)
-    calls.pictures = PatchPictures(guider.model_options.get("transformer_options", {}), device)
+    calls.images = PatchImages(guider.model_options.get("transformer_options", {}), device)
     finished = False
     try:
         request = model.request_of(conds, noise, sigmas)
@@ -262,7 +262,7 @@ def _outer_sample(
         return result
     finally:
         run, nets = calls.run, calls.controls
-        calls.run = calls.controls = calls.pictures = None
+        calls.run = calls.controls = calls.images = None
         nets.release()
         if run is not None:
             model.plan = run.plan
@@ -288,7 +288,7 @@ def _planned_run(
     request: SamplingRequest,
     beside: Sequence[ModelPatcher],
 ) -> SamplingRun:
-    """The plan, and the pictures of ControlNets and model patches, which are encoded before the run's memory is laid
+    """The plan, and the images of ControlNets and model patches, which are encoded before the run's memory is laid
     out. Raises DoesNotFit."""
     transformer, patcher, calls = model.transformer, guider.model_patcher, model.calls
     transformer.patch(lora_patches(patcher.loras))
@@ -302,8 +302,8 @@ def _planned_run(
     model.plan = plan()
     sizes = {size_of(entry, noise.shape) for entry in entries_of(conds)}
     assert calls.controls is not None
-    assert calls.pictures is not None
-    if calls.controls.make_hints() | calls.pictures.encode(sizes, noise):
+    assert calls.images is not None
+    if calls.controls.make_hints() | calls.images.encode(sizes, noise):
         model.plan = plan()  # the VAE may have moved what lay on the device
     calls.sigmas = sigmas.cpu()
     return SamplingRun(

@@ -44,7 +44,7 @@ def make_vae(
 class LowVRAMVAE(comfy.sd.VAE):
     """ComfyUI's VAE with our engine inside.
 
-    Guarantees beyond the native VAE: tiles never change the picture; a batch of images is a batch, not a video;
+    Guarantees beyond the native VAE: tiles never change the image; a batch of images is a batch, not a video;
     weights and activations on the device stay within `limit_bytes` (None: what is free when the work starts).
     """
 
@@ -124,7 +124,7 @@ class LowVRAMVAE(comfy.sd.VAE):
         overlap_t: int | None = None,
     ) -> torch.Tensor:
         """As `encode`. Tile sizes are in pixels; borders beyond multiples of 8 pixels are cropped. Alpha is dropped;
-        by Layered's VAE it is encoded, opaque where a picture has none."""
+        by Layered's VAE it is encoded, opaque where an image has none."""
         vae = self.first_stage_model
         check_image("The image", pixel_samples)
         if min(pixel_samples.shape[1:3]) < vae.scale:
@@ -139,12 +139,12 @@ class LowVRAMVAE(comfy.sd.VAE):
         return encoded.to(comfy.model_management.intermediate_dtype())
 
     def memory_used_decode(self, shape: torch.Size, dtype: torch.dtype) -> int:
-        """Live bytes of decoding latents (..., h, w) whole, one picture at a time."""
+        """Live bytes of decoding latents (..., h, w) whole, one image at a time."""
         scale = self.first_stage_model.scale
         return self.first_stage_model.plan_decode(shape[-2] * scale, shape[-1] * scale).peak_bytes
 
     def memory_used_encode(self, shape: torch.Size, dtype: torch.dtype) -> int:
-        """Live bytes of encoding pixels (..., H, W) whole, one picture at a time."""
+        """Live bytes of encoding pixels (..., H, W) whole, one image at a time."""
         scale = self.first_stage_model.scale
         return self.first_stage_model.plan_encode(shape[-2] // scale * scale, shape[-1] // scale * scale).peak_bytes
 

@@ -13,7 +13,7 @@ import full_size
 import pytest
 import torch
 from live_bytes import LiveBytes
-from qwenimage_lowvram.engine.caches.requantized_weights import QuantizedWeights
+from qwenimage_lowvram.engine.caches.requantized_weights import RequantizedWeights
 from qwenimage_lowvram.engine.files.checkpoint import Checkpoint
 from qwenimage_lowvram.engine.lora.lora_file import match
 from qwenimage_lowvram.engine.lora.weight_patches import lora_patches
@@ -24,7 +24,7 @@ from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTran
 from qwenimage_lowvram.engine.models.qwen_image.variants import Variant
 from qwenimage_lowvram.engine.planning.memory import MemoryPlan, plan_memory, text_encoder_peak_bytes
 from qwenimage_lowvram.engine.planning.request import GIB, Limits, SamplingRequest
-from qwenimage_lowvram.engine.planning.stages import PictureRequest
+from qwenimage_lowvram.engine.planning.stages import ImageRequest
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytestmark = pytest.mark.slow
@@ -44,7 +44,7 @@ def live() -> Iterator[LiveBytes]:
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
     """The whole model in each format, headers only."""
     source, folder = full_size.transformer_checkpoint(), tmp_path_factory.mktemp("cache")
-    quantized = {name: QuantizedWeights.of(source, name, folder) for name in ("int8", "nf4")}
+    quantized = {name: RequantizedWeights.of(source, name, folder) for name in ("int8", "nf4")}
     return {
         "bf16": source,
         **{name: weights.checkpoint(data_start=0) for name, weights in quantized.items() if weights},
@@ -61,7 +61,7 @@ def make_transformer(stored: torch.dtype, *, layers: int = 60) -> QwenImageTrans
 
 
 def make_branch(request: SamplingRequest) -> Branch:
-    """With references of the picture's size, where there are any."""
+    """With references of the image's size, where there are any."""
     height, width = request.height // 16, request.width // 16
     references = ((1, height, width),) * (request.reference_tokens // (height * width))
     return Branch(
@@ -129,7 +129,7 @@ def assert_fits(
 @pytest.mark.parametrize("weight_format", ["bf16", "int8", "nf4"])
 @pytest.mark.parametrize(("width", "height", "batch"), REQUESTS)
 @pytest.mark.parametrize("card_gb", CARDS)
-def test_guided_pictures_fit_the_cards(
+def test_guided_images_fit_the_cards(
     card_gb: int,
     width: int,
     height: int,
@@ -152,14 +152,14 @@ def test_guided_pictures_fit_the_cards(
 @pytest.mark.parametrize("stored", [torch.bfloat16, FP8], ids=str)
 @pytest.mark.parametrize(("side", "layers", "card_gb"), [(640, 4, 4), (640, 4, 8), (1024, 4, 8), (640, 8, 4)])
 def test_layers_fit_the_cards(side: int, layers: int, card_gb: int, stored: torch.dtype, live: LiveBytes) -> None:
-    """Of Qwen-Image-Layered: each layer, the picture, and the picture that is taken apart count."""
+    """Of Qwen-Image-Layered: each layer, the image, and the image that is taken apart count."""
     transformer = QwenImageTransformer(
         full_size.transformer_checkpoint(stored, layered=True),
         dtype=torch.bfloat16,
         hardware=full_size.fake_gpu(),
         source=full_size.EmptySource,
     )
-    request = PictureRequest(
+    request = ImageRequest(
         side, side, 1, True, 50, PROMPT_TOKENS - PROMPT_SIZES.behind, layers=layers, prompts=PROMPT_SIZES
     ).sampling
     tokens = (side // 16) ** 2
@@ -167,7 +167,7 @@ def test_layers_fit_the_cards(side: int, layers: int, card_gb: int, stored: torc
     assert_fits(live, transformer, request, card_gb)
 
 
-# tokens of a prompt with so many pictures as the tower sees them: 384x384 px, by the first Edit 1024x1024 px
+# tokens of a prompt with so many images as the tower sees them: 384x384 px, by the first Edit 1024x1024 px
 EDITS = [
     (Variant.EDIT, 1, 1600),
     (Variant.EDIT_2509, 1, 400),
@@ -178,12 +178,12 @@ EDITS = [
 
 
 @pytest.mark.parametrize("weight_format", ["bf16", "int8", "nf4"])
-@pytest.mark.parametrize(("variant", "pictures", "prompt_tokens"), EDITS, ids=str)
+@pytest.mark.parametrize(("variant", "images", "prompt_tokens"), EDITS, ids=str)
 @pytest.mark.parametrize("card_gb", [4, 8])
 def test_guided_edits_fit_the_cards(
     card_gb: int,
     variant: Variant,
-    pictures: int,
+    images: int,
     prompt_tokens: int,
     weight_format: str,
     checkpoints: dict[str, Checkpoint],
@@ -196,7 +196,7 @@ def test_guided_edits_fit_the_cards(
         source=full_size.EmptySource,
         variant=variant,
     )
-    request = SamplingRequest(1024, 1024, 2, prompt_tokens, reference_tokens=4096 * pictures)
+    request = SamplingRequest(1024, 1024, 2, prompt_tokens, reference_tokens=4096 * images)
     assert_fits(live, transformer, request, card_gb)
 
 
@@ -292,7 +292,7 @@ def test_the_modulation_pass_takes_what_the_plan_says(late: bool, stored: torch.
 class _EmbeddedEncoder(TextEncoder):
     """Rows of the embedding are read from a file, and there is none here."""
 
-    def _embed(self, prompts: Sequence[Sequence[int]], pictures: Any) -> list[torch.Tensor]:
+    def _embed(self, prompts: Sequence[Sequence[int]], images: Any) -> list[torch.Tensor]:
         return [torch.empty(1, len(ids), 3584, device="cuda", dtype=torch.bfloat16) for ids in prompts]
 
 

@@ -283,7 +283,7 @@ def test_the_plan_of_a_full_size_gguf_encoder_is_what_its_run_takes() -> None:
             hardware=full_size.fake_gpu(),
             source=full_size.EmptySource,
         )
-        encoder._embed = lambda prompts, pictures: [  # type: ignore[method-assign]  # its rows are read from the file
+        encoder._embed = lambda prompts, images: [  # type: ignore[method-assign]  # its rows are read from the file
             torch.empty(1, len(ids), encoder.hidden_size, dtype=torch.bfloat16, device="cuda") for ids in prompts
         ]
         assert plan_text_encoder(encoder.footprint, lengths, 2 * GIB) == 2

@@ -27,14 +27,14 @@ Shapes = dict[str, tuple[int, ...]]
 
 def make_branch(
     length: int,
-    picture: tuple[int, int, int],
+    image: tuple[int, int, int],
     reference: tuple[int, int, int] | None,
     *,
     dtype: torch.dtype = torch.float32,
     additional_t_cond: int = 0,
 ) -> Branch:
     generator = torch.Generator().manual_seed(length)
-    shapes = (picture,) if reference is None else (picture, reference)
+    shapes = (image,) if reference is None else (image, reference)
     return Branch(
         torch.randn(1, sum(f * h * w for f, h, w in shapes), 64, generator=generator).to(dtype),
         shapes,
@@ -47,7 +47,7 @@ def make_branch(
 
 @torch.no_grad()
 def diffusers_forward(model: Any, branch: Branch) -> Tensor:
-    """As QwenImageLayeredPipeline calls it: each layer is a picture of its own."""
+    """As QwenImageLayeredPipeline calls it: each layer is an image of its own."""
     (frames, height, width), *reference = branch.shapes
     out = model(
         hidden_states=branch.tokens,
@@ -67,18 +67,18 @@ def open_transformer(folder: Path, dtype: torch.dtype, hardware: Hardware) -> Qw
 
 
 # layers, height and width in patches: even, odd, more layers than half a side has patches, a larger reference
-PICTURES = [((4, 6, 10), (1, 6, 10)), ((3, 7, 5), (1, 7, 5)), ((6, 4, 4), (1, 4, 4)), ((2, 4, 6), (1, 8, 12))]
+IMAGES = [((4, 6, 10), (1, 6, 10)), ((3, 7, 5), (1, 7, 5)), ((6, 4, 4), (1, 4, 4)), ((2, 4, 6), (1, 8, 12))]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("picture", "reference"), PICTURES, ids=str)
+@pytest.mark.parametrize(("image", "reference"), IMAGES, ids=str)
 def test_layers_are_diffusers_own_wherever_the_blocks_live(
-    picture: tuple[int, int, int], reference: tuple[int, int, int], dtype: torch.dtype, tiny: Tiny, cpu: Hardware
+    image: tuple[int, int, int], reference: tuple[int, int, int], dtype: torch.dtype, tiny: Tiny, cpu: Hardware
 ) -> None:
     model, folder = tiny(dtype, **LAYERED)
     transformer = open_transformer(folder, dtype, cpu)
-    branches = [make_branch(length, picture, reference, dtype=dtype) for length in (13, 5)]
+    branches = [make_branch(length, image, reference, dtype=dtype) for length in (13, 5)]
     expected = [diffusers_forward(model, branch) for branch in branches]
     for resident in RESIDENT:
         transformer.load(resident)
@@ -99,7 +99,7 @@ def test_the_additional_condition_has_modulation_of_its_own(tiny: Tiny, hardware
     assert all(torch.equal(m, diffusers_forward(model, b)) for m, b in zip(made, branches, strict=True))
 
 
-def test_where_the_text_stands_does_not_depend_on_a_picture_being_shown(tiny: Tiny, cpu: Hardware) -> None:
+def test_where_the_text_stands_does_not_depend_on_an_image_being_shown(tiny: Tiny, cpu: Hardware) -> None:
     from qwenimage_lowvram.engine.models.qwen_image.positions import rotary_tables
 
     model, _ = tiny(torch.float32, **LAYERED)
@@ -118,7 +118,7 @@ def test_positions_beyond_the_tables_and_two_references_are_refused(tiny: Tiny, 
     two = Branch(two.tokens, (*two.shapes, (1, 4, 4)), two.prompt_embeds, None, 0.7)
     long = make_branch(MAX_POSITIONS - 5, (6, 4, 4), (1, 4, 4))
     with transformer.session(slots=1) as session:
-        with pytest.raises(InvalidRequest, match="One picture is taken apart at a time, 2 are shown"):
+        with pytest.raises(InvalidRequest, match="One image is taken apart at a time, 2 are shown"):
             session.forward([two])
         with pytest.raises(InvalidRequest, match=f"positions for {MAX_POSITIONS - 6}"):
             session.forward([long])
@@ -190,10 +190,10 @@ def test_a_gguf_file_is_layered_too(weight_format: str, tiny: Tiny, tmp_path: Pa
 
 
 def test_a_quantized_layered_model_keeps_its_condition(tiny: Tiny, tmp_path: Path, cpu: Hardware) -> None:
-    from qwenimage_lowvram.engine.caches.requantized_weights import QuantizedWeights
+    from qwenimage_lowvram.engine.caches.requantized_weights import RequantizedWeights
 
     model, folder = tiny(torch.bfloat16, **LAYERED)
-    weights = QuantizedWeights.of(open_checkpoint(folder), "int8", tmp_path)
+    weights = RequantizedWeights.of(open_checkpoint(folder), "int8", tmp_path)
     assert weights is not None
     header = weights.checkpoint(data_start=0)
     found = sort_transformer(header)

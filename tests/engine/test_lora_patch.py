@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from qwenimage_lowvram.engine.caches.requantized_weights import QuantizedWeights
+from qwenimage_lowvram.engine.caches.requantized_weights import RequantizedWeights
 from qwenimage_lowvram.engine.files.checkpoint import Checkpoint, open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.lora.lora_file import match, open_lora
@@ -42,7 +42,7 @@ def in_format(folder: Path, name: str, cache: Path) -> Checkpoint:
     checkpoint = open_checkpoint(folder)
     if name == "as stored":
         return checkpoint
-    weights = QuantizedWeights.of(checkpoint, name, cache)
+    weights = RequantizedWeights.of(checkpoint, name, cache)
     assert weights is not None
     return weights.make(torch.device("cpu"))
 

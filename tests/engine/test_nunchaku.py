@@ -13,7 +13,7 @@ import torch
 from full_size_run import require_planned_peaks
 from live_bytes import LiveBytes
 from nunchaku_files import SHIFT, SvdqLayer, awq, pack_scales, svdq, write_nunchaku_transformer
-from qwenimage_lowvram.engine.caches.requantized_weights import QuantizedWeights
+from qwenimage_lowvram.engine.caches.requantized_weights import RequantizedWeights
 from qwenimage_lowvram.engine.errors import DamagedFile, InvalidRequest, WrongModel
 from qwenimage_lowvram.engine.files.checkpoint import Checkpoint, TensorEntry, open_checkpoint
 from qwenimage_lowvram.engine.formats import CODECS, stored_param
@@ -279,7 +279,7 @@ def test_a_file_of_nunchakus_is_a_transformer_and_its_quantization_is_kept(
     checkpoint = open_checkpoint(written("int4", 32)[1])
     require(checkpoint, TRANSFORMER)
     with pytest.raises(InvalidRequest, match=r"is quantized already \(svdq_int4_r32\)"):
-        QuantizedWeights.of(checkpoint, "nf4", tmp_path)
+        RequantizedWeights.of(checkpoint, "nf4", tmp_path)
 
 
 # the plan

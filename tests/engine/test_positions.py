@@ -1,10 +1,10 @@
-"""Pictures at places of their own among the rotary positions."""
+"""Images at places of their own among the rotary positions."""
 
 import pytest
 import torch
 from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
 from qwenimage_lowvram.engine.errors import InvalidRequest
-from qwenimage_lowvram.engine.models.qwen_image.positions import MAX_POSITIONS, place_pictures
+from qwenimage_lowvram.engine.models.qwen_image.positions import MAX_POSITIONS, place_images
 
 SHAPES = [(1, 6, 8), (1, 5, 7), (1, 9, 2)]
 
@@ -14,14 +14,14 @@ def rope() -> QwenEmbedRope:
     return QwenEmbedRope(10000, [8, 12, 12], scale_rope=True)
 
 
-def test_pictures_at_the_centres_of_their_own_frames_lie_where_diffusers_has_them(rope: QwenEmbedRope) -> None:
+def test_images_at_the_centres_of_their_own_frames_lie_where_diffusers_has_them(rope: QwenEmbedRope) -> None:
     wanted, _ = rope([SHAPES], max_txt_seq_len=1, device=torch.device("cpu"))
-    assert torch.equal(place_pictures(rope, SHAPES, [(i, 0, 0) for i in range(3)]), wanted)
+    assert torch.equal(place_images(rope, SHAPES, [(i, 0, 0) for i in range(3)]), wanted)
 
 
 def test_a_place_moves_every_position_by_its_frame_and_offsets(rope: QwenEmbedRope) -> None:
     (shape,) = SHAPES[:1]
-    centred, moved = (place_pictures(rope, [shape], [place]) for place in ((0, 0, 0), (-2, 3, 5)))
+    centred, moved = (place_images(rope, [shape], [place]) for place in ((0, 0, 0), (-2, 3, 5)))
     steps = rope.neg_freqs[-2], rope.pos_freqs[3], rope.pos_freqs[5]
     turned = torch.cat([steps[0][:4], steps[1][4:10], steps[2][10:]])
     assert (moved - centred * turned).abs().max() < 1e-6
@@ -29,6 +29,6 @@ def test_a_place_moves_every_position_by_its_frame_and_offsets(rope: QwenEmbedRo
 
 @pytest.mark.parametrize("place", [(0, MAX_POSITIONS, 0), (0, 0, MAX_POSITIONS - 3), (MAX_POSITIONS, 0, 0)])
 def test_a_place_beyond_the_tables_is_refused(rope: QwenEmbedRope, place: tuple[int, int, int]) -> None:
-    with pytest.raises(InvalidRequest, match="show fewer or smaller pictures"):
-        place_pictures(rope, SHAPES[:1], [place])
-    place_pictures(rope, SHAPES[:1], [(MAX_POSITIONS - 1, MAX_POSITIONS - 3, MAX_POSITIONS - 4)])
+    with pytest.raises(InvalidRequest, match="show fewer or smaller images"):
+        place_images(rope, SHAPES[:1], [place])
+    place_images(rope, SHAPES[:1], [(MAX_POSITIONS - 1, MAX_POSITIONS - 3, MAX_POSITIONS - 4)])

@@ -30,7 +30,7 @@ from qwenimage_lowvram.engine.caches.requantized_files import (
     whole_file,
 )
 from qwenimage_lowvram.engine.caches.requantized_layout import FORMATS
-from qwenimage_lowvram.engine.caches.requantized_weights import QuantizedWeights
+from qwenimage_lowvram.engine.caches.requantized_weights import RequantizedWeights
 from qwenimage_lowvram.engine.errors import CacheError, DamagedFile, InvalidRequest
 from qwenimage_lowvram.engine.files import atomic_files
 from qwenimage_lowvram.engine.files.checkpoint import Checkpoint, open_checkpoint
@@ -68,8 +68,8 @@ def cache(tmp_path: Path) -> Path:
     return tmp_path / "models" / "cache"
 
 
-def weights_of(source: Checkpoint, name: str, cache: Path) -> QuantizedWeights:
-    weights = QuantizedWeights.of(source, name, cache)
+def weights_of(source: Checkpoint, name: str, cache: Path) -> RequantizedWeights:
+    weights = RequantizedWeights.of(source, name, cache)
     assert weights is not None
     return weights
 
@@ -563,13 +563,13 @@ import sys
 from pathlib import Path
 import torch
 from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
-from qwenimage_lowvram.engine.caches.requantized_weights import QuantizedWeights
+from qwenimage_lowvram.engine.caches.requantized_weights import RequantizedWeights
 def on_block(done, total):
     if done == 1:
         print("one block done", flush=True)
         sys.stdin.readline()
 source = open_checkpoint(Path(sys.argv[1]))
-QuantizedWeights.of(source, "nf4", Path(sys.argv[2])).make(torch.device("cpu"), on_block)
+RequantizedWeights.of(source, "nf4", Path(sys.argv[2])).make(torch.device("cpu"), on_block)
 """
 
 
@@ -702,8 +702,8 @@ def test_a_quantized_source_is_refused_by_its_name(folder: Path, tmp_path: Path,
         (scaled, "int8", r"fp8_e4m3fn_scaled\)"),
     ]:
         with pytest.raises(InvalidRequest, match=rf"quantized already \({stored}.*\n\nWhat to do: .*auto"):
-            QuantizedWeights.of(source, name, cache)
-    assert QuantizedWeights.of(scaled, "fp8_e4m3fn_scaled", cache) is None
+            RequantizedWeights.of(source, name, cache)
+    assert RequantizedWeights.of(scaled, "fp8_e4m3fn_scaled", cache) is None
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -713,16 +713,16 @@ def test_a_folder_of_bitsandbytes_is_taken_as_it_is_in_its_own_format(
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     load_quantized(folder, BitsAndBytesConfig(**CONFIGS[name])).save_pretrained(tmp_path / "transformer")
     source = open_checkpoint(tmp_path / "transformer")
-    assert QuantizedWeights.of(source, name, cache) is None
+    assert RequantizedWeights.of(source, name, cache) is None
     with pytest.raises(InvalidRequest, match="quantized already"):
-        QuantizedWeights.of(source, "fp8_e4m3fn_scaled", cache)
+        RequantizedWeights.of(source, "fp8_e4m3fn_scaled", cache)
 
 
 def test_a_quantized_checkpoint_is_not_quantized_again(source: Checkpoint, cache: Path) -> None:
     held = quantize(source, "nf4", cache)
-    assert QuantizedWeights.of(held, "nf4", cache) is None
+    assert RequantizedWeights.of(held, "nf4", cache) is None
     with pytest.raises(InvalidRequest, match="nf4"):
-        QuantizedWeights.of(held, "int8", cache)
+        RequantizedWeights.of(held, "int8", cache)
 
 
 def test_a_cut_source_is_named(source: Checkpoint, folder: Path, tmp_path: Path, cache: Path) -> None:

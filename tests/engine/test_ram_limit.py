@@ -1,4 +1,4 @@
-"""A model many times larger than the RAM limit runs within it, picture after picture, and makes the same numbers."""
+"""A model many times larger than the RAM limit runs within it, image after image, and makes the same numbers."""
 
 import json
 import os
@@ -17,10 +17,10 @@ pytestmark = pytest.mark.slow
 TOOLS = Path(__file__).parents[2] / "tools"
 LAYERS, HEADS, TEXT_DIM = 53, 7, 64
 LIMIT_BYTES = 500_000_000
-PICTURES, STEPS = 10, 6
+IMAGES, STEPS = 10, 6
 
-# One process for each limit: what it holds is its own. Prints the growth of anonymous memory after each picture, its
-# peak, and a digest of each picture's latents.
+# One process for each limit: what it holds is its own. Prints the growth of anonymous memory after each image, its
+# peak, and a digest of each image's latents.
 CHILD = f"""
 import hashlib, json, sys, threading, time
 from pathlib import Path
@@ -41,7 +41,7 @@ def anonymous():
         return int(line.split()[1]) * 1024
     return process.memory_info().rss
 
-def pictures(file, ram_bytes, count, on_picture):
+def images(file, ram_bytes, count, on_image):
     transformer = QwenImageTransformer(
         open_checkpoint(Path(file)), dtype=torch.bfloat16, hardware=Hardware.detect(torch.device("cpu"))
     )
@@ -49,8 +49,8 @@ def pictures(file, ram_bytes, count, on_picture):
     plan = plan_memory(transformer.footprint, request, Limits(64 * 1024**3, ram_bytes))
     sigmas = [1 - i / {STEPS} for i in range({STEPS} + 1)]
     digests = []
-    for picture in range(count):
-        generator = torch.Generator().manual_seed(picture)
+    for image in range(count):
+        generator = torch.Generator().manual_seed(image)
         prompts = [torch.randn(1, n, {TEXT_DIM}, generator=generator).bfloat16() for n in (9, 5)]
         x = torch.randn(1, 16, 64, generator=generator)
         transformer.load(plan.resident, plan.held)
@@ -61,12 +61,12 @@ def pictures(file, ram_bytes, count, on_picture):
                 positive, negative = session.forward(branches, more=then > 0)
                 x = x + (then - now) * (negative + 3 * (positive - negative)).float()
         digests.append(hashlib.sha256(x.numpy().tobytes()).hexdigest())
-        on_picture()
+        on_image()
     assert torch.isfinite(x).all()
     return plan, digests
 
 with torch.inference_mode():
-    pictures(sys.argv[2], None, 1, lambda: None)
+    images(sys.argv[2], None, 1, lambda: None)
     before, peak, after, done = anonymous(), 0, [], threading.Event()
 
     def watch():
@@ -77,7 +77,7 @@ with torch.inference_mode():
     watcher = threading.Thread(target=watch)
     watcher.start()
     ram = int(sys.argv[3]) or None
-    plan, digests = pictures(sys.argv[1], ram, int(sys.argv[4]), lambda: after.append(anonymous() - before))
+    plan, digests = images(sys.argv[1], ram, int(sys.argv[4]), lambda: after.append(anonymous() - before))
     done.set()
     watcher.join()
 print(json.dumps(
@@ -114,9 +114,9 @@ def write_model(file: Path, *, layers: int, heads: int) -> int:
     return sum(prod(shape) * 2 for name, shape in shapes.items() if name.startswith("transformer_blocks.0."))
 
 
-def sample(file: Path, tiny: Path, *, ram_bytes: int, pictures: int) -> dict[str, object]:
+def sample(file: Path, tiny: Path, *, ram_bytes: int, images: int) -> dict[str, object]:
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, file, tiny, str(ram_bytes), str(pictures)],
+        [sys.executable, "-c", CHILD, file, tiny, str(ram_bytes), str(images)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (TOOLS / "alias", TOOLS)))},
         capture_output=True,
         text=True,
@@ -125,21 +125,21 @@ def sample(file: Path, tiny: Path, *, ram_bytes: int, pictures: int) -> dict[str
     return json.loads(done.stdout)
 
 
-def test_a_3_gb_model_runs_in_half_a_gb_of_ram_for_ten_pictures(tmp_path: Path) -> None:
+def test_a_3_gb_model_runs_in_half_a_gb_of_ram_for_ten_images(tmp_path: Path) -> None:
     large, tiny = tmp_path / "large.safetensors", tmp_path / "tiny.safetensors"
     assert write_model(large, layers=LAYERS, heads=HEADS) <= 60_000_000
     assert large.stat().st_size >= 3_000_000_000
     write_model(tiny, layers=2, heads=1)
 
-    limited = sample(large, tiny, ram_bytes=LIMIT_BYTES, pictures=PICTURES)
+    limited = sample(large, tiny, ram_bytes=LIMIT_BYTES, images=IMAGES)
     assert limited["planned"] <= LIMIT_BYTES
     assert 0 < limited["resident"] < LAYERS / 2
     assert limited["peak"] < LIMIT_BYTES
-    first, *_, last = limited["growth"][1:]  # the first picture fills what is kept
+    first, *_, last = limited["growth"][1:]  # the first image fills what is kept
     assert last < first + 10_000_000
 
-    free = sample(large, tiny, ram_bytes=0, pictures=2)
+    free = sample(large, tiny, ram_bytes=0, images=2)
     assert free["resident"] == LAYERS
     assert free["peak"] > 3 * LIMIT_BYTES
-    assert len(set(limited["digests"])) == PICTURES
+    assert len(set(limited["digests"])) == IMAGES
     assert limited["digests"][:2] == free["digests"]

@@ -78,7 +78,7 @@ def test_lightning_sigmas_are_its_own_schedulers(steps: int, comfy: ModuleType) 
 
 
 @pytest.mark.parametrize(("width", "height"), SIZES)
-def test_one_step_goes_from_noise_to_picture(width: int, height: int) -> None:
+def test_one_step_goes_from_noise_to_image(width: int, height: int) -> None:
     # the reference divides zero by zero there
     assert qwen_sigmas(1, (width // 16) * (height // 16)).tolist() == [1, 0]
 

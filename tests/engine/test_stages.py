@@ -1,4 +1,4 @@
-"""The plan of a whole picture keeps the limit in every stage, adds up its seconds, and is made from headers alone."""
+"""The plan of a whole image keeps the limit in every stage, adds up its seconds, and is made from headers alone."""
 
 import json
 import os
@@ -26,19 +26,19 @@ from qwenimage_lowvram.engine.models.qwen_image_vae.image_vae import ImageVAE
 from qwenimage_lowvram.engine.planning.forecast import TYPICAL, Speeds
 from qwenimage_lowvram.engine.planning.memory import plan_memory
 from qwenimage_lowvram.engine.planning.request import GIB, Limits
-from qwenimage_lowvram.engine.planning.stages import PictureModels, PictureRequest, Stage, plan_picture
+from qwenimage_lowvram.engine.planning.stages import ImageModels, ImageRequest, Stage, plan_image
 from qwenimage_lowvram.engine.streaming import TensorReader
 from safetensors.torch import load_file
 
 ALIAS = Path(__file__).parents[2] / "tools" / "alias"
 FP8 = torch.float8_e4m3fn
 CARD = Hardware(torch.device("cpu"), streams=False, pinned=False, prefetch=False, host_device=False)
-REQUEST = PictureRequest(1328, 1328, batch=1, guided=True, steps=20, prompt_tokens=60, prompts=PROMPT_SIZES)
+REQUEST = ImageRequest(1328, 1328, batch=1, guided=True, steps=20, prompt_tokens=60, prompts=PROMPT_SIZES)
 
 
-def models_of(stored: torch.dtype) -> PictureModels:
+def models_of(stored: torch.dtype) -> ImageModels:
     options = {"dtype": torch.bfloat16, "hardware": CARD}
-    return PictureModels(
+    return ImageModels(
         TextEncoder(full_size.text_encoder_checkpoint(stored), **options).footprint,
         QwenImageParts(full_size.transformer_checkpoint(stored), **options).footprint,
         ImageVAE.without_weights(full_size.vae_checkpoint(), dtype=torch.bfloat16).footprint,
@@ -46,7 +46,7 @@ def models_of(stored: torch.dtype) -> PictureModels:
 
 
 @pytest.fixture(scope="module")
-def models() -> dict[torch.dtype, PictureModels]:
+def models() -> dict[torch.dtype, ImageModels]:
     return {stored: models_of(stored) for stored in (torch.bfloat16, FP8)}
 
 
@@ -62,7 +62,7 @@ def models() -> dict[torch.dtype, PictureModels]:
     ram=st.none() | st.integers(2, 400),
 )
 def test_no_stage_is_planned_above_its_limit(
-    models: dict[torch.dtype, PictureModels],
+    models: dict[torch.dtype, ImageModels],
     stored: torch.dtype,
     width: int,
     height: int,
@@ -71,10 +71,10 @@ def test_no_stage_is_planned_above_its_limit(
     vram: int,
     ram: int | None,
 ) -> None:
-    request = PictureRequest(width, height, batch, guided, 20, 60, prompts=PROMPT_SIZES)
+    request = ImageRequest(width, height, batch, guided, 20, 60, prompts=PROMPT_SIZES)
     limits = Limits(vram * GIB // 10, None if ram is None else ram * GIB // 10)
     try:
-        plan = plan_picture(models[stored], request, limits)
+        plan = plan_image(models[stored], request, limits)
     except DoesNotFit:
         return
     assert [stage.stage for stage in plan.stages] == list(Stage)
@@ -87,9 +87,9 @@ def test_no_stage_is_planned_above_its_limit(
 
 
 @pytest.mark.parametrize("limit_gib", [2, 7, 24])
-def test_the_stages_are_those_of_the_sampling_plan(models: dict[torch.dtype, PictureModels], limit_gib: int) -> None:
+def test_the_stages_are_those_of_the_sampling_plan(models: dict[torch.dtype, ImageModels], limit_gib: int) -> None:
     limits = Limits(limit_gib * GIB, 12 * GIB)
-    plan = plan_picture(models[FP8], REQUEST, limits)
+    plan = plan_image(models[FP8], REQUEST, limits)
     sampling = plan_memory(models[FP8].transformer, REQUEST.sampling, limits)
     assert plan.sampling == sampling
     peaks = {stage.stage: stage.peak_bytes for stage in plan.stages}
@@ -99,28 +99,28 @@ def test_the_stages_are_those_of_the_sampling_plan(models: dict[torch.dtype, Pic
     assert plan.stage(Stage.DECODE).activation_bytes == plan.tiles.peak_bytes
 
 
-def test_small_limits_are_decoded_in_tiles_and_larger_ones_whole(models: dict[torch.dtype, PictureModels]) -> None:
+def test_small_limits_are_decoded_in_tiles_and_larger_ones_whole(models: dict[torch.dtype, ImageModels]) -> None:
     request = replace(REQUEST, width=2048, height=2048)
-    tiles = {gib: plan_picture(models[FP8], request, Limits(gib * GIB)).tiles for gib in (2, 8)}
+    tiles = {gib: plan_image(models[FP8], request, Limits(gib * GIB)).tiles for gib in (2, 8)}
     assert len(tiles[2]) > 1
     assert len(tiles[8]) == 1
 
 
-def test_blocks_leave_for_the_tiles_and_stay_where_there_is_room(models: dict[torch.dtype, PictureModels]) -> None:
-    tight, roomy = (plan_picture(models[FP8], REQUEST, Limits(gib * GIB)) for gib in (6, 40))
+def test_blocks_leave_for_the_tiles_and_stay_where_there_is_room(models: dict[torch.dtype, ImageModels]) -> None:
+    tight, roomy = (plan_image(models[FP8], REQUEST, Limits(gib * GIB)) for gib in (6, 40))
     vae = models[FP8].vae.weights_bytes
     assert roomy.stage(Stage.DECODE).weights_bytes == roomy.sampling.resident_bytes + vae
     large = replace(REQUEST, width=2560, height=2560)
-    assert plan_picture(models[FP8], large, Limits(6 * GIB)).tiles.peak_bytes > tight.tiles.peak_bytes
-    kept = plan_picture(models[FP8], large, Limits(6 * GIB)).stage(Stage.DECODE).weights_bytes - vae
+    assert plan_image(models[FP8], large, Limits(6 * GIB)).tiles.peak_bytes > tight.tiles.peak_bytes
+    kept = plan_image(models[FP8], large, Limits(6 * GIB)).stage(Stage.DECODE).weights_bytes - vae
     assert 0 < kept < tight.sampling.resident_bytes
 
 
-def test_seconds_add_up_to_every_byte_that_is_read(models: dict[torch.dtype, PictureModels]) -> None:
+def test_seconds_add_up_to_every_byte_that_is_read(models: dict[torch.dtype, ImageModels]) -> None:
     """On a disk so slow that nothing else counts."""
     slow = Speeds(flops=1e18, bus_bytes=1e15, disk_bytes=1e6)
     text, transformer = models[torch.bfloat16].text_encoder, models[torch.bfloat16].transformer
-    plan = plan_picture(models[torch.bfloat16], REQUEST, Limits(7 * GIB, 10 * GIB), slow)
+    plan = plan_image(models[torch.bfloat16], REQUEST, Limits(7 * GIB, 10 * GIB), slow)
     sampling = plan.sampling
     assert len(sampling.resident) > 0
     assert len(sampling.held) > 0
@@ -142,10 +142,10 @@ def test_the_prompts_have_as_many_tokens_as_the_tokenizer_gives_them(comfyui_pat
 
 
 @pytest.mark.parametrize("shown", [1, 3])
-def test_pictures_to_change_have_the_tokens_of_the_editing_prompt(shown: int, comfyui_path: Path) -> None:
+def test_images_to_change_have_the_tokens_of_the_editing_prompt(shown: int, comfyui_path: Path) -> None:
     tokenizer = PromptTokenizer(comfyui_path / "comfy" / "text_encoders" / "qwen25_tokenizer")
     prompt = with_places("a red circle on white paper", shown, labelled=True)
-    ids = tokenizer.encode(prompt, template=EDIT_TEMPLATE, pictures=shown)
+    ids = tokenizer.encode(prompt, template=EDIT_TEMPLATE, images=shown)
     request = replace(REQUEST, prompt_tokens=6, references=shown)
     seen = shown * (384 // 28 + 1) ** 2 - shown  # embeddings in the place of one token each
     assert request.encoded_tokens == (len(ids) + seen, len(ids) + seen)
@@ -187,18 +187,18 @@ def test_planning_reads_no_tensor_and_makes_none(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(TensorReader, "read_into", counted)
     with LiveBytes("cpu") as live:
         text, transformer, vae = (open_checkpoint(file) for file in files)
-        models = PictureModels(
+        models = ImageModels(
             TextEncoder(text, dtype=torch.bfloat16, hardware=CARD).footprint,
             QwenImageParts(transformer, dtype=torch.bfloat16, hardware=CARD).footprint,
             ImageVAE.without_weights(vae, dtype=torch.bfloat16).footprint,
         )
-        plan_picture(models, REQUEST, Limits(4 * GIB))
+        plan_image(models, REQUEST, Limits(4 * GIB))
     assert read == []
     assert live.peak < 100_000
     assert sum(file.stat().st_size for file in files) > 25e9
 
 
-def test_planning_a_picture_imports_no_torch() -> None:
+def test_planning_an_image_imports_no_torch() -> None:
     modules = ("planning.stages", "reports.image_report", "reports.charts")
     code = f"import sys, {', '.join(f'qwenimage_lowvram.engine.{m}' for m in modules)}; print('torch' in sys.modules)"
     done = subprocess.run(
@@ -207,11 +207,11 @@ def test_planning_a_picture_imports_no_torch() -> None:
     assert done.stdout.strip() == "False", done.stderr
 
 
-def test_a_plan_prints_as_one_line_and_its_json_says_the_same(models: dict[torch.dtype, PictureModels]) -> None:
-    plan = plan_picture(models[FP8], REQUEST, Limits(7 * GIB, 12 * GIB), TYPICAL)
+def test_a_plan_prints_as_one_line_and_its_json_says_the_same(models: dict[torch.dtype, ImageModels]) -> None:
+    plan = plan_image(models[FP8], REQUEST, Limits(7 * GIB, 12 * GIB), TYPICAL)
     peak, ram = plan.peak_bytes / GIB, plan.ram_bytes / GIB
     assert str(plan) == (
-        f"PicturePlan(1328x1328, batch 1, guided, 20 steps: peak {peak:.2f} GiB of 7.00 GiB in sampling, RAM {ram:.2f} "
+        f"ImagePlan(1328x1328, batch 1, guided, 20 steps: peak {peak:.2f} GiB of 7.00 GiB in sampling, RAM {ram:.2f} "
         f"GiB of 12.00 GiB; {plan.sampling.forecast}, {plan.seconds:.0f} s until decoding; decoded whole)"
     )
     values = json.loads(json.dumps(plan.as_dict()))

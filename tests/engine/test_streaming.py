@@ -23,7 +23,7 @@ from qwenimage_lowvram.engine.streaming import (
     BlockStore,
     BlockStreamer,
     FileSource,
-    HostMemory,
+    PinnedMemory,
     StoredBlock,
     store_block,
     transfer,
@@ -200,7 +200,7 @@ def test_waiting_for_the_file_and_for_held_blocks_are_told_apart(files: dict[str
     assert first.seconds == first.disk_seconds
 
 
-class _Locks(HostMemory):
+class _Locks(PinnedMemory):
     """Locks nothing, and notes what it was asked for; grants `grants` requests."""
 
     def __init__(self, hardware: Hardware, grants: int) -> None:
@@ -658,7 +658,7 @@ def test_a_block_that_moves_from_host_memory_to_the_device_is_not_read_again(
     assert store.held_bytes == 0
 
 
-class _NoMemory(HostMemory):
+class _NoMemory(PinnedMemory):
     """Has memory for one block, and for the small buffers of the ring."""
 
     def take(self, nbytes: int) -> Any:

@@ -28,7 +28,7 @@ PROMPTS = {
     "English": "a cat on a chair, photo of high quality",
     "Chinese": "白色背景上的红色圆形，水墨画",
     "brackets": "(a:1.2) [b] {c} {} %s \\n",
-    "700 words": "picture " * 700,
+    "700 words": "image " * 700,
     "empty": "",
 }
 LAYERS = 2

@@ -26,8 +26,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 LAYERS, TEXT_DIM = 5, 32
 RESIDENT = [(), (0,), (1, 3), tuple(range(LAYERS))]
-PICTURE = (1, 7, 9)  # odd counts of patches: where diffusers and ComfyUI place them differently
-REFERENCES = ((1, 8, 12), (1, 3, 5))  # one larger than the picture
+IMAGE = (1, 7, 9)  # odd counts of patches: where diffusers and ComfyUI place them differently
+REFERENCES = ((1, 8, 12), (1, 3, 5))  # one larger than the image
 Tiny = Callable[..., tuple[Any, Path]]
 
 
@@ -38,11 +38,11 @@ def make_branch(
     references: Sequence[tuple[int, int, int]] = (),
     masked: int | None = None,
     timestep: float = 0.7,
-    picture: tuple[int, int, int] = PICTURE,
+    image: tuple[int, int, int] = IMAGE,
 ) -> Branch:
     """Random tokens and a random prompt of `length` tokens, of which those from `masked` on are masked."""
     generator = torch.Generator().manual_seed(length)
-    shapes = (picture, *references)
+    shapes = (image, *references)
     mask = None if masked is None else (torch.arange(length) < masked)[None]
     return Branch(
         torch.randn(1, sum(f * h * w for f, h, w in shapes), 64, generator=generator).to(dtype),
@@ -86,7 +86,7 @@ BRANCHES: dict[str, Callable[[torch.dtype], list[Branch]]] = {
         make_branch(5, dtype=d),
     ],
     "mask": lambda d: [make_branch(13, dtype=d, masked=8), make_branch(5, dtype=d, masked=5)],
-    "pictures of two sizes": lambda d: [make_branch(6, dtype=d), make_branch(6, dtype=d, picture=(1, 4, 10))],
+    "images of two sizes": lambda d: [make_branch(6, dtype=d), make_branch(6, dtype=d, image=(1, 4, 10))],
     "two timesteps": lambda d: [make_branch(6, dtype=d), make_branch(6, dtype=d, timestep=0.3)],
 }
 
@@ -207,7 +207,7 @@ def test_chunks_of_the_mlp_change_nothing(chunk: int, dtype: torch.dtype, tiny: 
         open_checkpoint(folder), dtype=dtype, hardware=cpu, rounding=TimestepRounding.DIFFUSERS
     )
     transformer.load([])
-    branches = [make_branch(n, dtype=dtype, picture=(1, 16, 20)) for n in (160, 5)]
+    branches = [make_branch(n, dtype=dtype, image=(1, 16, 20)) for n in (160, 5)]
     expected = [diffusers_forward(model, branch) for branch in branches]
     result = run(transformer, branches, chunk=chunk)
     assert all(torch.equal(r, e) for r, e in zip(result, expected, strict=True))

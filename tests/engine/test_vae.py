@@ -19,7 +19,7 @@ SIZES = [(9, 60), (57, 8), (31, 45)]
 
 
 def make_lively_vae(base_dim: int = 8, seed: int = 1, attention_gain: float = 3.0, channels: int = 3) -> Any:
-    """diffusers' VAE whose output uses the range and whose attention mixes the whole picture."""
+    """diffusers' VAE whose output uses the range and whose attention mixes the whole image."""
     vae = make_vae(base_dim=base_dim, seed=seed, channels=channels)
     for name, parameter in vae.named_parameters():
         if parameter.ndim >= 4 and not name.endswith("gamma"):
@@ -239,7 +239,7 @@ def test_fp16_that_stays_finite_runs_once(theirs: Any, caplog: pytest.LogCapture
     assert calls == [(done, total) for done in range(1, total + 1)]
 
 
-def test_out_of_memory_costs_smaller_tiles_and_not_the_picture(ours: ImageVAE) -> None:
+def test_out_of_memory_costs_smaller_tiles_and_not_the_image(ours: ImageVAE) -> None:
     latents = random_latents(1, 16, 1, 40, 60)
     totals: list[int] = []
 
@@ -261,7 +261,7 @@ def test_what_the_callback_raises_ends_the_work(ours: ImageVAE) -> None:
         ours.decode(random_latents(1, 16, 1, 8, 8), on_tile=interrupt)
 
 
-def test_a_batch_equals_its_pictures_one_by_one(ours: ImageVAE) -> None:
+def test_a_batch_equals_its_images_one_by_one(ours: ImageVAE) -> None:
     latents, images = random_latents(3, 16, 1, 9, 12), random_images(3, 72, 96, 3)
     assert torch.equal(ours.decode(latents), torch.cat([ours.decode(one[None]) for one in latents]))
     assert torch.equal(ours.encode(images), torch.cat([ours.encode(one[None]) for one in images]))

@@ -1,4 +1,4 @@
-"""Qwen-Image-Layered's VAE: pictures with alpha, and latents of several layers, as diffusers and ComfyUI have them."""
+"""Qwen-Image-Layered's VAE: images with alpha, and latents of several layers, as diffusers and ComfyUI have them."""
 
 import importlib
 from pathlib import Path
@@ -49,7 +49,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_each_layer_decodes_as_diffusers_decodes_it_alone(theirs: Any, exact: ImageVAE, tile_px: int) -> None:
     latents = random_latents(2, 16, FRAMES, 23, 30).double()
     images = exact.decode(latents, tile_px=tile_px)
-    # QwenImageLayeredPipeline: one layer after another, of one picture after another
+    # QwenImageLayeredPipeline: one layer after another, of one image after another
     alone = latents.permute(0, 2, 1, 3, 4).reshape(-1, 16, 1, 23, 30)
     expected = reference_decode(theirs, alone)
     assert images.shape == (2 * FRAMES, 184, 240, 4)
@@ -66,7 +66,7 @@ def test_layers_are_decoded_in_the_memory_of_one(exact: ImageVAE) -> None:
     assert ticks == [(i + 1, FRAMES) for i in range(FRAMES)]
 
 
-def test_a_picture_with_alpha_encodes_as_diffusers_encodes_it(theirs: Any, exact: ImageVAE) -> None:
+def test_an_image_with_alpha_encodes_as_diffusers_encodes_it(theirs: Any, exact: ImageVAE) -> None:
     images = random_images(2, 96, 136, 4).double()
     latents = exact.encode(images)
     assert latents.shape == (2, 16, 1, 12, 17)
@@ -99,7 +99,7 @@ def test_native_nodes_give_what_they_give_with_the_native_vae(comfy: ModuleType,
         assert images.shape == expected.shape == (FRAMES, 96, 128, 4)
         assert (images - expected).abs().max() < 3e-6
         assert torch.equal(ours.decode(latents["samples"]), images)
-        for channels in (3, 4):  # without alpha, a picture is opaque
+        for channels in (3, 4):  # without alpha, an image is opaque
             pixels = random_images(1, 96, 128, channels)
             (made,), (wanted,) = (nodes.VAEEncode().encode(vae, pixels) for vae in (ours, native))
             assert (made["samples"] - wanted["samples"]).abs().max() < 1e-6 * wanted["samples"].abs().max() + 2e-6
@@ -111,7 +111,7 @@ def test_frames_of_another_vae_are_no_layers() -> None:
         vae.decode(random_latents(1, 16, 3, 8, 8))
 
 
-def test_layers_at_full_size_take_the_memory_of_one_picture_as_planned() -> None:
+def test_layers_at_full_size_take_the_memory_of_one_image_as_planned() -> None:
     vae, plain = (
         ImageVAE.without_weights(full_size.vae_checkpoint(channels=n), dtype=torch.bfloat16) for n in (RGBA, RGB)
     )

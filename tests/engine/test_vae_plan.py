@@ -117,7 +117,7 @@ def test_what_fits_is_not_tiled(vae: ImageVAE) -> None:
     assert not vae.plan_decode(1328, 1328, whole.peak_bytes - 1).is_whole
 
 
-def test_a_long_picture_is_cut_into_strips(vae: ImageVAE) -> None:
+def test_a_long_image_is_cut_into_strips(vae: ImageVAE) -> None:
     plan = vae.plan_decode(768, 4096, GB)
     assert len(plan.rows) == 1 < len(plan.columns)
 

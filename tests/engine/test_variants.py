@@ -161,7 +161,7 @@ def test_a_marked_file_is_not_taken_for_an_older_edit_model(
         sort_transformer(checkpoint, chosen)
 
 
-def test_a_marked_file_without_pictures_still_computes_as_2511(
+def test_a_marked_file_without_images_still_computes_as_2511(
     transformer_shapes: Shapes, tmp_path: Path, write_model: Callable[..., Path]
 ) -> None:
     checkpoint = open_checkpoint(write_model(tmp_path / "m", {**transformer_shapes, MARK_2511: (0,)}))

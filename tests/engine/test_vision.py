@@ -1,4 +1,4 @@
-"""Pictures are seen as transformers' own tower sees them, block by block, and stand in prompts where its model puts
+"""Images are seen as transformers' own tower sees them, block by block, and stand in prompts where its model puts
 them."""
 
 import json
@@ -18,9 +18,9 @@ from PIL import Image
 from qwenimage_lowvram.engine.errors import DoesNotFit, InvalidRequest, WrongModel
 from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.models.qwen25_vl.image_prompts import PICTURE, token_positions
+from qwenimage_lowvram.engine.models.qwen25_vl.image_prompts import IMAGE, token_positions
 from qwenimage_lowvram.engine.models.qwen25_vl.text_encoder import TextEncoder
-from qwenimage_lowvram.engine.models.qwen25_vl.vision_patches import PatchedPicture, patch_picture
+from qwenimage_lowvram.engine.models.qwen25_vl.vision_patches import PatchedImage, patch_image
 from qwenimage_lowvram.engine.models.qwen25_vl.vision_tower import VisionTower
 from qwenimage_lowvram.engine.models.qwen_image.prompt_template import EDIT_TEMPLATE
 from qwenimage_lowvram.engine.models.qwen_image.prompts import PromptTokenizer, with_places
@@ -64,12 +64,12 @@ def reference(folder: Path) -> Callable[[torch.dtype], Any]:
     return load
 
 
-# transformers 4 finds by itself which tokens are pictures
+# transformers 4 finds by itself which tokens are images
 TOLD_KINDS = "mm_token_type_ids" in signature(Qwen2_5_VLModel.get_rope_index).parameters
 
 
 def kinds_of(kinds: list[int]) -> dict[str, torch.Tensor]:
-    """Which tokens are pictures (1), where transformers is to be told."""
+    """Which tokens are images (1), where transformers is to be told."""
     return {"mm_token_type_ids": torch.tensor([kinds])} if TOLD_KINDS else {}
 
 
@@ -77,16 +77,16 @@ def make_tower(folder: Path, hardware: Hardware, dtype: torch.dtype = torch.floa
     return VisionTower(open_checkpoint(folder / "text_encoder"), dtype=dtype, hardware=hardware)
 
 
-def random_picture(height: int, width: int, seed: int = 0) -> torch.Tensor:
+def random_image(height: int, width: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(1, height, width, 3, generator=torch.Generator().manual_seed(seed))
 
 
-def pictures(*sizes: tuple[int, int]) -> list[PatchedPicture]:
-    return [patch_picture(random_picture(*size, seed=i)) for i, size in enumerate(sizes)]
+def images(*sizes: tuple[int, int]) -> list[PatchedImage]:
+    return [patch_image(random_image(*size, seed=i)) for i, size in enumerate(sizes)]
 
 
-def grid_of(shown: list[PatchedPicture]) -> torch.Tensor:
-    return torch.tensor([(1, picture.height, picture.width) for picture in shown])
+def grid_of(shown: list[PatchedImage]) -> torch.Tensor:
+    return torch.tensor([(1, image.height, image.width) for image in shown])
 
 
 # the tower
@@ -94,19 +94,19 @@ def grid_of(shown: list[PatchedPicture]) -> torch.Tensor:
 
 @DTYPES
 @pytest.mark.parametrize("slots", [1, 2])
-def test_pictures_are_seen_as_by_transformers_bit_for_bit(
+def test_images_are_seen_as_by_transformers_bit_for_bit(
     slots: int, dtype: torch.dtype, folder: Path, hardware: Hardware, reference: Callable[[torch.dtype], Any]
 ) -> None:
-    shown = pictures(*SIZES)
+    shown = images(*SIZES)
     seen = make_tower(folder, hardware, dtype).see(shown, slots=slots)
-    patches = torch.cat([picture.patches for picture in shown])
+    patches = torch.cat([image.patches for image in shown])
     with torch.no_grad():
         wanted = reference(dtype).model.get_image_features(patches, grid_of(shown))
     wanted = getattr(wanted, "pooler_output", wanted)  # transformers 4 returns them bare
-    for ours, theirs, picture in zip(seen, wanted, shown, strict=True):
+    for ours, theirs, image in zip(seen, wanted, shown, strict=True):
         assert torch.equal(ours.embeds, theirs)
-        assert (ours.height, ours.width) == (picture.height // 2, picture.width // 2)
-        assert picture.tokens == len(ours.embeds)
+        assert (ours.height, ours.width) == (image.height // 2, image.width // 2)
+        assert image.tokens == len(ours.embeds)
         assert theirs.float().std() > 0.1
 
 
@@ -118,12 +118,12 @@ def test_a_gguf_encoders_mmproj_sees_the_same(folder: Path, cpu: Hardware, tmp_p
     encoder = open_checkpoint(tmp_path / "encoder-Q8_0.gguf")
     tower = VisionTower(encoder, dtype=torch.float32, hardware=cpu)
     assert tower.identity != encoder.identity
-    shown = pictures(*SIZES)
+    shown = images(*SIZES)
     for ours, wanted in zip(tower.see(shown), make_tower(folder, cpu).see(shown), strict=True):
         assert torch.equal(ours.embeds, wanted.embeds)
 
 
-def test_all_pictures_read_each_block_once(folder: Path, hardware: Hardware) -> None:
+def test_all_images_read_each_block_once(folder: Path, hardware: Hardware) -> None:
     tower = make_tower(folder, hardware)
     blocks = sum(
         entry.nbytes
@@ -131,7 +131,7 @@ def test_all_pictures_read_each_block_once(folder: Path, hardware: Hardware) -> 
         if name.startswith("visual.blocks.")
     )
     visited: list[int] = []
-    tower.see(pictures(*SIZES), on_block=visited.append)
+    tower.see(images(*SIZES), on_block=visited.append)
     assert visited == list(range(BLOCKS))
     assert tower.fetched_bytes == blocks
 
@@ -140,7 +140,7 @@ def test_all_pictures_read_each_block_once(folder: Path, hardware: Hardware) -> 
 def test_nothing_of_the_tower_stays(
     stopped: bool, folder: Path, hardware: Hardware, open_handles: Callable[[Path], int]
 ) -> None:
-    tower, shown = make_tower(folder, hardware, torch.bfloat16), pictures(*SIZES)
+    tower, shown = make_tower(folder, hardware, torch.bfloat16), images(*SIZES)
 
     def on_block(index: int) -> None:
         if stopped and index == 1:
@@ -170,8 +170,8 @@ def test_at_its_real_width_the_tower_takes_what_the_plan_says(
     sizes: list[tuple[int, int]], slots: int, dtype: torch.dtype, folder: Path, cpu: Hardware, tmp_path: Path
 ) -> None:
     tower = VisionTower(open_checkpoint(_real_width(folder, tmp_path, dtype)), dtype=dtype, hardware=cpu)
-    shown = pictures(*sizes)
-    kept = sum(picture.patches.nbytes for picture in shown)  # the pictures themselves, which the first look counts
+    shown = images(*sizes)
+    kept = sum(image.patches.nbytes for image in shown)  # the images themselves, which the first look counts
     with torch.inference_mode(), LiveBytes("cpu") as live:
         tower.see(shown, slots=slots)
         assert live.now in (0, kept)
@@ -221,7 +221,7 @@ def test_a_limit_is_kept(share: float) -> None:
 
 def test_a_limit_that_is_too_low_is_refused_with_one_that_would_do() -> None:
     limit = vision_peak_bytes(REAL, PATCHES, 1) - 1
-    with pytest.raises(DoesNotFit, match=r"Looking at 2 pictures \(186 \+ 190 tokens\) needs") as caught:
+    with pytest.raises(DoesNotFit, match=r"Looking at 2 images \(186 \+ 190 tokens\) needs") as caught:
         plan_vision(REAL, PATCHES, limit)
     needed = str(caught.value).split("VRAM limit of ")[1].split(" GB")[0]
     assert plan_vision(REAL, PATCHES, round(float(needed) * GIB)) == 1
@@ -256,38 +256,38 @@ def test_patches_of_another_size_are_refused(folder: Path, cpu: Hardware, tmp_pa
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(rows=st.integers(2, 12), columns=st.integers(2, 12), seed=st.integers(0, 99))
-def test_a_picture_of_multiples_of_28_is_patched_as_by_the_processor(rows: int, columns: int, seed: int) -> None:
+def test_an_image_of_multiples_of_28_is_patched_as_by_the_processor(rows: int, columns: int, seed: int) -> None:
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 
-    pixels = (random_picture(28 * rows, 28 * columns, seed) * 255).round()
+    pixels = (random_image(28 * rows, 28 * columns, seed) * 255).round()
     wanted = Qwen2VLImageProcessor()(images=[Image.fromarray(pixels[0].byte().numpy())], return_tensors="pt")
-    ours = patch_picture(pixels / 255)
+    ours = patch_image(pixels / 255)
     assert wanted["image_grid_thw"].tolist() == [[1, ours.height, ours.width]]
     assert (ours.patches - wanted["pixel_values"]).abs().max() < 1e-6
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(height=st.integers(1, 600), width=st.integers(3, 600), seed=st.integers(0, 99))
-def test_a_picture_of_any_size_is_patched_as_by_comfyui(height: int, width: int, seed: int) -> None:
+def test_an_image_of_any_size_is_patched_as_by_comfyui(height: int, width: int, seed: int) -> None:
     from comfy.text_encoders.qwen_vl import process_qwen2vl_images
 
-    pixels = random_picture(height, width, seed)
+    pixels = random_image(height, width, seed)
     if max(height, width) > 200 * min(height, width):
         with pytest.raises(InvalidRequest, match=f"{width}x{height} px is too long to be seen"):
-            patch_picture(pixels)
+            patch_image(pixels)
         return
     wanted, grid = process_qwen2vl_images(pixels)
-    ours = patch_picture(pixels)
+    ours = patch_image(pixels)
     assert grid.tolist() == [[1, ours.height, ours.width]]
     assert (ours.patches - wanted).abs().max() < 1e-5
 
 
-def test_equal_pictures_have_equal_digests_and_others_do_not() -> None:
-    pixels = random_picture(56, 84)
+def test_equal_images_have_equal_digests_and_others_do_not() -> None:
+    pixels = random_image(56, 84)
     changed = pixels.clone()
     changed[0, 55, 83, 2] += 1 / 255
-    assert patch_picture(pixels).digest == patch_picture(pixels.clone()).digest
-    assert len({patch_picture(p).digest for p in (pixels, changed, pixels.transpose(1, 2))}) == 3
+    assert patch_image(pixels).digest == patch_image(pixels.clone()).digest
+    assert len({patch_image(p).digest for p in (pixels, changed, pixels.transpose(1, 2))}) == 3
 
 
 @pytest.mark.parametrize(
@@ -295,16 +295,16 @@ def test_equal_pictures_have_equal_digests_and_others_do_not() -> None:
     [
         ((1, 32, 48, 4), r"\(48x32 px\) has 4 channels, with transparency \(RGBA\); red, green and blue are needed"),
         ((1, 32, 48, 1), r"has 1 channel, greyscale"),
-        ((3, 32, 48, 3), r"is a batch of 3 pictures; one is needed"),
+        ((3, 32, 48, 3), r"is a batch of 3 images; one is needed"),
         ((32, 48, 3), r"has the shape \[32, 48, 3\]"),
     ],
 )
-def test_what_is_no_rgb_picture_is_named(shape: tuple[int, ...], words: str) -> None:
+def test_what_is_no_rgb_image_is_named(shape: tuple[int, ...], words: str) -> None:
     with pytest.raises(InvalidRequest, match=words):
-        patch_picture(torch.zeros(shape))
+        patch_image(torch.zeros(shape))
 
 
-# prompts that show pictures
+# prompts that show images
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -319,26 +319,24 @@ def test_positions_are_the_models_own(
     model = reference(torch.float32).model
     start, pad = model.config.vision_start_token_id, model.config.image_token_id
     tokens, ids, kinds = [7] * texts[0], [7] * texts[0], [0] * texts[0]
-    for text, picture in zip(texts[1:], shown, strict=True):
-        size = picture.height * picture.width
-        tokens += [PICTURE] + [7] * text
+    for text, image in zip(texts[1:], shown, strict=True):
+        size = image.height * image.width
+        tokens += [IMAGE] + [7] * text
         ids[-1] = start
         ids += [pad] * size + [7] * text
         kinds += [1] * size + [0] * text
-    grid = torch.tensor([(1, 2 * picture.height, 2 * picture.width) for picture in shown])
+    grid = torch.tensor([(1, 2 * image.height, 2 * image.width) for image in shown])
     wanted, _ = model.get_rope_index(torch.tensor([ids]), image_grid_thw=grid, **kinds_of(kinds))
     assert torch.equal(token_positions(tokens, shown), wanted[:, 0])
 
 
-def hf_states(
-    model: Any, tokenizer: Any, tokens: list[int], shown: list[PatchedPicture], *, kinds: bool
-) -> torch.Tensor:
-    """What transformers' whole model makes of a prompt; `kinds`: it is told which tokens are pictures."""
+def hf_states(model: Any, tokenizer: Any, tokens: list[int], shown: list[PatchedImage], *, kinds: bool) -> torch.Tensor:
+    """What transformers' whole model makes of a prompt; `kinds`: it is told which tokens are images."""
     pad, ids, left = tokenizer.convert_tokens_to_ids("<|image_pad|>"), [], list(shown)
     for token in tokens:
-        ids += [pad] * left.pop(0).tokens if token == PICTURE else [token]
+        ids += [pad] * left.pop(0).tokens if token == IMAGE else [token]
     kind = kinds_of([int(token == pad) for token in ids]) if kinds else {}
-    patches = torch.cat([picture.patches for picture in shown])
+    patches = torch.cat([image.patches for image in shown])
     with torch.no_grad():
         states = model.model(
             input_ids=torch.tensor([ids]),
@@ -352,16 +350,16 @@ def hf_states(
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("labelled", [True, False], ids=["Edit-2509", "Edit"])
-def test_prompts_with_pictures_are_encoded_as_by_the_whole_model(
+def test_prompts_with_images_are_encoded_as_by_the_whole_model(
     count: int, labelled: bool, folder: Path, hardware: Hardware, tokenizer: Any, reference: Callable[..., Any]
 ) -> None:
     prompts = PromptTokenizer(folder / "tokenizer")
     encoder = TextEncoder(open_checkpoint(folder / "text_encoder"), dtype=torch.float32, hardware=hardware)
-    shown = pictures(*SIZES[:count])
+    shown = images(*SIZES[:count])
     seen = encoder.vision_tower().see(shown)
     texts = [with_places(text, count, labelled=labelled) for text in ("make it red", " ")]
-    ids = [prompts.encode(text, template=EDIT_TEMPLATE, pictures=count) for text in texts]
-    encoded = encoder.encode([*ids, prompts.encode("a cat")], pictures=[seen, seen, []])
+    ids = [prompts.encode(text, template=EDIT_TEMPLATE, images=count) for text in texts]
+    encoded = encoder.encode([*ids, prompts.encode("a cat")], images=[seen, seen, []])
     for tokens, states in zip(ids, encoded, strict=False):
         assert prompts.start(tokens) == 64
         wanted = hf_states(reference(torch.float32), tokenizer, tokens, shown, kinds=True)
@@ -373,39 +371,39 @@ def test_prompts_with_pictures_are_encoded_as_by_the_whole_model(
     assert torch.equal(encoded[2], encoder.encode([prompts.encode("a cat")])[0])
 
 
-def test_bf16_prompts_with_pictures_are_the_whole_models_but_for_rounding(
+def test_bf16_prompts_with_images_are_the_whole_models_but_for_rounding(
     folder: Path, cpu: Hardware, tokenizer: Any, reference: Callable[..., Any]
 ) -> None:
     prompts = PromptTokenizer(folder / "tokenizer")
     encoder = TextEncoder(open_checkpoint(folder / "text_encoder"), dtype=torch.bfloat16, hardware=cpu)
-    shown = pictures(*SIZES)
-    ids = prompts.encode(with_places("make it red", 3, labelled=True), template=EDIT_TEMPLATE, pictures=3)
-    (states,) = encoder.encode([ids], pictures=[encoder.vision_tower().see(shown)])
+    shown = images(*SIZES)
+    ids = prompts.encode(with_places("make it red", 3, labelled=True), template=EDIT_TEMPLATE, images=3)
+    (states,) = encoder.encode([ids], images=[encoder.vision_tower().see(shown)])
     wanted = hf_states(reference(torch.bfloat16), tokenizer, ids, shown, kinds=True).float()
     exact = hf_states(reference(torch.float32), tokenizer, ids, shown, kinds=True)
     assert (states - exact).norm() < 1.1 * (wanted - exact).norm()
 
 
 @pytest.mark.parametrize(("places", "given"), [(1, 2), (2, 1), (0, 1), (1, 0)])
-def test_other_pictures_than_a_prompt_shows_are_refused(places: int, given: int, folder: Path, cpu: Hardware) -> None:
+def test_other_images_than_a_prompt_shows_are_refused(places: int, given: int, folder: Path, cpu: Hardware) -> None:
     encoder = TextEncoder(open_checkpoint(folder / "text_encoder"), dtype=torch.float32, hardware=cpu)
-    seen = encoder.vision_tower().see(pictures(*SIZES[:given])) if given else []
-    with pytest.raises(InvalidRequest, match=rf"given {given} pictures? and has {places} places?"):
-        encoder.encode([[7, *[PICTURE] * places, 8]], pictures=[seen])
+    seen = encoder.vision_tower().see(images(*SIZES[:given])) if given else []
+    with pytest.raises(InvalidRequest, match=rf"given {given} images? and has {places} places?"):
+        encoder.encode([[7, *[IMAGE] * places, 8]], images=[seen])
 
 
-def test_a_prompt_without_room_for_its_pictures_is_refused(folder: Path) -> None:
+def test_a_prompt_without_room_for_its_images_is_refused(folder: Path) -> None:
     prompts = PromptTokenizer(folder / "tokenizer")
-    with pytest.raises(InvalidRequest, match="given 2 pictures and has 1 place for them"):
-        prompts.encode(with_places("a", 1, labelled=True), pictures=2)
+    with pytest.raises(InvalidRequest, match="given 2 images and has 1 place for them"):
+        prompts.encode(with_places("a", 1, labelled=True), images=2)
 
 
-def test_a_place_that_is_given_no_picture_is_a_token_like_others(folder: Path, tokenizer: Any) -> None:
+def test_a_place_that_is_given_no_image_is_a_token_like_others(folder: Path, tokenizer: Any) -> None:
     prompts = PromptTokenizer(folder / "tokenizer")
     pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    ids = prompts.encode(with_places("a", 3, labelled=True), template=EDIT_TEMPLATE, pictures=2)
-    marked = [token for token in ids if token in (PICTURE, pad)]
-    assert marked == [PICTURE, PICTURE, pad]
+    ids = prompts.encode(with_places("a", 3, labelled=True), template=EDIT_TEMPLATE, images=2)
+    marked = [token for token in ids if token in (IMAGE, pad)]
+    assert marked == [IMAGE, IMAGE, pad]
 
 
 @pytest.mark.parametrize("text", ["", "\nmake it red", "user", "\n\n"])

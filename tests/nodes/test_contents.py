@@ -108,7 +108,7 @@ def test_encode_edit_prompt_refuses_what_is_no_image(clip: Any, vae: Any, image:
 
 @pytest.mark.parametrize("image", list(NO_IMAGES.values())[1:-1], ids=list(NO_IMAGES)[1:-1])
 def test_a_prompt_of_comfyuis_own_node_refuses_what_is_no_image(clip: Any, image: Any) -> None:
-    with pytest.raises(InvalidRequest, match="picture in a prompt"):
+    with pytest.raises(InvalidRequest, match="image in a prompt"):
         clip.encode_from_tokens_scheduled(clip.tokenize("a cat", images=[image]))
 
 
@@ -318,6 +318,6 @@ def test_what_are_no_pairs_of_tokens_is_refused(clip: Any, pairs: Any) -> None:
         clip.encode_from_tokens({"qwen25_7b": [pairs]})
 
 
-def test_a_picture_without_its_image_is_refused(clip: Any) -> None:
-    with pytest.raises(InvalidRequest, match="picture in a prompt"):
+def test_an_image_without_its_image_is_refused(clip: Any) -> None:
+    with pytest.raises(InvalidRequest, match="image in a prompt"):
         clip.encode_from_tokens({"qwen25_7b": [[({"type": "image"}, 1.0)]]})

@@ -19,7 +19,7 @@ from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.models.qwen_image.positions import Positions
 from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
 from qwenimage_lowvram.engine.models.qwen_image.variants import Variant
-from qwenimage_lowvram.engine.planning.block_split import annex_bytes
+from qwenimage_lowvram.engine.planning.block_split import secondary_bytes
 from qwenimage_lowvram.engine.planning.memory import least_bytes
 from qwenimage_lowvram.engine.planning.request import Controls, SamplingRequest
 from qwenimage_lowvram.engine.texts import size_text
@@ -29,7 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from .conftest import cond, empty_latent
 from .test_devices import CARD
 from .test_model import STEPS, ksampler, one_by_one, references
-from .test_native_editing import native_model, our_model, picture
+from .test_native_editing import made_image, native_model, our_model
 from .test_out_of_memory import FullMemory
 
 SIZE = 256, 256
@@ -83,12 +83,12 @@ def native(small_pipeline: Path, comfy: Any) -> Any:
 
 @pytest.fixture
 def apply(load: Callable[[str], Any], vae: Any) -> Apply:
-    """ComfyUI's 'Apply ControlNet' on both prompts; the hint is of another size than the picture."""
+    """ComfyUI's 'Apply ControlNet' on both prompts; the hint is of another size than the image."""
 
     def apply(positive: Any, negative: Any, net: str = "union", seed: int = 3, **options: Any) -> tuple[Any, Any]:
         import nodes
 
-        settings = {"strength": 0.8, "start_percent": 0.0, "end_percent": 1.0, "image": picture(120, 72, seed)}
+        settings = {"strength": 0.8, "start_percent": 0.0, "end_percent": 1.0, "image": made_image(120, 72, seed)}
         node = nodes.ControlNetApplyAdvanced()
         result: tuple[Any, Any] = node.apply_controlnet(positive, negative, load(net), vae=vae, **(settings | options))
         return result
@@ -112,11 +112,11 @@ def inpainting(apply: Apply, load: Any, vae: Any) -> tuple[Any, Any]:
     mask = torch.zeros(1, 72, 120)
     mask[:, 20:50, 30:90] = 1
     node = ControlNetInpaintingAliMamaApply
-    return node.execute(cond(), cond(5, 2), load("inpaint"), vae, picture(120, 72), mask, 0.9, 0.0, 1.0).result
+    return node.execute(cond(), cond(5, 2), load("inpaint"), vae, made_image(120, 72), mask, 0.9, 0.0, 1.0).result
 
 
 def halves(apply: Apply, net: str) -> tuple[Any, Any]:
-    """The left part of the picture with one prompt and control, the right part with others."""
+    """The left part of the image with one prompt and control, the right part with others."""
     left, _ = apply(cond(7, 3, area=(8, 8, 0, 0)), cond(5, 2), net=net)
     right, _ = apply(cond(9, 4, area=(8, 8, 0, 4)), cond(5, 2), net=net, seed=9)
     return left + right, cond(5, 2)
@@ -135,7 +135,7 @@ CASES: dict[str, Callable[[Apply], tuple[Any, Any]]] = {
     "the same net twice": lambda apply: apply(*apply(cond(), cond(5, 2)), seed=4),
     "a reference": lambda apply: apply(cond(reference_latents=references((8, 8))), cond(5, 2)),
     "an area": lambda apply: apply(cond() + cond(7, 3, area=(4, 8, 0, 2)), cond(5, 2)),
-    "halves with a picture each": lambda apply: halves(apply, "other"),
+    "halves with an image each": lambda apply: halves(apply, "other"),
     "Fun": lambda apply: apply(cond(), cond(5, 2), net="fun"),
     "Fun on halves": lambda apply: halves(apply, "fun"),
     "Fun behind Union": lambda apply: apply(*apply(cond(), cond(5, 2)), net="fun"),
@@ -143,7 +143,7 @@ CASES: dict[str, Callable[[Apply], tuple[Any, Any]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_controlled_picture_is_that_of_comfyuis_own_model(case: str, model: Any, native: Any, apply: Apply) -> None:
+def test_a_controlled_image_is_that_of_comfyuis_own_model(case: str, model: Any, native: Any, apply: Apply) -> None:
     conds = CASES[case](apply)
     made = both(model, native, conds)
     assert (made - ksampler(model, cond(), cond(5, 2), empty_latent())).abs().max() > 0.01
@@ -153,7 +153,7 @@ def test_a_controlled_picture_is_that_of_comfyuis_own_model(case: str, model: An
 
 
 @pytest.mark.parametrize("net", ["other", "fun"])
-def test_one_controlnet_serves_the_picture_and_an_area_of_its_height(
+def test_one_controlnet_serves_the_image_and_an_area_of_its_height(
     net: str, model: Any, native: Any, apply: Apply
 ) -> None:
     """ComfyUI's own, which keeps a hint for any width, needs one for each."""
@@ -170,7 +170,7 @@ def test_inpainting_is_that_of_comfyuis_own_model(model: Any, native: Any, apply
 
 
 def test_a_batch_takes_one_hint_for_all_or_one_for_each(model: Any, native: Any, apply: Apply) -> None:
-    images = torch.cat([picture(120, 72, seed) for seed in range(2)])
+    images = torch.cat([made_image(120, 72, seed) for seed in range(2)])
     for_all, for_each = (
         both(model, native, apply(cond(), cond(9, 2), image=image), empty_latent(batch=2))
         for image in (images[:1], images)
@@ -222,9 +222,9 @@ def test_blocks_on_a_second_device_are_controlled_too(small_pipeline: Path, nati
     request = model.model.last_report.plan.request
     model.model.limit_bytes = least_bytes(transformer.footprint, request) + transformer.footprint.slot_bytes
     both(model, native, conds)
-    (annex,) = model.model.last_report.plan.annexes
+    (secondary,) = model.model.last_report.plan.secondaries
     alone = replace(request, controls=Controls())  # which run on the first device
-    assert annex.peak_bytes == annex_bytes(transformer.footprint, alone, len(annex.blocks))
+    assert secondary.peak_bytes == secondary_bytes(transformer.footprint, alone, len(secondary.blocks))
 
 
 def test_the_sample_node_and_custom_samplers_are_controlled_too(model: Any, native: Any, apply: Apply) -> None:
@@ -265,7 +265,7 @@ def test_a_controlnet_computes_once_for_each_condition_and_step(model: Any, load
 
 
 @pytest.mark.parametrize(("area", "sizes"), [({}, 1), ({"area": (4, 8, 0, 2)}, 2), ({"area": (8, 6, 0, 0)}, 2)])
-def test_its_picture_is_encoded_before_the_run(
+def test_its_image_is_encoded_before_the_run(
     area: dict[str, Any], sizes: int, model: Any, vae: Any, apply: Apply
 ) -> None:
     when = []
@@ -300,11 +300,13 @@ def interrupt(model: Any, conds: tuple[Any, Any]) -> None:
 
 
 @pytest.mark.parametrize("net", ["other", "fun"])
-def test_an_interrupted_run_leaves_no_picture_for_the_next(net: str, model: Any, native: Any, apply: Apply) -> None:
+def test_an_interrupted_run_leaves_no_image_for_the_next(net: str, model: Any, native: Any, apply: Apply) -> None:
     conds = apply(cond(), cond(5, 2), net=net)
     interrupt(model, conds)
     both(model, native, conds, empty_latent(128, 64))
-    interrupt(model, pair := apply(cond(), cond(5, 2), net=net, image=torch.cat([picture(120, 72, s) for s in (1, 2)])))
+    interrupt(
+        model, pair := apply(cond(), cond(5, 2), net=net, image=torch.cat([made_image(120, 72, s) for s in (1, 2)]))
+    )
     both(model, native, pair, empty_latent(batch=2))
 
 
@@ -475,7 +477,7 @@ def test_a_controlnet_is_named_in_plan_report_and_refusal(
     assert model.model.last_report.plan.request.controls == Controls()
 
 
-def test_memory_that_runs_out_once_changes_no_controlled_picture(model: Any, apply: Apply) -> None:
+def test_memory_that_runs_out_once_changes_no_controlled_image(model: Any, apply: Apply) -> None:
     conds = apply(cond(), cond(5, 2), net="other")
 
     def sample() -> torch.Tensor:
@@ -575,7 +577,7 @@ def test_a_run_that_fails_leaves_no_model_with_a_controlnet(model: Any, apply: A
     assert "base_model" not in conds[0][0][1]["control"].extra_args
 
 
-def test_a_refused_run_leaves_no_model_and_no_picture_with_a_chain(make_transformer: Any, apply: Apply) -> None:
+def test_a_refused_run_leaves_no_model_and_no_image_with_a_chain(make_transformer: Any, apply: Apply) -> None:
     from qwenimage_lowvram.nodes.adapters import streamed_model
     from qwenimage_lowvram.nodes.adapters.controlnets import chain
     from qwenimage_lowvram.nodes.adapters.model import make_model

@@ -22,7 +22,7 @@ def run(model: Any) -> torch.Tensor:
     return ksampler(model, cond(), cond(5, 2), empty_latent())
 
 
-def test_blocks_on_a_second_device_make_the_same_picture(model: Any, small_pipeline: Path) -> None:
+def test_blocks_on_a_second_device_make_the_same_image(model: Any, small_pipeline: Path) -> None:
     from qwenimage_lowvram.nodes.adapters.model import make_model
 
     expected = run(model)
@@ -38,15 +38,15 @@ def test_blocks_on_a_second_device_make_the_same_picture(model: Any, small_pipel
     split = make_model(transformer, limit)
     assert torch.equal(run(split), expected)
     plan = split.model.last_report.plan
-    (annex,) = plan.annexes
-    assert annex.device == "cpu:0"
-    assert annex.peak_bytes <= annex.limit_bytes <= limit
-    assert plan.blocks + len(annex.blocks) == transformer.config.num_layers
-    before = transformer.annexes["cpu:0"].fetched_blocks
+    (secondary,) = plan.secondaries
+    assert secondary.device == "cpu:0"
+    assert secondary.peak_bytes <= secondary.limit_bytes <= limit
+    assert plan.blocks + len(secondary.blocks) == transformer.config.num_layers
+    before = transformer.secondaries["cpu:0"].fetched_blocks
     assert torch.equal(run(split), expected)
-    assert transformer.annexes["cpu:0"].fetched_blocks == before == len(annex.blocks)  # they stayed
+    assert transformer.secondaries["cpu:0"].fetched_blocks == before == len(secondary.blocks)  # they stayed
     split.detach()
-    assert transformer.annexes["cpu:0"].resident_bytes == 0
+    assert transformer.secondaries["cpu:0"].resident_bytes == 0
 
 
 def test_the_choices_are_this_machines_devices(comfy: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""An editing model is shown a picture, or says before the run that it is shown none."""
+"""An editing model is shown an image, or says before the run that it is shown none."""
 
 import logging
 from collections.abc import Callable
@@ -33,40 +33,40 @@ def test_an_edit_model_in_a_text_to_image_graph_is_refused_before_anything_is_lo
     model = make_model(variant)
     with pytest.raises(InvalidRequest) as caught:
         ksampler(model, cond(), cond(5, 2), empty_latent())
-    assert str(caught.value).startswith(f"{variant.value} changes pictures, and this graph shows it none")
+    assert str(caught.value).startswith(f"{variant.value} changes images, and this graph shows it none")
     assert "set variant to Qwen-Image in 'Load Qwen-Image (low VRAM)'" in str(caught.value)
     assert model.model.transformer.store.fetched_blocks == 0
 
 
 @by_name
 @pytest.mark.parametrize("place", ["positive", "negative"])
-def test_an_edit_model_that_is_shown_a_picture_samples(
+def test_an_edit_model_that_is_shown_an_image_samples(
     variant: Variant, place: str, make_model: Callable[[Variant], Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     shown, plain = cond(reference_latents=references((6, 8))), cond(5, 2)
     positive, negative = (shown, plain) if place == "positive" else (plain, shown)
     with caplog.at_level(logging.WARNING):
         assert torch.isfinite(ksampler(make_model(variant), positive, negative, empty_latent())).all()
-    assert "shown a picture" not in caplog.text
+    assert "shown an image" not in caplog.text
 
 
-def test_an_edit_model_without_a_picture_samples_where_a_condition_says_that_this_is_meant(
+def test_an_edit_model_without_an_image_samples_where_a_condition_says_that_this_is_meant(
     make_model: Callable[[Variant], Any],
 ) -> None:
-    from qwenimage_lowvram.nodes.adapters.graph_checks import NO_PICTURES_KEY
+    from qwenimage_lowvram.nodes.adapters.graph_checks import NO_IMAGES_KEY
 
-    meant = cond(**{NO_PICTURES_KEY: True})
+    meant = cond(**{NO_IMAGES_KEY: True})
     edited = ksampler(make_model(Variant.EDIT_2509), meant, cond(5, 2), empty_latent())
     assert torch.equal(edited, ksampler(make_model(Variant.QWEN_IMAGE), cond(), cond(5, 2), empty_latent()))
 
 
-def test_a_text_to_image_model_that_is_shown_a_picture_samples_with_a_warning(
+def test_a_text_to_image_model_that_is_shown_an_image_samples_with_a_warning(
     make_model: Callable[[Variant], Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     shown = cond(reference_latents=references((6, 8)))
     with caplog.at_level(logging.WARNING):
         assert torch.isfinite(ksampler(make_model(Variant.QWEN_IMAGE), shown, cond(5, 2), empty_latent())).all()
-    assert "Qwen-Image is shown a picture to change, which it was not trained for;" in caplog.text
+    assert "Qwen-Image is shown an image to change, which it was not trained for;" in caplog.text
 
 
 def test_a_reference_without_frames_is_refused_before_anything_is_loaded(make_model: Callable[[Variant], Any]) -> None:

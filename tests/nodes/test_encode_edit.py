@@ -1,4 +1,4 @@
-"""Encode Edit Prompt: both prompts with all pictures in one visit, references and output on one grid."""
+"""Encode Edit Prompt: both prompts with all images in one visit, references and output on one grid."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -46,15 +46,15 @@ def vae(full_pipeline: Path) -> Any:
     return make_vae(open_checkpoint(full_pipeline / "vae"), dtype=torch.float32, limit_bytes=None)
 
 
-def encode(clip: Any, vae: Any, *pictures: torch.Tensor | None, **options: Any) -> Any:
+def encode(clip: Any, vae: Any, *given: torch.Tensor | None, **options: Any) -> Any:
     from qwenimage_lowvram.nodes.encode_edit import QwenLowVRAMEncodeEditPrompt
 
-    images = {f"image{i + 1}": picture for i, picture in enumerate(pictures)}
+    images = {f"image{i + 1}": image for i, image in enumerate(given)}
     settings = DEFAULTS | {"positive": "make it red", "negative": " "} | options
     return QwenLowVRAMEncodeEditPrompt().encode(clip, vae, **settings, **images)
 
 
-def picture(width: int, height: int, seed: int = 0, channels: int = 3) -> torch.Tensor:
+def made_image(width: int, height: int, seed: int = 0, channels: int = 3) -> torch.Tensor:
     return torch.rand(1, height, width, channels, generator=torch.Generator().manual_seed(seed))
 
 
@@ -65,9 +65,9 @@ def test_comfyuis_own_clip_gives_the_same_conditions(
 ) -> None:
     if variant == Variant.EDIT.value:
         sizes = sizes[:1]
-    pictures = [picture(*size, seed=i) for i, size in enumerate(sizes)]
-    ours = encode(make_clip(), vae, *pictures, variant=variant)["result"]
-    theirs = encode(native, vae, *pictures, variant=variant)["result"]
+    images = [made_image(*size, seed=i) for i, size in enumerate(sizes)]
+    ours = encode(make_clip(), vae, *images, variant=variant)["result"]
+    theirs = encode(native, vae, *images, variant=variant)["result"]
     for one, other in zip(ours[:2], theirs[:2], strict=True):
         assert one[0][0].shape == other[0][0].shape
         assert (one[0][0] - other[0][0]).abs().max() < 1e-5
@@ -77,7 +77,7 @@ def test_comfyuis_own_clip_gives_the_same_conditions(
 def test_both_conditions_have_the_references_and_the_latent_lies_on_their_grid(
     make_clip: Callable[..., Any], vae: Any
 ) -> None:
-    result = encode(make_clip(), vae, picture(1000, 700), picture(64, 96, 1), batch_size=2)
+    result = encode(make_clip(), vae, made_image(1000, 700), made_image(64, 96, 1), batch_size=2)
     positive, negative, latent = result["result"]
     assert result["ui"]["text"] == [
         "output 160x128\npicture 1: 1000x700 to 160x128, 12.5% higher, seen at 448x308\n"
@@ -94,12 +94,12 @@ def test_both_conditions_have_the_references_and_the_latent_lies_on_their_grid(
         ]
 
 
-def test_a_reference_is_the_picture_itself_where_it_lies_on_the_grid(
+def test_a_reference_is_the_image_itself_where_it_lies_on_the_grid(
     make_clip: Callable[..., Any], vae: Any, full_pipeline: Path
 ) -> None:
     from diffusers import AutoencoderKLQwenImage
 
-    shown = picture(160, 128)
+    shown = made_image(160, 128)
     ((_, options),) = encode(make_clip(), vae, shown)["result"][0]
     model = AutoencoderKLQwenImage.from_pretrained(full_pipeline / "vae")
     with torch.no_grad():
@@ -107,17 +107,17 @@ def test_a_reference_is_the_picture_itself_where_it_lies_on_the_grid(
     assert (options["reference_latents"][0] - wanted).abs().max() < 1e-5
 
 
-def test_prompts_and_pictures_take_one_visit_of_encoder_and_tower(make_clip: Callable[..., Any], vae: Any) -> None:
+def test_prompts_and_images_take_one_visit_of_encoder_and_tower(make_clip: Callable[..., Any], vae: Any) -> None:
     clip = make_clip()
-    encode(clip, vae, picture(100, 70), picture(64, 64, 1))
+    encode(clip, vae, made_image(100, 70), made_image(64, 64, 1))
     (report,) = clip.timeline.reports
     files = open_checkpoint(clip.encoder._checkpoint.path).tensors
     read = [entry.nbytes for name, entry in files.items() if name.startswith(("model.layers.", "visual.blocks."))]
     assert report.moved.file_bytes == sum(read)
 
 
-def test_free_inputs_between_pictures_are_not_counted(make_clip: Callable[..., Any], vae: Any) -> None:
-    shown = picture(100, 70)
+def test_free_inputs_between_images_are_not_counted(make_clip: Callable[..., Any], vae: Any) -> None:
+    shown = made_image(100, 70)
     first, third = (encode(make_clip(), vae, *images)["result"] for images in ((shown,), (None, None, shown)))
     assert torch.equal(first[0][0][0], third[0][0][0])
     assert third[2]["samples"].shape == first[2]["samples"].shape
@@ -134,10 +134,10 @@ def test_free_inputs_between_pictures_are_not_counted(make_clip: Callable[..., A
         (Variant.EDIT_2509, Variant.EDIT.value, False),
     ],
 )
-def test_the_model_decides_how_a_picture_stands_in_the_prompt(
+def test_the_model_decides_how_an_image_stands_in_the_prompt(
     known: Variant | None, chosen: str, labelled: bool, make_clip: Callable[..., Any], vae: Any
 ) -> None:
-    result = encode(make_clip(known), vae, picture(100, 70), variant=chosen)
+    result = encode(make_clip(known), vae, made_image(100, 70), variant=chosen)
     assert ("seen at 448x308" if labelled else "seen at 1204x868") in result["ui"]["text"][0]
     text = with_places("make it red", 1, labelled=labelled)
     unseen = make_clip().tokenizer.encode(text, template=EDIT_TEMPLATE)
@@ -146,15 +146,15 @@ def test_the_model_decides_how_a_picture_stands_in_the_prompt(
 
 
 def test_an_output_of_another_shape_is_said_to_leave_the_grid(make_clip: Callable[..., Any], vae: Any) -> None:
-    result = encode(make_clip(), vae, picture(100, 70), width=64, height=192)
+    result = encode(make_clip(), vae, made_image(100, 70), width=64, height=192)
     assert result["result"][2]["samples"].shape[-2:] == (24, 8)
     assert "output 64x192, not on the grid of picture 1" in result["ui"]["text"][0]
 
 
-# no picture
+# no image
 
 
-def test_without_a_picture_an_editing_model_draws_from_text(
+def test_without_an_image_an_editing_model_draws_from_text(
     make_clip: Callable[..., Any], vae: Any, full_pipeline: Path
 ) -> None:
     from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
@@ -172,23 +172,27 @@ def test_without_a_picture_an_editing_model_draws_from_text(
 
 
 @pytest.mark.parametrize(
-    ("pictures", "options", "words"),
+    ("images", "options", "words"),
     [
-        ([picture(64, 48, channels=4)], {}, r"Picture 1 \(64x48 px\) has 4 channels, with transparency \(RGBA\); red"),
-        ([picture(64, 48), picture(64, 48, channels=1)], {}, r"Picture 2 \(64x48 px\) has 1 channel, greyscale"),
-        ([picture(1, 1)], {}, r"Picture 1 is 1x1 px; 16 px are the least for each side"),
-        ([picture(64, 48).repeat(4, 1, 1, 1)], {}, r"Picture 1 is a batch of 4 pictures; one is needed\. Choose one"),
-        ([picture(64, 48)] * 2, {"variant": Variant.EDIT.value}, "Qwen-Image-Edit changes 1 picture at a time, 2 are"),
-        ([picture(64, 48)] * 4, {}, "Edit-2509 changes 3 pictures at a time, 4 are shown"),
-        ([picture(16, 4000)], {}, "Picture 1 is 16x4000 px, too long to be seen"),
-        ([picture(64, 48)], {"width": 512}, "512x0 px. Give both width and height, or leave both 0"),
-        ([picture(64, 48)], {"width": 500, "height": 512}, r"500x512 px; .* multiples of 16\.\nUse 496x512"),
+        (
+            [made_image(64, 48, channels=4)],
+            {},
+            r"Picture 1 \(64x48 px\) has 4 channels, with transparency \(RGBA\); red",
+        ),
+        ([made_image(64, 48), made_image(64, 48, channels=1)], {}, r"Picture 2 \(64x48 px\) has 1 channel, greyscale"),
+        ([made_image(1, 1)], {}, r"Picture 1 is 1x1 px; 16 px are the least for each side"),
+        ([made_image(64, 48).repeat(4, 1, 1, 1)], {}, r"Picture 1 is a batch of 4 images; one is needed\. Choose one"),
+        ([made_image(64, 48)] * 2, {"variant": Variant.EDIT.value}, "Qwen-Image-Edit changes 1 image at a time, 2 are"),
+        ([made_image(64, 48)] * 4, {}, "Edit-2509 changes 3 images at a time, 4 are shown"),
+        ([made_image(16, 4000)], {}, "Picture 1 is 16x4000 px, too long to be seen"),
+        ([made_image(64, 48)], {"width": 512}, "512x0 px. Give both width and height, or leave both 0"),
+        ([made_image(64, 48)], {"width": 500, "height": 512}, r"500x512 px; .* multiples of 16\.\nUse 496x512"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_read(
-    pictures: list[torch.Tensor], options: dict[str, Any], words: str, make_clip: Callable[..., Any], vae: Any
+    images: list[torch.Tensor], options: dict[str, Any], words: str, make_clip: Callable[..., Any], vae: Any
 ) -> None:
     clip = make_clip()
     with pytest.raises(InvalidRequest, match=words):
-        encode(clip, vae, *pictures, **options)
+        encode(clip, vae, *images, **options)
     assert clip.encoder.fetched_bytes == 0

@@ -34,13 +34,13 @@ def on_card(folder: Path, *, blocks_in_ram: int | None) -> Any:
 
 def run(model: Any) -> torch.Tensor:
     """Sample, and leave the device, which has room for one model."""
-    picture = ksampler(model, cond(), cond(5, 2), empty_latent())
+    image = ksampler(model, cond(), cond(5, 2), empty_latent())
     model.detach()
-    return picture
+    return image
 
 
 @pytest.mark.parametrize("blocks", [0, 1, 3])
-def test_held_blocks_are_read_once_and_the_picture_is_the_same(blocks: int, model: Any, small_pipeline: Path) -> None:
+def test_held_blocks_are_read_once_and_the_image_is_the_same(blocks: int, model: Any, small_pipeline: Path) -> None:
     expected = run(model)
     streamed = on_card(small_pipeline, blocks_in_ram=blocks)
     assert torch.equal(run(streamed), expected)

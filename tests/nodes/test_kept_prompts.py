@@ -154,7 +154,7 @@ def test_a_damaged_entry_is_encoded_again_with_a_warning(
     assert again.path == entry.path
 
 
-def test_a_folder_that_cannot_be_written_to_costs_no_picture(
+def test_a_folder_that_cannot_be_written_to_costs_no_image(
     load: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "models").write_text("a file")

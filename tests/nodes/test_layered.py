@@ -58,8 +58,8 @@ def layers(count: int, width: int = 160, height: int = 96, batch: int = 1) -> di
 
 
 def shown(size: tuple[int, int] = (12, 20)) -> tuple[Any, Any]:
-    picture = references(size)
-    return cond(9, reference_latents=picture), cond(5, 2, reference_latents=picture)
+    image = references(size)
+    return cond(9, reference_latents=image), cond(5, 2, reference_latents=image)
 
 
 @pytest.mark.parametrize("size", [(14, 22), (6, 10), (12, 6)], ids=str)
@@ -74,29 +74,29 @@ def test_layers_of_any_count_of_patches_are_those_of_comfyuis_own_model(
     assert (made - wanted).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize(("count", "batch", "picture"), [(4, 1, True), (1, 1, True), (2, 2, True), (3, 1, False)])
-def test_layers_are_those_of_comfyuis_own_model(count: int, batch: int, picture: bool, model: Any, native: Any) -> None:
-    positive, negative = shown() if picture else (cond(), cond(5, 2))
+@pytest.mark.parametrize(("count", "batch", "image"), [(4, 1, True), (1, 1, True), (2, 2, True), (3, 1, False)])
+def test_layers_are_those_of_comfyuis_own_model(count: int, batch: int, image: bool, model: Any, native: Any) -> None:
+    positive, negative = shown() if image else (cond(), cond(5, 2))
     made, wanted = (ksampler(m, positive, negative, layers(count, batch=batch)) for m in (model, native))
     assert made.shape == wanted.shape == (batch, 16, count + 1, 12, 20)
     assert wanted.std() > 0.5
     assert (made - wanted).abs().max() < 1e-4
 
 
-def test_layers_of_any_pictures_size_are_wrapped_round_as_comfyuis_own_model_does_it(
+def test_layers_of_any_images_size_are_wrapped_round_as_comfyuis_own_model_does_it(
     model: Any, native: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     odd = {"samples": torch.zeros(1, 16, 3, 11, 19)}  # of 6x10 patches
     with caplog.at_level(logging.WARNING):
         made = ksampler(model, *shown((11, 19)), odd)
-    assert "A picture of 152x88 px is no multiple of 16" in caplog.text
+    assert "An image of 152x88 px is no multiple of 16" in caplog.text
     wanted = ksampler(native, *shown((11, 19)), odd)
     assert made.shape == wanted.shape == (1, 16, 3, 11, 19)
     assert (made - wanted).abs().max() < 1e-4
     assert model.model.last_report.plan.request.frame_tokens == 60
 
 
-def test_our_sampler_takes_layers_of_any_pictures_size(model: Any) -> None:
+def test_our_sampler_takes_layers_of_any_images_size(model: Any) -> None:
     from qwenimage_lowvram.nodes.sample import QwenLowVRAMSample
 
     odd = {"samples": torch.zeros(1, 16, 3, 11, 19)}
@@ -106,7 +106,7 @@ def test_our_sampler_takes_layers_of_any_pictures_size(model: Any) -> None:
     assert torch.isfinite(samples).all()
 
 
-def test_the_picture_changes_every_layer(model: Any) -> None:
+def test_the_image_changes_every_layer(model: Any) -> None:
     one, other = (ksampler(model, *shown(size), layers(2)) for size in ((12, 20), (12, 16)))
     assert ((one - other).abs().mean(dim=(0, 1, 3, 4)) > 1e-3).all()
 
@@ -115,14 +115,14 @@ def test_layers_together_equal_layers_one_prompt_after_another(model: Any) -> No
     assert torch.equal(ksampler(model, *shown(), layers(3)), ksampler(one_by_one(model), *shown(), layers(3)))
 
 
-def test_the_plan_counts_every_layer_and_the_picture(model: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_plan_counts_every_layer_and_the_image(model: Any, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         ksampler(model, *shown(), layers(3, batch=2))
     request = model.model.last_report.plan.request
     assert (request.frames, request.reference_tokens, request.branches) == (4, 60, 4)
     assert request.image_tokens == 5 * 60
     assert str(request) == "160x96, 4 frames, 4 branches"
-    assert "shown a picture" not in caplog.text
+    assert "shown an image" not in caplog.text
 
 
 def test_an_additional_condition_of_a_call_is_used(model: Any) -> None:
@@ -151,7 +151,7 @@ def refused(model: Any, positive: Any, negative: Any, latent: Any) -> str:
     return str(caught.value)
 
 
-def test_a_layered_model_in_a_graph_for_whole_pictures_is_refused(model: Any) -> None:
+def test_a_layered_model_in_a_graph_for_whole_images_is_refused(model: Any) -> None:
     said = refused(model, cond(), cond(5, 2), empty_latent())
     assert said.startswith("Qwen-Image-Layered makes layers, and this graph's latent has none.")
     assert "EmptyQwenImageLayeredLatentImage" in said
@@ -162,13 +162,13 @@ def test_layers_for_another_model_are_refused(variant: Variant, make_transformer
     from qwenimage_lowvram.nodes.adapters.model import make_model
 
     said = refused(make_model(make_transformer(variant=variant), None), *shown(), layers(2))
-    assert said.startswith(f"The latent has 3 frames, and {variant.value} makes one picture.")
+    assert said.startswith(f"The latent has 3 frames, and {variant.value} makes one image.")
     assert "choose a Qwen-Image-Layered file in 'Load Qwen-Image (low VRAM)'" in said
 
 
-def test_two_pictures_and_layers_as_a_picture_are_refused(model: Any) -> None:
+def test_two_images_and_layers_as_an_image_are_refused(model: Any) -> None:
     two = cond(reference_latents=references((12, 20), (12, 16)))
-    assert "takes one picture apart, and a prompt of this graph shows it 2" in refused(model, two, two, layers(2))
+    assert "takes one image apart, and a prompt of this graph shows it 2" in refused(model, two, two, layers(2))
     several = cond(reference_latents=[torch.zeros(1, 16, 3, 12, 20)])
     assert "A reference latent has 3 frames" in refused(model, several, several, layers(2))
 

@@ -32,7 +32,7 @@ def test_what_a_model_held_goes_with_it(
     detect = Hardware.detect
     monkeypatch.setattr(Hardware, "detect", lambda device: replace(detect(device), host_device=host_device))
     model = make_model(make_transformer(), None)
-    picture = ksampler(model, cond(), cond(5, 2), empty_latent(), steps=1)
+    image = ksampler(model, cond(), cond(5, 2), empty_latent(), steps=1)
     transformer = model.model.transformer
     store: Any = transformer.store
     buffers = [weakref.ref(p) for module in store._tiers._ready.values() for p in module.parameters()]
@@ -41,4 +41,4 @@ def test_what_a_model_held_goes_with_it(
     assert len(buffers) > 0
     del model, transformer, store
     assert [ref() for ref in gone if ref() is not None] == []
-    assert torch.isfinite(picture).all()
+    assert torch.isfinite(image).all()

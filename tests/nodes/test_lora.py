@@ -1,4 +1,4 @@
-"""LoRAs on our MODEL: through our node and through ComfyUI's, the same picture as with weights merged beforehand."""
+"""LoRAs on our MODEL: through our node and through ComfyUI's, the same image as with weights merged beforehand."""
 
 import json
 from collections.abc import Callable
@@ -98,7 +98,7 @@ def close(one: Tensor, other: Tensor) -> bool:
 
 @pytest.mark.parametrize("kinds", [("blocks",), ("outside",), ("modulation",), ("blocks", "outside", "modulation")])
 @pytest.mark.parametrize("streamed", [False, True])
-def test_a_lora_makes_the_picture_of_merged_weights(
+def test_a_lora_makes_the_image_of_merged_weights(
     streamed: bool, kinds: tuple[str, ...], model: Any, folder: Path, lora: Callable[..., Path], tmp_path: Path
 ) -> None:
     plain = run(model)
@@ -111,13 +111,13 @@ def test_a_lora_makes_the_picture_of_merged_weights(
         patched = model
         for file, strength in stack:
             patched = with_lora(patched, file, strength)
-        picture = run(patched)
+        image = run(patched)
         report = model.model.last_report
         assert (len(report.plan.resident) < report.plan.blocks) == streamed
         assert report.plan.peak_bytes <= report.plan.limit_bytes
         expected = run(model_of(merged(folder, tmp_path / f"{len(stack)}{stack[0][1]}", *stack)))
-        assert close(picture, expected)
-        assert not close(picture, plain)
+        assert close(image, expected)
+        assert not close(image, plain)
     assert torch.equal(run(model), plain)  # the base comes back bit for bit
 
 

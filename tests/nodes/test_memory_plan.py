@@ -17,7 +17,7 @@ from qwenimage_lowvram.engine.planning.forecast import TYPICAL
 
 CARDS = ("4 GB", "6 GB", "8 GB", "12 GB", "16 GB", "24 GB")
 FILES = {"transformer": "plan_bf16.safetensors", "text_encoder": "plan_te.safetensors", "vae": "plan_vae.safetensors"}
-PICTURE = {"width": 1328, "height": 1328, "batch_size": 1, "steps": 20, "cfg": 4.0, "prompt_tokens": 60}
+IMAGE = {"width": 1328, "height": 1328, "batch_size": 1, "steps": 20, "cfg": 4.0, "prompt_tokens": 60}
 LIMITS = {"vram_limit_gb": 0.0, "ram_limit_gb": 24.0}
 
 
@@ -44,7 +44,7 @@ def files(comfy: Any) -> Iterator[None]:
 def plan(**changed: Any) -> dict[str, Any]:
     from qwenimage_lowvram.nodes.memory_plan import QwenLowVRAMMemoryPlan
 
-    inputs = {**FILES, "weight_format": "as stored", **PICTURE, **LIMITS, **changed}
+    inputs = {**FILES, "weight_format": "as stored", **IMAGE, **LIMITS, **changed}
     return QwenLowVRAMMemoryPlan().plan(**inputs)
 
 
@@ -74,7 +74,7 @@ def test_every_stage_stays_within_each_cards_limit() -> None:
             assert 0 < ram <= 24.1
 
 
-def test_pictures_to_change_make_a_step_longer_and_leave_less_room_for_blocks() -> None:
+def test_images_to_change_make_a_step_longer_and_leave_less_room_for_blocks() -> None:
     steps, three = (tables(plan(reference_pictures=count)["result"][0])[0]["8 GB"] for count in (0, 3))
     assert float(three["s per step"]) > 2 * float(steps["s per step"])
     assert int(three["stay"]) < int(steps["stay"])
@@ -157,7 +157,7 @@ def test_ones_own_limit_stands_beside_the_cards() -> None:
     assert peaks["limit 3 GB"]["limit"] == "3.00"
 
 
-def test_no_weight_is_read_and_no_tensor_made_but_the_picture() -> None:
+def test_no_weight_is_read_and_no_tensor_made_but_the_image() -> None:
     counters = Path("/proc/self/io")
     if not counters.exists():
         pytest.skip("this system does not say how much a process reads")
@@ -171,12 +171,12 @@ def test_no_weight_is_read_and_no_tensor_made_but_the_picture() -> None:
         result = plan()["result"]
     # each file's header is read twice at most: by the folder's check of the choice, and by the node
     assert read_bytes() - before < 5_000_000
-    picture_bytes = result[1].nbytes
-    assert picture_bytes < 20_000_000
-    assert live.peak <= 2 * picture_bytes  # fp32, divided by 255
+    image_bytes = result[1].nbytes
+    assert image_bytes < 20_000_000
+    assert live.peak <= 2 * image_bytes  # fp32, divided by 255
 
 
-def test_the_picture_is_on_the_node_as_in_the_output() -> None:
+def test_the_image_is_on_the_node_as_in_the_output() -> None:
     import folder_paths
 
     answer = plan(vram_limit_gb=2.0)
@@ -239,7 +239,7 @@ def test_layers_are_counted_and_asked_for_of_the_right_model() -> None:
         assert four.startswith("Memory plan: 640x640, 4 layers, batch 1, guided, 50 steps")
         seconds = [float(tables(text)[0]["24 GB"]["s per step"]) for text in (two, four)]
         assert set(tables(four)[0]) == set(CARDS)
-        assert 1.4 < seconds[1] / seconds[0] < 2.0  # 6 pictures' tokens instead of 4, whose attention is quadratic
+        assert 1.4 < seconds[1] / seconds[0] < 2.0  # 6 images' tokens instead of 4, whose attention is quadratic
         for wrong, words in (
             (files, "^layers: .*makes layers, and 0 layers are asked for"),
             ({"layers": 1}, "^layers: .*(.|\n)*set layers to 0"),

@@ -1,4 +1,4 @@
-"""The Memory Report tells what each stage took beside what was planned, in words, numbers and a picture."""
+"""The Memory Report tells what each stage took beside what was planned, in words, numbers and an image."""
 
 import json
 import math
@@ -194,7 +194,7 @@ def test_a_decode_that_is_tried_again_is_reported_with_its_last_plan(graph: Grap
     assert report.seconds > 0
 
 
-def test_the_picture_shows_the_stages_and_is_on_the_node(graph: Graph) -> None:
+def test_the_image_shows_the_stages_and_is_on_the_node(graph: Graph) -> None:
     answer = graph.run()
     image = answer["result"][1]
     assert image.shape[0] == 1

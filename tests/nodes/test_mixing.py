@@ -59,7 +59,7 @@ def test_calls_that_comfyui_would_batch_differently_the_second_time_stay_togethe
 
 @pytest.mark.parametrize("leave", ["a block", "everything"])
 @pytest.mark.parametrize("spare_blocks", [0, 2, 9])
-def test_memory_asked_for_between_two_steps_is_given_and_the_picture_is_the_same(
+def test_memory_asked_for_between_two_steps_is_given_and_the_image_is_the_same(
     model: Any, transformer: QwenImageTransformer, leave: str, spare_blocks: int
 ) -> None:
     expected = ksampler(model, cond(), cond(5, 2), empty_latent())

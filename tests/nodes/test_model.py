@@ -98,7 +98,7 @@ def test_each_block_is_fetched_once_per_step(
     assert report.fetched_blocks == STEPS * report.plan.streamed + len(report.plan.resident)
 
 
-def test_a_batch_equals_its_pictures_alone(model: Any) -> None:
+def test_a_batch_equals_its_images_alone(model: Any) -> None:
     latents = {"samples": torch.randn(2, 16, 1, 8, 12, generator=torch.Generator().manual_seed(3))}
     both = ksampler(model, cond(), cond(5, 2), latents, denoise=0.6, disable_noise=True)
     for i in range(2):
@@ -107,7 +107,7 @@ def test_a_batch_equals_its_pictures_alone(model: Any) -> None:
 
 
 @pytest.mark.parametrize("limit", ["least", "half", "all"])
-def test_every_plan_makes_the_same_picture(model: Any, transformer: QwenImageTransformer, limit: str) -> None:
+def test_every_plan_makes_the_same_image(model: Any, transformer: QwenImageTransformer, limit: str) -> None:
     expected = ksampler(model, cond(), cond(5, 2), empty_latent())
     least = least_bytes(transformer.footprint, SamplingRequest(96, 64, 2, 9))
     block = transformer.footprint.slot_bytes
@@ -178,7 +178,7 @@ def test_an_odd_reference_is_wrapped_round_with_a_warning(model: Any, caplog: py
     whole = torch.cat([torch.cat([odd, odd[..., :1]], dim=4)] * 2, dim=3)[..., :8, :]
     with caplog.at_level(logging.WARNING):
         made = ksampler(model, cond(reference_latents=[odd]), cond(5, 2), empty_latent())
-    assert "A reference picture of 72x56 px is no multiple of 16" in caplog.text
+    assert "A reference image of 72x56 px is no multiple of 16" in caplog.text
     caplog.clear()
     expected = ksampler(model, cond(reference_latents=[whole]), cond(5, 2), empty_latent())
     assert "no multiple" not in caplog.text

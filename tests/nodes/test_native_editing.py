@@ -81,14 +81,14 @@ def our_model(folder: Path, variant: Variant, positions: Positions = Positions.C
     return make_model(transformer, None)
 
 
-def picture(width: int, height: int, seed: int = 0) -> torch.Tensor:
+def made_image(width: int, height: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(1, height, width, 3, generator=torch.Generator().manual_seed(seed))
 
 
-def edit(models: Any, variant: Variant, *pictures: torch.Tensor) -> Any:
+def edit(models: Any, variant: Variant, *given: torch.Tensor) -> Any:
     from qwenimage_lowvram.nodes.encode_edit import QwenLowVRAMEncodeEditPrompt
 
-    images = {f"image{i + 1}": shown for i, shown in enumerate(pictures)}
+    images = {f"image{i + 1}": shown for i, shown in enumerate(given)}
     encode = QwenLowVRAMEncodeEditPrompt().encode
     return encode(models.clip, models.vae, "make it red", "blurry", 0.02, 0, 0, 1, variant.value, **images)["result"]
 
@@ -110,10 +110,10 @@ REFERENCES = [(14, 22), (9, 13), (40, 6)]
 def test_an_edit_is_that_of_comfyuis_own_models(
     shown: str, variant: Variant, ours: Any, native: Any, full_pipeline: Path
 ) -> None:
-    pictures = [picture(*size, seed=i) for i, size in enumerate(SHOWN[shown])]
+    images = [made_image(*size, seed=i) for i, size in enumerate(SHOWN[shown])]
     results = []
     for models, make in ((ours, our_model), (native, native_model)):
-        positive, negative, latent = edit(models, variant, *pictures)
+        positive, negative, latent = edit(models, variant, *images)
         results.append(ksampler(make(full_pipeline, variant), positive, negative, latent))
     made, wanted = results
     assert made.shape[1:3] == (16, 1)
@@ -152,7 +152,7 @@ def test_positions_of_diffusers_are_another_image_at_odd_counts_only(full_pipeli
 def test_any_mix_of_encoders_gives_the_same(clip: str, vae: str, ours: Any, native: Any, full_pipeline: Path) -> None:
     sets = {"ours": ours, "native": native}
     mixed = SimpleNamespace(clip=sets[clip].clip, vae=sets[vae].vae)
-    results = [edit(models, Variant.EDIT_2509, picture(100, 70)) for models in (ours, mixed)]
+    results = [edit(models, Variant.EDIT_2509, made_image(100, 70)) for models in (ours, mixed)]
     model = our_model(full_pipeline, Variant.EDIT_2509)
     made, other = (ksampler(model, positive, negative, latent) for positive, negative, latent in results)
     assert (made - other).abs().max() < 1e-4

@@ -21,7 +21,7 @@ from .test_model import ksampler
 from .test_native_editing import native_model
 
 WIDTH, HEIGHT = 96, 64
-PICTURES = torch.rand(2, HEIGHT, WIDTH, 3, generator=torch.Generator().manual_seed(3))
+IMAGES = torch.rand(2, HEIGHT, WIDTH, 3, generator=torch.Generator().manual_seed(3))
 
 
 @pytest.fixture(scope="module")
@@ -74,15 +74,15 @@ def slope(width: int = WIDTH, height: int = HEIGHT) -> torch.Tensor:
 Prepared = tuple[Any, Any, Any, dict[str, Any]]
 
 
-def encoded(way: Any, pixels: torch.Tensor = PICTURES[:1]) -> dict[str, Any]:
+def encoded(way: Any, pixels: torch.Tensor = IMAGES[:1]) -> dict[str, Any]:
     import nodes
 
-    # ComfyUI's own VAE takes several pictures for a video
+    # ComfyUI's own VAE takes several images for a video
     shown = pixels.split(len(pixels) if way.batches else 1)
     return {"samples": torch.cat([nodes.VAEEncode().encode(way.vae, each)[0]["samples"] for each in shown])}
 
 
-def masked(way: Any, mask: torch.Tensor, pixels: torch.Tensor = PICTURES[:1]) -> Prepared:
+def masked(way: Any, mask: torch.Tensor, pixels: torch.Tensor = IMAGES[:1]) -> Prepared:
     import nodes
 
     latent = nodes.SetLatentNoiseMask().set_mask(encoded(way, pixels), mask)[0]
@@ -93,8 +93,8 @@ def plain(way: Any) -> Prepared:
     return way.model, cond(), cond(5, 2), encoded(way)
 
 
-def pictures(way: Any) -> Prepared:
-    return way.model, cond(), cond(5, 2), encoded(way, PICTURES)
+def images(way: Any) -> Prepared:
+    return way.model, cond(), cond(5, 2), encoded(way, IMAGES)
 
 
 def repeated(way: Any) -> Prepared:
@@ -107,13 +107,13 @@ def repeated(way: Any) -> Prepared:
 def erased(way: Any) -> Prepared:
     import nodes
 
-    return way.model, cond(), cond(5, 2), nodes.VAEEncodeForInpaint().encode(way.vae, PICTURES[:1], box())[0]
+    return way.model, cond(), cond(5, 2), nodes.VAEEncodeForInpaint().encode(way.vae, IMAGES[:1], box())[0]
 
 
 def conditioned(way: Any) -> Prepared:
     import nodes
 
-    args = (cond(), cond(5, 2), PICTURES[:1], way.vae, box())
+    args = (cond(), cond(5, 2), IMAGES[:1], way.vae, box())
     return way.model, *nodes.InpaintModelConditioning().encode(*args)
 
 
@@ -127,7 +127,7 @@ def graded(way: Any) -> Prepared:
 def outpainted(way: Any) -> Prepared:
     import nodes
 
-    padded, mask = nodes.ImagePadForOutpaint().expand_image(PICTURES[:1], 16, 0, 16, 32, 8)
+    padded, mask = nodes.ImagePadForOutpaint().expand_image(IMAGES[:1], 16, 0, 16, 32, 8)
     return masked(way, mask, padded)
 
 
@@ -149,9 +149,9 @@ def misfitting(way: Any) -> Prepared:
 
 CASES = {
     "image to image": plain,
-    "two pictures": pictures,
+    "two images": images,
     "a mask": lambda way: masked(way, box()),
-    "one mask for two pictures": lambda way: masked(way, box(), PICTURES),
+    "one mask for two images": lambda way: masked(way, box(), IMAGES),
     "a repeated latent with a mask": repeated,
     "VAEEncodeForInpaint": erased,
     "InpaintModelConditioning": conditioned,
@@ -176,14 +176,14 @@ def test_our_models_make_the_latents_of_comfyuis(
     assert wanted.std() > 0.1
 
 
-def test_each_picture_of_a_batch_has_its_own_mask(ours: Any, native: Any) -> None:
+def test_each_image_of_a_batch_has_its_own_mask(ours: Any, native: Any) -> None:
     masks = torch.cat([box(), box().flip(2)])
-    made = sample(*masked(ours, masks, PICTURES))
+    made = sample(*masked(ours, masks, IMAGES))
     for i in range(2):
         # ComfyUI mixes masks of a batch, so one at a time
-        alone = sample(*masked(native, masks[i : i + 1], PICTURES))
+        alone = sample(*masked(native, masks[i : i + 1], IMAGES))
         assert (made[i] - alone[i]).abs().max() < 1e-4
-    assert (made[0] - sample(*masked(ours, masks[1:], PICTURES))[0]).abs().max() > 0.1
+    assert (made[0] - sample(*masked(ours, masks[1:], IMAGES))[0]).abs().max() > 0.1
 
 
 def test_what_the_mask_leaves_out_stays(ours: Any) -> None:
@@ -206,18 +206,18 @@ def test_an_empty_mask_is_refused_before_the_run(mask: torch.Tensor, ours: Any) 
     assert ours.model.model.last_report is None
 
 
-def test_more_masks_than_pictures_are_refused(ours: Any) -> None:
+def test_more_masks_than_images_are_refused(ours: Any) -> None:
     with pytest.raises(InvalidRequest, match=r"2 masks for a batch of 1(.|\n)*MaskComposite"):
         sample(*masked(ours, torch.cat([box(), box()])))
 
 
-def test_a_picture_of_any_size_is_wrapped_round_as_comfyuis_own_model_does_it(
+def test_an_image_of_any_size_is_wrapped_round_as_comfyuis_own_model_does_it(
     ours: Any, native: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     odd = torch.rand(1, 90, 156, 3)  # 11x19 latents, of 6x10 patches
     with caplog.at_level(logging.WARNING):
         made = ksampler(*masked(ours, box(), odd))
-    assert "A picture of 152x88 px is no multiple of 16" in caplog.text
+    assert "An image of 152x88 px is no multiple of 16" in caplog.text
     assert "pad it to 160x96" in caplog.text
     wanted = ksampler(*masked(native, box(), odd))
     assert made.shape == wanted.shape == (1, 16, 1, 11, 19)
@@ -225,7 +225,7 @@ def test_a_picture_of_any_size_is_wrapped_round_as_comfyuis_own_model_does_it(
     assert sample(*masked(ours, box(), odd)).isfinite().all()
 
 
-def test_denoise_0_gives_the_picture_back_and_runs_nothing(ours: Any) -> None:
+def test_denoise_0_gives_the_image_back_and_runs_nothing(ours: Any) -> None:
     model, positive, negative, latent = masked(ours, box())
     model.model.last_report = None
     assert torch.equal(ksampler(model, positive, negative, latent, denoise=0.0), latent["samples"])

@@ -1,4 +1,4 @@
-"""Memory that runs out at any point of a run costs a smaller plan, never the picture; or there is a clear error."""
+"""Memory that runs out at any point of a run costs a smaller plan, never the image; or there is a clear error."""
 
 import logging
 from collections.abc import Callable
@@ -56,17 +56,17 @@ def count_operations(sample: Sample) -> int:
 
 
 @pytest.mark.parametrize("part", range(STRIDE))
-def test_memory_that_runs_out_once_anywhere_changes_no_picture(part: int, model: Any, sample: Sample) -> None:
+def test_memory_that_runs_out_once_anywhere_changes_no_image(part: int, model: Any, sample: Sample) -> None:
     expected = sample()
     retried = refused = 0
     for point in range(1 + 25 * part, count_operations(sample), 25 * STRIDE):
         try:
             with FullMemory(point, 1):
-                picture = sample()
+                image = sample()
         except torch.OutOfMemoryError:
             refused += 1  # in ComfyUI's own operations around the run
         else:
-            assert torch.equal(picture, expected)
+            assert torch.equal(image, expected)
             retried += model.model.last_report.out_of_memory
         assert model.model.calls.run is None
     assert retried > 4 * refused
@@ -91,7 +91,7 @@ def test_memory_that_stays_full_is_an_error_that_leaves_nothing(model: Any, samp
                     error
                 ) and "What to do: close other programs" in str(error)
             else:
-                pytest.fail(f"operation {point} and all after it found no memory, and there was a picture")
+                pytest.fail(f"operation {point} and all after it found no memory, and there was an image")
             model.detach()
             model.model.transformer.modulation.forget()
             assert live.now <= before

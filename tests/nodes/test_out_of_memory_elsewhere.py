@@ -18,7 +18,7 @@ from qwenimage_lowvram.engine.host_ram import HostRam, RamBound
 from qwenimage_lowvram.engine.models.qwen25_vl.text_encoder import TextEncoder
 from qwenimage_lowvram.engine.models.qwen_image_vae.image_vae import ImageVAE
 from qwenimage_lowvram.engine.out_of_memory import OutOfMemory, OutOfRam, Short, ran_out
-from qwenimage_lowvram.engine.streaming.pinned_memory import HostMemory
+from qwenimage_lowvram.engine.streaming.pinned_memory import PinnedMemory
 
 from .test_host_memory import on_card, run
 from .test_weight_cache import load, pipeline
@@ -115,17 +115,17 @@ def test_blocks_that_find_no_ram_are_read_from_the_file(
 ) -> None:
     expected = run(model)
     streamed = on_card(small_pipeline, blocks_in_ram=3)
-    take = HostMemory.take
+    take = PinnedMemory.take
     stored = streamed.model.transformer.footprint.stored_bytes
 
     refusals = iter([MemoryError()])  # to the first block that is to be held
 
-    def refuse(self: HostMemory, nbytes: int) -> Any:
+    def refuse(self: PinnedMemory, nbytes: int) -> Any:
         if nbytes == stored and (error := next(refusals, None)):
             raise error
         return take(self, nbytes)
 
-    monkeypatch.setattr(HostMemory, "take", refuse)
+    monkeypatch.setattr(PinnedMemory, "take", refuse)
     assert torch.equal(run(streamed), expected)
     assert any("There is no RAM for more than 0 held blocks (MemoryError)" in r.getMessage() for r in caplog.records)
 
@@ -133,9 +133,9 @@ def test_blocks_that_find_no_ram_are_read_from_the_file(
 def test_weights_that_find_no_memory_are_not_quantized_and_it_is_said(
     pipeline: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qwenimage_lowvram.engine.caches.requantized_weights import QuantizedWeights
+    from qwenimage_lowvram.engine.caches.requantized_weights import RequantizedWeights
 
-    monkeypatch.setattr(QuantizedWeights, "make", Fails(None, MemoryError(), 9))
+    monkeypatch.setattr(RequantizedWeights, "make", Fails(None, MemoryError(), 9))
     with pytest.raises(OutOfRam, match="RAM ran out while the model was loaded: MemoryError"):
         load("int8")
 
@@ -143,19 +143,19 @@ def test_weights_that_find_no_memory_are_not_quantized_and_it_is_said(
 def test_a_card_too_small_to_quantize_leaves_it_to_the_cpu(
     pipeline: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from qwenimage_lowvram.engine.caches.requantized_weights import QuantizedWeights
+    from qwenimage_lowvram.engine.caches.requantized_weights import RequantizedWeights
     from qwenimage_lowvram.nodes import weight_cache
 
-    make = QuantizedWeights.make
+    make = RequantizedWeights.make
     devices = []
 
-    def on(self: QuantizedWeights, device: torch.device, *args: Any) -> Any:
+    def on(self: RequantizedWeights, device: torch.device, *args: Any) -> Any:
         devices.append(device.type)
         if device.type == "meta":
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return make(self, device, *args)
 
-    monkeypatch.setattr(QuantizedWeights, "make", on)
+    monkeypatch.setattr(RequantizedWeights, "make", on)
     monkeypatch.setattr(weight_cache, "stage_bytes", lambda *_: 1 << 60)
     card = Hardware.detect(torch.device("meta"))
     weight_cache.in_weight_format(open_checkpoint(pipeline / "transformer"), "int8", card, None)

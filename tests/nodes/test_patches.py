@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .conftest import cond, empty_latent
 from .test_model import STEPS, ksampler, references
-from .test_native_editing import native_model, our_model, picture
+from .test_native_editing import made_image, native_model, our_model
 from .test_out_of_memory import FullMemory
 
 Patch = Callable[..., Any]
@@ -55,12 +55,12 @@ def load(small_pipeline: Path, comfy: Any, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture
 def diffsynth(load: Callable[[str], Any], vae: Any) -> Patch:
-    """ComfyUI's 'Apply Qwen Image DiffSynth ControlNet'; the picture is of another size than the latents."""
+    """ComfyUI's 'Apply Qwen Image DiffSynth ControlNet'; the image is of another size than the latents."""
 
     def patch(model: Any, name: str = "canny", strength: float = 0.7, seed: int = 3, **options: Any) -> Any:
         from comfy_extras.nodes_model_patch import QwenImageDiffsynthControlnet
 
-        image = options.pop("image", picture(120, 72, seed))
+        image = options.pop("image", made_image(120, 72, seed))
         node = QwenImageDiffsynthControlnet()
         return node.diffsynth_controlnet(model, load(name), vae, image, strength, **options)[0]
 
@@ -84,8 +84,8 @@ CASES: dict[str, tuple[Callable[[Patch, Any], Any], Callable[[], tuple[Any, Any]
         1,
     ),
     "a batch": (lambda patch, model: patch(model), lambda: (cond(), cond(5, 2)), 2),
-    "a picture for each of a batch": (
-        lambda patch, model: patch(model, image=torch.cat([picture(120, 72, 1), picture(120, 72, 2)])),
+    "an image for each of a batch": (
+        lambda patch, model: patch(model, image=torch.cat([made_image(120, 72, 1), made_image(120, 72, 2)])),
         lambda: (cond(), cond(5, 2)),
         2,
     ),
@@ -93,7 +93,7 @@ CASES: dict[str, tuple[Callable[[Patch, Any], Any], Callable[[], tuple[Any, Any]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_patched_picture_is_that_of_comfyuis_own_model(case: str, model: Any, native: Any, diffsynth: Patch) -> None:
+def test_a_patched_image_is_that_of_comfyuis_own_model(case: str, model: Any, native: Any, diffsynth: Patch) -> None:
     patch, conds, batch = CASES[case]
     made, wanted = (ksampler(patch(diffsynth, m), *conds(), empty_latent(batch=batch)) for m in (model, native))
     assert (made - wanted).abs().max() < 1e-4
@@ -104,7 +104,7 @@ def test_a_patched_picture_is_that_of_comfyuis_own_model(case: str, model: Any, 
 
 
 @pytest.mark.parametrize("area", [(4, 8, 0, 2), (8, 8, 0, 4)])
-def test_a_patch_has_its_picture_in_the_size_of_each_area(
+def test_a_patch_has_its_image_in_the_size_of_each_area(
     area: tuple[int, ...], model: Any, native: Any, diffsynth: Patch
 ) -> None:
     conds = cond() + cond(7, 3, area=area), cond(5, 2)
@@ -114,7 +114,7 @@ def test_a_patch_has_its_picture_in_the_size_of_each_area(
 
 
 @pytest.mark.parametrize(("area", "sizes"), [({}, 1), ({"area": (4, 8, 0, 2)}, 2)])
-def test_the_patchs_picture_is_encoded_before_the_run(
+def test_the_patchs_image_is_encoded_before_the_run(
     area: dict[str, Any], sizes: int, model: Any, vae: Any, diffsynth: Patch
 ) -> None:
     patched = diffsynth(model)
@@ -150,7 +150,7 @@ def test_a_model_patch_is_in_the_plan(
     assert torch.equal(ksampler(patched, cond(), cond(5, 2), empty_latent()), expected)
 
 
-def test_memory_that_runs_out_once_changes_no_patched_picture(model: Any, diffsynth: Patch) -> None:
+def test_memory_that_runs_out_once_changes_no_patched_image(model: Any, diffsynth: Patch) -> None:
     patched = diffsynth(model)
 
     def sample() -> torch.Tensor:

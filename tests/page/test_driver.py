@@ -70,7 +70,7 @@ def test_our_conversion_of_a_bundled_workflow_equals_the_pages(
     assert {node["class_type"] for node in prompt.values()} > {"QwenLowVRAMLoader", "QwenLowVRAMSample"}
 
 
-def test_a_graph_runs_in_the_page_to_its_picture(page: Any) -> None:
+def test_a_graph_runs_in_the_page_to_its_image(page: Any) -> None:
     page.load(native_graph())
     assert page.run()["status"] == "success"
     page.evaluate("() => new Promise((done) => setTimeout(done, 1000))")

@@ -1,4 +1,4 @@
-"""The memory nodes show their table and their picture on the page, and save nothing of them."""
+"""The memory nodes show their table and their image on the page, and save nothing of them."""
 
 from collections.abc import Iterator
 from typing import Any

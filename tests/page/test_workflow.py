@@ -1,4 +1,4 @@
-"""The shipped graphs in the real page: they come back as they are, run to their picture, and the panel follows."""
+"""The shipped graphs in the real page: they come back as they are, run to their image, and the panel follows."""
 
 import copy
 import json
@@ -117,9 +117,7 @@ def test_no_node_is_cut_off_or_lies_over_another(page: Any) -> None:
             assert apart or title == other, f"{title} and {other}"
 
 
-def test_the_4_gb_workflow_runs_in_the_page_to_its_picture(
-    page: Any, small: Any, client: ComfyClient, vue: bool
-) -> None:
+def test_the_4_gb_workflow_runs_in_the_page_to_its_image(page: Any, small: Any, client: ComfyClient, vue: bool) -> None:
     # a size of its own for each: the second run would know the first one's timestep table
     page.load(small(width=160 if vue else 128, seed=11), "Qwen-Image on 4 GB")
     page.evaluate(RECORD)

@@ -47,10 +47,10 @@ class Mixing:
     files: dict[str, SplitFiles]
 
     def photo(self, name: str, width: int, height: int, *, mode: str = "RGB", seed: int = 0) -> str:
-        """A smooth random picture in the server's input folder."""
+        """A smooth random image in the server's input folder."""
         values = np.random.default_rng(seed).integers(0, 255, (max(1, height // 8), max(1, width // 8), 3), np.uint8)
-        picture = Image.fromarray(values).resize((width, height), Image.Resampling.BILINEAR)
-        picture.convert(mode).save(self.server.base / "input" / name)
+        image = Image.fromarray(values).resize((width, height), Image.Resampling.BILINEAR)
+        image.convert(mode).save(self.server.base / "input" / name)
         return name
 
     def latents(self, run: Run) -> torch.Tensor:
@@ -90,7 +90,7 @@ def mixing(
 
 @pytest.fixture(scope="session")
 def controls(mixing: Mixing, full_pipeline: Path) -> Mixing:
-    """The server with ControlNets, and pictures to control with, of which a part is transparent: a mask."""
+    """The server with ControlNets, and images to control with, of which a part is transparent: a mask."""
     folder, patches = (mixing.server.base / "models" / name for name in ("controlnet", "model_patches"))
     folder.mkdir(exist_ok=True)
     patches.mkdir(exist_ok=True)

@@ -19,7 +19,7 @@ FOLDER = "from the folder"
 
 Prompt = dict[str, Any]
 
-# of the scaled picture in the tests: ComfyUI's node counts 1024 * 1024 px
+# of the scaled image in the tests: ComfyUI's node counts 1024 * 1024 px
 MEGAPIXELS = 128 * 128 / 1024**2
 
 
@@ -38,21 +38,21 @@ def workflow(
     return to_prompt(set_widgets(graph, object_info, "EmptySD3LatentImage", **size), object_info)
 
 
-def workflow_from_picture(
+def workflow_from_image(
     path: Path,
     object_info: Mapping[str, Any],
     loader: Mapping[str, Any],
-    picture: str,
+    image: str,
     *,
     prompts: Mapping[str, str],
     sample: Mapping[str, Any],
 ) -> Prompt:
-    """A bundled graph that starts from a picture, worked on at 128x128 px or as much in another shape, its edges in
-    proportion: sampler 4, decoder 5, save 6, the picture 10, what is scaled 11, and 13 which grows mask or picture."""
+    """A bundled graph that starts from an image, worked on at 128x128 px or as much in another shape, its edges in
+    proportion: sampler 4, decoder 5, save 6, the picture 10, what is scaled 11, and 13 which grows mask or image."""
     graph = json.loads(path.read_text(encoding="utf-8"))
     graph = _adapted(graph, object_info, loader, prompts, sample)
     small: dict[str, dict[str, Any]] = {
-        "LoadImage": {"image": picture},
+        "LoadImage": {"image": image},
         "ImageScaleToTotalPixels": {"megapixels": MEGAPIXELS},
         "GrowMask": {"expand": 4},
         "ImageBlur": {"blur_radius": 2},

@@ -1,6 +1,6 @@
-"""ComfyUI's own Qwen-Image graphs with nothing but the three loaders replaced by ours: the same latents and picture.
+"""ComfyUI's own Qwen-Image graphs with nothing but the three loaders replaced by ours: the same latents and image.
 
-The picture that they are shown has the size that their nodes give a reference.
+The image that they are shown has the size that their nodes give a reference.
 """
 
 import io
@@ -24,7 +24,7 @@ from .graphs import Prompt, with_our_loader
 BLUEPRINTS = require_comfyui() / "blueprints"
 TEMPLATES = Path(next(iter(comfyui_workflow_templates_json.__path__))) / "templates"
 EDIT, EDIT_2509, EDIT_2511 = "Qwen-Image-Edit", "Qwen-Image-Edit-2509", "Qwen-Image-Edit-2511"
-# how many pictures each shows
+# how many images each shows
 GRAPHS: list[tuple[Path, str, int]] = [
     (BLUEPRINTS / "Text to Image (Qwen-Image).json", "auto", 0),
     (BLUEPRINTS / "Text to Image (Qwen-Image 2512).json", "auto", 0),
@@ -37,7 +37,7 @@ GRAPHS: list[tuple[Path, str, int]] = [
     (TEMPLATES / "image_qwen_image_edit_2509.json", EDIT_2509, 1),
     (TEMPLATES / "image_qwen_image_edit_2511.json", EDIT_2511, 2),
 ]
-# graphs that control, pad and scale, made small; their pictures have even numbers of patches, see above
+# graphs that control, pad and scale, made small; their images have even numbers of patches, see above
 SMALL: dict[str, dict[str, dict[str, Any]]] = {
     "Image Outpainting (Qwen-Image)": {
         "PrimitiveInt": {"value": 192},
@@ -77,10 +77,10 @@ def lora(mixing: Mixing) -> str:
 def opened(
     path: Path, mixing: Mixing, server_nodes: Any, lora: str, variant: str = "auto", turbo: bool = False
 ) -> Prompt:
-    """The graph as a prompt at a small size, on the small files, its latents and its picture saved."""
+    """The graph as a prompt at a small size, on the small files, its latents and its image saved."""
     graph = json.loads(path.read_text(encoding="utf-8"))
     graph["nodes"] = [node for node in graph["nodes"] if not node["type"].startswith("SaveImage")]
-    prompt = to_prompt(_with_picture(graph), server_nodes)
+    prompt = to_prompt(_with_image(graph), server_nodes)
     files = mixing.files["2511" if variant == EDIT_2511 else "plain"]
     changes: dict[str, dict[str, Any]] = {
         "UNETLoader": {"unet_name": files.transformer},
@@ -104,12 +104,12 @@ def opened(
         prompt[sampler]["inputs"]["steps"] = 1 if "dit" in path.stem else 3
     return prompt | {
         "latents": {"class_type": "SaveLatent", "inputs": {"samples": [sampler, 0], "filename_prefix": "graph"}},
-        "picture": {"class_type": "SaveImage", "inputs": {"images": [decoder, 0], "filename_prefix": "graph"}},
+        "image": {"class_type": "SaveImage", "inputs": {"images": [decoder, 0], "filename_prefix": "graph"}},
     }
 
 
-def _with_picture(graph: Any) -> Any:
-    """A blueprint is one node whose picture comes from the graph that it is put in."""
+def _with_image(graph: Any) -> Any:
+    """A blueprint is one node whose image comes from the graph that it is put in."""
     (node, *others) = graph["nodes"]
     first = next((entry for entry in node["inputs"] if entry["name"] in ("image", "image1")), None)
     if others or first is None:
@@ -123,8 +123,8 @@ def _with_picture(graph: Any) -> Any:
     return {**graph, "nodes": [node, loader], "links": [link]}
 
 
-def picture(mixing: Mixing, run: Run) -> np.ndarray:
-    (saved,) = run.outputs["picture"]["images"]
+def made_image(mixing: Mixing, run: Run) -> np.ndarray:
+    (saved,) = run.outputs["image"]["images"]
     return np.asarray(Image.open(io.BytesIO(mixing.client.image(saved))).convert("RGB")).astype(int)
 
 
@@ -135,12 +135,12 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("path", "variant", "pictures", "turbo"), CASES)
+@pytest.mark.parametrize(("path", "variant", "images", "turbo"), CASES)
 def test_a_graph_of_comfyui_makes_the_same_with_our_loader(
-    mixing: Mixing, server_nodes: Any, lora: str, path: Path, variant: str, pictures: int, turbo: bool
+    mixing: Mixing, server_nodes: Any, lora: str, path: Path, variant: str, images: int, turbo: bool
 ) -> None:
     prompt = opened(path, mixing, server_nodes, lora, variant, turbo)
-    assert sum(value["class_type"] == "LoadImage" for value in prompt.values()) == pictures
+    assert sum(value["class_type"] == "LoadImage" for value in prompt.values()) == images
     chosen = "auto" if variant == EDIT_2511 else variant  # that model's file has a mark
     assert_same(mixing, prompt, chosen)
 
@@ -158,11 +158,11 @@ def test_a_controlled_graph_of_comfyui_makes_the_same_with_our_loader(
 
 
 def assert_same(mixing: Mixing, prompt: Prompt, variant: str = "auto") -> None:
-    """Latents and picture."""
+    """Latents and image."""
     theirs = mixing.client.run(prompt)
     ours = mixing.client.run(with_our_loader(prompt, replaced=SHARED, variant=variant))
     made, wanted = mixing.latents(ours), mixing.latents(theirs)
     assert made.shape == wanted.shape
     assert wanted.std() > 0.3
     assert (made - wanted).abs().max() < 1e-4 * max(1.0, float(wanted.std()))
-    assert np.abs(picture(mixing, ours) - picture(mixing, theirs)).max() <= 1
+    assert np.abs(made_image(mixing, ours) - made_image(mixing, theirs)).max() <= 1

@@ -13,7 +13,7 @@ POSITIVE, NEGATIVE = ["9", 0], ["9", 1]
 
 
 def uncontrolled(controls: Mixing) -> Prompt:
-    """The picture to control with is 11."""
+    """The image to control with is 11."""
     prompt = with_inputs(graph(controls), "6", batch_size=2)
     return changed(prompt, n11=("LoadImage", {"image": "control.png"}))
 

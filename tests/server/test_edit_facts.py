@@ -60,7 +60,7 @@ def loader(models_dir: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def graph(object_info: Any, loader: dict[str, Any], comfy_server: ComfyServer) -> Any:
-    """`graph(path, edit, text, seed, **loader inputs)`: a shipped graph that shows the edit's pictures, as a prompt."""
+    """`graph(path, edit, text, seed, **loader inputs)`: a shipped graph that shows the edit's images, as a prompt."""
 
     def make(path: Path, edit: Edit, text: str, seed: int = 1, **inputs: Any) -> Prompt:
         made = json.loads(path.read_text(encoding="utf-8"))
@@ -72,7 +72,7 @@ def graph(object_info: Any, loader: dict[str, Any], comfy_server: ComfyServer) -
                 Image.fromarray(shown[i]).save(comfy_server.base / "input" / name)
                 node["widgets_values"][0] = name
             else:
-                node["mode"] = 2  # muted: the third picture is left free
+                node["mode"] = 2  # muted: the third image is left free
         made = set_widgets(made, object_info, "QwenLowVRAMLoader", **loader | inputs)
         made = set_widgets(
             made, object_info, "QwenLowVRAMEncodeEditPrompt", positive=text, negative=" ", megapixels=0.0
@@ -85,9 +85,9 @@ def graph(object_info: Any, loader: dict[str, Any], comfy_server: ComfyServer) -
 
 def assert_edited(client: ComfyClient, prompt: Prompt, edit: Edit) -> dict[str, Any]:
     run = client.run(prompt)
-    picture = np.asarray(Image.open(io.BytesIO(client.image(run.images()[0]))).convert("RGB"))
+    image = np.asarray(Image.open(io.BytesIO(client.image(run.images()[0]))).convert("RGB"))
     shown, _ = paint_edit(edit, "server")
-    verdict = score_edit(picture, edit.target, shown[edit.kept])
+    verdict = score_edit(image, edit.target, shown[edit.kept])
     assert verdict.correct, verdict
     report: dict[str, Any] = run.ui("qwen_lowvram_report")[0]
     return report

@@ -29,13 +29,13 @@ EDIT, EDIT_2509, EDIT_2511 = "Qwen-Image-Edit", "Qwen-Image-Edit-2509", "Qwen-Im
 
 @pytest.fixture(scope="module")
 def photos(comfy_server: ComfyServer) -> list[str]:
-    """Upright, lying and upright pictures of the size that diffusers does not resample, and one of another size."""
+    """Upright, lying and upright images of the size that diffusers does not resample, and one of another size."""
     names = []
     for i, (width, height) in enumerate([(WIDTH, HEIGHT), (HEIGHT, WIDTH), (WIDTH, HEIGHT), (1000, 700)]):
         values = np.random.default_rng(i).integers(0, 255, (height // 7, width // 7, 3), dtype=np.uint8)
-        picture = Image.fromarray(values).resize((width, height), Image.Resampling.BILINEAR)
+        image = Image.fromarray(values).resize((width, height), Image.Resampling.BILINEAR)
         names.append(f"edit{i}.png")
-        picture.save(comfy_server.base / "input" / names[-1])
+        image.save(comfy_server.base / "input" / names[-1])
     return names
 
 
@@ -46,7 +46,7 @@ def opened(photos: list[str], comfy_server: ComfyServer) -> list[Image.Image]:
 
 @pytest.fixture
 def graph(full_pipeline: Path, photos: list[str], models_dir: Path) -> Callable[..., Prompt]:
-    """`graph(variant, 0, 1)` -> loader 1, edit prompt 2, sampler 4, decoder 5, saved latent 7, pictures 10 and on."""
+    """`graph(variant, 0, 1)` -> loader 1, edit prompt 2, sampler 4, decoder 5, saved latent 7, images 10 and on."""
 
     def make(variant: str, *shown: int, **inputs: Any) -> Prompt:
         loader = {
@@ -91,11 +91,11 @@ def latents(client: ComfyClient, comfy_server: ComfyServer) -> Callable[[Prompt]
 
 
 def reference(
-    pipeline: Any, pictures: Any, *, width: int = WIDTH, height: int = HEIGHT, steps: int = STEPS
+    pipeline: Any, images: Any, *, width: int = WIDTH, height: int = HEIGHT, steps: int = STEPS
 ) -> torch.Tensor:
     """The latents of diffusers' pipeline as ComfyUI has them."""
     made = pipeline(
-        image=pictures,
+        image=images,
         prompt=PROMPT,
         negative_prompt=NEGATIVE,
         true_cfg_scale=CFG,
@@ -123,9 +123,9 @@ def test_an_edit_has_the_latents_of_diffusers(
     full_pipeline: Path,
 ) -> None:
     ours = latents(graph(variant, *shown))
-    pictures = [opened[number] for number in shown]
+    images = [opened[number] for number in shown]
     pipeline = edit_plus_pipeline(full_pipeline, zero_cond_t=variant == EDIT_2511)
-    wanted = reference(pipeline, pictures, width=pictures[0].width, height=pictures[0].height)
+    wanted = reference(pipeline, images, width=images[0].width, height=images[0].height)
     assert ours.shape == wanted.shape
     assert wanted.std() > 0.5
     assert (ours - wanted).abs().max() < 1e-4
@@ -138,7 +138,7 @@ def test_an_edit_by_the_first_model_has_the_latents_of_diffusers(
     full_pipeline: Path,
     comfy_server: ComfyServer,
 ) -> None:
-    """At the real size of the picture, which nothing can change; the output is smaller."""
+    """At the real size of the image, which nothing can change; the output is smaller."""
     shown = opened[0].resize((FIRST_WIDTH, FIRST_HEIGHT), Image.Resampling.BILINEAR)
     shown.save(comfy_server.base / "input" / "first.png")
     prompt = graph(EDIT, 0, megapixels=1.0, width=WIDTH, height=HEIGHT)
@@ -150,9 +150,7 @@ def test_an_edit_by_the_first_model_has_the_latents_of_diffusers(
     assert (ours - wanted).abs().max() < 1e-4
 
 
-def test_pictures_change_the_result_each(
-    graph: Callable[..., Prompt], latents: Callable[[Prompt], torch.Tensor]
-) -> None:
+def test_images_change_the_result_each(graph: Callable[..., Prompt], latents: Callable[[Prompt], torch.Tensor]) -> None:
     results = [latents(graph(EDIT_2509, *shown)) for shown in ([0], [2], [0, 1], [0, 2])]
     results.append(latents(graph(EDIT_2511, 0)))
     for i, one in enumerate(results):
@@ -160,7 +158,7 @@ def test_pictures_change_the_result_each(
             assert (one - other).abs().mean() > 1e-3
 
 
-def test_a_picture_of_any_size_comes_out_on_the_grid_that_the_node_tells(
+def test_an_image_of_any_size_comes_out_on_the_grid_that_the_node_tells(
     client: ComfyClient, graph: Callable[..., Prompt]
 ) -> None:
     run = client.run(graph(EDIT_2509, 3, megapixels=0.05))
@@ -169,7 +167,7 @@ def test_a_picture_of_any_size_comes_out_on_the_grid_that_the_node_tells(
     assert Image.open(io.BytesIO(client.image(saved))).size == (288, 192)
 
 
-def test_without_a_picture_it_draws(client: ComfyClient, graph: Callable[..., Prompt]) -> None:
+def test_without_an_image_it_draws(client: ComfyClient, graph: Callable[..., Prompt]) -> None:
     run = client.run(graph(EDIT_2509, width=96, height=64))
     assert run.ui("text") == ["output 96x64"]
     assert run.images()
@@ -178,10 +176,10 @@ def test_without_a_picture_it_draws(client: ComfyClient, graph: Callable[..., Pr
 # ComfyUI's own nodes
 
 
-def native(prompt: Prompt, node: str, *pictures: str) -> Prompt:
+def native(prompt: Prompt, node: str, *images: str) -> Prompt:
     """The graph with ComfyUI's text node for each prompt, an empty latent of 224x672 and KSampler."""
     names = ["image"] if node == "TextEncodeQwenImageEdit" else ["image1", "image2", "image3"]
-    shown = {name: [picture, 0] for name, picture in zip(names, pictures, strict=False)}
+    shown = {name: [image, 0] for name, image in zip(names, images, strict=False)}
     own = {"clip": ["1", 1], "vae": ["1", 2], **shown}
     size = {"width": WIDTH, "height": HEIGHT, "batch_size": 1}
     sample = {
@@ -207,7 +205,7 @@ def test_comfyuis_text_nodes_edit_with_our_models(
     (saved,) = run.outputs["6"]["images"]
     assert Image.open(io.BytesIO(client.image(saved))).size == (WIDTH, HEIGHT)
     # 1000x700 becomes 1224x856 or 1224x857 there, which no patches cover
-    assert "A reference picture of 1224x856 px is no multiple of 16" in comfy_server.log[logged:]
+    assert "A reference image of 1224x856 px is no multiple of 16" in comfy_server.log[logged:]
 
 
 def test_our_node_conditions_comfyuis_samplers(
@@ -223,7 +221,7 @@ def test_our_node_conditions_comfyuis_samplers(
 # bad input
 
 
-def test_an_edit_model_without_a_picture_in_a_text_graph_names_the_node_to_use(
+def test_an_edit_model_without_an_image_in_a_text_graph_names_the_node_to_use(
     client: ComfyClient, graph: Callable[..., Prompt]
 ) -> None:
     texts = {"clip": ["1", 1], "positive": PROMPT, "negative": NEGATIVE}
@@ -236,19 +234,19 @@ def test_an_edit_model_without_a_picture_in_a_text_graph_names_the_node_to_use(
         client.run(with_inputs(prompt, "4", latent_image=["3", 0]))
 
 
-def test_comfyuis_text_node_without_a_picture_is_refused_too(client: ComfyClient, graph: Callable[..., Prompt]) -> None:
+def test_comfyuis_text_node_without_an_image_is_refused_too(client: ComfyClient, graph: Callable[..., Prompt]) -> None:
     with pytest.raises(ExecutionFailed, match=r"shows it none(.|\n)*'Encode Edit Prompt \(low VRAM\)'"):
         client.run(native(graph(EDIT_2509), "TextEncodeQwenImageEditPlus"))
 
 
-def test_a_text_model_that_is_shown_a_picture_is_warned_of(
+def test_a_text_model_that_is_shown_an_image_is_warned_of(
     client: ComfyClient, comfy_server: ComfyServer, graph: Callable[..., Prompt]
 ) -> None:
     logged = len(comfy_server.log)
     run = client.run(graph("Qwen-Image", 0, megapixels=0.01))
     assert run.images()
-    assert any(b"Qwen-Image is shown a picture to change" in message for message in run.previews)
-    assert "Qwen-Image is shown a picture to change, which it was not trained for" in comfy_server.log[logged:]
+    assert any(b"Qwen-Image is shown an image to change" in message for message in run.previews)
+    assert "Qwen-Image is shown an image to change, which it was not trained for" in comfy_server.log[logged:]
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "L", "P"])
@@ -259,26 +257,26 @@ def test_a_file_of_any_kind_is_edited_as_its_colours_alone(
     opened: list[Image.Image],
     comfy_server: ComfyServer,
 ) -> None:
-    """Load Image drops transparency and repeats grey; it rounds grey otherwise than the converted picture."""
+    """Load Image drops transparency and repeats grey; it rounds grey otherwise than the converted image."""
     shown = opened[0].resize((96, 128)).convert(mode)
     if mode == "RGBA":
         shown.putalpha(Image.linear_gradient("L").resize(shown.size))
     results = []
-    for name, picture in ((f"{mode}.png", shown), (f"{mode}-plain.png", shown.convert("RGB"))):
-        picture.save(comfy_server.base / "input" / name)
+    for name, image in ((f"{mode}.png", shown), (f"{mode}-plain.png", shown.convert("RGB"))):
+        image.save(comfy_server.base / "input" / name)
         results.append(latents(with_inputs(graph(EDIT_2509, 0, megapixels=0.0), "10", image=name)))
     difference = (results[0] - results[1]).abs()
     assert difference.mean() < (0.02 * results[1].std() if mode == "L" else 1e-6)
 
 
-def test_a_transparent_picture_and_a_batch_of_four_are_named(client: ComfyClient, graph: Callable[..., Prompt]) -> None:
+def test_a_transparent_image_and_a_batch_of_four_are_named(client: ComfyClient, graph: Callable[..., Prompt]) -> None:
     mask = ("SolidMask", {"value": 1.0, "width": 1000, "height": 700})
     joined = ("JoinImageWithAlpha", {"image": ["10", 0], "alpha": ["30", 0]})
     clear = changed(graph(EDIT_2509, 3, image1=["31", 0]), n30=mask, n31=joined)
     with pytest.raises(ExecutionFailed, match=r"Picture 1 \(1000x700 px\) has 4 channels, with transparency"):
         client.run(clear)
     four = changed(graph(EDIT_2509, 3, image1=["31", 0]), n31=("RepeatImageBatch", {"image": ["10", 0], "amount": 4}))
-    with pytest.raises(ExecutionFailed, match="Picture 1 is a batch of 4 pictures; one is needed"):
+    with pytest.raises(ExecutionFailed, match="Picture 1 is a batch of 4 images; one is needed"):
         client.run(four)
     tiny = changed(
         graph(EDIT_2509, image1=["31", 0]),
@@ -299,6 +297,6 @@ def test_a_shipped_edit_graph_runs(
     graph = set_widgets(graph, object_info, "LoadImage", image=photos[0])
     graph = set_widgets(graph, object_info, "QwenLowVRAMSample", steps=2, seed=SEED)
     run = client.run(to_prompt(graph, object_info))
-    picture = Image.open(io.BytesIO(client.image(run.images()[0])))
-    assert picture.size == (WIDTH, HEIGHT)
+    image = Image.open(io.BytesIO(client.image(run.images()[0])))
+    assert image.size == (WIDTH, HEIGHT)
     assert run.ui("qwen_lowvram_report")[0]["plan"]["request"]["reference_tokens"] > 0

@@ -1,4 +1,4 @@
-"""What the picture shows, asked of the trained miniature through the real server: facts with a right answer."""
+"""What the image shows, asked of the trained miniature through the real server: facts with a right answer."""
 
 import io
 import random
@@ -26,7 +26,7 @@ from .graphs import (
     changed,
     with_inputs,
     workflow,
-    workflow_from_picture,
+    workflow_from_image,
 )
 
 MINIATURE = Path(__file__).parents[2] / "miniature"
@@ -61,8 +61,8 @@ def prompt_of(path: Path, object_info: Any, loader: dict[str, Any], scene: Scene
 
 def assert_shows(client: ComfyClient, prompt: dict[str, Any], scene: Scene) -> dict[str, Any]:
     run = client.run(prompt)
-    picture = np.asarray(Image.open(io.BytesIO(client.image(run.images()[0]))).convert("RGB"))
-    verdict = score(picture, scene)
+    image = np.asarray(Image.open(io.BytesIO(client.image(run.images()[0]))).convert("RGB"))
+    verdict = score(image, scene)
     assert verdict.correct, verdict
     report: dict[str, Any] = run.ui("qwen_lowvram_report")[0]
     return report
@@ -169,30 +169,30 @@ def test_weights_quantized_on_load_show_it(
     shutil.rmtree(models_dir / "qwen_lowvram")  # other tests count what lies there
 
 
-# from a picture
+# from an image
 
 
 CIRCLE, SQUARE = Item("circle", "red", "large"), Item("square", "blue", "large")
 ONE, BOTH = Scene("white", (CIRCLE,), "left"), Scene("white", (CIRCLE, SQUARE), "left")
-HALF = 64  # of the picture's width
+HALF = 64  # of the image's width
 
 
 @pytest.fixture
 def start(comfy_server: ComfyServer) -> np.ndarray:
     """A circle in the left half; "circle.png" has the right half painted over in the MaskEditor, "half.png" lacks
     it."""
-    picture = paint(ONE, random.Random(0))
+    image = paint(ONE, random.Random(0))
     alpha = np.full((128, 128, 1), 255, dtype=np.uint8)
     alpha[:, HALF + 4 :] = 0
-    Image.fromarray(np.concatenate([picture, alpha], axis=2)).save(comfy_server.base / "input" / "circle.png")
-    Image.fromarray(picture[:, :HALF]).save(comfy_server.base / "input" / "half.png")
-    return picture
+    Image.fromarray(np.concatenate([image, alpha], axis=2)).save(comfy_server.base / "input" / "circle.png")
+    Image.fromarray(image[:, :HALF]).save(comfy_server.base / "input" / "half.png")
+    return image
 
 
-def from_picture(path: Path, object_info: Any, loader: dict[str, Any], picture: str, scene: Scene) -> dict[str, Any]:
+def from_image(path: Path, object_info: Any, loader: dict[str, Any], image: str, scene: Scene) -> dict[str, Any]:
     prompts = {"positive": caption(scene, "en", random.Random(0)), "negative": " "}
     sample = {"seed": 1, "steps": 20, "cfg": 4.0}
-    return workflow_from_picture(path, object_info, loader, picture, prompts=prompts, sample=sample)
+    return workflow_from_image(path, object_info, loader, image, prompts=prompts, sample=sample)
 
 
 def shown(client: ComfyClient, prompt: dict[str, Any]) -> np.ndarray:
@@ -200,17 +200,17 @@ def shown(client: ComfyClient, prompt: dict[str, Any]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("sampler", ["Sample", "KSampler"])
-@pytest.mark.parametrize(("path", "picture"), [(INPAINT, "circle.png"), (OUTPAINT, "half.png")], ids=str)
+@pytest.mark.parametrize(("path", "image"), [(INPAINT, "circle.png"), (OUTPAINT, "half.png")], ids=str)
 def test_a_shape_is_drawn_into_the_part_that_is_made_anew_and_the_rest_stays(
     path: Path,
-    picture: str,
+    image: str,
     sampler: str,
     client: ComfyClient,
     object_info: Any,
     loader: dict[str, Any],
     start: np.ndarray,
 ) -> None:
-    prompt = from_picture(path, object_info, loader, picture, BOTH)
+    prompt = from_image(path, object_info, loader, image, BOTH)
     if sampler == "KSampler":
         own = ("sampler", "scheduler", "norm_rescale", "preset")
         kept = {name: value for name, value in prompt["4"]["inputs"].items() if name not in own}
@@ -226,15 +226,15 @@ def test_a_shape_is_drawn_into_the_part_that_is_made_anew_and_the_rest_stays(
 def test_image_to_image_keeps_the_size_and_place_of_a_shape_and_takes_the_colour_of_the_prompt(
     size: str, client: ComfyClient, comfy_server: ComfyServer, object_info: Any, loader: dict[str, Any]
 ) -> None:
-    blue = Scene("white", (Item("circle", "blue", None),), "left")  # of which size, only the picture says
+    blue = Scene("white", (Item("circle", "blue", None),), "left")  # of which size, only the image says
     seen = []
     for chance in range(2):
-        picture = paint(Scene("white", (Item("circle", "red", size),), "left"), random.Random(chance))
-        Image.fromarray(picture).save(comfy_server.base / "input" / f"{size}{chance}.png")
-        made = shown(client, from_picture(IMAGE_TO_IMAGE, object_info, loader, f"{size}{chance}.png", blue))
+        image = paint(Scene("white", (Item("circle", "red", size),), "left"), random.Random(chance))
+        Image.fromarray(image).save(comfy_server.base / "input" / f"{size}{chance}.png")
+        made = shown(client, from_image(IMAGE_TO_IMAGE, object_info, loader, f"{size}{chance}.png", blue))
         verdict = score(made, blue)
         assert verdict.correct, verdict
-        ((found,), (given,)) = verdict.found, score(picture, blue).found
+        ((found,), (given,)) = verdict.found, score(image, blue).found
         assert found.size == given.size == size
         assert abs(found.x - given.x) < 0.015
         assert abs(found.y - given.y) < 0.015

@@ -1,4 +1,4 @@
-"""Files in further weight formats through the real server: the picture is that of their decoded weights."""
+"""Files in further weight formats through the real server: the image is that of their decoded weights."""
 
 import io
 import json
@@ -52,12 +52,12 @@ def prompt_of(object_info: Mapping[str, Any], loader: Mapping[str, str]) -> dict
     return to_prompt(graph, object_info)
 
 
-def picture(client: ComfyClient, prompt: Mapping[str, Any]) -> np.ndarray:
+def made_image(client: ComfyClient, prompt: Mapping[str, Any]) -> np.ndarray:
     (image,) = client.run(prompt).images()
     return np.asarray(Image.open(io.BytesIO(client.image(image))).convert("RGB")).astype(int)
 
 
-def diffusers_picture(pipeline: QwenImagePipeline) -> np.ndarray:
+def diffusers_image(pipeline: QwenImagePipeline) -> np.ndarray:
     image = pipeline(
         PROMPT,
         negative_prompt=NEGATIVE,
@@ -71,14 +71,14 @@ def diffusers_picture(pipeline: QwenImagePipeline) -> np.ndarray:
     return (255 * image).clip(0, 255).astype(np.uint8).astype(int)
 
 
-def test_gguf_files_make_the_picture_of_their_decoded_weights(
+def test_gguf_files_make_the_image_of_their_decoded_weights(
     client: ComfyClient,
     object_info: dict[str, Any],
     models_dir: Path,
     full_pipeline: Path,
     files_in_place: dict[str, str],
 ) -> None:
-    ours = picture(client, prompt_of(object_info, files_in_place))
+    ours = made_image(client, prompt_of(object_info, files_in_place))
     pipeline = QwenImagePipeline.from_pretrained(full_pipeline)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.transformer.load_state_dict(read_gguf(models_dir / "diffusion_models" / files_in_place["transformer"]))
@@ -90,12 +90,12 @@ def test_gguf_files_make_the_picture_of_their_decoded_weights(
     assert not stored
     for parameter in pipeline.vae.parameters():  # split VAE files are bf16
         parameter.data = parameter.data.bfloat16().float()
-    assert np.abs(ours - diffusers_picture(pipeline)).max() <= 1
+    assert np.abs(ours - diffusers_image(pipeline)).max() <= 1
     assert ours.std() > 10
 
 
 @pytest.mark.parametrize("double", [False, True])
-def test_a_folder_quantized_by_bitsandbytes_makes_the_picture_of_its_decoded_weights(
+def test_a_folder_quantized_by_bitsandbytes_makes_the_image_of_its_decoded_weights(
     double: bool, client: ComfyClient, object_info: dict[str, Any], models_dir: Path, full_pipeline: Path
 ) -> None:
     name = f"quantized_{'doubly' if double else 'once'}"
@@ -108,16 +108,16 @@ def test_a_folder_quantized_by_bitsandbytes_makes_the_picture_of_its_decoded_wei
     )
     own = "from the folder"
     loader = {"transformer": f"{name} (folder)", "text_encoder": own, "vae": own, "dtype": "fp32"}
-    ours = picture(client, prompt_of(object_info, loader))
+    ours = made_image(client, prompt_of(object_info, loader))
     pipeline = QwenImagePipeline.from_pretrained(full_pipeline)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.transformer.load_state_dict(dequantized(transformer))
     pipeline.text_encoder.load_state_dict(dequantized(text_encoder))
-    assert np.abs(ours - diffusers_picture(pipeline)).max() <= 1
+    assert np.abs(ours - diffusers_image(pipeline)).max() <= 1
 
 
 @pytest.mark.parametrize("kind", ["fp8mixed", "int8_convrot"])
-def test_files_that_comfyui_quantized_make_the_picture_of_their_decoded_weights(
+def test_files_that_comfyui_quantized_make_the_image_of_their_decoded_weights(
     kind: str, client: ComfyClient, object_info: dict[str, Any], models_dir: Path, full_pipeline: Path
 ) -> None:
     files = write_split_files(full_pipeline, models_dir, dtype=kind, text_dtype=kind)
@@ -127,7 +127,7 @@ def test_files_that_comfyui_quantized_make_the_picture_of_their_decoded_weights(
         "vae": files.vae,
         "dtype": "fp32",
     }
-    ours = picture(client, prompt_of(object_info, loader))
+    ours = made_image(client, prompt_of(object_info, loader))
     pipeline = QwenImagePipeline.from_pretrained(full_pipeline)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.transformer.load_state_dict(read_dequantized(models_dir / "diffusion_models" / files.transformer))
@@ -138,11 +138,11 @@ def test_files_that_comfyui_quantized_make_the_picture_of_their_decoded_weights(
     assert not stored
     for parameter in pipeline.vae.parameters():  # split VAE files are bf16
         parameter.data = parameter.data.bfloat16().float()
-    assert np.abs(ours - diffusers_picture(pipeline)).max() <= 1
+    assert np.abs(ours - diffusers_image(pipeline)).max() <= 1
     assert ours.std() > 10
 
 
-def test_a_file_of_nunchakus_makes_the_picture_of_its_formula(
+def test_a_file_of_nunchakus_makes_the_image_of_its_formula(
     client: ComfyClient,
     object_info: dict[str, Any],
     models_dir: Path,
@@ -157,8 +157,8 @@ def test_a_file_of_nunchakus_makes_the_picture_of_its_formula(
     pipeline.transformer = model
     split = write_split_files(full_pipeline, models_dir, dtype="fp32")
     loader = {"transformer": file.name, "text_encoder": split.text_encoder, "vae": split.vae, "dtype": "fp32"}
-    ours = picture(client, prompt_of(object_info, loader))
-    assert np.abs(ours - diffusers_picture(pipeline)).max() <= 1
+    ours = made_image(client, prompt_of(object_info, loader))
+    assert np.abs(ours - diffusers_image(pipeline)).max() <= 1
     assert ours.std() > 10
 
 

@@ -26,7 +26,7 @@ from .graphs import (
     Prompt,
     changed,
     with_inputs,
-    workflow_from_picture,
+    workflow_from_image,
 )
 
 PROMPT, NEGATIVE = "a red circle", "blurry"
@@ -59,15 +59,15 @@ def block_mask(size: tuple[int, int]) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def shown(comfy_server: ComfyServer) -> dict[str, Image.Image]:
-    """Pictures and masks by file name, in the server's input folder."""
+    """Images and masks by file name, in the server's input folder."""
     made = {
         "start.png": smooth(SIZE, 0),
         "start mask.png": block_mask(SIZE),
         "edit start.png": smooth((FIRST_WIDTH, FIRST_HEIGHT), 1),
         "edit mask.png": block_mask((FIRST_WIDTH, FIRST_HEIGHT)),
     }
-    for name, picture in made.items():
-        picture.save(comfy_server.base / "input" / name)
+    for name, image in made.items():
+        image.save(comfy_server.base / "input" / name)
     return made
 
 
@@ -178,7 +178,7 @@ def test_inpainting_with_an_edit_model_has_the_latents_of_diffusers(
         "clip": ["1", 1], "vae": ["1", 2], "positive": PROMPT, "negative": NEGATIVE, "width": 0, "height": 0,
         "megapixels": 1.0, "batch_size": 1, "variant": "auto", "image1": ["10", 0],
     }  # fmt: skip
-    prompt = graph(**steps_and_denoise(4, 0.5), latent_image=["13", 0], cfg=1.0)  # pictures of a megapixel take long
+    prompt = graph(**steps_and_denoise(4, 0.5), latent_image=["13", 0], cfg=1.0)  # images of a megapixel take long
     prompt = with_inputs(prompt, "1", variant="Qwen-Image-Edit")
     prompt = with_inputs(with_inputs(prompt, "10", image="edit start.png"), "12", image="edit mask.png")
     ours = latents(changed(prompt, n2=("QwenLowVRAMEncodeEditPrompt", edit)))
@@ -199,21 +199,21 @@ def test_inpainting_with_an_edit_model_has_the_latents_of_diffusers(
 
 
 PHOTO = (200, 150)
-# of the picture's right, in its own pixels; the graph's mask ends well before STAYS
+# of the image's right, in its own pixels; the graph's mask ends well before STAYS
 PAINTED, STAYS = (slice(40, 100), slice(140, 190)), 125
 
 
 @pytest.fixture(scope="module")
 def photo(comfy_server: ComfyServer) -> np.ndarray:
-    """A picture whose sides are no multiples of 16, as "photo.png" and, with a mask as the MaskEditor saves it, as
+    """An image whose sides are no multiples of 16, as "photo.png" and, with a mask as the MaskEditor saves it, as
     "painted.png"."""
-    picture = smooth(PHOTO, 2)
-    picture.save(comfy_server.base / "input" / "photo.png")
+    image = smooth(PHOTO, 2)
+    image.save(comfy_server.base / "input" / "photo.png")
     alpha = np.full(PHOTO[::-1], 255, dtype=np.uint8)
     alpha[PAINTED] = 0
-    picture.putalpha(Image.fromarray(alpha))
-    picture.save(comfy_server.base / "input" / "painted.png")
-    return np.asarray(picture.convert("RGB")).astype(int)
+    image.putalpha(Image.fromarray(alpha))
+    image.save(comfy_server.base / "input" / "painted.png")
+    return np.asarray(image.convert("RGB")).astype(int)
 
 
 @pytest.fixture
@@ -221,14 +221,14 @@ def shipped(object_info: dict[str, Any], full_pipeline: Path, models_dir: Path) 
     folder = {"transformer": f"{full_pipeline.name} (folder)", "text_encoder": FOLDER, "vae": FOLDER, "dtype": "fp32"}
     prompts = {"positive": PROMPT, "negative": NEGATIVE}
 
-    def make(path: Path, picture: str) -> Prompt:
+    def make(path: Path, image: str) -> Prompt:
         sample = {"seed": SEED, "steps": 2}
-        return workflow_from_picture(path, object_info, folder, picture, prompts=prompts, sample=sample)
+        return workflow_from_image(path, object_info, folder, image, prompts=prompts, sample=sample)
 
     return make
 
 
-def picture_of(client: ComfyClient, prompt: Prompt) -> np.ndarray:
+def image_of(client: ComfyClient, prompt: Prompt) -> np.ndarray:
     (image,) = client.run(prompt).images()
     return np.asarray(Image.open(io.BytesIO(client.image(image))).convert("RGB")).astype(int)
 
@@ -236,7 +236,7 @@ def picture_of(client: ComfyClient, prompt: Prompt) -> np.ndarray:
 def test_the_inpaint_graph_leaves_every_pixel_outside_its_mask_as_it_was(
     client: ComfyClient, shipped: Callable[..., Prompt], photo: np.ndarray
 ) -> None:
-    made = picture_of(client, shipped(INPAINT, "painted.png"))
+    made = image_of(client, shipped(INPAINT, "painted.png"))
     assert made.shape == photo.shape
     assert (made[:, :STAYS] == photo[:, :STAYS]).all()
     assert (made[120:] == photo[120:]).all()
@@ -245,28 +245,28 @@ def test_the_inpaint_graph_leaves_every_pixel_outside_its_mask_as_it_was(
 
 def test_all_that_was_painted_is_new(client: ComfyClient, shipped: Callable[..., Prompt], photo: np.ndarray) -> None:
     prompt = shipped(INPAINT, "painted.png")
-    # another picture instead of the decoded one: where the mask is 1, nothing else is left
+    # another image instead of the decoded one: where the mask is 1, nothing else is left
     black = ("EmptyImage", {"width": 64, "height": 64, "batch_size": 1, "color": 0})
-    made = picture_of(client, with_inputs(changed(prompt, n30=black), "19", source=["30", 0]))
+    made = image_of(client, with_inputs(changed(prompt, n30=black), "19", source=["30", 0]))
     assert made[PAINTED].max() == 0
     assert (made[:, :STAYS] == photo[:, :STAYS]).all()
 
 
-def test_the_outpaint_graph_adds_to_a_picture_that_stays(
+def test_the_outpaint_graph_adds_to_an_image_that_stays(
     client: ComfyClient, shipped: Callable[..., Prompt], photo: np.ndarray
 ) -> None:
-    made = picture_of(client, shipped(OUTPAINT, "photo.png"))
+    made = image_of(client, shipped(OUTPAINT, "photo.png"))
     assert made.shape == (PHOTO[1], PHOTO[0] + 64, 3)
     inside = PHOTO[0] - 4
     assert (made[:, :inside] == photo[:, :inside]).all()
     assert made[:, PHOTO[0] :].std() > 10  # grey before
 
 
-def test_the_image_to_image_graph_follows_its_picture_by_denoise(
+def test_the_image_to_image_graph_follows_its_image_by_denoise(
     client: ComfyClient, shipped: Callable[..., Prompt], photo: np.ndarray
 ) -> None:
     prompt = shipped(IMAGE_TO_IMAGE, "photo.png")
-    results = [picture_of(client, with_inputs(prompt, "4", denoise=denoise)) for denoise in (0.05, 0.5, 1.0)]
+    results = [image_of(client, with_inputs(prompt, "4", denoise=denoise)) for denoise in (0.05, 0.5, 1.0)]
     assert results[0].shape == (112, 144, 3)
     changes = [np.abs(result - results[0]).mean() for result in results[1:]]
     assert 1 < changes[0] < changes[1]
@@ -283,6 +283,6 @@ def test_a_photo_that_was_not_scaled_keeps_its_size_and_the_log_says_so(
     client: ComfyClient, comfy_server: ComfyServer, shipped: Callable[..., Prompt], photo: np.ndarray
 ) -> None:
     logged = len(comfy_server.log)
-    result = picture_of(client, with_inputs(shipped(IMAGE_TO_IMAGE, "photo.png"), "12", pixels=["10", 0]))
+    result = image_of(client, with_inputs(shipped(IMAGE_TO_IMAGE, "photo.png"), "12", pixels=["10", 0]))
     assert result.shape == (144, 200, 3)
-    assert "A picture of 200x144 px is no multiple of 16" in comfy_server.log[logged:]
+    assert "An image of 200x144 px is no multiple of 16" in comfy_server.log[logged:]

@@ -24,7 +24,7 @@ def pack(tmp_path: Path) -> Path:
     return Path(shutil.copytree(REPOSITORY, tmp_path / "pack" / PACK_NAME, ignore=parts))
 
 
-def picture(client: ComfyClient, prompt: dict[str, Any]) -> np.ndarray:
+def made_image(client: ComfyClient, prompt: dict[str, Any]) -> np.ndarray:
     (image,) = client.run(prompt).images()
     return np.asarray(Image.open(io.BytesIO(client.image(image))).convert("RGB")).astype(int)
 
@@ -55,20 +55,22 @@ def test_after_a_restart_a_known_prompt_reads_no_weight_of_the_encoder(
             size={"width": 112, "height": 80, "batch_size": 1},
             sample={"seed": 5, "steps": 2},
         )
-        expected = picture(client, prompt)
+        expected = made_image(client, prompt)
         assert "prompts read from" not in server.log
         assert len(list(prompts.iterdir())) == 2
     lose_weights(tmp_path / "models" / "text_encoders" / names.text_encoder)
     with server:
-        assert np.array_equal(picture(client, prompt), expected)
+        assert np.array_equal(made_image(client, prompt), expected)
         assert f"2 of 2 prompts read from {prompts}" in server.log
         # ComfyUI's own text nodes find the same entries
         texts = {"n7": "a red circle", "n8": "blurry"}
         nodes = {node: ("CLIPTextEncode", {"clip": ["1", 1], "text": text}) for node, text in texts.items()}
         own = with_inputs(changed(prompt, "2", **nodes), "4", positive=["7", 0], negative=["8", 0])
-        assert np.array_equal(picture(client, own), expected)
+        assert np.array_equal(made_image(client, own), expected)
         # the weights are lost indeed: new prompts are all the same to the encoder
-        red, blue = (picture(client, with_inputs(prompt, "2", positive=f"a {word} square")) for word in ("red", "blue"))
+        red, blue = (
+            made_image(client, with_inputs(prompt, "2", positive=f"a {word} square")) for word in ("red", "blue")
+        )
         assert np.array_equal(red, blue)
         assert not np.array_equal(red, expected)
         assert "removed prompts: 4, " in client.post("/qwen_lowvram/clear", {"clear": "prompts"})["text"]

@@ -27,8 +27,8 @@ LAYERS, STEPS, SEED, CFG = 3, 3, 5, 4.0
 @pytest.fixture(scope="module")
 def photo(comfy_server: ComfyServer) -> str:
     values = np.random.default_rng(0).integers(0, 255, (HEIGHT // 8, WIDTH // 8, 3), dtype=np.uint8)
-    picture = Image.fromarray(values).resize((WIDTH, HEIGHT), Image.Resampling.BILINEAR)
-    picture.save(comfy_server.base / "input" / "layered.png")
+    image = Image.fromarray(values).resize((WIDTH, HEIGHT), Image.Resampling.BILINEAR)
+    image.save(comfy_server.base / "input" / "layered.png")
     return "layered.png"
 
 
@@ -103,16 +103,16 @@ def graph(blueprint: Prompt, files: SplitFiles, layered_pipeline: Path, photo: s
 
 @pytest.fixture
 def saved(client: ComfyClient, comfy_server: ComfyServer) -> Callable[[Prompt], tuple[torch.Tensor, torch.Tensor]]:
-    """`saved(prompt)` -> the latents that its node 9 saves, and the pictures of its node 60 in 0..1."""
+    """`saved(prompt)` -> the latents that its node 9 saves, and the images of its node 60 in 0..1."""
 
     def run(prompt: Prompt) -> tuple[torch.Tensor, torch.Tensor]:
         outputs = client.run(prompt).outputs
         (latent,) = outputs["9"]["latents"]
         file = comfy_server.base / "output" / latent["subfolder"] / latent["filename"]
         opened = [Image.open(io.BytesIO(client.image(image))) for image in outputs["60"]["images"]]
-        assert {picture.mode for picture in opened} == {"RGBA"}
-        pictures = torch.stack([torch.from_numpy(np.array(picture)) for picture in opened])
-        return load_file(file)["latent_tensor"], pictures.float() / 255
+        assert {image.mode for image in opened} == {"RGBA"}
+        images = torch.stack([torch.from_numpy(np.array(image)) for image in opened])
+        return load_file(file)["latent_tensor"], images.float() / 255
 
     return run
 
@@ -126,7 +126,7 @@ def test_the_layers_are_those_of_diffusers(
     layered_pipeline: Path,
     photo: str,
 ) -> None:
-    latents, pictures = saved(graph(folder=folder, sampler="ours"))
+    latents, images = saved(graph(folder=folder, sampler="ours"))
     shape = (1, 16, LAYERS + 1, HEIGHT // 8, WIDTH // 8)
     made, layers = layered_reference(
         layered_pipeline,
@@ -142,19 +142,19 @@ def test_the_layers_are_those_of_diffusers(
     assert latents.shape == shape
     assert wanted.std() > 0.5
     assert (latents - wanted).abs().max() < 1e-4
-    assert pictures[1:].shape == layers.shape == (LAYERS, HEIGHT, WIDTH, 4)
-    assert (pictures[1:] - layers).abs().max() < 1.01 / 255
+    assert images[1:].shape == layers.shape == (LAYERS, HEIGHT, WIDTH, 4)
+    assert (images[1:] - layers).abs().max() < 1.01 / 255
 
 
 def test_comfyuis_own_graph_runs_with_our_models_and_our_decoder_needs_no_cut(
     client: ComfyClient, graph: Callable[..., Prompt], saved: Callable[[Prompt], tuple[torch.Tensor, torch.Tensor]]
 ) -> None:
-    latents, pictures = saved(graph())
+    latents, images = saved(graph())
     assert latents.shape[2] == LAYERS + 1
-    assert pictures.std() > 0.01
+    assert images.std() > 0.01
     decode = ("QwenLowVRAMDecode", {"samples": ["3", 0], "vae": ["1", 2], "tile_size": 64})
     _, own = saved(changed(graph(), n8=decode))
-    assert (own - pictures).abs().max() < 1.01 / 255
+    assert (own - images).abs().max() < 1.01 / 255
 
 
 def test_text_alone_makes_layers_too(graph: Callable[..., Prompt], client: ComfyClient) -> None:
@@ -162,7 +162,7 @@ def test_text_alone_makes_layers_too(graph: Callable[..., Prompt], client: Comfy
     assert len(client.run(prompt).outputs["60"]["images"]) == LAYERS + 1
 
 
-def test_a_picture_of_any_size_is_taken_apart(
+def test_an_image_of_any_size_is_taken_apart(
     client: ComfyClient, comfy_server: ComfyServer, graph: Callable[..., Prompt]
 ) -> None:
     Image.linear_gradient("L").resize((150, 90)).convert("RGB").save(comfy_server.base / "input" / "any.png")
@@ -170,7 +170,7 @@ def test_a_picture_of_any_size_is_taken_apart(
     run = client.run(with_inputs(graph(), "74", image="any.png"))
     (first, *_) = run.outputs["60"]["images"]
     assert Image.open(io.BytesIO(client.image(first))).size == (144, 88)
-    assert "A picture of 144x88 px is no multiple of 16" in comfy_server.log[logged:]
+    assert "An image of 144x88 px is no multiple of 16" in comfy_server.log[logged:]
 
 
 @pytest.mark.parametrize("path", LAYERED, ids=lambda path: path.stem)
@@ -190,8 +190,8 @@ def test_the_shipped_graph_runs(
     request = run.ui("qwen_lowvram_report")[0]["plan"]["request"]
     width, height = request["width"], request["height"]
     assert (width % 32, height % 32, request["frames"]) == (0, 0, 5)
-    pictures = [Image.open(io.BytesIO(client.image(image))) for image in run.images()]
-    assert [(picture.size, picture.mode) for picture in pictures] == [((width, height), "RGBA")] * 5
+    images = [Image.open(io.BytesIO(client.image(image))) for image in run.images()]
+    assert [(image.size, image.mode) for image in images] == [((width, height), "RGBA")] * 5
 
 
 # bad input
@@ -216,5 +216,5 @@ def test_graphs_for_the_other_kind_of_model_are_refused(
     with pytest.raises(ExecutionFailed, match="makes layers, and this graph's latent has none"):
         client.run(changed(graph(), n83=("EmptySD3LatentImage", size)))
     plain = split_files["bf16"]
-    with pytest.raises(ExecutionFailed, match=rf"The latent has {LAYERS + 1} frames, and Qwen-Image makes one picture"):
+    with pytest.raises(ExecutionFailed, match=rf"The latent has {LAYERS + 1} frames, and Qwen-Image makes one image"):
         client.run(changed(graph(), n1=loader(plain.transformer, plain.text_encoder, plain.vae)))

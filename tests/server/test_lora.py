@@ -25,7 +25,7 @@ def prompt_of(path: Path, object_info: Any, loader: dict[str, Any]) -> dict[str,
     return workflow(path, object_info, loader, prompts=PROMPTS, size=SIZE, sample={"seed": 3})
 
 
-def picture(client: ComfyClient, prompt: dict[str, Any]) -> tuple[np.ndarray[Any, Any], dict[str, Any]]:
+def made_image(client: ComfyClient, prompt: dict[str, Any]) -> tuple[np.ndarray[Any, Any], dict[str, Any]]:
     run = client.run(prompt)
     pixels = np.asarray(Image.open(io.BytesIO(client.image(run.images()[0]))).convert("RGB"), np.int16)
     return pixels, run.ui("qwen_lowvram_report")[0]
@@ -35,27 +35,27 @@ def picture(client: ComfyClient, prompt: dict[str, Any]) -> tuple[np.ndarray[Any
 def test_a_lightning_graph_takes_eight_steps_without_guidance(
     client: ComfyClient, object_info: Any, loader: dict[str, Any], lora: str, path: Path
 ) -> None:
-    shown, report = picture(client, prompt_of(path, object_info, loader))
+    shown, report = made_image(client, prompt_of(path, object_info, loader))
     assert report["steps"] == report["passes"] == 8
     assert report["plan"]["request"]["branches"] == 1
     assert shown.std() > 5
 
 
-def test_our_lora_and_comfyuis_make_one_picture(
+def test_our_lora_and_comfyuis_make_one_image(
     client: ComfyClient, object_info: Any, loader: dict[str, Any], lora: str
 ) -> None:
     ours = prompt_of(LIGHTNING[0], object_info, loader)
-    shown, _ = picture(client, ours)
+    shown, _ = made_image(client, ours)
     native = changed(
         ours,
         LORA_NODE,
         n20=("LoraLoaderModelOnly", {"model": ["1", 0], "lora_name": lora, "strength_model": 1.0}),
     )
-    theirs, _ = picture(client, with_inputs(native, SAMPLE_NODE, model=["20", 0]))
+    theirs, _ = made_image(client, with_inputs(native, SAMPLE_NODE, model=["20", 0]))
     assert np.array_equal(shown, theirs)
-    plain, _ = picture(client, with_inputs(changed(ours, LORA_NODE), SAMPLE_NODE, model=["1", 0]))
+    plain, _ = made_image(client, with_inputs(changed(ours, LORA_NODE), SAMPLE_NODE, model=["1", 0]))
     assert np.abs(shown - plain).max() > 5
-    off, _ = picture(client, with_inputs(ours, LORA_NODE, strength=0.0))
+    off, _ = made_image(client, with_inputs(ours, LORA_NODE, strength=0.0))
     assert np.array_equal(off, plain)
 
 

@@ -15,7 +15,7 @@ SIZE = {"width": 112, "height": 80, "batch_size": 1}
 STAGES = ["encode", "load", "modulation", "sampling", "decode"]
 
 
-def picture(client: ComfyClient, run: Run, node: str) -> Image.Image:
+def made_image(client: ComfyClient, run: Run, node: str) -> Image.Image:
     (image,) = run.outputs[node]["images"]
     assert image["type"] == "temp"
     return Image.open(io.BytesIO(client.image(image)))
@@ -42,14 +42,14 @@ def test_the_plan_is_shown_without_loading_anything(client: ComfyClient, split_f
     (text,) = run.ui("text")
     assert text.startswith("Memory plan: 1024x1024, batch 1, guided, 20 steps\n" + names.transformer)
     assert "limit 2.5 GB" in text
-    assert picture(client, run, "1").width == 1200
+    assert made_image(client, run, "1").width == 1200
     assert client.run(prompt).executed() == set()  # nothing has changed
     assert client.run(with_inputs(prompt, "1", width=512)).executed() == {"1"}
 
 
 @pytest.fixture
 def prompt(object_info: dict[str, Any], full_pipeline: Any) -> dict[str, Any]:
-    """A bundled graph with a report that waits for the picture, and what shows the report's JSON."""
+    """A bundled graph with a report that waits for the image, and what shows the report's JSON."""
     graph = workflow(
         WORKFLOWS[0],
         object_info,
@@ -85,7 +85,7 @@ def test_the_report_tells_what_each_stage_took(client: ComfyClient, prompt: dict
     (sampled,) = run.ui("qwen_lowvram_report")
     assert values["sampling"] == sampled
     assert sampled["text"] in text
-    assert picture(client, run, "7").width == 1200
+    assert made_image(client, run, "7").width == 1200
 
     again = client.run(with_inputs(prompt, "4", seed=4))
     assert {"4", "5", "7"} <= again.executed()

@@ -175,7 +175,7 @@ def from_photo(mixing: Mixing, width: int = WIDTH, height: int = HEIGHT, **sampl
     )
 
 
-def test_a_picture_changed_by_six_tenths_is_that_of_comfyui(mixing: Mixing) -> None:
+def test_an_image_changed_by_six_tenths_is_that_of_comfyui(mixing: Mixing) -> None:
     mixing.assert_same(from_photo(mixing, denoise=0.6))
 
 

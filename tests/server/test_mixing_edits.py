@@ -1,4 +1,4 @@
-"""Pictures shown to our models by ComfyUI's own nodes: the latents of the same graph with ComfyUI's own loaders."""
+"""Images shown to our models by ComfyUI's own nodes: the latents of the same graph with ComfyUI's own loaders."""
 
 from typing import Any
 
@@ -15,17 +15,17 @@ SHOWN = [(WIDTH, HEIGHT), (96, 64), (64, 96)]
 
 
 def edit_graph(mixing: Mixing, variant: str, **sampler: Any) -> Prompt:
-    """The graph on a file of that variant, with pictures 50 to 52."""
-    pictures = [mixing.photo(f"shown{i}.png", *size, seed=i) for i, size in enumerate(SHOWN)]
+    """The graph on a file of that variant, with images 50 to 52."""
+    images = [mixing.photo(f"shown{i}.png", *size, seed=i) for i, size in enumerate(SHOWN)]
     prompt = changed(
-        graph(mixing, **sampler), **{f"n{50 + i}": ("LoadImage", {"image": name}) for i, name in enumerate(pictures)}
+        graph(mixing, **sampler), **{f"n{50 + i}": ("LoadImage", {"image": name}) for i, name in enumerate(images)}
     )
     marked = mixing.files["2511" if variant == EDIT_2511 else "plain"]
     return with_inputs(prompt, "1", unet_name=marked.transformer)
 
 
 def with_references(prompt: Prompt, count: int, method: str | None = None) -> Prompt:
-    """Both conditions shown pictures 50 and on by ReferenceLatent."""
+    """Both conditions shown images 50 and on by ReferenceLatent."""
     nodes: dict[str, Any] = {}
     ends = ["4", "5"]
     for i in range(count):
@@ -84,7 +84,7 @@ def test_comfyuis_text_nodes_edit_as_they_do_with_its_own_models(
         edit_graph(mixing, variant, steps=1, cfg=1.0, positive=["20", 0]),
         n20=(node, {"clip": ["2", 0], "vae": ["3", 0], "prompt": PROMPT, name: ["50", 0]}),
         n50=("LoadImage", {"image": square}),
-        # the nodes encode pictures at that size
+        # the nodes encode images at that size
         n6=("EmptySD3LatentImage", {"width": 1024, "height": 1024, "batch_size": 1}),
     )
     mixing.assert_same(prompt, variant=variant)
@@ -99,15 +99,15 @@ def test_our_prompts_condition_comfyuis_models_too(mixing: Mixing, replaced: tup
 
 @pytest.mark.parametrize("replaced", [SHARED, ("model",), ("clip",), ("vae",)], ids="+".join)
 @pytest.mark.parametrize(
-    ("variant", "pictures"), [(EDIT, 1), (EDIT_2509, 1), (EDIT_2509, 3), (EDIT_2511, 1), (EDIT_2511, 3)], ids=str
+    ("variant", "images"), [(EDIT, 1), (EDIT_2509, 1), (EDIT_2509, 3), (EDIT_2511, 1), (EDIT_2511, 3)], ids=str
 )
 def test_our_edit_prompts_condition_comfyuis_models_too(
-    mixing: Mixing, variant: str, pictures: int, replaced: tuple[str, ...]
+    mixing: Mixing, variant: str, images: int, replaced: tuple[str, ...]
 ) -> None:
     edit = {
         "clip": ["2", 0], "vae": ["3", 0], "positive": PROMPT, "negative": NEGATIVE, "megapixels": 0.0117,
         "width": 0, "height": 0, "batch_size": 1, "variant": variant,
-        **{f"image{i + 1}": [str(50 + i), 0] for i in range(pictures)},
+        **{f"image{i + 1}": [str(50 + i), 0] for i in range(images)},
     }  # fmt: skip
     prompt = edit_graph(mixing, variant, positive=["20", 0], negative=["20", 1], latent_image=["20", 2])
     prompt = changed(prompt, n20=("QwenLowVRAMEncodeEditPrompt", edit))

@@ -19,7 +19,7 @@ NODES = (
 )
 
 
-def white_picture(width: int = 32) -> dict[str, Any]:
+def white_image(width: int = 32) -> dict[str, Any]:
     return {
         "1": {"class_type": "EmptyImage", "inputs": {"width": width, "height": 16, "batch_size": 1, "color": 0xFFFFFF}},
         "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "smoke"}},
@@ -38,9 +38,9 @@ def test_every_node_is_registered(node: str, object_info: dict[str, Any]) -> Non
     assert object_info[node]["python_module"] == f"custom_nodes.{PACK_NAME}"
 
 
-def test_a_prompt_runs_to_its_picture(client: ComfyClient) -> None:
+def test_a_prompt_runs_to_its_image(client: ComfyClient) -> None:
     seen: list[str] = []
-    run = client.run(white_picture(), on_event=lambda kind, data: seen.append(kind))
+    run = client.run(white_image(), on_event=lambda kind, data: seen.append(kind))
     assert client.image(run.images()[0]).startswith(b"\x89PNG")
     assert run.executed() == {"1", "2"}
     assert "execution_success" in seen
@@ -48,12 +48,12 @@ def test_a_prompt_runs_to_its_picture(client: ComfyClient) -> None:
 
 def test_a_refused_prompt_names_the_node_and_the_input(client: ComfyClient) -> None:
     with pytest.raises(PromptRefused, match=r"EmptyImage \(node 1\).*width"):
-        client.run(white_picture(width=-1))
+        client.run(white_image(width=-1))
 
 
 def test_a_failing_node_reaches_the_client_with_its_message(client: ComfyClient, comfy_server: ComfyServer) -> None:
-    (comfy_server.base / "input" / "broken.png").write_text("not a picture")
-    prompt = white_picture() | {"1": {"class_type": "LoadImage", "inputs": {"image": "broken.png"}}}
+    (comfy_server.base / "input" / "broken.png").write_text("not an image")
+    prompt = white_image() | {"1": {"class_type": "LoadImage", "inputs": {"image": "broken.png"}}}
     with pytest.raises(ExecutionFailed, match="LoadImage") as failure:
         client.run(prompt)
     assert failure.value.node_id == "1"

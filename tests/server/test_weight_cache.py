@@ -1,4 +1,4 @@
-"""Quantizing on load through the real server: the picture is that of the quantized weights, and the second load is
+"""Quantizing on load through the real server: the image is that of the quantized weights, and the second load is
 from the cache."""
 
 import http.client
@@ -55,7 +55,7 @@ def prompt(object_info: dict[str, Any], full_pipeline: Path) -> Callable[..., di
     return make
 
 
-def picture(client: ComfyClient, prompt: dict[str, Any]) -> tuple[np.ndarray, Run]:
+def made_image(client: ComfyClient, prompt: dict[str, Any]) -> tuple[np.ndarray, Run]:
     run = client.run(prompt)
     (image,) = run.images()
     return np.asarray(Image.open(io.BytesIO(client.image(image))).convert("RGB")).astype(int), run
@@ -102,7 +102,7 @@ def decoded(file: Path) -> dict[str, Tensor]:
     return weights
 
 
-def diffusers_picture(pipeline: QwenImagePipeline) -> np.ndarray:
+def diffusers_image(pipeline: QwenImagePipeline) -> np.ndarray:
     image = pipeline(
         PROMPT,
         negative_prompt=NEGATIVE,
@@ -124,7 +124,7 @@ def relative(ours: np.ndarray, reference: np.ndarray) -> float:
 @pytest.mark.parametrize(
     ("weight_format", "codec", "least", "most"), [("int8", "bnb_int8", 0.005, 0.03), ("nf4", "nf4", 0.08, 0.25)]
 )
-def test_quantizing_on_load_makes_the_picture_of_the_quantized_weights(
+def test_quantizing_on_load_makes_the_image_of_the_quantized_weights(
     weight_format: str,
     codec: str,
     least: float,
@@ -134,7 +134,7 @@ def test_quantizing_on_load_makes_the_picture_of_the_quantized_weights(
     full_pipeline: Path,
     cache: Path,
 ) -> None:
-    ours, run = picture(client, prompt(weight_format=weight_format))
+    ours, run = made_image(client, prompt(weight_format=weight_format))
     assert run.ui("qwen_lowvram_report")[0]["weight_format"] == codec
     (file,) = files_in(cache)
     pipeline = QwenImagePipeline.from_pretrained(full_pipeline)
@@ -142,13 +142,13 @@ def test_quantizing_on_load_makes_the_picture_of_the_quantized_weights(
     weights = decoded(file)
     assert len(weights) == 4 * 12
     assert not pipeline.transformer.load_state_dict(weights, strict=False).unexpected_keys
-    assert np.abs(ours - diffusers_picture(pipeline)).max() <= 1
+    assert np.abs(ours - diffusers_image(pipeline)).max() <= 1
 
-    plain, _ = picture(client, prompt())
+    plain, _ = made_image(client, prompt())
     assert least < relative(ours, plain) < most
 
     made = stamp(file)
-    again, run = picture(client, prompt(weight_format=weight_format, vram_limit_gb=8.0))
+    again, run = made_image(client, prompt(weight_format=weight_format, vram_limit_gb=8.0))
     assert "1" in run.executed()  # the loader
     assert run.ui("qwen_lowvram_report")[0]["weight_format"] == codec
     assert np.array_equal(again, ours)
@@ -164,7 +164,7 @@ def test_the_node_shows_and_clears_and_the_next_run_quantizes_again(
         return text
 
     graph = prompt(weight_format="fp4")
-    first, _ = picture(client, graph)
+    first, _ = made_image(client, graph)
     shown = node("show")
     assert shown.startswith(f"{cache}: 1 file, ")
     assert f"{full_pipeline.name}/transformer, fp4, " in shown
@@ -174,7 +174,7 @@ def test_the_node_shows_and_clears_and_the_next_run_quantizes_again(
     assert "removed: 1 file" in cleared(client, "all")
     assert files_in(cache) == []
     assert f"{cache}: nothing" in node("show")
-    again, _ = picture(client, with_inputs(graph, "4", seed=SEED + 1))
+    again, _ = made_image(client, with_inputs(graph, "4", seed=SEED + 1))
     assert not np.array_equal(again, first)
     assert len(files_in(cache)) == 1
 
@@ -207,7 +207,7 @@ def test_a_quantized_file_in_another_format_is_refused_before_anything_is_loaded
         client.run(prompt(**files, weight_format="nf4"))
     with pytest.raises(PromptRefused, match="Value not in list: weight_format: 'q4'"):
         client.run(with_inputs(prompt(**files), "1", weight_format="q4"))
-    picture(client, prompt(**files, weight_format="fp8_e4m3fn_scaled"))
+    made_image(client, prompt(**files, weight_format="fp8_e4m3fn_scaled"))
     assert files_in(models_dir / "qwen_lowvram") == []
 
 

@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import torch
 from qwenimage_lowvram.engine.streaming import BlockStore, FileSource, transfer
-from qwenimage_lowvram.engine.streaming.pinned_memory import HostMemory
+from qwenimage_lowvram.engine.streaming.pinned_memory import PinnedMemory
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -40,14 +40,14 @@ def _engine(gpu: "SimulatedGPU") -> Iterator[tuple[Any, str, Any]]:
         gpu.page_locks.host_access(out, True, f"block {index} read from its file, from byte {start} on")
         read(source, index, out, start)
 
-    def lock(memory: HostMemory, data: Tensor) -> bool:
+    def lock(memory: PinnedMemory, data: Tensor) -> bool:
         gpu.page_locks.lock(data)
         return True
 
     yield BlockStore, "__init__", init
     yield FileSource, "read", read_file
-    yield HostMemory, "_lock", lock
-    yield HostMemory, "_unlock", lambda memory, data: gpu.page_locks.unlock(data)
+    yield PinnedMemory, "_lock", lock
+    yield PinnedMemory, "_unlock", lambda memory, data: gpu.page_locks.unlock(data)
 
 
 def _torch(gpu: "SimulatedGPU") -> Iterator[tuple[Any, str, Any]]:

@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from qwenimage_lowvram.engine.caches.requantized_weights import QuantizedWeights
+from qwenimage_lowvram.engine.caches.requantized_weights import RequantizedWeights
 from qwenimage_lowvram.engine.files.checkpoint import Checkpoint, open_checkpoint
 from safetensors.torch import save_file
 from torch import Tensor
@@ -41,7 +41,7 @@ class TinyModels:
         if kind == "bf16":
             return open_checkpoint(self._bf16())
         if kind in REQUANTIZED:
-            weights = QuantizedWeights.of(open_checkpoint(self._bf16()), kind, self._folder)
+            weights = RequantizedWeights.of(open_checkpoint(self._bf16()), kind, self._folder)
             assert weights is not None
             return weights.make(torch.device("cpu"))
         return open_checkpoint(self.file(kind))

@@ -31,7 +31,7 @@ from qwenimage_lowvram.engine.planning.memory import (
     text_encoder_peak_bytes,
 )
 from qwenimage_lowvram.engine.planning.request import GIB, Controls, Limits, SamplingRequest
-from qwenimage_lowvram.engine.reports.image_report import PictureReport
+from qwenimage_lowvram.engine.reports.image_report import ImageReport
 from qwenimage_lowvram.engine.reports.memory_report import MemoryReport
 from qwenimage_lowvram.engine.texts import size_text
 
@@ -302,10 +302,10 @@ def test_controls_are_counted_and_named() -> None:
     assert "Use no ControlNet and no model patch, or" in str(caught.value)
 
 
-def test_a_refusal_knows_that_smaller_pictures_take_smaller_controls() -> None:
+def test_a_refusal_knows_that_smaller_images_take_smaller_controls() -> None:
     """The bytes are InstantX's Union at 1328x1328 in bf16, each prompt with its own."""
     held, working, weights = 431_000_000, 547_000_000, int(3.3 * GIB)
-    four = replace(SamplingRequest(1328, 1328, 8, 60), controls=Controls(weights, 4 * held, 4 * working, pictures=4))
+    four = replace(SamplingRequest(1328, 1328, 8, 60), controls=Controls(weights, 4 * held, 4 * working, images=4))
     with pytest.raises(DoesNotFit, match=r"a smaller batch or no guidance \(\d instead of 8 branches\)"):
         plan_memory(REAL, four, Limits(least_bytes(REAL, four.with_branches(2))))
     one = replace(SamplingRequest(1328, 1328, 2, 60), controls=Controls(weights, held, working))
@@ -314,8 +314,8 @@ def test_a_refusal_knows_that_smaller_pictures_take_smaller_controls() -> None:
         plan_memory(REAL, one, Limits(least_bytes(REAL, one.with_size(1024, 1024))))
 
 
-def test_without_guidance_a_picture_may_keep_all_that_controls_it() -> None:
-    controls = Controls(GIB, GIB // 4, GIB // 2, fixed_bytes=GIB // 8, pictures=1)
+def test_without_guidance_an_image_may_keep_all_that_controls_it() -> None:
+    controls = Controls(GIB, GIB // 4, GIB // 2, fixed_bytes=GIB // 8, images=1)
     assert replace(SamplingRequest(1328, 1328, 2, 60), controls=controls).with_branches(1).controls == controls
     assert controls.scaled(0.5) == Controls(GIB, GIB // 8, GIB // 8 + 3 * GIB // 16, GIB // 8)
 
@@ -370,7 +370,7 @@ def test_a_4_gb_card_streams_through_two_slots_and_a_large_one_keeps_all() -> No
 
 @settings(deadline=None)
 @given(request=requests)
-def test_activations_grow_with_the_picture_and_the_branches(request: SamplingRequest) -> None:
+def test_activations_grow_with_the_image_and_the_branches(request: SamplingRequest) -> None:
     for chunk in MLP_CHUNKS:
         here = REAL.activation_bytes(request, chunk)
         for more in (
@@ -480,7 +480,7 @@ def test_a_report_prints_what_was_measured_beside_what_was_planned() -> None:
     assert str(replace(report, one_by_one="EasyCache")).endswith("each block was visited for each: EasyCache")
     assert report.as_dict()["plan_text"] == PLAN_TEXT
     assert report.as_dict()["plan"]["request"]["width"] == 1328
-    assert report.as_dict()["numerics_version"] == PictureReport(()).as_dict()["numerics_version"] == NUMERICS_VERSION
+    assert report.as_dict()["numerics_version"] == ImageReport(()).as_dict()["numerics_version"] == NUMERICS_VERSION
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`python dev.py demo`: the bundled 4 GB workflow on a real server, to the picture."""
+"""`python dev.py demo`: the bundled 4 GB workflow on a real server, to the image."""
 
 import argparse
 import json
@@ -64,12 +64,12 @@ def show(model_path: Path | None, *, ui: bool) -> None:
             return
         prompt = to_prompt(graph, object_info)
         run = client.run(prompt, on_event=ProgressPrinter(), timeout_seconds=24 * 3600)
-        picture = _picture_path(base, run)
-    print(f"\nThe picture, after {run.seconds:.1f} s: {picture}")
+        image = _image_path(base, run)
+    print(f"\nThe image, after {run.seconds:.1f} s: {image}")
     for report in run.ui(REPORT_KEY):
         print(f"\nMemory report\n{format_report(report)}")
     if model.folder is not None and model.compare:
-        _compare(model, model.folder, prompt, picture, device)
+        _compare(model, model.folder, prompt, image, device)
 
 
 def bundled_workflow() -> dict[str, Any]:
@@ -138,10 +138,10 @@ def _pick(offered: list[str], part: str, name: str) -> str:
     raise SetupError(f"The loader offers no {name} with {part!r} in its name. There are: {', '.join(offered)}.")
 
 
-def _picture_path(base: Path, run: Run) -> Path:
+def _image_path(base: Path, run: Run) -> Path:
     images = [image for image in run.images() if image["type"] == "output"]
     if not images:
-        raise ServerFailed("The workflow ran but saved no picture.")
+        raise ServerFailed("The workflow ran but saved no image.")
     return base / "output" / images[0]["subfolder"] / images[0]["filename"]
 
 
@@ -161,13 +161,13 @@ def _wait_in_page(server: ComfyServer, graph: dict[str, Any]) -> None:
         print()
 
 
-def _compare(model: DemoModel, folder: Path, prompt: dict[str, Any], picture: Path, device: str) -> None:
+def _compare(model: DemoModel, folder: Path, prompt: dict[str, Any], image: Path, device: str) -> None:
     """Make the image without the server, by diffusers' own pipeline and by our engine alone, on the same folder and
     inputs, and print how far each is from the server's."""
     from .reference import Inputs, difference, diffusers_image, engine_image
 
     if not model.trained:
-        print("\nThe weights are random: noise is what the picture should show.")
+        print("\nThe weights are random: noise is what the image should show.")
     widgets = {node["class_type"]: node["inputs"] for node in prompt.values()}
     inputs = Inputs(
         prompt=widgets[ENCODE]["positive"],
@@ -178,9 +178,9 @@ def _compare(model: DemoModel, folder: Path, prompt: dict[str, Any], picture: Pa
         cfg=widgets[SAMPLE]["cfg"],
     )
     print("Running diffusers' QwenImagePipeline on the same weights and inputs ...", flush=True)
-    print(f"Largest difference from it: {difference(picture, diffusers_image(folder, inputs, device))}/255")
+    print(f"Largest difference from it: {difference(image, diffusers_image(folder, inputs, device))}/255")
     print("Running the engine on them without ComfyUI ...", flush=True)
-    print(f"Largest difference from it: {difference(picture, engine_image(folder, inputs, device))}/255")
+    print(f"Largest difference from it: {difference(image, engine_image(folder, inputs, device))}/255")
 
 
 def _device() -> str:

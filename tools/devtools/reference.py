@@ -67,8 +67,8 @@ def engine_image(folder: Path, inputs: Inputs, device: str = "cpu") -> np.ndarra
     return images[0].numpy()
 
 
-def difference(picture: Path, expected: np.ndarray) -> int:
+def difference(image: Path, expected: np.ndarray) -> int:
     """The largest difference of any value of an image file from `expected`, in 1/255."""
     # ComfyUI's SaveImage cuts off, where diffusers rounds
     eight_bit = (255.0 * expected).clip(0, 255).astype(np.uint8).astype(int)
-    return int(np.abs(np.asarray(Image.open(picture).convert("RGB")).astype(int) - eight_bit).max())
+    return int(np.abs(np.asarray(Image.open(image).convert("RGB")).astype(int) - eight_bit).max())

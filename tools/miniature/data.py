@@ -1,4 +1,4 @@
-"""Own the synthetic world: scenes, their captions, their pictures, and which combinations are never trained on."""
+"""Own the synthetic world: scenes, their captions, their images, and which combinations are never trained on."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle")
 SIZES = ("large", "small")
-PLACES = ("centre", "left", "right", "top", "bottom")  # of a single shape, in the picture
+PLACES = ("centre", "left", "right", "top", "bottom")  # of a single shape, in the image
 RELATIONS = ("left", "right", "above", "below")  # of the first shape to the second
 LANGUAGES = ("en", "zh")
 
 HELD_OUT_PART = 8  # one (shape, colour, background) in this many is never trained on
-DIAMETERS = {"large": (0.36, 0.4), "small": (0.19, 0.22)}  # fractions of the picture's side
+DIAMETERS = {"large": (0.36, 0.4), "small": (0.19, 0.22)}  # fractions of the image's side
 SINGLE_JITTER, PAIR_JITTER = 0.02, 0.012
 NEAR, FAR = 0.255, 0.745
 
@@ -82,7 +82,7 @@ class Scene:
 
 
 def is_held_out(item: Item, background: str) -> bool:
-    """True for the (shape, colour, background) combinations that no training picture contains, whatever else it shows.
+    """True for the (shape, colour, background) combinations that no training image contains, whatever else it shows.
 
     Chosen by a fixed order (a hash), not by a seed: training and test agree on every machine.
     """
@@ -170,18 +170,18 @@ def held_out_captions(count: int, *, seed: int = 0) -> list[tuple[str, str, Scen
 def paint(scene: Scene, rng: random.Random, *, side_px: int = 128) -> np.ndarray:
     """Return the scene as (side_px, side_px, 3) uint8: flat colours, antialiased edges, a little room for chance."""
     centres, jitter = locate(scene)
-    picture = np.empty((side_px, side_px, 3), np.float32)
-    picture[:] = COLOURS[scene.background]
+    image = np.empty((side_px, side_px, 3), np.float32)
+    image[:] = COLOURS[scene.background]
     for item, (x, y) in zip(scene.items, centres, strict=True):
         x, y = (v + rng.uniform(-jitter, jitter) for v in (x, y))
         diameter = rng.uniform(*DIAMETERS[item.size or rng.choice(SIZES)])
         coverage = cover(item.shape, x * side_px, y * side_px, diameter * side_px, (side_px, side_px))[..., None]
-        picture += coverage * (np.asarray(COLOURS[item.colour], np.float32) - picture)
-    return picture.round().astype(np.uint8)
+        image += coverage * (np.asarray(COLOURS[item.colour], np.float32) - image)
+    return image.round().astype(np.uint8)
 
 
 def locate(scene: Scene) -> tuple[list[tuple[float, float]], float]:
-    """Return the items' centres (x, y) and how far off, to each side, a picture may have them; in parts of its side."""
+    """Return the items' centres (x, y) and how far off, to each side, an image may have them; in parts of its side."""
     middle = 0.5
     if len(scene.items) == 2:
         near, far = (NEAR, FAR) if scene.place in ("left", "above") else (FAR, NEAR)

@@ -39,7 +39,7 @@ TEACHER_STEPS = 5  # between two of them
 GUIDANCE, NEGATIVE = 4.0, " "
 RANK, BATCH = 16, 50
 LR = 1e-3
-TEACHER_PART = 0.45  # of the time: pictures to learn from; the rest is training
+TEACHER_PART = 0.45  # of the time: images to learn from; the rest is training
 TARGETS = r".*(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out|net\.0\.proj|net\.2)"
 
 
@@ -111,7 +111,7 @@ def main() -> None:
         scenes = [draw_scene(rng, held_out=False) for _ in range(BATCH)]
         positive = encode([caption(scene, rng.choice(LANGUAGES), rng) for scene in scenes])
         lessons.append((positive, trajectory(model, positive, encode([NEGATIVE] * BATCH))))
-        log.info("%d pictures of the teacher", BATCH * len(lessons))
+        log.info("%d images of the teacher", BATCH * len(lessons))
 
     model.requires_grad_(False)
     model.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS))

@@ -1,4 +1,4 @@
-"""Train the transformer to edit: flow matching on the wanted picture's latents, those of the shown beside them."""
+"""Train the transformer to edit: flow matching on the wanted image's latents, those of the shown beside them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .run import TimedRun, log
 from .vae import encode, to_tensor
 
 BATCH = 32
-WHOLE_PART, WHOLE_BATCH = 0.08, 16  # of the time: the end, with every token of the pictures
+WHOLE_PART, WHOLE_BATCH = 0.08, 16  # of the time: the end, with every token of the images
 POOL = 4500  # edits, encoded once; they are worded anew each time
 ENCODED_AT_ONCE = 64
 DROPPED_TO_SPACE = 0.1
@@ -30,7 +30,7 @@ TOKENS = GRID * GRID
 
 @dataclass(frozen=True)
 class EditPool:
-    """Edits of one picture, or of two, and the latents of each: the wanted picture's, then those of the shown,
+    """Edits of one image, or of two, and the latents of each: the wanted image's, then those of the shown,
     (N, 1 + shown, 64, 64) float16."""
 
     edits: list[Edit]
@@ -42,26 +42,26 @@ class EditPool:
 
 
 def build_pools(path: Path, vae: AutoencoderKLQwenImage, *, seed: int, size: int = POOL) -> list[EditPool]:
-    """Draw and encode the training edits, of one picture and of two; the latents are kept for a resumed run."""
+    """Draw and encode the training edits, of one image and of two; the latents are kept for a resumed run."""
     rng = random.Random(f"edit pool {seed}")
     edits = [draw_edit(rng, KINDS[i % len(KINDS)], held_out=False) for i in range(size)]
     groups = [[e for e in edits if len(e.sources) == shown] for shown in (1, 2)]
     if not path.exists():
-        log.info("encoding the pictures of %d edits", size)
+        log.info("encoding the images of %d edits", size)
         torch.save([_encode(group, vae) for group in groups], path)
     latents = torch.load(path, weights_only=True)
     return [EditPool(group, part) for group, part in zip(groups, latents, strict=True)]
 
 
 def _encode(edits: list[Edit], vae: AutoencoderKLQwenImage) -> Tensor:
-    pictures = []
+    images = []
     for i, edit in enumerate(edits):
         sources, target = paint_edit(edit, f"edit {i}")
-        pictures += [target, *sources]
+        images += [target, *sources]
     parts = []
-    for start in range(0, len(pictures), ENCODED_AT_ONCE):
+    for start in range(0, len(images), ENCODED_AT_ONCE):
         with torch.autocast("cpu", torch.bfloat16):
-            parts.append(encode(vae, to_tensor(np.stack(pictures[start : start + ENCODED_AT_ONCE]))).half())
+            parts.append(encode(vae, to_tensor(np.stack(images[start : start + ENCODED_AT_ONCE]))).half())
     return torch.cat(parts).view(len(edits), -1, TOKENS, 64)
 
 
@@ -73,8 +73,8 @@ class ThinnedPositions(nn.Module):
         self.inner, self.places = inner, places
 
     def forward(self, shapes: list, *, max_txt_seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        pictures, text = self.inner(shapes, max_txt_seq_len=int(self.places[-1]) + 1, device=device)
-        return pictures, text[self.places]
+        images, text = self.inner(shapes, max_txt_seq_len=int(self.places[-1]) + 1, device=device)
+        return images, text[self.places]
 
 
 def train_editing(
@@ -97,7 +97,7 @@ def train_editing(
         for step in run.steps():
             thinned = run.used_seconds < (1 - WHOLE_PART) * seconds
             count = BATCH if thinned else WHOLE_BATCH
-            # two thirds of the edits show one picture
+            # two thirds of the edits show one image
             edits, latents = _draw(pools[step % 3 == 2], count, rng)
             texts = [" " if rng.random() < DROPPED_TO_SPACE else _word(edit, rng) for edit in edits]
             embeds, mask, places, amounts = embed(texts, latents.shape[1] - 1, thinned=thinned)
@@ -115,7 +115,7 @@ def train_editing(
 
 
 def _draw(pool: EditPool, count: int, rng: random.Random) -> tuple[list[Edit], Tensor]:
-    """Return edits and their latents; every other one is done the other way round, or shows its two pictures so."""
+    """Return edits and their latents; every other one is done the other way round, or shows its two images so."""
     chosen = rng.choices(range(len(pool.edits)), k=count)
     edits, latents = [pool.edits[i] for i in chosen], pool.latents[chosen].float()
     edits[::2] = [edit.back if pool.shown == 1 else edit.turned for edit in edits[::2]]
@@ -128,7 +128,7 @@ def _word(edit: Edit, rng: random.Random) -> str:
 
 
 def edit_errors(model: QwenImageTransformer2DModel, latents: Tensor, embeds: Tensor, mask: Tensor) -> Tensor:
-    """Return the squared error of the predicted velocity by picture and token, (B, tokens); the noisiest come last."""
+    """Return the squared error of the predicted velocity by image and token, (B, tokens); the noisiest come last."""
     wanted, shown = latents[:, 0], latents[:, 1:].flatten(1, 2)
     noise = torch.randn_like(wanted)
     sigmas = draw_sigmas(len(wanted), wanted.device)

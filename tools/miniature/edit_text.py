@@ -1,6 +1,6 @@
-"""Train the text encoder to read instructions behind pictures, and embed them as the editing pipeline does.
+"""Train the text encoder to read instructions behind images, and embed them as the editing pipeline does.
 
-The vision tower is made to say nothing: each of a picture's 196 tokens is the same to the language model. While
+The vision tower is made to say nothing: each of an image's 196 tokens is the same to the language model. While
 training, a few of them stand for all: they keep their places, and count as often as they stand for others.
 """
 
@@ -20,11 +20,11 @@ from .edits import KINDS, Order, draw_edit, instruction, order_of
 from .models import TEXT_HIDDEN, build_text_encoder
 from .run import TimedRun, log
 from .text import NOTHING, SUFFIX_TOKENS
-from .tokenizer import EDIT_PREFIX_TOKENS, EDIT_TEMPLATE, PICTURES
+from .tokenizer import EDIT_PREFIX_TOKENS, EDIT_TEMPLATE, IMAGES
 
 BATCH = 64
-SIDE = 14  # tokens along a picture that the pipeline shows at 384x384, which the processor makes 392x392
-STANDS_FOR = 28  # so many tokens of a picture does each one that is kept while training stand for
+SIDE = 14  # tokens along an image that the pipeline shows at 384x384, which the processor makes 392x392
+STANDS_FOR = 28  # so many tokens of an image does each one that is kept while training stand for
 ANSWERS = {
     "kind": KINDS,
     "shape": (*SHAPES, NOTHING),
@@ -36,41 +36,41 @@ ANSWERS = {
 
 @dataclass(frozen=True)
 class Prompts:
-    """Token ids (B, S), padded at the end, of instructions that show the same number of pictures; which tokens are
-    pictures' (S), all tokens' positions (3, S), and how many tokens each has (B)."""
+    """Token ids (B, S), padded at the end, of instructions that show the same number of images; which tokens are
+    images' (S), all tokens' positions (3, S), and how many tokens each has (B)."""
 
     ids: Tensor
-    pictures: Tensor
+    images: Tensor
     positions: Tensor
     lengths: Tensor
 
     @property
     def places(self) -> Tensor:
-        """Of all tokens but those of pictures that another stands for."""
-        number = self.pictures.cumsum(0) - 1
-        return (~self.pictures | (number % STANDS_FOR == STANDS_FOR // 2)).nonzero()[:, 0]
+        """Of all tokens but those of images that another stands for."""
+        number = self.images.cumsum(0) - 1
+        return (~self.images | (number % STANDS_FOR == STANDS_FOR // 2)).nonzero()[:, 0]
 
     @property
     def weights(self) -> Tensor:
         """The logarithm of how many tokens each of `places` stands for."""
-        return self.pictures[self.places] * math.log(STANDS_FOR)
+        return self.images[self.places] * math.log(STANDS_FOR)
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], shown: int) -> Prompts:
-    rows = [tokenizer(EDIT_TEMPLATE.format(PICTURES[shown] + text)).input_ids for text in texts]
+    rows = [tokenizer(EDIT_TEMPLATE.format(IMAGES[shown] + text)).input_ids for text in texts]
     place, pad = (tokenizer.convert_tokens_to_ids(token) for token in ("<|image_pad|>", "<|endoftext|>"))
     rows = [[i for token in row for i in [token] * (SIDE * SIDE if token == place else 1)] for row in rows]
     lengths = torch.tensor([len(row) for row in rows])
     ids = torch.tensor([row + [pad] * (int(lengths.max()) - len(row)) for row in rows])
-    pictures = ids[0] == place
-    return Prompts(ids, pictures, positions(pictures.tolist()), lengths)
+    images = ids[0] == place
+    return Prompts(ids, images, positions(images.tolist()), lengths)
 
 
-def positions(pictures: list[bool]) -> Tensor:
-    """Return (3, S): a picture stands still in time, and the text behind it goes on after its longer side."""
+def positions(images: list[bool]) -> Tensor:
+    """Return (3, S): an image stands still in time, and the text behind it goes on after its longer side."""
     parts, at, begin = [], 0, 0
-    while at < len(pictures):
-        if pictures[at]:
+    while at < len(images):
+        if images[at]:
             rows, columns = (axis.flatten() for axis in torch.meshgrid([torch.arange(SIDE)] * 2, indexing="ij"))
             parts.append(torch.stack([torch.zeros_like(rows), rows, columns]) + begin)
             at, begin = at + SIDE * SIDE, begin + SIDE
@@ -85,7 +85,7 @@ def read(encoder: Qwen2_5_VLForConditionalGeneration, prompts: Prompts, *, thinn
     everything = torch.arange(prompts.ids.shape[1])
     places = prompts.places if thinned else everything
     embeds = encoder.model.language_model.embed_tokens(prompts.ids[:, places])
-    embeds = embeds.masked_fill(prompts.pictures[places][:, None], 0)
+    embeds = embeds.masked_fill(prompts.images[places][:, None], 0)
     weights = prompts.weights if thinned else torch.zeros(len(places))
     later = torch.ones(len(places), len(places), dtype=torch.bool).triu(1)
     mask = weights.expand(len(places), -1).masked_fill(later, -math.inf)

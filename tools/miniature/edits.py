@@ -9,7 +9,7 @@ import numpy as np
 
 from .data import CHINESE, COLOURS, LANGUAGES, SHAPES, Scene, draw_scene, is_held_out, paint
 
-KINDS = ("shape", "background", "together")  # a shape's colour, the background's, one picture's shape on another's
+KINDS = ("shape", "background", "together")  # a shape's colour, the background's, one image's shape on another's
 CAPITAL = 0.3  # of the English instructions begin with one
 
 ENGLISH_COLOURINGS = (
@@ -35,7 +35,7 @@ CHINESE_TOGETHER = ("把图{kept}的{what}放到图{other}的背景上", "把图
 @dataclass(frozen=True)
 class Order:
     """What an instruction says: `shape` and `colour` name what is meant (None: not said), `wanted` is its new colour;
-    `kept`, from 0, is the picture whose shape is put on the other's background."""
+    `kept`, from 0, is the image whose shape is put on the other's background."""
 
     kind: str
     shape: str | None = None
@@ -46,7 +46,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Edit:
-    """Scenes of the pictures shown, and the scene wanted. Its shapes stay where those of the source `kept` are."""
+    """Scenes of the images shown, and the scene wanted. Its shapes stay where those of the source `kept` are."""
 
     kind: str
     sources: tuple[Scene, ...]
@@ -56,12 +56,12 @@ class Edit:
 
     @property
     def back(self) -> Edit:
-        """The edit of one picture that undoes this one."""
+        """The edit of one image that undoes this one."""
         return replace(self, sources=(self.target,), target=self.sources[0])
 
     @property
     def turned(self) -> Edit:
-        """The edit of two pictures that shows them in the other order."""
+        """The edit of two images that shows them in the other order."""
         return replace(self, sources=self.sources[::-1], kept=1 - self.kept)
 
 
@@ -156,7 +156,7 @@ def held_out_edits(count: int, *, seed: int = 0) -> list[tuple[str, str, Edit]]:
 
 
 def paint_edit(edit: Edit, seed: str, *, side_px: int = 128) -> tuple[list[np.ndarray], np.ndarray]:
-    """Return the pictures shown and the one wanted, (side_px, side_px, 3) uint8: what is kept stays in place."""
+    """Return the images shown and the one wanted, (side_px, side_px, 3) uint8: what is kept stays in place."""
     sources = [paint(scene, random.Random(f"{seed} {i}"), side_px=side_px) for i, scene in enumerate(edit.sources)]
     return sources, paint(edit.target, random.Random(f"{seed} {edit.kept}"), side_px=side_px)
 

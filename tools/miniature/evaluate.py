@@ -40,8 +40,8 @@ def draw(
     steps: int = STEPS,
     guidance: float = CFG,
 ) -> list[np.ndarray]:
-    """Return one picture a caption, (128, 128, 3) uint8; picture i has the noise of seed + i, whatever the batch."""
-    pictures: list[np.ndarray] = []
+    """Return one image a caption, (128, 128, 3) uint8; image i has the noise of seed + i, whatever the batch."""
+    images: list[np.ndarray] = []
     for start in range(0, len(captions), batch):
         prompts = list(captions[start : start + batch])
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(prompts))]
@@ -55,16 +55,16 @@ def draw(
             generator=generators,
             output_type="np",
         )
-        pictures += list((output.images * 255).round().astype(np.uint8))
-    return pictures
+        images += list((output.images * 255).round().astype(np.uint8))
+    return images
 
 
-def edit_pictures(
-    pipeline: EditPlusPipeline, instruction: str, pictures: Sequence[np.ndarray], *, seed: int, guidance: float = CFG
+def edit_images(
+    pipeline: EditPlusPipeline, instruction: str, images: Sequence[np.ndarray], *, seed: int, guidance: float = CFG
 ) -> np.ndarray:
-    """Return the picture that the instruction makes of those shown, (128, 128, 3) uint8."""
+    """Return the image that the instruction makes of those shown, (128, 128, 3) uint8."""
     output = pipeline(
-        image=[Image.fromarray(picture) for picture in pictures],
+        image=[Image.fromarray(image) for image in images],
         prompt=instruction,
         negative_prompt=" " if guidance > 1 else None,
         true_cfg_scale=guidance,
@@ -80,12 +80,12 @@ def edit_pictures(
 def score_edits(
     folder: Path, cases: Sequence[tuple[str, str, Edit]], *, seed: int, dtype: torch.dtype, guidance: float
 ) -> tuple[list[Verdict], list[np.ndarray]]:
-    """Return the verdicts, and for each edit one row: two pictures shown (or one and nothing), and the one made."""
+    """Return the verdicts, and for each edit one row: two images shown (or one and nothing), and the one made."""
     pipeline = open_edit_folder(folder, SIDE_PX * SIDE_PX, dtype=dtype)
     verdicts, rows = [], []
     for i, (_, text, edit) in enumerate(cases):
         shown, _ = paint_edit(edit, f"held out {i}")
-        made = edit_pictures(pipeline, text, shown, seed=seed + i, guidance=guidance)
+        made = edit_images(pipeline, text, shown, seed=seed + i, guidance=guidance)
         verdicts.append(score_edit(made, edit.target, shown[edit.kept]))
         rows.append(np.concatenate([*shown, *[np.zeros_like(made)] * (2 - len(shown)), made], axis=1))
     return verdicts, rows
@@ -96,22 +96,22 @@ def shapes(scene: Scene) -> str:
 
 
 def summarise(cases: Sequence[tuple[str, ...]], verdicts: Sequence[Verdict]) -> dict[str, dict[str, float]]:
-    """Return the part of pictures right, in all facts (`every fact`) and in each, over all and by each of its groups'
+    """Return the part of images right, in all facts (`every fact`) and in each, over all and by each of its groups'
     names in `cases`."""
     groups: dict[str, list[Verdict]] = defaultdict(list)
     for names, verdict in zip(cases, verdicts, strict=True):
         for group in ("all", *names):
             groups[group].append(verdict)
     return {
-        name: {"pictures": len(members), "every fact": float(np.mean([v.correct for v in members]))}
+        name: {"images": len(members), "every fact": float(np.mean([v.correct for v in members]))}
         | {fact: float(np.mean([v.facts[fact] for v in members])) for fact in members[0].facts}
         for name, members in groups.items()
     }
 
 
-def write_contact_sheet(path: Path, pictures: Sequence[np.ndarray], *, width_px: int = 8 * SIDE_PX) -> None:
-    columns = max(1, width_px // pictures[0].shape[1])
-    rows = [np.concatenate(pictures[i : i + columns], axis=1) for i in range(0, len(pictures), columns)]
+def write_contact_sheet(path: Path, images: Sequence[np.ndarray], *, width_px: int = 8 * SIDE_PX) -> None:
+    columns = max(1, width_px // images[0].shape[1])
+    rows = [np.concatenate(images[i : i + columns], axis=1) for i in range(0, len(images), columns)]
     sheet = np.zeros((SIDE_PX * len(rows), rows[0].shape[1], 3), np.uint8)
     for i, row in enumerate(rows):
         sheet[SIDE_PX * i : SIDE_PX * (i + 1), : row.shape[1]] = row
@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=25)
     parser.add_argument("--cfg", type=float, default=CFG, help="1: no guidance")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="the computation's")
-    parser.add_argument("--sheet", type=Path, help="write the first 64 pictures here")
+    parser.add_argument("--sheet", type=Path, help="write the first 64 images here")
     parser.add_argument("--failures", type=int, default=0, help="list so many of the wrong ones")
     parser.add_argument("--edit", action="store_true", help="the folder is an editing miniature: score edits")
     parser.add_argument("--lightning", type=Path, help="a LoRA of distill.py: four steps, no guidance")
@@ -150,15 +150,15 @@ def main() -> None:
         edits = held_out_edits(arguments.count)
         wordings = [text for _, text, _ in edits]
         settings = {"seed": arguments.seed, "dtype": dtype, "guidance": arguments.cfg}
-        verdicts, pictures = score_edits(arguments.folder, edits, **settings)
+        verdicts, images = score_edits(arguments.folder, edits, **settings)
         groups: list[tuple[str, ...]] = [
             (language, edit.kind, f"{edit.kind} {language}") for language, _, edit in edits
         ]
     else:
         captions = held_out_captions(arguments.count)
         wordings = [text for _, text, _ in captions]
-        pictures = draw_all(arguments, wordings, dtype)
-        verdicts = [score(picture, scene) for picture, (_, _, scene) in zip(pictures, captions, strict=True)]
+        images = draw_all(arguments, wordings, dtype)
+        verdicts = [score(image, scene) for image, (_, _, scene) in zip(images, captions, strict=True)]
         groups = [(language, shapes(scene)) for language, _, scene in captions]
     for group, parts in summarise(groups, verdicts).items():
         print(f"{group:13}", json.dumps({name: round(part, 3) for name, part in parts.items()}))
@@ -168,7 +168,7 @@ def main() -> None:
         missed = [fact for fact, right in verdicts[i].facts.items() if not right]
         print(i, wordings[i], "| wrong:", missed, "| found:", verdicts[i].background, verdicts[i].found)
     if arguments.sheet:
-        write_contact_sheet(arguments.sheet, pictures[:64])
+        write_contact_sheet(arguments.sheet, images[:64])
 
 
 if __name__ == "__main__":

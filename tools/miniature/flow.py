@@ -20,7 +20,7 @@ from .text import embed, tokenize
 from .vae import encode, to_tensor
 
 BATCH, EARLY_BATCH, EARLY_PART = 64, 32, 0.8  # of the time: first more steps, then less noise
-POOL = 20_000  # pictures, encoded once; their captions are worded anew each time
+POOL = 20_000  # images, encoded once; their captions are worded anew each time
 SHAPE_WEIGHT = 4  # of the loss where the caption puts a shape; the rest is background, which is soon learnt
 DROPPED_TO_SPACE, DROPPED_TO_NOTHING = 0.08, 0.02
 GRID = 8  # tokens along a side: 128 px / 8 of the VAE / 2 of the packing
@@ -36,17 +36,17 @@ class Pool:
 
 
 def build_pool(path: Path, vae: AutoencoderKLQwenImage, *, seed: int, device: torch.device, size: int = POOL) -> Pool:
-    """Draw and encode the training pictures; the latents are kept at `path` for a resumed run."""
+    """Draw and encode the training images; the latents are kept at `path` for a resumed run."""
     rng = random.Random(f"pool {seed}")
     scenes = [draw_scene(rng, held_out=False) for _ in range(size)]
     weights = torch.from_numpy(np.stack([weigh(scene) for scene in scenes]))
     if path.exists():
         return Pool(scenes, torch.load(path, weights_only=True), weights)
-    log.info("encoding %d pictures", size)
+    log.info("encoding %d images", size)
     latents = []
     for start in range(0, size, BATCH):
-        pictures = np.stack([paint(scene, rng) for scene in scenes[start : start + BATCH]])
-        latents.append(encode(vae, to_tensor(pictures).to(device)).half().cpu())
+        images = np.stack([paint(scene, rng) for scene in scenes[start : start + BATCH]])
+        latents.append(encode(vae, to_tensor(images).to(device)).half().cpu())
     pool = Pool(scenes, torch.cat(latents), weights)
     torch.save(pool.latents, path)
     return pool
@@ -55,7 +55,7 @@ def build_pool(path: Path, vae: AutoencoderKLQwenImage, *, seed: int, device: to
 def weigh(scene: Scene) -> np.ndarray:
     """Return the weights of a scene's tokens: SHAPE_WEIGHT where a shape may lie, 1 elsewhere, scaled to mean 1.
 
-    They follow from what the caption says, not from the single picture, so that the best prediction stays the same.
+    They follow from what the caption says, not from the single image, so that the best prediction stays the same.
     """
     weights = np.ones((GRID, GRID), np.float32)
     centres, jitter = locate(scene)
@@ -149,7 +149,7 @@ def train_transformer(
 def flow_errors(
     model: QwenImageTransformer2DModel, latents: torch.Tensor, embeds: torch.Tensor, mask: torch.Tensor
 ) -> torch.Tensor:
-    """Return the squared error of the predicted velocity by picture and token, (B, tokens); the noisiest come last."""
+    """Return the squared error of the predicted velocity by image and token, (B, tokens); the noisiest come last."""
     noise = torch.randn_like(latents)
     sigmas = draw_sigmas(len(latents), latents.device)
     noisy = latents + sigmas[:, None, None] * (noise - latents)

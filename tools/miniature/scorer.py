@@ -1,4 +1,4 @@
-"""Say what a picture shows by classical image analysis: no network, no weights, nothing of the engine."""
+"""Say what an image shows by classical image analysis: no network, no weights, nothing of the engine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from scipy import ndimage
 from .data import COLOURS, SHAPES, Item, Scene, cover
 
 FOREGROUND_DISTANCE = 60  # of 441: less is antialiasing, or a background that is not quite flat
-SPECK = 0.0025  # part of the picture: smaller foreground is noise, larger is one shape too many
+SPECK = 0.0025  # part of the image: smaller foreground is noise, larger is one shape too many
 LARGE = 0.29  # diameter as part of the shorter side: between the large (0.36) and the small (0.22)
 OVERLAP = 0.72  # least intersection over union with the ideal shape, which must also beat the two others
 OFF_CENTRE = 0.12
@@ -21,7 +21,7 @@ STAYED = 0.025  # of the side, 3 of 128 px: what an edit leaves may be off in pl
 
 @dataclass(frozen=True)
 class Found:
-    """One shape in the picture; `shape` is None if it is none of the known; x, y and diameter in 0..1."""
+    """One shape in the image; `shape` is None if it is none of the known; x, y and diameter in 0..1."""
 
     shape: str | None
     colour: str
@@ -49,33 +49,33 @@ def name_colour(rgb: Sequence[float]) -> str:
     return min(COLOURS, key=lambda name: float(np.sum((np.asarray(COLOURS[name], float) - np.asarray(rgb)) ** 2)))
 
 
-def describe(picture: np.ndarray) -> tuple[str, tuple[Found, ...]]:
-    """Return the background's colour and the shapes on it, largest first. `picture` is (H, W, 3) uint8."""
-    picture = np.asarray(picture, np.float32)
-    border = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
+def describe(image: np.ndarray) -> tuple[str, tuple[Found, ...]]:
+    """Return the background's colour and the shapes on it, largest first. `image` is (H, W, 3) uint8."""
+    image = np.asarray(image, np.float32)
+    border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
     ground = np.median(border, axis=0)
-    foreground = np.linalg.norm(picture - ground, axis=-1) > FOREGROUND_DISTANCE
+    foreground = np.linalg.norm(image - ground, axis=-1) > FOREGROUND_DISTANCE
     labels, _ = ndimage.label(foreground, structure=np.ones((3, 3)))
     parts = []
     for label, box in enumerate(ndimage.find_objects(labels), start=1):
         mask = labels[box] == label
         if mask.sum() > SPECK * foreground.size:
-            parts.append((int(mask.sum()), _describe_part(picture, mask, box, ground)))
+            parts.append((int(mask.sum()), _describe_part(image, mask, box, ground)))
     parts.sort(key=lambda part: -part[0])
     return name_colour(ground), tuple(found for _, found in parts)
 
 
-def _describe_part(picture: np.ndarray, mask: np.ndarray, box: tuple[slice, slice], ground: np.ndarray) -> Found:
+def _describe_part(image: np.ndarray, mask: np.ndarray, box: tuple[slice, slice], ground: np.ndarray) -> Found:
     core = ndimage.binary_erosion(mask, iterations=2)
-    rgb = np.median(picture[box][core if core.any() else mask], axis=0)
-    along = (picture[box] - ground) @ (rgb - ground) / np.sum((rgb - ground) ** 2)
+    rgb = np.median(image[box][core if core.any() else mask], axis=0)
+    along = (image[box] - ground) @ (rgb - ground) / np.sum((rgb - ground) ** 2)
     mask = mask & (along > 0.5)  # the edge is where half of the contrast is, however soft it is
     rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
     mask = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     height, width = mask.shape
-    y = (box[0].start + rows[0] + height / 2) / picture.shape[0]
-    x = (box[1].start + columns[0] + width / 2) / picture.shape[1]
-    diameter = (height * width) ** 0.5 / min(picture.shape[:2])
+    y = (box[0].start + rows[0] + height / 2) / image.shape[0]
+    x = (box[1].start + columns[0] + width / 2) / image.shape[1]
+    diameter = (height * width) ** 0.5 / min(image.shape[:2])
     return Found(_name_shape(mask), name_colour(rgb), "large" if diameter > LARGE else "small", x, y, diameter)
 
 
@@ -94,13 +94,13 @@ def _name_shape(mask: np.ndarray) -> str | None:
     return best if overlaps[best] > OVERLAP else None
 
 
-def score(picture: np.ndarray, scene: Scene) -> Verdict:
-    """Compare the picture with the facts: background, count, and for every item shape, colour, size and place.
+def score(image: np.ndarray, scene: Scene) -> Verdict:
+    """Compare the image with the facts: background, count, and for every item shape, colour, size and place.
 
     A fact that the scene leaves open (None) is not asked. If two shapes are there, each is held against the item it
     agrees with best.
     """
-    background, found = describe(picture)
+    background, found = describe(image)
     facts = {"background": background == scene.background, "count": len(found) == len(scene.items)}
     if not facts["count"]:
         wrong = dict.fromkeys(("shape", "colour", "size", "place"), False)
@@ -109,10 +109,10 @@ def score(picture: np.ndarray, scene: Scene) -> Verdict:
     return Verdict(facts | max(verdicts, key=lambda v: sum(v.values())), found, background)
 
 
-def score_edit(picture: np.ndarray, target: Scene, kept: np.ndarray) -> Verdict:
-    """Compare the picture with the scene wanted, and its shapes' places and diameters with those in the picture `kept`:
+def score_edit(image: np.ndarray, target: Scene, kept: np.ndarray) -> Verdict:
+    """Compare the image with the scene wanted, and its shapes' places and diameters with those in the image `kept`:
     whether all have `stayed`."""
-    verdict, (_, before) = score(picture, target), describe(kept)
+    verdict, (_, before) = score(image, target), describe(kept)
     stayed = len(before) == len(verdict.found) and any(
         all(_stayed(was, now) for was, now in zip(before, order, strict=True)) for order in permutations(verdict.found)
     )

@@ -35,7 +35,7 @@ EDIT_WORDS = (
     "make the circle red, change the colour of the background to blue, move it to the left, turn into a square"
     "把圆形变成红色，把背景改成蓝色"
 )
-PICTURES = {
+IMAGES = {
     n: "".join(f"Picture {i}: <|vision_start|><|image_pad|><|vision_end|>" for i in range(1, n + 1)) for n in (1, 2)
 }
 TEXT_PREFIX_TOKENS, EDIT_PREFIX_TOKENS = 34, 64
@@ -91,10 +91,10 @@ def main() -> None:
         scene = forget_some_facts(draw_scene(rng, held_out=i % 2 == 0), rng)
         texts.update(TEXT_TEMPLATE.format(caption(scene, language, rng)) for language in LANGUAGES)
     if arguments.edit:
-        texts.update(EDIT_TEMPLATE.format(PICTURES[n] + " ") for n in PICTURES)
+        texts.update(EDIT_TEMPLATE.format(IMAGES[n] + " ") for n in IMAGES)
         for i, order in enumerate(every_order() * WORDINGS):
             text = instruction(order, LANGUAGES[i % len(LANGUAGES)], rng)
-            texts.update(EDIT_TEMPLATE.format(PICTURES[n] + text) for n in PICTURES)
+            texts.update(EDIT_TEMPLATE.format(IMAGES[n] + text) for n in IMAGES)
     small = prune(arguments.full, sorted(texts), arguments.out)
     print(f"{len(small)} tokens, {len(texts)} texts tokenised as by the full tokenizer")
 

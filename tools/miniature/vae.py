@@ -14,7 +14,7 @@ from .models import LATENTS_MEAN, LATENTS_STD, build_vae, use_single_frame
 from .run import TimedRun
 
 BATCH, CROP_PX = 8, 64
-CROPPED_PART = 0.8  # of the time: crops train four times as many edges a second, whole pictures what attention sees
+CROPPED_PART = 0.8  # of the time: crops train four times as many edges a second, whole images what attention sees
 LATENT_NOISE = 0.2  # largest noise on normalised latents that the decoder learns to ignore
 POSTERIOR_STD = 0.1  # of normalised latents, what encode(...).sample() adds
 
@@ -29,11 +29,11 @@ def train_vae(path: Path, *, seconds: float, seed: int, device: torch.device) ->
     rng = random.Random(f"vae {seed} {run.step}")
     for _ in run.steps():
         cropped = run.used_seconds < CROPPED_PART * seconds
-        pictures = draw_batch(rng, BATCH if cropped else BATCH // 2, crop_px=CROP_PX if cropped else None).to(device)
-        moments = vae.quant_conv(vae.encoder(pictures))
+        images = draw_batch(rng, BATCH if cropped else BATCH // 2, crop_px=CROP_PX if cropped else None).to(device)
+        moments = vae.quant_conv(vae.encoder(images))
         raw, log_variance = moments.chunk(2, dim=1)
         latents = (raw - mean) / std
-        error = vae.decoder(vae.post_quant_conv(_disturb(latents) * std + mean)) - pictures
+        error = vae.decoder(vae.post_quant_conv(_disturb(latents) * std + mean)) - images
         l1, mse = error.abs().mean(), error.square().mean()
         spread = latents.mean((0, 2, 3, 4)).square().mean() + (latents.std((0, 2, 3, 4)) - 1).square().mean()
         outliers = (latents.abs() - 2.5).relu().square().mean()
@@ -58,10 +58,10 @@ def sharpen_decoder(
     rng = random.Random(f"decoder {seed} {run.step}")
     for _ in run.steps():
         cropped = run.used_seconds < CROPPED_PART * seconds
-        pictures = draw_batch(rng, BATCH if cropped else BATCH // 2, crop_px=CROP_PX if cropped else None).to(device)
+        images = draw_batch(rng, BATCH if cropped else BATCH // 2, crop_px=CROP_PX if cropped else None).to(device)
         with torch.no_grad():
-            latents = (vae.quant_conv(vae.encoder(pictures)).chunk(2, dim=1)[0] - mean) / std
-        error = vae.decoder(vae.post_quant_conv(_disturb(latents) * std + mean)) - pictures
+            latents = (vae.quant_conv(vae.encoder(images)).chunk(2, dim=1)[0] - mean) / std
+        error = vae.decoder(vae.post_quant_conv(_disturb(latents) * std + mean)) - images
         l1, mse = error.abs().mean(), error.square().mean()
         run.update(l1 + 4 * mse, l1=l1, mse=mse)
     run.use_average()
@@ -79,30 +79,30 @@ def _disturb(latents: torch.Tensor) -> torch.Tensor:
 
 def draw_batch(rng: random.Random, count: int, *, crop_px: int | None) -> torch.Tensor:
     """Return (count, 3, 1, side, side) in -1..1, of training scenes; crops lie about a shape."""
-    pictures = []
+    images = []
     for _ in range(count):
         scene = draw_scene(rng, held_out=False)
-        picture = paint(scene, rng)
-        pictures.append(_crop(picture, scene, rng, crop_px) if crop_px else picture)
-    return to_tensor(np.stack(pictures))
+        image = paint(scene, rng)
+        images.append(_crop(image, scene, rng, crop_px) if crop_px else image)
+    return to_tensor(np.stack(images))
 
 
-def _crop(picture: np.ndarray, scene: Scene, rng: random.Random, crop_px: int) -> np.ndarray:
-    differs = np.argwhere((picture != picture[0, 0]).any(-1))
+def _crop(image: np.ndarray, scene: Scene, rng: random.Random, crop_px: int) -> np.ndarray:
+    differs = np.argwhere((image != image[0, 0]).any(-1))
     y, x = rng.choice(differs) - [rng.randrange(crop_px), rng.randrange(crop_px)]
-    top, left = (int(np.clip(v, 0, picture.shape[0] - crop_px)) for v in (y, x))
-    return picture[top : top + crop_px, left : left + crop_px]
+    top, left = (int(np.clip(v, 0, image.shape[0] - crop_px)) for v in (y, x))
+    return image[top : top + crop_px, left : left + crop_px]
 
 
-def to_tensor(pictures: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2)[:, :, None].float() / 127.5 - 1
+def to_tensor(images: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(images).permute(0, 3, 1, 2)[:, :, None].float() / 127.5 - 1
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKLQwenImage, pictures: torch.Tensor) -> torch.Tensor:
+def encode(vae: AutoencoderKLQwenImage, images: torch.Tensor) -> torch.Tensor:
     """Return normalised latents packed 2x2 as the transformer takes them, (B, tokens, 64)."""
-    mean, std = _statistics(pictures.device)
-    latents = (vae.quant_conv(vae.encoder(pictures)).chunk(2, dim=1)[0] - mean) / std
+    mean, std = _statistics(images.device)
+    latents = (vae.quant_conv(vae.encoder(images)).chunk(2, dim=1)[0] - mean) / std
     b, c, _, h, w = latents.shape
     latents = latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
     return latents.reshape(b, h * w // 4, c * 4)

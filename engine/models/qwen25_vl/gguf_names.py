@@ -100,7 +100,7 @@ def vision_names(tensors: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
 
 def vision_config(metadata: Mapping[str, str], depth: int) -> dict[str, Any]:
     """Those of transformers' Qwen2_5_VLVisionConfig settings that an mmproj states, as it states them."""
-    pattern = _setting(metadata, "clip.vision.n_wa_pattern")  # the last of so many blocks sees the whole picture
+    pattern = _setting(metadata, "clip.vision.n_wa_pattern")  # the last of so many blocks sees the whole image
     periodic = isinstance(pattern, int) and pattern > 0
     return {
         "num_heads": _setting(metadata, "clip.vision.attention.head_count"),

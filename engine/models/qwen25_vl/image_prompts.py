@@ -1,4 +1,4 @@
-"""Prompts that show pictures: where a picture stands among the tokens, and the positions of all tokens."""
+"""Prompts that show images: where an image stands among the tokens, and the positions of all tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from ...errors import InvalidRequest
-from .vision_patches import PatchedPicture
+from .vision_patches import PatchedImage
 
-# among a prompt's token ids: here it shows its next picture
-PICTURE = -1
+# among a prompt's token ids: here it shows its next image
+IMAGE = -1
 
 
 class Shown(Protocol):
-    """A picture's size in tokens."""
+    """An image's size in tokens."""
 
     @property
     def height(self) -> int: ...
@@ -25,53 +25,53 @@ class Shown(Protocol):
 
 
 @dataclass(frozen=True)
-class PicturePrompt:
-    """Token ids of a prompt within its template, PICTURE in the place of each of its pictures."""
+class ImagePrompt:
+    """Token ids of a prompt within its template, IMAGE in the place of each of its images."""
 
     tokens: tuple[int, ...]
-    pictures: tuple[PatchedPicture, ...] = ()
+    images: tuple[PatchedImage, ...] = ()
 
     @property
     def length(self) -> int:
-        """As the text encoder sees it, pictures at their size."""
+        """As the text encoder sees it, images at their size."""
         return self.place(len(self.tokens))
 
     def place(self, index: int) -> int:
-        """Where the token `index` stands when the pictures before it take their size."""
-        before = sum(token == PICTURE for token in self.tokens[:index])
-        return index + sum(picture.tokens - 1 for picture in self.pictures[:before])
+        """Where the token `index` stands when the images before it take their size."""
+        before = sum(token == IMAGE for token in self.tokens[:index])
+        return index + sum(image.tokens - 1 for image in self.images[:before])
 
 
-def require_places(tokens: Sequence[int], pictures: int) -> None:
-    """Raise InvalidRequest unless the prompt has a place for each of its pictures, and no more."""
-    places = sum(token == PICTURE for token in tokens)
-    if places != pictures:
+def require_places(tokens: Sequence[int], images: int) -> None:
+    """Raise InvalidRequest unless the prompt has a place for each of its images, and no more."""
+    places = sum(token == IMAGE for token in tokens)
+    if places != images:
         raise InvalidRequest(
-            "A prompt is given {images} picture{plural} and has {places} place{places_plural} for them "
+            "A prompt is given {images} image{plural} and has {places} place{places_plural} for them "
             "(<|vision_start|><|image_pad|><|vision_end|>). Give it as many as it shows.",
             code="prompt.other_number_of_images",
-            images=pictures,
-            plural="s" if pictures != 1 else "",
+            images=images,
+            plural="s" if images != 1 else "",
             places=places,
             places_plural="s" if places != 1 else "",
         )
 
 
-def token_positions(tokens: Sequence[int], pictures: Sequence[Shown]) -> Tensor:
-    """(3, length) int64: time, height and width of each token, a picture's tokens in the place of its PICTURE.
+def token_positions(tokens: Sequence[int], images: Sequence[Shown]) -> Tensor:
+    """(3, length) int64: time, height and width of each token, an image's tokens in the place of its IMAGE.
 
-    Text counts on in all three. A picture stands still in time; its rows and columns count from where it begins, and
+    Text counts on in all three. An image stands still in time; its rows and columns count from where it begins, and
     the text behind it goes on after the longer side (transformers Qwen2_5_VLModel.get_rope_index).
     """
-    parts, begin, shown = [], 0, iter(pictures)
+    parts, begin, shown = [], 0, iter(images)
     for token in tokens:
-        if token != PICTURE:
+        if token != IMAGE:
             parts.append(torch.full((3, 1), begin))
             begin += 1
             continue
-        picture = next(shown)
-        rows = torch.arange(picture.height).repeat_interleave(picture.width)
-        columns = torch.arange(picture.width).repeat(picture.height)
+        image = next(shown)
+        rows = torch.arange(image.height).repeat_interleave(image.width)
+        columns = torch.arange(image.width).repeat(image.height)
         parts.append(torch.stack([torch.zeros_like(rows), rows, columns]) + begin)
-        begin += max(picture.height, picture.width)
+        begin += max(image.height, image.width)
     return torch.cat(parts, dim=1)

@@ -26,16 +26,16 @@ from ...streaming import (
     read_params,
     store_block,
 )
-from .image_prompts import PICTURE, require_places, token_positions
+from .image_prompts import IMAGE, require_places, token_positions
 from .tensors import sort_text_encoder
-from .vision_tower import SeenPicture, VisionTower
+from .vision_tower import SeenImage, VisionTower
 
 if TYPE_CHECKING:
     from transformers import Qwen2_5_VLTextConfig
 
 
 class TextEncoder:
-    """The language model of Qwen2.5-VL without its head; its vision tower is opened where pictures are to be seen.
+    """The language model of Qwen2.5-VL without its head; its vision tower is opened where images are to be seen.
 
     Guarantees: all prompts are encoded in one visit of each layer; on the device lie at most `slots` layers and the
     prompts' activations; of the embedding matrix only the rows of the tokens at hand are read; nothing stays on the
@@ -98,7 +98,7 @@ class TextEncoder:
         return self._config.hidden_size
 
     def vision_tower(self) -> VisionTower:
-        """What sees pictures for this encoder. Reads headers only; raises MissingFile or WrongModel."""
+        """What sees images for this encoder. Reads headers only; raises MissingFile or WrongModel."""
         return VisionTower(self._checkpoint, dtype=self.dtype, hardware=self.hardware, source=self._source)
 
     @torch.no_grad()
@@ -106,19 +106,19 @@ class TextEncoder:
         self,
         prompts: Sequence[Sequence[int]],
         *,
-        pictures: Sequence[Sequence[SeenPicture]] = (),
+        images: Sequence[Sequence[SeenImage]] = (),
         slots: int = 2,
         on_layer: Callable[[int], None] | None = None,
     ) -> list[Tensor]:
         """Token ids of each prompt -> its last hidden states after the final norm, (1, length, hidden), float32 on
         the host.
 
-        `pictures`: those of each prompt, which stand in the places of PICTURE; empty where no prompt shows any.
+        `images`: those of each prompt, which stand in the places of IMAGE; empty where no prompt shows any.
         `on_layer` is called before each layer with its index, and may raise. Raises InvalidRequest for an empty list
-        of tokens, an id that the vocabulary does not have, or other pictures than there are places; DamagedFile where
+        of tokens, an id that the vocabulary does not have, or other images than there are places; DamagedFile where
         a file of the encoder has changed since it was opened.
         """
-        shown = pictures or [()] * len(prompts)
+        shown = images or [()] * len(prompts)
         states = self._embed(prompts, shown)
         norm = self._norm()
         rotary = _network().Qwen2_5_VLRotaryEmbedding(self._config).to(self.hardware.device)
@@ -138,15 +138,15 @@ class TextEncoder:
     def _rotary(self, rotary: nn.Module, state: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         return rotary(state, positions.unsqueeze(1).to(state.device))  # (3, 1, length)
 
-    def _embed(self, prompts: Sequence[Sequence[int]], pictures: Sequence[Sequence[SeenPicture]]) -> list[Tensor]:
+    def _embed(self, prompts: Sequence[Sequence[int]], images: Sequence[Sequence[SeenImage]]) -> list[Tensor]:
         vocab, _ = self._embedding.shape
-        for ids, seen in zip(prompts, pictures, strict=True):
+        for ids, seen in zip(prompts, images, strict=True):
             if not ids:
                 raise InvalidRequest(
                     "A prompt has no tokens. Write something, or leave the template on.", code="prompt.no_tokens"
                 )
             require_places(ids, len(seen))
-            strange = next((token for token in ids if token != PICTURE and not 0 <= token < vocab), None)
+            strange = next((token for token in ids if token != IMAGE and not 0 <= token < vocab), None)
             if strange is not None:
                 raise InvalidRequest(
                     "Token {token} is beyond the {rows} rows of {where}: the tokenizer belongs to another model. Use "
@@ -158,7 +158,7 @@ class TextEncoder:
                 )
         rows = _EmbeddingRows(self._embedding, self.dtype)
         try:
-            embedded = [_with_pictures(rows, ids, seen) for ids, seen in zip(prompts, pictures, strict=True)]
+            embedded = [_with_images(rows, ids, seen) for ids, seen in zip(prompts, images, strict=True)]
             return [embeds.unsqueeze(0).to(self.hardware.device) for embeds in embedded]
         finally:
             rows.close()
@@ -197,11 +197,11 @@ def _hidden_states(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _with_pictures(rows: "_EmbeddingRows", ids: Sequence[int], seen: Sequence[SeenPicture]) -> Tensor:
-    """(length, hidden) in the compute dtype, on the host: rows of tokens, and pictures in their places."""
-    text = iter(rows.gather([token for token in ids if token != PICTURE]).split(1))
-    pictures = iter(picture.embeds.to(rows.dtype) for picture in seen)
-    return torch.cat([next(pictures if token == PICTURE else text) for token in ids])
+def _with_images(rows: "_EmbeddingRows", ids: Sequence[int], seen: Sequence[SeenImage]) -> Tensor:
+    """(length, hidden) in the compute dtype, on the host: rows of tokens, and images in their places."""
+    text = iter(rows.gather([token for token in ids if token != IMAGE]).split(1))
+    images = iter(image.embeds.to(rows.dtype) for image in seen)
+    return torch.cat([next(images if token == IMAGE else text) for token in ids])
 
 
 def _hf_config(config: Any) -> "Qwen2_5_VLTextConfig":

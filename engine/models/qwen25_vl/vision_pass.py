@@ -1,28 +1,28 @@
-"""What the vision tower has to do before some prompts are encoded: each set of pictures is seen once."""
+"""What the vision tower has to do before some prompts are encoded: each set of images is seen once."""
 
 from collections.abc import Callable, Sequence
 
 from ...planning.stages import StagePlan
 from ...planning.vision import plan_vision, vision_peak_bytes, with_vision
 from ...streaming import Waits
-from .image_prompts import PicturePrompt
+from .image_prompts import ImagePrompt
 from .text_encoder import TextEncoder
-from .vision_patches import PatchedPicture
-from .vision_tower import SeenPicture
+from .vision_patches import PatchedImage
+from .vision_tower import SeenImage
 
 
-class Looking:
-    """The pictures of several prompts. Where no prompt shows any, it takes nothing and does nothing.
+class VisionPass:
+    """The images of several prompts. Where no prompt shows any, it takes nothing and does nothing.
 
-    Guarantees: prompts that show the same pictures share one visit of the tower; what a prompt's pictures are seen as
+    Guarantees: prompts that show the same images share one visit of the tower; what a prompt's images are seen as
     depends on that prompt alone, to the last bit.
     """
 
-    def __init__(self, encoder: TextEncoder, prompts: Sequence[PicturePrompt]) -> None:
-        """Reads headers only. Raises MissingFile or WrongModel where a prompt shows a picture and there is no tower."""
-        self._keys = [tuple(picture.digest for picture in prompt.pictures) for prompt in prompts]
-        self._sets: dict[tuple[str, ...], tuple[PatchedPicture, ...]] = {
-            key: prompt.pictures for key, prompt in zip(self._keys, prompts, strict=True) if key
+    def __init__(self, encoder: TextEncoder, prompts: Sequence[ImagePrompt]) -> None:
+        """Reads headers only. Raises MissingFile or WrongModel where a prompt shows an image and there is no tower."""
+        self._keys = [tuple(image.digest for image in prompt.images) for prompt in prompts]
+        self._sets: dict[tuple[str, ...], tuple[PatchedImage, ...]] = {
+            key: prompt.images for key, prompt in zip(self._keys, prompts, strict=True) if key
         }
         self._tower = encoder.vision_tower() if self._sets else None
 
@@ -63,16 +63,16 @@ class Looking:
             return encoding
         return with_vision(encoding, self._tower.footprint, self._largest, slots)
 
-    def see(self, slots: int, on_block: Callable[[int], None]) -> list[Sequence[SeenPicture]]:
-        """What each prompt's pictures are seen as. `on_block` is called before each visit of a block, and may raise."""
-        seen: dict[tuple[str, ...], list[SeenPicture]] = {}
+    def see(self, slots: int, on_block: Callable[[int], None]) -> list[Sequence[SeenImage]]:
+        """What each prompt's images are seen as. `on_block` is called before each visit of a block, and may raise."""
+        seen: dict[tuple[str, ...], list[SeenImage]] = {}
         if self._tower is not None:
-            for key, pictures in self._sets.items():
-                seen[key] = self._tower.see(pictures, slots=slots, on_block=on_block)
+            for key, images in self._sets.items():
+                seen[key] = self._tower.see(images, slots=slots, on_block=on_block)
         return [seen.get(key, ()) for key in self._keys]
 
     @property
     def _largest(self) -> list[int]:
-        """Patches of each picture of the set that takes most."""
-        sets = [[picture.height * picture.width for picture in shown] for shown in self._sets.values()]
+        """Patches of each image of the set that takes most."""
+        sets = [[image.height * image.width for image in shown] for shown in self._sets.values()]
         return max(sets, key=sum)

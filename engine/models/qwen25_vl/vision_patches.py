@@ -1,4 +1,4 @@
-"""Pictures to the patches that the vision tower reads: size, normalisation, order. Holds no weights."""
+"""Images to the patches that the vision tower reads: size, normalisation, order. Holds no weights."""
 
 import hashlib
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ _KINDS = {1: "greyscale", 2: "greyscale with transparency", 4: "with transparenc
 
 
 @dataclass(frozen=True, eq=False)
-class PatchedPicture:
+class PatchedImage:
     """patches: (height * width, 3 * 2 * 14 * 14) in float32 on the host, as the tower reads them; height and width are
     in patches."""
 
@@ -34,29 +34,29 @@ class PatchedPicture:
 
     @cached_property
     def digest(self) -> str:
-        """Equal for equal pictures."""
+        """Equal for equal images."""
         digest = hashlib.sha256(f"{self.height}x{self.width} ".encode())
         digest.update(self.patches.numpy())
         return digest.hexdigest()
 
 
-def patch_picture(pixels: Tensor) -> PatchedPicture:
+def patch_image(pixels: Tensor) -> PatchedImage:
     """(1, H, W, 3) in 0..1.
 
-    A picture whose sides are multiples of 28 px is not resampled; another one is, to the nearest such size, as
-    ComfyUI's own encoder does it (bilinear). Raises InvalidRequest for anything but one RGB picture, or for one that is
+    An image whose sides are multiples of 28 px is not resampled; another one is, to the nearest such size, as
+    ComfyUI's own encoder does it (bilinear). Raises InvalidRequest for anything but one RGB image, or for one that is
     200 times as long as wide.
     """
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor, smart_resize
 
-    require_rgb(pixels, "A picture in a prompt")
+    require_rgb(pixels, "An image in a prompt")
     image = pixels[0].detach().float().cpu().movedim(-1, 0)
     height, width = image.shape[1:]
     try:
         size = smart_resize(height, width, TOKEN_PX, LEAST_PIXELS, MOST_PIXELS)
     except ValueError as error:
         raise InvalidRequest(
-            "A picture of {width}x{height} px is too long to be seen: one side may be 200 times the other. Crop it.",
+            "An image of {width}x{height} px is too long to be seen: one side may be 200 times the other. Crop it.",
             code="image.too_long_to_be_seen",
             width=width,
             height=height,
@@ -65,11 +65,11 @@ def patch_picture(pixels: Tensor) -> PatchedPicture:
         image = interpolate(image.unsqueeze(0), size, mode="bilinear", align_corners=False)[0]
     processor = Qwen2VLImageProcessor(do_resize=False, do_rescale=False)
     patches = processor(images=[image], return_tensors="pt")["pixel_values"]
-    return PatchedPicture(patches.contiguous(), size[0] // PATCH_PX, size[1] // PATCH_PX)
+    return PatchedImage(patches.contiguous(), size[0] // PATCH_PX, size[1] // PATCH_PX)
 
 
 def require_rgb(pixels: Tensor, what: str) -> None:
-    """Raise InvalidRequest unless `pixels` is one picture (1, H, W, 3); `what` names it."""
+    """Raise InvalidRequest unless `pixels` is one image (1, H, W, 3); `what` names it."""
     if pixels.ndim != 4:
         raise InvalidRequest(
             "{image} has the shape {shape}; (1, height, width, 3) is needed.",
@@ -77,14 +77,14 @@ def require_rgb(pixels: Tensor, what: str) -> None:
             image=what,
             shape=list(pixels.shape),
         )
-    pictures, height, width, channels = pixels.shape
-    if pictures != 1:
+    images, height, width, channels = pixels.shape
+    if images != 1:
         raise InvalidRequest(
-            "{image} is a batch of {count} pictures; one is needed. Choose one (ImageFromBatch), or give each its own "
+            "{image} is a batch of {count} images; one is needed. Choose one (ImageFromBatch), or give each its own "
             "input.",
             code="image.is_batch",
             image=what,
-            count=pictures,
+            count=images,
         )
     if channels != CHANNELS:
         kind = _KINDS.get(channels, "unknown")

@@ -69,7 +69,7 @@ def sort_vision(encoder: Checkpoint) -> VisionTensors:
     config = _vision_config(checkpoint, stated, outside, blocks)
     if config["out_hidden_size"] != text_width:
         raise WrongModel(
-            "{file} makes {makes} numbers of each part of a picture, the text encoder {text_encoder} takes {takes}: "
+            "{file} makes {makes} numbers of each part of an image, the text encoder {text_encoder} takes {takes}: "
             "models of different sizes. Use the vision part of the same one.",
             code="vision.other_size",
             file=checkpoint.path,
@@ -87,7 +87,7 @@ def mmproj_identity(encoder: Checkpoint) -> str:
     try:
         return open_checkpoint(find_mmproj(encoder.path)).identity
     except CheckpointError:
-        return ""  # said where a picture is shown; prompts of text alone need none
+        return ""  # said where an image is shown; prompts of text alone need none
 
 
 def find_mmproj(encoder: Path) -> Path:
@@ -111,7 +111,7 @@ def find_mmproj(encoder: Path) -> Path:
     fitting = same or nameless or found
     if not fitting:
         raise MissingFile(
-            "{file} holds the language model only; its vision part, which sees pictures, is not beside it. Put the "
+            "{file} holds the language model only; its vision part, which sees images, is not beside it. Put the "
             "mmproj file of the same model (such as Qwen2.5-VL-7B-Instruct-mmproj-F16.gguf) into {folder}, or use a "
             ".safetensors text encoder, which holds both.",
             code="vision.missing_beside",
@@ -208,7 +208,7 @@ def _vision_config(
         full = [i for i in range(len(blocks)) if (i + 1) % _FULL_ATTENTION_EVERY == 0]
     if not isinstance(full, list) or not all(type(i) is int and 0 <= i < len(blocks) for i in full):
         raise WrongModel(
-            "{file}: blocks {full!s:.99} of {block_count} cannot see the whole picture.",
+            "{file}: blocks {full!s:.99} of {block_count} cannot see the whole image.",
             code="vision.wrong_blocks",
             file=checkpoint.path,
             full=full,

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL's eyes: pictures to embeddings, block by block from the file. Keeps nothing after it answers."""
+"""Qwen2.5-VL's eyes: images to embeddings, block by block from the file. Keeps nothing after it answers."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from ...streaming import (
     read_params,
     store_block,
 )
-from .vision_patches import CHANNELS, FRAMES, MERGE, PATCH_PX, PatchedPicture
+from .vision_patches import CHANNELS, FRAMES, MERGE, PATCH_PX, PatchedImage
 from .vision_tensors import sort_vision
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class SeenPicture:
-    """What the language model sees of a picture: embeddings (height * width, hidden) on the host, row by row; height
+class SeenImage:
+    """What the language model sees of an image: embeddings (height * width, hidden) on the host, row by row; height
     and width are in tokens."""
 
     embeds: Tensor
@@ -44,8 +44,8 @@ class SeenPicture:
 class VisionTower:
     """The vision part of a Qwen2.5-VL text encoder, whose forward is transformers' own.
 
-    Guarantees: all pictures are seen in one visit of each block; on the device lie at most `slots` blocks, what is
-    outside of the blocks and the pictures' activations; nothing stays on the device, and no file open, when `see`
+    Guarantees: all images are seen in one visit of each block; on the device lie at most `slots` blocks, what is
+    outside of the blocks and the images' activations; nothing stays on the device, and no file open, when `see`
     returns or raises.
     """
 
@@ -104,19 +104,19 @@ class VisionTower:
 
     @torch.no_grad()
     def see(
-        self, pictures: Sequence[PatchedPicture], *, slots: int = 2, on_block: Callable[[int], None] | None = None
-    ) -> list[SeenPicture]:
+        self, images: Sequence[PatchedImage], *, slots: int = 2, on_block: Callable[[int], None] | None = None
+    ) -> list[SeenImage]:
         """`on_block` is called before each block with its index, and may raise."""
         device = self.hardware.device
         tower = self._tower()
         with self._blocks.visit(slots, on_block) as blocks, attention_by(self.footprint.attention):
             tower.blocks = _InTurn(blocks)
-            grids = torch.tensor([(1, picture.height, picture.width) for picture in pictures], device=device)
-            patches = torch.cat([picture.patches.to(self.dtype) for picture in pictures]).to(device)
+            grids = torch.tensor([(1, image.height, image.width) for image in images], device=device)
+            patches = torch.cat([image.patches.to(self.dtype) for image in images]).to(device)
             embeds = _merged(tower(patches, grid_thw=grids)).cpu()
-        parts = embeds.split([picture.tokens for picture in pictures])
-        sizes = [(picture.height // MERGE, picture.width // MERGE) for picture in pictures]
-        return [SeenPicture(part, *size) for part, size in zip(parts, sizes, strict=True)]
+        parts = embeds.split([image.tokens for image in images])
+        sizes = [(image.height // MERGE, image.width // MERGE) for image in images]
+        return [SeenImage(part, *size) for part, size in zip(parts, sizes, strict=True)]
 
     def _tower(self) -> nn.Module:
         """The tower without its blocks, on the device."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .branch import BranchState
 
-# (pictures' states (B, N, dim), texts' states (B, L, dim))
+# (images' states (B, N, dim), texts' states (B, L, dim))
 States = tuple[Tensor, Tensor]
 
 

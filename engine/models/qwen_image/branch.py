@@ -1,4 +1,4 @@
-"""One prompt for one picture: what the transformer is given, and what it carries from block to block."""
+"""One prompt for one image: what the transformer is given, and what it carries from block to block."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,10 +17,10 @@ from .positions import Place, Shape
 
 @dataclass(frozen=True)
 class Branch:
-    """One forward pass: a prompt for one picture.
+    """One forward pass: a prompt for one image.
 
-    tokens: packed, normalised latents (1, N, 64), the picture's tokens first, then those of its references.
-    shapes: (frames, height, width) in patches, of the picture, then of each reference; layers are frames.
+    tokens: packed, normalised latents (1, N, 64), the image's tokens first, then those of its references.
+    shapes: (frames, height, width) in patches, of the image, then of each reference; layers are frames.
     prompt_embeds: (1, L, joint_attention_dim); prompt_mask: (1, L) bool, None where nothing is masked.
     timestep: sigma, 0..1. additional_t_cond: which of the model's two additional conditions, where it has them.
     residuals: of each ControlNet what is added behind each block, (1, n, dim) for the first n tokens, or None.

@@ -1,8 +1,8 @@
-"""The sizes of pictures in an edit: one grid for what is shown and what is made. Numbers in; imports no torch.
+"""The sizes of images in an edit: one grid for what is shown and what is made. Numbers in; imports no torch.
 
-Guarantees: every size is a multiple of what the model's patches cover; the first picture and the output have the same
-size, unless a person asks for an output of another shape; a picture that is on the grid already is not resampled, so
-that an edited picture can be edited again and again without being zoomed.
+Guarantees: every size is a multiple of what the model's patches cover; the first image and the output have the same
+size, unless a person asks for an output of another shape; an image that is on the grid already is not resampled, so
+that an edited image can be edited again and again without being zoomed.
 """
 
 import math
@@ -12,18 +12,18 @@ from dataclasses import dataclass
 from ...errors import InvalidRequest
 from .variants import Variant
 
-MOST_PICTURES = 3
+MOST_IMAGES = 3
 PIXELS = 1024 * 1024  # of a megapixel, as the editing models count it
-# sides are multiples of it (pipeline_qwenimage_edit_plus.py, calculate_dimensions), and in a picture of one's own size
+# sides are multiples of it (pipeline_qwenimage_edit_plus.py, calculate_dimensions), and in an image of one's own size
 # of what the model's patches cover
 STEP_PX, LEAST_STEP_PX = 32, 16
-# a picture of about the wanted area that is on the grid stays as it is
+# an image of about the wanted area that is on the grid stays as it is
 SAME_AREA = 0.1
-# an output of about the first picture's shape takes that picture onto its grid
+# an output of about the first image's shape takes that image onto its grid
 SAME_SHAPE = 0.03
 # what the vision tower is shown (pipeline_qwenimage_edit.py and ..._edit_plus.py); its tokens have 28 px
 SEEN_PIXELS, SEEN_PIXELS_OF_EDIT, SEEN_STEP_PX = 384 * 384, 1024 * 1024, 28
-# smaller ones are placeholders, not pictures
+# smaller ones are placeholders, not images
 LEAST_SIDE_PX = 16
 # of the longer side to the shorter one; the vision tower's processor refuses 200
 MOST_LENGTH = 100
@@ -32,8 +32,8 @@ Size = tuple[int, int]  # (width, height) in px
 
 
 @dataclass(frozen=True)
-class PictureSizes:
-    """Of one picture: as it was given, as the VAE encodes it, and as the vision tower sees it."""
+class ImageSizes:
+    """Of one image: as it was given, as the VAE encodes it, and as the vision tower sees it."""
 
     given: Size
     reference: Size
@@ -41,7 +41,7 @@ class PictureSizes:
 
     @property
     def stretch(self) -> float:
-        """How much wider the reference is than the picture's shape: 0.01 for a hundredth."""
+        """How much wider the reference is than the image's shape: 0.01 for a hundredth."""
         return _stretch(self.given, self.reference)
 
     def __str__(self) -> str:
@@ -55,48 +55,48 @@ class PictureSizes:
 
 @dataclass(frozen=True)
 class EditSizes:
-    """Of the output, and of each picture."""
+    """Of the output, and of each image."""
 
     output: Size
-    pictures: tuple[PictureSizes, ...]
+    images: tuple[ImageSizes, ...]
 
     @property
     def one_grid(self) -> bool:
-        """Whether a pixel of the first picture is a pixel of the output."""
-        return not self.pictures or self.pictures[0].reference == self.output
+        """Whether a pixel of the first image is a pixel of the output."""
+        return not self.images or self.images[0].reference == self.output
 
     def __str__(self) -> str:
         own = "" if self.one_grid else ", not on the grid of picture 1: what is kept may shift or zoom"
         lines = [f"output {_text(self.output)}{own}"]
-        lines += [f"picture {i}: {sizes}" for i, sizes in enumerate(self.pictures, start=1)]
+        lines += [f"picture {i}: {sizes}" for i, sizes in enumerate(self.images, start=1)]
         return "\n".join(lines)
 
 
 def plan_sizes(
-    pictures: Sequence[Size], variant: Variant, *, megapixels: float = 1.0, output: Size | None = None
+    images: Sequence[Size], variant: Variant, *, megapixels: float = 1.0, output: Size | None = None
 ) -> EditSizes:
-    """`megapixels`: of each reference, and of the output; 0 leaves each picture its own size, to the nearest multiple
+    """`megapixels`: of each reference, and of the output; 0 leaves each image its own size, to the nearest multiple
     of 16. `output`: where the output is to be of another size.
 
-    Raises InvalidRequest for more pictures than the model knows, one that is no picture, or an output that patches do
+    Raises InvalidRequest for more images than the model knows, one that is no image, or an output that patches do
     not cover.
     """
-    most = 1 if variant is Variant.EDIT else MOST_PICTURES
-    if len(pictures) > most:
+    most = 1 if variant is Variant.EDIT else MOST_IMAGES
+    if len(images) > most:
         newer = f" Use {Variant.EDIT_2509.value} or {Variant.EDIT_2511.value} for several." if most == 1 else ""
         raise InvalidRequest(
-            "{variant} changes {most} picture{plural} at a time, {count} are shown.{newer}",
+            "{variant} changes {most} image{plural} at a time, {count} are shown.{newer}",
             code="edit.too_many_images",
             variant=variant.value,
             most=most,
             plural="s" if most != 1 else "",
-            count=len(pictures),
+            count=len(images),
             newer=newer,
         )
-    for i, (width, height) in enumerate(pictures, start=1):
+    for i, (width, height) in enumerate(images, start=1):
         if min(width, height) < LEAST_SIDE_PX:
             raise InvalidRequest(
-                "Picture {number} is {width}x{height} px; {least_px} px are the least for each side. Show the picture "
+                "Picture {number} is {width}x{height} px; {least_px} px are the least for each side. Show the image "
                 "itself, not a placeholder.",
                 code="edit.image_too_small",
                 number=i,
@@ -125,20 +125,20 @@ def plan_sizes(
             near_width=near[0],
             near_height=near[1],
         )
-    references = [_on_grid(size, megapixels * PIXELS) for size in pictures]
-    if output is not None and pictures and abs(_stretch(pictures[0], output)) <= SAME_SHAPE:
+    references = [_on_grid(size, megapixels * PIXELS) for size in images]
+    if output is not None and images and abs(_stretch(images[0], output)) <= SAME_SHAPE:
         references[0] = output
     seen = SEEN_PIXELS_OF_EDIT if variant is Variant.EDIT else SEEN_PIXELS
     sizes = tuple(
-        PictureSizes(given, reference, seen_size(given, seen))
-        for given, reference in zip(pictures, references, strict=True)
+        ImageSizes(given, reference, seen_size(given, seen))
+        for given, reference in zip(images, references, strict=True)
     )
     made = output or (references[0] if references else _fitted((1, 1), (megapixels or 1.0) * PIXELS, STEP_PX))
     return EditSizes(made, sizes)
 
 
 def seen_size(size: Size, pixels: float) -> Size:
-    """What the reference pipeline shows the vision tower of a picture: first on its own grid, then on the tower's."""
+    """What the reference pipeline shows the vision tower of an image: first on its own grid, then on the tower's."""
     width, height = _fitted(size, pixels, STEP_PX)
     return _rounded(width, SEEN_STEP_PX), _rounded(height, SEEN_STEP_PX)
 

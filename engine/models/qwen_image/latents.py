@@ -1,10 +1,10 @@
-"""Latents between ComfyUI's layout and the transformer's tokens; the picture sizes that the model can take."""
+"""Latents between ComfyUI's layout and the transformer's tokens; the image sizes that the model can take."""
 
 import torch
 from torch import Tensor, nn
 
 PATCH = 2  # latent pixels per token and side
-LATENT_PX = 8  # picture pixels per latent pixel and side
+LATENT_PX = 8  # image pixels per latent pixel and side
 
 
 def pack(latents: Tensor) -> Tensor:

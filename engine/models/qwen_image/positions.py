@@ -42,39 +42,39 @@ def branch_tables(
     """
     if positions is Positions.DIFFUSERS:
         images, text = rotary_tables(embed, shapes, length, layered=layered)
-        return (place_pictures(embed, shapes, places) if places else images), text
+        return (place_images(embed, shapes, places) if places else images), text
     if layered:
         _require_one_reference(shapes)
     reach = require_text_positions(shapes, length, positions, layered=layered)
     frame = -1 if layered else 1  # of the first reference, with the next ones going on
     given = places or [(frame * i, 0, 0) for i in range(len(shapes))]
-    images = place_pictures(embed, shapes, given, positions)
+    images = place_images(embed, shapes, given, positions)
     return images, embed.pos_freqs[reach : reach + length]
 
 
 def rotary_tables(embed: nn.Module, shapes: Sequence[Shape], length: int, *, layered: bool) -> tuple[Tensor, Tensor]:
-    """Of all picture tokens, and of a prompt of `length` tokens, on the host. `embed` is diffusers' module; `shapes`
-    are (frames, height, width) in patches, of the picture, then of each reference.
+    """Of all image tokens, and of a prompt of `length` tokens, on the host. `embed` is diffusers' module; `shapes`
+    are (frames, height, width) in patches, of the image, then of each reference.
 
-    layered: frame i of the picture is layer i, and the one reference, the picture that is taken apart, is layer -1.
-    Raises InvalidRequest for positions beyond the tables, and for several references of a layered picture.
+    layered: frame i of the image is layer i, and the one reference, the image that is taken apart, is layer -1.
+    Raises InvalidRequest for positions beyond the tables, and for several references of a layered image.
     """
     (frames, height, width), *references = shapes
     given = list(shapes)
     if layered:
         _require_one_reference(shapes)
-        # the last shape is that of the picture; without one, a token stands in its place and is cut off below
+        # the last shape is that of the image; without one, a token stands in its place and is cut off below
         given = [(1, height, width)] * frames + (references or [(1, 1, 1)])
     require_text_positions(shapes, length, Positions.DIFFUSERS, layered=layered)
     # on the host: on the device diffusers caches the tables for ever, by size
-    pictures, text = embed([given], max_txt_seq_len=length, device=torch.device("cpu"))
-    return pictures[: sum(f * h * w for f, h, w in shapes)], text
+    images, text = embed([given], max_txt_seq_len=length, device=torch.device("cpu"))
+    return images[: sum(f * h * w for f, h, w in shapes)], text
 
 
 def _require_one_reference(shapes: Sequence[Shape]) -> None:
     if len(shapes) > 2:
         raise InvalidRequest(
-            "One picture is taken apart at a time, {count} are shown. Show one.",
+            "One image is taken apart at a time, {count} are shown. Show one.",
             code="layered.several_images",
             count=len(shapes) - 1,
         )
@@ -89,7 +89,7 @@ def require_text_positions(shapes: Sequence[Shape], length: int, positions: Posi
         reach = max(reach, frames) if layered else reach
     if reach + length > MAX_POSITIONS:
         raise InvalidRequest(
-            "The prompt has {tokens} tokens; beside pictures of up to {image_px} px the model has positions for "
+            "The prompt has {tokens} tokens; beside images of up to {image_px} px the model has positions for "
             "{most}. Shorten the prompt.",
             code="prompt.too_many_tokens_beside_images",
             tokens=length,
@@ -99,12 +99,12 @@ def require_text_positions(shapes: Sequence[Shape], length: int, positions: Posi
     return reach
 
 
-def place_pictures(
+def place_images(
     rope: Any, shapes: Sequence[Shape], places: Sequence[Place], positions: Positions = Positions.DIFFUSERS
 ) -> Tensor:
-    """Rotary factors (tokens of all pictures, head_dim / 2) of pictures that lie at `places`.
+    """Rotary factors (tokens of all images, head_dim / 2) of images that lie at `places`.
 
-    `rope` is diffusers' QwenEmbedRope. At place (i, 0, 0) picture i has the factors that `rope` gives it, where
+    `rope` is diffusers' QwenEmbedRope. At place (i, 0, 0) image i has the factors that `rope` gives it, where
     positions are diffusers'. Raises InvalidRequest for positions beyond its tables.
     """
     table = torch.cat([rope.neg_freqs, rope.pos_freqs])  # row MAX_POSITIONS is position 0
@@ -114,8 +114,8 @@ def place_pictures(
         starts = frame, down - positions.before_centre(shape[1]), right - positions.before_centre(shape[2])
         if any(not -MAX_POSITIONS <= s <= MAX_POSITIONS - n for s, n in zip(starts, shape, strict=True)):
             raise InvalidRequest(
-                "A reference picture begins {distance_px} px beside the centre of the others, and the model has "
-                "{positions} positions of 16 px.\n\nWhat to do: show fewer or smaller pictures.",
+                "A reference image begins {distance_px} px beside the centre of the others, and the model has "
+                "{positions} positions of 16 px.\n\nWhat to do: show fewer or smaller images.",
                 code="edit.reference_too_far",
                 distance_px=max(down, right) * 16,
                 positions=MAX_POSITIONS,

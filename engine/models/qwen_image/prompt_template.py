@@ -7,7 +7,7 @@ PROMPT_TEMPLATE = (
     "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 )
 PROMPT_TEMPLATE_TOKENS = 34
-# the same of the editing models (pipeline_qwenimage_edit_plus.py); Edit's own differs in how pictures stand in it
+# the same of the editing models (pipeline_qwenimage_edit_plus.py); Edit's own differs in how images stand in it
 EDIT_TEMPLATE = (
     "<|im_start|>system\nDescribe the key features of the input image (color, shape, size, texture, objects, "
     "background), then explain how the user's text instruction should alter or modify the image. Generate a new image "
@@ -15,6 +15,6 @@ EDIT_TEMPLATE = (
     "<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 )
 EDIT_TEMPLATE_TOKENS = 64
-PICTURE_PLACE = "<|vision_start|><|image_pad|><|vision_end|>"
+IMAGE_PLACE = "<|vision_start|><|image_pad|><|vision_end|>"
 # the longest prompt that the reference pipelines allow, template not counted
 MAX_PROMPT_TOKENS = 1024

@@ -10,14 +10,14 @@ from torch import Tensor
 from ...errors import InvalidRequest, WrongModel
 from ...log import logger
 from ...texts import half_character, shown
-from ..qwen25_vl.image_prompts import PICTURE, require_places
+from ..qwen25_vl.image_prompts import IMAGE, require_places
 from ..qwen25_vl.tokenizer_files import read_tokenizer
 from .positions import MAX_POSITIONS
 from .prompt_template import (
     EDIT_TEMPLATE,
     EDIT_TEMPLATE_TOKENS,
+    IMAGE_PLACE,
     MAX_PROMPT_TOKENS,
-    PICTURE_PLACE,
     PROMPT_TEMPLATE,
     PROMPT_TEMPLATE_TOKENS,
 )
@@ -63,23 +63,23 @@ class PromptTokenizer:
             # the last token may join with the prompt's first characters
             self._templates.append((ids[: count - 1], count))
         _require_known(folder, self._tokenizer)
-        self._picture = self._tokenizer.token_to_id("<|image_pad|>")
+        self._image = self._tokenizer.token_to_id("<|image_pad|>")
         self._turn = self._ids("<|im_start|>user\n")  # the token that begins a turn, "user", line break
 
-    def encode(self, prompt: str, *, template: str = PROMPT_TEMPLATE, pictures: int = 0) -> list[int]:
+    def encode(self, prompt: str, *, template: str = PROMPT_TEMPLATE, images: int = 0) -> list[int]:
         """Token ids of the prompt within the template. A text that begins with <|im_start|> is its own template.
 
-        The first places for pictures hold PICTURE, as many as there are pictures. No prompt is cut; a warning says
-        when one is longer than the reference allows. Raises InvalidRequest where there are fewer places than pictures,
+        The first places for images hold IMAGE, as many as there are images. No prompt is cut; a warning says
+        when one is longer than the reference allows. Raises InvalidRequest where there are fewer places than images,
         and for what is no text, or one that is too long for the model.
         """
         require_text(prompt)
         text = prompt if prompt.startswith("<|im_start|>") else _filled(template, prompt)
         ids = self._ids(text)
-        places = [i for i, token in enumerate(ids) if token == self._picture]
-        for i in places[:pictures]:
-            ids[i] = PICTURE
-        require_places(ids, pictures)
+        places = [i for i, token in enumerate(ids) if token == self._image]
+        for i in places[:images]:
+            ids[i] = IMAGE
+        require_places(ids, images)
         length = len(ids) - self.start(ids)
         if length > MAX_PROMPT_TOKENS:
             logger.warning(
@@ -173,11 +173,11 @@ def _filled(template: str, prompt: str) -> str:
         ) from error
 
 
-def with_places(prompt: str, pictures: int, *, labelled: bool) -> str:
-    """A prompt that shows pictures before its text. `labelled`: as Picture 1, Picture 2, ..., as Edit-2509 and later
+def with_places(prompt: str, images: int, *, labelled: bool) -> str:
+    """A prompt that shows images before its text. `labelled`: as Picture 1, Picture 2, ..., as Edit-2509 and later
     ones were trained (pipeline_qwenimage_edit_plus.py); Edit was trained without (pipeline_qwenimage_edit.py)."""
-    labels = [f"Picture {i + 1}: " if labelled else "" for i in range(pictures)]
-    return "".join(label + PICTURE_PLACE for label in labels) + prompt
+    labels = [f"Picture {i + 1}: " if labelled else "" for i in range(images)]
+    return "".join(label + IMAGE_PLACE for label in labels) + prompt
 
 
 def drop_template(hidden_states: Tensor, start: int) -> Tensor:

@@ -26,7 +26,7 @@ def lightning_sigmas(steps: int, *, denoise: float = 1.0) -> Tensor:
 
 
 def qwen_sigmas(steps: int, image_tokens: int, *, denoise: float = 1.0) -> Tensor:
-    """The sigmas of `steps` steps for a picture of that many tokens, (steps + 1,) float32, from 1 (or less) to 0.
+    """The sigmas of `steps` steps for an image of that many tokens, (steps + 1,) float32, from 1 (or less) to 0.
 
     denoise < 1 keeps the last `steps` of int(steps / denoise) steps, as ComfyUI's KSampler does; steps is then still
     the number of steps taken. Raises InvalidRequest for steps beyond 1 to MOST_STEPS, or denoise below LEAST_DENOISE.
@@ -40,14 +40,14 @@ def qwen_sigmas(steps: int, image_tokens: int, *, denoise: float = 1.0) -> Tenso
     return torch.cat([stretched, stretched.new_zeros(1)]).float()[-(steps + 1) :]
 
 
-def layered_sigmas(steps: int, picture_tokens: int, *, denoise: float = 1.0) -> Tensor:
+def layered_sigmas(steps: int, image_tokens: int, *, denoise: float = 1.0) -> Tensor:
     """Qwen-Image-Layered's sigmas for layers of that many tokens each, (steps + 1,) float32; denoise and errors as
     `qwen_sigmas`.
 
-    The shift is the square root of the picture's tokens in those of 256x256 (diffusers QwenImageLayeredPipeline.
+    The shift is the square root of the image's tokens in those of 256x256 (diffusers QwenImageLayeredPipeline.
     __call__: mu, as a linear shift), 2.5 at 640x640; no stretch.
     """
-    return _shifted(math.sqrt(picture_tokens / BASE_TOKENS), steps, denoise)
+    return _shifted(math.sqrt(image_tokens / BASE_TOKENS), steps, denoise)
 
 
 def _shifted(shift: float, steps: int, denoise: float) -> Tensor:

@@ -36,7 +36,7 @@ class Variant(Enum):
 
     @property
     def edits(self) -> bool:
-        """Whether it was trained to change pictures that it is shown."""
+        """Whether it was trained to change images that it is shown."""
         return self in (Variant.EDIT, Variant.EDIT_2509, Variant.EDIT_2511)
 
     @property
@@ -60,8 +60,8 @@ def variant_of(checkpoint: Checkpoint, chosen: Variant | None = None) -> Variant
 
     Raises WrongModel for a Layered file chosen to be another member, or the other way round: its tensors tell it.
     Raises it where the name says 2511 and the mark is missing, as in many GGUF files: nothing else tells 2511
-    from 2509, and its pictures come out wrong without. Raises it as well for a marked file that is chosen to be an
-    older Edit. A marked file chosen as QWEN_IMAGE computes as 2511 does; without pictures the two are the same.
+    from 2509, and its images come out wrong without. Raises it as well for a marked file that is chosen to be an
+    older Edit. A marked file chosen as QWEN_IMAGE computes as 2511 does; without images the two are the same.
     """
     marked = is_marked_2511(checkpoint)
     layered = is_layered(checkpoint)
@@ -94,7 +94,7 @@ def variant_of(checkpoint: Checkpoint, chosen: Variant | None = None) -> Variant
     if Variant.EDIT_2511 in named:
         raise WrongModel(
             "{file} is {variant} by its name, but has lost that model's mark (the setting zero_cond_t, or the tensor "
-            "{mark}), as many GGUF files have; pictures come out wrong without it. Choose the variant {variant} if "
+            "{mark}), as many GGUF files have; images come out wrong without it. Choose the variant {variant} if "
             "that is what it is, another variant if it is not, or a file with the mark.",
             code="variant.lost_mark",
             file=checkpoint.path,
@@ -119,7 +119,7 @@ def could_be(checkpoint: Checkpoint) -> tuple[Variant, ...]:
 
 
 def is_marked_2511(checkpoint: Checkpoint) -> bool:
-    """Whether reference pictures are computed at timestep zero."""
+    """Whether reference images are computed at timestep zero."""
     return bool((checkpoint.config or {}).get("zero_cond_t")) or _has(checkpoint, MARK_2511)
 
 

@@ -1,4 +1,4 @@
-"""Latents to pictures and back, within a memory limit; owns the loop over tiles and the retries."""
+"""Latents to images and back, within a memory limit; owns the loop over tiles and the retries."""
 
 from collections.abc import Callable, Mapping
 
@@ -61,12 +61,12 @@ class ImageVAE(nn.Module):
 
     @property
     def image_channels(self) -> int:
-        """Of the pictures: RGB or RGBA."""
+        """Of the images: RGB or RGBA."""
         return self.decoder.network.local[-1].outputs
 
     @property
     def pixel_bytes(self) -> int:
-        """Of a decoded picture: its channels in fp32."""
+        """Of a decoded image: its channels in fp32."""
         return 4 * self.image_channels
 
     @property
@@ -76,13 +76,13 @@ class ImageVAE(nn.Module):
     def plan_decode(
         self, height: int, width: int, limit_bytes: int | None = None, tile_px: int = 0, *, result_bytes: int = 0
     ) -> TilePlan:
-        """The tiles and the live bytes of decoding one picture of height x width pixels; moves nothing."""
+        """The tiles and the live bytes of decoding one image of height x width pixels; moves nothing."""
         return self._plan(self.decoder, "decode", (height, width), limit_bytes, tile_px, self.dtype, result_bytes)
 
     def plan_encode(
         self, height: int, width: int, limit_bytes: int | None = None, tile_px: int = 0, *, result_bytes: int = 0
     ) -> TilePlan:
-        """The tiles and the live bytes of encoding one picture of height x width pixels; moves nothing."""
+        """The tiles and the live bytes of encoding one image of height x width pixels; moves nothing."""
         return self._plan(self.encoder, "encode", (height, width), limit_bytes, tile_px, self.dtype, result_bytes)
 
     @torch.no_grad()
@@ -96,7 +96,7 @@ class ImageVAE(nn.Module):
         on_plan: OnPlan | None = None,
         out_device: torch.device | str = "cpu",
     ) -> torch.Tensor:
-        """Raw latents (B, 16, 1, h, w) or (B, 16, h, w) -> pictures (B, H, W, C), fp32 in 0..1, one after another.
+        """Raw latents (B, 16, 1, h, w) or (B, 16, h, w) -> images (B, H, W, C), fp32 in 0..1, one after another.
 
         C is `image_channels`. With alpha, frames are layers: (B, 16, F, h, w) -> (B * F, H, W, 4).
         `tile_px` is the most that an inner tile writes along an axis (0: as large as fits the limit).
@@ -139,13 +139,13 @@ class ImageVAE(nn.Module):
         on_plan: OnPlan | None = None,
         out_device: torch.device | str = "cpu",
     ) -> torch.Tensor:
-        """Pictures (B, H, W, C) in 0..1 -> raw latents (B, 16, 1, H/8, W/8), fp32: the posterior's mean.
+        """Images (B, H, W, C) in 0..1 -> raw latents (B, 16, 1, H/8, W/8), fp32: the posterior's mean.
 
         Options and errors as in `decode`; H and W must be multiples of 8.
         """
         if images.ndim != 4 or images.shape[-1] != self.image_channels or 0 in images.shape:
             raise InvalidRequest(
-                "The VAE encodes pictures (B, H, W, {channels}), got {shape}.",
+                "The VAE encodes images (B, H, W, {channels}), got {shape}.",
                 code="vae.wrong_images",
                 channels=self.image_channels,
                 shape=tuple(images.shape),

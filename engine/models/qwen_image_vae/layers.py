@@ -50,7 +50,7 @@ class Downsample(Conv):
 
 
 class Upsample(Conv):
-    """Nearest-neighbour upsampling to twice the size, then a 3x3 convolution, without the upsampled picture.
+    """Nearest-neighbour upsampling to twice the size, then a 3x3 convolution, without the upsampled image.
 
     Each of the four pixels that a pixel becomes meets only 2x2 different ones below the kernel, so the taps that
     meet the same one are added up: 16 multiplications instead of 36.

@@ -11,7 +11,7 @@ from .layers import Attention, Conv, Downsample, Norm, NormSilu, ResidualBlock, 
 
 
 class Half(nn.Module):
-    """A decoder or an encoder: layers that need the whole picture, and layers that may run in tiles."""
+    """A decoder or an encoder: layers that need the whole image, and layers that may run in tiles."""
 
     def __init__(self, whole: Iterable[nn.Module], local: Iterable[nn.Module], *, is_encoder: bool) -> None:
         super().__init__()

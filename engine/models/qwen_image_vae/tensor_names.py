@@ -10,12 +10,12 @@ from ..prefixes import find_prefix, under_prefix
 from .component import VAE
 from .shapes import LATENT_CHANNELS, image_vae_shapes
 
-# of the pictures that a VAE reads and draws -> its published name; four: Qwen-Image-Layered's, with alpha
+# of the images that a VAE reads and draws -> its published name; four: Qwen-Image-Layered's, with alpha
 NAMES = {3: "qwen_image_vae.safetensors", 4: "qwen_image_layered_vae.safetensors"}
 RGB, RGBA = NAMES
 NAME = NAMES[RGB]
 UPSCALING = 2  # of decoders that are trained to draw each pixel as 2x2 ones
-MAX_WIDTH = 1024  # channels next to the picture; the published one has 96
+MAX_WIDTH = 1024  # channels next to the image; the published one has 96
 
 _ENDS = ("encoder.conv_in.weight", "decoder.conv_in.weight", "decoder.conv_out.weight", "post_quant_conv.weight")
 _T = TypeVar("_T")
@@ -63,7 +63,7 @@ def to_diffusers_names(state_dict: Mapping[str, _T]) -> dict[str, _T]:
 
 
 def check_is_image_vae(shapes: Mapping[str, Sequence[int]], where: str) -> int:
-    """How many channels its pictures have: RGB or RGBA.
+    """How many channels its images have: RGB or RGBA.
 
     Raises WrongModel, saying what the tensors of these shapes (diffusers' names) are, unless they are Qwen-Image's or
     Qwen-Image-Layered's VAE of any width; DamagedFile where one is missing. `where` names the file.
@@ -155,11 +155,11 @@ def check_is_image_vae(shapes: Mapping[str, Sequence[int]], where: str) -> int:
 
 
 def require_image_vae(checkpoint: Checkpoint, *, channels: int | None = None) -> None:
-    """Raise WrongModel or DamagedFile unless the file holds the VAE of pictures of so many channels (None: RGB or
+    """Raise WrongModel or DamagedFile unless the file holds the VAE of images of so many channels (None: RGB or
     RGBA), from its header alone."""
     found = check_is_image_vae(_shapes(to_diffusers_names(vae_tensors(checkpoint))), str(checkpoint.path))
     if channels not in (None, found):
-        which = {RGB: "of the models that make whole pictures (RGB)", RGBA: "of Qwen-Image-Layered (RGBA)"}
+        which = {RGB: "of the models that make whole images (RGB)", RGBA: "of Qwen-Image-Layered (RGBA)"}
         raise WrongModel(
             "{file} is the VAE {found}; the transformer needs that {needed}. Use {example}.",
             code="vae.other_variant",

@@ -34,7 +34,7 @@ def reference(pipe: QwenImagePipeline, size: tuple[int, int], negative: str | No
     return image.float().permute(0, 2, 3, 1)
 
 
-def picture(folder: Path, size: tuple[int, int], negative: str | None, dtype: torch.dtype = torch.float32) -> Any:
+def made_image(folder: Path, size: tuple[int, int], negative: str | None, dtype: torch.dtype = torch.float32) -> Any:
     """IMAGE of our nodes on the same folder."""
     from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
     from qwenimage_lowvram.engine.hardware import Hardware
@@ -68,7 +68,7 @@ def picture(folder: Path, size: tuple[int, int], negative: str | None, dtype: to
 def test_the_image_is_that_of_diffusers(
     small_pipeline: Path, pipeline: QwenImagePipeline, size: tuple[int, int], negative: str | None
 ) -> None:
-    ours = picture(small_pipeline, size, negative)
+    ours = made_image(small_pipeline, size, negative)
     assert ours.shape == (1, size[1], size[0], 3)
     assert (ours - reference(pipeline, size, negative)).abs().max() < 1e-4
 
@@ -79,7 +79,7 @@ def test_bf16_is_as_close_to_fp32_as_diffusers_own(small_pipeline: Path, pipelin
     halved = QwenImagePipeline.from_pretrained(small_pipeline, torch_dtype=torch.bfloat16)
     halved.set_progress_bar_config(disable=True)
     theirs = (reference(halved, size, NEGATIVE) - exact).square().mean().sqrt()
-    ours = (picture(small_pipeline, size, NEGATIVE, torch.bfloat16).float() - exact).square().mean().sqrt()
+    ours = (made_image(small_pipeline, size, NEGATIVE, torch.bfloat16).float() - exact).square().mean().sqrt()
     assert ours <= theirs
 
 

@@ -24,9 +24,9 @@ PROMPT, NEGATIVE = "a red circle", "blurry"
 
 
 def pixels(client: ComfyClient, run: Any) -> np.ndarray:
-    """All saved pictures of a run, (n, H, W, 3) int."""
-    pictures = [Image.open(io.BytesIO(client.image(image))).convert("RGB") for image in run.images()]
-    return np.stack([np.asarray(picture) for picture in pictures]).astype(int)
+    """All saved images of a run, (n, H, W, 3) int."""
+    opened = [Image.open(io.BytesIO(client.image(image))).convert("RGB") for image in run.images()]
+    return np.stack([np.asarray(each) for each in opened]).astype(int)
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +64,7 @@ def diffusers_pixels(pipeline: QwenImagePipeline) -> np.ndarray:
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_every_bundled_workflow_makes_the_picture_of_diffusers(
+def test_every_bundled_workflow_makes_the_image_of_diffusers(
     path: Path,
     client: ComfyClient,
     object_info: dict[str, Any],
@@ -82,7 +82,7 @@ def test_every_bundled_workflow_makes_the_picture_of_diffusers(
 
 
 @pytest.mark.parametrize("storage", ["bf16", "fp8", "fp8_scaled"])
-def test_split_files_make_the_picture_of_their_decoded_weights(
+def test_split_files_make_the_image_of_their_decoded_weights(
     storage: str,
     client: ComfyClient,
     object_info: dict[str, Any],
@@ -138,13 +138,13 @@ def ksampler(**inputs: Any) -> tuple[str, dict[str, Any]]:
     return "KSampler", settings | inputs
 
 
-def test_native_text_encode_gives_the_same_picture(client: ComfyClient, base_prompt: dict[str, Any]) -> None:
+def test_native_text_encode_gives_the_same_image(client: ComfyClient, base_prompt: dict[str, Any]) -> None:
     native = changed(base_prompt, "2", n20=text_encode(PROMPT), n21=text_encode(NEGATIVE))
     native = with_inputs(native, "4", positive=["20", 0], negative=["21", 0])
     assert (pixels(client, client.run(native)) == pixels(client, client.run(base_prompt))).all()
 
 
-def test_native_ksampler_gives_the_same_picture_and_visits_each_block_once_per_step(
+def test_native_ksampler_gives_the_same_image_and_visits_each_block_once_per_step(
     client: ComfyClient, comfy_server: ComfyServer, base_prompt: dict[str, Any]
 ) -> None:
     plain = with_inputs(base_prompt, "4", scheduler="simple", norm_rescale=False)
@@ -186,7 +186,7 @@ def test_native_custom_sampling_works(client: ComfyClient, base_prompt: dict[str
     ],
     ids=lambda decoder: decoder[0],
 )
-def test_every_decoder_gives_the_same_picture(
+def test_every_decoder_gives_the_same_image(
     client: ComfyClient, base_prompt: dict[str, Any], decoder: tuple[str, dict[str, Any]]
 ) -> None:
     kind, inputs = decoder
@@ -214,13 +214,13 @@ def test_image_to_image_and_inpainting_with_native_encoders(
         n33=("SetLatentNoiseMask", {"samples": ["31", 0], "mask": ["32", 0]}),
         n34=("VAEEncodeForInpaint", {"pixels": ["30", 0], "vae": ["1", 2], "mask": ["32", 0], "grow_mask_by": 6}),
     )
-    pictures = {}
+    images = {}
     for source, denoise in (("31", 0.3), ("31", 1.0), ("33", 0.3), ("34", 1.0)):
         prompt = with_inputs(encoded, "4", latent_image=[source, 0], denoise=denoise)
-        pictures[source, denoise] = pixels(client, client.run(prompt))
-        assert pictures[source, denoise].shape == (1, 80, 112, 3)
-    assert (pictures["31", 0.3] == pictures["33", 0.3]).all()  # a mask that covers everything changes nothing
-    assert np.abs(pictures["31", 0.3] - pictures["31", 1.0]).mean() > 1
+        images[source, denoise] = pixels(client, client.run(prompt))
+        assert images[source, denoise].shape == (1, 80, 112, 3)
+    assert (images["31", 0.3] == images["33", 0.3]).all()  # a mask that covers everything changes nothing
+    assert np.abs(images["31", 0.3] - images["31", 1.0]).mean() > 1
 
 
 def test_a_batch_is_a_batch(client: ComfyClient, base_prompt: dict[str, Any]) -> None:
@@ -235,7 +235,7 @@ def test_latent_previews_arrive(client: ComfyClient, start_server: Any, base_pro
     assert run.previews
 
 
-def test_the_second_picture_reads_nothing_that_the_first_has_read(
+def test_the_second_image_reads_nothing_that_the_first_has_read(
     client: ComfyClient, base_prompt: dict[str, Any]
 ) -> None:
     client.run(with_inputs(base_prompt, "4", seed=100))

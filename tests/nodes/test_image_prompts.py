@@ -1,4 +1,4 @@
-"""Pictures in prompts: ComfyUI's own editing nodes give the same with our CLIP and VAE as with ComfyUI's."""
+"""Images in prompts: ComfyUI's own editing nodes give the same with our CLIP and VAE as with ComfyUI's."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -53,15 +53,15 @@ def vae(full_pipeline: Path) -> Any:
     return make_vae(open_checkpoint(full_pipeline / "vae"), dtype=torch.float32, limit_bytes=None)
 
 
-def picture(width: int, height: int, seed: int = 0, channels: int = 3) -> torch.Tensor:
+def made_image(width: int, height: int, seed: int = 0, channels: int = 3) -> torch.Tensor:
     return torch.rand(1, height, width, channels, generator=torch.Generator().manual_seed(seed))
 
 
-def plus(clip: Any, prompt: str, vae: Any, *pictures: torch.Tensor) -> Any:
+def plus(clip: Any, prompt: str, vae: Any, *given: torch.Tensor) -> Any:
     """What ComfyUI's TextEncodeQwenImageEditPlus makes."""
     from comfy_extras.nodes_qwen import TextEncodeQwenImageEditPlus
 
-    images = {f"image{i + 1}": image for i, image in enumerate(pictures)}
+    images = {f"image{i + 1}": image for i, image in enumerate(given)}
     return TextEncodeQwenImageEditPlus.execute(clip, prompt, vae, **images).result[0]
 
 
@@ -81,59 +81,59 @@ def assert_same(ours: Any, theirs: Any) -> None:
 @pytest.mark.parametrize("count", [0, 1, 2, 3])
 @pytest.mark.parametrize("prompt", ["make it red", "", "把背景换成蓝色"])
 def test_the_plus_node_gives_the_same_with_our_clip(prompt: str, count: int, ours: Any, native: Any) -> None:
-    pictures = [picture(*size, seed=i) for i, size in enumerate(SIZES[:count])]
-    assert_same(plus(ours, prompt, None, *pictures), plus(native, prompt, None, *pictures))
+    images = [made_image(*size, seed=i) for i, size in enumerate(SIZES[:count])]
+    assert_same(plus(ours, prompt, None, *images), plus(native, prompt, None, *images))
 
 
 @pytest.mark.parametrize("shown", [True, False])
 def test_the_first_editing_node_gives_the_same_with_our_clip(shown: bool, ours: Any, native: Any) -> None:
-    image = picture(100, 70) if shown else None
+    image = made_image(100, 70) if shown else None
     assert_same(edit(ours, "make it red", None, image), edit(native, "make it red", None, image))
 
 
 @pytest.mark.parametrize("node", [plus, edit], ids=["plus", "first"])
 def test_the_nodes_reference_latents_are_those_of_our_vae(node: Callable[..., Any], ours: Any, vae: Any) -> None:
-    (_, options), *_ = node(ours, "make it red", vae, picture(16, 24))
+    (_, options), *_ = node(ours, "make it red", vae, made_image(16, 24))
     # the nodes scale to a million pixels: 840x1256, or 836x1254, whose borders the VAE crops
     size = (157, 105) if node is plus else (156, 104)
     assert [latent.shape for latent in options["reference_latents"]] == [(1, 16, 1, *size)]
 
 
-def test_a_template_of_ones_own_shows_its_pictures(ours: Any, native: Any) -> None:
+def test_a_template_of_ones_own_shows_its_images(ours: Any, native: Any) -> None:
     place = "<|vision_start|><|image_pad|><|vision_end|>"
     text = f"<|im_start|>system\nShort.<|im_end|>\n<|im_start|>user\n{place} beside {place} a sign<|im_end|>\n"
-    pictures = [picture(112, 84, 1), picture(56, 56, 2)]
-    results = [clip.encode_from_tokens_scheduled(clip.tokenize(text, images=pictures)) for clip in (ours, native)]
+    images = [made_image(112, 84, 1), made_image(56, 56, 2)]
+    results = [clip.encode_from_tokens_scheduled(clip.tokenize(text, images=images)) for clip in (ours, native)]
     assert_same(*results)
 
 
-def test_the_system_part_is_dropped_with_its_pictures(ours: Any) -> None:
+def test_the_system_part_is_dropped_with_its_images(ours: Any) -> None:
     place = "<|vision_start|><|image_pad|><|vision_end|>"
     text = f"<|im_start|>system\n{place}<|im_end|>\n<|im_start|>user\na sign<|im_end|>\n"
-    tokens = ours.tokenize(text, images=[picture(112, 84)])
+    tokens = ours.tokenize(text, images=[made_image(112, 84)])
     kept = ours.tokenize("<|im_start|>user\na sign<|im_end|>\n")["qwen25_7b"][0]
     assert ours.encode_from_tokens(tokens).shape[1] == len(kept) - 3
 
 
-def test_both_prompts_and_all_pictures_are_one_visit(ours: Any) -> None:
+def test_both_prompts_and_all_images_are_one_visit(ours: Any) -> None:
     encoder = ours.encoder
-    pictures = [picture(*size, seed=i) for i, size in enumerate(SIZES)]
+    images = [made_image(*size, seed=i) for i, size in enumerate(SIZES)]
     prompts = [with_places(text, 3, labelled=True) for text in ("make it red", "blurry")]
     before, towers = encoder.fetched_bytes, []
     make = encoder.vision_tower
     encoder.vision_tower = lambda: towers.append(make()) or towers[-1]
-    conds = ours.encode_prompts(prompts, template=EDIT_TEMPLATE, images=pictures)
+    conds = ours.encode_prompts(prompts, template=EDIT_TEMPLATE, images=images)
     files = open_checkpoint(encoder._checkpoint.path).tensors
     assert encoder.fetched_bytes - before == sum(e.nbytes for n, e in files.items() if n.startswith("model.layers."))
     blocks = sum(entry.nbytes for name, entry in files.items() if name.startswith("visual.blocks."))
     assert [tower.fetched_bytes for tower in towers] == [blocks]
     for cond, prompt in zip(conds, prompts, strict=True):
-        alone = ours.encode_prompts([prompt], template=EDIT_TEMPLATE, images=pictures)[0]
+        alone = ours.encode_prompts([prompt], template=EDIT_TEMPLATE, images=images)[0]
         assert torch.equal(cond[0][0], alone[0][0])
 
 
 def test_the_stage_counts_what_the_vision_tower_reads(ours: Any) -> None:
-    ours.encode_prompts([with_places("a", 1, labelled=True)], template=EDIT_TEMPLATE, images=[picture(112, 84)])
+    ours.encode_prompts([with_places("a", 1, labelled=True)], template=EDIT_TEMPLATE, images=[made_image(112, 84)])
     (report,) = ours.timeline.reports
     files = ours.encoder._checkpoint.tensors
     read = [e.nbytes for n, e in files.items() if n.startswith(("model.layers.", "visual.blocks."))]
@@ -141,14 +141,16 @@ def test_the_stage_counts_what_the_vision_tower_reads(ours: Any) -> None:
     assert report.plan.weights_bytes + report.plan.passing_bytes > 0
 
 
-def test_a_limit_that_pictures_do_not_fit_in_is_refused_before_reading(ours: Any) -> None:
+def test_a_limit_that_images_do_not_fit_in_is_refused_before_reading(ours: Any) -> None:
     clip = ours.clone()
-    large = picture(1400, 1400)
-    fits = ours.encode_prompts([with_places("a", 1, labelled=True)], template=EDIT_TEMPLATE, images=[picture(28, 112)])
+    large = made_image(1400, 1400)
+    fits = ours.encode_prompts(
+        [with_places("a", 1, labelled=True)], template=EDIT_TEMPLATE, images=[made_image(28, 112)]
+    )
     assert fits
     before = clip.encoder.fetched_bytes
     clip.limit_bytes = 30_000_000
-    with pytest.raises(DoesNotFit, match=r"Looking at 1 picture \(2500 tokens\) needs"):
+    with pytest.raises(DoesNotFit, match=r"Looking at 1 image \(2500 tokens\) needs"):
         clip.encode_prompts([with_places("a", 1, labelled=True)], template=EDIT_TEMPLATE, images=[large])
     assert clip.encoder.fetched_bytes == before
 
@@ -156,11 +158,11 @@ def test_a_limit_that_pictures_do_not_fit_in_is_refused_before_reading(ours: Any
 # kept prompts
 
 
-def test_a_kept_prompt_with_pictures_needs_neither_encoder_nor_tower(
+def test_a_kept_prompt_with_images_needs_neither_encoder_nor_tower(
     make_clip: Callable[..., Any], tmp_path: Path, full_pipeline: Path
 ) -> None:
     cache = PromptCache(tmp_path / "prompts")
-    images = [picture(112, 84, 1), picture(56, 56, 2)]
+    images = [made_image(112, 84, 1), made_image(56, 56, 2)]
     prompts = [with_places(text, 2, labelled=True) for text in ("make it red", "")]
     made = make_clip(kept=cache).encode_prompts(prompts, template=EDIT_TEMPLATE, images=images)
     again = make_clip(kept=cache)
@@ -168,8 +170,8 @@ def test_a_kept_prompt_with_pictures_needs_neither_encoder_nor_tower(
     assert again.encoder.fetched_bytes == 0
     for one, other in zip(made, kept, strict=True):
         assert torch.equal(one[0][0], other[0][0])
-    # other pictures, another order, and no pictures are other prompts
-    for others in ([images[1], images[0]], [images[0], picture(56, 56, 3)]):
+    # other images, another order, and no images are other prompts
+    for others in ([images[1], images[0]], [images[0], made_image(56, 56, 3)]):
         fresh = make_clip().encode_prompts(prompts, template=EDIT_TEMPLATE, images=others)
         mixed = make_clip(kept=cache).encode_prompts(prompts, template=EDIT_TEMPLATE, images=others)
         assert torch.equal(fresh[0][0][0], mixed[0][0][0])
@@ -177,9 +179,9 @@ def test_a_kept_prompt_with_pictures_needs_neither_encoder_nor_tower(
     assert len(cache.entries()) == 6
 
 
-def test_a_prompt_half_kept_is_encoded_with_its_pictures(make_clip: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_prompt_half_kept_is_encoded_with_its_images(make_clip: Callable[..., Any], tmp_path: Path) -> None:
     cache = PromptCache(tmp_path / "prompts")
-    images = [picture(112, 84)]
+    images = [made_image(112, 84)]
     texts = [with_places(text, 1, labelled=True) for text in ("one", "two")]
     first = make_clip(kept=cache).encode_prompts(texts[:1], template=EDIT_TEMPLATE, images=images)
     both = make_clip(kept=cache).encode_prompts(texts, template=EDIT_TEMPLATE, images=images)
@@ -194,19 +196,19 @@ def test_a_prompt_half_kept_is_encoded_with_its_pictures(make_clip: Callable[...
 @pytest.mark.parametrize(
     ("image", "words"),
     [
-        (picture(64, 48, channels=4), r"has 4 channels, with transparency \(RGBA\)"),
-        (picture(64, 48, channels=1), "has 1 channel, greyscale"),
-        (picture(64, 48).repeat(3, 1, 1, 1), "is a batch of 3 pictures"),
+        (made_image(64, 48, channels=4), r"has 4 channels, with transparency \(RGBA\)"),
+        (made_image(64, 48, channels=1), "has 1 channel, greyscale"),
+        (made_image(64, 48).repeat(3, 1, 1, 1), "is a batch of 3 images"),
     ],
 )
-def test_what_is_no_rgb_picture_is_named_by_our_clip(image: torch.Tensor, words: str, ours: Any) -> None:
+def test_what_is_no_rgb_image_is_named_by_our_clip(image: torch.Tensor, words: str, ours: Any) -> None:
     with pytest.raises(InvalidRequest, match=words):
         ours.encode_from_tokens(ours.tokenize("make it red", images=[image]))
 
 
-def test_more_pictures_than_the_template_shows_are_refused(ours: Any) -> None:
-    with pytest.raises(InvalidRequest, match="given 2 pictures and has 1 place"):
-        ours.tokenize("make it red", images=[picture(64, 48)] * 2)
+def test_more_images_than_the_template_shows_are_refused(ours: Any) -> None:
+    with pytest.raises(InvalidRequest, match="given 2 images and has 1 place"):
+        ours.tokenize("make it red", images=[made_image(64, 48)] * 2)
 
 
 def test_embeddings_in_a_prompt_are_named(ours: Any) -> None:
@@ -228,7 +230,7 @@ def test_an_encoder_without_a_tower_still_encodes_text_and_says_what_it_lacks(
     clip = LowVRAMCLIP(encoder, PromptTokenizer(full_pipeline / "tokenizer"), None)
     assert mmproj_identity(checkpoint) == ""
     assert clip.encode_prompts(["a cat"])
-    show = {"template": EDIT_TEMPLATE, "images": [picture(64, 48)]}
+    show = {"template": EDIT_TEMPLATE, "images": [made_image(64, 48)]}
     with pytest.raises(MissingFile, match="Put the mmproj file of the same model"):
         clip.encode_prompts([with_places("a", 1, labelled=True)], **show)
     write_gguf_vision(tmp_path / "encoder-mmproj-F32.gguf", weights, config, "F32")
@@ -239,7 +241,7 @@ def test_an_encoder_without_a_tower_still_encodes_text_and_says_what_it_lacks(
 def test_a_vision_part_that_is_replaced_while_prompts_are_encoded_keeps_nothing(
     full_pipeline: Path, comfy: Any, tmp_path: Path
 ) -> None:
-    """Between looking for what is kept and seeing the picture: its embeddings would stand under the old file's name."""
+    """Between looking for what is kept and seeing the image: its embeddings would stand under the old file's name."""
     from qwenimage_lowvram.nodes.adapters.clip import LowVRAMCLIP
 
     source = full_pipeline / "text_encoder"
@@ -265,7 +267,7 @@ def test_a_vision_part_that_is_replaced_while_prompts_are_encoded_keeps_nothing(
         hardware=Hardware.detect(torch.device("cpu")),
     )
     clip = LowVRAMCLIP(encoder, PromptTokenizer(full_pipeline / "tokenizer"), None, kept=kept)
-    show = {"template": EDIT_TEMPLATE, "images": [picture(64, 48)]}
+    show = {"template": EDIT_TEMPLATE, "images": [made_image(64, 48)]}
     with pytest.raises(DamagedFile, match="vision part beside the text encoder was changed"):
         clip.encode_prompts([with_places("a", 1, labelled=True)], **show)
     assert kept.entries() == []
