@@ -29,10 +29,10 @@ class RunCounters:
     def moved(self, waited: Waits) -> Moved:
         """All bytes so far, those before the run too. `waited`: for blocks; what the modulation waited is added."""
         store, table = self.transformer.store, self.transformer.modulation
-        waits = waited if table is None else waited + table.waits
+        waits = waited + table.waits
         return Moved(
-            file_bytes=store.fetched_bytes + (table.fetched_bytes if table else 0),
-            copied_bytes=store.copied_bytes + (table.copied_bytes if table else 0),
+            file_bytes=store.fetched_bytes + table.fetched_bytes,
+            copied_bytes=store.copied_bytes + table.copied_bytes,
             disk_seconds=waits.disk_seconds,
             bus_seconds=waits.bus_seconds,
         )
@@ -44,5 +44,4 @@ class RunCounters:
 
     def _now(self) -> _Counts:
         store, table = self.transformer.store, self.transformer.modulation
-        modulation_bytes = 0 if table is None else table.fetched_bytes
-        return _Counts(store.fetched_blocks, store.fetched_bytes, modulation_bytes, store.copied_bytes)
+        return _Counts(store.fetched_blocks, store.fetched_bytes, table.fetched_bytes, store.copied_bytes)

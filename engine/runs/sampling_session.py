@@ -59,9 +59,8 @@ class SamplingSession:
     def open(self, timesteps: Sequence[float], on_block: Callable[[int], None]) -> None:
         """Compute what the blocks compute of the timesteps alone, then open the slots."""
         table, plan = self._transformer.modulation, self.plan
-        if table is not None:
-            with nullcontext() if table.knows(timesteps) else self._stage(Stage.MODULATION, modulation_stage):
-                table.announce(timesteps, on_block=on_block)
+        with nullcontext() if table.knows(timesteps) else self._stage(Stage.MODULATION, modulation_stage):
+            table.announce(timesteps, on_block=on_block)
         self._stack.enter_context(self._stage(Stage.SAMPLING, sampling_stage))
         self._session = self._stack.enter_context(
             self._transformer.session(
