@@ -266,6 +266,7 @@ def test_an_image_of_multiples_of_28_is_patched_as_by_the_processor(rows: int, c
     assert (ours.patches - wanted["pixel_values"]).abs().max() < 1e-6
 
 
+@pytest.mark.usefixtures("comfy")
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(height=st.integers(1, 600), width=st.integers(3, 600), seed=st.integers(0, 99))
 def test_an_image_of_any_size_is_patched_as_by_comfyui(height: int, width: int, seed: int) -> None:
