@@ -25,10 +25,8 @@ class Copies:
         if device.type == "cpu":
             out = torch.empty(source.size(), dtype=dtype)
         else:
-            like = torch.empty(source.size(), device="meta", dtype=dtype)
-            if source.is_contiguous():
-                like = torch.empty_strided(source.size(), source.stride(), device="meta", dtype=dtype)
-            out = self._gpu.new(Layout.of(like), device, "a copy")
+            like = torch.empty_strided(source.size(), source.stride(), device="meta", dtype=dtype)
+            out = self._gpu.new(Layout.of(torch.empty_like(like)), device, "a copy")  # strides as torch keeps them
         self.copy(out, source, non_blocking)
         return out
 

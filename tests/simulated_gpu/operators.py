@@ -135,7 +135,7 @@ class Operators:
         return _written(call)
 
     def _new(self, call: Call, given: Sequence[DeviceTensor], stream: Stream) -> Any:
-        layouts = results_of(call.func, call.args, call.kwargs, run=isinstance(call, FunctionCall))
+        layouts = results_of(call.func, call.args, call.kwargs)
         results = map_tensors_of(layouts, self._gpu, stream.device, call.name)
         stream.begin()
         for tensor in given:

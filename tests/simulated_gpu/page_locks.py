@@ -2,12 +2,11 @@
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from .allocator import GARBAGE, extent
 from .clocks import AccessLog
-from .streams import Stream
+from .streams import Stream, as_device
 
 if TYPE_CHECKING:
     from .device import SimulatedGPU
@@ -33,7 +32,7 @@ class PageLocks:
         self.host_access(data, True, "unlocked")
         with self._gpu.lock:
             del self._locked[data.data_ptr()]
-            with torch.inference_mode(False):
+            with as_device():
                 data.fill_(GARBAGE)
 
     def holds(self, tensor: Tensor) -> bool:

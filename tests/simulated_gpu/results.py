@@ -26,12 +26,14 @@ class Layout:
 _known: dict[Any, Any] = {}
 
 
-def results_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], *, run: bool = False) -> Any:
-    """The operator's result with a Layout in each tensor's place. `run`: by running it on zeros, where its strides
-    depend on the kernel that is chosen."""
+def results_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The operator's result with a Layout in each tensor's place: found by running it on zeros, since strides depend
+    on the kernel that is chosen, and the bits of what follows on strides."""
     key = func, _key(args), tuple((name, _key(value)) for name, value in kwargs.items())
     if key not in _known:
-        _known[key] = map_tensors(Layout.of, (_on_zeros if run else _run)(func, args, kwargs))
+        on_host = {name: "cpu" if name == "device" else map_tensors(_zeros, value) for name, value in kwargs.items()}
+        with as_device():
+            _known[key] = map_tensors(Layout.of, func(*map_tensors(_zeros, tuple(args)), **on_host))
     return _known[key]
 
 
@@ -43,26 +45,5 @@ def _key(value: Any) -> Any:
     return type(value), str(value)
 
 
-def _run(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    try:
-        return _on(func, args, kwargs, "meta")
-    except (NotImplementedError, RuntimeError):  # not every operator has a meta kernel
-        return _on_zeros(func, args, kwargs)
-
-
-def _on_zeros(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    with as_device():
-        return _on(func, args, kwargs, "cpu")
-
-
-def _on(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], device: str) -> Any:
-    def empty(tensor: Tensor) -> Tensor:
-        make = torch.empty_strided if device == "meta" else _zeros
-        return make(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
-
-    there = {name: device if name == "device" else map_tensors(empty, value) for name, value in kwargs.items()}
-    return func(*map_tensors(empty, tuple(args)), **there)
-
-
-def _zeros(size: Sequence[int], stride: Sequence[int], **options: Any) -> Tensor:
-    return torch.empty_strided(size, stride, **options).zero_()
+def _zeros(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu").zero_()

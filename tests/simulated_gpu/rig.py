@@ -19,7 +19,7 @@ from .tiny_models import DIM, LAYERS, TEXT_DIM, TinyModels
 
 TIMES = (1.0, 0.5)
 IMAGE = (1, 3, 4)  # frames, height and width in patches
-PROMPT_TOKENS = (7, 5)
+PROMPT_TOKENS = (7, 5)  # the second where there are two
 PIECE_BYTES = 16384  # so that tiny blocks pass through the ring in several pieces
 
 Lora = Sequence[tuple[str, float]]
@@ -55,8 +55,8 @@ class Rig:
         stack = [(match(open_lora(self.models.file(name)), model.weights), strength) for name, strength in lora]
         model.patch(lora_patches(stack))
 
-    def branches(self, timestep: float, *, residuals: bool = False) -> list[Branch]:
-        """Two prompts for one image."""
+    def branches(self, timestep: float, *, residuals: bool = False, prompts: int = 1) -> list[Branch]:
+        """Prompts for one image."""
         generator = torch.Generator().manual_seed(int(timestep * 1000))
         device = self.hardware.device
 
@@ -69,7 +69,9 @@ class Rig:
         if residuals:  # of two ControlNets, one for the first blocks alone; references get none
             n = tokens - 2
             added = ([draw(n, DIM) for _ in range(LAYERS)], [None, draw(n, DIM)])
-        return [Branch(image, (IMAGE,), draw(n, TEXT_DIM), None, timestep, residuals=added) for n in PROMPT_TOKENS]
+        return [
+            Branch(image, (IMAGE,), draw(n, TEXT_DIM), None, timestep, residuals=added) for n in PROMPT_TOKENS[:prompts]
+        ]
 
 
 Scenario = Callable[[Rig], list[Tensor]]
@@ -93,13 +95,17 @@ def findings(
     scenario: Scenario, models: TinyModels, wanted: Sequence[Tensor], gpu: SimulatedGPU, **changes: Any
 ) -> list[str]:
     """What is wrong with the scenario on that GPU, in words; empty if nothing is. `changes`: of its Hardware."""
-    try:
-        with gpu, seams.small_pieces(PIECE_BYTES):
+    made: list[Tensor] = []
+    error_text = ""
+    with gpu, seams.small_pieces(PIECE_BYTES):
+        try:
             made = host(scenario(Rig(models, gpu, changes)))
-            gc.collect()
-            gpu.accelerator.synchronize()
-    except Exception as error:
-        return [f"{type(error).__name__}: {error}"]
+        except Exception as error:
+            error_text = f"{type(error).__name__}: {error}"
+        gc.collect()  # what the error's traceback held is given back while the GPU is there
+        gpu.accelerator.synchronize()
+    if error_text:
+        return [error_text]
     found = list(dict.fromkeys(gpu.races))
     if len(made) != len(wanted) or not all(map(torch.equal, made, wanted)):
         found.append("the result is another than the CPU's")

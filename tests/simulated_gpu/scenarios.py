@@ -23,6 +23,7 @@ def steps(
     then: Lora | None = None,
     residuals: bool = False,
     chunk: int | None = None,
+    prompts: int = 1,
 ) -> list[Tensor]:
     """Two steps of one run; `then`: a second run with other LoRAs."""
     model = rig.transformer(kind, lora=lora)
@@ -34,7 +35,7 @@ def steps(
         model.modulation.announce(TIMES)
         with model.session(slots=slots, mlp_chunk_tokens=chunk) as session:
             for timestep in TIMES:
-                branches = rig.branches(timestep, residuals=residuals)
+                branches = rig.branches(timestep, residuals=residuals, prompts=prompts)
                 made += host(session.forward(branches, more=timestep != TIMES[-1]))
             assert session.waits.seconds >= 0
     finish(model)
@@ -137,7 +138,7 @@ def without_memory(rig: Rig, kind: str, *, fail_at: int) -> list[Tensor]:
             model.load(resident, (1,))
             model.modulation.announce(TIMES)
             with model.session(slots=slots) as session:
-                for timestep in TIMES[len(made) // 2 :]:
+                for timestep in TIMES[len(made) :]:
                     made += host(session.forward(rig.branches(timestep), more=timestep != TIMES[-1]))
             break
         except torch.OutOfMemoryError:

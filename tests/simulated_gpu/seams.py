@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
+from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
+from qwenimage_lowvram.engine.planning.memory import SecondaryDevice
 from qwenimage_lowvram.engine.streaming import BlockStore, FileSource, transfer
 from qwenimage_lowvram.engine.streaming.pinned_memory import PinnedMemory
+from qwenimage_lowvram.engine.streaming.streams import StreamOrder
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -70,3 +73,19 @@ def _torch(gpu: "SimulatedGPU") -> Iterator[tuple[Any, str, Any]]:
 def small_pieces(nbytes: int) -> AbstractContextManager[object]:
     """Within it, blocks pass through pieces of at most that many bytes."""
     return patch.object(transfer, "PIECE_BYTES", nbytes)
+
+
+# what orders streams, and the names by which the engine's objects know theirs
+STREAM_ORDER = StreamOrder
+NAMES_OF_ORDER = ("order", "_order", "streams", "_streams")
+
+
+def on_second(device: torch.device, blocks: range) -> tuple[SecondaryDevice, ...]:
+    """A plan's blocks on a further card."""
+    return (SecondaryDevice(str(device), blocks, 0, 0),)
+
+
+def session(
+    model: QwenImageTransformer, slots: int, elsewhere: tuple[SecondaryDevice, ...]
+) -> AbstractContextManager[Any]:
+    return model.session(slots=slots, secondaries=elsewhere)

@@ -21,6 +21,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "then": (None, (), (("lora", 0.5),)),
     "residuals": (False, True),
     "chunk": (None, 1),
+    "prompts": (1, 1, 2),
     "schedule": (*(name for name in SCHEDULES if name != "at once"), "random"),
     "prefetch": (True, True, False),
 }

@@ -1,0 +1,58 @@
+"""Each ordering call of the engine is needed: without it a scenario shows a race, other bits, or an error."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from . import scenarios, sudden_ends
+from .mutations import OrderingCall, ordering_calls
+
+pytestmark = pytest.mark.slow
+Case = tuple[Callable[..., Any], str, dict[str, Any]]
+CASES: dict[str, Case] = {
+    "int8": (scenarios.steps, "late", {"kind": "int8", "resident": (0, 3), "held": (1, 2)}),
+    "bf16": (scenarios.steps, "compute late", {"kind": "bf16", "resident": (0, 3), "held": (1, 2)}),
+    "left": (sudden_ends.left, "late", {"kind": "int8", "slots": 3}),
+    "left, bf16": (sudden_ends.left, "copies late", {"kind": "bf16", "slots": 3}),
+    "taken": (sudden_ends.taken, "late", {"kind": "int8", "what": "resident"}),
+    "taken within": (sudden_ends.taken, "late", {"kind": "int8", "what": "resident", "inside": (3,)}),
+    "held taken": (sudden_ends.taken, "late", {"kind": "bf16", "what": "held"}),
+    "held taken within": (sudden_ends.taken, "late", {"kind": "int8", "what": "held", "inside": (3,)}),
+    "all taken within": (sudden_ends.taken, "late", {"kind": "int8", "what": "all", "inside": (1, 2, 3)}),
+    "unreadable": (sudden_ends.unreadable, "late", {"kind": "bf16"}),
+}
+# what to look at first, by words of the call's name
+FIRST = {
+    "__exit__": ("left", "left, bf16"),
+    "set_resident": ("taken", "taken within"),
+    "set_held": ("held taken", "held taken within"),
+    "end_run": ("taken", "left", "unreadable"),
+}
+# name -> why nothing can go wrong without it
+REDUNDANT: dict[str, str] = {}
+CALLS = ordering_calls()
+
+
+def test_what_is_called_redundant_exists() -> None:
+    assert REDUNDANT.keys() <= {call.name for call in CALLS}
+    assert len(CALLS) > 10
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_is_wrong_while_all_calls_are_there(case: str, check: Callable[..., Any]) -> None:
+    scenario, schedule, options = CASES[case]
+    assert not check(scenario, schedule, **options)
+
+
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.name)
+def test_an_ordering_call_that_is_taken_away_is_seen(call: OrderingCall, check: Callable[..., Any]) -> None:
+    first = next((cases for word, cases in FIRST.items() if word in call.name), ())
+    found: list[str] = []
+    for case in dict.fromkeys((*first, *CASES)):
+        scenario, schedule, options = CASES[case]
+        with call.removed():
+            found = check(scenario, schedule, stop_at_race=True, **options)
+        if found:
+            break
+    assert bool(found) is not (call.name in REDUNDANT), found

@@ -1,0 +1,53 @@
+"""Runs that are interrupted, robbed of memory, or beside another model or card: no race, equal bits, nothing left."""
+
+from collections.abc import Callable
+from itertools import cycle
+from typing import Any
+
+import pytest
+
+from . import beside, scenarios, sudden_ends
+from .schedules import SCHEDULES
+
+pytestmark = pytest.mark.slow
+CASES: list[tuple[Callable[..., Any], dict[str, Any]]] = [
+    (scenarios.interrupted, {"kind": "bf16", "at": 0, "more": True}),
+    (scenarios.interrupted, {"kind": "int8", "at": 2, "more": False}),
+    (scenarios.interrupted, {"kind": "nf4", "at": 4, "more": True}),
+    (scenarios.shrunk, {"kind": "bf16", "inside": False}),
+    (scenarios.shrunk, {"kind": "int8", "inside": True, "held": (3,)}),
+    (scenarios.unannounced, {"kind": "bf16"}),
+    (scenarios.unannounced, {"kind": "GGUF"}),
+    (scenarios.two_models, {"kinds": ("bf16", "nf4")}),
+    (sudden_ends.left, {"kind": "int8"}),
+    (sudden_ends.taken, {"kind": "bf16", "what": "resident"}),
+    (sudden_ends.taken, {"kind": "int8", "what": "held", "inside": (3,)}),
+    (sudden_ends.taken, {"kind": "int8", "what": "all", "inside": (1, 2)}),
+    (sudden_ends.unreadable, {"kind": "bf16"}),
+    (beside.two_cards, {"kind": "bf16"}),
+    (beside.two_cards, {"kind": "int8"}),
+    (beside.prompts, {"stop_at": 1}),
+    (beside.images, {"stop_at": 1}),
+    (beside.decoded, {"tile_px": 32}),
+]
+# each under one schedule and under a random one
+TURNS = list(zip(CASES, cycle(name for name in SCHEDULES if name != "at once"), strict=False))
+
+
+@pytest.mark.parametrize("schedule", ["by turns", "random"])
+@pytest.mark.parametrize("number", range(len(CASES)))
+def test_results_are_the_cpus_and_no_access_is_a_race(number: int, schedule: str, check: Callable[..., Any]) -> None:
+    (scenario, options), turn = TURNS[number]
+    found = check(scenario, turn if schedule == "by turns" else schedule, seed=number, **options)
+    assert not found, (scenario.__name__, options)
+
+
+@pytest.mark.parametrize("fail_at", [3, 40, 100, 190])
+@pytest.mark.parametrize("kind", ["bf16", "int8"])
+def test_a_run_that_finds_no_memory_ends_in_the_same_image(kind: str, fail_at: int, check: Callable[..., Any]) -> None:
+    assert not check(scenarios.without_memory, "late", kind=kind, fail_at=fail_at)
+
+
+@pytest.mark.parametrize("changes", [{"pinned": False}, {"pinned_limit_bytes": 300_000}])
+def test_memory_that_is_not_page_locked_costs_time_alone(changes: Any, check: Callable[..., Any]) -> None:
+    assert not check(scenarios.steps, "random", changes=changes, kind="int8", resident=(0,), held=(1, 2, 3))
