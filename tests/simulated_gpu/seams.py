@@ -2,6 +2,7 @@
 that looks for a driver past every mode. All else comes to it through Hardware. The only module that knows these names.
 """
 
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -65,6 +66,8 @@ def _torch(gpu: "SimulatedGPU") -> Iterator[tuple[Any, str, Any]]:
         on_device = any(isinstance(t, DeviceTensor) for t in (*args, *kwargs.values()))
         return gpu.attend(attention, args, kwargs) if on_device else attention(*args, **kwargs)
 
+    if gpu.costs is not None:
+        yield time, "perf_counter", lambda: gpu.threads.here().seconds
     yield torch, "tensor", tensor
     yield F, "scaled_dot_product_attention", attend
     yield torch.cuda, "_lazy_init", lambda: None
