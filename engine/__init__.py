@@ -1,1 +1,1 @@
-"""The headless engine: checkpoints, formats, plan, streaming, stages. Knows nothing of ComfyUI."""
+"""The headless engine: files, formats, plans, streaming, networks, and whole images. Knows nothing of ComfyUI."""

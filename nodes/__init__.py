@@ -1,4 +1,4 @@
-"""The nodes, in ComfyUI's display_names. The only part of the pack that imports ComfyUI."""
+"""The nodes, in ComfyUI's words. The only part of the pack that works with ComfyUI."""
 
 from typing import Any
 

@@ -19,9 +19,9 @@ from ..engine.runs.timeline import Timeline
 from . import devices, model_choices
 from .adapters import switches
 from .adapters.clip import LowVRAMCLIP
+from .adapters.limit_names import RAM_LIMIT, VRAM_LIMIT
 from .adapters.networks import network_of
 from .adapters.progress import executing_prompt_id, tell
-from .adapters.shortage import RAM_LIMIT, VRAM_LIMIT
 from .adapters.vae import make_vae
 from .adapters.value_checks import check_widgets, limit_bytes
 from .display_names import AUTO, CATEGORY

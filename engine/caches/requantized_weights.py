@@ -27,7 +27,7 @@ from ..formats.file_parts import Part
 from ..log import logger
 from ..models.qwen_image.component import TRANSFORMER
 from ..models.recognition import require
-from ..models.sorting import split_blocks
+from ..models.sorting import sort_blocks
 from ..streaming import TensorReader
 from ..texts import printable
 from .requantized_files import MAKER, cache_path, remove_dead, require_place, whole_file
@@ -69,7 +69,7 @@ class RequantizedWeights:
         prefix = next(name.partition(_BLOCKS)[0] for name in source.tensors if _BLOCKS in name) + _BLOCKS
         blocks = [
             [stored_param(name, block, where) for name, entry in block.items() if _is_matrix(name, entry)]
-            for block in split_blocks(source, described_tensors(source), prefix)[1]
+            for block in sort_blocks(source, described_tensors(source), prefix)[1]
         ]
         found = {param.codec for params in blocks for param in params} - set(UNQUANTIZED)
         if found and found <= {weight_format, FORMATS[weight_format].name}:

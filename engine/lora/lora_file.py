@@ -1,6 +1,5 @@
 """Read LoRA files of every trainer: which weights of a transformer they change, and how. Holds no matrix."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -22,8 +21,6 @@ from .layers import LoraLayer, PeftSettings, peft_settings
 # where diffusers keeps PEFT's configuration in the metadata, as JSON
 _SETTINGS = "lora_adapter_metadata"
 _ALPHA_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I64", "I32", "I16", "I8", "U8")
-# weights that see nothing but the timestep
-_MODULATION = re.compile(r"\.(img|txt)_mod\.|^time_text_embed\.")
 
 _Parts = dict[str, tuple[str, TensorEntry]]
 
@@ -69,11 +66,6 @@ class LoraMatch:
     def nbytes(self) -> int:
         """Of all stored parts."""
         return sum(delta.nbytes for delta in self.deltas.values())
-
-    @property
-    def touches_modulation(self) -> bool:
-        """Whether the table of modulation is another one with these deltas."""
-        return any(_MODULATION.search(name) for name in self.deltas)
 
     def __str__(self) -> str:
         counts = f"{self.matched_keys} keys matched, {self.unmatched_keys} not; {len(self.deltas)} weights changed"

@@ -6,7 +6,7 @@ from ..errors import WrongModel
 from ..files.checkpoint import Checkpoint, TensorEntry
 
 
-def split_blocks(
+def sort_blocks(
     checkpoint: Checkpoint, tensors: Mapping[str, TensorEntry], prefix: str
 ) -> tuple[dict[str, TensorEntry], tuple[dict[str, TensorEntry], ...]]:
     """What is not numbered under `prefix`, and what is, block by block. Raises WrongModel where a block is missing."""
@@ -48,7 +48,7 @@ def shape_of(checkpoint: Checkpoint, tensors: Mapping[str, TensorEntry], name: s
     shape = tensors[name].shape
     if len(shape) != dimensions or 0 in shape:
         raise WrongModel(
-            "{file}: {name} has shape {shape}, which no Qwen-Image has.",
+            "{file}: {name} has shape {shape}, which is none that it can have. Download it again.",
             code="model.wrong_shape",
             file=checkpoint.path,
             name=name,

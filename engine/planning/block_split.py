@@ -8,7 +8,7 @@ from .memory import SecondaryDevice, most_bytes, without_secondaries
 from .request import Controls, SamplingRequest
 
 
-def split_blocks(
+def share_out_blocks(
     footprint: TransformerFootprint, request: SamplingRequest, first_limit_bytes: int, others: Sequence[tuple[str, int]]
 ) -> tuple[SecondaryDevice, ...]:
     """What further devices, (name, limit in bytes) each, take from the end of the model.

@@ -1,4 +1,4 @@
-"""Plan a whole image, stage by stage, from what three models take. Integers in, a ImagePlan out; imports no torch.
+"""Plan a whole image, stage by stage, from what three models take. Integers in, an ImagePlan out; imports no torch.
 
 Guarantees: no stage's predicted peak on the device is above the limit, and sampling keeps that of host memory; what is
 refused does not fit.

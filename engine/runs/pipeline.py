@@ -34,7 +34,7 @@ from .encode import EncodeRun
 from .known_speeds import KnownSpeeds
 from .limit import Limit
 from .opened_files import OpenedFiles
-from .sample import SampleRun
+from .sample import EulerSampler
 from .surroundings import Alone
 from .timeline import Timeline
 
@@ -150,7 +150,7 @@ class Pipeline:
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         sigmas = qwen_sigmas(steps, (width // TOKEN_PX) * (height // TOKEN_PX))
         surroundings = Alone(self._transformer, (), self._on_progress, self._check)
-        run = SampleRun(self._transformer, self._speeds, self.timeline, surroundings, self._limit, self._ram_limit)
+        run = EulerSampler(self._transformer, self._speeds, self.timeline, surroundings, self._limit, self._ram_limit)
         sampled = run.sample(prompts, noise, sigmas, cfg=cfg)
         self._sampling = sampled.report
         return sampled.latents

@@ -35,7 +35,7 @@ class Sampled:
 
 
 @dataclass(frozen=True)
-class SampleRun:
+class EulerSampler:
     """What one run of the reference's sampler needs: Euler's method with true guidance, for whole images.
 
     Guarantees: the limits are kept, and what does not fit is refused before anything is loaded; the latents are those

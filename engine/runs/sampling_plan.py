@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ..models.streamed_transformer import StreamedTransformer
-from ..planning.block_split import secondary_bytes, split_blocks
+from ..planning.block_split import secondary_bytes, share_out_blocks
 from ..planning.memory import MemoryPlan, least_bytes, least_ram_bytes, most_bytes, most_ram_bytes, plan_memory
 from ..planning.request import Limits, SamplingRequest
 from .free_memory import check_room
@@ -37,7 +37,7 @@ def plan_sampling(
         ram = surroundings.host_bytes(transformer, ram_limit_bytes, wanted, least)
         if hardware.unified:  # the device's memory is the host's too: what is free must not be given out twice
             ram = min(ram, least)
-    secondaries = split_blocks(footprint, request, vram, _other_budgets(transformer, request, limit, surroundings))
+    secondaries = share_out_blocks(footprint, request, vram, _other_budgets(transformer, request, limit, surroundings))
     # RAM is short only where a limit is set, and the message names that
     enough = vram >= least_bytes(footprint, request)
     with nullcontext() if enough else limit.naming(hardware.device, vram):

@@ -24,9 +24,9 @@ from ...engine.runs.encode import EncodeRun
 from ...engine.runs.timeline import Timeline
 from .error_events import errors_sent
 from .graph_checks import check_device, refuse
+from .in_comfyui import InComfyUI
+from .limit_names import VRAM_LIMIT, loader_limit
 from .progress import executing_prompt_id
-from .shortage import VRAM_LIMIT, loader_limit
-from .surroundings import InComfyUI
 from .value_checks import check_image
 
 TOKENS_KEY = "qwen25_7b"  # as ComfyUI's own Qwen-Image tokenizer names them

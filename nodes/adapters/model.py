@@ -19,9 +19,9 @@ from .controlnets import check_controls
 from .graph_checks import check_latents, check_layers, check_references, check_size, refuse
 from .model_call import Call
 from .patcher import LowVRAMPatcher
-from .planning import check_positions, request_of
 from .references import check_methods
 from .run_conditions import Conds
+from .sampling_request import check_positions, request_of
 from .streamed_model import DiffusionModel, LowVRAMModel, ModelCalls, as_patcher
 
 # of ComfyUI's model configuration: it alone tells Layered from the other members
@@ -141,6 +141,9 @@ class QwenImageModel(LowVRAMModel, comfy.model_base.QwenImage):
         check_size(noise)
         check_layers(transformer.variant, noise.shape[2])
         check_controls(conds, transformer.config.inner_dim, noise.shape[2])
+
+    def check_beside(self, conds: dict[str, list[dict[str, Any]]], options: dict[str, Any]) -> None:
+        """Its ControlNets are checked with the run; patches are called around its blocks."""
 
     def request_of(self, conds: Conds, noise: Tensor, sigmas: Tensor) -> SamplingRequest:
         check_positions(conds, noise.shape, self.transformer)

@@ -25,20 +25,20 @@ from ...engine.reports.memory_report import MemoryReport
 from ...engine.runs.sampling_plan import plan_sampling
 from ...engine.runs.sampling_run import SamplingRun
 from ...engine.runs.timeline import Timeline
-from .block_patches import BlockPatches, PatchImages, check_patches, sees_each_call
+from .block_patches import BlockPatches, PatchImages, check_patches, has_patches, sees_each_call
 from .content_checks import check_computed, check_result, check_values
 from .controlnets import ControlNets, check_devices, other_models
 from .error_events import errors_sent
 from .graph_checks import check_device, check_graph, refuse, why_one_by_one
+from .in_comfyui import InComfyUI
 from .known_speeds import known_speeds
+from .limit_names import loader_limit
 from .lockstep import KEY, Lockstep
 from .native_lora import PREFIX
 from .patcher import LowVRAMPatcher
 from .progress import executing_prompt_id
 from .run_conditions import Conds, conditions_of_run, entries_of, size_of
-from .shortage import loader_limit
 from .stand_ins import WithoutLayers, refuse_compiling
-from .surroundings import InComfyUI
 from .whole_process import tell_patched_process
 
 
@@ -155,6 +155,14 @@ class LowVRAMModel:
         """What is to be planned for. Raises InvalidRequest for prompts of other models."""
         raise NotImplementedError
 
+    def check_beside(self, conds: dict[str, list[dict[str, Any]]], options: dict[str, Any]) -> None:
+        """Raise Unsupported for ControlNets and patches around blocks, whose results the network would not see: all of
+        them, but where it has its own way with them."""
+        if any(entry.get("control") is not None for entries in conds.values() for entry in entries or ()):
+            refuse("A ControlNet beside this model", "remove the ControlNet.", code="graph.no_controlnets")
+        if has_patches(options):
+            refuse("A patch around this model's blocks", "remove the node that sets it.", code="graph.no_block_patches")
+
     def controls_of(
         self, conds: Conds, guider: Any, noise: Tensor, request: SamplingRequest, beside: Sequence[ModelPatcher]
     ) -> Controls:
@@ -245,6 +253,7 @@ def _outer_sample(
     check_values(guider, noise, latent_image, sigmas, denoise_mask, model.latent_format.latent_channels)
     _check_graph(model, guider)
     model.check_run(guider.conds, noise)
+    model.check_beside(guider.conds, guider.model_options.get("transformer_options", {}))
     check_devices(beside, device)
     conds = conditions_of_run(guider, noise)
     check_computed(conds, noise.shape)

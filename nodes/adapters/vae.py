@@ -15,9 +15,9 @@ from ...engine.runs.decode import VaeRun, read_vae
 from ...engine.runs.free_memory import check_room
 from ...engine.runs.timeline import Timeline
 from .error_events import errors_sent
+from .in_comfyui import InComfyUI
+from .limit_names import VRAM_LIMIT, loader_limit
 from .progress import executing_prompt_id
-from .shortage import VRAM_LIMIT, loader_limit
-from .surroundings import InComfyUI
 from .value_checks import check_image, check_latent, check_number
 
 _FEWER = "Decode fewer at a time (LatentFromBatch), or smaller ones."

@@ -615,23 +615,6 @@ def test_unmatched_keys_are_counted_and_named(shapes: dict[str, tuple[int, ...]]
     assert found.nbytes == 4 * 2 * sum(shapes[f"{TO_Q}.weight"])
 
 
-@pytest.mark.parametrize(
-    ("layer", "touches"),
-    [
-        (f"{BLOCK}2.txt_mod.1", True),
-        (f"{BLOCK}0.img_mod.1", True),
-        ("time_text_embed.timestep_embedder.linear_2", True),
-        (TO_Q, False),
-        ("norm_out.linear", False),
-    ],
-)
-def test_a_lora_on_what_sees_the_timestep_alone_says_so(
-    layer: str, touches: bool, shapes: dict[str, tuple[int, ...]], tmp_path: Path
-) -> None:
-    file = write_lora(tmp_path / "l.safetensors", {layer: make_parts("lora", shapes[f"{layer}.weight"])})
-    assert match(open_lora(file), shapes).touches_modulation is touches
-
-
 OTHER_MODELS = {
     "Flux": "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight",
     "SDXL": "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.lora_down.weight",

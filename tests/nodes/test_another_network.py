@@ -2,11 +2,12 @@
 KSampler, without a line in engine/ or nodes/."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from qwenimage_lowvram.engine.errors import DoesNotFit, InvalidRequest, WrongModel
+from qwenimage_lowvram.engine.errors import DoesNotFit, InvalidRequest, Unsupported, WrongModel
 from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.models.recognition import identify, require
@@ -87,6 +88,15 @@ def test_what_does_not_fit_and_what_it_cannot_do_is_refused(toy: Any) -> None:
     model = toy.toy_model(toy.ToyTransformer(toy.file, hardware=HOST), None)
     with pytest.raises(InvalidRequest, match="A toy makes images"):
         ksampler(model, *conds, {"samples": torch.zeros(1, 4, 1, 6, 10)})
+
+
+def test_a_controlnet_or_a_patch_that_it_would_not_see_is_refused(toy: Any) -> None:
+    model = toy.toy_model(toy.ToyTransformer(toy.file, hardware=HOST), None)
+    with pytest.raises(Unsupported, match="A ControlNet beside this model"):
+        model.model.check_beside({"positive": [{"control": SimpleNamespace()}]}, {})
+    model.set_model_patch(lambda args: args, "double_block")
+    with pytest.raises(Unsupported, match="A patch around this model's blocks"):
+        ksampler(model, prompt(toy, 1), prompt(toy, 2), latent())
 
 
 def test_its_file_is_told_from_others_by_a_table_that_is_passed_in(toy: Any, small_pipeline: Path) -> None:

@@ -102,7 +102,7 @@ def test_a_run_of_hours_is_warned_of(
     [(None, 5, "No limit is set: .* are free on cuda:0"), (9, 5, "Of x .* are free"), (5, 5, "The limit is x in")],
 )
 def test_what_is_short_is_named(limit: int | None, free: int, said: str) -> None:
-    from qwenimage_lowvram.nodes.adapters.shortage import loader_limit
+    from qwenimage_lowvram.nodes.adapters.limit_names import loader_limit
 
     card = torch.device("cuda:0")
     with pytest.raises(DoesNotFit, match=f"(?s)^It needs.*{said}"), loader_limit(limit, "x").naming(card, free):
@@ -110,7 +110,7 @@ def test_what_is_short_is_named(limit: int | None, free: int, said: str) -> None
 
 
 def test_on_the_cpu_the_ram_limit_is_named_where_it_is_the_short_one(small_pipeline: Path, comfy: Any) -> None:
-    from qwenimage_lowvram.nodes.adapters.shortage import RAM_LIMIT, VRAM_LIMIT
+    from qwenimage_lowvram.nodes.adapters.limit_names import RAM_LIMIT, VRAM_LIMIT
     from qwenimage_lowvram.nodes.loader import _Limits
 
     cpu, card = torch.device("cpu"), torch.device("cuda:0")

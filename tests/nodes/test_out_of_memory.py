@@ -129,7 +129,7 @@ class ShrinkingCard(TorchDispatchMode):
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, free: list[int], error: BaseException, at: int) -> None:
         super().__init__()
-        from qwenimage_lowvram.nodes.adapters import surroundings
+        from qwenimage_lowvram.nodes.adapters import in_comfyui as surroundings
 
         self.error, self.at, self.operations = error, at, 0
         self.left = len(free)
@@ -211,7 +211,7 @@ def test_the_least_plan_is_tried_before_giving_up(
 def test_the_runs_own_model_is_not_asked_to_leave_when_it_is_planned_anew(
     model: Any, sample: Sample, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qwenimage_lowvram.nodes.adapters import surroundings as run
+    from qwenimage_lowvram.nodes.adapters import in_comfyui as run
 
     total = count_operations(sample)
     asked: list[Any] = []
@@ -258,7 +258,7 @@ def test_ram_that_runs_out_beside_a_card_costs_held_blocks(
     streamed = on_card(small_pipeline, blocks_in_ram=3)
     ram_runs_out(streamed, 1)
     if free is not None:
-        monkeypatch.setattr("qwenimage_lowvram.nodes.adapters.surroundings.free_ram", lambda: free)
+        monkeypatch.setattr("qwenimage_lowvram.nodes.adapters.in_comfyui.free_ram", lambda: free)
     image = ksampler(streamed, cond(), cond(5, 2), empty_latent(), steps=2)
     assert torch.equal(image, expected)
     report = streamed.model.last_report
@@ -278,7 +278,7 @@ def test_comfyui_still_knows_a_model_whose_run_was_planned_smaller(
     model: Any, sample: Sample, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import comfy.model_management as management
-    from qwenimage_lowvram.nodes.adapters import surroundings as run
+    from qwenimage_lowvram.nodes.adapters import in_comfyui as run
 
     total = count_operations(sample)
     counted: list[int] = []

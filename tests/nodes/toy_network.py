@@ -17,7 +17,7 @@ from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.models.component import Component
 from qwenimage_lowvram.engine.models.network import Network
 from qwenimage_lowvram.engine.models.recognition import require
-from qwenimage_lowvram.engine.models.sorting import split_blocks
+from qwenimage_lowvram.engine.models.sorting import sort_blocks
 from qwenimage_lowvram.engine.models.streamed_transformer import StreamedTransformer
 from qwenimage_lowvram.engine.models.table import COMPONENTS
 from qwenimage_lowvram.engine.models.transformer_parts import TransformerParts
@@ -137,7 +137,7 @@ class ToyTransformer(StreamedTransformer[ToyBranch, ToyState]):
 
 def toy_network(checkpoint: Checkpoint) -> Network:
     require(checkpoint, TOY, TABLE)
-    outside, blocks = split_blocks(checkpoint, checkpoint.tensors, "layers.")
+    outside, blocks = sort_blocks(checkpoint, checkpoint.tensors, "layers.")
     return Network(
         where=str(checkpoint.path),
         outside=outside,

@@ -9,7 +9,7 @@ from ...files.checkpoint import Checkpoint, TensorEntry
 from ...formats import described_tensors
 from ..prefixes import find_prefix, under_prefix
 from ..recognition import require
-from ..sorting import shape_of, split_blocks
+from ..sorting import shape_of, sort_blocks
 from .component import TEXT_ENCODER
 from .gguf_names import text_encoder_config, text_encoder_names
 
@@ -35,7 +35,7 @@ def sort_text_encoder(checkpoint: Checkpoint) -> TextEncoderTensors:
     for name, entry in under_prefix(described, find_prefix(described, TEXT_ENCODER.anchors) or "").items():
         if name.startswith(("layers.", "embed_tokens.", "norm.")):
             tensors[name] = entry
-    outside, layers = split_blocks(checkpoint, tensors, "layers.")
+    outside, layers = sort_blocks(checkpoint, tensors, "layers.")
     missing = [n for n in ("embed_tokens.weight", "norm.weight") if n not in outside]
     if missing:
         raise WrongModel(

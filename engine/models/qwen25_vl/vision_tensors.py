@@ -15,7 +15,7 @@ from ...files.part_files import stem_of
 from ...formats import described_tensors
 from ..prefixes import find_prefix, under_prefix
 from ..recognition import identify
-from ..sorting import shape_of, split_blocks
+from ..sorting import shape_of, sort_blocks
 from .component import VISION
 from .gguf_names import VISION_ARCHITECTURE, VISION_PROJECTOR, vision_config, vision_names
 from .tensors import sort_text_encoder
@@ -63,7 +63,7 @@ def sort_vision(encoder: Checkpoint) -> VisionTensors:
             code="vision.missing_in_file",
             file=encoder.path,
         )
-    outside, blocks = split_blocks(checkpoint, tensors, "blocks.")
+    outside, blocks = sort_blocks(checkpoint, tensors, "blocks.")
     own = checkpoint is encoder
     stated = (encoder.config or {}).get("vision_config") if own else vision_config(checkpoint.metadata, len(blocks))
     config = _vision_config(checkpoint, stated, outside, blocks)

@@ -8,7 +8,7 @@ from ...files.checkpoint import Checkpoint, TensorEntry
 from ...formats import described_tensors
 from ..prefixes import find_prefix, under_prefix
 from ..recognition import require
-from ..sorting import shape_of, split_blocks
+from ..sorting import shape_of, sort_blocks
 from .component import TRANSFORMER
 from .variants import Variant, is_layered, is_marked_2511, variant_of
 
@@ -58,7 +58,7 @@ def sort_transformer(checkpoint: Checkpoint, chosen: Variant | None = None) -> T
     variant = variant_of(checkpoint, chosen)
     described = described_tensors(checkpoint)
     tensors = under_prefix(described, find_prefix(described, TRANSFORMER.anchors) or "")
-    outside, blocks = split_blocks(checkpoint, tensors, BLOCKS)
+    outside, blocks = sort_blocks(checkpoint, tensors, BLOCKS)
     return TransformerTensors(variant, _transformer_config(checkpoint, variant, tensors, len(blocks)), outside, blocks)
 
 

@@ -13,7 +13,7 @@ from qwenimage_lowvram.engine.caches.requantized_weights import RequantizedWeigh
 from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer, TimestepRounding
-from qwenimage_lowvram.engine.planning.block_split import secondary_bytes, split_blocks
+from qwenimage_lowvram.engine.planning.block_split import secondary_bytes, share_out_blocks
 from qwenimage_lowvram.engine.planning.memory import SecondaryDevice, least_bytes, most_bytes, plan_memory
 from qwenimage_lowvram.engine.planning.request import GIB, Limits, SamplingRequest
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -36,7 +36,7 @@ def test_every_device_keeps_its_limit_and_every_block_has_one_place(
     footprint: object, first: float, others: list[float]
 ) -> None:
     limits = [(f"cuda:{i + 1}", int(gib * GIB)) for i, gib in enumerate(others)]
-    secondaries = split_blocks(footprint, REQUEST, int(first * GIB), limits)
+    secondaries = share_out_blocks(footprint, REQUEST, int(first * GIB), limits)
     end = footprint.blocks
     for secondary in secondaries:
         assert secondary.blocks.stop == end
@@ -60,7 +60,7 @@ def test_every_device_keeps_its_limit_and_every_block_has_one_place(
 
 
 def test_a_plan_says_where_else_blocks_are() -> None:
-    secondaries = split_blocks(REAL, REQUEST, 8 * GIB, [("cuda:1", 8 * GIB)])
+    secondaries = share_out_blocks(REAL, REQUEST, 8 * GIB, [("cuda:1", 8 * GIB)])
     plan = plan_memory(REAL, REQUEST, Limits(8 * GIB, 16 * GIB), secondaries=secondaries)
     assert str(plan).endswith("; blocks 43 to 59 on cuda:1)")
 
@@ -113,7 +113,7 @@ def test_activations_are_handed_on_between_devices_at_full_size() -> None:
             source=full_size.EmptySource,
         )
         request = SamplingRequest(1024, 1024, 2, 512)
-        secondaries = split_blocks(transformer.footprint, request, int(1.6 * GIB), [("cuda:1", int(2.5 * GIB))])
+        secondaries = share_out_blocks(transformer.footprint, request, int(1.6 * GIB), [("cuda:1", int(2.5 * GIB))])
         assert secondaries == (SecondaryDevice("cuda:1", range(2, 6), secondaries[0].peak_bytes, int(2.5 * GIB)),)
         plan = plan_memory(transformer.footprint, request, Limits(int(1.6 * GIB)), secondaries=secondaries)
         transformer.load(plan.resident, secondaries=secondaries)
