@@ -89,7 +89,7 @@ def _slow_reads(model: Any, fail: Collection[tuple[int, int]] = ()) -> None:
     def slowly(index: int, out: Tensor, start: int = 0) -> None:
         if (index, start) in failing:
             failing.discard((index, start))
-            raise MissingFile("The file is gone.")
+            raise MissingFile("The file is gone.", code="test.gone")
         time.sleep(READ_SECONDS)
         read(index, out, start)
 
