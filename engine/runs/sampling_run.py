@@ -16,6 +16,7 @@ from ..streaming import Waits
 from . import retry
 from .known_speeds import KnownSpeeds
 from .memory_watch import MemoryWatch
+from .pass_clock import PassClock
 from .run_progress import RunProgress, warning_of
 from .sampling_plan import Transformer
 from .sampling_session import SamplingSession
@@ -56,10 +57,8 @@ class SamplingRun:
         self._session = SamplingSession(transformer, plan, timeline, self._watch, surroundings)
         self._timesteps: Sequence[float] = ()
         self._seen: set[float] = set()
-        self._passes = 0
-        self._pass_seconds = 0.0
-        self._first_step_seconds = 0.0
-        self._first_pass = 0.0, Waits()
+        self._clock = PassClock(transformer.store.order)
+        self._first_waits = Waits()
         self._start = time.perf_counter()
         self._progress = RunProgress(
             surroundings,
@@ -95,12 +94,13 @@ class SamplingRun:
 
     def forward(self, branches: Sequence[Any], hooked: Sequence[Any] = ()) -> list[Tensor]:
         """One pass over the blocks for all branches; `hooked` are those with something around their blocks."""
+        if len(self._clock.seconds) == 1:  # which waits for the pass before, where the device is not done with it
+            self._first_waits = self._session.waits
         timestep = min(branch.timestep for branch in branches)
         if timestep not in self._seen:
             self._seen.add(timestep)
             self._progress.step = len(self._seen) - 1
         more = timestep > min(self._timesteps, default=0.0)
-        start = time.perf_counter()
 
         def compute() -> list[Tensor]:
             if not self._session.is_open:
@@ -108,27 +108,23 @@ class SamplingRun:
             on_block, check = self._progress.sampling, self._surroundings.check
             return self._session.forward(branches, hooked=hooked, more=more, on_block=on_block, check=check)
 
-        result = self.attempt(compute)
-        self._pass_seconds += time.perf_counter() - start
-        self._passes += 1
-        if self._passes == 1:
-            self._first_step_seconds = time.perf_counter() - self._start
-            self._first_pass = self._pass_seconds, self._session.waits
-        return result
+        with self._clock.measuring():
+            return self.attempt(compute)
 
     def end(self, *, finished: bool) -> MemoryReport:
         """Give back what the run held on the device; not `finished`: after an error or an interruption."""
         session, transformer = self._session, self._transformer
         session.close()
+        passes = self._clock.seconds
         self._watch.ram()
         report = MemoryReport(
             plan=self.plan,
             device=str(transformer.hardware.device),
             weight_format=transformer.weight_format,
             steps=self._steps,
-            passes=self._passes,
+            passes=len(passes),
             seconds=time.perf_counter() - self._start,
-            pass_seconds=self._pass_seconds,
+            pass_seconds=sum(passes),
             pinned_bytes=transformer.store.pinned_bytes,
             waited_disk_seconds=session.waits.disk_seconds,
             waited_bus_seconds=session.waits.bus_seconds,
@@ -136,7 +132,7 @@ class SamplingRun:
             peak_ram_bytes=self._watch.peak_ram,
             one_by_one=self._one_by_one,
             out_of_memory=session.retries,
-            first_step_seconds=self._first_step_seconds,
+            first_step_seconds=self._clock.begun_at - self._start + passes[0] if passes else 0.0,
             **session.counters.of_run(),
         )
         if finished:
@@ -191,18 +187,18 @@ class SamplingRun:
 
     def _learn(self) -> None:
         """Correct what is known of this machine's speeds by what this run took."""
-        footprint, plan, passes = self._transformer.footprint, self.plan, self._passes - 1
+        footprint, plan = self._transformer.footprint, self.plan
+        others = self._clock.seconds[1:]  # the first reads what stays in host memory, and is like no other
         small = footprint.step_flops(plan.request) < TELLING_FLOPS
-        if self._one_by_one or self._session.retries or plan.request.controls or passes < 1 or small:
+        if self._one_by_one or self._session.retries or plan.request.controls or not others or small:
             return
-        seconds, waited = self._first_pass  # which reads what stays in host memory, and is like no other
-        waits = self._session.waits - waited
+        waits = self._session.waits - self._first_waits
         self._speeds.put(
             corrected(
                 self._speeds.get(),
                 plan.forecast,
-                step_seconds=(self._pass_seconds - seconds) / passes,
-                waited_disk_seconds=waits.disk_seconds / passes,
-                waited_bus_seconds=waits.bus_seconds / passes,
+                step_seconds=sum(others) / len(others),
+                waited_disk_seconds=waits.disk_seconds / len(others),
+                waited_bus_seconds=waits.bus_seconds / len(others),
             )
         )

@@ -9,6 +9,7 @@ from .pinned_memory import PinnedMemory
 from .store import BlockStore, require_decodable
 from .streamed_blocks import BlockFiles, StreamedBlocks
 from .streamer import BlockStreamer, Waits
+from .streams import StreamOrder
 from .transfer import PIECE_BYTES, RING_PIECES
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "FileSource",
     "PinnedMemory",
     "StoredBlock",
+    "StreamOrder",
     "StreamedBlocks",
     "TensorReader",
     "Waits",

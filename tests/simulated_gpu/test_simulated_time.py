@@ -4,6 +4,7 @@ import time
 
 import pytest
 import torch
+from qwenimage_lowvram.engine.runs.pass_clock import PassClock
 
 from .costs import Rates
 from .device import SimulatedGPU
@@ -47,6 +48,32 @@ def test_what_was_told_to_wait_begins_later() -> None:
         assert time.perf_counter() - start == pytest.approx(2)
         gpu.page_locks.unlock(data)
         assert y.device.type == "cuda"
+
+
+@pytest.mark.slow
+def test_a_run_measures_how_long_its_passes_take_on_the_card_and_not_how_long_they_take_to_issue(
+    tiny_models: TinyModels,
+) -> None:
+    bus_bytes = 1e6
+    with SimulatedGPU("late", costs=Rates(bus_bytes=bus_bytes)) as gpu:
+        rig = Rig(tiny_models, gpu)
+        model = rig.transformer("bf16")
+        clock = PassClock(model.store.order)
+        model.load((), range(LAYERS))
+        model.modulation.announce(TIMES)
+        with model.session(slots=2) as session:
+            with clock.measuring():
+                session.forward(rig.branches(TIMES[0]))
+            first = clock.seconds[0]
+            before, start = model.store.copied_bytes, time.perf_counter()
+            with clock.measuring():
+                answers = session.forward(rig.branches(TIMES[1]))
+            issued = time.perf_counter() - start
+            host(answers)
+            copied = (model.store.copied_bytes - before) / bus_bytes
+            assert issued < copied / 2
+            assert clock.seconds == [first, pytest.approx(copied, rel=0.1)]
+        finish(model)
 
 
 @pytest.mark.slow
