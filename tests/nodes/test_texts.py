@@ -58,8 +58,8 @@ def test_a_value_is_shown_in_few_characters(value: Any) -> None:
 
 @pytest.mark.parametrize("error", QwenLowVRAMError.__subclasses__(), ids=lambda error: error.__name__)
 def test_an_errors_message_is_harmless(error: type[QwenLowVRAMError]) -> None:
-    assert is_harmless(str(error(HOSTILE)))
-    assert str(error("one\n\nWhat to do: two")) == "one\n\nWhat to do: two"
+    assert is_harmless(str(error("{text}", code="test.hostile", text=HOSTILE)))
+    assert str(error("one\n\nWhat to do: two", code="test.lines")) == "one\n\nWhat to do: two"
 
 
 @pytest.mark.parametrize("prompt", [f"a {HALF}", "\udfff", None, 5, b"a", ["a"]])
