@@ -1,4 +1,4 @@
-"""Whether all numbers of a tensor are numbers."""
+"""Whether a tensor holds NaN or infinity."""
 
 import math
 

@@ -1,7 +1,7 @@
 """What the other rooms ask of a transformer's network, whichever it is: a value made from its file's header.
 
 A network is a folder of this room. It says where its tensors lie, how empty modules of it are made, what its passes
-take, and how what goes through its blocks begins and ends. Streaming, planning and the nodes need no more.
+take, and how what goes through its blocks begins and ends. Streaming and planning need no more.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,9 +13,7 @@ from torch import nn
 
 from ..files.checkpoint import TensorEntry
 from ..planning.footprint import TransformerFootprint
-from ..streaming import Waits
-
-OnBlock = Callable[[int], None]
+from ..streaming import OnBlock, Waits
 
 
 @dataclass(frozen=True)

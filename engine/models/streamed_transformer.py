@@ -15,8 +15,8 @@ from ..files.checkpoint import Checkpoint
 from ..hardware import Hardware
 from ..planning.footprint import TransformerFootprint
 from ..planning.memory import SecondaryDevice, spread_order
-from ..streaming import BlockStreamer, Waits, WeightPatch, bind
-from .network import Branch, Hooked, NothingBeforehand, OnBlock, State, StepTable
+from ..streaming import BlockStreamer, OnBlock, Waits, WeightPatch, bind
+from .network import Branch, Hooked, NothingBeforehand, State, StepTable
 from .transformer_parts import TransformerParts
 
 BranchT = TypeVar("BranchT", bound=Branch)

@@ -78,6 +78,16 @@ def forecast_step(
     )
 
 
+def forecast_visit(*, tokens: int, weights: float, nbytes: int, host: bool, slots: int, speeds: Speeds) -> StepForecast:
+    """For one visit of layers that are read from the file: `weights` of them, stored in `nbytes`, times `tokens`."""
+    return StepForecast(
+        compute_seconds=2 * tokens * weights / speeds.flops,
+        bus_seconds=0.0 if host else nbytes / speeds.bus_bytes,
+        disk_seconds=nbytes / speeds.disk_bytes,
+        overlapped=slots > 1,
+    )
+
+
 # of any speed, by one run
 MOST_CORRECTION = 2.0
 

@@ -12,9 +12,10 @@ from typing import Any
 from ..errors import InvalidRequest
 from ..texts import size_text
 from .footprint import TextEncoderFootprint, Tiles, TransformerFootprint, VAEFootprint
-from .forecast import TYPICAL, Speeds, StepForecast, forecast_step
-from .memory import MemoryPlan, plan_memory, plan_text_encoder, text_encoder_peak_bytes
+from .forecast import TYPICAL, Speeds, forecast_step, forecast_visit
+from .memory import MemoryPlan, plan_memory
 from .request import Limits, PromptTokens, SamplingRequest
+from .text_encoder import plan_text_encoder, text_encoder_peak_bytes
 
 
 class Stage(Enum):
@@ -228,13 +229,13 @@ def encode_stage(
     """`lengths`: tokens of each prompt, template included; every layer is read from the file."""
     peak = text_encoder_peak_bytes(footprint, lengths, slots)
     passing = slots * footprint.slot_bytes + footprint.staging_bytes + footprint.scratch_bytes
-    nbytes = footprint.layers * footprint.stored_bytes
-    weights = footprint.layers * footprint.slot_bytes / footprint.element_bytes
-    forecast = StepForecast(
-        compute_seconds=2 * sum(lengths) * weights / speeds.flops,
-        bus_seconds=0.0 if footprint.host else nbytes / speeds.bus_bytes,
-        disk_seconds=nbytes / speeds.disk_bytes,
-        overlapped=slots > 1,
+    forecast = forecast_visit(
+        tokens=sum(lengths),
+        weights=footprint.layers * footprint.slot_bytes / footprint.element_bytes,
+        nbytes=footprint.layers * footprint.stored_bytes,
+        host=footprint.host,
+        slots=slots,
+        speeds=speeds,
     )
     answers = 4 * sum(lengths) * footprint.hidden_size  # fp32
     ram = footprint.ring_bytes + answers + (peak if footprint.host else 0)

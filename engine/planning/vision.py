@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from ..compute.attention_kernels import FUSED, AttentionKernel, AttentionShape
 from ..errors import DoesNotFit
-from .forecast import TYPICAL, Speeds, StepForecast
+from .forecast import TYPICAL, Speeds, forecast_visit
 from .request import GIB
 from .stages import Stage, StagePlan
 
@@ -83,13 +83,13 @@ def with_vision(
     """The plan of a stage that looks at images before it encodes prompts: the worse moment of both."""
     peak = vision_peak_bytes(footprint, patches, slots)
     passing = slots * footprint.slot_bytes + footprint.staging_bytes + footprint.scratch_bytes
-    nbytes = footprint.blocks * footprint.stored_bytes
-    weights = footprint.blocks * footprint.slot_bytes / footprint.element_bytes
-    forecast = StepForecast(
-        compute_seconds=2 * sum(patches) * weights / speeds.flops,
-        bus_seconds=0.0 if footprint.host else nbytes / speeds.bus_bytes,
-        disk_seconds=nbytes / speeds.disk_bytes,
-        overlapped=slots > 1,
+    forecast = forecast_visit(
+        tokens=sum(patches),
+        weights=footprint.blocks * footprint.slot_bytes / footprint.element_bytes,
+        nbytes=footprint.blocks * footprint.stored_bytes,
+        host=footprint.host,
+        slots=slots,
+        speeds=speeds,
     )
     # fp32 patches, then their embeddings
     kept = sum(patches) * (4 * footprint.patch_values + footprint.out_hidden_size * footprint.element_bytes)

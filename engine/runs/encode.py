@@ -15,8 +15,8 @@ from ..models.qwen25_vl.text_encoder import TextEncoder
 from ..models.qwen25_vl.vision_pass import VisionPass
 from ..models.qwen_image.prompts import PromptTokenizer, drop_template, require_length
 from ..out_of_memory import in_words, reason, shortage
-from ..planning.memory import plan_text_encoder, text_encoder_peak_bytes
 from ..planning.stages import Stage, encode_stage
+from ..planning.text_encoder import plan_text_encoder, text_encoder_peak_bytes
 from ..reports.image_report import Moved
 from .limit import Limit
 from .surroundings import Surroundings

@@ -7,7 +7,7 @@ from .block_layout import StoredBlock, WeightPatch, bind, store_block
 from .block_source import BlockSource, FileSource, TensorReader, read_params
 from .pinned_memory import PinnedMemory
 from .store import BlockStore, require_decodable
-from .streamed_blocks import BlockFiles, StreamedBlocks
+from .streamed_blocks import BlockFiles, OnBlock, StreamedBlocks, VisitsBlocks
 from .streamer import BlockStreamer, Waits
 from .streams import StreamOrder
 from .transfer import PIECE_BYTES, RING_PIECES
@@ -20,11 +20,13 @@ __all__ = [
     "BlockStore",
     "BlockStreamer",
     "FileSource",
+    "OnBlock",
     "PinnedMemory",
     "StoredBlock",
     "StreamOrder",
     "StreamedBlocks",
     "TensorReader",
+    "VisitsBlocks",
     "Waits",
     "WeightPatch",
     "bind",

@@ -132,6 +132,27 @@ class StreamedBlocks:
             self._store.release()
 
 
+class VisitsBlocks:
+    """Base of whoever visits streamed blocks: what that took so far."""
+
+    _blocks: StreamedBlocks
+
+    @property
+    def fetched_bytes(self) -> int:
+        """Of blocks, read."""
+        return self._blocks.fetched_bytes
+
+    @property
+    def copied_bytes(self) -> int:
+        """Of blocks, copied from host memory to the device."""
+        return self._blocks.copied_bytes
+
+    @property
+    def waits(self) -> Waits:
+        """What the visits have waited."""
+        return self._blocks.waits
+
+
 def _announced(streamer: BlockStreamer, on_block: OnBlock | None) -> Generator[tuple[int, nn.Module], None, None]:
     for index, block in streamer.visit():
         if on_block is not None:

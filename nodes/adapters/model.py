@@ -13,6 +13,7 @@ from ...engine.models.qwen_image.latents import PATCH
 from ...engine.models.qwen_image.transformer import QwenImageTransformer
 from ...engine.planning.request import Controls, SamplingRequest
 from ...engine.runs.timeline import Timeline
+from .around_runs import as_patcher
 from .block_patches import BlockPatches, check_patches, has_patches
 from .control_memory import controls_of
 from .controlnets import check_controls
@@ -22,7 +23,7 @@ from .patcher import LowVRAMPatcher
 from .references import check_methods
 from .run_conditions import Conds
 from .sampling_request import check_positions, request_of
-from .streamed_model import DiffusionModel, LowVRAMModel, ModelCalls, as_patcher
+from .streamed_model import DiffusionModel, LowVRAMModel, ModelCalls
 
 # of ComfyUI's model configuration: it alone tells Layered from the other members
 ADDITIONAL_KEY = "use_additional_t_cond"

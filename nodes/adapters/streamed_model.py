@@ -5,41 +5,29 @@ the diffusion model to branches (`DiffusionModel`).
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, ClassVar, Protocol
 
 import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...engine.errors import Unsupported
-from ...engine.lora.weight_patches import lora_patches
 from ...engine.models.network import Hooked
 from ...engine.models.streamed_transformer import StreamedTransformer
-from ...engine.out_of_memory import in_words
 from ...engine.planning.memory import MemoryPlan
 from ...engine.planning.request import Controls, SamplingRequest
 from ...engine.reports.memory_report import MemoryReport
-from ...engine.runs.sampling_plan import plan_sampling
 from ...engine.runs.sampling_run import SamplingRun
 from ...engine.runs.timeline import Timeline
-from .block_patches import BlockPatches, PatchImages, check_patches, has_patches, sees_each_call
-from .content_checks import check_computed, check_result, check_values
-from .controlnets import ControlNets, check_devices, other_models
-from .error_events import errors_sent
-from .graph_checks import check_device, check_graph, refuse, why_one_by_one
-from .in_comfyui import InComfyUI
-from .known_speeds import known_speeds
-from .limit_names import loader_limit
-from .lockstep import KEY, Lockstep
+from .block_patches import BlockPatches, PatchImages, has_patches, sees_each_call
+from .controlnets import ControlNets
+from .graph_checks import refuse
+from .lockstep import Lockstep
 from .native_lora import PREFIX
-from .patcher import LowVRAMPatcher
 from .progress import executing_prompt_id
-from .run_conditions import Conds, conditions_of_run, entries_of, size_of
+from .run_conditions import Conds
 from .stand_ins import WithoutLayers, refuse_compiling
-from .whole_process import tell_patched_process
 
 
 class ModelCall(Protocol):
@@ -218,130 +206,3 @@ class LowVRAMModel:
             "copy the file it was loaded from.",
             code="graph.saved_model",
         )
-
-
-def as_patcher(model: LowVRAMModel) -> LowVRAMPatcher:
-    """The MODEL around a model, with what is done around its runs and evaluations."""
-    patcher = LowVRAMPatcher(
-        model,
-        load_device=model.transformer.hardware.device,
-        offload_device=comfy.model_management.unet_offload_device(),
-    )
-    patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _outer_sample)
-    patcher.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, _calc_cond_batch)
-    return patcher
-
-
-@errors_sent()
-@in_words("images were sampled")
-def _outer_sample(
-    executor: Any,
-    noise: Tensor,
-    latent_image: Tensor,
-    sampler: Any,
-    sigmas: Tensor,
-    denoise_mask: Tensor | None = None,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    """Around a whole run of any native sampler: plan and refuse before anything is loaded, report afterwards."""
-    guider = executor.class_obj
-    model: LowVRAMModel = guider.model_patcher.model
-    device = model.transformer.hardware.device
-    beside = other_models(guider)
-    check_device(guider.model_patcher, device)  # first: it is where the values lie
-    check_values(guider, noise, latent_image, sigmas, denoise_mask, model.latent_format.latent_channels)
-    _check_graph(model, guider)
-    model.check_run(guider.conds, noise)
-    model.check_beside(guider.conds, guider.model_options.get("transformer_options", {}))
-    check_devices(beside, device)
-    conds = conditions_of_run(guider, noise)
-    check_computed(conds, noise.shape)
-    calls = model.calls
-    calls.controls = ControlNets(conds, noise.shape, model.transformer)
-    calls.images = PatchImages(guider.model_options.get("transformer_options", {}), device)
-    finished = False
-    try:
-        request = model.request_of(conds, noise, sigmas)
-        controls = model.controls_of(conds, guider, noise, request, beside)
-        calls.run = _planned_run(model, guider, conds, noise, sigmas, replace(request, controls=controls), beside)
-        result = executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
-        check_result(result)
-        finished = True
-        return result
-    finally:
-        run, nets = calls.run, calls.controls
-        calls.run = calls.controls = calls.images = None
-        nets.release()
-        if run is not None:
-            model.plan = run.plan
-            model.model_loaded_weight_memory = model.transformer.loaded_bytes  # a smaller plan may have taken some away
-            model.last_report = run.end(finished=finished)
-
-
-def _check_graph(model: LowVRAMModel, guider: Any) -> None:
-    """Raise Unsupported for what the graph asks of our models that none of them does."""
-    model._refuse_compiled()
-    guider.model_patcher.check_guests()
-    tell_patched_process()
-    check_graph(guider.model_options, guider.conds)
-    check_patches(guider.model_options.get("transformer_options", {}))
-
-
-def _planned_run(
-    model: LowVRAMModel,
-    guider: Any,
-    conds: Conds,
-    noise: Tensor,
-    sigmas: Tensor,
-    request: SamplingRequest,
-    beside: Sequence[ModelPatcher],
-) -> SamplingRun:
-    """The plan, and the images of ControlNets and model patches, which are encoded before the run's memory is laid
-    out. Raises DoesNotFit."""
-    transformer, patcher, calls = model.transformer, guider.model_patcher, model.calls
-    transformer.patch(lora_patches(patcher.loras))
-    model.model_loaded_weight_memory = transformer.loaded_bytes  # blocks that the LoRAs change have left
-    speeds = known_speeds(transformer.hardware, transformer.dtype, transformer.file)
-    limit, surroundings = loader_limit(model.limit_bytes), InComfyUI(patcher, beside)
-
-    def plan() -> MemoryPlan:
-        return plan_sampling(transformer, request, limit, model.ram_limit_bytes, speeds, surroundings)
-
-    model.plan = plan()
-    sizes = {size_of(entry, noise.shape) for entry in entries_of(conds)}
-    assert calls.controls is not None
-    assert calls.images is not None
-    if calls.controls.make_hints() | calls.images.encode(sizes, noise):
-        model.plan = plan()  # the VAE may have moved what lay on the device
-    calls.sigmas = sigmas.cpu()
-    return SamplingRun(
-        transformer,
-        model.plan,
-        steps=len(sigmas) - 1,
-        speeds=speeds,
-        timeline=model.timeline,
-        surroundings=surroundings,
-        one_by_one=_why_one_by_one(model, guider.model_options),
-        advice=model.advice,
-    )
-
-
-def _why_one_by_one(model: LowVRAMModel, model_options: Any) -> str:
-    """Why calls may not share each visit of a block; empty where they may."""
-    if model.diffusion_model.watched:
-        return "a hook or another forward of the model sees each call"
-    return why_one_by_one(model_options, KEY) or sees_each_call(model_options.get("transformer_options", {}))
-
-
-def _calc_cond_batch(
-    executor: Any, model: LowVRAMModel, conds: Any, x_in: Tensor, timestep: Tensor, model_options: Any
-) -> Any:
-    """Around the calls of one evaluation: all of them in one visit of the blocks, unless a foreign wrapper watches."""
-    calls = model.calls
-    alone = bool(_why_one_by_one(model, model_options))
-    if calls.run is not None and calls.controls is not None:
-        conds = calls.controls.once(conds, lambda: alone or calls.lockstep.recording, calls.run.attempt)
-    if alone:
-        return executor(model, conds, x_in, timestep, model_options)
-    return calls.lockstep.together(lambda: executor(model, conds, x_in, timestep, model_options), calls.run_together)

@@ -28,8 +28,8 @@ from qwenimage_lowvram.engine.models.qwen_image.branch import Branch
 from qwenimage_lowvram.engine.models.qwen_image.tensors import sort_transformer
 from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
 from qwenimage_lowvram.engine.models.recognition import require
-from qwenimage_lowvram.engine.planning.memory import plan_text_encoder, text_encoder_peak_bytes
 from qwenimage_lowvram.engine.planning.request import GIB
+from qwenimage_lowvram.engine.planning.text_encoder import plan_text_encoder, text_encoder_peak_bytes
 from safetensors.torch import load_file
 from small_checkpoint import TextSize, make_text_encoder, make_tokenizer, make_transformer
 from torch._subclasses.fake_tensor import FakeTensorMode

@@ -24,9 +24,9 @@ from qwenimage_lowvram.engine.models.qwen25_vl.vision_patches import PatchedImag
 from qwenimage_lowvram.engine.models.qwen25_vl.vision_tower import VisionTower
 from qwenimage_lowvram.engine.models.qwen_image.prompt_template import EDIT_TEMPLATE
 from qwenimage_lowvram.engine.models.qwen_image.prompts import PromptTokenizer, with_places
-from qwenimage_lowvram.engine.planning.memory import text_encoder_peak_bytes
 from qwenimage_lowvram.engine.planning.request import GIB
 from qwenimage_lowvram.engine.planning.stages import encode_stage
+from qwenimage_lowvram.engine.planning.text_encoder import text_encoder_peak_bytes
 from qwenimage_lowvram.engine.planning.vision import VisionFootprint, plan_vision, vision_peak_bytes, with_vision
 from safetensors.torch import load_file, save_file
 from small_checkpoint import TextSize, make_text_encoder, make_tokenizer

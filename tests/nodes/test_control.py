@@ -578,12 +578,12 @@ def test_a_run_that_fails_leaves_no_model_with_a_controlnet(model: Any, apply: A
 
 
 def test_a_refused_run_leaves_no_model_and_no_image_with_a_chain(make_transformer: Any, apply: Apply) -> None:
-    from qwenimage_lowvram.nodes.adapters import streamed_model
+    from qwenimage_lowvram.nodes.adapters import around_runs
     from qwenimage_lowvram.nodes.adapters.controlnets import chain
     from qwenimage_lowvram.nodes.adapters.model import make_model
 
     conds = apply(*apply(cond(), cond(5, 2), net="fun"), net="other")
-    plan, plans = streamed_model.plan_sampling, 0
+    plan, plans = around_runs.plan_sampling, 0
 
     def refuse_the_second(*args: Any, **options: Any) -> Any:
         nonlocal plans
@@ -593,7 +593,7 @@ def test_a_refused_run_leaves_no_model_and_no_image_with_a_chain(make_transforme
         return plan(*args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streamed_model, "plan_sampling", refuse_the_second)
+        patch.setattr(around_runs, "plan_sampling", refuse_the_second)
         with pytest.raises(DoesNotFit):
             ksampler(model := make_model(make_transformer(), None), *conds, empty_latent())
     for net in chain(conds[0][0][1]["control"]):

@@ -23,8 +23,9 @@ from qwenimage_lowvram.engine.models.table import COMPONENTS
 from qwenimage_lowvram.engine.models.transformer_parts import TransformerParts
 from qwenimage_lowvram.engine.planning.footprint import TransformerFootprint
 from qwenimage_lowvram.engine.planning.request import SamplingRequest
+from qwenimage_lowvram.nodes.adapters.around_runs import as_patcher
 from qwenimage_lowvram.nodes.adapters.run_conditions import entries_of
-from qwenimage_lowvram.nodes.adapters.streamed_model import DiffusionModel, LowVRAMModel, as_patcher
+from qwenimage_lowvram.nodes.adapters.streamed_model import DiffusionModel, LowVRAMModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 

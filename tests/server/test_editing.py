@@ -14,9 +14,9 @@ from devtools.client import ComfyClient, ExecutionFailed
 from devtools.server import ComfyServer
 from devtools.workflow import set_widgets, to_prompt
 from edit_reference import FIRST_HEIGHT, FIRST_WIDTH, HEIGHT, WIDTH, edit_pipeline, edit_plus_pipeline
-from miniature.models import LATENTS_MEAN, LATENTS_STD
 from PIL import Image
 from qwenimage_lowvram.engine.models.qwen_image.latents import unpack
+from qwenimage_lowvram.engine.models.qwen_image_vae.latent_statistics import LATENTS_MEAN, LATENTS_STD
 from safetensors.torch import load_file
 
 from .graphs import EDITING, FOLDER, Prompt, changed, with_inputs

@@ -13,9 +13,9 @@ from devtools.client import ComfyClient, ExecutionFailed
 from devtools.server import ComfyServer
 from edit_reference import FIRST_HEIGHT, FIRST_WIDTH
 from inpaint_reference import Img2ImgPipeline, InpaintPipeline, edit_inpaint_pipeline, start_pipeline
-from miniature.models import LATENTS_MEAN, LATENTS_STD
 from PIL import Image
 from qwenimage_lowvram.engine.models.qwen_image.latents import unpack
+from qwenimage_lowvram.engine.models.qwen_image_vae.latent_statistics import LATENTS_MEAN, LATENTS_STD
 from safetensors.torch import load_file
 
 from .graphs import (

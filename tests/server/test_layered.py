@@ -13,8 +13,8 @@ from devtools.client import ComfyClient, ExecutionFailed
 from devtools.server import ComfyServer
 from devtools.workflow import set_widgets, to_prompt
 from layered_reference import HEIGHT, WIDTH, layered_reference
-from miniature.models import LATENTS_MEAN, LATENTS_STD
 from PIL import Image
+from qwenimage_lowvram.engine.models.qwen_image_vae.latent_statistics import LATENTS_MEAN, LATENTS_STD
 from safetensors.torch import load_file
 from small_checkpoint import SplitFiles, write_split_files
 

@@ -26,11 +26,10 @@ from qwenimage_lowvram.engine.planning.memory import (
     most_bytes,
     most_ram_bytes,
     plan_memory,
-    plan_text_encoder,
     spread_order,
-    text_encoder_peak_bytes,
 )
 from qwenimage_lowvram.engine.planning.request import GIB, Controls, Limits, SamplingRequest
+from qwenimage_lowvram.engine.planning.text_encoder import plan_text_encoder, text_encoder_peak_bytes
 from qwenimage_lowvram.engine.reports.image_report import ImageReport
 from qwenimage_lowvram.engine.reports.memory_report import MemoryReport
 from qwenimage_lowvram.engine.texts import size_text

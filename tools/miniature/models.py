@@ -7,18 +7,11 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
+from qwenimage_lowvram.engine.models.qwen_image_vae.latent_statistics import LATENTS_MEAN, LATENTS_STD
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-# the real model's values (Qwen/Qwen-Image, vae/config.json and scheduler/scheduler_config.json)
-LATENTS_MEAN = [
-    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
-]  # fmt: skip
-LATENTS_STD = [
-    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
-]  # fmt: skip
+# the real model's values (Qwen/Qwen-Image, scheduler/scheduler_config.json)
 SCHEDULER: dict[str, Any] = {
     "num_train_timesteps": 1000, "shift": 1.0, "shift_terminal": 0.02, "use_dynamic_shifting": True,
     "base_shift": 0.5, "max_shift": 0.9, "base_image_seq_len": 256, "max_image_seq_len": 8192,
@@ -39,8 +32,8 @@ def build_vae(*, base_dim: int = 8) -> AutoencoderKLQwenImage:
         attn_scales=[],
         temperal_downsample=[False, True, True],
         dropout=0.0,
-        latents_mean=LATENTS_MEAN,
-        latents_std=LATENTS_STD,
+        latents_mean=list(LATENTS_MEAN),
+        latents_std=list(LATENTS_STD),
     )
     for module in vae.modules():
         if isinstance(module, QwenImageCausalConv3d):

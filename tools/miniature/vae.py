@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKLQwenImage
+from qwenimage_lowvram.engine.models.qwen_image_vae.latent_statistics import LATENTS_MEAN, LATENTS_STD
 
 from .data import Scene, draw_scene, paint
-from .models import LATENTS_MEAN, LATENTS_STD, build_vae, use_single_frame
+from .models import build_vae, use_single_frame
 from .run import TimedRun
 
 BATCH, CROP_PX = 8, 64

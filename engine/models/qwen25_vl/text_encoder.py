@@ -22,7 +22,7 @@ from ...streaming import (
     StoredBlock,
     StreamedBlocks,
     TensorReader,
-    Waits,
+    VisitsBlocks,
     read_params,
     store_block,
 )
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import Qwen2_5_VLTextConfig
 
 
-class TextEncoder:
+class TextEncoder(VisitsBlocks):
     """The language model of Qwen2.5-VL without its head; its vision tower is opened where images are to be seen.
 
     Guarantees: all prompts are encoded in one visit of each layer; on the device lie at most `slots` layers and the
@@ -65,10 +65,10 @@ class TextEncoder:
         store_block(self._norm_shape, self._outside, dtype, self._where)
         make_layer = partial(_empty_layer, self._config)  # which, unlike a method, holds no reference to this encoder
         files = BlockFiles(tensors.layers, make_layer, dtype, f"{self._where}, layer", source)
-        self._layers = StreamedBlocks(files.open(hardware))
+        self._blocks = StreamedBlocks(files.open(hardware))
         self.footprint = TextEncoderFootprint(
-            layers=len(self._layers),
-            **self._layers.nbytes,
+            layers=len(self._blocks),
+            **self._blocks.nbytes,
             hidden_size=self._config.hidden_size,
             intermediate_size=self._config.intermediate_size,
             chunk_tokens=TEXT_MLP_TOKENS,
@@ -77,21 +77,6 @@ class TextEncoder:
             attention=kernel_of(hardware, dtype, shared_keys=True),
             shared_keys=self._config.num_attention_heads // self._config.num_key_value_heads,
         )
-
-    @property
-    def fetched_bytes(self) -> int:
-        """Bytes of layers read so far."""
-        return self._layers.fetched_bytes
-
-    @property
-    def copied_bytes(self) -> int:
-        """Bytes of layers copied from host memory to the device so far."""
-        return self._layers.copied_bytes
-
-    @property
-    def waits(self) -> Waits:
-        """What visits of the layers have waited so far."""
-        return self._layers.waits
 
     @property
     def hidden_size(self) -> int:
@@ -126,7 +111,7 @@ class TextEncoder:
             self._rotary(rotary, state, token_positions(ids, seen))
             for state, ids, seen in zip(states, prompts, shown, strict=True)
         ]
-        with self._layers.visit(slots, on_layer) as layers, attention_by(self.footprint.attention):
+        with self._blocks.visit(slots, on_layer) as layers, attention_by(self.footprint.attention):
             for _, layer in layers:
                 for i, position in enumerate(positions):
                     states[i] = _hidden_states(

@@ -19,7 +19,7 @@ from ...streaming import (
     FileSource,
     StoredBlock,
     StreamedBlocks,
-    Waits,
+    VisitsBlocks,
     bind,
     read_params,
     store_block,
@@ -41,7 +41,7 @@ class SeenImage:
     width: int
 
 
-class VisionTower:
+class VisionTower(VisitsBlocks):
     """The vision part of a Qwen2.5-VL text encoder, whose forward is transformers' own.
 
     Guarantees: all images are seen in one visit of each block; on the device lie at most `slots` blocks, what is
@@ -86,21 +86,6 @@ class VisionTower:
             element_bytes=dtype.itemsize,
             attention=kernel_of(hardware, dtype),
         )
-
-    @property
-    def fetched_bytes(self) -> int:
-        """Bytes of blocks read so far."""
-        return self._blocks.fetched_bytes
-
-    @property
-    def copied_bytes(self) -> int:
-        """Bytes of blocks copied from host memory to the device so far."""
-        return self._blocks.copied_bytes
-
-    @property
-    def waits(self) -> Waits:
-        """What visits of the blocks have waited so far."""
-        return self._blocks.waits
 
     @torch.no_grad()
     def see(

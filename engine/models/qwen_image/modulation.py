@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...planning.memory import SPARE_ROWS
-from ...streaming import BlockStore, StreamedBlocks, Waits
+from ...streaming import BlockStore, StreamedBlocks, VisitsBlocks
 
 # a timestep in 0..1 and the index of the additional condition, 0 where the model has none
 Moment = tuple[float, int]
@@ -31,7 +31,7 @@ class ModulationRow:
         return ModulationRow(self.img.to(device), self.txt.to(device))
 
 
-class ModulationTable:
+class ModulationTable(VisitsBlocks):
     """Rows by timestep and additional condition, for one set of weights.
 
     Each timestep is embedded and projected in a call of its own, as a plain forward does it, on the compute device:
@@ -46,21 +46,6 @@ class ModulationTable:
         self._rows: dict[Moment, ModulationRow] = {}
         self._announced: dict[Moment, None] = {}
         self._current: tuple[Moment, ModulationRow] | None = None
-
-    @property
-    def fetched_bytes(self) -> int:
-        """Bytes of modulation weights read so far."""
-        return self._blocks.fetched_bytes
-
-    @property
-    def copied_bytes(self) -> int:
-        """Bytes of modulation weights copied from host memory to the device so far."""
-        return self._blocks.copied_bytes
-
-    @property
-    def waits(self) -> Waits:
-        """What passes over the modulation weights have waited so far."""
-        return self._blocks.waits
 
     def knows(self, timesteps: Iterable[float]) -> bool:
         """Their rows are here: announcing them reads nothing."""

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from ...files.checkpoint import Checkpoint
 from ...hardware import Hardware
-from ...streaming import BlockSource, FileSource, StoredBlock
-from ..network import OnBlock
+from ...streaming import BlockSource, FileSource, OnBlock, StoredBlock
 from ..streamed_transformer import StreamedTransformer
 from .block_hooks import BlockHook, run_hooked
 from .branch import Branch, BranchState
