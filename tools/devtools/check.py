@@ -1,7 +1,7 @@
 """`python dev.py test`: lint, format, types and tests, all, whichever fail; the engine's with other packages too.
 
-`--fast` is what a change is tried with in a minute: the same lint and types, and the engine's tests that need no
-ComfyUI and are not slow.
+`--fast` is what a change is tried with: the same lint and types, and the engine's tests that need no ComfyUI and are
+not slow.
 """
 
 import os
