@@ -14,7 +14,8 @@ from ..errors import Unsupported
 from ..files.checkpoint import Checkpoint
 from ..hardware import Hardware
 from ..planning.footprint import TransformerFootprint
-from ..planning.memory import SecondaryDevice, spread_order
+from ..planning.memory import SecondaryDevice
+from ..planning.spread import spread_order
 from ..streaming import BlockStreamer, OnBlock, Waits, WeightPatch, bind
 from .network import Branch, Hooked, NothingBeforehand, State, StepTable
 from .transformer_parts import TransformerParts

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from .footprint import TransformerFootprint
+from .overlap import BlockSeconds, pass_seconds
 from .request import SamplingRequest
 
 
@@ -34,18 +35,23 @@ class Bound(Enum):
 
 @dataclass(frozen=True)
 class StepForecast:
-    """Seconds of one step: of computing, of copies to the device, of reads from the file, and together."""
+    """Seconds of one step: of computing, of copies to the device, of reads from the file, and together.
+
+    pass_seconds: together, where blocks were followed one by one; 0 where they were not.
+    """
 
     compute_seconds: float
     bus_seconds: float
     disk_seconds: float
     overlapped: bool
+    pass_seconds: float = 0.0
 
     @property
     def seconds(self) -> float:
         """Copies and reads hide behind each other, and behind computing where blocks are fetched ahead."""
         moving = max(self.bus_seconds, self.disk_seconds)
-        return max(self.compute_seconds, moving) if self.overlapped else self.compute_seconds + moving
+        together = max(self.compute_seconds, moving) if self.overlapped else self.compute_seconds + moving
+        return max(together, self.pass_seconds)
 
     @property
     def bound(self) -> Bound:
@@ -68,14 +74,28 @@ def forecast_step(
     streamed: int,
     from_file: int,
     slots: int,
+    ring_pieces: int = 4,
+    piece_bytes: int = 32 * 1024**2,
 ) -> StepForecast:
-    """For `streamed` blocks that pass through slots, `from_file` of which come from the file."""
-    return StepForecast(
-        compute_seconds=footprint.step_flops(request) / speeds.flops,
-        bus_seconds=0.0 if footprint.host else streamed * footprint.stored_bytes / speeds.bus_bytes,
-        disk_seconds=from_file * footprint.stored_bytes / speeds.disk_bytes,
-        overlapped=slots > 1 or streamed == 0,
+    """For `streamed` blocks that pass through slots, `from_file` of which come from the file, in pieces of which
+    `ring_pieces` are read ahead of their copies."""
+    compute = footprint.step_flops(request) / speeds.flops
+    copy = 0.0 if footprint.host else footprint.stored_bytes / speeds.bus_bytes
+    read = footprint.stored_bytes / speeds.disk_bytes
+    ring = 0 if footprint.host else ring_pieces * piece_bytes
+    each = compute / footprint.all_blocks
+    together = pass_seconds(
+        footprint.blocks,
+        BlockSeconds(each, copy, read),
+        streamed=streamed,
+        from_file=from_file,
+        slots=slots,
+        ring_blocks=ring / footprint.stored_bytes,
+        piece_blocks=piece_bytes / footprint.stored_bytes,
+        between=each * footprint.elsewhere,
     )
+    # what followed in many small sums is the same for plans that wait for nothing
+    return StepForecast(compute, streamed * copy, from_file * read, True, float(f"{together:.9g}"))
 
 
 def forecast_visit(*, tokens: int, weights: float, nbytes: int, host: bool, slots: int, speeds: Speeds) -> StepForecast:

@@ -7,7 +7,6 @@ suggests does.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 
 from ..compute.attention_kernels import FUSED
 from ..compute.chunk_sizes import MLP_CHUNKS
@@ -16,6 +15,7 @@ from ..texts import size_text
 from .footprint import TransformerFootprint
 from .forecast import TYPICAL, Speeds, StepForecast, forecast_step
 from .request import GIB, Controls, Limits, SamplingRequest
+from .spread import spread_order
 
 # rows of the modulation table kept beyond those of the present run
 SPARE_ROWS = 16
@@ -255,21 +255,6 @@ def _device_limit(footprint: TransformerFootprint, request: SamplingRequest, lim
     if footprint.host and limits.ram_bytes is not None:
         return min(limits.vram_bytes, _ram_left(footprint, request, limits))
     return limits.vram_bytes
-
-
-@cache
-def spread_order(blocks: int) -> tuple[int, ...]:
-    """All indices in an order of which every beginning is spread evenly: each fetch has computing to hide behind, and
-    one block more or less on the device moves no other.
-
-    Multiples of the golden ratio modulo 1: new points fall into the largest gaps.
-    """
-    golden, order = (5**0.5 - 1) / 2, dict.fromkeys([0])
-    step = 0
-    while len(order) < blocks:
-        step += 1
-        order[int(step * golden % 1 * blocks)] = None
-    return tuple(order)[:blocks]
 
 
 def _refusal(footprint: TransformerFootprint, request: SamplingRequest, limits: Limits) -> DoesNotFit:

@@ -20,7 +20,7 @@ from qwenimage_lowvram.engine.models.qwen_image.branch import Branch
 from qwenimage_lowvram.engine.models.qwen_image.positions import MAX_POSITIONS
 from qwenimage_lowvram.engine.models.qwen_image.schedule import qwen_sigmas
 from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer, TimestepRounding
-from qwenimage_lowvram.engine.planning.memory import spread_order
+from qwenimage_lowvram.engine.planning.spread import spread_order
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 

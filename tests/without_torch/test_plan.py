@@ -26,9 +26,9 @@ from qwenimage_lowvram.engine.planning.memory import (
     most_bytes,
     most_ram_bytes,
     plan_memory,
-    spread_order,
 )
 from qwenimage_lowvram.engine.planning.request import GIB, Controls, Limits, SamplingRequest
+from qwenimage_lowvram.engine.planning.spread import spread_order
 from qwenimage_lowvram.engine.planning.text_encoder import plan_text_encoder, text_encoder_peak_bytes
 from qwenimage_lowvram.engine.reports.image_report import ImageReport
 from qwenimage_lowvram.engine.reports.memory_report import MemoryReport

@@ -1,0 +1,85 @@
+"""How far reading, copying and computing hide behind each other in a step, block by block. Numbers in, seconds out;
+imports no torch."""
+
+from collections import deque
+from dataclasses import dataclass
+from enum import Enum
+from functools import cache, lru_cache
+from math import floor, inf
+
+from .spread import spread_order
+
+# passes that are followed; the first block of the first one is there when it begins
+PASSES = 3
+
+
+class Way(Enum):
+    """How a block comes to be computed with."""
+
+    STAYS = "stays on the device"
+    HELD = "is copied from host memory"
+    READ = "is read from the file"
+
+
+@dataclass(frozen=True)
+class BlockSeconds:
+    """What one block takes: to be computed with, copied to the device, read from its file."""
+
+    compute: float
+    copy: float
+    read: float
+
+
+@cache
+def ways(blocks: int, *, streamed: int, from_file: int) -> tuple[Way, ...]:
+    """Of each block: those that stay, then those that are held, are the first ones of `spread_order`."""
+    found, order = [Way.READ] * blocks, spread_order(blocks)
+    for index in order[: blocks - from_file]:
+        found[index] = Way.HELD
+    for index in order[: blocks - streamed]:
+        found[index] = Way.STAYS
+    return tuple(found)
+
+
+@lru_cache(4096)
+def pass_seconds(
+    blocks: int,
+    one: BlockSeconds,
+    *,
+    streamed: int,
+    from_file: int,
+    slots: int,
+    ring_blocks: float,
+    piece_blocks: float,
+    between: float = 0.0,
+) -> float:
+    """Seconds of a pass over all blocks, among others that follow after `between` seconds.
+
+    A copy waits for the last use of its slot, and for what it copies. ring_blocks: what is read ahead of the copies;
+    piece_blocks: what has to be there to be copied; in blocks. Less to read, to copy or to wait for is never slower.
+    """
+    computed = copied = read = 0.0
+    used = deque([0.0] * max(1, slots), maxlen=max(1, slots))
+    ahead = floor(ring_blocks) + 1
+    begun = deque([-inf] * ahead, maxlen=ahead)  # long ago
+    first = True
+    for _ in range(PASSES):
+        for way in ways(blocks, streamed=streamed, from_file=from_file):
+            if way is Way.STAYS:
+                computed += one.compute
+                continue
+            begin = max(copied, used[0])
+            if first:
+                first = False
+            elif way is Way.HELD:
+                copied = begin + one.copy
+            else:
+                begun.append(begin)
+                # the ring is full from the middle of an earlier block on, until its copy has come that far
+                room = begun[0] + (ahead - ring_blocks) * max(one.read, one.copy)
+                read = max(read + one.read, room)
+                copied = max(begin + one.copy, read + min(1.0, piece_blocks) * one.copy)
+            computed = max(computed, copied) + one.compute
+            used.append(computed)
+        computed += between
+    return computed / PASSES
