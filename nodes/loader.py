@@ -9,32 +9,22 @@ import torch
 from ..engine.errors import QwenLowVRAMError
 from ..engine.files.checkpoint import Checkpoint
 from ..engine.log import logger
-from ..engine.models.qwen25_vl.text_encoder import TextEncoder
 from ..engine.models.qwen25_vl.vision_tensors import mmproj_identity
 from ..engine.models.qwen_image.positions import Positions
 from ..engine.models.qwen_image.transformer import TimestepRounding
-from ..engine.models.qwen_image.variants import variant_of
 from ..engine.out_of_memory import in_words
 from ..engine.runs.timeline import Timeline
 from . import devices, model_choices
 from .adapters import switches
 from .adapters.clip import LowVRAMCLIP
 from .adapters.limit_names import RAM_LIMIT, VRAM_LIMIT
-from .adapters.networks import network_of
+from .adapters.networks import served_of
 from .adapters.progress import executing_prompt_id, tell
 from .adapters.vae import make_vae
 from .adapters.value_checks import check_widgets, limit_bytes
 from .display_names import AUTO, CATEGORY
 from .inputs import at_input, before_the_run
-from .sources import (
-    VARIANTS,
-    Sources,
-    chosen_variant,
-    doubt_about,
-    prompt_tokenizer,
-    require_transformer,
-    tokenizer_identity,
-)
+from .sources import VARIANTS, Sources, chosen_variant, require_transformer, tokenizer_identity
 from .weight_cache import (
     AS_STORED,
     FASTEST,
@@ -241,7 +231,7 @@ class QwenLowVRAMLoader:
         )
         sources = Sources.of(transformer, text_encoder, vae)
         transformer_file, text_file, vae_file = sources.open(variant)
-        tokenizer = prompt_tokenizer(sources.tokenizer)
+        tokenizer = sources.prompt_tokenizer()
         with at_input("weight_format"):
             check_weight_format(transformer_file, weight_format)
         management = comfy.model_management
@@ -252,14 +242,14 @@ class QwenLowVRAMLoader:
         vae_on = devices.device_of(vae_device, management.vae_device())
         limits = _Limits(limit_bytes(vram_limit_gb), limit_bytes(ram_limit_gb))
         compute = _compute_dtype(dtype, transformer_file, hardware.device)
-        member = variant_of(transformer_file, chosen_variant(variant))
-        doubt = doubt_about(transformer_file, member) if chosen_variant(variant) is None else ""
+        member = sources.member(transformer_file, variant)
+        doubt = sources.doubt_about(transformer_file, member) if chosen_variant(variant) is None else ""
         if doubt:
             logger.warning("%s", doubt)
             tell(doubt)
         weight_format, advice = _format_of(transformer_file, weight_format, Parts(member, compute, hardware), limits)
-        network = network_of(transformer_file)
-        model = network.open(
+        family, served = sources.family, served_of(transformer_file)
+        model = family.open(
             in_weight_format(transformer_file, weight_format, hardware, limits.on(hardware.device)),
             dtype=compute,
             hardware=hardware,
@@ -268,7 +258,7 @@ class QwenLowVRAMLoader:
             positions=Positions(positions),
             variant=member,
         )
-        encoder = TextEncoder(
+        encoder = family.encoder(
             text_file, dtype=_compute_dtype(dtype, text_file, text_hardware.device), hardware=text_hardware
         )
         timeline = Timeline(executing_prompt_id)
@@ -279,6 +269,7 @@ class QwenLowVRAMLoader:
             limit_name=limits.name_on(vae_on),
             device=vae_on,
             timeline=timeline,
+            read=family.read_vae,
         )
         clip = LowVRAMCLIP(
             encoder,
@@ -290,7 +281,7 @@ class QwenLowVRAMLoader:
             limits.name_on(text_hardware.device),
         )
         told = " ".join(text for text in (doubt, advice) if text)
-        return network.make_model(model, limits.vram_bytes, limits.ram_bytes, timeline, told), clip, image_vae
+        return served.make_model(model, limits.vram_bytes, limits.ram_bytes, timeline, told), clip, image_vae
 
 
 @dataclass(frozen=True)

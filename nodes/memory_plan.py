@@ -10,21 +10,16 @@ from ..engine.caches.requantized_weights import RequantizedWeights
 from ..engine.errors import DoesNotFit, InvalidRequest, QwenLowVRAMError
 from ..engine.files.checkpoint import Checkpoint
 from ..engine.hardware import Hardware
-from ..engine.models.qwen25_vl.text_encoder import TextEncoder
-from ..engine.models.qwen_image.costs import PROMPT_SIZES
-from ..engine.models.qwen_image.variants import variant_of
-from ..engine.models.qwen_image_vae.image_vae import ImageVAE
-from ..engine.planning.footprint import TransformerFootprint
+from ..engine.planning.footprint import TextEncoderFootprint, TransformerFootprint, VAEFootprint
 from ..engine.planning.forecast import TYPICAL, Speeds
 from ..engine.planning.format_choice import choose_format
 from ..engine.planning.memory import least_ram_bytes
-from ..engine.planning.request import GIB, Limits
+from ..engine.planning.request import GIB, Limits, PromptTokens
 from ..engine.planning.stages import ImageModels, ImagePlan, ImageRequest, Stage, plan_image
 from ..engine.reports.charts import Card, draw_cards
 from . import model_choices
 from .adapters.known_speeds import known_speeds
 from .adapters.limits import free_ram, headroom_bytes
-from .adapters.networks import network_of
 from .adapters.value_checks import check_widgets, limit_bytes
 from .cache_folder import weight_cache_folder
 from .display_names import AUTO, CATEGORY
@@ -192,7 +187,7 @@ class QwenLowVRAMMemoryPlan:
             prompt_tokens,
             references=reference_pictures,
             layers=layers,
-            prompts=PROMPT_SIZES,
+            prompts=models.prompts,
         )
         ram_bytes = limit_bytes(ram_limit_gb) or models.free_ram_bytes(request)
         capacities = [(f"{gb} GB", gb * GIB, gb * GIB - CONTEXT_BYTES - headroom_bytes()) for gb in CARDS_GB]
@@ -213,35 +208,38 @@ class QwenLowVRAMMemoryPlan:
 class _Models:
     """The sizes of three models, read from headers; the transformer's in each format that may be chosen."""
 
-    text_encoder: TextEncoder
+    text_encoder: TextEncoderFootprint
     transformers: dict[str, TransformerFootprint]
     others: dict[str, TransformerFootprint]  # what it could be in, where it stays as stored
-    vae: ImageVAE
+    vae: VAEFootprint
+    prompts: PromptTokens
     speeds: Speeds
     speeds_text: str
 
     @classmethod
     def open(cls, transformer: str, text_encoder: str, vae: str, weight_format: str, layers: int) -> "_Models":
-        transformer_file, text_file, vae_file = Sources.of(transformer, text_encoder, vae).open(AUTO)
+        sources = Sources.of(transformer, text_encoder, vae)
+        transformer_file, text_file, vae_file = sources.open(AUTO)
+        family = sources.family
         with at_input("weight_format"):
             check_weight_format(transformer_file, weight_format)
         with at_input("layers"):
-            _check_layers(transformer_file, layers)
+            _check_layers(transformer_file, sources.member(transformer_file, AUTO).makes_layers, layers)
         remembered = _speeds(transformer_file)
 
         def footprints(versions: dict[str, Checkpoint]) -> dict[str, TransformerFootprint]:
             dtype = _dtype(transformer_file)
             return {
-                name: network_of(transformer_file).parts(version, dtype=dtype, hardware=CARD).footprint
-                for name, version in versions.items()
+                name: family.parts(version, dtype=dtype, hardware=CARD).footprint for name, version in versions.items()
             }
 
         stored = weight_format in (AUTO, AS_STORED)
         return cls(
-            TextEncoder(text_file, dtype=_dtype(text_file), hardware=CARD),
+            family.encoder(text_file, dtype=_dtype(text_file), hardware=CARD).footprint,
             footprints(_versions(transformer_file, weight_format)),
             footprints(versions_of(transformer_file)) if stored else {},
-            ImageVAE.without_weights(vae_file, dtype=_dtype(vae_file)),
+            family.empty_vae(vae_file, dtype=_dtype(vae_file)).footprint,
+            family.prompts,
             remembered or TYPICAL,
             "speeds of this machine" if remembered else "typical speeds: no run has told this machine's yet",
         )
@@ -254,7 +252,7 @@ class _Models:
     def card(self, request: ImageRequest, name: str, capacity_bytes: int, limit_bytes: int, ram_bytes: int) -> Card:
         limits = Limits(limit_bytes, ram_bytes)
         weight_format = choose_format(self.transformers, TYPICAL_REQUEST, limits, self.speeds).name
-        models = ImageModels(self.text_encoder.footprint, self.transformers[weight_format], self.vae.footprint)
+        models = ImageModels(self.text_encoder, self.transformers[weight_format], self.vae)
         try:
             plan = plan_image(models, request, limits, self.speeds)
         except DoesNotFit as error:
@@ -270,9 +268,8 @@ class _Models:
         return [f"On {name}: {advice}"] if advice else []
 
 
-def _check_layers(transformer: Checkpoint, layers: int) -> None:
+def _check_layers(transformer: Checkpoint, layered: bool, layers: int) -> None:
     """Raise InvalidRequest where the model makes layers and none are asked for, or the other way round."""
-    layered = variant_of(transformer).makes_layers
     if layered != (layers > 0):
         makes, ask = ("layers", "1 or more") if layered else ("whole images", "0")
         raise InvalidRequest(

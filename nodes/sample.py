@@ -1,6 +1,5 @@
 """The node that samples as the reference pipeline does, through ComfyUI's own samplers."""
 
-import math
 from numbers import Integral, Real
 from typing import Any
 
@@ -13,11 +12,10 @@ from torch import Tensor
 
 from ..engine.errors import InvalidRequest, Unsupported
 from ..engine.log import logger
-from ..engine.models.qwen_image.latents import patches_of
-from ..engine.models.qwen_image.schedule import layered_sigmas, lightning_sigmas, qwen_sigmas, true_cfg
+from ..engine.models.qwen_image.schedule import lightning_sigmas
 from ..engine.runs.free_memory import check_room
 from ..engine.texts import shown
-from .adapters.model import ADDITIONAL_KEY
+from .adapters.networks import served_model
 from .adapters.streamed_model import LowVRAMModel
 from .adapters.value_checks import check_conditioning, check_mask, check_prompts, check_widgets, latent_of
 from .display_names import CATEGORY
@@ -166,7 +164,7 @@ class QwenLowVRAMSample:
             _downscale(latent_image, "downscale_ratio_spacial"),
             _downscale(latent_image, "downscale_ratio_temporal"),
         )
-        layered = bool(model.model.model_config.unet_config.get(ADDITIONAL_KEY))
+        served = served_model(model)
         noise_mask = _noise_mask(latent_image.get("noise_mask"), latents)
         # the noise, and what the sampler makes of it: the plan comes after the first of them
         check_room(4 * latents.nbytes, f"Sampling {len(latents)} latents of this size", _SMALLER)
@@ -179,9 +177,13 @@ class QwenLowVRAMSample:
                 "it.\n\nWhat to do: switch norm_rescale off, or remove that node.",
                 code="graph.own_guidance",
             )
-        if norm_rescale:
-            guided.set_model_sampler_cfg_function(_rescaled_guidance)
-        sigmas = _sigmas(scheduler, latents, steps, denoise, layered)
+        if norm_rescale and served.rescaled_guidance is not None:
+            guided.set_model_sampler_cfg_function(served.rescaled_guidance)
+        sigmas = None
+        if scheduler == LIGHTNING_SCHEDULER:
+            sigmas = lightning_sigmas(steps, denoise=denoise)
+        elif scheduler == QWEN_SCHEDULER:
+            sigmas = served.own_sigmas(model, latents, steps, denoise)
         if sigmas is not None and "model_sampling" in model.object_patches:
             logger.warning(
                 "A node sets the shift of the schedule (ModelSamplingAuraFlow, for one), which the scheduler '%s' has "
@@ -211,16 +213,6 @@ class QwenLowVRAMSample:
         if isinstance(model.model, LowVRAMModel) and model.model.last_report is not None:
             ui[REPORT_KEY] = [model.model.last_report.as_dict()]
         return {"ui": ui, "result": ({**out, "samples": samples},)}
-
-
-def _sigmas(scheduler: str, latents: Tensor, steps: int, denoise: float, layered: bool) -> Tensor | None:
-    """None for ComfyUI's schedulers. layered: of Qwen-Image-Layered."""
-    if scheduler == LIGHTNING_SCHEDULER:
-        return lightning_sigmas(steps, denoise=denoise)
-    if scheduler != QWEN_SCHEDULER:
-        return None
-    own_sigmas = layered_sigmas if layered else qwen_sigmas
-    return own_sigmas(steps, math.prod(patches_of(latents)), denoise=denoise)
 
 
 def _downscale(latent: dict[str, Any], key: str) -> Any:
@@ -281,8 +273,3 @@ def _noise_mask(mask: Tensor | None, latents: Tensor) -> Tensor | None:
             code="sampling.empty_mask",
         )
     return masks
-
-
-def _rescaled_guidance(args: dict[str, Any]) -> Tensor:
-    # cond and uncond are sigma times the velocities, which changes no ratio of norms
-    return true_cfg(args["cond"], args["uncond"], args["cond_scale"], rescale=True)

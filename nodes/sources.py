@@ -1,31 +1,29 @@
 """The files that a person's choices stand for, opened and checked: what loading and planning begin with."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from ..engine.errors import InvalidRequest
 from ..engine.files.checkpoint import Checkpoint, open_checkpoint
 from ..engine.models.component import Component
-from ..engine.models.qwen25_vl.component import TEXT_ENCODER
-from ..engine.models.qwen25_vl.tensors import require_fitting_encoder
+from ..engine.models.family import Family
 from ..engine.models.qwen25_vl.tokenizer_files import tokenizer_stamps
-from ..engine.models.qwen_image.prompts import PromptTokenizer
-from ..engine.models.qwen_image.variants import Variant, could_be, variant_of
-from ..engine.models.qwen_image_vae.component import VAE
-from ..engine.models.qwen_image_vae.tensor_names import RGB, RGBA, require_image_vae
 from ..engine.models.recognition import components
 from ..engine.runs.opened_files import open_component
 from ..engine.texts import shown
 from . import model_choices
-from .adapters.networks import network_of
+from .adapters.networks import SERVED, served_of
 from .display_names import AUTO, LOADER
 from .inputs import at_input
 
-# what a person may say; Layered is known by its tensors alone. None: what the file says
-VARIANTS: dict[str, Variant | None] = {AUTO: None} | {
-    variant.value: variant for variant in Variant if not variant.makes_layers
+# what a person may say; models that make layers are known by their tensors alone. None: what the file says
+VARIANTS: dict[str, Enum | None] = {AUTO: None} | {
+    member.value: member for served in SERVED for member in served.family.members if not member.makes_layers
 }
 # found without importing the module, whose place is no promise of ComfyUI's
 _TEXT_ENCODERS = find_spec("comfy.text_encoders")
@@ -36,8 +34,10 @@ COMFYUI_TOKENIZER = Path(
 
 @dataclass(frozen=True)
 class Sources:
-    """The three checkpoints and the tokenizer's folder that a person's choices stand for."""
+    """The three checkpoints and the tokenizer's folder that a person's choices stand for. `family`: of the
+    transformer."""
 
+    family: Family
     transformer: Path
     text_encoder: Path
     vae: Path
@@ -47,6 +47,7 @@ class Sources:
     def of(cls, transformer: str, text_encoder: str, vae: str) -> "Sources":
         with at_input("transformer"):
             transformer_path = transformer_source(transformer)
+            family = served_of(open_checkpoint(transformer_path)).family
         folder = transformer_path.parent if model_choices.is_folder(transformer) else None
 
         def component(kind: str, choice: str, subfolder: str, wanted: Component) -> Path:
@@ -66,27 +67,56 @@ class Sources:
             )
 
         with at_input("text_encoder"):
-            text_path = component("text_encoders", text_encoder, "text_encoder", TEXT_ENCODER)
+            text_path = component("text_encoders", text_encoder, "text_encoder", family.text_encoder)
         with at_input("vae"):
-            vae_path = component("vae", vae, "vae", VAE)
+            vae_path = component("vae", vae, "vae", family.vae)
         tokenizer = folder / "tokenizer" if folder and text_encoder == model_choices.FROM_FOLDER else COMFYUI_TOKENIZER
-        return cls(transformer_path, text_path, vae_path, tokenizer)
+        return cls(family, transformer_path, text_path, vae_path, tokenizer)
 
     def open(self, variant: str) -> tuple[Checkpoint, Checkpoint, Checkpoint]:
         """Headers only. Raises where a file is missing, damaged, not what its place needs, no fitting pair, or another
         variant than the chosen one; the message begins with the input's name."""
         with at_input("transformer"):
-            transformer = open_transformer(self.transformer)
+            transformer = open_component(self.transformer, self.family.transformer)
         with at_input("text_encoder"):
-            text_encoder = open_component(self.text_encoder, TEXT_ENCODER)
-            require_fitting_encoder(transformer, text_encoder)
+            text_encoder = open_component(self.text_encoder, self.family.text_encoder)
+            self.family.require_encoder(transformer, text_encoder)
         with at_input("vae"):
-            vae = open_component(self.vae, VAE)
+            vae = open_component(self.vae, self.family.vae)
         with at_input("variant"):
-            layered = variant_of(transformer, chosen_variant(variant)).makes_layers
+            member = self.member(transformer, variant)
         with at_input("vae"):
-            require_image_vae(vae, channels=RGBA if layered else RGB)
+            self.family.require_vae(vae, member)
         return transformer, text_encoder, vae
+
+    def member(self, transformer: Checkpoint, variant: str) -> Any:
+        """Which member of the family a transformer is, by a person's choice or by itself. Raises InvalidRequest and
+        WrongModel."""
+        chosen = chosen_variant(variant)
+        if chosen is not None and chosen not in self.family.members:
+            raise InvalidRequest(
+                "The variant {variant} was chosen, and {file} is {found}.\n\nWhat to do: choose auto, or another file.",
+                code="choice.variant_of_another_family",
+                variant=chosen.value,
+                file=self.transformer.name,
+                found=self.family.transformer.value,
+            )
+        return self.family.member_of(transformer, chosen)
+
+    def doubt_about(self, transformer: Checkpoint, member: Enum) -> str:
+        """What a person has to decide where nothing tells which model of the family a file is; empty where something
+        does."""
+        others = [other.value for other in self.family.could_be(transformer)]
+        if not others:
+            return ""
+        return (
+            f"Nothing in {shown(transformer.path.name)} tells for sure which member of the family it is: it is taken "
+            f"for {member.value}. If it is {' or '.join(others)}, set variant to that in '{LOADER}' (advanced inputs)."
+        )
+
+    def prompt_tokenizer(self) -> Any:
+        """Kept while its files stay as they are: reading them takes most of a second. Raises where there is none."""
+        return _tokenizer(self.family.tokenizer, self.tokenizer, tuple(tokenizer_identity(self.tokenizer)))
 
 
 def transformer_source(transformer: str) -> Path:
@@ -97,8 +127,8 @@ def transformer_source(transformer: str) -> Path:
 
 
 def open_transformer(path: Path) -> Checkpoint:
-    """As `open_component`, of any network that the nodes serve."""
-    return open_component(path, network_of(open_checkpoint(path)).component)
+    """As `open_component`, of any family that the nodes serve."""
+    return open_component(path, served_of(open_checkpoint(path)).family.transformer)
 
 
 def require_transformer(transformer: str) -> None:
@@ -106,7 +136,7 @@ def require_transformer(transformer: str) -> None:
     open_transformer(transformer_source(transformer))
 
 
-def chosen_variant(variant: str) -> Variant | None:
+def chosen_variant(variant: str) -> Enum | None:
     """None where the file is to say. Raises InvalidRequest for a name that there is not."""
     if not isinstance(variant, str) or variant not in VARIANTS:
         raise InvalidRequest(
@@ -118,22 +148,6 @@ def chosen_variant(variant: str) -> Variant | None:
     return VARIANTS[variant]
 
 
-def doubt_about(transformer: Checkpoint, member: Variant) -> str:
-    """What a person has to decide where nothing tells which Edit model a file is; empty where something does."""
-    others = [variant.value for variant in could_be(transformer)]
-    if not others:
-        return ""
-    return (
-        f"Nothing in {shown(transformer.path.name)} tells for sure which member of the family it is: it is taken for "
-        f"{member.value}. If it is {' or '.join(others)}, set variant to that in '{LOADER}' (advanced inputs)."
-    )
-
-
-def prompt_tokenizer(folder: Path) -> PromptTokenizer:
-    """Kept while its files stay as they are: reading them takes most of a second. Raises where there is none."""
-    return _tokenizer(folder, tuple(tokenizer_identity(folder)))
-
-
 def tokenizer_identity(folder: Path) -> list[str]:
     """Its files, their sizes and times. Raises where the folder holds no tokenizer."""
     with at_input("text_encoder"):
@@ -142,6 +156,6 @@ def tokenizer_identity(folder: Path) -> list[str]:
 
 
 @lru_cache(maxsize=2)
-def _tokenizer(folder: Path, stamps: tuple[str, ...]) -> PromptTokenizer:
+def _tokenizer(make: Callable[[Path], Any], folder: Path, stamps: tuple[str, ...]) -> Any:
     with at_input("text_encoder"):
-        return PromptTokenizer(folder)
+        return make(folder)

@@ -1,6 +1,7 @@
 """What `fastest` stands for: the weight format that suits this machine and the person's limits; and when to say so."""
 
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 
@@ -8,13 +9,12 @@ from ..engine.errors import CacheError, InvalidRequest
 from ..engine.files.checkpoint import Checkpoint
 from ..engine.hardware import Hardware
 from ..engine.log import logger
-from ..engine.models.qwen_image.variants import Variant
 from ..engine.out_of_memory import reason, shortage
 from ..engine.planning.format_choice import FormatChoice, choose_format
 from ..engine.planning.request import Limits, SamplingRequest
 from .adapters.known_speeds import known_speeds
 from .adapters.limits import could_be_free
-from .adapters.networks import network_of
+from .adapters.networks import served_of
 from .cache_folder import weight_cache_folder
 from .weight_cache import AS_STORED, quantized_weights
 
@@ -30,7 +30,7 @@ TYPICAL_REQUEST = SamplingRequest(1328, 1328, branches=2, prompt_tokens=512, tim
 class Parts:
     """How a source is opened, whatever its format."""
 
-    variant: Variant
+    variant: Enum
     dtype: torch.dtype
     hardware: Hardware
 
@@ -81,8 +81,8 @@ def forecast_formats(source: Checkpoint, parts: Parts, limits: Limits) -> Format
     if len(versions) == 1:
         return None
     footprints = {
-        name: network_of(source)
-        .parts(version, dtype=parts.dtype, hardware=parts.hardware, variant=parts.variant)
+        name: served_of(source)
+        .family.parts(version, dtype=parts.dtype, hardware=parts.hardware, variant=parts.variant)
         .footprint
         for name, version in versions.items()
     }

@@ -25,7 +25,7 @@ from ..formats import TORCH_DTYPES, StoredParam, described_tensors, stored_param
 from ..formats.chunks import CHUNK_WEIGHTS
 from ..formats.file_parts import Part
 from ..log import logger
-from ..models.qwen_image.component import TRANSFORMER
+from ..models.families import family_of
 from ..models.recognition import require
 from ..models.sorting import sort_blocks
 from ..streaming import TensorReader
@@ -37,8 +37,6 @@ VERSION = "1"  # of what is written here; files of another are made again
 
 OnBlock = Callable[[int, int], None]
 
-_MATRIX = re.compile(r"(?!(img|txt)_mod\.).+\.weight")
-_BLOCKS = "transformer_blocks."
 _FREE_BYTES = 256 * 1024**2  # left on the disk
 # bitsandbytes' kernel for the CPU makes copies of a chunk: fp32, its absolute, its scaled values, indices and codes
 _SCRATCH_BYTES = 24 * CHUNK_WEIGHTS
@@ -64,11 +62,17 @@ class RequantizedWeights:
 
         Raises InvalidRequest where they are in another quantized format, WrongModel where it is no transformer.
         """
-        require(source, TRANSFORMER)
-        where = str(source.path)
-        prefix = next(name.partition(_BLOCKS)[0] for name in source.tensors if _BLOCKS in name) + _BLOCKS
+        family = family_of(source)
+        require(source, family.transformer)
+        where, begin = str(source.path), family.block_prefix
+        prefix = next(name.partition(begin)[0] for name in source.tensors if begin in name) + begin
+        quantizable = re.compile(family.quantizable).fullmatch
         blocks = [
-            [stored_param(name, block, where) for name, entry in block.items() if _is_matrix(name, entry)]
+            [
+                stored_param(name, block, where)
+                for name, entry in block.items()
+                if len(entry.shape) == 2 and quantizable(name)
+            ]
             for block in sort_blocks(source, described_tensors(source), prefix)[1]
         ]
         found = {param.codec for params in blocks for param in params} - set(UNQUANTIZED)
@@ -309,10 +313,6 @@ class RequantizedWeights:
 
 def _shown(path: Path) -> str:
     return printable(str(path))
-
-
-def _is_matrix(name: str, entry: TensorEntry) -> bool:
-    return len(entry.shape) == 2 and _MATRIX.fullmatch(name) is not None
 
 
 def _place(param: StoredParam) -> tuple[str, int]:

@@ -1,23 +1,25 @@
 """Stacked LoRAs as patches: what streaming adds to a weight each time it is decoded."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..files.checkpoint import TensorEntry
-from ..models.qwen_image.tensors import BLOCKS
 from .deltas import Delta, apply, scratch_elements
 from .lora_file import LoraMatch
 
 
 @dataclass(frozen=True)
 class LoraPatch:
-    """All deltas of one weight, in the order of the stack, with their strengths. `name`: of the weight in its block."""
+    """All deltas of one weight, in the order of the stack, with their strengths. `name`: of the weight."""
 
     name: str
     stack: tuple[tuple[Delta, float], ...]
+
+    def named(self, name: str) -> "LoraPatch":
+        return replace(self, name=name)
 
     @property
     def parts(self) -> tuple[TensorEntry, ...]:
@@ -48,9 +50,4 @@ def lora_patches(loras: Sequence[tuple[LoraMatch, float]]) -> Mapping[str, LoraP
         for name, delta in lora.deltas.items():
             if strength:
                 stacks.setdefault(name, []).append((delta, strength))
-    return {name: LoraPatch(_in_block(name), tuple(stack)) for name, stack in stacks.items()}
-
-
-def _in_block(name: str) -> str:
-    """transformer_blocks.7.attn.to_q.weight -> attn.to_q.weight; names outside the blocks stay."""
-    return name.split(".", 2)[2] if name.startswith(BLOCKS) else name
+    return {name: LoraPatch(name, tuple(stack)) for name, stack in stacks.items()}

@@ -78,7 +78,7 @@ class TransformerParts:
         """From now on apply these to the weights of those names, and no others; between two runs."""
         for files, stores in self._stores_of:
             in_blocks = {
-                (i, name): patches[full]
+                (i, name): patches[full].named(name)
                 for i in range(len(self.network.blocks))
                 for name in files.shapes
                 if (full := f"{self.network.block_prefix}{i}.{name}") in patches

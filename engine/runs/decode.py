@@ -10,28 +10,14 @@ from torch import Tensor
 from ..compute.finite import is_finite
 from ..compute.interruption import interruptible
 from ..errors import InvalidRequest
-from ..files.checkpoint import Checkpoint
 from ..models.qwen_image_vae.image_vae import ImageVAE
-from ..models.qwen_image_vae.tensor_names import needed_tensors
 from ..out_of_memory import in_words
 from ..planning.request import TOKEN_PX
 from ..planning.stages import Stage, decode_stage
 from ..planning.tiles import TilePlan
-from ..streaming import read_params
 from .limit import Limit
 from .surroundings import Surroundings
 from .timeline import Timeline
-
-
-def read_vae(checkpoint: Checkpoint, dtype: torch.dtype) -> ImageVAE:
-    """A VAE in diffusers' or ComfyUI's names, on the host. Raises WrongModel for any but the family's VAEs."""
-    needed = needed_tensors(checkpoint)
-    shapes = {name: entry.shape for name, entry in needed.items()}
-    # outside of any inference mode, so that the weights may be used in every thread
-    with torch.inference_mode(False):
-        tensors = read_params(needed, shapes, dtype, str(checkpoint.path))
-        checkpoint.require_unchanged()
-        return ImageVAE.from_state_dict(tensors, dtype=dtype)
 
 
 class VaeRun:

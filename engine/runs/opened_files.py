@@ -1,36 +1,36 @@
 """The files of one model, found and checked: what a pipeline is made from. Reads headers only."""
 
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 from ..errors import InvalidRequest
 from ..files.checkpoint import Checkpoint, open_checkpoint
 from ..models.component import Component
-from ..models.qwen25_vl.component import TEXT_ENCODER
-from ..models.qwen25_vl.tensors import require_fitting_encoder
-from ..models.qwen_image.component import TRANSFORMER
-from ..models.qwen_image.variants import Variant, variant_of
-from ..models.qwen_image_vae.component import VAE
-from ..models.qwen_image_vae.tensor_names import RGB, require_image_vae
+from ..models.families import family_of
+from ..models.family import Family
 from ..models.recognition import only, require
 
 
 @dataclass(frozen=True)
 class OpenedFiles:
-    """`tokenizer`: its folder. The others fit together, and make whole images of prompts alone."""
+    """`tokenizer`: its folder. The others fit together, and make whole images of prompts alone. `variant`: the member
+    of the family."""
 
+    family: Family
     transformer: Checkpoint
     text_encoder: Checkpoint
     vae: Checkpoint
     tokenizer: Path
-    variant: Variant
+    variant: Enum
 
     @classmethod
     def of(cls, transformer: Path, text_encoder: Path, vae: Path, tokenizer: Path) -> "OpenedFiles":
         """Each a file in any format that the loader reads, or a folder of a pipeline. Raises MissingFile, DamagedFile
         or WrongModel, and InvalidRequest for a model that needs an image to begin with."""
-        model = open_component(transformer, TRANSFORMER)
-        variant = variant_of(model)
+        family = family_of(open_checkpoint(transformer))
+        model = open_component(transformer, family.transformer)
+        variant = family.member_of(model, None)
         if variant.edits or variant.makes_layers:
             raise InvalidRequest(
                 "{file} is {variant}, which begins with an image; here images are made of prompts alone. Use "
@@ -39,10 +39,10 @@ class OpenedFiles:
                 file=transformer,
                 variant=variant.value,
             )
-        encoder, image_vae = open_component(text_encoder, TEXT_ENCODER), open_component(vae, VAE)
-        require_fitting_encoder(model, encoder)
-        require_image_vae(image_vae, channels=RGB)
-        return cls(model, encoder, image_vae, tokenizer, variant)
+        encoder, image_vae = open_component(text_encoder, family.text_encoder), open_component(vae, family.vae)
+        family.require_encoder(model, encoder)
+        family.require_vae(image_vae, variant)
+        return cls(family, model, encoder, image_vae, tokenizer, variant)
 
     @classmethod
     def of_folder(cls, folder: Path) -> "OpenedFiles":

@@ -19,16 +19,10 @@ from ..errors import InvalidRequest
 from ..files.checkpoint import Checkpoint
 from ..hardware import Hardware
 from ..models.qwen25_vl.image_prompts import ImagePrompt
-from ..models.qwen25_vl.text_encoder import TextEncoder
-from ..models.qwen_image.latents import LATENT_PX, PATCH
-from ..models.qwen_image.positions import Positions
-from ..models.qwen_image.prompts import PromptTokenizer
-from ..models.qwen_image.schedule import qwen_sigmas
-from ..models.qwen_image.transformer import QwenImageTransformer
 from ..planning.request import GIB
 from ..reports.image_report import ImageReport
 from ..reports.memory_report import MemoryReport
-from .decode import VaeRun, read_vae
+from .decode import VaeRun
 from .devices import best_device, computes_bf16, device_name
 from .encode import EncodeRun
 from .known_speeds import KnownSpeeds
@@ -40,11 +34,9 @@ from .timeline import Timeline
 
 __all__ = ["GIB", "Pipeline"]
 
-TOKEN_PX = PATCH * LATENT_PX
-
 
 class Pipeline:
-    """Qwen-Image on one device, for whole images of prompts.
+    """One model on one device, for whole images of prompts.
 
     Guarantees: each stage keeps the limits, and what does not fit is refused before anything is loaded; the image is
     that of the nodes, and of a card with room for everything. Between images, blocks stay on the device as far as the
@@ -59,17 +51,17 @@ class Pipeline:
         dtype: torch.dtype | None = None,
         vram_limit_bytes: int | None = None,
         ram_limit_bytes: int | None = None,
-        positions: Positions = Positions.COMFYUI,
         cache: Path | None = None,
         on_progress: Callable[[Mapping[str, Any]], None] = lambda progress: None,
         check: Callable[[], None] = lambda: None,
+        **of_network: Any,
     ) -> None:
         """Reads headers, the tokenizer, the VAE and the transformer's weights outside of its blocks.
 
         device None: the first card, else the CPU. dtype None: bf16 where the device has it and the file is not in
         fp32. A limit of None: what is free. cache: a folder for encoded prompts and measured speeds; None keeps
         neither. on_progress: told a few times a second while images are sampled. check: called before each block and
-        tile, and may raise, which ends the run.
+        tile, and may raise, which ends the run. of_network: what the family's transformer takes beside these.
         """
         self._device = best_device() if device is None else torch.device(device)
         hardware = Hardware.detect(self._device)
@@ -78,12 +70,14 @@ class Pipeline:
         self._limit, self._ram_limit = _tightest(vram_limit_bytes=vram_limit_bytes, **ram_too), ram_limit_bytes
         self._dtype = dtype
         dtypes = [self._dtype_of(file) for file in (files.text_encoder, files.transformer, files.vae)]
-        self._tokenizer = PromptTokenizer(files.tokenizer)
-        self._encoder = TextEncoder(files.text_encoder, dtype=dtypes[0], hardware=hardware)
-        self._transformer = QwenImageTransformer(
-            files.transformer, dtype=dtypes[1], hardware=hardware, positions=positions, variant=files.variant
+        family = files.family
+        self._images_of = family.from_prompts
+        self._tokenizer = family.tokenizer(files.tokenizer)
+        self._encoder = family.encoder(files.text_encoder, dtype=dtypes[0], hardware=hardware)
+        self._transformer = family.open(
+            files.transformer, dtype=dtypes[1], hardware=hardware, variant=files.variant, **of_network
         )
-        self._vae = read_vae(files.vae, dtypes[2])
+        self._vae = family.read_vae(files.vae, dtypes[2])
         self._kept = None if cache is None else PromptCache(cache / "prompts")
         self._speeds = KnownSpeeds(
             hardware,
@@ -119,7 +113,7 @@ class Pipeline:
         Raises InvalidRequest and DoesNotFit.
         """
         self._images += 1  # whatever an image before this one came to
-        _require_size(width, height, batch)
+        self._require_size(width, height, batch)
         self._vae_run().require_decodes(height, width)  # before minutes are spent on sampling
         prompts = self.encode([prompt, negative] if cfg > 1 else [prompt])
         return self.decode(
@@ -143,15 +137,21 @@ class Pipeline:
         cfg: float = 4.0,
         batch: int = 1,
     ) -> Tensor:
-        """Latents (batch, 16, 1, height / 8, width / 8) in fp32 on the host, by the reference's schedule; prompts: what
-        `encode` gave, the positive one and, where cfg is above 1, the negative one."""
-        _require_size(width, height, batch)
-        shape = (batch, 16, 1, height // LATENT_PX, width // LATENT_PX)
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-        sigmas = qwen_sigmas(steps, (width // TOKEN_PX) * (height // TOKEN_PX))
-        surroundings = Alone(self._transformer, (), self._on_progress, self._check)
-        run = EulerSampler(self._transformer, self._speeds, self.timeline, surroundings, self._limit, self._ram_limit)
-        sampled = run.sample(prompts, noise, sigmas, cfg=cfg)
+        """Latents of the family's shape in fp32 on the host, by the reference's schedule; prompts: what `encode` gave,
+        the positive one and, where cfg is above 1, the negative one."""
+        self._require_size(width, height, batch)
+        images = self._images_of
+        noise = torch.randn(images.noise_shape(batch, width, height), generator=torch.Generator().manual_seed(seed))
+        run = EulerSampler(
+            self._transformer,
+            images,
+            self._speeds,
+            self.timeline,
+            Alone(self._transformer, (), self._on_progress, self._check),
+            self._limit,
+            self._ram_limit,
+        )
+        sampled = run.sample(prompts, noise, images.sigmas(steps, noise), cfg=cfg)
         self._sampling = sampled.report
         return sampled.latents
 
@@ -210,18 +210,18 @@ class Pipeline:
             return self._dtype
         return torch.float32 if file.full_precision or not computes_bf16(self._device) else torch.bfloat16
 
-
-def _require_size(width: int, height: int, batch: int) -> None:
-    if width % TOKEN_PX or height % TOKEN_PX or min(width, height, batch) < 1:
-        raise InvalidRequest(
-            "{batch} images of {width}x{height} px cannot be made. Use a batch of 1 or more, and a width and a height "
-            "that are multiples of {token_px}.",
-            code="run.wrong_size",
-            batch=batch,
-            width=width,
-            height=height,
-            token_px=TOKEN_PX,
-        )
+    def _require_size(self, width: int, height: int, batch: int) -> None:
+        side_px = self._images_of.side_px
+        if width % side_px or height % side_px or min(width, height, batch) < 1:
+            raise InvalidRequest(
+                "{batch} images of {width}x{height} px cannot be made. Use a batch of 1 or more, and a width and a "
+                "height that are multiples of {side_px}.",
+                code="run.wrong_size",
+                batch=batch,
+                width=width,
+                height=height,
+                side_px=side_px,
+            )
 
 
 def _tightest(**limits: int | None) -> Limit:

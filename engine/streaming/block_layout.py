@@ -66,6 +66,9 @@ class WeightPatch(Protocol):
     @property
     def name(self) -> str: ...
 
+    def named(self, name: str) -> "WeightPatch":
+        """The same for the parameter of that name: in its block, where it was of the whole model."""
+
     @property
     def parts(self) -> tuple[TensorEntry, ...]: ...
 

@@ -8,7 +8,7 @@ import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ...engine.models.qwen_image.transformer import QwenImageTransformer
+from ...engine.models.streamed_transformer import StreamedTransformer
 from ...engine.runs.surroundings import Bar
 from .limits import free_ram, host_bytes, stage_bytes
 from .patcher import LowVRAMPatcher
@@ -35,7 +35,7 @@ class InComfyUI:
         return stage_bytes(device, limit_bytes, wanted_bytes, reused=self._reused, beside=self._beside)
 
     def host_bytes(
-        self, transformer: QwenImageTransformer, limit_bytes: int | None, wanted_bytes: int, least_bytes: int
+        self, transformer: StreamedTransformer[Any, Any], limit_bytes: int | None, wanted_bytes: int, least_bytes: int
     ) -> int:
         return host_bytes(transformer, limit_bytes, wanted_bytes, least_bytes)
 

@@ -10,8 +10,8 @@ import torch
 from comfy.model_management import LoadedModel
 
 from ...engine.host_ram import HostRam
-from ...engine.models.qwen_image.transformer import QwenImageTransformer
 from ...engine.models.qwen_image_vae.image_vae import ImageVAE
+from ...engine.models.streamed_transformer import StreamedTransformer
 from ...engine.runs import free_memory
 from ...engine.runs.free_memory import HEADROOM_BYTES
 from .patcher import LowVRAMPatcher
@@ -20,7 +20,7 @@ from .switches import cache_ram_bytes, reserved_bytes
 # beyond the free RAM at which ComfyUI empties its caches of outputs, where a person set that
 CACHE_MARGIN_BYTES = 1_400 * 1024**2
 # who may hold blocks in host memory; a model that is let go of is not kept here
-_holders: weakref.WeakSet[QwenImageTransformer] = weakref.WeakSet()
+_holders: weakref.WeakSet[StreamedTransformer[Any, Any]] = weakref.WeakSet()
 
 
 def stage_bytes(
@@ -91,7 +91,9 @@ def _held(patchers: Iterable[Any]) -> int:
     return sum(int(patcher.loaded_size()) for patcher in patchers)
 
 
-def host_bytes(transformer: QwenImageTransformer, limit_bytes: int | None, wanted_bytes: int, least_bytes: int) -> int:
+def host_bytes(
+    transformer: StreamedTransformer[Any, Any], limit_bytes: int | None, wanted_bytes: int, least_bytes: int
+) -> int:
     """What sampling with `transformer` may hold in host memory, at most `limit_bytes` (None: what is free) with what
     our other models hold there.
 

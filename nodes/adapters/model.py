@@ -1,5 +1,6 @@
 """Qwen-Image's transformer as ComfyUI's MODEL: what native samplers call, translated to branches."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,8 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor
 
-from ...engine.models.qwen_image.latents import PATCH
+from ...engine.models.qwen_image.latents import PATCH, patches_of
+from ...engine.models.qwen_image.schedule import layered_sigmas, qwen_sigmas, true_cfg
 from ...engine.models.qwen_image.transformer import QwenImageTransformer
 from ...engine.planning.request import Controls, SamplingRequest
 from ...engine.runs.timeline import Timeline
@@ -39,6 +41,19 @@ def make_model(
     """A MODEL around `transformer`; a limit of None uses what is free. `timeline`: where its stages are measured,
     shared with the CLIP and VAE of the same loader. `advice`: what a person is told beside each plan."""
     return as_patcher(QwenImageModel(transformer, limit_bytes, ram_limit_bytes, timeline, advice))
+
+
+def own_sigmas(model: Any, latents: Tensor, steps: int, denoise: float) -> Tensor:
+    """Of the reference's schedule for these latents, from a MODEL: Layered's has another."""
+    layered = bool(model.model.model_config.unet_config.get(ADDITIONAL_KEY))
+    sigmas = layered_sigmas if layered else qwen_sigmas
+    return sigmas(steps, math.prod(patches_of(latents)), denoise=denoise)
+
+
+def rescaled_guidance(args: dict[str, Any]) -> Tensor:
+    """As ComfyUI's sampler_cfg_function: true guidance with the norm of the positive prediction."""
+    # cond and uncond are sigma times the velocities, which changes no ratio of norms
+    return true_cfg(args["cond"], args["uncond"], args["cond_scale"], rescale=True)
 
 
 class QwenImageDiffusion(DiffusionModel):

@@ -1,42 +1,43 @@
-"""The transformers that the nodes serve: for each network how its file is opened and what MODEL it becomes.
-
-A network is a folder of engine/models/, its ComfyUI side beside `model.py`, and a line here.
-"""
+"""The families of models that the nodes serve: what each is in ComfyUI. A family of engine/models/, and a line here."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from ...engine.files.checkpoint import Checkpoint
-from ...engine.models.component import Component
-from ...engine.models.qwen_image.component import TRANSFORMER
-from ...engine.models.qwen_image.network import QwenImageParts
-from ...engine.models.qwen_image.transformer import QwenImageTransformer
-from ...engine.models.recognition import components, identify
-from ...engine.models.streamed_transformer import StreamedTransformer
-from ...engine.models.table import COMPONENTS
-from ...engine.models.transformer_parts import TransformerParts
-from .model import make_model
+from ...engine.models.families import family_of
+from ...engine.models.family import Family
+from ...engine.models.qwen_image.family import QWEN_IMAGE
+from .model import make_model, own_sigmas, rescaled_guidance
 from .patcher import LowVRAMPatcher
 
 
 @dataclass(frozen=True)
-class ServedNetwork:
-    """parts: of a file, for plans; open: the transformer; both from a Checkpoint and what the loader was set to.
-    make_model: a MODEL of an opened one, as `model.make_model`."""
+class ServedFamily:
+    """image_model: ComfyUI's name of its network. make_model: a MODEL of an opened transformer, as `model.make_model`.
+    own_sigmas: of the reference's schedule, from a MODEL (ours or ComfyUI's own), latents, steps and denoise.
+    rescaled_guidance: as ComfyUI's sampler_cfg_function; None where the reference does not rescale."""
 
-    component: Component
-    parts: Callable[..., TransformerParts]
-    open: Callable[..., StreamedTransformer[Any, Any]]
+    family: Family
+    image_model: str
     make_model: Callable[..., LowVRAMPatcher]
+    own_sigmas: Callable[[Any, Tensor, int, float], Tensor]
+    rescaled_guidance: Callable[[dict[str, Any]], Tensor] | None
 
 
-NETWORKS = (ServedNetwork(TRANSFORMER, QwenImageParts, QwenImageTransformer, make_model),)
+SERVED = (ServedFamily(QWEN_IMAGE, "qwen_image", make_model, own_sigmas, rescaled_guidance),)
 
 
-def network_of(checkpoint: Checkpoint, networks: Sequence[ServedNetwork] = NETWORKS) -> ServedNetwork:
-    """Whose transformer a file is, or holds; the first network's where it is none of theirs, so that `require` names
-    what the file is."""
-    table = dict.fromkeys((*(network.component for network in networks), *COMPONENTS))
-    held = {identify(checkpoint.tensors, tuple(table)), *components(checkpoint.tensors, tuple(table))}
-    return next((network for network in networks if network.component in held), networks[0])
+def served_of(checkpoint: Checkpoint, served: Sequence[ServedFamily] = SERVED) -> ServedFamily:
+    """Whose transformer a file is, or holds; the first one's where it is none of theirs, so that `require` names what
+    the file is."""
+    family = family_of(checkpoint, [one.family for one in served])
+    return next(one for one in served if one.family is family)
+
+
+def served_model(model: Any, served: Sequence[ServedFamily] = SERVED) -> ServedFamily:
+    """Whose schedule and guidance a MODEL takes; the first one's where it is none of theirs."""
+    name = model.model.model_config.unet_config.get("image_model")
+    return next((one for one in served if one.image_model == name), served[0])

@@ -1,5 +1,6 @@
 """The exact VAE as ComfyUI's VAE object: native nodes decode and encode with it. Translates; decides nothing."""
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import comfy.model_management
@@ -11,7 +12,7 @@ from ...engine.errors import InvalidRequest, Unsupported
 from ...engine.files.checkpoint import Checkpoint
 from ...engine.models.qwen_image_vae.image_vae import ImageVAE
 from ...engine.out_of_memory import in_words
-from ...engine.runs.decode import VaeRun, read_vae
+from ...engine.runs.decode import VaeRun
 from ...engine.runs.free_memory import check_room
 from ...engine.runs.timeline import Timeline
 from .error_events import errors_sent
@@ -31,14 +32,15 @@ def make_vae(
     device: torch.device | None = None,
     timeline: Timeline | None = None,
     limit_name: str = VRAM_LIMIT,
+    read: Callable[[Checkpoint, torch.dtype], ImageVAE] = ImageVAE.read,
 ) -> "LowVRAMVAE":
-    """Read a VAE in diffusers' or ComfyUI's names; raises WrongModel for any but the family's VAEs.
+    """A VAE's file as its family's `read` reads it, which raises WrongModel for any but the family's.
 
     `device` None: ComfyUI's own choice. `limit_name`: of the input that sets `limit_bytes`."""
-    vae = read_vae(checkpoint, dtype)
     # outside the node's inference mode, as the weights are
+    image_vae = read(checkpoint, dtype)
     with torch.inference_mode(False):
-        return LowVRAMVAE(vae, limit_bytes=limit_bytes, device=device, timeline=timeline, limit_name=limit_name)
+        return LowVRAMVAE(image_vae, limit_bytes=limit_bytes, device=device, timeline=timeline, limit_name=limit_name)
 
 
 class LowVRAMVAE(comfy.sd.VAE):

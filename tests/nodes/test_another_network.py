@@ -100,13 +100,13 @@ def test_a_controlnet_or_a_patch_that_it_would_not_see_is_refused(toy: Any) -> N
 
 
 def test_its_file_is_told_from_others_by_a_table_that_is_passed_in(toy: Any, small_pipeline: Path) -> None:
-    from qwenimage_lowvram.nodes.adapters.networks import NETWORKS, ServedNetwork, network_of
+    from qwenimage_lowvram.nodes.adapters.networks import SERVED, served_of
 
     mine, other = open_checkpoint(toy.file), open_checkpoint(small_pipeline / "transformer")
     assert identify(mine.tensors, toy.TABLE) is toy.TOY
     assert identify(mine.tensors) is not toy.TOY
-    served = ServedNetwork(toy.TOY, toy.TransformerParts, toy.ToyTransformer, toy.toy_model)
-    assert network_of(mine, (*NETWORKS, served)) is served
-    assert network_of(other, (served, *NETWORKS)) is NETWORKS[0]
+    served = toy.served(SERVED[0])
+    assert served_of(mine, (*SERVED, served)) is served
+    assert served_of(other, (served, *SERVED)) is SERVED[0]
     with pytest.raises(WrongModel, match=r"is a Qwen-Image transformer .*; a toy transformer is needed here"):
         require(other, toy.TOY, toy.TABLE)

@@ -2,7 +2,7 @@
 4D, tokens of one latent pixel. All that the pack is told of it is in this file."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -223,3 +223,9 @@ class ToyModel(LowVRAMModel, comfy.model_base.BaseModel):
 
 def toy_model(transformer: ToyTransformer, *limits: Any) -> Any:
     return as_patcher(ToyModel(transformer, *limits))
+
+
+def served(other: Any) -> Any:
+    """Of a family that has all but its transformer from another."""
+    family = replace(other.family, transformer=TOY, parts=TransformerParts, open=ToyTransformer)
+    return replace(other, family=family, image_model="toy", make_model=toy_model)

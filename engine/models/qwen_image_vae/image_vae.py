@@ -11,6 +11,7 @@ from ...log import logger
 from ...out_of_memory import Short, ran_out, reason, shortage
 from ...planning.footprint import VAEFootprint
 from ...planning.tiles import Span, TilePlan, plan_tiles
+from ...streaming import read_params
 from .network import Half, build_decoder, build_encoder
 from .tensor_names import RGBA, check_is_image_vae, needed_tensors, to_diffusers_names
 
@@ -38,6 +39,17 @@ class ImageVAE(nn.Module):
         tensors = to_diffusers_names(state_dict)
         check_is_image_vae({name: tensor.shape for name, tensor in tensors.items()}, "The VAE")
         return cls(build_encoder(tensors, dtype), build_decoder(tensors, dtype), dtype).eval()
+
+    @classmethod
+    def read(cls, checkpoint: Checkpoint, dtype: torch.dtype) -> "ImageVAE":
+        """From a file in diffusers' or ComfyUI's names, on the host. Raises as `from_state_dict` does."""
+        needed = needed_tensors(checkpoint)
+        shapes = {name: entry.shape for name, entry in needed.items()}
+        # outside of any inference mode, so that the weights may be used in every thread
+        with torch.inference_mode(False):
+            tensors = read_params(needed, shapes, dtype, str(checkpoint.path))
+            checkpoint.require_unchanged()
+            return cls.from_state_dict(tensors, dtype=dtype)
 
     @classmethod
     def without_weights(cls, checkpoint: Checkpoint, *, dtype: torch.dtype) -> "ImageVAE":

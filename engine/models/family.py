@@ -1,0 +1,84 @@
+"""What makes an image together: a transformer's network, the text encoder and the VAE that belong to it. Holds none."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..files.checkpoint import Checkpoint
+from ..planning.request import PromptTokens, SamplingRequest
+from .component import Component
+from .network import Branch
+from .streamed_transformer import StreamedTransformer
+from .transformer_parts import TransformerParts
+
+
+class FromPrompts(Protocol):
+    """Whole images of prompts alone, as the family's reference makes them: Euler's method on a schedule of its own.
+
+    side_px: what an image's sides are multiples of.
+    """
+
+    side_px: int
+
+    def noise_shape(self, batch: int, width: int, height: int) -> tuple[int, ...]:
+        """Of `batch` images of that many px."""
+
+    def require_noise(self, noise: Tensor) -> None:
+        """Raise InvalidRequest for a shape that is none of whole images."""
+
+    def request(self, transformer: Any, prompts: Sequence[Tensor], noise: Tensor, steps: int) -> SamplingRequest:
+        """What is to be planned for; prompts: (1, L, dim) each. Raises InvalidRequest for prompts that are too long."""
+
+    def sigmas(self, steps: int, noise: Tensor) -> Tensor:
+        """(steps + 1,) in fp32, from 1 to 0."""
+
+    def branch(self, latent: Tensor, prompt: Tensor, sigma: float) -> Branch:
+        """Of one image."""
+
+    def velocity(self, answers: Sequence[Tensor], noise: Tensor) -> Tensor:
+        """Answers to branches, one after another -> latents of one image each, in fp32."""
+
+    def guided(self, positive: Tensor, negative: Tensor, cfg: float) -> Tensor:
+        """Two velocities as one."""
+
+    def raw(self, latents: Tensor) -> Tensor:
+        """As the VAE decodes them."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of image models.
+
+    transformer, text_encoder, vae: how its files are told from others. members: the family's published models, told by
+    `member_of` from what a person says (None: nothing) and what the file says of itself, which raises WrongModel where
+    these contradict; `could_be` names those that nothing tells it from. require_encoder, require_vae: raise WrongModel
+    for files that do not belong to the transformer's, or to the member. parts, open: of a transformer's file, for plans
+    and for passes. encoder, tokenizer: of the text encoder's file and of the tokenizer's folder. empty_vae: of the
+    VAE's file without weights, for plans; read_vae: with them. prompts: what its prompts have beside a person's words.
+    block_prefix: stands before a block's number in tensors' names. quantizable: a pattern of the names, in a block, of
+    matrices that may be brought to fewer bits.
+    """
+
+    transformer: Component
+    text_encoder: Component
+    vae: Component
+    members: type[Enum]
+    member_of: Callable[[Checkpoint, Any], Any]
+    could_be: Callable[[Checkpoint], Sequence[Any]]
+    require_encoder: Callable[[Checkpoint, Checkpoint], None]
+    require_vae: Callable[[Checkpoint, Any], None]
+    parts: Callable[..., TransformerParts]
+    open: Callable[..., StreamedTransformer[Any, Any]]
+    encoder: Callable[..., Any]
+    tokenizer: Callable[[Path], Any]
+    empty_vae: Callable[..., Any]
+    read_vae: Callable[[Checkpoint, torch.dtype], Any]
+    prompts: PromptTokens
+    block_prefix: str
+    quantizable: str
+    from_prompts: FromPrompts

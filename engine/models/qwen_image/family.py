@@ -1,0 +1,47 @@
+"""The 20B family: Qwen-Image, its Edit models and Layered, with Qwen2.5-VL and their VAEs."""
+
+from functools import partial
+
+from ...files.checkpoint import Checkpoint
+from ..family import Family
+from ..qwen25_vl.component import TEXT_ENCODER
+from ..qwen25_vl.tensors import require_fitting_encoder
+from ..qwen25_vl.text_encoder import TextEncoder
+from ..qwen_image_vae.component import VAE
+from ..qwen_image_vae.image_vae import ImageVAE
+from ..qwen_image_vae.tensor_names import RGB, RGBA, require_image_vae
+from .component import TRANSFORMER
+from .costs import PROMPT_SIZES
+from .from_prompts import QwenImageFromPrompts
+from .network import QwenImageParts
+from .positions import Positions
+from .prompts import PromptTokenizer
+from .tensors import BLOCKS
+from .transformer import QwenImageTransformer
+from .variants import Variant, could_be, variant_of
+
+
+def _require_vae(vae: Checkpoint, member: Variant) -> None:
+    require_image_vae(vae, channels=RGBA if member.makes_layers else RGB)
+
+
+QWEN_IMAGE = Family(
+    transformer=TRANSFORMER,
+    text_encoder=TEXT_ENCODER,
+    vae=VAE,
+    members=Variant,
+    member_of=variant_of,
+    could_be=could_be,
+    require_encoder=require_fitting_encoder,
+    require_vae=_require_vae,
+    parts=QwenImageParts,
+    open=partial(QwenImageTransformer, positions=Positions.COMFYUI),
+    encoder=TextEncoder,
+    tokenizer=PromptTokenizer,
+    empty_vae=ImageVAE.without_weights,
+    read_vae=ImageVAE.read,
+    prompts=PROMPT_SIZES,
+    block_prefix=BLOCKS,
+    quantizable=r"(?!(img|txt)_mod\.).+\.weight",  # modulation is computed once, and is never held
+    from_prompts=QwenImageFromPrompts(),
+)
