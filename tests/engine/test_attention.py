@@ -50,6 +50,7 @@ def operands(images: int, heads: int, keys: int, dtype: torch.dtype) -> list[tor
     return [torch.randn(size, generator=generator).to(dtype).transpose(1, 2) for size in sizes]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
 @pytest.mark.parametrize("options", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -99,6 +100,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape.queries}, {shape.heads}")
 def test_scores_take_what_is_planned(shape: AttentionShape, dtype: torch.dtype) -> None:

@@ -87,6 +87,7 @@ def ours(folder: Path, hardware: Hardware) -> torch.Tensor:
         return session.forward([a_branch()])[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "int8"])
 def test_a_four_bit_folder_computes_what_diffusers_and_bitsandbytes_do(
     name: str, quantized: Callable[[str], tuple[Any, Path]], hardware: Hardware
@@ -107,6 +108,7 @@ def test_a_quantized_folder_computes_what_its_decoded_weights_do(
     assert difference < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 @pytest.mark.parametrize("name", ["nf4", "nf4, double", "fp4", "int8"])
 def test_a_single_file_of_bitsandbytes_computes_what_its_folder_does(

@@ -31,6 +31,7 @@ def relative(value: torch.Tensor, reference: torch.Tensor) -> float:
     return float((value.float() - reference.float()).norm() / reference.float().norm())
 
 
+@pytest.mark.slow
 @four_bit
 @doubly
 @pytest.mark.parametrize("dtype", COMPUTE, ids=str)

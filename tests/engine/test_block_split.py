@@ -65,6 +65,7 @@ def test_a_plan_says_where_else_blocks_are() -> None:
     assert str(plan).endswith("; blocks 43 to 59 on cuda:1)")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight_format", ["as stored", "int8"])
 @pytest.mark.parametrize("resident", [(), (0, 1)])
 def test_blocks_on_further_devices_make_the_same_numbers(
@@ -101,6 +102,7 @@ def test_blocks_on_further_devices_make_the_same_numbers(
             assert torch.equal(one, diffusers_forward(model, branch))
 
 
+@pytest.mark.slow
 def test_activations_are_handed_on_between_devices_at_full_size() -> None:
     """Fake tensors refuse operations on tensors of two devices; and tell what the second one holds."""
     first, second = (replace(full_size.fake_gpu(), device=torch.device(f"cuda:{i}")) for i in range(2))

@@ -142,6 +142,7 @@ def test_block_scales_written_as_bytes_are_read_as_well(name: str, tmp_path: Pat
     assert torch.equal(ours(tmp_path / "m.safetensors", (160, 256), torch.bfloat16), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KITCHEN)
 @pytest.mark.parametrize("shape", [(3072, 2048), (160, 1024)], ids=str)
 @compute

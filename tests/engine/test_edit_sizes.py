@@ -35,6 +35,7 @@ def test_the_output_lies_on_the_grid_of_the_first_image(shown: list[tuple[int, i
         assert abs(image.stretch) < (0.07 if megapixels >= 1 else 0.7)
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None, derandomize=True)
 @given(size=IMAGES, megapixels=MEGAPIXELS)
 def test_an_edited_image_is_edited_again_without_being_resampled(size: tuple[int, int], megapixels: float) -> None:
@@ -59,6 +60,7 @@ def test_the_first_edit_model_sees_its_image_at_a_megapixel() -> None:
     assert plan_sizes([(1000, 700)], PLUS).images[0].seen == (448, 308)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(size=st.tuples(st.integers(16, 500), st.integers(16, 500)), seen=st.sampled_from([384 * 384, 1024 * 1024]))
 def test_what_the_tower_is_shown_needs_no_second_resampling(size: tuple[int, int], seen: int) -> None:

@@ -107,6 +107,7 @@ def test_a_weight_quantized_by_the_gguf_package_comes_back_within_the_types_erro
     assert error < {"Q8_0": 0.006, "Q5_1": 0.05, "Q5_0": 0.05, "Q4_1": 0.09, "Q4_0": 0.1, "MXFP4": 0.13}[codec.type]
 
 
+@pytest.mark.slow
 @by_name
 @pytest.mark.parametrize("rows", [3, 6000])
 def test_decoding_allocates_no_more_than_it_says(codec: GgufCodec, rows: int) -> None:
@@ -146,6 +147,7 @@ def a_branch(dtype: torch.dtype = torch.float32, device: str = "cpu", side: int 
     )
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("resident", [(), (1,), (0, 1, 2)])
 def test_a_gguf_transformer_computes_what_diffusers_does_with_its_decoded_weights(
@@ -265,6 +267,7 @@ def in_format(checkpoint: Checkpoint, codec: GgufCodec) -> Checkpoint:
     return replace(checkpoint, tensors=tensors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "limit_gib"), [("Q4_K", 1.2), ("Q8_0", 3.0), ("IQ2_XXS", 1.1)])
 def test_the_plan_of_a_full_size_gguf_transformer_is_what_its_run_takes(kind: str, limit_gib: float) -> None:
     codec = next(codec for codec in GGUF if codec.type == kind)
@@ -273,6 +276,7 @@ def test_the_plan_of_a_full_size_gguf_transformer_is_what_its_run_takes(kind: st
     assert footprint.scratch_bytes == codec.scratch_bytes((3072, 12288))
 
 
+@pytest.mark.slow
 def test_the_plan_of_a_full_size_gguf_encoder_is_what_its_run_takes() -> None:
     codec = next(codec for codec in GGUF if codec.type == "Q4_K")
     lengths = [60, 40]

@@ -507,6 +507,7 @@ MEMORY_KINDS = [(kind, dora) for kind in KINDS for dora in ((None,) if kind == "
 every_kind = pytest.mark.parametrize(("kind", "dora"), MEMORY_KINDS, ids=str)
 
 
+@pytest.mark.slow
 @every_kind
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_nothing_is_allocated_beside_the_scratch(
@@ -532,6 +533,7 @@ def test_nothing_is_allocated_beside_the_scratch(
         assert live.peak == before, len(seen)
 
 
+@pytest.mark.slow
 @every_kind
 def test_a_full_size_weight_takes_no_more_than_its_scratch_on_a_gpu(
     kind: str, dora: str | None, tmp_path: Path

@@ -214,6 +214,7 @@ def computed(model: Any) -> torch.Tensor:
     )[0]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("resident", [(), (0, 1)])
 @pytest.mark.parametrize(("precision", "rank"), [("int4", 32), ("int4", 128), ("fp4", 32)])
@@ -319,6 +320,7 @@ def in_nunchakus_form(checkpoint: Checkpoint, rank: int) -> Checkpoint:
     return replace(checkpoint, tensors=tensors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rank", "limit_gib"), [(32, 1.2), (128, 2.5)])
 def test_the_plan_of_a_full_size_file_is_what_its_run_takes(rank: int, limit_gib: float) -> None:
     checkpoint = in_nunchakus_form(full_size.transformer_checkpoint(layers=3), rank)

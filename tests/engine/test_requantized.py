@@ -241,6 +241,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_it_computes_what_diffusers_and_bitsandbytes_do_with_the_same_layers_quantized(
     name: str, source: Checkpoint, folder: Path, cache: Path, hardware: Hardware
@@ -303,6 +304,7 @@ def test_encoding_in_chunks_changes_nothing_and_leaves_the_weight_alone(name: st
     assert torch.equal(whole, rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "block_bytes", "all_bytes"),
     [
@@ -396,6 +398,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
 def test_a_damaged_cache_is_made_again(
     damage: Callable[[bytes], bytes], source: Checkpoint, cache: Path, caplog: pytest.LogCaptureFixture

@@ -14,6 +14,7 @@ from qwenimage_lowvram.engine.runs.machine_speeds import measure_bus, measure_di
 SPEEDS = Speeds(flops=10e12, bus_bytes=10e9, disk_bytes=2e9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nbytes", [1000, 200_000_000])
 def test_measuring_gives_rates(nbytes: int, tmp_path: Path, cpu: Hardware) -> None:
     file = tmp_path / "model"

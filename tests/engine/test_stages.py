@@ -86,6 +86,7 @@ def test_no_stage_is_planned_above_its_limit(
         assert plan.stage(Stage.SAMPLING).ram_bytes <= limits.ram_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit_gib", [2, 7, 24])
 def test_the_stages_are_those_of_the_sampling_plan(models: dict[torch.dtype, ImageModels], limit_gib: int) -> None:
     limits = Limits(limit_gib * GIB, 12 * GIB)

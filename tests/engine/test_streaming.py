@@ -112,6 +112,7 @@ def readers() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("qwen-block-reader")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", [1, 2, 3])
 @pytest.mark.parametrize("storage", FORMATS)
 def test_every_pass_is_in_order_and_reads_each_streamed_block_once(
@@ -354,6 +355,7 @@ def test_a_pass_that_found_no_memory_for_its_slots_is_followed_by_a_whole_one(
         assert len(streamer._free) == (fails_at if back else 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", [1, 2, 3])
 @pytest.mark.parametrize("more", [False, True])
 @pytest.mark.parametrize("way", ["break", "exception"])
@@ -509,6 +511,7 @@ class _EmptySource:
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", [1, 2, 3])
 @pytest.mark.parametrize("storage", FORMATS)
 @pytest.mark.parametrize("resident", [(), (1,), (0, 1, 3), range(BLOCKS)])
@@ -571,6 +574,7 @@ def patched_blocks(file: Path, additions: Path, factor: float) -> list[StoredBlo
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("piece_bytes", [100, 2**20])
 @pytest.mark.parametrize("storage", FORMATS)
 def test_patches_are_applied_wherever_a_block_lives_and_leave_no_trace(

@@ -111,6 +111,7 @@ def is_diffusers_own(
     return all(equal)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"zero_cond_t": True}], ids=["base", "zero_cond_t"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", BRANCHES)
@@ -120,6 +121,7 @@ def test_wherever_the_blocks_live_the_result_is_diffusers_own(
     assert is_diffusers_own(case, dtype, options, tiny, cpu, [2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_whatever_way_the_blocks_take_the_result_is_diffusers_own(
     dtype: torch.dtype, tiny: Tiny, hardware: Hardware
@@ -127,6 +129,7 @@ def test_whatever_way_the_blocks_take_the_result_is_diffusers_own(
     assert is_diffusers_own("references", dtype, {"zero_cond_t": True}, tiny, hardware, [1, 2, 3])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_residuals_are_added_where_diffusers_adds_them(dtype: torch.dtype, tiny: Tiny, hardware: Hardware) -> None:
     model, folder = tiny(dtype)
@@ -146,6 +149,7 @@ def test_residuals_are_added_where_diffusers_adds_them(dtype: torch.dtype, tiny:
     assert not torch.equal(expected[0], run(transformer, [branch])[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_hook_stands_around_every_block_of_its_branches_alone(
     dtype: torch.dtype, tiny: Tiny, hardware: Hardware
@@ -199,6 +203,7 @@ def test_attention_is_the_planned_one_whatever_diffusers_is_set_to(
     assert torch.equal(run(transformer, [branch])[0], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [64, 80, 100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_chunks_of_the_mlp_change_nothing(chunk: int, dtype: torch.dtype, tiny: Tiny, cpu: Hardware) -> None:
@@ -225,6 +230,7 @@ def test_fp32_weights_computed_in_bf16_are_those_of_a_bf16_file(tiny: Tiny, hard
     assert torch.equal(run(transformer, [branch])[0], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("branches", [1, 4])
 @pytest.mark.parametrize("resident", RESIDENT)
 def test_a_pass_fetches_each_streamed_block_once_for_any_number_of_branches(
@@ -265,6 +271,7 @@ def make_branch_like(branch: Branch, dtype: torch.dtype) -> Branch:
     return Branch(branch.tokens.to(dtype), branch.shapes, branch.prompt_embeds.to(dtype), None, branch.timestep)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"zero_cond_t": True}], ids=["base", "zero_cond_t"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rows_are_what_the_blocks_would_have_computed(
@@ -290,6 +297,7 @@ def _modulation_bytes(folder: Path) -> int:
     return sum(e.nbytes for name, e in tensors.items() if "_mod.1." in name)
 
 
+@pytest.mark.slow
 def test_announced_timesteps_read_the_modulation_weights_once_and_a_second_run_none(
     tiny: Tiny, hardware: Hardware
 ) -> None:
@@ -357,6 +365,7 @@ def test_a_pass_over_the_modulation_weights_can_be_stopped_and_done_again(tiny: 
     assert torch.equal(run(transformer, [branch])[0], diffusers_forward(model, branch))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_at", range(LAYERS))
 def test_a_session_goes_on_after_an_interrupted_pass(stop_at: int, tiny: Tiny, hardware: Hardware) -> None:
     model, folder = tiny(torch.float32)
@@ -415,6 +424,7 @@ def test_opening_reads_no_block(tiny: Tiny, cpu: Hardware) -> None:
     assert transformer.store.fetched_bytes == transformer.modulation.fetched_bytes == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("stopped", [False, True])
 def test_nothing_stays_on_the_device_after_unloading(stored: torch.dtype, stopped: bool) -> None:

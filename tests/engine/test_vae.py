@@ -92,6 +92,7 @@ def test_a_decode_in_fp32_equals_diffusers_within_3e_6(mild: tuple[Any, ImageVAE
     assert (ours.decode(latents) - reference_decode(theirs, latents)).abs().max() < 1.5e-6
 
 
+@pytest.mark.slow
 def test_an_encode_equals_diffusers(theirs: Any, exact: ImageVAE) -> None:
     images = random_images(2, 184, 248, 3)
     latents = exact.encode(images)
@@ -119,6 +120,7 @@ def test_tiled_equals_untiled(exact: ImageVAE, size: tuple[int, int], tile_px: i
     torch.testing.assert_close(exact.encode(images, tile_px=tile_px), exact.encode(images), rtol=2e-7, atol=2e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tile_px", [64, 136])
 def test_tiled_equals_untiled_in_fp32_within_1e_6(mild: tuple[Any, ImageVAE], tile_px: int) -> None:
     _, vae = mild
@@ -189,6 +191,7 @@ def run(layers: Any, x: Tensor) -> Tensor:
     return x
 
 
+@pytest.mark.slow
 def test_attention_in_chunks_equals_attention_at_once(ours: ImageVAE) -> None:
     attention = ours.decoder.whole[3].double()
     x = torch.randn(1, 32, 91, 97, dtype=torch.float64)  # more tokens than a chunk of queries or of keys has
@@ -203,6 +206,7 @@ def test_attention_in_chunks_equals_attention_at_once(ours: ImageVAE) -> None:
     torch.testing.assert_close(result, expected)
 
 
+@pytest.mark.slow
 def test_bf16_errs_no_more_than_diffusers_bf16() -> None:
     # over several models, because which rounding is luckier differs from one to the next
     mine, others = 0.0, 0.0
@@ -217,6 +221,7 @@ def test_bf16_errs_no_more_than_diffusers_bf16() -> None:
     assert 0 < mine <= others
 
 
+@pytest.mark.slow
 def test_fp16_that_overflows_runs_again_in_fp32_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     theirs = make_lively_vae()
     theirs.decoder.conv_in.weight.data *= 3e4
@@ -239,6 +244,7 @@ def test_fp16_that_stays_finite_runs_once(theirs: Any, caplog: pytest.LogCapture
     assert calls == [(done, total) for done in range(1, total + 1)]
 
 
+@pytest.mark.slow
 def test_out_of_memory_costs_smaller_tiles_and_not_the_image(ours: ImageVAE) -> None:
     latents = random_latents(1, 16, 1, 40, 60)
     totals: list[int] = []

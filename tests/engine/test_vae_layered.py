@@ -111,6 +111,7 @@ def test_frames_of_another_vae_are_no_layers() -> None:
         vae.decode(random_latents(1, 16, 3, 8, 8))
 
 
+@pytest.mark.slow
 def test_layers_at_full_size_take_the_memory_of_one_image_as_planned() -> None:
     vae, plain = (
         ImageVAE.without_weights(full_size.vae_checkpoint(channels=n), dtype=torch.bfloat16) for n in (RGBA, RGB)

@@ -47,6 +47,7 @@ def test_the_halo_is_what_kernel_sizes_and_scales_add_up_to(vae: ImageVAE) -> No
     assert vae.encoder.network.halo == Halo(8, 9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["decode", "encode"])
 def test_1328_untiled_lives_in_800_bytes_per_pixel_as_planned(vae: ImageVAE, task: str) -> None:
     peak = live_peak(vae, task, 1328, 1328)
@@ -71,6 +72,7 @@ def test_4096_lives_under_1_5_gb_as_planned(vae: ImageVAE) -> None:
     assert 0.99 * peak <= planned_peak(vae, "decode", 4096, 4096, 3 * GB // 2) <= 1.1 * peak
 
 
+@pytest.mark.slow
 def test_a_small_limit_is_kept_too(vae: ImageVAE) -> None:
     assert live_peak(vae, "decode", 768, 1024, 200 * 10**6) <= 200 * 10**6
 
@@ -122,6 +124,7 @@ def test_a_long_image_is_cut_into_strips(vae: ImageVAE) -> None:
     assert len(plan.rows) == 1 < len(plan.columns)
 
 
+@pytest.mark.slow
 def test_more_memory_never_costs_more_work(vae: ImageVAE) -> None:
     works = [vae.plan_decode(2048, 1536, mib * 2**20).work for mib in range(300, 2000, 50)]
     assert works == sorted(works, reverse=True)

@@ -195,6 +195,7 @@ def test_lists_of_more_texts_than_any_vocabulary_are_refused_before_they_are_cou
         open_checkpoint(file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("header", "words"),
     [

@@ -205,6 +205,7 @@ def _seconds(plan: MemoryPlan | None) -> float:
     return math.inf if plan is None else plan.forecast.seconds
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(data=st.data(), footprint=real, request=requests, speeds=speeds)
 def test_more_memory_never_makes_a_step_slower(
