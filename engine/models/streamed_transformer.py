@@ -1,6 +1,7 @@
 """A transformer whose blocks pass through the device: where they lie, and `for block: for branch`. Knows no network."""
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Generic, TypeVar
@@ -16,7 +17,7 @@ from ..hardware import Hardware
 from ..planning.footprint import TransformerFootprint
 from ..planning.memory import SecondaryDevice
 from ..planning.spread import spread_order
-from ..streaming import BlockStreamer, OnBlock, Waits, WeightPatch, bind
+from ..streaming import BlockStreamer, Mark, OnBlock, Waits, WeightPatch, bind
 from .network import Branch, Hooked, NothingBeforehand, State, StepTable
 from .transformer_parts import TransformerParts
 
@@ -168,10 +169,12 @@ class StreamedTransformer(ABC, Generic[BranchT, StateT]):
         """What a run of several passes needs on the devices, given back on every way out."""
         away = min((secondary.blocks.start for secondary in secondaries), default=len(self.store.blocks))
         with ExitStack() as stack:
-            streamers = [stack.enter_context(BlockStreamer(self.store, slots=slots, blocks=range(away)))]
+            begun: deque[Mark] = deque()
+            streamers = [stack.enter_context(BlockStreamer(self.store, slots=slots, blocks=range(away), begun=begun))]
             for secondary in sorted(secondaries, key=lambda secondary: secondary.blocks.start):
                 store = self.secondaries[secondary.device]
-                streamers.append(stack.enter_context(BlockStreamer(store, slots=2, blocks=secondary.blocks)))
+                streamer = BlockStreamer(store, slots=2, blocks=secondary.blocks, begun=begun)
+                streamers.append(stack.enter_context(streamer))
             stack.callback(self.modulation.leave_device)
             yield TransformerSession(self, streamers, mlp_chunk_tokens)
 

@@ -51,10 +51,16 @@ class BlockStreamer:
     Guarantees: the blocks come in order, each whole; at most `slots` slots exist on the device, from entry to exit;
     one pass reads every block that is not resident exactly once; an error of the reader is raised where the block
     was wanted; on every way out the reader has stopped and the slots are given back.
+
+    The host is as near to the device as it can be without holding it up: when a block is handed out, the device is at
+    the one before it. So whoever counts blocks counts what is done, and whoever stops there waits for one block.
     """
 
-    def __init__(self, store: BlockStore, *, slots: int, blocks: range | None = None) -> None:
-        """`blocks`: those that are visited; all of them if not given."""
+    def __init__(
+        self, store: BlockStore, *, slots: int, blocks: range | None = None, begun: deque[Mark] | None = None
+    ) -> None:
+        """`blocks`: those that are visited; all of them if not given. `begun`: what streamers share that take turns in
+        one pass, the host being near to all their devices."""
         self._store = store
         self._blocks = range(len(store.blocks)) if blocks is None else blocks
         self._order = store.order
@@ -66,6 +72,7 @@ class BlockStreamer:
         self._next = 0
         self._waits = Waits()
         self._moments: list[tuple[int, bool, Any, Any]] = []
+        self._begun: deque[Mark] = deque() if begun is None else begun  # of the last blocks, one before each
 
     @property
     def hardware(self) -> Hardware:
@@ -119,6 +126,7 @@ class BlockStreamer:
         remaining = len(self._queue) * (2 if more else 1) - position
         remaining = self._fetch_ahead(remaining)
         for index, module in modules:
+            self._stay_near()
             if module is not None:
                 yield index, module
                 continue
@@ -129,6 +137,14 @@ class BlockStreamer:
                 self._order.record_compute(slot.used)
                 self._free.append(slot)
             remaining = self._fetch_ahead(remaining)
+
+    def _stay_near(self) -> None:
+        """The host waits until the device is at the block before the next one, which it has been given already."""
+        mark = self._order.mark()
+        self._order.record_compute(mark)
+        self._begun.append(mark)
+        if len(self._begun) > 1:
+            self._order.host_waits(self._begun.popleft())
 
     def _follow_residency(self) -> None:
         """Queue the blocks that need a slot, and make the slots and the reader that they need."""

@@ -15,11 +15,13 @@ PRODUCTS = {aten.mm.default: 0, aten.bmm.default: 0, aten.addmm.default: 1}
 @dataclass(frozen=True)
 class Rates:
     """A card that computes matrix products at `flops`, takes `launch_seconds` for every kernel, and copies at
-    `bus_bytes` per second. Copies and kernels of different streams do not slow each other down."""
+    `bus_bytes` per second. Copies and kernels of different streams do not slow each other down. The host takes
+    `issue_seconds` for every piece of work that it gives to the card."""
 
     flops: float = float("inf")
     bus_bytes: float = float("inf")
     launch_seconds: float = 0.0
+    issue_seconds: float = 0.0
 
     def kernel_seconds(self, func: Any, args: Sequence[Any], tensors: Sequence[Tensor]) -> float:
         seconds = self.launch_seconds

@@ -46,6 +46,9 @@ MOST_JITTER_SECONDS = 2e-3
 class Costs(Protocol):
     """Simulated seconds that work takes."""
 
+    @property
+    def issue_seconds(self) -> float: ...
+
     def kernel_seconds(self, func: Any, args: Sequence[Any], tensors: Sequence[Tensor]) -> float: ...
 
     def copy_seconds(self, nbytes: int) -> float: ...

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from .rig import TIMES, Lora, Rig, finish, host
 
+WORK_OF_WAITING = 5  # marks and waits before a block
+
 
 class Interrupted(Exception):
     pass
@@ -65,6 +67,28 @@ def interrupted(
             session.forward(rig.branches(TIMES[0]), more=more, on_block=stop)
 
     _until_interrupted(leave)
+    finish(model)
+    return made
+
+
+def followed(rig: Rig, kind: str, *, resident: Sequence[int], held: Sequence[int] = ()) -> list[Tensor]:
+    """What the card had been given when the block before was told of, but for copies' waits, is done."""
+    model = rig.transformer(kind)
+    model.load(resident, held)
+    model.modulation.announce(TIMES)
+    given: list[int] = []
+
+    def tell(index: int) -> None:
+        if rig.gpu is None:
+            return
+        stream = rig.gpu.current_stream()
+        given.append(stream.done + stream.waiting)
+        if len(given) > 1 and stream.done + WORK_OF_WAITING < given[-2]:
+            raise AssertionError(f"block {index} is told of while {stream.waiting} pieces of work wait")
+
+    with model.session(slots=2) as session:
+        made = [answer for t in TIMES for answer in session.forward(rig.branches(t), on_block=tell)]
+        made = host(made)
     finish(model)
     return made
 

@@ -70,6 +70,8 @@ class Stream:
     def begin(self) -> Clock:
         """The host gives a further piece of work: it comes after all that the host knows of. Returns the clock."""
         host = self._gpu.threads.here()
+        if self._gpu.costs is not None:
+            host.seconds += self._gpu.costs.issue_seconds
         self.clock.join(host.clock)
         self.clock.tick(self.name)
         self.seconds = max(self.seconds, host.seconds)

@@ -20,6 +20,7 @@ CASES: dict[str, Case] = {
     "held taken": (sudden_ends.taken, "late", {"kind": "bf16", "what": "held"}),
     "held taken within": (sudden_ends.taken, "late", {"kind": "int8", "what": "held", "inside": (3,)}),
     "all taken within": (sudden_ends.taken, "late", {"kind": "int8", "what": "all", "inside": (1, 2, 3)}),
+    "followed": (scenarios.followed, "late", {"kind": "bf16", "resident": (0, 3), "held": (1,)}),
     "unreadable": (sudden_ends.unreadable, "late", {"kind": "bf16"}),
 }
 # what to look at first, by words of the call's name
@@ -27,6 +28,7 @@ FIRST = {
     "__exit__": ("left", "left, bf16"),
     "set_resident": ("taken", "taken within"),
     "set_held": ("held taken", "held taken within"),
+    "_stay_near": ("followed",),
     "end_run": ("taken", "left", "unreadable"),
 }
 # name -> why nothing can go wrong without it
