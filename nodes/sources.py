@@ -12,7 +12,7 @@ from ..engine.errors import InvalidRequest
 from ..engine.files.checkpoint import Checkpoint, open_checkpoint
 from ..engine.models.component import Component
 from ..engine.models.family import Family
-from ..engine.models.qwen25_vl.tokenizer_files import tokenizer_stamps
+from ..engine.models.qwen_vl.tokenizer_files import tokenizer_stamps
 from ..engine.models.recognition import components
 from ..engine.runs.opened_files import open_component
 from ..engine.texts import shown

@@ -77,7 +77,8 @@ class TransformerFootprint(ABC):
 class TextEncoderFootprint:
     """A text encoder's weights in bytes, layer by layer; the fields are named as in TransformerFootprint.
 
-    shared_keys: heads that look at the same keys.
+    shared_keys: heads that look at the same keys. attention_states: of a prompt, which are alive at once in attention,
+    of their width in the compute dtype; 0 where the MLP has more.
     """
 
     layers: int
@@ -94,6 +95,7 @@ class TextEncoderFootprint:
     host: bool = False
     attention: AttentionKernel = FUSED
     shared_keys: int = 1
+    attention_states: int = 0
 
     def attended(self, tokens: int) -> AttentionShape:
         """Each token looks at those before it."""

@@ -13,11 +13,12 @@ def text_encoder_peak_bytes(footprint: TextEncoderFootprint, prompt_tokens: Sequ
     unit = footprint.element_bytes
     longest = max(prompt_tokens)
     carried = sum(prompt_tokens) * (footprint.hidden_size + 2 * footprint.head_dim)
-    states = 4 * longest * footprint.hidden_size * unit
+    state = longest * footprint.hidden_size * unit
     mlp = 3 * min(longest, footprint.chunk_tokens) * footprint.intermediate_size * unit
     scores = footprint.attention.scratch_bytes(footprint.attended(longest))
+    attention = footprint.attention_states * state + scores
     decoding = footprint.staging_bytes + footprint.scratch_bytes
-    return slots * footprint.slot_bytes + decoding + carried * unit + states + max(mlp, scores)
+    return slots * footprint.slot_bytes + decoding + carried * unit + max(4 * state + max(mlp, scores), attention)
 
 
 def plan_text_encoder(footprint: TextEncoderFootprint, prompt_tokens: Sequence[int], limit_bytes: int) -> int:

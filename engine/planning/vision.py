@@ -1,9 +1,10 @@
 """What looking at images takes, and with how many slots it fits. Integers in; imports no torch."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ..compute.attention_kernels import FUSED, AttentionKernel, AttentionShape
+from ..compute.attention_kernels import FUSED, AttentionKernel
 from ..errors import DoesNotFit
 from .forecast import TYPICAL, Speeds, forecast_visit
 from .request import GIB
@@ -11,8 +12,9 @@ from .stages import Stage, StagePlan
 
 
 @dataclass(frozen=True)
-class VisionFootprint:
-    """A vision tower in bytes, block by block; fields are named as in TransformerFootprint.
+class VisionFootprint(ABC):
+    """A vision tower in bytes, block by block; fields are named as in TransformerFootprint. Each tower has its own,
+    which says what its passes take.
 
     patch_values: numbers of a patch. merge: patches of each token along each side. out_hidden_size: of a token.
     """
@@ -34,27 +36,21 @@ class VisionFootprint:
     element_bytes: int
     attention: AttentionKernel = FUSED
 
+    @abstractmethod
+    def activation_bytes(self, patches: Sequence[int]) -> int:
+        """Peak of a pass beyond weights, for images of that many patches each."""
+
+    @property
+    @abstractmethod
+    def seen_bytes(self) -> int:
+        """What the language model sees of a patch."""
+
 
 def vision_peak_bytes(footprint: VisionFootprint, patches: Sequence[int], slots: int) -> int:
     """What the tower holds on the device for images of that many patches each: the slots, what lies outside of the
-    blocks, and the widest point of a block.
-
-    The factors count the tensors of a patch's width that are alive at once in transformers'
-    Qwen2_5_VLVisionAttention, where the rotary embedding is computed in fp32, and around its MLP.
-    """
-    total, element = sum(patches), footprint.element_bytes
-    unit = total * footprint.hidden_size * element
-    single = total * footprint.hidden_size * 4
-    indices = 24 * total  # which window a patch belongs to, and its row and column
-    # sine and cosine in fp32, and the angles, which transformers 4 keeps for as long
-    rotary = 4 * footprint.head_dim * 7 // 2
-    carried = total * (footprint.patch_values * element + rotary) + unit + indices
-    attention = 4 * unit + 4 * single + (2 * single if element < 4 else 0)
-    heads, longest = footprint.hidden_size // footprint.head_dim, max(patches)
-    scores = footprint.attention.scratch_bytes(AttentionShape(longest, longest, heads, footprint.head_dim))
-    mlp = 2 * unit + 3 * total * footprint.intermediate_size * element
+    blocks, and the images' activations."""
     passing = slots * footprint.slot_bytes + footprint.staging_bytes + footprint.scratch_bytes
-    return footprint.outside_bytes + passing + carried + max(attention, 8 * unit + scores, mlp)
+    return footprint.outside_bytes + passing + footprint.activation_bytes(patches)
 
 
 def plan_vision(footprint: VisionFootprint, patches: Sequence[int], limit_bytes: int) -> int:
@@ -91,8 +87,7 @@ def with_vision(
         slots=slots,
         speeds=speeds,
     )
-    # fp32 patches, then their embeddings
-    kept = sum(patches) * (4 * footprint.patch_values + footprint.out_hidden_size * footprint.element_bytes)
+    kept = sum(patches) * (4 * footprint.patch_values + footprint.seen_bytes)  # fp32 patches, then their embeddings
     ram = footprint.ring_bytes + footprint.outside_bytes + kept + (peak if footprint.host else 0)
     outside = footprint.outside_bytes
     looking = StagePlan(Stage.ENCODE, outside, passing, peak - passing - outside, ram)

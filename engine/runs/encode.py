@@ -10,10 +10,9 @@ from ..caches.prompt_key import PromptKey, arithmetic_of
 from ..compute.finite import is_finite
 from ..errors import DamagedFile, InvalidRequest
 from ..log import logger
-from ..models.qwen25_vl.image_prompts import ImagePrompt
-from ..models.qwen25_vl.text_encoder import TextEncoder
-from ..models.qwen25_vl.vision_pass import VisionPass
-from ..models.qwen_image.prompts import PromptTokenizer, drop_template, require_length
+from ..models.qwen_vl.image_prompts import ImagePrompt, PromptTokenizer, drop_template
+from ..models.qwen_vl.text_encoder import TextEncoder
+from ..models.qwen_vl.vision_pass import VisionPass
 from ..out_of_memory import in_words, reason, shortage
 from ..planning.stages import Stage, encode_stage
 from ..planning.text_encoder import plan_text_encoder, text_encoder_peak_bytes
@@ -47,7 +46,7 @@ class EncodeRun:
         """
         starts = [self._start(prompt) for prompt in prompts]
         for prompt, start in zip(prompts, starts, strict=True):
-            require_length(prompt.length - start)
+            self.tokenizer.require_length(prompt.length - start)
         states = self._encode(prompts) if self.kept is None else self._encode_others(prompts, self.kept)
         return [drop_template(state, start) for state, start in zip(states, starts, strict=True)]
 

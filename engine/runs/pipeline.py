@@ -18,7 +18,7 @@ from ..caches.prompt_cache import PromptCache
 from ..errors import InvalidRequest
 from ..files.checkpoint import Checkpoint
 from ..hardware import Hardware
-from ..models.qwen25_vl.image_prompts import ImagePrompt
+from ..models.qwen_vl.image_prompts import ImagePrompt
 from ..planning.request import GIB
 from ..reports.image_report import ImageReport
 from ..reports.memory_report import MemoryReport

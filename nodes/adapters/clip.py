@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from ...engine.caches.prompt_cache import PromptCache
 from ...engine.errors import InvalidRequest
-from ...engine.models.qwen25_vl.image_prompts import IMAGE, ImagePrompt
 from ...engine.models.qwen25_vl.text_encoder import TextEncoder
-from ...engine.models.qwen25_vl.vision_patches import PatchedImage, patch_image
+from ...engine.models.qwen25_vl.vision_patches import patch_image
 from ...engine.models.qwen_image.prompt_template import EDIT_TEMPLATE, IMAGE_PLACE, PROMPT_TEMPLATE
 from ...engine.models.qwen_image.prompts import PromptTokenizer, require_text
 from ...engine.models.qwen_image.variants import Variant
+from ...engine.models.qwen_vl.image_prompts import IMAGE, ImagePrompt
+from ...engine.models.qwen_vl.images import PatchedImage
 from ...engine.out_of_memory import in_words
 from ...engine.runs.encode import EncodeRun
 from ...engine.runs.timeline import Timeline

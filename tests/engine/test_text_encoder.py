@@ -18,7 +18,8 @@ from qwenimage_lowvram.engine.files.checkpoint import Checkpoint, open_checkpoin
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.models.qwen25_vl.text_encoder import TextEncoder
 from qwenimage_lowvram.engine.models.qwen_image.prompt_template import PROMPT_TEMPLATE_TOKENS
-from qwenimage_lowvram.engine.models.qwen_image.prompts import PromptTokenizer, drop_template
+from qwenimage_lowvram.engine.models.qwen_image.prompts import PromptTokenizer
+from qwenimage_lowvram.engine.models.qwen_vl.image_prompts import drop_template
 from qwenimage_lowvram.engine.streaming import FileSource, StoredBlock
 from safetensors.torch import load_file, save_file
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer

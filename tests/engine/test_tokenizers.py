@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 from qwenimage_lowvram.engine.errors import DamagedFile, MissingFile, WrongModel
-from qwenimage_lowvram.engine.models.qwen25_vl.tokenizer_files import read_tokenizer
 from qwenimage_lowvram.engine.models.qwen_image.prompt_template import (
     EDIT_TEMPLATE,
     PROMPT_TEMPLATE,
     PROMPT_TEMPLATE_TOKENS,
 )
 from qwenimage_lowvram.engine.models.qwen_image.prompts import PromptTokenizer
+from qwenimage_lowvram.engine.models.qwen_vl.tokenizer_files import read_tokenizer
 from small_checkpoint import TOKENIZER_IN_COMFYUI
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 

@@ -18,16 +18,18 @@ from PIL import Image
 from qwenimage_lowvram.engine.errors import DoesNotFit, InvalidRequest, WrongModel
 from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.models.qwen25_vl.image_prompts import IMAGE, token_positions
+from qwenimage_lowvram.engine.models.qwen25_vl.costs import Qwen25VisionFootprint
 from qwenimage_lowvram.engine.models.qwen25_vl.text_encoder import TextEncoder
-from qwenimage_lowvram.engine.models.qwen25_vl.vision_patches import PatchedImage, patch_image
+from qwenimage_lowvram.engine.models.qwen25_vl.vision_patches import patch_image
 from qwenimage_lowvram.engine.models.qwen25_vl.vision_tower import VisionTower
 from qwenimage_lowvram.engine.models.qwen_image.prompt_template import EDIT_TEMPLATE
 from qwenimage_lowvram.engine.models.qwen_image.prompts import PromptTokenizer, with_places
+from qwenimage_lowvram.engine.models.qwen_vl.image_prompts import IMAGE, token_positions
+from qwenimage_lowvram.engine.models.qwen_vl.images import PatchedImage
 from qwenimage_lowvram.engine.planning.request import GIB
 from qwenimage_lowvram.engine.planning.stages import encode_stage
 from qwenimage_lowvram.engine.planning.text_encoder import text_encoder_peak_bytes
-from qwenimage_lowvram.engine.planning.vision import VisionFootprint, plan_vision, vision_peak_bytes, with_vision
+from qwenimage_lowvram.engine.planning.vision import plan_vision, vision_peak_bytes, with_vision
 from safetensors.torch import load_file, save_file
 from small_checkpoint import TextSize, make_text_encoder, make_tokenizer
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel
@@ -196,7 +198,7 @@ def _real_width(folder: Path, target: Path, dtype: torch.dtype) -> Path:
     return target / "wide.safetensors"
 
 
-REAL = VisionFootprint(
+REAL = Qwen25VisionFootprint(
     blocks=32, slot_bytes=39_400_000, staging_bytes=0, scratch_bytes=0, stored_bytes=39_400_000, ring_bytes=0,
     host=False, outside_bytes=92_000_000, patch_values=1176, hidden_size=1280, intermediate_size=3420, head_dim=80,
     merge=2, out_hidden_size=3584, element_bytes=2,

@@ -1,43 +1,18 @@
 """Images to the patches that the vision tower reads: size, normalisation, order. Holds no weights."""
 
-import hashlib
-from dataclasses import dataclass
-from functools import cached_property
-
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from ...errors import InvalidRequest
+from ..qwen_vl.images import CHANNELS, MERGE, PatchedImage
 
 # Qwen2.5-VL-7B-Instruct, preprocessor_config.json; the order of patches is the processor's own
-PATCH_PX, MERGE, FRAMES, CHANNELS = 14, 2, 2, 3
+PATCH_PX = 14
 LEAST_PIXELS, MOST_PIXELS = 3136, 12_845_056
 # sides of what is read are multiples of this: one token of a prompt
 TOKEN_PX = PATCH_PX * MERGE
 
 _KINDS = {1: "greyscale", 2: "greyscale with transparency", 4: "with transparency (RGBA)"}  # by channels
-
-
-@dataclass(frozen=True, eq=False)
-class PatchedImage:
-    """patches: (height * width, 3 * 2 * 14 * 14) in float32 on the host, as the tower reads them; height and width are
-    in patches."""
-
-    patches: Tensor
-    height: int
-    width: int
-
-    @property
-    def tokens(self) -> int:
-        """That it takes in a prompt."""
-        return self.height * self.width // MERGE**2
-
-    @cached_property
-    def digest(self) -> str:
-        """Equal for equal images."""
-        digest = hashlib.sha256(f"{self.height}x{self.width} ".encode())
-        digest.update(self.patches.numpy())
-        return digest.hexdigest()
 
 
 def patch_image(pixels: Tensor) -> PatchedImage:

@@ -1,7 +1,6 @@
 """Qwen2.5-VL's eyes: images to embeddings, block by block from the file. Keeps nothing after it answers."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,42 +11,28 @@ from ...compute.attention import attention_by, kernel_of
 from ...errors import WrongModel
 from ...files.checkpoint import Checkpoint
 from ...hardware import Hardware
-from ...planning.vision import VisionFootprint
 from ...streaming import (
     BlockFiles,
     BlockSource,
     FileSource,
     StoredBlock,
     StreamedBlocks,
-    VisitsBlocks,
     bind,
     read_params,
     store_block,
 )
-from .vision_patches import CHANNELS, FRAMES, MERGE, PATCH_PX, PatchedImage
+from ..qwen_vl import vision_tower
+from ..qwen_vl.images import CHANNELS, FRAMES, MERGE, PatchedImage, SeenImage
+from .costs import Qwen25VisionFootprint
+from .vision_patches import PATCH_PX
 from .vision_tensors import sort_vision
 
 if TYPE_CHECKING:
     from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 
 
-@dataclass(frozen=True, eq=False)
-class SeenImage:
-    """What the language model sees of an image: embeddings (height * width, hidden) on the host, row by row; height
-    and width are in tokens."""
-
-    embeds: Tensor
-    height: int
-    width: int
-
-
-class VisionTower(VisitsBlocks):
-    """The vision part of a Qwen2.5-VL text encoder, whose forward is transformers' own.
-
-    Guarantees: all images are seen in one visit of each block; on the device lie at most `slots` blocks, what is
-    outside of the blocks and the images' activations; nothing stays on the device, and no file open, when `see`
-    returns or raises.
-    """
+class VisionTower(vision_tower.VisionTower):
+    """Of a Qwen2.5-VL text encoder; its forward is transformers' own."""
 
     def __init__(
         self,
@@ -73,7 +58,7 @@ class VisionTower(VisitsBlocks):
         make_block = partial(_empty_block, self._config)  # which, unlike a method, holds no reference to this tower
         files = BlockFiles(tensors.blocks, make_block, dtype, f"{self._where}, vision block", source)
         self._blocks = StreamedBlocks(files.open(hardware))
-        self.footprint = VisionFootprint(
+        self.footprint = Qwen25VisionFootprint(
             blocks=len(self._blocks),
             **self._blocks.nbytes,
             outside_bytes=outside.slot.nbytes,
@@ -91,7 +76,6 @@ class VisionTower(VisitsBlocks):
     def see(
         self, images: Sequence[PatchedImage], *, slots: int = 2, on_block: Callable[[int], None] | None = None
     ) -> list[SeenImage]:
-        """`on_block` is called before each block with its index, and may raise."""
         device = self.hardware.device
         tower = self._tower()
         with self._blocks.visit(slots, on_block) as blocks, attention_by(self.footprint.attention):

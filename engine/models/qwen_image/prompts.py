@@ -5,13 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 from ...errors import InvalidRequest, WrongModel
 from ...log import logger
 from ...texts import half_character, shown
-from ..qwen25_vl.image_prompts import IMAGE, require_places
-from ..qwen25_vl.tokenizer_files import read_tokenizer
+from ..qwen_vl.image_prompts import IMAGE, require_places
+from ..qwen_vl.tokenizer_files import read_tokenizer
 from .positions import MAX_POSITIONS
 from .prompt_template import (
     EDIT_TEMPLATE,
@@ -104,6 +102,18 @@ class PromptTokenizer:
         begin = turns[-1] if turns else 0
         return begin + 3 if list(ids[begin : begin + 3]) == self._turn and len(ids) > begin + 3 else begin
 
+    def require_length(self, tokens: int) -> None:
+        """Raise InvalidRequest for a prompt of more tokens than the model has positions for."""
+        if tokens >= MAX_POSITIONS:
+            raise InvalidRequest(
+                "The prompt has {tokens} tokens; the model has positions for {most}, and has seen {most_seen}.\n\nWhat "
+                "to do: shorten it.",
+                code="prompt.too_many_tokens",
+                tokens=tokens,
+                most=MAX_POSITIONS - 1,
+                most_seen=MAX_PROMPT_TOKENS,
+            )
+
     def _ids(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text).ids)
 
@@ -148,19 +158,6 @@ def require_text(prompt: object) -> None:
         )
 
 
-def require_length(tokens: int) -> None:
-    """Raise InvalidRequest for a prompt of more tokens than the model has positions for."""
-    if tokens >= MAX_POSITIONS:
-        raise InvalidRequest(
-            "The prompt has {tokens} tokens; the model has positions for {most}, and has seen {most_seen}.\n\nWhat to "
-            "do: shorten it.",
-            code="prompt.too_many_tokens",
-            tokens=tokens,
-            most=MAX_POSITIONS - 1,
-            most_seen=MAX_PROMPT_TOKENS,
-        )
-
-
 def _filled(template: str, prompt: str) -> str:
     try:
         return template.format(prompt)
@@ -178,8 +175,3 @@ def with_places(prompt: str, images: int, *, labelled: bool) -> str:
     ones were trained (pipeline_qwenimage_edit_plus.py); Edit was trained without (pipeline_qwenimage_edit.py)."""
     labels = [f"Picture {i + 1}: " if labelled else "" for i in range(images)]
     return "".join(label + IMAGE_PLACE for label in labels) + prompt
-
-
-def drop_template(hidden_states: Tensor, start: int) -> Tensor:
-    """(1, length, dim) -> (1, length - start, dim): without the system part, which the model was trained without."""
-    return hidden_states[:, start:]

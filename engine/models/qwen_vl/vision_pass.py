@@ -6,9 +6,8 @@ from ...planning.stages import StagePlan
 from ...planning.vision import plan_vision, vision_peak_bytes, with_vision
 from ...streaming import Waits
 from .image_prompts import ImagePrompt
+from .images import PatchedImage, SeenImage
 from .text_encoder import TextEncoder
-from .vision_patches import PatchedImage
-from .vision_tower import SeenImage
 
 
 class VisionPass:

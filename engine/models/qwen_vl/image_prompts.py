@@ -8,10 +8,20 @@ import torch
 from torch import Tensor
 
 from ...errors import InvalidRequest
-from .vision_patches import PatchedImage
+from .images import PatchedImage
 
 # among a prompt's token ids: here it shows its next image
 IMAGE = -1
+
+
+class PromptTokenizer(Protocol):
+    """A model's template around its tokenizer."""
+
+    def start(self, ids: Sequence[int]) -> int:
+        """How many tokens stand before the prompt."""
+
+    def require_length(self, tokens: int) -> None:
+        """Raise InvalidRequest for a prompt of more tokens, template not counted, than the model has positions for."""
 
 
 class Shown(Protocol):
@@ -40,6 +50,27 @@ class ImagePrompt:
         """Where the token `index` stands when the images before it take their size."""
         before = sum(token == IMAGE for token in self.tokens[:index])
         return index + sum(image.tokens - 1 for image in self.images[:before])
+
+    @property
+    def image_spans(self) -> list[tuple[int, int]]:
+        """Where each image begins and ends among what the text encoder sees."""
+        return image_spans(self.tokens, [image.tokens for image in self.images])
+
+
+def image_spans(tokens: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """Where each image begins and ends when all take their size, in tokens."""
+    spans, moved, shown = [], 0, iter(sizes)
+    for index, token in enumerate(tokens):
+        if token == IMAGE:
+            size = next(shown)
+            spans.append((index + moved, index + moved + size))
+            moved += size - 1
+    return spans
+
+
+def drop_template(hidden_states: Tensor, start: int) -> Tensor:
+    """(1, length, dim) -> (1, length - start, dim): without the system part, which the model was trained without."""
+    return hidden_states[:, start:]
 
 
 def require_places(tokens: Sequence[int], images: int) -> None:

@@ -1,0 +1,1 @@
+"""What Qwen's vision language models have in common as text encoders: prompts, images, streaming, tokenizers."""
