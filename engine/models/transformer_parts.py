@@ -96,6 +96,8 @@ class TransformerParts:
                 "modulation_stored_bytes": modulation.raw_bytes,
                 "modulation_staging_bytes": modulation.staging_bytes,
                 "modulation_scratch_bytes": modulation.scratch_bytes,
+                "modulation_decode_bytes": modulation.decode_cost.moved_bytes,
+                "modulation_decode_launches": modulation.decode_cost.launches,
             }
         return self.network.make_footprint(
             blocks=len(self.network.blocks),
@@ -107,6 +109,8 @@ class TransformerParts:
             inner_dim=self.network.inner_dim,
             element_bytes=self._dtype.itemsize,
             scratch_bytes=store.scratch_bytes,
+            decode_bytes=store.decode_cost.moved_bytes,
+            decode_launches=store.decode_cost.launches,
             ring_bytes=store.ring_bytes + (modulation.ring_bytes if modulation else 0),
             host=self._hardware.host_device,
             attention=self._attention,

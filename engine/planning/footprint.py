@@ -16,7 +16,8 @@ class TransformerFootprint(ABC):
 
     slot_bytes: one block as it is computed with, without what is computed beforehand; stored_bytes: the same block as
     it is stored. staging_bytes: room on the device for the largest stored parameter, 0 where stored bytes need no
-    decoding (native). scratch_bytes: what decoding a block allocates on the device for a moment. inner_dim: numbers of
+    decoding (native). scratch_bytes: what decoding a block allocates on the device for a moment; decode_bytes: what
+    it reads and writes there, in so many kernels (decode_launches). inner_dim: numbers of
     a token between blocks. modulation_*: the same sizes of a block's weights that see the timestep alone, 0 where the
     network has none. ring_bytes: host memory that file bytes pass through. host: the device is the host, and has no
     other memory. elsewhere: blocks that stay on other devices, and are not among `blocks`. attention: what all devices
@@ -34,6 +35,10 @@ class TransformerFootprint(ABC):
     modulation_slot_bytes: int = 0
     modulation_staging_bytes: int = 0
     scratch_bytes: int = 0
+    decode_bytes: int = 0
+    decode_launches: int = 0
+    modulation_decode_bytes: int = 0
+    modulation_decode_launches: int = 0
     modulation_scratch_bytes: int = 0
     modulation_stored_bytes: int = 0
     ring_bytes: int = 0
@@ -90,6 +95,8 @@ class TextEncoderFootprint:
     head_dim: int
     element_bytes: int
     scratch_bytes: int = 0
+    decode_bytes: int = 0
+    decode_launches: int = 0
     stored_bytes: int = 0
     ring_bytes: int = 0
     host: bool = False

@@ -23,11 +23,15 @@ class Way(Enum):
 
 @dataclass(frozen=True)
 class BlockSeconds:
-    """What one block takes: to be computed with, copied to the device, read from its file."""
+    """What one block takes: to be computed with, copied to the device, read from its file; to be decoded there, and
+    what computing with another one loses meanwhile; to be locked in host memory, where it is kept."""
 
     compute: float
     copy: float
     read: float
+    decode: float = 0.0
+    lost: float = 0.0
+    lock: float = 0.0
 
 
 @cache
@@ -52,34 +56,44 @@ def pass_seconds(
     ring_blocks: float,
     piece_blocks: float,
     between: float = 0.0,
+    first: bool = False,
 ) -> float:
-    """Seconds of a pass over all blocks, among others that follow after `between` seconds.
+    """Seconds of a pass over all blocks, among others that follow after `between` seconds; or of the `first` one, which
+    begins with empty slots and reads what host memory is to hold.
 
-    A copy waits for the last use of its slot, and for what it copies. ring_blocks: what is read ahead of the copies;
-    piece_blocks: what has to be there to be copied; in blocks. Less to read, to copy or to wait for is never slower.
+    A copy waits for the last use of its slot, and for what it copies; decoding follows it. ring_blocks: what is read
+    ahead of the copies; piece_blocks: what has to be there to be copied; in blocks. Less to read, to copy, to decode or
+    to wait for is never slower.
     """
     computed = copied = read = 0.0
     used = deque([0.0] * max(1, slots), maxlen=max(1, slots))
     ahead = floor(ring_blocks) + 1
     begun = deque([-inf] * ahead, maxlen=ahead)  # long ago
-    first = True
-    for _ in range(PASSES):
+    brought = one.copy + one.decode
+    there = not first
+    passes = 1 if first else PASSES
+    for _ in range(passes):
         for way in ways(blocks, streamed=streamed, from_file=from_file):
-            if way is Way.STAYS:
+            if way is Way.STAYS and not one.decode:
                 computed += one.compute
                 continue
             begin = max(copied, used[0])
-            if first:
-                first = False
+            if there:
+                there = False
+            elif way is Way.STAYS:
+                copied = begin + one.decode
+            elif way is Way.HELD and first:
+                read += max(one.read, one.lock)
+                copied = max(begin, read) + brought
             elif way is Way.HELD:
-                copied = begin + one.copy
+                copied = begin + brought
             else:
                 begun.append(begin)
                 # the ring is full from the middle of an earlier block on, until its copy has come that far
-                room = begun[0] + (ahead - ring_blocks) * max(one.read, one.copy)
+                room = begun[0] + (ahead - ring_blocks) * max(one.read, brought)
                 read = max(read + one.read, room)
-                copied = max(begin + one.copy, read + min(1.0, piece_blocks) * one.copy)
-            computed = max(computed, copied) + one.compute
+                copied = max(begin + brought, read + min(1.0, piece_blocks) * brought)
+            computed = max(computed, copied) + one.compute + (one.lost if slots > 1 else 0.0)
             used.append(computed)
         computed += between
-    return computed / PASSES
+    return computed / passes

@@ -236,6 +236,8 @@ def encode_stage(
         host=footprint.host,
         slots=slots,
         speeds=speeds,
+        decode_bytes=footprint.layers * footprint.decode_bytes,
+        decode_launches=footprint.layers * footprint.decode_launches,
     )
     answers = 4 * sum(lengths) * footprint.hidden_size  # fp32
     ram = footprint.ring_bytes + answers + (peak if footprint.host else 0)

@@ -35,6 +35,8 @@ class VisionFootprint(ABC):
     out_hidden_size: int
     element_bytes: int
     attention: AttentionKernel = FUSED
+    decode_bytes: int = 0
+    decode_launches: int = 0
 
     @abstractmethod
     def activation_bytes(self, patches: Sequence[int]) -> int:
@@ -86,6 +88,8 @@ def with_vision(
         host=footprint.host,
         slots=slots,
         speeds=speeds,
+        decode_bytes=footprint.blocks * footprint.decode_bytes,
+        decode_launches=footprint.blocks * footprint.decode_launches,
     )
     kept = sum(patches) * (4 * footprint.patch_values + footprint.seen_bytes)  # fp32 patches, then their embeddings
     ram = footprint.ring_bytes + footprint.outside_bytes + kept + (peak if footprint.host else 0)

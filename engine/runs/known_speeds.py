@@ -14,9 +14,9 @@ from ..files.json_texts import read_json
 from ..hardware import Hardware
 from ..log import logger
 from ..planning.forecast import Speeds
-from .machine_speeds import measure_bus, measure_disk, measure_flops
+from .machine_speeds import measure_bus, measure_disk, measure_flops, measure_memory
 
-VERSION = 1
+VERSION = 2
 MEASURING_BYTES = 512 * 1024**2  # on the device, and some to spare
 
 
@@ -55,7 +55,11 @@ class KnownSpeeds:
         if device is None:
             if self._hardware.device.type != "cpu":
                 self._make_room(MEASURING_BYTES)
-            device = {"flops": measure_flops(self._hardware, self._dtype), "bus_bytes": measure_bus(self._hardware)}
+            device = {
+                "flops": measure_flops(self._hardware, self._dtype),
+                "bus_bytes": measure_bus(self._hardware),
+                "memory_bytes": measure_memory(self._hardware),
+            }
         if disk is None:
             disk = {"disk_bytes": measure_disk(self._model_file)}
         speeds = Speeds(**device, **disk)
@@ -90,7 +94,7 @@ class KnownSpeeds:
             return {}
         if known.pop("version", None) != VERSION:
             return {}
-        names = ({"flops", "bus_bytes"}, {"disk_bytes"})
+        names = ({"flops", "bus_bytes", "memory_bytes"}, {"disk_bytes"})
         return {
             key: entry
             for key, entry in known.items()

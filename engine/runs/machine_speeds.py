@@ -36,6 +36,14 @@ def measure_bus(hardware: Hardware) -> float:
     return _rate(float(len(out)), lambda: out.copy_(host.data, non_blocking=host.pinned), hardware)
 
 
+@torch.no_grad()
+def measure_memory(hardware: Hardware) -> float:
+    """Bytes per second of the device's memory that decoding reaches: numbers of one byte, written as bf16."""
+    data = torch.ones(2 * PIECE_BYTES, dtype=torch.int8, device=hardware.device)
+    out = torch.empty(len(data), dtype=torch.bfloat16, device=hardware.device)
+    return _rate(float(data.nbytes + out.nbytes), lambda: out.copy_(data), hardware)
+
+
 def measure_disk(file: Path) -> float:
     """Bytes per second of pieces all over the file, read by several threads at a time.
 

@@ -12,6 +12,7 @@ from ..formats import FORMATS
 from ..hardware import Hardware
 from .block_layout import StoredBlock
 from .block_source import BlockSource
+from .decode_costs import DecodeCost
 from .pinned_memory import PinnedMemory
 from .streams import StreamOrder
 from .tiers import Tiers
@@ -78,6 +79,11 @@ class BlockStore:
     def scratch_bytes(self) -> int:
         """What decoding a block allocates on the device for a moment, 0 where none has to be decoded."""
         return self._transfer.sizes.scratch_bytes
+
+    @property
+    def decode_cost(self) -> DecodeCost:
+        """Of one visit of a block, in the mean."""
+        return self._transfer.sizes.decode_cost
 
     @property
     def fetched_blocks(self) -> int:

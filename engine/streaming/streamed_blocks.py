@@ -69,6 +69,8 @@ class BlockBytes(TypedDict):
     slot_bytes: int
     staging_bytes: int
     scratch_bytes: int
+    decode_bytes: int
+    decode_launches: int
     stored_bytes: int
     ring_bytes: int
     host: bool
@@ -108,6 +110,8 @@ class StreamedBlocks:
             "slot_bytes": store.slot_bytes,
             "staging_bytes": store.staging_bytes,
             "scratch_bytes": store.scratch_bytes,
+            "decode_bytes": store.decode_cost.moved_bytes,
+            "decode_launches": store.decode_cost.launches,
             "stored_bytes": store.raw_bytes,
             "ring_bytes": store.ring_bytes,
             "host": store.hardware.host_device,

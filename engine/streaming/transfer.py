@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import astuple
 from functools import cached_property
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from ..hardware import Hardware
 from .block_layout import StoredBlock
 from .block_source import BlockSource
+from .decode_costs import DecodeCost, decode_cost
 from .pinned_memory import HostBuffer, PinnedMemory
 from .streams import Mark, StreamOrder
 
@@ -48,6 +50,12 @@ class BlockSizes:
     def scratch_bytes(self) -> int:
         """What codecs and patches allocate for a moment."""
         return max(block.scratch_bytes for block in self._blocks)
+
+    @cached_property
+    def decode_cost(self) -> DecodeCost:
+        """Of one block, in the mean."""
+        costs = [decode_cost(block) for block in self._blocks]
+        return DecodeCost(*(sum(values) // len(costs) for values in zip(*map(astuple, costs), strict=True)))
 
     @property
     def piece_bytes(self) -> int:

@@ -44,12 +44,12 @@ def learnt(before: StepForecast, step: float, disk: float = 0.0, bus: float = 0.
 
 
 def test_a_step_that_never_waited_corrects_the_computing_alone() -> None:
-    assert astuple(learnt(forecast(2.0, 0.5, 0.5), 3.0)) == pytest.approx((10e12 * 2 / 3, 10e9, 2e9))
+    assert astuple(learnt(forecast(2.0, 0.5, 0.5), 3.0))[:3] == pytest.approx((10e12 * 2 / 3, 10e9, 2e9))
 
 
 def test_a_step_that_waited_corrects_what_it_waited_for() -> None:
-    assert astuple(learnt(forecast(1.0, 0.5, 4.0), 6.0, disk=5.0)) == pytest.approx((10e12, 10e9, 2e9 * 4 / 6))
-    assert astuple(learnt(forecast(1.0, 4.0, 0.5), 6.0, bus=5.0)) == pytest.approx((10e12, 10e9 * 4 / 6, 2e9))
+    assert astuple(learnt(forecast(1.0, 0.5, 4.0), 6.0, disk=5.0))[:3] == pytest.approx((10e12, 10e9, 2e9 * 4 / 6))
+    assert astuple(learnt(forecast(1.0, 4.0, 0.5), 6.0, bus=5.0))[:3] == pytest.approx((10e12, 10e9 * 4 / 6, 2e9))
 
 
 def test_a_wait_too_short_to_tell_changes_no_rate() -> None:

@@ -11,6 +11,7 @@ import torch
 from qwenimage_lowvram.engine.errors import MissingFile
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.planning.forecast import Speeds
+from qwenimage_lowvram.engine.runs.known_speeds import VERSION
 
 CPU = Hardware.detect(torch.device("cpu"))
 
@@ -55,12 +56,14 @@ def test_corrections_are_kept(known: Any) -> None:
     assert known().get() == Speeds(1.0, 2.0, 3.0)
 
 
-@pytest.mark.parametrize("damage", ["", "[1]", '{"version": 0}', '{"version": 1, "cpu, float32": {"flops": -1}}', "{"])
+@pytest.mark.parametrize(
+    "damage", ["", "[1]", '{"version": 1}', f'{{"version": {VERSION}, "cpu, float32": {{"flops": -1}}}}', "{"]
+)
 def test_a_damaged_file_is_measured_anew(damage: str, known: Any, tmp_path: Path) -> None:
     remembered(tmp_path).parent.mkdir(parents=True)
     remembered(tmp_path).write_text(damage)
     assert known().get().flops > 1e7
-    assert json.loads(remembered(tmp_path).read_text())["version"] == 1
+    assert json.loads(remembered(tmp_path).read_text())["version"] == VERSION
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no pipes among files")

@@ -468,7 +468,7 @@ def test_a_report_prints_what_was_measured_beside_what_was_planned() -> None:
         == repr(report)
         == (
             "MemoryReport: 20 steps in 60.0 s, the first after 4.5 s, 20 passes of 2.50 s on cuda:0 (forecast "
-            "11.28 s), weights bf16\n"
+            "11.29 s), weights bf16\n"
             "  device memory: 1.92 GiB planned of 2.00 GiB, 1.66 GiB measured\n"
             "  process memory: 3.00 GiB at its peak, 11.92 GiB of it planned\n"
             "  blocks: 1 of 60 resident, 27 in RAM (page-locked), 497.93 GiB copied to the device, 1200 read from the "
