@@ -9,9 +9,9 @@ import torch
 from ..engine.errors import QwenLowVRAMError
 from ..engine.files.checkpoint import Checkpoint
 from ..engine.log import logger
-from ..engine.models.qwen25_vl.vision_tensors import mmproj_identity
 from ..engine.models.qwen_image.positions import Positions
 from ..engine.models.qwen_image.transformer import TimestepRounding
+from ..engine.models.qwen_vl.vision_files import mmproj_identity
 from ..engine.out_of_memory import in_words
 from ..engine.runs.timeline import Timeline
 from . import devices, model_choices

@@ -1,9 +1,10 @@
 """The table of all kinds of models, in the order in which they are looked for: the first that shows a sign decides."""
 
 from . import foreign
-from .qwen25_vl.component import TEXT_ENCODER, VISION
+from .qwen25_vl.component import TEXT_ENCODER
 from .qwen_image.component import TRANSFORMER
 from .qwen_image_vae.component import VAE
+from .qwen_vl.component import VISION
 
 COMPONENTS = (
     foreign.UNMERGED,

@@ -90,7 +90,16 @@ def test_an_adapter_knows_no_node(module: Path) -> None:
 
 # of `models/`: what tells files apart, and what passes take
 HEADERS = ("component", "foreign", "prefixes", "recognition", "sorting", "table", "tensors", "variants", "costs")
-HEADERS += ("attention_kernels", "chunk_sizes", "gguf_names", "vision_tensors", "edit_sizes", "prompt_template")
+HEADERS += (
+    "attention_kernels",
+    "chunk_sizes",
+    "gguf_names",
+    "vision_tensors",
+    "text_tensors",
+    "vision_files",
+    "edit_sizes",
+    "prompt_template",
+)
 WITHOUT_TORCH = sorted(
     [
         *(ENGINE / "planning").glob("*.py"),

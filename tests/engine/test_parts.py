@@ -12,9 +12,9 @@ from qwenimage_lowvram.engine.errors import DamagedFile, MissingFile
 from qwenimage_lowvram.engine.files.checkpoint import Checkpoint, open_checkpoint
 from qwenimage_lowvram.engine.files.part_files import Part, parts_of, stem_of, without_later_parts
 from qwenimage_lowvram.engine.models.qwen25_vl.tensors import sort_text_encoder
-from qwenimage_lowvram.engine.models.qwen25_vl.vision_tensors import find_mmproj
 from qwenimage_lowvram.engine.models.qwen_image.tensors import sort_transformer
 from qwenimage_lowvram.engine.models.qwen_image.variants import Variant
+from qwenimage_lowvram.engine.models.qwen_vl.vision_files import find_mmproj
 
 Tiny = Callable[..., tuple[Any, Path]]
 SHARD_BYTES = 300_000  # the tiny transformer in half a dozen files
@@ -175,7 +175,7 @@ def test_a_text_encoder_in_gguf_parts_finds_its_vision_part(full_pipeline: Path,
     assert sort_text_encoder(open_checkpoint(files[-1])).layers
     for mmproj in ("Qwen2.5-VL-7B-mmproj-F16.gguf", "Qwen2.5-VL-3B-mmproj-F16.gguf"):
         (tmp_path / mmproj).touch()
-    assert find_mmproj(files[-1]).name == "Qwen2.5-VL-7B-mmproj-F16.gguf"
+    assert find_mmproj(files[-1], "").name == "Qwen2.5-VL-7B-mmproj-F16.gguf"
 
 
 NAMES = {

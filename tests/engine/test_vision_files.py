@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from qwenimage_lowvram.engine.errors import MissingFile, WrongModel
 from qwenimage_lowvram.engine.files.checkpoint import TensorEntry, open_checkpoint
 from qwenimage_lowvram.engine.models.qwen25_vl.component import TEXT_ENCODER
-from qwenimage_lowvram.engine.models.qwen25_vl.vision_tensors import VisionTensors, find_mmproj, sort_vision
+from qwenimage_lowvram.engine.models.qwen25_vl.vision_tensors import sort_vision
+from qwenimage_lowvram.engine.models.qwen_vl.vision_files import VisionTensors, find_mmproj
 from qwenimage_lowvram.engine.models.recognition import require
 from qwenimage_lowvram.engine.streaming import TensorReader, read_params
 from safetensors.torch import load_file, save_file
@@ -180,7 +181,7 @@ def test_the_vision_part_is_found_by_its_name(
 ) -> None:
     for name in [*others, encoder_name, "readme-mmproj.txt", "flux1-dev-Q4_K.gguf"]:
         (tmp_path / name).touch()
-    assert find_mmproj(tmp_path / encoder_name).name == (expected or others[0])
+    assert find_mmproj(tmp_path / encoder_name, "").name == (expected or others[0])
 
 
 def test_a_gguf_encoder_without_mmproj_says_which_file_belongs_there(copied: Path) -> None:

@@ -13,9 +13,9 @@ from qwenimage_lowvram.engine.errors import DamagedFile, DoesNotFit, InvalidRequ
 from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.models.qwen25_vl.text_encoder import TextEncoder
-from qwenimage_lowvram.engine.models.qwen25_vl.vision_tensors import mmproj_identity
 from qwenimage_lowvram.engine.models.qwen_image.prompt_template import EDIT_TEMPLATE
 from qwenimage_lowvram.engine.models.qwen_image.prompts import PromptTokenizer, with_places
+from qwenimage_lowvram.engine.models.qwen_vl.vision_files import mmproj_identity
 from safetensors.torch import load_file
 
 from .native_encoder import as_clip, native_encoder

@@ -18,9 +18,3 @@ TEXT_ENCODER = Component(
     anchors=_ANCHORS,
     whole=_ANCHORS[:1],
 )
-VISION = Component(
-    "the vision part (mmproj) of a text encoder",
-    "text_encoders",
-    hint=" It is found by itself beside the text encoder that it belongs to.",
-    signs=(r"^v\.blk\.\d+\.",),
-)
