@@ -13,7 +13,11 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from torch import Tensor
 
 # of a type that the gguf package cannot write, the place of its blocks' fp16 scale
-_SCALE_AT = dict.fromkeys(("IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_S"), 0)
+_SCALE_AT = dict.fromkeys(("IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_S", "Q4_K", "Q5_K"), 0)
+# of types whose blocks have a fp16 scale of offsets behind the other: how many times as large it is, so that the mean
+# of random codes is near zero
+_OFFSET = {"Q4_K": 7.5, "Q5_K": 15.5}
+SCALED_BLOCKS = 4096  # that tell how large the numbers of random blocks are
 # transformers' name in a layer -> llama.cpp's
 _TEXT_LAYER = {
     "input_layernorm": "attn_norm",
@@ -141,10 +145,15 @@ def random_blocks(weight: "np.ndarray[Any, Any]", kind: str) -> "np.ndarray[Any,
     block, nbytes = gguf.GGML_QUANT_SIZES[type_]
     shape = (*weight.shape[:-1], weight.shape[-1] // block * nbytes)
     raw = np.random.default_rng(weight.size).integers(0, 256, shape, dtype=np.uint8).reshape(-1, nbytes)
-    raw[:, at : at + 2] = np.frombuffer(np.float16(1).tobytes(), dtype=np.uint8)
-    scale = np.float16(weight.std() / gguf.quants.dequantize(raw, type_).std())
-    raw[:, at : at + 2] = np.frombuffer(scale.tobytes(), dtype=np.uint8)
+    _set_scale(raw, at, kind, 1.0)
+    _set_scale(raw, at, kind, float(weight.std() / gguf.quants.dequantize(raw[:SCALED_BLOCKS], type_).std()))
     return raw.reshape(shape)
+
+
+def _set_scale(raw: "np.ndarray[Any, Any]", at: int, kind: str, scale: float) -> None:
+    raw[:, at : at + 2] = np.frombuffer(np.float16(scale).tobytes(), dtype=np.uint8)
+    if kind in _OFFSET:
+        raw[:, at + 2 : at + 4] = np.frombuffer(np.float16(_OFFSET[kind] * scale).tobytes(), dtype=np.uint8)
 
 
 def _write(writer: GGUFWriter) -> None:

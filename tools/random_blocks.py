@@ -1,4 +1,4 @@
-"""A transformer of the real architecture in a file of random weights, written cheaply: all blocks have the same bytes.
+"""A transformer of the real architecture in a file of random weights, written cheaply: one block is drawn, for all.
 
 At the real width (24 heads of 128) a block is 0.68 GB in bf16, so that a few of them tell what sixty do.
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from diffusers import QwenImageTransformer2DModel
 from qwenimage_lowvram.engine.files.checkpoint import Checkpoint
+from torch import Tensor
 
 REAL_BLOCKS = 60
 REAL_HEADS = 24
@@ -39,10 +40,12 @@ def write_transformer(
     heads: int = REAL_HEADS,
     text_dim: int = REAL_TEXT_DIM,
     stored: Stored = Stored.BF16,
+    distinct: bool = False,
 ) -> Path:
     """Write a folder that `open_checkpoint` reads, and diffusers too where it is bf16; returns the file of weights.
 
-    Weights are scaled by their fan-in, so that activations keep their size. The file is on the disk when this returns.
+    All blocks have the same bytes, or, where they are to be `distinct`, the same rows in another order. Weights are
+    scaled by their fan-in, so that activations keep their size. The file is on the disk when this returns.
     """
     with torch.device("meta"):
         model = QwenImageTransformer2DModel(
@@ -60,14 +63,15 @@ def write_transformer(
     raw += b" " * (-len(raw) % 8)
     file = folder / _FILE
     generator = torch.Generator().manual_seed(0)
-    drawn: dict[str, bytes] = {}
+    drawn: dict[str, Tensor] = {}
     with file.open("wb") as stream:
         stream.write(len(raw).to_bytes(8, "little") + raw)
         for name, dtype, shape in parts:
             key = name.split(".", 2)[2] if name.startswith(_BLOCKS) else name
             if key not in drawn:
                 drawn[key] = _draw(key, dtype, shape, generator)
-            stream.write(drawn[key])
+            moved = int(name.split(".")[1]) if distinct and name != key else 0
+            stream.write(drawn[key].roll(moved, 0).view(torch.uint8).numpy().tobytes())
         stream.flush()
         os.fsync(stream.fileno())  # only what is on the disk can leave the file cache
     return file
@@ -97,12 +101,10 @@ def _parts(name: str, shape: tuple[int, ...], stored: Stored) -> Iterator[_Part]
         yield name, "BF16", shape
 
 
-def _draw(key: str, dtype: str, shape: tuple[int, ...], generator: torch.Generator) -> bytes:
+def _draw(key: str, dtype: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     if dtype == "I8":
-        data = torch.randint(-127, 128, shape, dtype=torch.int8, generator=generator)
-    elif dtype == "F32":
-        data = torch.full(shape, 0.01)
-    else:
-        scale = 0.3 / sqrt(shape[-1]) if len(shape) > 1 else 0.02
-        data = (torch.randn(shape, generator=generator) * scale + ("norm" in key)).bfloat16()
-    return data.view(torch.uint8).numpy().tobytes()
+        return torch.randint(-127, 128, shape, dtype=torch.int8, generator=generator)
+    if dtype == "F32":
+        return torch.full(shape, 0.01)
+    scale = 0.3 / sqrt(shape[-1]) if len(shape) > 1 else 0.02
+    return (torch.randn(shape, generator=generator) * scale + ("norm" in key)).bfloat16()
