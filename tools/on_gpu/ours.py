@@ -13,7 +13,7 @@ from qwenimage_lowvram.engine.planning.forecast import Speeds
 from qwenimage_lowvram.engine.planning.memory import plan_memory
 from qwenimage_lowvram.engine.planning.request import Limits, SamplingRequest
 from qwenimage_lowvram.engine.runs import free_memory
-from qwenimage_lowvram.engine.runs.machine_speeds import measure_bus, measure_disk, measure_flops
+from qwenimage_lowvram.engine.runs.known_speeds import KnownSpeeds
 from random_blocks import repeat_blocks
 
 from .cases import Case, Sizes
@@ -29,9 +29,9 @@ def open_transformer(checkpoint: Checkpoint, sizes: Sizes, device: torch.device)
 
 
 def measure_speeds(transformer: QwenImageTransformer) -> Speeds:
-    hardware = transformer.hardware
-    bus = measure_bus(hardware)
-    return Speeds(measure_flops(hardware, transformer.dtype), bus, measure_disk(transformer.file))
+    return KnownSpeeds(
+        transformer.hardware, transformer.dtype, transformer.file, file=None, device_name="the device"
+    ).get()
 
 
 @contextmanager
