@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from .footprint import TransformerFootprint
-from .overlap import BlockSeconds, pass_seconds
+from .overlap import PIECE_BYTES, RING_PIECES, BlockSeconds, pass_seconds
 from .rates import DECODE_SHARE, ISSUE_SECONDS, LAUNCH_SECONDS, LOCK_BYTES, STEP_SECONDS
 from .request import SamplingRequest
 
@@ -85,8 +85,8 @@ def forecast_step(
     streamed: int,
     from_file: int,
     slots: int,
-    ring_pieces: int = 4,
-    piece_bytes: int = 32 * 1024**2,
+    ring_pieces: int = RING_PIECES,
+    piece_bytes: int = PIECE_BYTES,
     first: bool = False,
 ) -> StepForecast:
     """For `streamed` blocks that pass through slots, `from_file` of which come from the file, in pieces of which

@@ -9,6 +9,9 @@ from math import floor, inf
 
 from .spread import spread_order
 
+# of file bytes on their way through host memory: as many pieces as a disk wants reads, at the least
+RING_PIECES = 4
+PIECE_BYTES = 32 * 1024**2
 # passes that are followed; the first block of the first one is there when it begins
 PASSES = 3
 
@@ -65,7 +68,7 @@ def pass_seconds(
     ahead of the copies; piece_blocks: what has to be there to be copied; in blocks. Less to read, to copy, to decode or
     to wait for is never slower.
     """
-    computed = copied = read = 0.0
+    computed = copied = read = locked = 0.0
     used = deque([0.0] * max(1, slots), maxlen=max(1, slots))
     ahead = floor(ring_blocks) + 1
     begun = deque([-inf] * ahead, maxlen=ahead)  # long ago
@@ -82,13 +85,13 @@ def pass_seconds(
                 there = False
             elif way is Way.STAYS:
                 copied = begin + one.decode
-            elif way is Way.HELD and first:
-                read += max(one.read, one.lock)
-                copied = max(begin, read) + brought
-            elif way is Way.HELD:
+            elif way is Way.HELD and not first:
                 copied = begin + brought
             else:
                 begun.append(begin)
+                if way is Way.HELD:  # its pages are locked while what comes before it is read
+                    locked += one.lock
+                    read = max(read, locked)
                 # the ring is full from the middle of an earlier block on, until its copy has come that far
                 room = begun[0] + (ahead - ring_blocks) * max(one.read, brought)
                 read = max(read + one.read, room)

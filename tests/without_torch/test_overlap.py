@@ -44,7 +44,7 @@ def test_the_first_pass_reads_and_locks_what_is_to_be_held() -> None:
     one = BlockSeconds(compute=0.5, copy=0.1, read=0.7, lock=1.0)
     assert pass_seconds(60, one, streamed=60, from_file=0, slots=2, **ROOMY) == pytest.approx(30.0, rel=0.02)
     first = pass_seconds(60, one, streamed=60, from_file=0, slots=2, first=True, **ROOMY)
-    assert first == pytest.approx(60.0, rel=0.02)
+    assert first == pytest.approx(60.0, rel=0.03)
 
 
 @settings(deadline=None)
