@@ -160,37 +160,60 @@ def forecast_visit(
     )
 
 
+@dataclass(frozen=True)
+class Throughput:
+    """So many bytes, during which time any of them were under way."""
+
+    nbytes: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: "Throughput") -> "Throughput":
+        return Throughput(self.nbytes + other.nbytes, self.seconds + other.seconds)
+
+    def __sub__(self, other: "Throughput") -> "Throughput":
+        return Throughput(self.nbytes - other.nbytes, self.seconds - other.seconds)
+
+
 # of any speed, by one run
-MOST_CORRECTION = 2.0
+MOST_CORRECTION = 4.0
+# what takes a smaller part of a whole is not told by the rest of it
+TELLING_PART = 1 / 20
 
 
 def corrected(
     speeds: Speeds,
-    forecast: StepForecast,
     *,
+    step_flops: float,
     step_seconds: float,
+    waited_seconds: float,
+    slowed_seconds: float,
     waited_disk_seconds: float,
-    waited_bus_seconds: float,
+    copied: Throughput,
+    read: Throughput,
 ) -> Speeds:
-    """The speeds that measured steps tell of: how long one took, and how much of that it waited for blocks.
+    """The speeds that a run tells of: how long its steps took, and what was copied and read meanwhile.
 
-    What was not waiting was computing. What a step waited for during more than a twentieth of its time moved all the
-    while; and what took longer in the forecast than the whole step did, is faster than was thought. One run changes a
-    speed by MOST_CORRECTION at the most: it may have been disturbed.
+    waited_seconds: of a step, for blocks; slowed_seconds: what its computing takes beyond the model's products, as in
+    its forecast. waited_disk_seconds: how long the run waited for what it `read`.
+
+    The rest of a step was products; where that is the smaller part of its computing, or too small to tell, nothing is
+    thought slower for it. Neither is a disk that nobody waited for: it may have been asked for less than it gives. One
+    run changes a speed by MOST_CORRECTION at the most: it may have been disturbed.
     """
-    computing = max(step_seconds - waited_disk_seconds - waited_bus_seconds, step_seconds / 1000)
-
-    def moved(speed: float, seconds: float, waited: float) -> float:
-        slower, faster = waited > step_seconds / 20, seconds > step_seconds
-        return speed * _bounded(seconds / step_seconds) if seconds and (slower or faster) else speed
-
+    shortest, computed = step_seconds * TELLING_PART, step_seconds - waited_seconds
+    flops = step_flops / max(computed - slowed_seconds, shortest)
+    if computed - slowed_seconds < max(shortest, slowed_seconds):
+        flops = max(speeds.flops, step_flops / max(computed, shortest))
+    disk = read.nbytes / read.seconds if read.nbytes and read.seconds else speeds.disk_bytes
+    if waited_disk_seconds < read.seconds * TELLING_PART:
+        disk = max(disk, speeds.disk_bytes)
     return replace(
         speeds,
-        flops=speeds.flops * _bounded(forecast.compute_seconds / computing),
-        bus_bytes=moved(speeds.bus_bytes, forecast.bus_seconds, waited_bus_seconds),
-        disk_bytes=moved(speeds.disk_bytes, forecast.disk_seconds, waited_disk_seconds),
+        flops=_bounded(flops, speeds.flops),
+        bus_bytes=_bounded(copied.nbytes / copied.seconds if copied.seconds else speeds.bus_bytes, speeds.bus_bytes),
+        disk_bytes=_bounded(disk, speeds.disk_bytes),
     )
 
 
-def _bounded(factor: float) -> float:
-    return min(MOST_CORRECTION, max(1 / MOST_CORRECTION, factor))
+def _bounded(now: float, before: float) -> float:
+    return min(before * MOST_CORRECTION, max(before / MOST_CORRECTION, now))

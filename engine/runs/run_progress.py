@@ -34,15 +34,18 @@ class RunProgress:
         look: Callable[[], None],
         *,
         blocks: int,
+        ahead: int,
         steps: int,
         limit_bytes: int,
         plan: str,
         forecast_seconds: float,
     ) -> None:
-        """`look` is called at every block, to look at the memory."""
+        """`look` is called at every block, to look at the memory. `ahead`: blocks that the device has yet to do when
+        this is told of the next one."""
         self._surroundings = surroundings
         self._watch = watch
         self._look = look
+        self._ahead = ahead
         self._facts: dict[str, Any] = {
             "blocks": blocks,
             "steps": steps,
@@ -81,7 +84,7 @@ class RunProgress:
         if stage == self._stage and now - self._last < SECONDS_BETWEEN_EVENTS:
             return
         self._last, self._stage = now, stage
-        done = self.step + (block + 1) / self._facts["blocks"]
+        done = self.step + (1.0 if stage == "done" else (block - self._ahead) / self._facts["blocks"])
         sampling = now - self._sampling_start if self._sampling_start is not None else 0.0
         self._surroundings.tell(
             {
@@ -94,6 +97,6 @@ class RunProgress:
                 "vram_bytes": self._watch.vram(),
                 "peak_vram_bytes": self._watch.peak_vram(),
                 "seconds": now - self._start,
-                "seconds_per_step": sampling / done if done else 0.0,
+                "seconds_per_step": sampling / done if done > 0 else 0.0,
             }
         )

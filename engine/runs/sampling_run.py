@@ -9,7 +9,7 @@ from torch import Tensor
 from ..errors import DoesNotFit
 from ..log import logger
 from ..out_of_memory import Short
-from ..planning.forecast import corrected
+from ..planning.forecast import Throughput, corrected
 from ..planning.memory import MemoryPlan, plan_memory
 from ..reports.memory_report import MemoryReport
 from ..streaming import Waits
@@ -59,12 +59,14 @@ class SamplingRun:
         self._seen: set[float] = set()
         self._clock = PassClock(transformer.store.order)
         self._first_waits = Waits()
+        self._copied_before = self._read_before = Throughput()
         self._start = time.perf_counter()
         self._progress = RunProgress(
             surroundings,
             self._watch,
             timeline.sample,
             blocks=transformer.footprint.blocks,
+            ahead=int(transformer.hardware.streams),
             steps=steps,
             limit_bytes=plan.limit_bytes,
             plan=self._shown_plan(),
@@ -90,11 +92,12 @@ class SamplingRun:
         if warning := warning_of(self.plan):
             logger.warning("%s", warning)
         self._timesteps = timesteps
+        self._copied_before, self._read_before = self._transformer.store.copied, self._transformer.store.read
         self.attempt(self._open)
 
     def forward(self, branches: Sequence[Any], hooked: Sequence[Any] = ()) -> list[Tensor]:
         """One pass over the blocks for all branches; `hooked` are those with something around their blocks."""
-        if len(self._clock.seconds) == 1:  # which waits for the pass before, where the device is not done with it
+        if self._clock.passes == 1:
             self._first_waits = self._session.waits
         timestep = min(branch.timestep for branch in branches)
         if timestep not in self._seen:
@@ -132,7 +135,7 @@ class SamplingRun:
             peak_ram_bytes=self._watch.peak_ram,
             one_by_one=self._one_by_one,
             out_of_memory=session.retries,
-            first_step_seconds=self._clock.begun_at - self._start + passes[0] if passes else 0.0,
+            first_step_seconds=self._clock.first_seconds,
             **session.counters.of_run(),
         )
         if finished:
@@ -187,18 +190,21 @@ class SamplingRun:
 
     def _learn(self) -> None:
         """Correct what is known of this machine's speeds by what this run took."""
-        footprint, plan = self._transformer.footprint, self.plan
+        transformer, plan = self._transformer, self.plan
         others = self._clock.seconds[1:]  # the first reads what stays in host memory, and is like no other
-        small = footprint.step_flops(plan.request) < TELLING_FLOPS
-        if self._one_by_one or self._session.retries or plan.request.controls or not others or small:
+        flops = transformer.footprint.step_flops(plan.request)
+        if self._one_by_one or self._session.retries or plan.request.controls or not others or flops < TELLING_FLOPS:
             return
-        waits = self._session.waits - self._first_waits
+        waits = self._session.waits
         self._speeds.put(
             corrected(
                 self._speeds.get(),
-                plan.forecast,
+                step_flops=flops,
                 step_seconds=sum(others) / len(others),
-                waited_disk_seconds=waits.disk_seconds / len(others),
-                waited_bus_seconds=waits.bus_seconds / len(others),
+                waited_seconds=(waits - self._first_waits).seconds / len(others),
+                slowed_seconds=plan.forecast.slowed_seconds,
+                waited_disk_seconds=waits.disk_seconds,
+                copied=transformer.store.copied - self._copied_before,
+                read=transformer.store.read - self._read_before,
             )
         )

@@ -82,6 +82,7 @@ class SamplingSession:
         try:
             if session is not None:
                 self._waited += session.waits
+                self._transformer.store.order.finish_compute()  # what the stage took is what the device took
         finally:
             self._stack.close()
 

@@ -10,6 +10,7 @@ from ..errors import Unsupported
 from ..files.checkpoint import TensorEntry
 from ..formats import FORMATS
 from ..hardware import Hardware
+from ..planning.forecast import Throughput
 from .block_layout import StoredBlock
 from .block_source import BlockSource
 from .decode_costs import DecodeCost
@@ -98,6 +99,16 @@ class BlockStore:
     def copied_bytes(self) -> int:
         """From host memory to the device so far."""
         return self._transfer.copied_bytes
+
+    @property
+    def read(self) -> Throughput:
+        """From the file, and in what time."""
+        return self._transfer.clock.read
+
+    @property
+    def copied(self) -> Throughput:
+        """To the device, and in what time; what it is not done with yet is not counted."""
+        return self._transfer.clock.copied
 
     @property
     def resident(self) -> frozenset[int]:

@@ -56,18 +56,32 @@ class StreamOrder:
 
     def compute_moment(self) -> Any:
         """This moment of the compute stream's work; of the host's, where there are no streams."""
-        if not self._torch:
-            return time.perf_counter()
+        return self._moment(self._torch.current_stream(self._device)) if self._torch else time.perf_counter()
+
+    def copy_moment(self) -> Any:
+        """The same of the copy stream."""
+        return self._moment(self._stream) if self._torch else time.perf_counter()
+
+    def _moment(self, stream: Any) -> Any:
         event = self._torch.Event(enable_timing=True)
-        event.record(self._torch.current_stream(self._device))
+        event.record(stream)
         return event
 
+    def has_passed(self, moment: Any) -> bool:
+        """Whether the device has come past it; the host waits for nothing."""
+        return bool(moment.query()) if self._torch else True
+
     def seconds_between(self, first: Any, second: Any) -> float:
-        """Of two moments. The host waits until the compute stream has come past the second."""
+        """Of two moments of one stream. The host waits until that has come past the second."""
         if not self._torch:
             return float(second - first)
         second.synchronize()
         return float(first.elapsed_time(second)) / 1000
+
+    def finish_compute(self) -> None:
+        """The host waits until the compute stream has done everything it was given."""
+        if self._torch:
+            self._torch.current_stream(self._device).synchronize()
 
     def finish(self) -> None:
         """The host waits until the copy stream has done everything it was given."""

@@ -15,6 +15,7 @@ from .block_source import BlockSource
 from .decode_costs import DecodeCost, decode_cost
 from .pinned_memory import HostBuffer, PinnedMemory
 from .streams import Mark, StreamOrder
+from .transfer_clock import TransferClock
 
 # a block passes through the ring in pieces: large enough for a disk's full speed, and several are read at once
 PIECE_BYTES = 32 * 1024**2
@@ -86,6 +87,7 @@ class Transfer:
         self.fetched_blocks = 0
         self.fetched_bytes = 0
         self.copied_bytes = 0
+        self.clock = TransferClock(order)
         self._order = order
         self._hardware = hardware
         self._host = host
@@ -160,7 +162,8 @@ class Transfer:
             return
         self.copied_bytes += len(out)
         if held is not None and (held.pinned or not self._hardware.pinned):
-            out.copy_(held.data[start : start + len(out)], non_blocking=held.pinned)
+            with self.clock.copying(len(out)):
+                out.copy_(held.data[start : start + len(out)], non_blocking=held.pinned)
             return
         self._bring_through_ring(index, held, start, out)
 
@@ -187,7 +190,8 @@ class Transfer:
             read.result()
         finally:
             del read  # it holds the error, whose traceback holds this frame: a circle would keep the buffers alive
-        piece.copy_(buffer.data[: len(piece)], non_blocking=buffer.pinned)
+        with self.clock.copying(len(piece)):
+            piece.copy_(buffer.data[: len(piece)], non_blocking=buffer.pinned)
         self._order.record_copy(copied)
 
     def _start(self, index: int, held: HostBuffer | None, start: int, out: Tensor) -> "Future[None]":
@@ -204,7 +208,8 @@ class Transfer:
 
     def _read(self, index: int, held: HostBuffer | None, start: int, out: Tensor) -> None:
         if held is None:
-            self.source.read(index, out, start)
+            with self.clock.reading(len(out)):
+                self.source.read(index, out, start)
         else:
             out.copy_(held.data[start : start + len(out)])
 

@@ -53,6 +53,8 @@ class Costs(Protocol):
 
     def copy_seconds(self, nbytes: int) -> float: ...
 
+    def read_seconds(self, nbytes: int) -> float: ...
+
 
 class Owner(Protocol):
     """A stream or a host thread."""

@@ -109,6 +109,21 @@ class HostThreads:
             self.here().join(end)
 
 
+class Disk:
+    """Reads of all threads, one after the other."""
+
+    def __init__(self, threads: HostThreads) -> None:
+        self._lock = threading.Lock()
+        self._threads = threads
+        self._free_at = 0.0
+
+    def read(self, seconds: float) -> None:
+        """The present thread waits for one that takes so many simulated seconds."""
+        thread = self._threads.here()
+        with self._lock:
+            self._free_at = thread.seconds = max(thread.seconds, self._free_at) + seconds
+
+
 class OrderedLock:
     """A lock whose holders come one after the other, also in their clocks."""
 

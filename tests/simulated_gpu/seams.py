@@ -11,13 +11,15 @@ from unittest.mock import patch
 import torch
 from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
 from qwenimage_lowvram.engine.planning.memory import SecondaryDevice
+from qwenimage_lowvram.engine.runs import sampling_run
+from qwenimage_lowvram.engine.runs.memory_watch import MemoryWatch
 from qwenimage_lowvram.engine.streaming import BlockStore, FileSource, transfer
 from qwenimage_lowvram.engine.streaming.pinned_memory import PinnedMemory
 from qwenimage_lowvram.engine.streaming.streams import StreamOrder
 from torch import Tensor
 from torch.nn import functional as F
 
-from .host_threads import OrderedLock
+from .host_threads import Disk, OrderedLock
 from .tensors import DeviceTensor
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ def installed(gpu: "SimulatedGPU") -> Iterator[None]:
 
 
 def _engine(gpu: "SimulatedGPU") -> Iterator[tuple[Any, str, Any]]:
-    made, read = BlockStore.__init__, FileSource.read
+    made, read, disk = BlockStore.__init__, FileSource.read, Disk(gpu.threads)
 
     def init(store: BlockStore, *args: Any, **kwargs: Any) -> None:
         made(store, *args, **kwargs)
@@ -43,12 +45,16 @@ def _engine(gpu: "SimulatedGPU") -> Iterator[tuple[Any, str, Any]]:
     def read_file(source: FileSource, index: int, out: Tensor, start: int = 0) -> None:
         gpu.page_locks.host_access(out, True, f"block {index} read from its file, from byte {start} on")
         read(source, index, out, start)
+        if gpu.costs is not None:
+            disk.read(gpu.costs.read_seconds(out.nbytes))
 
     def lock(memory: PinnedMemory, data: Tensor) -> bool:
         gpu.page_locks.lock(data)
         return True
 
     yield BlockStore, "__init__", init
+    yield MemoryWatch, "_counter", lambda watch: None
+    yield sampling_run, "TELLING_FLOPS", 0.0
     yield FileSource, "read", read_file
     yield PinnedMemory, "_lock", lock
     yield PinnedMemory, "_unlock", lambda memory, data: gpu.page_locks.unlock(data)

@@ -1,0 +1,150 @@
+"""What runs learn of a machine's speeds is what the simulated card, bus and disk really do."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
+from qwenimage_lowvram.engine.planning.forecast import TYPICAL, Speeds
+from qwenimage_lowvram.engine.planning.memory import (
+    least_bytes,
+    least_ram_bytes,
+    most_bytes,
+    most_ram_bytes,
+    plan_memory,
+)
+from qwenimage_lowvram.engine.planning.request import Limits, SamplingRequest
+from qwenimage_lowvram.engine.planning.stages import Stage
+from qwenimage_lowvram.engine.reports.memory_report import MemoryReport
+from qwenimage_lowvram.engine.runs.known_speeds import KnownSpeeds
+from qwenimage_lowvram.engine.runs.sampling_run import SamplingRun
+from qwenimage_lowvram.engine.runs.surroundings import Alone
+from qwenimage_lowvram.engine.runs.timeline import Timeline
+
+from .costs import Rates
+from .device import SimulatedGPU
+from .rig import IMAGE, PROMPT_TOKENS, Rig, finish
+from .tiny_models import LAYERS, TinyModels
+
+pytestmark = pytest.mark.slow
+TIMES = (1.0, 0.7, 0.4)
+REQUEST = SamplingRequest(
+    width=IMAGE[2] * 16, height=IMAGE[1] * 16, branches=1, prompt_tokens=PROMPT_TOKENS[0], timesteps=len(TIMES)
+)
+# a tiny model computes less with each of its bytes; and a machine that is as small as it is, so that steps take seconds
+FIRST = Speeds(TYPICAL.flops / 5e7, TYPICAL.bus_bytes / 1e5, TYPICAL.disk_bytes / 1e5)
+
+
+CALLS = {"least": (least_bytes, least_ram_bytes), "most": (most_bytes, most_ram_bytes)}
+Room = tuple[str, str]  # on the card and in RAM
+
+
+def sample(
+    rig: Rig,
+    model: QwenImageTransformer,
+    speeds: KnownSpeeds,
+    room: Room,
+    *,
+    around: Alone | None = None,
+    timeline: Timeline | None = None,
+) -> MemoryReport:
+    """One run, whose sampler waits for nothing between its steps."""
+    vram, ram = (CALLS[name][i](model.footprint, REQUEST) for i, name in enumerate(room))
+    plan = plan_memory(model.footprint, REQUEST, Limits(vram, ram), speeds.get())
+    run = SamplingRun(
+        model,
+        plan,
+        steps=len(TIMES),
+        speeds=speeds,
+        timeline=timeline or Timeline(),
+        surroundings=around or Alone(),
+    )
+    branches = [rig.branches(timestep) for timestep in TIMES]
+    finished = False
+    try:
+        run.load()
+        run.begin(TIMES)
+        for branch in branches:
+            run.forward(branch)
+        finished = True
+    finally:
+        report = run.end(finished=finished)
+    return report
+
+
+def known(rig: Rig, speeds: Speeds) -> KnownSpeeds:
+    found = KnownSpeeds(rig.hardware, torch.bfloat16, Path("/"), file=None, device_name="simulated")
+    found.put(speeds)
+    return found
+
+
+def step_seconds(models: TinyModels, rates: Rates) -> tuple[float, float]:
+    """Of a step in which nothing is copied, by the host's time, which waits for the card before and after it; and the
+    operations of it."""
+    with SimulatedGPU("late", costs=replace(rates, bus_bytes=float("inf"), disk_bytes=float("inf"))) as gpu:
+        rig = Rig(models, gpu)
+        model = rig.transformer("bf16")
+        model.load(range(LAYERS))
+        model.modulation.announce(TIMES)
+        branches = rig.branches(TIMES[0])
+        with model.session(slots=1) as session:
+            gpu.accelerator.synchronize()
+            begun = time.perf_counter()
+            session.forward(branches)
+            gpu.accelerator.synchronize()
+            seconds = time.perf_counter() - begun
+        finish(model)
+        return seconds, model.footprint.step_flops(REQUEST)
+
+
+@pytest.mark.parametrize(
+    ("flops", "bus", "disk", "rooms"),
+    [
+        (1 / 32, 1, 1, (("least", "most"), ("most", "most"))),  # bound by compute
+        (50, 60, 60, (("least", "most"), ("least", "least"))),
+        (1, 1 / 10, 1, (("least", "most"), ("least", "least"))),  # by the bus
+        (1, 2, 1 / 40, (("least", "least"), ("least", "most"))),  # by the disk
+    ],
+)
+def test_in_three_runs_speeds_are_the_true_ones_and_stay_so(
+    flops: float, bus: float, disk: float, rooms: Sequence[Room], tiny_models: TinyModels
+) -> None:
+    """Factors of what is thought at first; the last run is one of another plan."""
+    rates = Rates(flops=FIRST.flops * flops, bus_bytes=FIRST.bus_bytes * bus, disk_bytes=FIRST.disk_bytes * disk)
+    seconds, operations = step_seconds(tiny_models, rates)
+    truth = (operations / seconds, rates.bus_bytes, rates.disk_bytes)
+    with SimulatedGPU("late", costs=rates) as gpu:
+        rig = Rig(tiny_models, gpu)
+        model, speeds = rig.transformer("bf16"), known(rig, FIRST)
+        for number, room in enumerate((*[rooms[0]] * 3, rooms[1])):
+            sample(rig, model, speeds, room)
+            model.store.set_held(())
+            if number > 1:
+                assert astuple(speeds.get())[:3] == pytest.approx(truth, rel=0.1)
+        finish(model)
+
+
+def test_a_report_and_progress_tell_the_cards_seconds(tiny_models: TinyModels) -> None:
+    """Steps of ten seconds, which the host issues in none, and a sampler that waits for nothing."""
+    at_one, _ = step_seconds(tiny_models, Rates(flops=1.0))
+    told: list[Mapping[str, Any]] = []
+    with SimulatedGPU("late", costs=Rates(flops=at_one / 10)) as gpu:
+        rig = Rig(tiny_models, gpu)
+        model, timeline = rig.transformer("bf16"), Timeline()
+        around = Alone(on_progress=told.append)
+        report = sample(rig, model, known(rig, FIRST), ("most", "least"), around=around, timeline=timeline)
+        finish(model)
+    assert report.pass_seconds == pytest.approx(30, rel=0.01)
+    assert report.first_step_seconds > 10
+    assert report.seconds == pytest.approx(report.first_step_seconds + 20, rel=0.01)
+    sampling = next(stage for stage in timeline.reports if stage.stage is Stage.SAMPLING)
+    assert sampling.seconds == pytest.approx(30, rel=0.01)
+    live = [event for event in told if event["stage"] != "modulation"]
+    assert [event["stage"] for event in live].count("sampling") > 2 * LAYERS
+    inside = [event["seconds_per_step"] for event in live if event["block"] > 2]
+    assert inside == pytest.approx([10] * len(inside), rel=0.05)
+    assert live[-1]["seconds_per_step"] == pytest.approx(10, rel=0.05)
