@@ -4,6 +4,8 @@
 MLP_CHUNKS = (None, 4096, 2048, 1024, 512)
 # MLP of the text encoder
 TEXT_MLP_TOKENS = 512
+# norms of queries and keys in fp32, of transformers with heads' norms of their own
+NORM_TOKENS = 1024
 # more tokens than these are interrupted within a block: of 16x16 px each, references included, that is 2896x2896 px, of
 # which a block of the model takes seconds
 LONG_TOKENS = 32_768

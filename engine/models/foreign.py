@@ -14,11 +14,6 @@ OTHER_QUANTIZATION = Component(
     "a model quantized for another program (GPTQ, AWQ, quanto, torchao, or nunchaku for another model)",
     signs=(r"\.(qweight|wscales|weight_packed|_?weight_qdata|weight:_data|weight\._(data|scale))$",),
 )
-# its blocks' attention is named as that of Qwen-Image
-QWEN_IMAGE_2_1 = Component(
-    "a Qwen-Image-2.1 transformer",
-    signs=(r"(^|\.)txt_in\.text_norm\.weight$|\.img_mlp\.(gate_up|gate_layer)\.weight$",),
-)
 OTHER_TEXT_ENCODER = Component(
     "the text encoder of another model",
     "text_encoders",

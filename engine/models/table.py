@@ -3,6 +3,7 @@
 from . import foreign
 from .qwen25_vl.component import TEXT_ENCODER
 from .qwen_image.component import TRANSFORMER
+from .qwen_image_21.component import TRANSFORMER_21
 from .qwen_image_vae.component import VAE
 from .qwen_vl.component import VISION
 
@@ -12,7 +13,7 @@ COMPONENTS = (
     foreign.MODEL_PATCH,
     foreign.CONTROLNET,
     foreign.OTHER_QUANTIZATION,
-    foreign.QWEN_IMAGE_2_1,
+    TRANSFORMER_21,
     TRANSFORMER,
     foreign.OTHER_TEXT_ENCODER,
     VISION,

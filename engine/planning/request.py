@@ -78,7 +78,7 @@ class SamplingRequest:
     prompt_tokens: of the longest prompt. reference_tokens: of all reference images of a branch together.
     timesteps: how many the run has. frames: of the image's latent; one more than the layers it is taken apart into.
     controls: what runs beside the transformer, for this size and batch. token_px: pixels that a token covers along
-    each side.
+    each side. prompts: how many different ones the branches have, 0: each its own.
     """
 
     width: int
@@ -90,6 +90,7 @@ class SamplingRequest:
     frames: int = 1
     controls: Controls = Controls()
     token_px: int = TOKEN_PX
+    prompts: int = 0
 
     def __post_init__(self) -> None:
         step = self.token_px
@@ -113,6 +114,10 @@ class SamplingRequest:
     @property
     def image_tokens(self) -> int:
         return self.frames * self.frame_tokens + self.reference_tokens
+
+    @property
+    def distinct_prompts(self) -> int:
+        return min(self.prompts, self.branches) or self.branches
 
     def with_branches(self, branches: int) -> "SamplingRequest":
         """The same with fewer images, or without guidance."""

@@ -6,14 +6,19 @@ import io
 import json
 import os
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from qwenimage_lowvram.engine.files.safetensors_header import BITS_PER_ELEMENT
 from qwenimage_lowvram.engine.hardware import Hardware
+
+# of Qwen-Image-2.1: what compares with diffusers' classes is run with the newest packages
+collect_ignore_glob = [] if Version(version("diffusers")) >= Version("0.42") else ["*_21_against_diffusers.py"]
 
 TEXT_DIM = 32
 LAYERS = 5

@@ -19,6 +19,7 @@ from qwenimage_lowvram.engine.models.qwen25_vl.tensors import sort_text_encoder
 from qwenimage_lowvram.engine.models.qwen_image.component import TRANSFORMER
 from qwenimage_lowvram.engine.models.qwen_image.tensors import sort_transformer
 from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
+from qwenimage_lowvram.engine.models.qwen_image_21.component import TRANSFORMER_21
 from qwenimage_lowvram.engine.models.qwen_image_vae.component import VAE
 from qwenimage_lowvram.engine.models.qwen_image_vae.tensor_names import needed_tensors, require_image_vae, vae_tensors
 from qwenimage_lowvram.engine.models.recognition import identify, only, require
@@ -63,9 +64,9 @@ OTHERS = {
     "quanto": ("transformer_blocks.0.attn.add_q_proj.weight._data", foreign.OTHER_QUANTIZATION),
     "torchao": ("transformer_blocks.0.attn.add_q_proj._weight_qdata", foreign.OTHER_QUANTIZATION),
     "compressed-tensors": ("transformer_blocks.0.attn.add_q_proj.weight_packed", foreign.OTHER_QUANTIZATION),
-    "2.1 of diffusers": ("transformer_blocks.0.img_mlp.gate_layer.weight", foreign.QWEN_IMAGE_2_1),
-    "2.1 of ComfyUI": ("model.diffusion_model.transformer_blocks.0.img_mlp.gate_up.weight", foreign.QWEN_IMAGE_2_1),
-    "2.1 without its blocks": ("txt_in.text_norm.weight", foreign.QWEN_IMAGE_2_1),
+    "2.1 of diffusers": ("transformer_blocks.0.img_mlp.gate_layer.weight", TRANSFORMER_21),
+    "2.1 of ComfyUI": ("model.diffusion_model.transformer_blocks.0.img_mlp.gate_up.weight", TRANSFORMER_21),
+    "2.1 without its blocks": ("txt_in.text_norm.weight", TRANSFORMER_21),
     "something": ("weight", foreign.UNKNOWN),
 }
 FOLDERS = {foreign.LORA: "loras", VAE: "vae", foreign.CONTROLNET: "controlnet"}

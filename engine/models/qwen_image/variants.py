@@ -3,15 +3,12 @@
 Qwen-Image, Edit and Edit-2509 have the same tensors. Only 2511 and Layered differ in what they compute.
 """
 
-import os
 import re
 from enum import Enum
 
 from ...errors import WrongModel
 from ...files.checkpoint import Checkpoint
-from ...files.json_texts import read_json
-from ...files.model_files import USUAL_NAMES
-from ...files.part_files import stem_of
+from ..titles import pipeline_index, titles_of
 
 # in ComfyUI's files an empty tensor marks 2511, in diffusers' a setting of the configuration
 MARK_2511 = "__index_timestep_zero__"
@@ -21,8 +18,6 @@ _OF_ANY_FILE = re.compile(
     r"(qwen|image|edit|(bf|fp|f|int|nf|i?q)\d+|e\dm\d(fn)?|[ksml]|x+[sl]|nl|ud|scaled|mixed|row|convrot|comfyui|gguf|"
     r"lightning|\d*steps?|\d)+"
 )
-# metadata in which a file's maker names it: GGUF's, and ModelSpec's of safetensors files
-_TITLES = ("general.name", "general.basename", "modelspec.title")
 
 
 class Variant(Enum):
@@ -90,7 +85,7 @@ def variant_of(checkpoint: Checkpoint, chosen: Variant | None = None) -> Variant
         return chosen
     if marked:
         return Variant.EDIT_2511
-    named = [variant for text in _titles(checkpoint) if (variant := _named(text)) is not None]
+    named = [variant for text in titles_of(checkpoint) if (variant := _named(text)) is not None]
     if Variant.EDIT_2511 in named:
         raise WrongModel(
             "{file} is {variant} by its name, but has lost that model's mark (the setting zero_cond_t, or the tensor "
@@ -109,7 +104,7 @@ def could_be(checkpoint: Checkpoint) -> tuple[Variant, ...]:
     it, and names say "edit" in words of their own, or contradict each other. Empty where there is no such doubt."""
     if is_marked_2511(checkpoint) or is_layered(checkpoint) or _of_pipeline(checkpoint) is not None:
         return ()
-    named = {text: variant for text in _titles(checkpoint) if (variant := _named(text)) is not None}
+    named = {text: variant for text in titles_of(checkpoint) if (variant := _named(text)) is not None}
     said = set(named.values())
     if said == {Variant.EDIT} and not any(map(_is_published, named)):
         said |= {Variant.EDIT_2509, Variant.EDIT_2511}
@@ -129,16 +124,6 @@ def is_layered(checkpoint: Checkpoint) -> bool:
 
 def _has(checkpoint: Checkpoint, tensor: str) -> bool:
     return any(name.endswith(tensor) for name in checkpoint.tensors)
-
-
-def _titles(checkpoint: Checkpoint) -> list[str]:
-    path = checkpoint.path
-    given = [checkpoint.metadata[key] for key in _TITLES if key in checkpoint.metadata]
-    folder = path.parent.parent if not path.is_dir() and path.parent.name == "transformer" else path.parent
-    stem = stem_of(path)
-    # a folder, or a file with the name that every model has there: the folder above is named after it
-    named_by_folder = path.is_dir() or re.sub(r"\W.*", "", stem) in USUAL_NAMES
-    return [*given, folder.name if named_by_folder else stem]
 
 
 def _named(text: str) -> Variant | None:
@@ -162,10 +147,7 @@ def _is_published(text: str) -> bool:
 
 def _of_pipeline(checkpoint: Checkpoint) -> Variant | None:
     """What the model_index.json says that a transformer's folder belongs to."""
-    index = checkpoint.path.parent / "model_index.json"
-    if not checkpoint.path.is_dir() or not os.path.lexists(index):
-        return None
-    pipeline = read_json(index).get("_class_name")
+    pipeline = pipeline_index(checkpoint).get("_class_name")
     if not isinstance(pipeline, str) or not pipeline.startswith("QwenImage"):
         return None
     if pipeline.startswith("QwenImageEdit"):

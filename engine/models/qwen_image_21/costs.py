@@ -1,0 +1,96 @@
+"""What Qwen-Image-2.1's transformer takes: activations and operations. Imports no torch."""
+
+from dataclasses import dataclass
+
+from ...compute.attention_kernels import AttentionShape
+from ...compute.chunk_sizes import NORM_TOKENS
+from ...planning.footprint import TransformerFootprint
+from ...planning.request import SamplingRequest
+
+TOKEN_PX = 16  # that a token covers, of a request for this network
+# (width, height) that the model was trained on (model card), and smaller ones to fall back to
+SUGGESTED_SIZES = ((2048, 2048), (2752, 1536), (1536, 1536), (1024, 1024), (768, 768), (512, 512))
+_CHANNELS = 64
+_ROTARY_BYTES = 4  # of each of a head's dimensions: half as many complex numbers in fp32
+
+
+@dataclass(frozen=True)
+class QwenImage21Footprint(TransformerFootprint):
+    """head_dim, prompt_dim: as in diffusers' configuration (attention_head_dim, context_in_dim). mlp_dim: of the MLP
+    between its matrices."""
+
+    head_dim: int = 128
+    prompt_dim: int = 4096
+    mlp_dim: int = 12288
+
+    @property
+    def suggested_sizes(self) -> tuple[tuple[int, int], ...]:
+        return SUGGESTED_SIZES
+
+    def activation_bytes(self, request: SamplingRequest, chunk: int | None) -> int:
+        """Carried are all images and prefixes, and the keys and values of the latter in the present block, which stay
+        until all branches are through it; one of them at a time is at its widest."""
+        image, references, text = request.frame_tokens, request.reference_tokens, request.prompt_tokens
+        texts = request.distinct_prompts * text
+        unit, rotary = self.inner_dim * self.element_bytes, self.head_dim * _ROTARY_BYTES
+        carried = request.branches * image * (unit + rotary) + (references + texts) * (3 * unit + rotary)
+        carried += (request.branches * image + references) * _CHANNELS * self.element_bytes
+        carried += texts * (self.prompt_dim * self.element_bytes + references + text)  # and what each token sees
+        widest = [self._image_bytes(image, references + text, chunk), self._prefix_bytes(text, references, chunk)]
+        return carried + max(*widest, self._prefix_bytes(references, 0, chunk), self._text_bytes(text))
+
+    def attention_text(self, request: SamplingRequest) -> str:
+        image, before = request.frame_tokens, request.reference_tokens + request.prompt_tokens
+        return self.attention.text(self._attended(image, before))
+
+    def step_flops(self, request: SamplingRequest) -> float:
+        """Of the images alone: each token by 4 dim^2 weights of attention and 3 dim mlp_dim of the MLP, and attention
+        from every token of an image to all before it and itself."""
+        before = request.reference_tokens + request.prompt_tokens
+        return request.branches * self._flops(request.frame_tokens, before + request.frame_tokens)
+
+    def prefix_flops(self, request: SamplingRequest) -> float:
+        """Of all prompts and references, once."""
+        references, text = request.reference_tokens, request.prompt_tokens
+        return self._flops(references, references) + request.distinct_prompts * self._flops(text, references + text)
+
+    def _flops(self, tokens: int, keys: int) -> float:
+        dim = self.inner_dim
+        return float(self.all_blocks * 2 * tokens * (4 * dim**2 + 3 * dim * self.mlp_dim + 2 * keys * dim))
+
+    def _image_bytes(self, tokens: int, before: int, chunk: int | None) -> int:
+        """Of an image in a block, beyond what is carried. Units: before attention what is scaled, queries and keys;
+        then queries, what is seen, keys and values with those before them."""
+        unit = self.inner_dim * self.element_bytes
+        turning = 3 * tokens * unit + self._norm_bytes(tokens)
+        seen = max(tokens * unit, self.attention.scratch_bytes(self._attended(tokens, before)))
+        attending = tokens * unit + 2 * (tokens + before) * unit + seen
+        return max(turning, attending, self._mlp_bytes(tokens, chunk))
+
+    def _prefix_bytes(self, tokens: int, before: int, chunk: int | None) -> int:
+        """The same of a stretch of a prefix, whose own keys and values are carried; what its pieces see is joined."""
+        unit = self.inner_dim * self.element_bytes
+        turning = 2 * tokens * unit + self._norm_bytes(tokens)
+        pieces = 1 if before else 2
+        seen = max(pieces * tokens * unit, self.attention.scratch_bytes(self._attended(tokens, before)))
+        attending = tokens * unit + (2 * (tokens + before) * unit if before else 0) + seen
+        return max(turning, attending, self._mlp_bytes(tokens, chunk))
+
+    def _norm_bytes(self, tokens: int) -> int:
+        return min(tokens, NORM_TOKENS) * self.inner_dim * (2 * 4 + self.element_bytes)
+
+    def _mlp_bytes(self, tokens: int, chunk: int | None) -> int:
+        """Behind attention, and scaled; the result is as wide as the two products until one of them is gone."""
+        unit, wide = self.inner_dim * self.element_bytes, 2 * self.mlp_dim * self.element_bytes
+        if chunk is None or tokens <= chunk:
+            return 2 * tokens * unit + tokens * wide
+        return 3 * tokens * unit + chunk * wide
+
+    def _text_bytes(self, text: int) -> int:
+        """Of a prompt's way into the first block: its norm in fp32, three times, before there are its tokens, keys and
+        values, which are carried."""
+        wide = self.prompt_dim * (3 * 4 + 2 * self.element_bytes)
+        return text * max(0, wide - 3 * self.inner_dim * self.element_bytes)
+
+    def _attended(self, tokens: int, before: int) -> AttentionShape:
+        return AttentionShape(tokens, tokens + before, self.inner_dim // self.head_dim, self.head_dim)

@@ -1,0 +1,118 @@
+"""Qwen-Image-2.1's transformer: what goes into its first block and comes out of its last."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ...files.checkpoint import Checkpoint
+from ...hardware import Hardware
+from ...streaming import BlockSource, FileSource, OnBlock, StoredBlock
+from ..streamed_transformer import StreamedTransformer
+from .branch import Branch, BranchState, StretchState
+from .costs import QwenImage21Footprint
+from .layers import Outside, Run
+from .network import QwenImage21Parts
+from .positions import RotaryTables, runs_of
+from .prefix import Stretch
+
+
+class QwenImage21Transformer(StreamedTransformer[Branch, BranchState]):
+    """Qwen-Image-2.1's transformer with its blocks in a BlockStore.
+
+    Guarantees: a branch's result is bit-equal to that of the branch alone, wherever the blocks live; one pass visits
+    each block once, whatever the number of branches; a prefix that several begin with runs through it once. A branch's
+    answer is the velocity of its image, (1, N, 64).
+    """
+
+    footprint: QwenImage21Footprint
+    outside: Outside
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        dtype: torch.dtype,
+        hardware: Hardware,
+        others: Sequence[Hardware] = (),
+        source: Callable[[Sequence[StoredBlock]], BlockSource] = FileSource,
+    ) -> None:
+        """Reads the weights outside the blocks (272 MB in bf16), and no block. `source` makes the blocks' source.
+
+        Raises what QwenImage21Parts does.
+        """
+        parts = QwenImage21Parts(checkpoint, dtype=dtype, hardware=hardware, others=others, source=source)
+        super().__init__(checkpoint, parts, dtype=dtype, hardware=hardware)
+        self.config = parts.config
+        self._rotary = RotaryTables(parts.config.rope_axes)
+
+    def begin(self, branches: Sequence[Branch], on_block: OnBlock | None) -> list[BranchState]:
+        """Raises InvalidRequest for prompts and images beyond the model's positions."""
+        stretches: dict[str, StretchState] = {}
+        clocks = {
+            timestep: self.outside.clocks(timestep, self.dtype, self.hardware.device)
+            for timestep in {branch.timestep for branch in branches}
+        }
+        return [self._begin(branch, *clocks[branch.timestep], stretches) for branch in branches]
+
+    def _begin(
+        self, branch: Branch, embedding: Tensor, modulation: Tensor, stretches: dict[str, StretchState]
+    ) -> BranchState:
+        device, prefix = self.hardware.device, branch.prefix
+        own: list[StretchState] = []
+        for stretch in prefix.stretches:
+            if stretch.key not in stretches:
+                stretches[stretch.key] = StretchState(
+                    modulation=modulation[1:].unsqueeze(1),
+                    earlier=tuple(own),
+                    begin=_Beginning(self, stretch),
+                    last=self.config.layers - 1,
+                )
+            own.append(stretches[stretch.key])
+        tokens = branch.tokens.shape[1]
+        runs = [Run(0, tokens, prefix.tokens + tokens)]
+        if prefix.seen is not None:
+            seen = torch.cat([prefix.seen, prefix.seen.new_ones(1, tokens)], dim=1)
+            runs = [Run(0, tokens, prefix.tokens + tokens, seen[:, None, None].to(device))]
+        return BranchState(
+            img=self.outside.img_in(branch.tokens),
+            rotary=self._rotary.factors([branch.shape], prefix.end).to(device),
+            modulation=modulation[:1].unsqueeze(1),
+            embedding=embedding,
+            runs=runs,
+            stretches=own,
+            prefix_tokens=prefix.tokens,
+        )
+
+    def finish(self, branch: Branch, state: BranchState) -> Tensor:
+        return self.outside.velocity(state.img, state.embedding)
+
+    def first_tokens(self, stretch: Stretch) -> tuple[Tensor, Tensor, list[Run]]:
+        """What goes into the first block of a prefix: tokens (1, N, dim), their rotary factors, and what they see."""
+        device, outside = self.hardware.device, self.outside
+        rotary = self._rotary.factors(stretch.pieces, stretch.start).to(device)
+        runs = runs_of(stretch.pieces, stretch.before, stretch.seen, device)
+        text = None if stretch.text is None else outside.txt_in(stretch.text.to(device, self.dtype))
+        images = None if stretch.images is None else outside.img_in(stretch.images.to(device, self.dtype))
+        if text is None or images is None:
+            tokens = images if text is None else text
+            assert tokens is not None
+            return tokens, rotary, runs
+        tokens = text.new_empty(1, stretch.tokens, text.shape[-1])
+        taken = {True: 0, False: 0}
+        for run, piece in zip(runs, stretch.pieces, strict=True):
+            is_text = isinstance(piece, int)
+            source, at = (text if is_text else images), taken[is_text]
+            tokens[:, run.start : run.stop] = source[:, at : at + run.stop - run.start]
+            taken[is_text] += run.stop - run.start
+        return tokens, rotary, runs
+
+
+class _Beginning:
+    """A stretch at the first block, made when it is asked for."""
+
+    def __init__(self, transformer: QwenImage21Transformer, stretch: Stretch) -> None:
+        self._transformer, self._stretch = transformer, stretch
+
+    def __call__(self) -> tuple[Tensor, Tensor, list[Run]]:
+        return self._transformer.first_tokens(self._stretch)
