@@ -18,8 +18,11 @@ class QwenLowVRAMDecode:
         "the image is the same for every tile size, without seams or shifts in tone."
     )
     SEARCH_ALIASES = ("vae decode", "decode latent", "latent to image", "tiled decode", "qwen decode")
-    RETURN_TYPES = ("IMAGE",)
-    OUTPUT_TOOLTIPS = ("The decoded images.",)
+    RETURN_TYPES = ("IMAGE", "MASK")
+    OUTPUT_TOOLTIPS = (
+        "The decoded images; with alpha from models that draw it (Layered, 2.1).",
+        "Where the images are transparent, as Load Image has it: 1 minus alpha; 0 for images without alpha.",
+    )
     FUNCTION = "decode"
 
     @classmethod
@@ -46,10 +49,12 @@ class QwenLowVRAMDecode:
             }
         }
 
-    def decode(self, samples: dict[str, Any], vae: Any, tile_size: int) -> tuple[torch.Tensor]:
+    def decode(self, samples: dict[str, Any], vae: Any, tile_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         check_widgets(self.INPUT_TYPES(), vae=vae, tile_size=tile_size)
         images = _decode(latent_of("samples", samples), vae, tile_size)
-        return (images.reshape(-1, *images.shape[-3:]),)  # a video VAE answers (B, T, H, W, C)
+        images = images.reshape(-1, *images.shape[-3:])  # a video VAE answers (B, T, H, W, C)
+        has_alpha = images.shape[-1] == 4
+        return images, 1 - images[..., 3] if has_alpha else images.new_zeros(images.shape[:3])
 
 
 def _decode(latents: torch.Tensor, vae: Any, tile_size: int) -> torch.Tensor:

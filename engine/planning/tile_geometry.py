@@ -15,7 +15,10 @@ class Phase:
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Output position i reads the input positions (i * stride - before) // up to (i * stride + after) // up."""
+    """Output position i reads the input positions (i * stride - before) // up to (i * stride + after) // up.
+
+    inside: layers that it runs one after another before its phases, while its input stays for a shortcut.
+    """
 
     inputs: int
     outputs: int
@@ -24,6 +27,7 @@ class LayerShape:
     after: int = 0
     stride: int = 1
     up: int = 1
+    inside: tuple["LayerShape", ...] = ()
 
     def size(self, length: int) -> int:
         return length * self.up // self.stride
@@ -50,6 +54,10 @@ def peak_bytes(layers: Sequence[LayerShape], height: int, width: int, itemsize: 
     peak = 0
     for layer in layers:
         source = layer.inputs * height * width * itemsize
+        if layer.inside:
+            first, rest = layer.inside[:1], layer.inside[1:]
+            inner = first[0].size(height), first[0].size(width)
+            peak = max(peak, peak_bytes(first, height, width, itemsize), source + peak_bytes(rest, *inner, itemsize))
         height, width = layer.size(height), layer.size(width)
         result = layer.outputs * height * width * itemsize
         for phase in layer.phases:
@@ -63,7 +71,7 @@ def largest_tensor(layers: Sequence[LayerShape], height: int, width: int) -> int
     """Values of the largest input or output of any layer."""
     largest = 0
     for layer in layers:
-        largest = max(largest, layer.inputs * height * width)
+        largest = max(largest, layer.inputs * height * width, largest_tensor(layer.inside, height, width))
         height, width = layer.size(height), layer.size(width)
         largest = max(largest, layer.outputs * height * width)
     return largest

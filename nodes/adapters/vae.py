@@ -74,7 +74,7 @@ class LowVRAMVAE(comfy.sd.VAE):
         self.downscale_ratio = self.upscale_ratio = image_vae.scale
         self.downscale_index_formula = self.upscale_index_formula = None
         self.latent_channels = image_vae.latent_channels
-        self.latent_dim = 3
+        self.latent_dim = 3 if image_vae.has_frames else 2
         self.output_channels = image_vae.image_channels
         self.pad_channel_value = 1.0
         self.extra_1d_channel = None

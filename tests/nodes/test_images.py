@@ -92,3 +92,22 @@ def test_prompts_longer_than_the_reference_allows_are_used_whole(
     ids = tokenizer.encode("word " * 1100)
     assert ids[-5:] == tokenizer.encode("a")[-5:]  # the template's end is there
     assert "1024" in caplog.text
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_decode_gives_a_mask_of_what_is_transparent(comfy: Any, channels: int) -> None:
+    import comfy.sd
+    from qwenimage_lowvram.nodes.decode import QwenLowVRAMDecode
+
+    image = torch.rand((2, 4, 6, channels), generator=torch.Generator().manual_seed(1))
+
+    class Drawn(comfy.sd.VAE):
+        def __init__(self) -> None:
+            pass
+
+        def decode(self, samples: torch.Tensor) -> torch.Tensor:
+            return image
+
+    images, mask = QwenLowVRAMDecode().decode({"samples": torch.zeros(2, 16, 1, 2, 2)}, Drawn(), 0)
+    assert torch.equal(images, image)
+    assert torch.equal(mask, 1 - image[..., 3] if channels == 4 else torch.zeros(2, 4, 6))

@@ -62,7 +62,7 @@ NEWEST = Overlay(
         "truststore==0.10.5",
         "comfy-kitchen==0.2.40",
     ),
-    ("test_comfy_quant", "test_w4a8", "test_transformer_21_against_diffusers"),
+    ("test_comfy_quant", "test_w4a8", "test_transformer_21_against_diffusers", "test_vae_21_against_diffusers"),
 )
 OVERLAYS = (OLDEST, NEWEST)
 OLDEST_TORCH = ("torch==2.6.0", "torchvision==0.21.0")

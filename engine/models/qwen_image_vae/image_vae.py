@@ -1,12 +1,13 @@
 """Latents to images and back, within a memory limit; owns the loop over tiles and the retries."""
 
 from collections.abc import Callable, Mapping
+from typing import ClassVar
 
 import torch
 from torch import nn
 
 from ...errors import DoesNotFit, InvalidRequest
-from ...files.checkpoint import Checkpoint
+from ...files.checkpoint import Checkpoint, TensorEntry
 from ...log import logger
 from ...out_of_memory import Short, ran_out, reason, shortage
 from ...planning.footprint import VAEFootprint
@@ -27,6 +28,8 @@ class ImageVAE(nn.Module):
     * Not one activation is copied to a wider dtype as a whole; attention scores never exist as a whole.
     """
 
+    has_frames: ClassVar[bool] = True  # latents are (B, C, F, h, w)
+
     def __init__(self, encoder: Half, decoder: Half, dtype: torch.dtype) -> None:
         super().__init__()
         self.encoder = encoder
@@ -40,10 +43,15 @@ class ImageVAE(nn.Module):
         check_is_image_vae({name: tensor.shape for name, tensor in tensors.items()}, "The VAE")
         return cls(build_encoder(tensors, dtype), build_decoder(tensors, dtype), dtype).eval()
 
+    @staticmethod
+    def needed(checkpoint: Checkpoint) -> dict[str, TensorEntry]:
+        """Tensors of a file, under diffusers' names. Raises as `from_state_dict` does."""
+        return needed_tensors(checkpoint)
+
     @classmethod
     def read(cls, checkpoint: Checkpoint, dtype: torch.dtype) -> "ImageVAE":
         """From a file in diffusers' or ComfyUI's names, on the host. Raises as `from_state_dict` does."""
-        needed = needed_tensors(checkpoint)
+        needed = cls.needed(checkpoint)
         shapes = {name: entry.shape for name, entry in needed.items()}
         # outside of any inference mode, so that the weights may be used in every thread
         with torch.inference_mode(False):
@@ -55,7 +63,7 @@ class ImageVAE(nn.Module):
     def without_weights(cls, checkpoint: Checkpoint, *, dtype: torch.dtype) -> "ImageVAE":
         """On the meta device, from a file's header alone: it plans, and computes nothing. Raises as
         `from_state_dict` does."""
-        tensors = {name: torch.empty(e.shape, device="meta") for name, e in needed_tensors(checkpoint).items()}
+        tensors = {name: torch.empty(e.shape, device="meta") for name, e in cls.needed(checkpoint).items()}
         return cls.from_state_dict(tensors, dtype=dtype)
 
     @property
@@ -116,7 +124,7 @@ class ImageVAE(nn.Module):
         each attempt: again in fp32 if fp16 overflowed, again in smaller tiles if memory ran out.
         Raises InvalidRequest for other shapes, DoesNotFit before anything is computed.
         """
-        if latents.ndim == 5 and (latents.shape[2] == 1 or self.image_channels == RGBA):
+        if latents.ndim == 5 and (latents.shape[2] == 1 or (self.has_frames and self.image_channels == RGBA)):
             latents = latents.movedim(2, 1).flatten(0, 1)
         if latents.ndim != 4 or latents.shape[1] != self.latent_channels or 0 in latents.shape:
             raise InvalidRequest(
@@ -178,7 +186,7 @@ class ImageVAE(nn.Module):
 
         size = (height, width)
         self._run(run, self.encoder, "encode", size, limit_bytes, tile_px, self._result_bytes(latents), on_plan)
-        return latents
+        return latents if self.has_frames else latents[:, :, 0]
 
     def _decode_one(self, latent: torch.Tensor, image: torch.Tensor, plan: TilePlan, tick: OnTile) -> bool:
         """Fill image (H, W, C) from latent (1, 16, h, w); False as soon as a tile is not finite."""

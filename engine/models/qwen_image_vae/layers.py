@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from ...planning.tile_geometry import LayerShape, Phase
 
 # a norm works in up to this many pieces: where a backend has no fused kernel and widens bf16, it widens one piece
-NORM_PIECES = 8
+NORM_PIECES = 16
 NORM_PIECE_VALUES = 2**20
 # attention scores that exist at a time, in fp32: 64 MiB
 QUERIES = 2048

@@ -24,7 +24,7 @@ class Half(nn.Module):
 
 def build_decoder(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Half:
     """Latents -> RGB(A) in -1..1: the middle block whole, the up blocks local."""
-    parts = _Parts(tensors, dtype)
+    parts = Parts(tensors, dtype)
     whole = [parts.conv("post_quant_conv"), parts.conv("decoder.conv_in"), *parts.middle("decoder.mid_block")]
     local: list[nn.Module] = []
     for block in range(parts.count("decoder.up_blocks")):
@@ -38,7 +38,7 @@ def build_decoder(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Ha
 
 def build_encoder(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Half:
     """RGB(A) in -1..1 -> the mean of the posterior: the down blocks local, the middle block whole."""
-    parts = _Parts(tensors, dtype)
+    parts = Parts(tensors, dtype)
     local: list[nn.Module] = [parts.conv("encoder.conv_in")]
     for block in range(parts.count("encoder.down_blocks")):
         prefix = f"encoder.down_blocks.{block}"
@@ -52,7 +52,7 @@ def build_encoder(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Ha
     return Half([*parts.middle("encoder.mid_block"), *head], local, is_encoder=True)
 
 
-class _Parts:
+class Parts:
     """Makes layers from tensors by name, folded to one frame, in one dtype, channels last."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:

@@ -56,10 +56,15 @@ def to_diffusers_names(state_dict: Mapping[str, _T]) -> dict[str, _T]:
             block = sum(end < index for end in ends)
             place = "upsamplers.0" if index in ends else f"resnets.{index - (ends[block - 1] + 1 if block else 0)}"
             name = f"decoder.up_blocks.{block}.{place}.{upsample[2]}"
-        for pattern, replacement in _RENAMES:
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = tensor
+        renamed[rename(name)] = tensor
     return renamed
+
+
+def rename(name: str) -> str:
+    """Wan's name as diffusers has it, but for the numbers of its levels."""
+    for pattern, replacement in _RENAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def check_is_image_vae(shapes: Mapping[str, Sequence[int]], where: str) -> int:
@@ -69,6 +74,13 @@ def check_is_image_vae(shapes: Mapping[str, Sequence[int]], where: str) -> int:
     Qwen-Image-Layered's VAE of any width; DamagedFile where one is missing. `where` names the file.
     """
     use = f"Use {NAME}."
+    if tuple(shapes.get("post_quant_conv.weight", ()))[:1] == (64,):
+        raise WrongModel(
+            "{file} is Qwen-Image-2.1's VAE (64 latent channels, RGBA). {use}",
+            code="vae.qwen_image_21",
+            file=where,
+            use=use,
+        )
     # its blocks are nested in a way that the names above leave over
     if any(".resnets.0.upsamples." in name for name in shapes):
         raise WrongModel(
@@ -97,13 +109,6 @@ def check_is_image_vae(shapes: Mapping[str, Sequence[int]], where: str) -> int:
         )
     latent_channels, image_channels = ends["post_quant_conv.weight"][0], ends["encoder.conv_in.weight"][1]
     drawn_channels, width = ends["decoder.conv_out.weight"][:2]
-    if latent_channels == 64:
-        raise WrongModel(
-            "{file} is Qwen-Image-2.1's VAE (64 latent channels, RGBA). {use}",
-            code="vae.qwen_image_21",
-            file=where,
-            use=use,
-        )
     if latent_channels != LATENT_CHANNELS:
         raise WrongModel(
             "{file} has {channels} latent channels; Qwen-Image's has {needed}. {use}",
