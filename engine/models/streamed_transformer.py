@@ -1,7 +1,6 @@
 """A transformer whose blocks pass through the device: where they lie, and `for block: for branch`. Knows no network."""
 
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Generic, TypeVar
@@ -17,7 +16,7 @@ from ..hardware import Hardware
 from ..planning.footprint import TransformerFootprint
 from ..planning.memory import SecondaryDevice
 from ..planning.spread import spread_order
-from ..streaming import BlockStreamer, Mark, OnBlock, Waits, WeightPatch, bind
+from ..streaming import BlockStreamer, OnBlock, Pace, Waits, WeightPatch, bind
 from .network import Branch, Hooked, NothingBeforehand, State, StepTable
 from .transformer_parts import TransformerParts
 
@@ -169,11 +168,11 @@ class StreamedTransformer(ABC, Generic[BranchT, StateT]):
         """What a run of several passes needs on the devices, given back on every way out."""
         away = min((secondary.blocks.start for secondary in secondaries), default=len(self.store.blocks))
         with ExitStack() as stack:
-            begun: deque[Mark] = deque()
-            streamers = [stack.enter_context(BlockStreamer(self.store, slots=slots, blocks=range(away), begun=begun))]
+            pace = Pace()
+            streamers = [stack.enter_context(BlockStreamer(self.store, slots=slots, blocks=range(away), pace=pace))]
             for secondary in sorted(secondaries, key=lambda secondary: secondary.blocks.start):
                 store = self.secondaries[secondary.device]
-                streamer = BlockStreamer(store, slots=2, blocks=secondary.blocks, begun=begun)
+                streamer = BlockStreamer(store, slots=2, blocks=secondary.blocks, pace=pace)
                 streamers.append(stack.enter_context(streamer))
             stack.callback(self.modulation.leave_device)
             yield TransformerSession(self, streamers, mlp_chunk_tokens)

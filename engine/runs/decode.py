@@ -10,11 +10,13 @@ from torch import Tensor
 from ..compute.finite import is_finite
 from ..compute.interruption import interruptible
 from ..errors import InvalidRequest
+from ..hardware import Hardware
 from ..models.qwen_image_vae.image_vae import ImageVAE
 from ..out_of_memory import in_words
 from ..planning.request import TOKEN_PX
 from ..planning.stages import Stage, decode_stage
 from ..planning.tiles import TilePlan
+from ..streaming import Pace, StreamOrder
 from .limit import Limit
 from .surroundings import Surroundings
 from .timeline import Timeline
@@ -30,16 +32,17 @@ class VaeRun:
     def __init__(
         self,
         vae: ImageVAE,
-        device: torch.device,
+        hardware: Hardware,
         bring: Callable[[int], None],
         *,
         timeline: Timeline,
         surroundings: Surroundings,
         limit: Limit,
     ) -> None:
-        """`bring` moves the weights to `device`, where there is to be so much room beside them. They leave as whoever
-        owns them says."""
-        self._vae, self._device, self._bring = vae, device, bring
+        """`bring` moves the weights to the hardware's device, where there is to be so much room beside them. They leave
+        as whoever owns them says."""
+        self._vae, self._device, self._bring = vae, hardware.device, bring
+        self._order, self._pace = StreamOrder(hardware), Pace()
         self._timeline, self._surroundings, self._limit = timeline, surroundings, limit
         self._weights_bytes = vae.footprint.weights_bytes
 
@@ -62,6 +65,7 @@ class VaeRun:
                 running.planned(decode_stage(tiles, weights_bytes=self._weights_bytes, ram_bytes=ram_bytes, host=host))
 
             images = vae.decode(latents, on_plan=on_plan, out_device=out_device, **options)
+            self._order.finish_compute()  # what the stage took is what the device took
         return _finite(images)
 
     @in_words("the VAE ran")
@@ -95,6 +99,7 @@ class VaeRun:
         bar = around.bar()
 
         def on_tile(done: int, total: int) -> None:
+            self._pace.keep(self._order)
             around.check()
             bar(done, total)
             self._timeline.sample()

@@ -64,7 +64,7 @@ class Pipeline:
         tile, and may raise, which ends the run. of_network: what the family's transformer takes beside these.
         """
         self._device = best_device() if device is None else torch.device(device)
-        hardware = Hardware.detect(self._device)
+        self._hardware = hardware = Hardware.detect(self._device)
         # the host has one memory, which both bound
         ram_too = {"ram_limit_bytes": ram_limit_bytes} if hardware.host_device else {}
         self._limit, self._ram_limit = _tightest(vram_limit_bytes=vram_limit_bytes, **ram_too), ram_limit_bytes
@@ -194,7 +194,7 @@ class Pipeline:
     def _vae_run(self) -> VaeRun:
         return VaeRun(
             self._vae,
-            self._device,
+            self._hardware,
             lambda room: self._move_vae(self._device),
             timeline=self.timeline,
             surroundings=self._beside(),

@@ -9,7 +9,7 @@ from .pinned_memory import PinnedMemory
 from .store import BlockStore, require_decodable
 from .streamed_blocks import BlockFiles, OnBlock, StreamedBlocks, VisitsBlocks
 from .streamer import BlockStreamer, Waits
-from .streams import Mark, StreamOrder
+from .streams import Pace, StreamOrder
 from .transfer import PIECE_BYTES, RING_PIECES
 
 __all__ = [
@@ -20,8 +20,8 @@ __all__ = [
     "BlockStore",
     "BlockStreamer",
     "FileSource",
-    "Mark",
     "OnBlock",
+    "Pace",
     "PinnedMemory",
     "StoredBlock",
     "StreamOrder",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..hardware import Hardware
 from ..log import logger
 from .store import BlockStore
-from .streams import Mark
+from .streams import Mark, Pace
 
 
 @dataclass
@@ -56,11 +56,9 @@ class BlockStreamer:
     the one before it. So whoever counts blocks counts what is done, and whoever stops there waits for one block.
     """
 
-    def __init__(
-        self, store: BlockStore, *, slots: int, blocks: range | None = None, begun: deque[Mark] | None = None
-    ) -> None:
-        """`blocks`: those that are visited; all of them if not given. `begun`: what streamers share that take turns in
-        one pass, the host being near to all their devices."""
+    def __init__(self, store: BlockStore, *, slots: int, blocks: range | None = None, pace: Pace | None = None) -> None:
+        """`blocks`: those that are visited; all of them if not given. `pace`: that of several streamers which take
+        turns in one pass."""
         self._store = store
         self._blocks = range(len(store.blocks)) if blocks is None else blocks
         self._order = store.order
@@ -72,7 +70,7 @@ class BlockStreamer:
         self._next = 0
         self._waits = Waits()
         self._moments: list[tuple[int, bool, Any, Any]] = []
-        self._begun: deque[Mark] = deque() if begun is None else begun  # of the last blocks, one before each
+        self._pace = pace or Pace()
 
     @property
     def hardware(self) -> Hardware:
@@ -126,7 +124,7 @@ class BlockStreamer:
         remaining = len(self._queue) * (2 if more else 1) - position
         remaining = self._fetch_ahead(remaining)
         for index, module in modules:
-            self._stay_near()
+            self._pace.keep(self._order)
             if module is not None:
                 yield index, module
                 continue
@@ -137,14 +135,6 @@ class BlockStreamer:
                 self._order.record_compute(slot.used)
                 self._free.append(slot)
             remaining = self._fetch_ahead(remaining)
-
-    def _stay_near(self) -> None:
-        """The host waits until the device is at the block before the next one, which it has been given already."""
-        mark = self._order.mark()
-        self._order.record_compute(mark)
-        self._begun.append(mark)
-        if len(self._begun) > 1:
-            self._order.host_waits(self._begun.popleft())
 
     def _follow_residency(self) -> None:
         """Queue the blocks that need a slot, and make the slots and the reader that they need."""

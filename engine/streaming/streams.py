@@ -1,6 +1,7 @@
 """Order work between the compute stream and a copy stream, where the hardware has streams; elsewhere do nothing."""
 
 import time
+from collections import deque
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,6 +13,22 @@ class Mark:
 
     def __init__(self, event: Any) -> None:
         self.event = event
+
+
+class Pace:
+    """Keeps the host one piece of work ahead of devices that take turns: near enough that what it tells of is done or
+    under way, and that little is left to do where it stops; never so near that they wait for it."""
+
+    def __init__(self) -> None:
+        self._given: deque[Mark] = deque()
+
+    def keep(self, order: "StreamOrder") -> None:
+        """Between two pieces of work for `order`'s device: the host waits until all but the last are done."""
+        mark = order.mark()
+        order.record_compute(mark)
+        self._given.append(mark)
+        if len(self._given) > 1:
+            order.host_waits(self._given.popleft())
 
 
 class StreamOrder:

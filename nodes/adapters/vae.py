@@ -10,6 +10,7 @@ import torch
 
 from ...engine.errors import InvalidRequest, Unsupported
 from ...engine.files.checkpoint import Checkpoint
+from ...engine.hardware import Hardware
 from ...engine.models.qwen_image_vae.image_vae import ImageVAE
 from ...engine.out_of_memory import in_words
 from ...engine.runs.decode import VaeRun
@@ -165,7 +166,7 @@ class LowVRAMVAE(comfy.sd.VAE):
 
         return VaeRun(
             self.first_stage_model,
-            self.device,
+            Hardware.detect(self.device),
             bring,
             timeline=self.timeline,
             surroundings=InComfyUI(self.patcher),

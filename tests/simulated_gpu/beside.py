@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.models.qwen25_vl.text_encoder import TextEncoder
-from qwenimage_lowvram.engine.models.qwen25_vl.vision_patches import patch_image
+from qwenimage_lowvram.engine.models.qwen25_vl.vision_patches import PatchedImage, patch_image
 from qwenimage_lowvram.engine.models.qwen_image_vae.image_vae import ImageVAE
 from qwenimage_lowvram.engine.streaming import bind
 from torch import Tensor
@@ -37,7 +37,7 @@ def two_cards(rig: Rig, kind: str) -> list[Tensor]:
 
 def prompts(rig: Rig, *, stop_at: int) -> list[Tensor]:
     """Encoded after an encoding that was interrupted at a layer."""
-    encoder = _encoder(rig)
+    encoder = text_encoder(rig)
     with suppress(Interrupted):
         encoder.encode(PROMPTS, on_layer=_stop(stop_at))
     return encoder.encode(PROMPTS)
@@ -45,9 +45,8 @@ def prompts(rig: Rig, *, stop_at: int) -> list[Tensor]:
 
 def images(rig: Rig, *, stop_at: int) -> list[Tensor]:
     """Seen after a pass that was interrupted at a block."""
-    tower = _encoder(rig).vision_tower()
-    generator = torch.Generator().manual_seed(0)
-    shown = [patch_image(torch.rand(1, *size, 3, generator=generator)) for size in IMAGES]
+    tower = text_encoder(rig).vision_tower()
+    shown = shown_images()
     with suppress(Interrupted):
         tower.see(shown, on_block=_stop(stop_at))
     return [seen.embeds for seen in tower.see(shown)]
@@ -55,14 +54,24 @@ def images(rig: Rig, *, stop_at: int) -> list[Tensor]:
 
 def decoded(rig: Rig, *, tile_px: int) -> list[Tensor]:
     """Latents to an image and back, in tiles."""
-    vae = ImageVAE.from_state_dict(_vae_weights(), dtype=torch.float32)
-    bind(vae, {name: weight.to(rig.hardware.device) for name, weight in vae.named_parameters()})
+    vae = image_vae(rig)
     latents = torch.randn(1, 16, 1, 12, 8, generator=torch.Generator().manual_seed(0))
     image = vae.decode(latents, tile_px=tile_px)
     return [image, vae.encode(image, tile_px=tile_px)]
 
 
-def _encoder(rig: Rig) -> TextEncoder:
+def image_vae(rig: Rig) -> ImageVAE:
+    vae = ImageVAE.from_state_dict(_vae_weights(), dtype=torch.float32)
+    bind(vae, {name: weight.to(rig.hardware.device) for name, weight in vae.named_parameters()})
+    return vae
+
+
+def shown_images() -> list[PatchedImage]:
+    generator = torch.Generator().manual_seed(0)
+    return [patch_image(torch.rand(1, *size, 3, generator=generator)) for size in IMAGES]
+
+
+def text_encoder(rig: Rig) -> TextEncoder:
     checkpoint = open_checkpoint(rig.models.text_encoder())
     return TextEncoder(checkpoint, dtype=torch.bfloat16, hardware=rig.hardware)
 

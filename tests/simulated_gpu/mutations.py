@@ -71,8 +71,9 @@ def ordering_calls() -> list[OrderingCall]:
 
 
 def _orders(node: Any) -> bool:
-    """Whether it is a call such as `self._order.finish()`."""
+    """Whether it is a call such as `self._order.finish()` or `order.finish()`."""
     if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ORDERING):
         return False
     owner = node.func.value
-    return isinstance(owner, ast.Attribute) and owner.attr in seams.NAMES_OF_ORDER
+    name = owner.attr if isinstance(owner, ast.Attribute) else owner.id if isinstance(owner, ast.Name) else ""
+    return name in seams.NAMES_OF_ORDER

@@ -4,7 +4,7 @@ that looks for a driver past every mode. All else comes to it through Hardware. 
 
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
@@ -77,6 +77,7 @@ def _torch(gpu: "SimulatedGPU") -> Iterator[tuple[Any, str, Any]]:
     yield torch, "tensor", tensor
     yield F, "scaled_dot_product_attention", attend
     yield torch.cuda, "_lazy_init", lambda: None
+    yield torch.cuda, "device", lambda device: nullcontext()
 
 
 def small_pieces(nbytes: int) -> AbstractContextManager[object]:

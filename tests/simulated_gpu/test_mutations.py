@@ -28,7 +28,7 @@ FIRST = {
     "__exit__": ("left", "left, bf16"),
     "set_resident": ("taken", "taken within"),
     "set_held": ("held taken", "held taken within"),
-    "_stay_near": ("followed",),
+    "keep": ("followed",),
     "end_run": ("taken", "left", "unreadable"),
 }
 # name -> why nothing can go wrong without it
