@@ -8,6 +8,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from .host_ram import HostRam
+from .page_locks import CUDA_PAGE_LOCKS, PageLocks
 
 # Windows grants page-locked memory up to about half of RAM, and lets the card borrow from the same half
 PINNED_PART = 0.4 if os.name == "nt" else 0.9
@@ -20,7 +21,7 @@ class Hardware:
     """A device and what can be done with it. Everything that depends on the kind of device reads these fields.
 
     streams: copies can run on a side stream, ordered by events.
-    pinned: host memory can be page-locked, up to pinned_limit_bytes.
+    pinned: host memory can be page-locked by page_locks, up to pinned_limit_bytes.
     prefetch: reader threads fetch ahead of compute.
     host_device: device memory is host memory, so that file bytes can be read straight into a slot.
     decodes_fp8: the device can cast fp8 to other dtypes; Apple's cannot.
@@ -39,6 +40,7 @@ class Hardware:
     decodes_fp8: bool = True
     fused_attention: frozenset[torch.dtype] = FLOATS
     fused_shared_attention: frozenset[torch.dtype] = FLOATS
+    page_locks: PageLocks = CUDA_PAGE_LOCKS
 
     @classmethod
     def detect(cls, device: torch.device) -> "Hardware":

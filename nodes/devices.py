@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 
 from ..engine.hardware import Hardware
+from .adapters.page_locks import page_locks
 from .adapters.switches import may_pin
 from .display_names import AUTO
 
@@ -36,7 +37,9 @@ def device_of(choice: str, default: torch.device) -> torch.device:
 def hardware_of(device: torch.device) -> Hardware:
     """The device as ComfyUI's switches let it be used."""
     hardware = Hardware.detect(device)
-    return hardware if may_pin() else replace(hardware, pinned=False, pinned_limit_bytes=0)
+    if not may_pin():
+        return replace(hardware, pinned=False, pinned_limit_bytes=0)
+    return replace(hardware, page_locks=page_locks()) if hardware.pinned else hardware
 
 
 def _accelerators() -> list[str]:

@@ -1,9 +1,8 @@
 """Host memory that the device copies from: a few buffers that file bytes pass through, and blocks that stay.
 
-Page-locked where the system grants it, and never more of it than the hardware says; a refusal costs speed, not the run.
+Page-locked where that is granted, and never more of it than the hardware says; a refusal costs speed, not the run.
 """
 
-import contextlib
 import weakref
 from dataclasses import dataclass
 
@@ -35,15 +34,19 @@ class PinnedMemory:
         # nodes run in inference mode, and a reader thread may not write to what was made there
         with torch.inference_mode(False):
             data = torch.empty(nbytes, dtype=torch.uint8)
-        pinned = self._granting and self._locked_bytes + nbytes <= self._hardware.pinned_limit_bytes
-        if pinned and not self._lock(data):
+        hardware = self._hardware
+        locks = hardware.page_locks
+        pinned = self._granting and self._locked_bytes + nbytes <= hardware.pinned_limit_bytes
+        pinned = pinned and locks.has_room(nbytes)
+        if pinned and not locks.lock(data, hardware.device):
             self._granting = pinned = False
             logger.warning(
-                "The system refuses to page-lock %d MB of RAM beside %d MB: copies to %s will be slower. Close other "
+                "%s refuses to page-lock %d MB of RAM beside %d MB: copies to %s will be slower. Close other "
                 "programs, or set a lower RAM limit.",
+                locks.name,
                 nbytes // 1024**2,
                 self._locked_bytes // 1024**2,
-                self._hardware.device,
+                hardware.device,
             )
         buffer = HostBuffer(data, pinned)
         if pinned:
@@ -57,16 +60,10 @@ class PinnedMemory:
         self._granting = self._hardware.pinned
 
     def _give_back(self, data: Tensor) -> None:
-        self._locked_bytes -= data.nbytes
-        self._unlock(data)
-
-    def _lock(self, data: Tensor) -> bool:
-        with torch.cuda.device(self._hardware.device):  # else the first card gets a context
-            if int(torch.cuda.cudart().cudaHostRegister(data.data_ptr(), data.nbytes, 0)) == 0:
-                return True
-        with contextlib.suppress(RuntimeError):  # CUDA reports the refusal once more, with the next kernel
-            torch.zeros(1, device=self._hardware.device).add_(1)
-        return False
-
-    def _unlock(self, data: Tensor) -> None:
-        torch.cuda.cudart().cudaHostUnregister(data.data_ptr())
+        if self._hardware.page_locks.unlock(data, self._hardware.device):
+            self._locked_bytes -= data.nbytes
+            return
+        logger.warning(
+            "%d MB of RAM cannot be unlocked again: they count as page-locked until the program ends.",
+            data.nbytes // 1024**2,
+        )

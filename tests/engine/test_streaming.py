@@ -201,22 +201,36 @@ def test_waiting_for_the_file_and_for_held_blocks_are_told_apart(files: dict[str
     assert first.seconds == first.disk_seconds
 
 
-class _Locks(PinnedMemory):
-    """Locks nothing, and notes what it was asked for; grants `grants` requests."""
+class _Locks:
+    """PageLocks that lock nothing, and note what they were asked for; they grant `grants` requests, of `room` bytes
+    together, and give back `returns` times."""
 
-    def __init__(self, hardware: Hardware, grants: int) -> None:
-        super().__init__(hardware)
-        self.grants = grants
+    name = "Nobody"
+
+    def __init__(self, grants: int = 100, room: int = 2**40, returns: int = 100) -> None:
+        self.grants, self.room, self.returns = grants, room, returns
         self.locked: list[int] = []
 
-    def _lock(self, data: Tensor) -> bool:
+    def has_room(self, nbytes: int) -> bool:
+        return sum(self.locked) + nbytes <= self.room
+
+    def lock(self, data: Tensor, device: torch.device) -> bool:
         self.grants -= 1
         if self.grants >= 0:
             self.locked.append(data.nbytes)
         return self.grants >= 0
 
-    def _unlock(self, data: Tensor) -> None:
-        self.locked.remove(data.nbytes)
+    def unlock(self, data: Tensor, device: torch.device) -> bool:
+        self.returns -= 1
+        if self.returns >= 0:
+            self.locked.remove(data.nbytes)
+        return self.returns >= 0
+
+
+def _locking(locks: _Locks, *, prefetch: bool = False, limit_bytes: int = 2**30) -> Hardware:
+    return Hardware(
+        torch.device("cpu"), False, True, prefetch, host_device=False, pinned_limit_bytes=limit_bytes, page_locks=locks
+    )
 
 
 @pytest.mark.parametrize("grants", [0, 1, 3, 100])
@@ -225,9 +239,8 @@ def test_memory_that_cannot_be_locked_still_holds_blocks(
     prefetch: bool, grants: int, files: dict[str, tuple[Path, Weights]], caplog: pytest.LogCaptureFixture
 ) -> None:
     file, expected = files["mixed"]
-    hardware = Hardware(torch.device("cpu"), False, True, prefetch, host_device=False, pinned_limit_bytes=2**30)
-    locks = _Locks(hardware, grants)
-    store = make_store(file, hardware, host=locks)
+    locks = _Locks(grants)
+    store = make_store(file, _locking(locks, prefetch=prefetch))
     store.set_held([0, 1, 2])
     with BlockStreamer(store, slots=2) as streamer:
         one_pass(streamer, expected, more=True)
@@ -240,15 +253,33 @@ def test_memory_that_cannot_be_locked_still_holds_blocks(
 
 
 def test_no_more_memory_is_locked_than_the_hardware_allows(files: dict[str, tuple[Path, Weights]]) -> None:
-    hardware = Hardware(torch.device("cpu"), False, True, False, host_device=False, pinned_limit_bytes=2500)
-    locks = _Locks(hardware, 100)
-    store = make_store(files["native"][0], hardware, host=locks)
+    _hold_all_within(2500, _Locks(), 2500, files["native"][0])
+
+
+def test_no_more_memory_is_locked_than_there_is_room_for_beside_others(
+    files: dict[str, tuple[Path, Weights]], caplog: pytest.LogCaptureFixture
+) -> None:
+    _hold_all_within(2500, _Locks(room=2500), 2**30, files["native"][0])
+    assert "refuses" not in caplog.text  # it was not asked
+
+
+def _hold_all_within(most: int, locks: _Locks, limit_bytes: int, file: Path) -> None:
+    store = make_store(file, _locking(locks, limit_bytes=limit_bytes))
     store.set_held(range(BLOCKS))
     with BlockStreamer(store, slots=1) as streamer:
         for _ in streamer.visit():
-            assert sum(locks.locked) <= 2500
-    assert len(locks.locked) == 2500 // store.raw_bytes
+            assert sum(locks.locked) <= most
+    assert len(locks.locked) == most // store.raw_bytes
     assert store.held == set(range(BLOCKS))
+
+
+def test_memory_that_cannot_be_unlocked_is_told_and_stays_counted(caplog: pytest.LogCaptureFixture) -> None:
+    locks = _Locks(returns=0)
+    memory = PinnedMemory(_locking(locks, limit_bytes=3 * 2**20))
+    assert memory.take(2 * 2**20).pinned  # given back at once
+    assert "2 MB of RAM cannot be unlocked again" in caplog.text
+    assert not memory.take(2 * 2**20).pinned
+    assert memory.take(2**20).pinned
 
 
 def test_a_pass_without_more_fetches_nothing_for_a_next_one(

@@ -117,6 +117,7 @@ class SimulatedGPU:
             prefetch=True,
             host_device=False,
             pinned_limit_bytes=2**40,
+            page_locks=self.page_locks,
             gpu=self,
         )
         return replace(card, **changes)

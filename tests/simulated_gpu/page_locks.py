@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from .allocator import GARBAGE, extent
@@ -13,7 +14,9 @@ if TYPE_CHECKING:
 
 
 class PageLocks:
-    """All host memory that the device may read by itself."""
+    """All host memory that the device may read by itself; the engine's PageLocks."""
+
+    name = "The simulated system"
 
     def __init__(self, gpu: "SimulatedGPU") -> None:
         self._gpu = gpu
@@ -22,18 +25,23 @@ class PageLocks:
     def __len__(self) -> int:
         return len(self._locked)
 
-    def lock(self, data: Tensor) -> None:
+    def has_room(self, nbytes: int) -> bool:
+        return True
+
+    def lock(self, data: Tensor, device: torch.device | None = None) -> bool:
         with self._gpu.lock:
             log = AccessLog(f"page-locked memory ({' < '.join(self._gpu.site())})")
             self._locked[data.data_ptr()] = data, log
+        return True
 
-    def unlock(self, data: Tensor) -> None:
+    def unlock(self, data: Tensor, device: torch.device | None = None) -> bool:
         """Its owner has let go of it: it may be anybody's from now on."""
         self.host_access(data, True, "unlocked")
         with self._gpu.lock:
             del self._locked[data.data_ptr()]
             with as_device():
                 data.fill_(GARBAGE)
+        return True
 
     def holds(self, tensor: Tensor) -> bool:
         return self._find(tensor) is not None

@@ -1,4 +1,4 @@
-"""Where a SimulatedGPU is put under the engine: page-locking, reads of files, the store's lock; and under torch, where
+"""Where a SimulatedGPU is put under the engine: reads of files, the store's lock; and under torch, where
 that looks for a driver past every mode. All else comes to it through Hardware. The only module that knows these names.
 """
 
@@ -14,7 +14,6 @@ from qwenimage_lowvram.engine.planning.memory import SecondaryDevice
 from qwenimage_lowvram.engine.runs import sampling_run
 from qwenimage_lowvram.engine.runs.memory_watch import MemoryWatch
 from qwenimage_lowvram.engine.streaming import BlockStore, FileSource, transfer
-from qwenimage_lowvram.engine.streaming.pinned_memory import PinnedMemory
 from qwenimage_lowvram.engine.streaming.streams import StreamOrder
 from torch import Tensor
 from torch.nn import functional as F
@@ -48,16 +47,10 @@ def _engine(gpu: "SimulatedGPU") -> Iterator[tuple[Any, str, Any]]:
         if gpu.costs is not None:
             disk.read(gpu.costs.read_seconds(out.nbytes))
 
-    def lock(memory: PinnedMemory, data: Tensor) -> bool:
-        gpu.page_locks.lock(data)
-        return True
-
     yield BlockStore, "__init__", init
     yield MemoryWatch, "_counter", lambda watch: None
     yield sampling_run, "TELLING_FLOPS", 0.0
     yield FileSource, "read", read_file
-    yield PinnedMemory, "_lock", lock
-    yield PinnedMemory, "_unlock", lambda memory, data: gpu.page_locks.unlock(data)
 
 
 def _torch(gpu: "SimulatedGPU") -> Iterator[tuple[Any, str, Any]]:

@@ -20,12 +20,15 @@ def card_of(gpu: SimulatedGPU, **changes: Any) -> Card:
         assert isinstance(tensor, DeviceTensor)
         return tensor.allocation.memory.data_ptr()
 
-    def lock(data: Tensor) -> bool:
-        gpu.page_locks.lock(data)
-        return True
-
     card = Card(
-        torch.device("cuda", 0), gpu.accelerator, lock, gpu.page_locks.unlock, address, size=8, turns=3, real=False
+        torch.device("cuda", 0),
+        gpu.accelerator,
+        gpu.page_locks.lock,
+        gpu.page_locks.unlock,
+        address,
+        size=8,
+        turns=3,
+        real=False,
     )
     for name, value in changes.items():
         setattr(card, name, value)
