@@ -190,7 +190,7 @@ class QwenLowVRAMMemoryPlan:
             prompts=models.prompts,
         )
         ram_bytes = limit_bytes(ram_limit_gb) or models.free_ram_bytes(request)
-        capacities = [(f"{gb} GB", gb * GIB, gb * GIB - CONTEXT_BYTES - headroom_bytes()) for gb in CARDS_GB]
+        capacities = [(f"{gb} GB", gb * GIB, gb * GIB - CONTEXT_BYTES - models.headroom_bytes) for gb in CARDS_GB]
         if vram_limit_gb > 0:
             limit = max(1, round(vram_limit_gb * GIB))
             capacities.append((f"limit {vram_limit_gb:g} GB", limit, limit))
@@ -243,6 +243,12 @@ class _Models:
             remembered or TYPICAL,
             "speeds of this machine" if remembered else "typical speeds: no run has told this machine's yet",
         )
+
+    @property
+    def headroom_bytes(self) -> int:
+        """What stays free of a card; as when it runs, that follows the largest block."""
+        blocks = [footprint.slot_bytes for footprint in self.transformers.values()]
+        return headroom_bytes(max(*blocks, self.text_encoder.slot_bytes))
 
     def free_ram_bytes(self, request: ImageRequest) -> int:
         """What is free now; the least that is needed is granted, as when it runs."""

@@ -103,7 +103,7 @@ class EncodeRun:
         device, footprint = encoder.hardware.device, encoder.footprint
         lengths = [prompt.length for prompt in prompts]
         wanted = max(text_encoder_peak_bytes(footprint, lengths, 2), looking.wanted_bytes)
-        room = around.device_bytes(device, self.limit.nbytes, wanted)
+        room = around.device_bytes(device, self.limit.nbytes, wanted, footprint.slot_bytes)
         with self.limit.naming(device, room):
             slots, looking_slots = plan_text_encoder(footprint, lengths, room), looking.plan(room)
         slots, looking_slots = min(slots, most_slots), min(looking_slots, most_slots)

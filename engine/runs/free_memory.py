@@ -14,6 +14,12 @@ RAM_HEADROOM_PART = 0.15
 RAM_HEADROOM_MOST = 11_500 * 1024**2
 
 
+def headroom_bytes(block_bytes: int = 0) -> int:
+    """Of what is free on a device, what stays free. `block_bytes`: of the largest block, which is allocated as a whole:
+    what is free may lie in pieces of which none is as large."""
+    return max(HEADROOM_BYTES, block_bytes)
+
+
 def free_ram(kept_bytes: int = 0) -> int:
     """Bytes of RAM that models may have; negative where even the system's share is taken.
 

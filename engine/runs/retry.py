@@ -57,7 +57,9 @@ def smaller_limits(
         free = max(least, surroundings.free_ram() + transformer.store.held_bytes)
         return replace(limits, ram_bytes=_below(plan.ram_peak_bytes, free, part, least))
     least = least_bytes(transformer.footprint, plan.request)
-    free = surroundings.device_bytes(hardware.device, limits.vram_bytes, plan.peak_bytes)
+    free = surroundings.device_bytes(
+        hardware.device, limits.vram_bytes, plan.peak_bytes, transformer.footprint.slot_bytes
+    )
     return replace(limits, vram_bytes=_below(plan.peak_bytes, free, part, least))
 
 

@@ -29,7 +29,9 @@ def plan_sampling(
     footprint, hardware = transformer.footprint, transformer.hardware
     steps = request.timesteps
     check_room(steps * footprint.row_bytes, f"The modulation of {steps} steps", "Use fewer steps.")
-    vram = surroundings.device_bytes(hardware.device, limit.nbytes, most_bytes(footprint, request))
+    vram = surroundings.device_bytes(
+        hardware.device, limit.nbytes, most_bytes(footprint, request), footprint.slot_bytes
+    )
     ram: int | None = ram_limit_bytes  # where the device is the host, what is free there is counted already
     if not footprint.host:
         least = least_ram_bytes(footprint, request)
@@ -49,9 +51,9 @@ def _other_budgets(
 ) -> list[tuple[str, int]]:
     """What may be held on each of the model's further devices."""
     wanted = secondary_bytes(transformer.footprint, request, transformer.footprint.blocks)
-    budgets = []
+    budgets, slot_bytes = [], transformer.footprint.slot_bytes
     for name, store in transformer.secondaries.items():
         held = store.resident_bytes  # nobody else knows of it: what is called free is beside it
-        free = surroundings.device_bytes(torch.device(name), limit.nbytes, wanted - held) + held
+        free = surroundings.device_bytes(torch.device(name), limit.nbytes, wanted - held, slot_bytes) + held
         budgets.append((name, free if limit.nbytes is None else min(free, limit.nbytes)))
     return budgets

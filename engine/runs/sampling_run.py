@@ -20,6 +20,7 @@ from .pass_clock import PassClock
 from .run_progress import RunProgress, warning_of
 from .sampling_plan import Transformer
 from .sampling_session import SamplingSession
+from .spilling import spill_warning
 from .surroundings import Surroundings
 from .timeline import Timeline
 
@@ -195,12 +196,15 @@ class SamplingRun:
         flops = transformer.footprint.step_flops(plan.request)
         if self._one_by_one or self._session.retries or plan.request.controls or not others or flops < TELLING_FLOPS:
             return
-        waits = self._session.waits
+        step_seconds, waits = sum(others) / len(others), self._session.waits
+        if transformer.hardware.streams and (warning := spill_warning(step_seconds, plan.forecast.seconds)):
+            logger.warning("%s", warning)
+            return  # of a full card's speed nothing is to be learnt
         self._speeds.put(
             corrected(
                 self._speeds.get(),
                 step_flops=flops,
-                step_seconds=sum(others) / len(others),
+                step_seconds=step_seconds,
                 waited_seconds=(waits - self._first_waits).seconds / len(others),
                 slowed_seconds=plan.forecast.slowed_seconds,
                 waited_disk_seconds=waits.disk_seconds,

@@ -44,9 +44,12 @@ class Surroundings(Protocol):
         """What sampling does now, a few times a second: as `RunProgress` has it."""
         ...
 
-    def device_bytes(self, device: torch.device, limit_bytes: int | None, wanted_bytes: int) -> int:
+    def device_bytes(
+        self, device: torch.device, limit_bytes: int | None, wanted_bytes: int, block_bytes: int = 0
+    ) -> int:
         """What a stage may hold on `device`, at most `limit_bytes` (None: what is free) with all that is ours there;
-        the run's own models count as part of the stage. Who lies in the way of `wanted_bytes` is asked to leave."""
+        the run's own models count as part of the stage. Who lies in the way of `wanted_bytes` is asked to leave. What
+        stays free follows `block_bytes`, of the largest block that is allocated there."""
         ...
 
     def host_bytes(self, model: Streamed, limit_bytes: int | None, wanted_bytes: int, least_bytes: int) -> int:
@@ -95,12 +98,14 @@ class Alone:
     def tell(self, progress: Mapping[str, Any]) -> None:
         self._tell(progress)
 
-    def device_bytes(self, device: torch.device, limit_bytes: int | None, wanted_bytes: int) -> int:
+    def device_bytes(
+        self, device: torch.device, limit_bytes: int | None, wanted_bytes: int, block_bytes: int = 0
+    ) -> int:
         own = self._own.loaded_bytes if self._own else 0
         wanted = wanted_bytes if limit_bytes is None else min(wanted_bytes, limit_bytes)
 
         def free() -> int:
-            return free_memory.free_bytes(device) + own - free_memory.HEADROOM_BYTES
+            return free_memory.free_bytes(device) + own - free_memory.headroom_bytes(block_bytes)
 
         def held() -> int:
             return sum(other.loaded_bytes for other in self._others)

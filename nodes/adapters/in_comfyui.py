@@ -31,8 +31,10 @@ class InComfyUI:
     def tell(self, progress: Mapping[str, Any]) -> None:
         self._send(progress)
 
-    def device_bytes(self, device: torch.device, limit_bytes: int | None, wanted_bytes: int) -> int:
-        return stage_bytes(device, limit_bytes, wanted_bytes, reused=self._reused, beside=self._beside)
+    def device_bytes(
+        self, device: torch.device, limit_bytes: int | None, wanted_bytes: int, block_bytes: int = 0
+    ) -> int:
+        return stage_bytes(device, limit_bytes, wanted_bytes, block_bytes, reused=self._reused, beside=self._beside)
 
     def host_bytes(
         self, transformer: StreamedTransformer[Any, Any], limit_bytes: int | None, wanted_bytes: int, least_bytes: int

@@ -13,7 +13,6 @@ from ...engine.host_ram import HostRam
 from ...engine.models.qwen_image_vae.image_vae import ImageVAE
 from ...engine.models.streamed_transformer import StreamedTransformer
 from ...engine.runs import free_memory
-from ...engine.runs.free_memory import HEADROOM_BYTES
 from .patcher import LowVRAMPatcher
 from .switches import cache_ram_bytes, reserved_bytes
 
@@ -27,6 +26,7 @@ def stage_bytes(
     device: torch.device,
     limit_bytes: int | None,
     wanted_bytes: int,
+    block_bytes: int = 0,
     *,
     reused: comfy.model_patcher.ModelPatcher | None = None,
     beside: Sequence[comfy.model_patcher.ModelPatcher] = (),
@@ -36,10 +36,11 @@ def stage_bytes(
     Whatever lies in the way of `wanted_bytes` is asked to leave first: other models through ComfyUI, and resident
     blocks of ours, which come back when their turn comes. `reused` is the model that the stage itself
     works with, and `beside` are other people's that it needs as well: they stay, and count as part of the stage.
+    `block_bytes`: of the largest block that it allocates.
     """
     management = comfy.model_management
     wanted = wanted_bytes if limit_bytes is None else min(wanted_bytes, limit_bytes)
-    headroom = headroom_bytes()
+    headroom = headroom_bytes(block_bytes)
     there = _loaded(device)
     own = [*beside, *([] if reused is None else [reused])]
     kept = {patcher: loaded for patcher, loaded in there.items() if any(mine.is_clone(patcher) for mine in own)}
@@ -57,10 +58,10 @@ def stage_bytes(
     return max(0, min(free, limit_bytes - _held(others)))
 
 
-def headroom_bytes() -> int:
-    """Of what is free on a device, what stays free: what ComfyUI reserves for others, and no less than our own
-    workspaces take."""
-    return max(HEADROOM_BYTES, reserved_bytes())
+def headroom_bytes(block_bytes: int = 0) -> int:
+    """Of what is free on a device, what stays free: what ComfyUI reserves for others, and no less than the engine
+    needs for itself. `block_bytes`: of the largest block."""
+    return max(free_memory.headroom_bytes(block_bytes), reserved_bytes())
 
 
 def _loaded(device: torch.device) -> dict[Any, LoadedModel]:

@@ -59,6 +59,14 @@ def test_what_the_runs_own_model_holds_is_its_to_use(free: Callable[..., None]) 
     assert own.blocks == 5
 
 
+def test_what_stays_free_has_room_for_the_largest_block(free: Callable[..., None]) -> None:
+    free()
+    small, large = HEADROOM_BYTES - MIB, HEADROOM_BYTES + MIB
+    assert Alone().device_bytes(CPU, None, 1, small) == FREE - HEADROOM_BYTES
+    assert Alone().device_bytes(CPU, None, 1, large) == FREE - large
+    assert Alone().device_bytes(CPU, 300 * MIB, 1, large) == 300 * MIB
+
+
 def test_others_leave_as_far_as_a_limit_or_the_machine_needs_it(free: Callable[..., None]) -> None:
     other = Blocks(30)
     free(other)

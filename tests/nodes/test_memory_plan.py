@@ -57,6 +57,9 @@ def tables(text: str) -> tuple[dict[str, dict[str, str]], dict[str, dict[str, st
     return found[0], found[1]
 
 
+LARGEST_BLOCK_BYTES = 2 * 233_057_792  # a layer of the text encoder in bf16
+
+
 def test_every_stage_stays_within_each_cards_limit() -> None:
     from qwenimage_lowvram.nodes.adapters.limits import headroom_bytes
     from qwenimage_lowvram.nodes.memory_plan import CONTEXT_BYTES
@@ -65,7 +68,7 @@ def test_every_stage_stays_within_each_cards_limit() -> None:
     assert tuple(steps) == tuple(peaks) == CARDS
     for card, row in peaks.items():
         limit = float(row.pop("limit"))
-        left = int(card.split()[0]) - (CONTEXT_BYTES + headroom_bytes()) / 1024**3
+        left = int(card.split()[0]) - (CONTEXT_BYTES + headroom_bytes(LARGEST_BLOCK_BYTES)) / 1024**3
         assert limit == pytest.approx(left, abs=0.01)
         assert list(row) == ["encode", "load", "modulation", "sampling", "decode"]
         for cell in row.values():

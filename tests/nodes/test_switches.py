@@ -156,7 +156,8 @@ def free_on_card(monkeypatch: pytest.MonkeyPatch, free: int) -> torch.device:
 
 def test_what_comfyui_reserves_stays_free(comfy: Any, monkeypatch: pytest.MonkeyPatch, given: Any) -> None:
     import comfy.model_management as management
-    from qwenimage_lowvram.nodes.adapters.limits import HEADROOM_BYTES, could_be_free, stage_bytes
+    from qwenimage_lowvram.engine.runs.free_memory import HEADROOM_BYTES
+    from qwenimage_lowvram.nodes.adapters.limits import could_be_free, stage_bytes
 
     card = free_on_card(monkeypatch, 8 * GIB)
     default = management.EXTRA_RESERVED_VRAM

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from qwenimage_lowvram.engine.planning.memory import (
 from qwenimage_lowvram.engine.planning.request import Limits, SamplingRequest
 from qwenimage_lowvram.engine.planning.stages import Stage
 from qwenimage_lowvram.engine.reports.memory_report import MemoryReport
+from qwenimage_lowvram.engine.runs import sampling_run
 from qwenimage_lowvram.engine.runs.known_speeds import KnownSpeeds
 from qwenimage_lowvram.engine.runs.sampling_run import SamplingRun
+from qwenimage_lowvram.engine.runs.spilling import spill_warning
 from qwenimage_lowvram.engine.runs.surroundings import Alone
 from qwenimage_lowvram.engine.runs.timeline import Timeline
 
@@ -148,3 +151,32 @@ def test_a_report_and_progress_tell_the_cards_seconds(tiny_models: TinyModels) -
     inside = [event["seconds_per_step"] for event in live if event["block"] > 2]
     assert inside == pytest.approx([10] * len(inside), rel=0.05)
     assert live[-1]["seconds_per_step"] == pytest.approx(10, rel=0.05)
+
+
+@pytest.mark.parametrize("system", ["nt", "posix"])
+def test_steps_of_a_card_that_is_full_are_told_on_windows_and_not_learnt(
+    system: str, tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its driver lends it RAM: no memory runs out, and all takes longer."""
+    monkeypatch.setattr(sampling_run, "spill_warning", partial(spill_warning, system=system))
+    at_one, operations = step_seconds(tiny_models, Rates(flops=1.0))
+    with SimulatedGPU("late", costs=Rates(flops=at_one / 10)) as gpu:  # ten seconds a step
+        rig = Rig(tiny_models, gpu)
+        model, thought = rig.transformer("bf16"), replace(FIRST, flops=operations / 2)
+        speeds = known(rig, thought)
+        report = sample(rig, model, speeds, ("most", "least"))
+        assert report.pass_seconds > 3 * 3 * report.plan.forecast.seconds
+        warnings = [record.getMessage() for record in caplog.records if "lends RAM" in record.getMessage()]
+        assert len(warnings) == (1 if system == "nt" else 0)
+        assert (speeds.get().flops == thought.flops) is (system == "nt")
+        if warnings:
+            assert "5 times the forecast of 2.0 s" in warnings[0]
+            assert "What to do: " in warnings[0]
+        finish(model)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "system", "told"), [(29.9, "nt", False), (30.0, "nt", True), (300.0, "posix", False)]
+)
+def test_no_other_system_lends_a_card_memory_unseen(seconds: float, system: str, told: bool) -> None:
+    assert bool(spill_warning(seconds, 10.0, system=system)) is told

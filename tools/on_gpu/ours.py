@@ -71,4 +71,4 @@ def _limits(transformer: QwenImageTransformer, case: Case, sizes: Sizes) -> Limi
         assert case.card is not None
         return Limits(sizes.cards[case.card])
     ram = free_memory.free_ram() + transformer.store.held_bytes
-    return Limits(free_memory.free_bytes(device) - free_memory.HEADROOM_BYTES, ram)
+    return Limits(free_memory.free_bytes(device) - free_memory.headroom_bytes(transformer.footprint.slot_bytes), ram)
