@@ -48,15 +48,16 @@ def page_locks() -> PageLocks:
 
 
 def _takes_a_tensor(name: str) -> bool:
-    """Whether the function is there, and can be called with a tensor alone."""
+    """Whether the function is there, and asks for one value."""
     function = getattr(_management(), name, None)
     if function is None:
         return False
-    try:
-        inspect.signature(function).bind(None)
-    except TypeError:
-        return False
-    return True
+    asked = [
+        parameter
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    ]
+    return len(asked) == 1
 
 
 def _locked_bytes() -> int:
