@@ -312,7 +312,8 @@ def _speeds(transformer: Checkpoint) -> Speeds | None:
 
 def _table(cards: list[Card]) -> list[str]:
     """What a step takes on each card, then the peaks of its stages in GiB: on the device/in RAM."""
-    head = ("", "format", "s per step", "bound by", "until decoding", "stay", "in RAM", "from file", "VAE tiles")
+    seconds = ("s per step", "bound by", "first image", "another seed", "another prompt")
+    head = ("", "format", *seconds, "stay", "in RAM", "from file", "VAE tiles")
     rows = [head, *(_step_row(card, card.plan) for card in cards if card.plan)]
     peaks = [("GiB: VRAM/RAM", "limit", *(stage.value for stage in Stage))]
     peaks += [_peak_row(card, card.plan) for card in cards if card.plan]
@@ -324,8 +325,9 @@ def _step_row(card: Card, plan: ImagePlan) -> tuple[str, ...]:
     sampling = plan.sampling
     blocks = (len(sampling.resident), len(sampling.held), sampling.from_file, len(plan.tiles))
     forecast = sampling.forecast
-    step = (f"{forecast.seconds:.1f}", forecast.bound.value, f"{plan.seconds:.0f} s")
-    return (card.name, card.weight_format, *step, *map(str, blocks))
+    step = (f"{forecast.seconds:.1f}", forecast.bound.value)
+    images = (f"{seconds:.0f} s" for seconds in (plan.seconds, plan.again_seconds, plan.prompt_seconds))
+    return (card.name, card.weight_format, *step, *images, *map(str, blocks))
 
 
 def _peak_row(card: Card, plan: ImagePlan) -> tuple[str, ...]:

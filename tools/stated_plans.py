@@ -82,7 +82,7 @@ def lines(plan: MemoryPlan) -> list[str]:
         f"- Peak on the card: {size_text(plan.peak_bytes)} of {size_text(plan.limit_bytes)} (*vram_limit_gb*), which "
         f"leaves the rest to the desktop. RAM for blocks and buffers: {size_text(plan.ram_peak_bytes)} of "
         f"{size_text(plan.limits.ram_bytes or 0)} (*ram_limit_gb*).",
-        f"- {SPEEDS_TEXT}: about {plan.forecast.seconds:.1f} s per step, bound by {bound}.",
+        f"- {SPEEDS_TEXT}: about {plan.forecast.seconds:.1f} s per step, bound by {bound}; {plan.run}.",
     ]
 
 

@@ -111,7 +111,8 @@ class TextEncoderFootprint:
 
 
 class Tiles(Protocol):
-    """In which tiles an image is decoded: how many, whether that is the whole image, and what they hold."""
+    """In which tiles an image is decoded: how many, whether that is the whole image, what they hold, and how many
+    pixels they compute for each of the image (work)."""
 
     @property
     def peak_bytes(self) -> int: ...
@@ -119,14 +120,19 @@ class Tiles(Protocol):
     @property
     def is_whole(self) -> bool: ...
 
+    @property
+    def work(self) -> float: ...
+
     def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True)
 class VAEFootprint:
     """A VAE's weights in bytes, decoder and encoder. plan_decode(height, width, limit_bytes): the tiles of an image of
-    that many px, within that limit beside the weights; raises DoesNotFit. pixel_bytes: of a decoded image."""
+    that many px, within that limit beside the weights; raises DoesNotFit. decode_flops(height, width, work): operations
+    that it takes where tiles compute `work` pixels for each of the image. pixel_bytes: of a decoded image."""
 
     weights_bytes: int
     plan_decode: Callable[[int, int, int], Tiles]
+    decode_flops: Callable[[int, int, float], float]
     pixel_bytes: int

@@ -5,7 +5,7 @@ from enum import Enum
 
 from .footprint import TransformerFootprint
 from .overlap import PIECE_BYTES, RING_PIECES, BlockSeconds, pass_seconds
-from .rates import DECODE_SHARE, ISSUE_SECONDS, LAUNCH_SECONDS, LOCK_BYTES, STEP_SECONDS
+from .rates import CONVOLUTION_SHARE, DECODE_SHARE, ISSUE_SECONDS, LAUNCH_SECONDS, LOCK_BYTES, STEP_SECONDS
 from .request import SamplingRequest
 
 
@@ -122,6 +122,11 @@ def forecast_step(
 def decode_seconds(moved_bytes: int, launches: int, speeds: Speeds) -> float:
     """Of decoding that reads and writes so many bytes of the device's memory."""
     return moved_bytes / speeds.memory_bytes + launches * LAUNCH_SECONDS
+
+
+def convolution_seconds(flops: float, speeds: Speeds) -> float:
+    """Of a VAE's layers."""
+    return flops / (CONVOLUTION_SHARE * speeds.flops)
 
 
 def _block_seconds(

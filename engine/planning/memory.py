@@ -15,6 +15,7 @@ from ..texts import size_text
 from .footprint import TransformerFootprint
 from .forecast import TYPICAL, Speeds, StepForecast, forecast_step
 from .request import GIB, Controls, Limits, SamplingRequest
+from .run_forecast import RunForecast, forecast_run
 from .spread import spread_order
 
 # rows of the modulation table kept beyond those of the present run
@@ -36,7 +37,7 @@ class SecondaryDevice:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Where the transformer's blocks live during a run, what that takes, and how long a step will take.
+    """Where the transformer's blocks live during a run, what that takes, and how long a step and the run will take.
 
     resident: indices of the blocks that stay on the device. held: of those that stay in host memory; the others are
     read from the file at every step. slots: buffers that blocks pass through (two overlap fetching with computing).
@@ -60,6 +61,7 @@ class MemoryPlan:
     ram_peak_bytes: int
     streamed_bytes_per_step: int
     forecast: StepForecast
+    run: RunForecast
     attention: str = FUSED.name
     secondaries: tuple[SecondaryDevice, ...] = ()
 
@@ -94,7 +96,7 @@ class MemoryPlan:
             f"RAM, {self.from_file} read from the file, through {slots}, {size_text(self.streamed_bytes_per_step)} "
             f"per step{chunk}; peak {size_text(self.peak_bytes)} of {size_text(self.limit_bytes)}: weights "
             f"{size_text(self.resident_bytes)}, activations {size_text(self.activation_bytes)}{controls}; RAM "
-            f"{size_text(self.ram_peak_bytes)}{ram}; {self.forecast}{elsewhere})"
+            f"{size_text(self.ram_peak_bytes)}{ram}; {self.forecast}, {self.run}{elsewhere})"
         )
 
 
@@ -217,6 +219,7 @@ class _Draft:
         sampling, modulation, late = self._peaks(resident)
         host_bytes = self.peak_bytes(resident) if footprint.host else footprint.ring_bytes
         slots = self._slots(resident)
+        step = forecast_step(footprint, request, speeds, streamed=streamed, from_file=streamed - held, slots=slots)
         return MemoryPlan(
             request=request,
             limits=limits,
@@ -232,9 +235,8 @@ class _Draft:
             late_timestep_peak_bytes=late,
             ram_peak_bytes=_rows_bytes(footprint, request) + host_bytes + held * footprint.stored_bytes,
             streamed_bytes_per_step=streamed * footprint.stored_bytes,
-            forecast=forecast_step(
-                footprint, request, speeds, streamed=streamed, from_file=streamed - held, slots=slots
-            ),
+            forecast=step,
+            run=forecast_run(footprint, request, speeds, step, streamed=streamed, slots=slots),
             attention=footprint.attention_text(request),
         )
 

@@ -12,9 +12,10 @@ from typing import Any
 from ..errors import InvalidRequest
 from ..texts import size_text
 from .footprint import TextEncoderFootprint, Tiles, TransformerFootprint, VAEFootprint
-from .forecast import TYPICAL, Speeds, forecast_step, forecast_visit
+from .forecast import TYPICAL, Speeds, convolution_seconds, forecast_visit
 from .memory import MemoryPlan, plan_memory
 from .request import Limits, PromptTokens, SamplingRequest
+from .run_forecast import load_seconds
 from .text_encoder import plan_text_encoder, text_encoder_peak_bytes
 
 
@@ -34,7 +35,8 @@ class StagePlan:
 
     On the device: weights_bytes that stay there throughout, passing_bytes of buffers that weights pass through and are
     decoded in, activation_bytes of everything else. In host memory: ram_bytes, beside the models as they were opened;
-    where the device is the host, device bytes included. seconds: None where no forecast is made.
+    where the device is the host, device bytes included. seconds: of the first image, nothing of which is in the file
+    cache; again_seconds: of another seed. None where no forecast is made.
     """
 
     stage: Stage
@@ -43,6 +45,7 @@ class StagePlan:
     activation_bytes: int
     ram_bytes: int
     seconds: float | None = None
+    again_seconds: float | None = None
 
     @property
     def peak_bytes(self) -> int:
@@ -136,12 +139,13 @@ class ImageModels:
 
 @dataclass(frozen=True)
 class ImagePlan:
-    """The stages of an image under given limits. The forecast leaves out decoding."""
+    """The stages of an image under given limits. prompt_seconds: of an image with another prompt, after the first."""
 
     request: ImageRequest
     sampling: MemoryPlan
     tiles: Tiles
     stages: tuple[StagePlan, ...]
+    prompt_seconds: float
 
     @property
     def limits(self) -> Limits:
@@ -159,8 +163,13 @@ class ImagePlan:
 
     @property
     def seconds(self) -> float:
-        """Of all stages but decoding, everything read from the file for the first time."""
+        """Of the first image, everything read from the files for the first time."""
         return sum(stage.seconds or 0.0 for stage in self.stages)
+
+    @property
+    def again_seconds(self) -> float:
+        """Of the next image, with another seed."""
+        return sum(stage.again_seconds or 0.0 for stage in self.stages)
 
     def stage(self, stage: Stage) -> StagePlan:
         return next(plan for plan in self.stages if plan.stage is stage)
@@ -172,7 +181,8 @@ class ImagePlan:
         return (
             f"ImagePlan({self.request}: peak {size_text(self.peak_bytes)} of {size_text(self.limits.vram_bytes)} in "
             f"{widest.stage.value}, RAM {size_text(self.ram_bytes)}{ram}; {self.sampling.forecast}, "
-            f"{self.seconds:.0f} s until decoding; decoded {tiles})"
+            f"first image in {self.seconds:.0f} s, another seed in {self.again_seconds:.0f} s, another prompt in "
+            f"{self.prompt_seconds:.0f} s; decoded {tiles})"
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -188,7 +198,9 @@ class ImagePlan:
             "vae_tiles": len(self.tiles),
             "seconds_per_step": forecast.seconds,
             "bound": forecast.bound.value,
-            "seconds_until_decoding": self.seconds,
+            "seconds_first_image": self.seconds,
+            "seconds_another_seed": self.again_seconds,
+            "seconds_another_prompt": self.prompt_seconds,
             "text": str(self),
         }
 
@@ -203,32 +215,53 @@ def plan_image(models: ImageModels, request: ImageRequest, limits: Limits, speed
     slots = plan_text_encoder(models.text_encoder, request.encoded_tokens, device_bytes)
     kept = models.transformer.outside_bytes
     tiles = models.vae.plan_decode(request.height, request.width, device_bytes - kept - models.vae.weights_bytes)
-    # resident blocks leave for the tiles, one after another; the weights outside of the blocks stay
+    encoding = encode_stage(models.text_encoder, request.encoded_tokens, slots, speeds)
+    # resident blocks leave for the tiles, and for another prompt, one after another; the weights outside of them stay
     room = device_bytes - kept - models.vae.weights_bytes - tiles.peak_bytes
-    block = models.transformer.resident_block_bytes
-    kept += min(len(sampling.resident), room // block) * block
+    stay = _staying(models.transformer, sampling, room)
+    stay_encoding = min(stay, _staying(models.transformer, sampling, device_bytes - kept - encoding.peak_bytes))
+    kept += stay * models.transformer.resident_block_bytes
     images = request.images * request.width * request.height * models.vae.pixel_bytes
+    decoding = models.vae.decode_flops(request.height, request.width, tiles.work) * request.images
+    loading, loading_again = (
+        load_seconds(models.transformer, len(sampling.resident) - count, speeds) for count in (stay, stay_encoding)
+    )
     stages = (
-        encode_stage(models.text_encoder, request.encoded_tokens, slots, speeds),
-        load_stage(models.transformer, sampling, speeds),
-        modulation_stage(models.transformer, sampling, speeds),
-        sampling_stage(models.transformer, sampling, speeds),
+        encoding,
+        replace(load_stage(models.transformer, sampling), again_seconds=loading),
+        modulation_stage(models.transformer, sampling),
+        sampling_stage(models.transformer, sampling),
         decode_stage(
             tiles,
             weights_bytes=kept + models.vae.weights_bytes,
             ram_bytes=images + (kept if host else sampling.ram_peak_bytes - models.transformer.ring_bytes),
             host=host,
+            seconds=convolution_seconds(decoding, speeds),
         ),
     )
-    return ImagePlan(request, sampling, tiles, stages)
+    again = sum(stage.again_seconds or 0.0 for stage in stages)
+    return ImagePlan(request, sampling, tiles, stages, again + loading_again - loading + (encoding.seconds or 0.0))
+
+
+def _staying(footprint: TransformerFootprint, plan: MemoryPlan, room: int) -> int:
+    """How many of the resident blocks have room there."""
+    return min(len(plan.resident), max(0, room) // footprint.resident_block_bytes)
 
 
 def encode_stage(
-    footprint: TextEncoderFootprint, lengths: Sequence[int], slots: int, speeds: Speeds = TYPICAL
+    footprint: TextEncoderFootprint, lengths: Sequence[int], slots: int, speeds: Speeds | None = None
 ) -> StagePlan:
-    """`lengths`: tokens of each prompt, template included; every layer is read from the file."""
+    """`lengths`: tokens of each prompt, template included; every layer is read from the file, which kept prompts need
+    not. No forecast without `speeds`."""
     peak = text_encoder_peak_bytes(footprint, lengths, slots)
     passing = slots * footprint.slot_bytes + footprint.staging_bytes + footprint.scratch_bytes
+    seconds = None if speeds is None else _visit_seconds(footprint, lengths, slots, speeds)
+    answers = 4 * sum(lengths) * footprint.hidden_size  # fp32
+    ram = footprint.ring_bytes + answers + (peak if footprint.host else 0)
+    return StagePlan(Stage.ENCODE, 0, passing, peak - passing, ram, seconds, 0.0)
+
+
+def _visit_seconds(footprint: TextEncoderFootprint, lengths: Sequence[int], slots: int, speeds: Speeds) -> float:
     forecast = forecast_visit(
         tokens=sum(lengths),
         weights=footprint.layers * footprint.slot_bytes / footprint.element_bytes,
@@ -239,53 +272,45 @@ def encode_stage(
         decode_bytes=footprint.layers * footprint.decode_bytes,
         decode_launches=footprint.layers * footprint.decode_launches,
     )
-    answers = 4 * sum(lengths) * footprint.hidden_size  # fp32
-    ram = footprint.ring_bytes + answers + (peak if footprint.host else 0)
-    return StagePlan(Stage.ENCODE, 0, passing, peak - passing, ram, forecast.seconds)
+    return forecast.seconds
 
 
-def load_stage(footprint: TransformerFootprint, plan: MemoryPlan, speeds: Speeds = TYPICAL) -> StagePlan:
+def load_stage(footprint: TransformerFootprint, plan: MemoryPlan) -> StagePlan:
     """Resident blocks come from the file; ControlNets and model patches come as well, and are counted as weights."""
-    seconds = _moving_seconds(len(plan.resident) * footprint.stored_bytes, footprint, speeds)
     weights = plan.resident_bytes + plan.request.controls.weights_bytes
     ram = footprint.ring_bytes + (weights if footprint.host else 0)
-    return StagePlan(Stage.LOAD, weights, 0, 0, ram, seconds)
+    return StagePlan(Stage.LOAD, weights, 0, 0, ram, plan.run.load_seconds, 0.0)
 
 
-def modulation_stage(footprint: TransformerFootprint, plan: MemoryPlan, speeds: Speeds = TYPICAL) -> StagePlan:
+def modulation_stage(footprint: TransformerFootprint, plan: MemoryPlan) -> StagePlan:
     """One pass over the modulation weights, for all timesteps of a run; nothing is held in host memory yet."""
     weights = plan.resident_bytes + plan.request.controls.weights_bytes
     passing = plan.modulation_peak_bytes - weights - footprint.row_bytes
-    seconds = _moving_seconds(footprint.blocks * footprint.modulation_stored_bytes, footprint, speeds)
     ram = plan.ram_peak_bytes - len(plan.held) * footprint.stored_bytes
-    return StagePlan(Stage.MODULATION, weights, passing, footprint.row_bytes, ram, seconds)
+    seconds = plan.run.modulation_seconds
+    return StagePlan(Stage.MODULATION, weights, passing, footprint.row_bytes, ram, seconds, 0.0)
 
 
-def sampling_stage(footprint: TransformerFootprint, plan: MemoryPlan, speeds: Speeds = TYPICAL) -> StagePlan:
+def sampling_stage(footprint: TransformerFootprint, plan: MemoryPlan) -> StagePlan:
     """All steps. In the first one, blocks that will be held in host memory come from the file too."""
-    controls = plan.request.controls
+    controls, run = plan.request.controls, plan.run
     weights = plan.resident_bytes + controls.weights_bytes
     widest = max(plan.activation_bytes, controls.working_bytes)
     activations = widest + controls.held_bytes + footprint.row_bytes
-    first = forecast_step(
-        footprint, plan.request, speeds, streamed=plan.streamed, from_file=plan.streamed, slots=plan.slots
-    )
     return StagePlan(
         Stage.SAMPLING,
         weights,
         plan.sampling_peak_bytes - weights - activations,
         activations,
         plan.ram_peak_bytes,
-        first.seconds + (plan.request.timesteps - 1) * plan.forecast.seconds,
+        run.first_step_seconds + (run.steps - 1) * run.step_seconds,
+        run.again_seconds,
     )
 
 
-def decode_stage(tiles: Tiles, *, weights_bytes: int, ram_bytes: int, host: bool) -> StagePlan:
+def decode_stage(
+    tiles: Tiles, *, weights_bytes: int, ram_bytes: int, host: bool, seconds: float | None = None
+) -> StagePlan:
     """weights_bytes: of all that lies on the device; ram_bytes: what else than the tiles lies in host memory."""
     ram = ram_bytes + (tiles.peak_bytes if host else 0)
-    return StagePlan(Stage.DECODE, weights_bytes, 0, tiles.peak_bytes, ram)
-
-
-def _moving_seconds(nbytes: int, footprint: TransformerFootprint, speeds: Speeds) -> float:
-    """From the file to the device."""
-    return max(nbytes / speeds.disk_bytes, 0.0 if footprint.host else nbytes / speeds.bus_bytes)
+    return StagePlan(Stage.DECODE, weights_bytes, 0, tiles.peak_bytes, ram, seconds, seconds)

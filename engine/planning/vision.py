@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from ..compute.attention_kernels import FUSED, AttentionKernel
 from ..errors import DoesNotFit
-from .forecast import TYPICAL, Speeds, forecast_visit
+from .forecast import Speeds, forecast_visit
 from .request import GIB
 from .stages import Stage, StagePlan
 
@@ -76,11 +76,23 @@ def plan_vision(footprint: VisionFootprint, patches: Sequence[int], limit_bytes:
 
 
 def with_vision(
-    encoding: StagePlan, footprint: VisionFootprint, patches: Sequence[int], slots: int, speeds: Speeds = TYPICAL
+    encoding: StagePlan, footprint: VisionFootprint, patches: Sequence[int], slots: int, speeds: Speeds | None = None
 ) -> StagePlan:
     """The plan of a stage that looks at images before it encodes prompts: the worse moment of both."""
     peak = vision_peak_bytes(footprint, patches, slots)
     passing = slots * footprint.slot_bytes + footprint.staging_bytes + footprint.scratch_bytes
+    kept = sum(patches) * (4 * footprint.patch_values + footprint.seen_bytes)  # fp32 patches, then their embeddings
+    ram = footprint.ring_bytes + footprint.outside_bytes + kept + (peak if footprint.host else 0)
+    outside = footprint.outside_bytes
+    looking = StagePlan(Stage.ENCODE, outside, passing, peak - passing - outside, ram)
+    worse = max(encoding, looking, key=lambda plan: plan.peak_bytes)
+    seconds = None
+    if speeds is not None and encoding.seconds is not None:
+        seconds = encoding.seconds + _visit_seconds(footprint, patches, slots, speeds)
+    return replace(worse, ram_bytes=max(encoding.ram_bytes + kept, ram), seconds=seconds)
+
+
+def _visit_seconds(footprint: VisionFootprint, patches: Sequence[int], slots: int, speeds: Speeds) -> float:
     forecast = forecast_visit(
         tokens=sum(patches),
         weights=footprint.blocks * footprint.slot_bytes / footprint.element_bytes,
@@ -91,10 +103,4 @@ def with_vision(
         decode_bytes=footprint.blocks * footprint.decode_bytes,
         decode_launches=footprint.blocks * footprint.decode_launches,
     )
-    kept = sum(patches) * (4 * footprint.patch_values + footprint.seen_bytes)  # fp32 patches, then their embeddings
-    ram = footprint.ring_bytes + footprint.outside_bytes + kept + (peak if footprint.host else 0)
-    outside = footprint.outside_bytes
-    looking = StagePlan(Stage.ENCODE, outside, passing, peak - passing - outside, ram)
-    worse = max(encoding, looking, key=lambda plan: plan.peak_bytes)
-    seconds = forecast.seconds + (encoding.seconds or 0.0)
-    return replace(worse, ram_bytes=max(encoding.ram_bytes + kept, ram), seconds=seconds)
+    return forecast.seconds

@@ -162,7 +162,7 @@ def _draw_card(pen: "_Pen", x: int, y: int, width: int, card: Card) -> None:
     pen.text(
         x,
         foot + 67,
-        f"RAM {plan.ram_bytes / GIB:.1f} GiB, {tiles}, {_duration(plan.seconds)} until decoding",
+        f"RAM {plan.ram_bytes / GIB:.1f} GiB, {tiles}, {_duration(plan.seconds)}, then {_duration(plan.again_seconds)}",
         size=15,
         fill=GREY,
     )

@@ -10,7 +10,17 @@ from ..planning.stages import Stage, StagePlan
 from ..texts import size_text
 from .memory_report import MemoryReport
 
-COLUMNS = ("stage", "seconds", "VRAM planned", "measured", "RAM planned", "grown", "from files", "over the bus")
+COLUMNS = (
+    "stage",
+    "forecast",
+    "seconds",
+    "VRAM planned",
+    "measured",
+    "RAM planned",
+    "grown",
+    "from files",
+    "over the bus",
+)
 
 
 @dataclass(frozen=True)
@@ -147,6 +157,7 @@ def _row(report: StageReport) -> tuple[str, ...]:
     own = report.vram_bytes is not None
     return (
         report.stage.value,
+        _forecast(plan),
         f"{report.seconds:.1f}",
         size_text(plan.peak_bytes + report.vram_beside_bytes) if plan and own else "-",
         size_text(report.vram_bytes) if report.vram_bytes is not None else "-",
@@ -155,3 +166,10 @@ def _row(report: StageReport) -> tuple[str, ...]:
         size_text(report.moved.file_bytes),
         size_text(report.moved.copied_bytes),
     )
+
+
+def _forecast(plan: StagePlan | None) -> str:
+    """Seconds of the first image, and of another seed."""
+    if plan is None or plan.seconds is None:
+        return "-"
+    return f"{plan.seconds:.1f} s, then {plan.again_seconds or 0.0:.1f} s"

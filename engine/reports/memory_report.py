@@ -55,10 +55,13 @@ class MemoryReport:
         if self.plan.held:
             pinned = "page-locked" if self.pinned_bytes else "not page-locked"
             held = f", {len(self.plan.held)} in RAM ({pinned}), {size_text(self.copied_bytes)} copied to the device"
+        run = self.plan.run
         lines = [
             f"MemoryReport: {self.steps} steps in {self.seconds:.1f} s, the first after {self.first_step_seconds:.1f} "
             f"s, {self.passes} passes of {step:.2f} s on {self.device} (forecast {self.plan.forecast.seconds:.2f} s), "
             f"weights {self.weight_format}",
+            f"  forecast of the run: {run.first_seconds:.1f} s where its weights are read for the first time, "
+            f"{run.again_seconds:.1f} s with another seed",
             f"  device memory: {size_text(self.plan.peak_bytes)} planned of {size_text(self.plan.limit_bytes)}, {vram}",
             f"  process memory: {size_text(self.peak_ram_bytes)} at its peak, {size_text(self.plan.ram_peak_bytes)} of "
             "it planned",

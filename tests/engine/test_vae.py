@@ -13,6 +13,7 @@ from small_checkpoint import make_vae
 from split_files import wan_vae_name
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 # height x width in latents: wide, tall, odd
 SIZES = [(9, 60), (57, 8), (31, 45)]
@@ -364,3 +365,11 @@ def test_latents_of_another_kind_are_refused(ours: ImageVAE, shape: tuple[int, .
 def test_images_of_another_kind_are_refused(ours: ImageVAE, shape: tuple[int, ...]) -> None:
     with pytest.raises(InvalidRequest):
         ours.encode(torch.zeros(shape))
+
+
+def test_operations_of_decoding_are_those_that_torch_counts(ours: ImageVAE) -> None:
+    with FlopCounterMode(display=False) as counter:
+        ours.decode(random_latents(1, 16, 24, 32))
+    # the borders of a merged kernel's positions, and steps of attention that are no product
+    assert ours.decode_flops(192, 256) == pytest.approx(counter.get_total_flops(), rel=0.1)
+    assert ours.decode_flops(192, 256, 1.5) < 1.5 * ours.decode_flops(192, 256)

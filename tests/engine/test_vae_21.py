@@ -15,6 +15,7 @@ from qwenimage_lowvram.engine.models.qwen_image_vae.tensor_names import require_
 from small_checkpoint import make_vae
 from small_vae_21 import random_vae_21, wan_name, write_file, write_folder
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 PX = 16
 
@@ -143,3 +144,11 @@ def test_a_file_that_lacks_a_tensor_is_named(tmp_path: Path) -> None:
     del weights["decoder.up_blocks.2.resnets.1.conv2.bias"]
     with pytest.raises(DamagedFile, match=r"has no tensor decoder.up_blocks.2.resnets.1.conv2.bias"):
         require_image_vae_21(open_checkpoint(write_folder(tmp_path / "vae", weights)))
+
+
+def test_operations_of_decoding_are_those_that_torch_counts(vae: ImageVAE21) -> None:
+    generator = torch.Generator().manual_seed(7)
+    with FlopCounterMode(display=False) as counter:
+        vae.decode(torch.randn(1, vae.latent_channels, 12, 16, generator=generator))
+    counted = vae.decode_flops(12 * vae.scale, 16 * vae.scale)
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.15)  # borders of merged kernels are counted too

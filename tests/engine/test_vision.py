@@ -26,6 +26,7 @@ from qwenimage_lowvram.engine.models.qwen_image.prompt_template import EDIT_TEMP
 from qwenimage_lowvram.engine.models.qwen_image.prompts import PromptTokenizer, with_places
 from qwenimage_lowvram.engine.models.qwen_vl.image_prompts import IMAGE, token_positions
 from qwenimage_lowvram.engine.models.qwen_vl.images import PatchedImage
+from qwenimage_lowvram.engine.planning.forecast import TYPICAL
 from qwenimage_lowvram.engine.planning.request import GIB
 from qwenimage_lowvram.engine.planning.stages import encode_stage
 from qwenimage_lowvram.engine.planning.text_encoder import text_encoder_peak_bytes
@@ -232,9 +233,9 @@ def test_a_limit_that_is_too_low_is_refused_with_one_that_would_do() -> None:
 def test_the_stage_is_planned_for_its_worse_half(folder: Path, cpu: Hardware) -> None:
     encoder = TextEncoder(open_checkpoint(folder / "text_encoder"), dtype=torch.float32, hardware=cpu)
     lengths = [300, 280]
-    encoding = encode_stage(encoder.footprint, lengths, 2)
-    small = with_vision(encoding, make_tower(folder, cpu).footprint, [4], 1)
-    large = with_vision(encoding, REAL, [744], 2)
+    encoding = encode_stage(encoder.footprint, lengths, 2, TYPICAL)
+    small = with_vision(encoding, make_tower(folder, cpu).footprint, [4], 1, TYPICAL)
+    large = with_vision(encoding, REAL, [744], 2, TYPICAL)
     assert small.peak_bytes == encoding.peak_bytes == text_encoder_peak_bytes(encoder.footprint, lengths, 2)
     assert large.peak_bytes == vision_peak_bytes(REAL, [744], 2)
     for plan in (small, large):

@@ -34,7 +34,7 @@ def test_the_plan_is_shown_on_its_node(page: Any, split_files: dict[str, SplitFi
     assert page.run()["status"] == "success"
     shown = page.evaluate(SHOWN)
     assert shown.startswith("Memory plan: 1328x1328")
-    assert "until decoding" in shown
+    assert "another seed" in shown
     inputs = page.prompt()[str(node)]["inputs"]
     assert inputs["transformer"] == names.transformer
     assert "qwen_lowvram_memory" not in inputs

@@ -433,7 +433,8 @@ def test_planning_imports_no_torch() -> None:
 PLAN_TEXT = (
     "MemoryPlan(1328x1328, 2 branches: 1 of 60 blocks resident, 27 in RAM, 32 read from the file, through 2 slots, "
     "24.90 GiB per step, MLP in chunks of 4096 tokens; peak 1.92 GiB of 2.00 GiB: weights 0.50 GiB, activations "
-    "0.58 GiB; RAM 11.92 GiB of 12.00 GiB; 11.3 s per step, bound by compute)"
+    "0.58 GiB; RAM 11.92 GiB of 12.00 GiB; 11.3 s per step, bound by compute, 50 steps in 567 s, with another seed in "
+    "565 s)"
 )
 
 
@@ -469,6 +470,7 @@ def test_a_report_prints_what_was_measured_beside_what_was_planned() -> None:
         == (
             "MemoryReport: 20 steps in 60.0 s, the first after 4.5 s, 20 passes of 2.50 s on cuda:0 (forecast "
             "11.29 s), weights bf16\n"
+            "  forecast of the run: 567.2 s where its weights are read for the first time, 564.6 s with another seed\n"
             "  device memory: 1.92 GiB planned of 2.00 GiB, 1.66 GiB measured\n"
             "  process memory: 3.00 GiB at its peak, 11.92 GiB of it planned\n"
             "  blocks: 1 of 60 resident, 27 in RAM (page-locked), 497.93 GiB copied to the device, 1200 read from the "

@@ -42,6 +42,9 @@ class DownLevel(nn.Module):
             inside=inside,
         )
 
+    def flops(self, positions: int) -> int:
+        return _flops(self.layers, positions)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = _run(self.layers, x)
         for (row, column), channels in zip(CORNERS, self._channels, strict=True):
@@ -61,6 +64,9 @@ class FlatLevel(nn.Module):
         inside = tuple(layer.shape for layer in self.layers)
         pad = sum(layer.before for layer in inside)
         return LayerShape(inside[0].inputs, inside[-1].outputs, (Phase(1, 1),), before=pad, after=pad, inside=inside)
+
+    def flops(self, positions: int) -> int:
+        return _flops(self.layers, positions)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _run(self.layers, x).add_(x)
@@ -97,6 +103,9 @@ class UpLevel(nn.Module):
             inside=inside,
         )
 
+    def flops(self, positions: int) -> int:
+        return _flops(self.layers, positions)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = _run(self.layers, x)
         for (row, column), channels in zip(CORNERS, self._channels, strict=True):
@@ -108,6 +117,11 @@ def _run(layers: nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
     for layer in layers:
         x = layer(x)
     return x
+
+
+def _flops(layers: nn.ModuleList, positions: int) -> int:
+    """Of so many input positions: no layer but the last changes their number."""
+    return sum(layer.flops(positions) for layer in layers)
 
 
 def _channels_of(channels: int, frames: int, corner: int, group: int, corners: int) -> slice:

@@ -68,7 +68,8 @@ class ImageVAE(nn.Module):
 
     @property
     def footprint(self) -> VAEFootprint:
-        return VAEFootprint(sum(p.nbytes for p in self.parameters()), self.plan_decode, self.pixel_bytes)
+        weights = sum(p.nbytes for p in self.parameters())
+        return VAEFootprint(weights, self.plan_decode, self.decode_flops, self.pixel_bytes)
 
     @property
     def scale(self) -> int:
@@ -98,6 +99,11 @@ class ImageVAE(nn.Module):
     ) -> TilePlan:
         """The tiles and the live bytes of decoding one image of height x width pixels; moves nothing."""
         return self._plan(self.decoder, "decode", (height, width), limit_bytes, tile_px, self.dtype, result_bytes)
+
+    def decode_flops(self, height: int, width: int, work: float = 1.0) -> float:
+        """Floating-point operations of decoding one image of height x width pixels, in tiles that compute `work` pixels
+        for each of the image."""
+        return self.decoder.flops(height // self.scale * (width // self.scale), work)
 
     def plan_encode(
         self, height: int, width: int, limit_bytes: int | None = None, tile_px: int = 0, *, result_bytes: int = 0

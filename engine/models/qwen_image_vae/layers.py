@@ -31,6 +31,10 @@ class Conv(nn.Module):
         outputs, inputs = self.weight.shape[:2]
         return LayerShape(inputs, outputs, (Phase(1, 1),), before=self.pad, after=self.pad)
 
+    def flops(self, positions: int) -> int:
+        """Of so many input positions."""
+        return 2 * self.weight.numel() * positions
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), padding=self.pad)
 
@@ -42,6 +46,9 @@ class Downsample(Conv):
     def shape(self) -> LayerShape:
         outputs, inputs, kernel = self.weight.shape[:3]
         return LayerShape(inputs, outputs, (Phase(2, 1),), after=kernel - 1, stride=2)
+
+    def flops(self, positions: int) -> int:
+        return super().flops(positions) // 4
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         end = self.weight.shape[-1] - 2
@@ -60,6 +67,10 @@ class Upsample(Conv):
     def shape(self) -> LayerShape:
         outputs, inputs = self.weight.shape[:2]
         return LayerShape(inputs, outputs, (Phase(1, 2),), before=self.pad, after=self.pad, up=2)
+
+    def flops(self, positions: int) -> int:
+        outputs, inputs = self.weight.shape[:2]
+        return 2 * 16 * outputs * inputs * positions
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         b, _, h, w = x.shape
@@ -108,6 +119,10 @@ class NormSilu(nn.Module):
         channels = self.norm.gamma.shape[0]
         return LayerShape(channels, channels, (Phase(1, 0),))
 
+    def flops(self, positions: int) -> int:
+        """None that count beside convolutions."""
+        return 0
+
     def forward(self, x: torch.Tensor, *, in_place: bool = True) -> torch.Tensor:
         """(B, C, h, w) -> the same shape."""
         source = x.permute(0, 2, 3, 1)
@@ -137,6 +152,10 @@ class ResidualBlock(nn.Module):
         phases = (Phase(2, 1), Phase(1, 2))
         return LayerShape(inputs, outputs, phases, before=pad, after=pad)
 
+    def flops(self, positions: int) -> int:
+        convolutions = (self.conv1, self.conv2, self.shortcut)
+        return sum(conv.flops(positions) for conv in convolutions if conv is not None)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.norm1(x, in_place=False)
         h = self.conv1(h)
@@ -163,6 +182,11 @@ class Attention(nn.Module):
         channels = self.proj.weight.shape[0]
         scratch = 4 * (QUERIES * KEYS + 2 * KEYS * channels + 8 * QUERIES * channels)
         return LayerShape(channels, channels, (Phase(3, 0, scratch),))
+
+    def flops(self, positions: int) -> int:
+        """Each position attends to all: a product for the score, and one for the sum."""
+        channels = self.proj.weight.shape[0]
+        return self.qkv.flops(positions) + self.proj.flops(positions) + 4 * channels * positions**2
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         channels = x.shape[1]

@@ -21,6 +21,14 @@ class Half(nn.Module):
             tuple(layer.shape for layer in self.whole), tuple(layer.shape for layer in self.local), is_encoder
         )
 
+    def flops(self, latents: int, work: float) -> float:
+        """Of a decoder, for so many latents: the local layers compute `work` pixels for each of the image."""
+        total, positions = sum(layer.flops(latents) for layer in self.whole), latents
+        for layer in self.local:
+            total += work * layer.flops(positions)
+            positions *= layer.shape.up**2
+        return float(total)
+
 
 def build_decoder(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Half:
     """Latents -> RGB(A) in -1..1: the middle block whole, the up blocks local."""
