@@ -11,7 +11,7 @@ from ..errors import DamagedFile
 from ..files.json_texts import unreadable
 from ..files.regular_file import open_regular
 from ..hardware import Hardware
-from ..streaming import PIECE_BYTES, RING_PIECES, PinnedMemory
+from ..streaming import PIECE_BYTES, RING_PIECES, PinnedMemory, StreamOrder
 
 SECONDS_EACH = 0.4
 # tokens, width, hidden width of the model's MLP; a CPU would take seconds for one
@@ -81,22 +81,21 @@ def _disk_rate(file: Path) -> float:
 
 
 def _rate(amount: float, action: Callable[[], object], hardware: Hardware) -> float:
-    """`amount` per second of `action`, after a first time that does not count."""
+    """`amount` per second of `action` on the device, after a first time that does not count."""
+    order = StreamOrder(hardware)
 
-    def finish() -> None:
-        if hardware.streams:
-            hardware.accelerator.synchronize(hardware.device)
-        elif hardware.device.type == "mps":
-            torch.mps.synchronize()
-
-    action()
-    finish()
-    count, start = 0, time.perf_counter()
-    while True:
-        for _ in range(4):
+    def seconds_of(count: int) -> float:
+        action()  # the device is busy with it while it is given the others
+        begun = order.compute_moment()
+        for _ in range(count):
             action()
-        finish()
+        if hardware.device.type == "mps":  # whose moments are the host's
+            torch.mps.synchronize()
+        return order.seconds_between(begun, order.compute_moment())
+
+    seconds_of(1)
+    count, seconds = 0, 0.0
+    while seconds < SECONDS_EACH:
+        seconds += seconds_of(4)
         count += 4
-        seconds = time.perf_counter() - start
-        if seconds > SECONDS_EACH:
-            return count * amount / seconds
+    return count * amount / seconds

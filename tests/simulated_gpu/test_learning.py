@@ -21,7 +21,7 @@ from qwenimage_lowvram.engine.planning.memory import (
 from qwenimage_lowvram.engine.planning.request import Limits, SamplingRequest
 from qwenimage_lowvram.engine.planning.stages import Stage
 from qwenimage_lowvram.engine.reports.memory_report import MemoryReport
-from qwenimage_lowvram.engine.runs import sampling_run
+from qwenimage_lowvram.engine.runs import machine_speeds, sampling_run
 from qwenimage_lowvram.engine.runs.known_speeds import KnownSpeeds
 from qwenimage_lowvram.engine.runs.sampling_run import SamplingRun
 from qwenimage_lowvram.engine.runs.spilling import spill_warning
@@ -129,6 +129,19 @@ def test_in_three_runs_speeds_are_the_true_ones_and_stay_so(
             if number > 1:
                 assert astuple(speeds.get())[:3] == pytest.approx(truth, rel=0.1)
         finish(model)
+
+
+def test_a_new_machine_is_measured_by_what_its_card_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the host takes half as long to issue a product as the card to compute it."""
+    tokens, width, hidden = 16, 32, 64
+    monkeypatch.setattr(machine_speeds, "MLP_SHAPE", (tokens, width, hidden))
+    monkeypatch.setattr(machine_speeds, "PIECE_BYTES", 2**16)
+    product_seconds = 0.02
+    rates = Rates(2.0 * tokens * width * hidden / product_seconds, bus_bytes=5e6, issue_seconds=product_seconds / 2)
+    with SimulatedGPU("late", costs=rates) as gpu:
+        hardware = gpu.hardware()
+        assert machine_speeds.measure_flops(hardware, torch.bfloat16) == pytest.approx(rates.flops, rel=0.01)
+        assert machine_speeds.measure_bus(hardware) == pytest.approx(rates.bus_bytes, rel=0.01)
 
 
 def test_a_report_and_progress_tell_the_cards_seconds(tiny_models: TinyModels) -> None:

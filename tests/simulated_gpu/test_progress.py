@@ -27,6 +27,10 @@ FLOPS = 1e9
 KEEPS_PACE = next(call for call in ordering_calls() if call.name == "streams.keep: host_waits")
 
 
+class Interrupted(Exception):
+    pass
+
+
 @dataclass
 class Told:
     """When a run tells of its blocks, in simulated seconds: the host's moment, and when the card is done with all that
@@ -90,6 +94,33 @@ def test_the_host_is_told_of_a_block_while_the_card_is_at_the_one_before(
     assert len(told.at) == len(TIMES) * LAYERS
     told.require_near(block_seconds)
     told.require_busy(block_seconds)
+
+
+@pytest.mark.parametrize("resident", [(), HALF, ALL])
+def test_an_interruption_is_obeyed_within_two_blocks_time(
+    resident: Any, tiny_models: TinyModels, block_seconds: float
+) -> None:
+    """From the moment when a person asks for it, which is told of with the next block, to when the card is free."""
+    with SimulatedGPU("late", costs=Rates(flops=FLOPS)) as gpu:
+        rig = Rig(tiny_models, gpu)
+        model = rig.transformer("bf16")
+        model.load(resident, ALL)
+        model.modulation.announce(TIMES)
+        branches, asked = rig.branches(TIMES[0]), 0.0
+
+        def check(index: int) -> None:
+            if time.perf_counter() >= asked:
+                raise Interrupted
+
+        with model.session(slots=2) as session:
+            session.forward(branches)  # what is held is there from now on
+            gpu.accelerator.synchronize()
+            asked = time.perf_counter() + 2.5 * block_seconds
+            with pytest.raises(Interrupted):
+                session.forward(branches, on_block=check)
+            gpu.accelerator.synchronize()
+        assert asked < time.perf_counter() < asked + 2 * block_seconds
+        finish(model)
 
 
 @pytest.mark.parametrize(("resident", "bus_bytes"), [((), 1e7), (HALF, 1e9), (ALL, 1e9)])
