@@ -6,11 +6,12 @@ Knows how a block is stored and where it is to lie, and nothing of what a block 
 from .block_layout import StoredBlock, WeightPatch, bind, store_block
 from .block_source import BlockSource, FileSource, TensorReader, read_params
 from .pinned_memory import PinnedMemory
+from .ring import RING_PIECES
 from .store import BlockStore, require_decodable
 from .streamed_blocks import BlockFiles, OnBlock, StreamedBlocks, VisitsBlocks
 from .streamer import BlockStreamer, Waits
 from .streams import Pace, StreamOrder
-from .transfer import PIECE_BYTES, RING_PIECES
+from .transfer import PIECE_BYTES
 
 __all__ = [
     "PIECE_BYTES",

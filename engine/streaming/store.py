@@ -68,8 +68,23 @@ class BlockStore:
 
     @property
     def ring_bytes(self) -> int:
-        """Host memory that blocks pass through on their way from the file to the device."""
+        """Host memory that blocks pass through on their way from the file to the device, at the least."""
         return 0 if self.hardware.host_device else self._transfer.sizes.ring_bytes
+
+    @property
+    def piece_bytes(self) -> int:
+        """Of one of the ring's pieces; 0 where there is none."""
+        return 0 if self.hardware.host_device else self._transfer.sizes.piece_bytes
+
+    @property
+    def ring_pieces(self) -> int:
+        """How many of them there may be."""
+        return self._transfer.ring_pieces
+
+    @ring_pieces.setter
+    def ring_pieces(self, pieces: int) -> None:
+        with self._lock:
+            self._transfer.ring_pieces = pieces
 
     @property
     def staging_bytes(self) -> int:
@@ -167,14 +182,19 @@ class BlockStore:
             self._tiers.replace(blocks)
             self._transfer.replace(source, BlockSizes(blocks))
 
-    def fetch_into(self, index: int, slot: Tensor) -> None:
-        """Bring block `index` into a slot's buffer: read, copy on the copy stream, decode. Any one thread at a time."""
+    def fetch_into(self, index: int, slot: Tensor, ahead: Sequence[int] = ()) -> None:
+        """Bring block `index` into a slot's buffer: read, copy on the copy stream, decode. Any one thread at a time.
+
+        `ahead`: the blocks that will be wanted next, in their order; they are read ahead as far as the ring has room.
+        """
         with self._lock, torch.no_grad(), self.order.copying():
             block, encoded = self.blocks[index], self._tiers.encoded(index)
+            self._transfer.expect(self._tiers.passing((index, *ahead)))
             if encoded is not None:
                 self._transfer.decode(block, encoded, slot)
             else:
-                self._transfer.fill(index, block, self._tiers.held_now(index), slot)
+                self._transfer.fill(index, block, self._tiers.held_of(index), slot)
+                self._tiers.hold(index)
 
     def end_run(self) -> None:
         """Give back what only a run needs: staging, ring, reader threads and open files."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..hardware import Hardware
 from ..log import logger
+from .ring import RING_PIECES
 from .store import BlockStore
 from .streams import Mark, Pace
 
@@ -56,13 +57,22 @@ class BlockStreamer:
     the one before it. So whoever counts blocks counts what is done, and whoever stops there waits for one block.
     """
 
-    def __init__(self, store: BlockStore, *, slots: int, blocks: range | None = None, pace: Pace | None = None) -> None:
-        """`blocks`: those that are visited; all of them if not given. `pace`: that of several streamers which take
-        turns in one pass."""
+    def __init__(
+        self,
+        store: BlockStore,
+        *,
+        slots: int,
+        ring: int = RING_PIECES,
+        blocks: range | None = None,
+        pace: Pace | None = None,
+    ) -> None:
+        """`ring`: pieces of host memory that blocks pass through. `blocks`: those that are visited; all of them if not
+        given. `pace`: that of several streamers which take turns in one pass."""
         self._store = store
         self._blocks = range(len(store.blocks)) if blocks is None else blocks
         self._order = store.order
         self._count = slots
+        self._ring = ring
         self._free: deque[_Slot] = deque()
         self._ahead: deque[tuple[int, _Slot, Future[None]]] = deque()
         self._reader: ThreadPoolExecutor | None = None
@@ -89,6 +99,7 @@ class BlockStreamer:
 
     def __enter__(self) -> "BlockStreamer":
         self._follow_residency()
+        self._store.ring_pieces = self._ring
         return self
 
     def __exit__(
@@ -104,6 +115,7 @@ class BlockStreamer:
         self._free.clear()
         self._queue = ()
         self._store.end_run()  # open files too: they cannot be replaced on Windows
+        self._store.ring_pieces = RING_PIECES
 
     def visit(self, *, more: bool = False) -> Iterator[tuple[int, nn.Module]]:
         """One pass over the blocks. `more`: another pass follows, whose first blocks may be fetched at the end of
@@ -154,19 +166,23 @@ class BlockStreamer:
 
     def _fetch_ahead(self, remaining: int) -> int:
         while self._free and remaining > 0:
-            slot = self._free.popleft()
-            index = self._queue[self._next]
+            index, ahead = self._queue[self._next], self._following(remaining - 1)
+            self._ahead.append((index, self._free[0], self._start(index, self._free[0], ahead)))
+            self._free.popleft()
             self._next = (self._next + 1) % len(self._queue)
-            self._ahead.append((index, slot, self._start(index, slot)))
             remaining -= 1
         return remaining
 
-    def _start(self, index: int, slot: _Slot) -> "Future[None]":
+    def _following(self, count: int) -> tuple[int, ...]:
+        """So many blocks that are wanted after the next one, of this pass and the one after it."""
+        return (self._queue * 3)[self._next + 1 :][:count]
+
+    def _start(self, index: int, slot: _Slot, ahead: tuple[int, ...]) -> "Future[None]":
         if self._reader is not None:
-            return self._reader.submit(self._fill, index, slot)
+            return self._reader.submit(self._fill, index, slot, ahead)
         future: Future[None] = Future()
         try:
-            self._fill(index, slot)
+            self._fill(index, slot, ahead)
             future.set_result(None)
         except Exception as error:  # handed on where the block is wanted, as the reader thread does
             future.set_exception(error)
@@ -175,16 +191,17 @@ class BlockStreamer:
         finally:
             del future  # see _take
 
-    def _fill(self, index: int, slot: _Slot) -> None:
+    def _fill(self, index: int, slot: _Slot, ahead: tuple[int, ...]) -> None:
         self._order.copy_waits(slot.used)
         slot.from_file = self._store.reads_file(index)
-        self._store.fetch_into(index, slot.buffer)
+        self._store.fetch_into(index, slot.buffer, ahead)
         self._order.record_copy(slot.filled)
 
     def _take(self, index: int) -> _Slot:
-        wanted, slot, future = self._ahead.popleft()
+        wanted, slot, future = self._ahead[0]
         if wanted != index:
             raise RuntimeError(f"block {index} is due, but block {wanted} was fetched")
+        self._ahead.popleft()
         wanted_at = self._order.compute_moment()
         try:
             future.result()

@@ -6,11 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from ..log import logger
-from ..out_of_memory import reason
 from .block_layout import StoredBlock, bind
 from .pinned_memory import HostBuffer
+from .ring import Passing
 from .streams import StreamOrder
 from .transfer import Transfer
+
+# for which host memory is taken before they are read: the block that comes, and the next one
+ROOMS_AHEAD = 2
 
 
 class Tiers:
@@ -65,6 +68,29 @@ class Tiers:
     def reads_file(self, index: int) -> bool:
         return index not in self._held and index not in self._encoded
 
+    def held_of(self, index: int) -> HostBuffer | None:
+        """The block's bytes in host memory."""
+        return self._held.get(index)
+
+    def passing(self, indices: Iterable[int]) -> list[Passing]:
+        """What of these blocks, which come in this order, comes through the ring. It ends where memory would have to be
+        taken for more than ROOMS_AHEAD."""
+        found: list[Passing] = []
+        staying: set[int] = set()
+        for index in indices:
+            held, room = self._held.get(index), None
+            if index in self._encoded or index in staying:
+                continue
+            if held is None and index in self._to_hold:
+                if len(staying) == ROOMS_AHEAD:
+                    break
+                staying.add(index)
+                room = self._transfer.ask_room(index, self.blocks[index])
+            elif not self._transfer.passes_ring(held):
+                continue
+            found.append(Passing(index, self.blocks[index].raw.nbytes, held, room))
+        return found
+
     def new_slot(self) -> tuple[Tensor, nn.Module]:
         """A buffer on the device, large enough for any block, and a module whose parameters lie in it."""
         buffer = self._transfer.new_buffer(self._transfer.sizes.slot_bytes)
@@ -88,9 +114,10 @@ class Tiers:
             return  # perhaps in the middle of a run
         self._to_hold -= wanted
         try:
-            for index in missing:
+            for number, index in enumerate(missing):
                 if on_block is not None:
                     on_block(index)
+                self._transfer.expect(self.passing(missing[number:]))
                 self._load(index)
         finally:
             self._transfer.end_run()
@@ -122,7 +149,8 @@ class Tiers:
         self._encoded[index] = buffer
 
     def set_held(self, indices: Iterable[int]) -> None:
-        self._to_hold = frozenset(indices)
+        self._to_hold, before = frozenset(indices), self._to_hold
+        self._transfer.forget_rooms(before - self._to_hold)
         leaving = self.held - self._to_hold
         if leaving:
             self._order.finish()
@@ -133,33 +161,31 @@ class Tiers:
                 "held blocks: %s left RAM; now %d, %d bytes", sorted(leaving), len(self._held), self.held_bytes
             )
 
-    def held_now(self, index: int) -> HostBuffer | None:
-        """The block's bytes in host memory; read into it now where they are to stay there from this visit on.
+    def hold(self, index: int) -> None:
+        """A block has come: where it is to stay in host memory, it is there now.
 
-        Where the system has no memory for them, no further block is held.
+        Where the system has had no memory for it, no further block is held.
         """
-        if index in self._to_hold and index not in self._held:
-            try:
-                buffer = self._transfer.take_host_memory(self.blocks[index])
-            except (RuntimeError, MemoryError) as error:
-                self._to_hold = self.held
-                logger.warning(
-                    "There is no RAM for more than %d held blocks (%s); the others are read from the file at every "
-                    "step.",
-                    len(self._held),
-                    reason(error),
-                )
-                return None
-            self._transfer.read_whole(index, self.blocks[index], buffer)
-            self._held[index] = buffer
-            logger.debug(
-                "held blocks: %d read into RAM%s; now %d, %d bytes",
-                index,
-                ", page-locked" if buffer.pinned else "",
+        if index not in self._to_hold or index in self._held:
+            return
+        room = self._transfer.take_room(index)
+        if room.buffer is None:
+            self._transfer.forget_rooms(self._to_hold - self.held)
+            self._to_hold = self.held
+            logger.warning(
+                "There is no RAM for more than %d held blocks (%s); the others are read from the file at every step.",
                 len(self._held),
-                self.held_bytes,
+                room.reason,
             )
-        return self._held.get(index)
+            return
+        self._held[index] = room.buffer
+        logger.debug(
+            "held blocks: %d read into RAM%s; now %d, %d bytes",
+            index,
+            ", page-locked" if room.buffer.pinned else "",
+            len(self._held),
+            self.held_bytes,
+        )
 
     def replace(self, blocks: Sequence[StoredBlock]) -> None:
         resident, held = self.resident, self.held

@@ -1,9 +1,8 @@
 """The way of a block's bytes into a slot: read, copy on the copy stream, decode. Keeps no block."""
 
-from collections import deque
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import astuple
+from collections.abc import Collection, Sequence
+from concurrent.futures import Future
+from dataclasses import astuple, dataclass
 from functools import cached_property
 
 import torch
@@ -14,12 +13,13 @@ from .block_layout import StoredBlock
 from .block_source import BlockSource
 from .decode_costs import DecodeCost, decode_cost
 from .pinned_memory import HostBuffer, PinnedMemory
-from .streams import Mark, StreamOrder
+from .ring import RING_PIECES, Passing, Ring
+from .rooms import Room, Rooms
+from .streams import StreamOrder
 from .transfer_clock import TransferClock
 
 # a block passes through the ring in pieces: large enough for a disk's full speed, and several are read at once
 PIECE_BYTES = 32 * 1024**2
-RING_PIECES = 4
 
 
 class BlockSizes:
@@ -64,11 +64,13 @@ class BlockSizes:
 
     @property
     def ring_bytes(self) -> int:
+        """Of the smallest ring."""
         return RING_PIECES * self.piece_bytes
 
 
 class Transfer:
-    """Owns what a run passes blocks through: ring, reader threads, staging and scratch, until `end_run`.
+    """Owns what a run passes blocks through: ring, reader threads, staging and scratch, and the host memory that it
+    takes ahead for blocks that will stay there; until `end_run`.
 
     Called under the store's lock, by one thread at a time; what it writes on the device, it writes on the stream that
     is current.
@@ -93,13 +95,13 @@ class Transfer:
         self._host = host
         self._staging: Tensor | None = None
         self._scratch: Tensor | None = None
-        self._ring: list[tuple[HostBuffer, Mark]] = []
-        self._turn = -1
-        self._readers: ThreadPoolExecutor | None = None
+        self._ring = Ring(source, sizes, order, hardware, host, self.clock)
+        self._rooms = Rooms(hardware, host)
 
     def replace(self, source: BlockSource, sizes: BlockSizes) -> None:
         """Bring other blocks from now on; between two runs."""
         self.source, self.sizes = source, sizes
+        self._ring = Ring(source, sizes, self._order, self._hardware, self._host, self.clock)
 
     def new_buffer(self, nbytes: int) -> Tensor:
         """On the device."""
@@ -113,115 +115,109 @@ class Transfer:
         for group in block.groups:
             group.decode(encoded, slot, scratch)
 
+    @property
+    def ring_pieces(self) -> int:
+        """How many buffers the ring may have."""
+        return self._ring.pieces
+
+    @ring_pieces.setter
+    def ring_pieces(self, pieces: int) -> None:
+        if pieces != self._ring.pieces:
+            self.end_run()
+            self._ring.pieces = pieces
+
+    def passes_ring(self, held: HostBuffer | None) -> bool:
+        """Whether a block that is `held` in host memory, or read from its file, has to."""
+        if self._hardware.host_device:
+            return False
+        return held is None or (self._hardware.pinned and not held.pinned)
+
+    def expect(self, blocks: Sequence[Passing]) -> None:
+        """These pass through the ring next, in this order: read ahead."""
+        try:
+            self._ring.expect(blocks)
+        except BaseException:
+            self._stop()
+            raise
+
     def fill(self, index: int, block: StoredBlock, held: HostBuffer | None, slot: Tensor) -> None:
-        """Bring and decode a block, from host memory where it is `held`, else from its file."""
-        scratch = self._scratch_buffer()
-        if block.native:
-            self._bring(index, held, 0, slot[: block.slot.nbytes])
-        for group in block.groups:
-            staging = self._staging_buffer()
-            self._bring(index, held, group.start, staging[: group.end - group.start])
-            group.decode(staging, slot, scratch, base=group.start)
-        if held is None:
-            self._count_file(block)
+        """Bring and decode a block; from host memory where it is `held`, else from its file, through the ring if it is
+        the next that is expected there."""
+        way = _Way(index, held, self._ring.comes_next(index))
+        try:
+            self._fill(way, block, slot)
+            self._end_block(way, block)
+        except BaseException:
+            self._stop()
+            raise
 
     def bring(self, index: int, block: StoredBlock, held: HostBuffer | None, out: Tensor) -> None:
-        """All raw bytes of a block, as they are stored."""
-        self._bring(index, held, 0, out)
-        if held is None:
-            self._count_file(block)
+        """All raw bytes of a block, as they are stored; otherwise as `fill`."""
+        way = _Way(index, held, self._ring.comes_next(index))
+        try:
+            self._bring(way, 0, out)
+            self._end_block(way, block)
+        except BaseException:
+            self._stop()
+            raise
 
-    def take_host_memory(self, block: StoredBlock) -> HostBuffer:
-        """For the raw bytes of a block. Raises RuntimeError or MemoryError where the system has none."""
-        return self._host.take(block.raw.nbytes)
+    def ask_room(self, index: int, block: StoredBlock) -> "Future[Room]":
+        """Host memory for the raw bytes of a block that will stay there."""
+        return self._rooms.ask(index, block.raw.nbytes, spare_bytes=self._ring.untaken_bytes)
 
-    def read_whole(self, index: int, block: StoredBlock, buffer: HostBuffer) -> None:
-        """All raw bytes of a block from its file into host memory."""
-        piece_bytes = self.sizes.piece_bytes
-        pieces = enumerate(buffer.data.split(piece_bytes))
-        reads = [self._start(index, None, i * piece_bytes, piece) for i, piece in pieces]
-        wait(reads)
-        while reads:
-            reads.pop().result()
-        self._count_file(block)
+    def take_room(self, index: int) -> Room:
+        """That memory, with the block that has come through it; it is the caller's from now on."""
+        return self._rooms.take(index)
+
+    def forget_rooms(self, indices: Collection[int]) -> None:
+        """These blocks will not stay in host memory."""
+        if any(index in self._rooms for index in indices):
+            self._ring.forget()
+            self._rooms.forget(indices)
 
     def end_run(self) -> None:
         """Give back what only a run needs."""
         self._order.finish()
-        if self._readers is not None:
-            self._readers.shutdown(wait=True)
-            self._readers = None
+        self._ring.end_run()
+        self._rooms.end_run()
         self._staging = self._scratch = None
-        self._ring.clear()
         self.source.close()
 
-    def _bring(self, index: int, held: HostBuffer | None, start: int, out: Tensor) -> None:
+    def _fill(self, way: "_Way", block: StoredBlock, slot: Tensor) -> None:
+        scratch = self._scratch_buffer()
+        if block.native:
+            self._bring(way, 0, slot[: block.slot.nbytes])
+        for group in block.groups:
+            staging = self._staging_buffer()
+            self._bring(way, group.start, staging[: group.end - group.start])
+            group.decode(staging, slot, scratch, base=group.start)
+
+    def _bring(self, way: "_Way", start: int, out: Tensor) -> None:
         """Raw bytes of a block, from `start` on, into `out` on the device; on the current stream."""
-        if self._hardware.host_device:
-            self._read(index, held, start, out)
-            return
-        self.copied_bytes += len(out)
-        if held is not None and (held.pinned or not self._hardware.pinned):
-            with self.clock.copying(len(out)):
-                out.copy_(held.data[start : start + len(out)], non_blocking=held.pinned)
-            return
-        self._bring_through_ring(index, held, start, out)
-
-    def _bring_through_ring(self, index: int, held: HostBuffer | None, start: int, out: Tensor) -> None:
-        pending: deque[tuple[Tensor, HostBuffer, Mark, Future[None]]] = deque()
-        piece_bytes = self.sizes.piece_bytes
-        try:
-            for begin in range(0, len(out), piece_bytes):
-                if len(pending) == RING_PIECES:
-                    self._copy_piece(*pending.popleft())
-                buffer, copied = self._ring_buffer()
-                self._order.host_waits(copied)
-                piece = out[begin : begin + piece_bytes]
-                read_into = buffer.data[: len(piece)]
-                pending.append((piece, buffer, copied, self._start(index, held, start + begin, read_into)))
-            while pending:
-                self._copy_piece(*pending.popleft())
-        finally:
-            while pending:  # after an error: nobody may write to a buffer that is given back
-                pending.popleft()[-1].exception()
-
-    def _copy_piece(self, piece: Tensor, buffer: HostBuffer, copied: Mark, read: "Future[None]") -> None:
-        try:
-            read.result()
-        finally:
-            del read  # it holds the error, whose traceback holds this frame: a circle would keep the buffers alive
-        with self.clock.copying(len(piece)):
-            piece.copy_(buffer.data[: len(piece)], non_blocking=buffer.pinned)
-        self._order.record_copy(copied)
-
-    def _start(self, index: int, held: HostBuffer | None, start: int, out: Tensor) -> "Future[None]":
-        """Read from the file, or from held memory that the device cannot copy from, in a reader thread if there are
-        any."""
-        if self._hardware.prefetch:
-            if self._readers is None:
-                self._readers = ThreadPoolExecutor(RING_PIECES, thread_name_prefix="qwen-block-reader-piece")
-            return self._readers.submit(self._read, index, held, start, out)
-        future: Future[None] = Future()
-        self._read(index, held, start, out)
-        future.set_result(None)
-        return future
-
-    def _read(self, index: int, held: HostBuffer | None, start: int, out: Tensor) -> None:
-        if held is None:
+        if not self._hardware.host_device:
+            self.copied_bytes += len(out)
+        if way.through_ring:
+            self._ring.copy_into(out, way.index, start)
+        elif way.held is None:
             with self.clock.reading(len(out)):
-                self.source.read(index, out, start)
+                self.source.read(way.index, out, start)
+        elif self._hardware.host_device:
+            out.copy_(way.held.data[start : start + len(out)])
         else:
-            out.copy_(held.data[start : start + len(out)])
+            with self.clock.copying(len(out)):
+                out.copy_(way.held.data[start : start + len(out)], non_blocking=way.held.pinned)
 
-    def _count_file(self, block: StoredBlock) -> None:
-        self.fetched_blocks += 1
-        self.fetched_bytes += block.nbytes
+    def _end_block(self, way: "_Way", block: StoredBlock) -> None:
+        if way.through_ring:
+            self._ring.end_block(way.index)
+        if way.held is None:
+            self.fetched_blocks += 1
+            self.fetched_bytes += block.nbytes
 
-    def _ring_buffer(self) -> tuple[HostBuffer, Mark]:
-        if len(self._ring) < RING_PIECES:
-            self._ring.append((self._host.take(self.sizes.piece_bytes), self._order.mark()))
-        self._turn = (self._turn + 1) % len(self._ring)
-        return self._ring[self._turn]
+    def _stop(self) -> None:
+        """After an error: nobody may write to a buffer that is read from, or given back."""
+        self._ring.forget()
+        self._order.finish()
 
     def _staging_buffer(self) -> Tensor:
         if self._staging is None:
@@ -232,3 +228,12 @@ class Transfer:
         if self._scratch is None:
             self._scratch = self.new_buffer(self.sizes.patch_bytes)
         return self._scratch
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How a block's bytes come: through the ring, else from where it is held, else straight from its file."""
+
+    index: int
+    held: HostBuffer | None
+    through_ring: bool

@@ -1,7 +1,8 @@
 """Page-locking through ComfyUI, where it locks pages too: its count and its limit then bound what both hold."""
 
 import inspect
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 from typing import Any
 
 import comfy.model_management
@@ -15,9 +16,10 @@ from ...engine.page_locks import CudaPageLocks, PageLocks
 @dataclass(frozen=True)
 class ComfyPageLocks:
     """ComfyUI's own functions. Before more is locked than its limit allows, it is asked to give back what its models
-    hold locked and do not use."""
+    hold locked and do not use. One thread at a time calls them: they count as if there were no others."""
 
     name: str = "ComfyUI or the system"
+    turn: threading.RLock = field(default_factory=threading.RLock, compare=False)
 
     def has_room(self, nbytes: int) -> bool:
         if _locked_bytes() + nbytes <= _most_bytes():
@@ -26,11 +28,11 @@ class ComfyPageLocks:
         return make_room is not None and bool(make_room(nbytes))
 
     def lock(self, data: Tensor, device: torch.device) -> bool:
-        with torch.cuda.device(device):
+        with self.turn, torch.cuda.device(device):
             return bool(comfy.model_management.pin_memory(data))
 
     def unlock(self, data: Tensor, device: torch.device) -> bool:
-        with torch.cuda.device(device):
+        with self.turn, torch.cuda.device(device):
             return bool(comfy.model_management.unpin_memory(data))
 
 

@@ -65,14 +65,17 @@ def taken(rig: Rig, kind: str, *, what: str, inside: Collection[int] = ()) -> li
     return made
 
 
-def unreadable(rig: Rig, kind: str) -> list[Tensor]:
-    """One of several reads that are under way fails at once, the others go on for a while; the session goes on."""
+def unreadable(
+    rig: Rig, kind: str, fail: Collection[tuple[int, int]] = ((2, PIECE_BYTES), (4, 0)), slots: int = 2
+) -> list[Tensor]:
+    """One of several reads that are under way fails at once, the others go on for a while; the session goes on.
+    `fail`: (block, first byte) of the reads that fail, once each."""
     model = rig.transformer(kind)
     model.load((0,), (1,))
     model.modulation.announce(TIMES[:1])
-    _slow_reads(model, fail={(2, PIECE_BYTES), (4, 0)})
+    _slow_reads(model, fail)
     made: list[Tensor] = []
-    with model.session(slots=2) as session:
+    with model.session(slots=slots) as session:
         for turn in range(3):
             with suppress(MissingFile):
                 made = host(session.forward(rig.branches(TIMES[0]), more=turn < 2))

@@ -7,6 +7,7 @@ import pytest
 
 from . import scenarios, sudden_ends
 from .mutations import OrderingCall, ordering_calls
+from .rig import PIECE_BYTES
 
 pytestmark = pytest.mark.slow
 Case = tuple[Callable[..., Any], str, dict[str, Any]]
@@ -22,6 +23,7 @@ CASES: dict[str, Case] = {
     "all taken within": (sudden_ends.taken, "late", {"kind": "int8", "what": "all", "inside": (1, 2, 3)}),
     "followed": (scenarios.followed, "late", {"kind": "bf16", "resident": (0, 3), "held": (1,)}),
     "unreadable": (sudden_ends.unreadable, "late", {"kind": "bf16"}),
+    "unreadable held": (sudden_ends.unreadable, "late", {"kind": "bf16", "fail": ((1, 2 * PIECE_BYTES),), "slots": 1}),
 }
 # what to look at first, by words of the call's name
 FIRST = {
@@ -29,6 +31,7 @@ FIRST = {
     "set_resident": ("taken", "taken within"),
     "set_held": ("held taken", "held taken within"),
     "keep": ("followed",),
+    "_stop": ("unreadable held",),
     "end_run": ("taken", "left", "unreadable"),
 }
 # name -> why nothing can go wrong without it
