@@ -196,8 +196,10 @@ class SamplingRun:
         flops = transformer.footprint.step_flops(plan.request)
         if self._one_by_one or self._session.retries or plan.request.controls or not others or flops < TELLING_FLOPS:
             return
-        step_seconds, waits = sum(others) / len(others), self._session.waits
-        if transformer.hardware.streams and (warning := spill_warning(step_seconds, plan.forecast.seconds)):
+        step_seconds, waits, slowed = sum(others) / len(others), self._session.waits, plan.forecast.slowed_seconds
+        waited = (waits - self._first_waits).seconds / len(others)
+        forecast = plan.forecast.compute_seconds + slowed
+        if transformer.hardware.streams and (warning := spill_warning(step_seconds - waited, forecast)):
             logger.warning("%s", warning)
             return  # of a full card's speed nothing is to be learnt
         self._speeds.put(
@@ -205,8 +207,8 @@ class SamplingRun:
                 self._speeds.get(),
                 step_flops=flops,
                 step_seconds=step_seconds,
-                waited_seconds=(waits - self._first_waits).seconds / len(others),
-                slowed_seconds=plan.forecast.slowed_seconds,
+                waited_seconds=waited,
+                slowed_seconds=slowed,
                 waited_disk_seconds=waits.disk_seconds,
                 copied=transformer.store.copied - self._copied_before,
                 read=transformer.store.read - self._read_before,

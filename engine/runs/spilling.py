@@ -7,14 +7,16 @@ SLOW = 3.0
 
 
 def spill_warning(seconds: float, forecast_seconds: float, *, system: str = os.name) -> str:
-    """What to tell of steps that took `seconds` on a card; empty where nothing is to be told.
+    """What to tell of steps whose computing took `seconds` on a card, waits for blocks left out; empty where nothing is
+    to be told.
 
     On Windows memory that does not fit on a card raises nothing: the driver lends it of RAM ("shared GPU memory").
     """
     if system != "nt" or seconds < SLOW * forecast_seconds:
         return ""
     return (
-        f"Steps took {seconds:.1f} s, {seconds / forecast_seconds:.0f} times the forecast of {forecast_seconds:.1f} s. "
+        f"Computing took {seconds:.1f} s per step, {seconds / forecast_seconds:.0f} times the forecast of "
+        f"{forecast_seconds:.1f} s. "
         "On Windows that is most often a card that is full, to which the driver lends RAM. What to do: close programs "
         "that use the card, set vram_limit_gb 1 GB lower, or set 'CUDA - Sysmem Fallback Policy' to 'Prefer No Sysmem "
         "Fallback' in NVIDIA's control panel: memory that runs out is then noticed, and the plan made smaller."

@@ -188,6 +188,20 @@ def test_steps_of_a_card_that_is_full_are_told_on_windows_and_not_learnt(
         finish(model)
 
 
+def test_a_disk_that_is_slower_than_thought_is_learnt_on_windows_too(
+    tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sampling_run, "spill_warning", partial(spill_warning, system="nt"))
+    with SimulatedGPU("late", costs=Rates(FIRST.flops, FIRST.bus_bytes, FIRST.disk_bytes / 40)) as gpu:
+        rig = Rig(tiny_models, gpu)
+        model, speeds = rig.transformer("bf16"), known(rig, FIRST)
+        report = sample(rig, model, speeds, ("least", "least"))
+        assert report.pass_seconds > 3 * 3 * report.plan.forecast.seconds
+        assert speeds.get().disk_bytes == FIRST.disk_bytes / 4  # as much as one run may change
+        assert "lends RAM" not in caplog.text
+        finish(model)
+
+
 @pytest.mark.parametrize(
     ("seconds", "system", "told"), [(29.9, "nt", False), (30.0, "nt", True), (300.0, "posix", False)]
 )
