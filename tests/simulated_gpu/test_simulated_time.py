@@ -71,7 +71,7 @@ def test_a_run_measures_how_long_its_passes_take_on_the_card_and_not_how_long_th
             issued = time.perf_counter() - start
             host(answers)
             copied = (model.store.copied_bytes - before) / bus_bytes
-            assert issued < copied / 2
+            assert issued < copied * (LAYERS - 1) / LAYERS  # the host is a block ahead
             assert clock.seconds == [first, pytest.approx(copied, rel=0.1)]
         finish(model)
 
