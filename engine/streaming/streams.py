@@ -22,10 +22,14 @@ class Pace:
     def __init__(self) -> None:
         self._given: deque[Mark] = deque()
 
-    def keep(self, order: "StreamOrder") -> None:
-        """Between two pieces of work for `order`'s device: the host waits until all but the last are done."""
+    def keep(self, order: "StreamOrder", *, copies: bool = False) -> None:
+        """Between two pieces of work for `order`'s device: the host waits until all but the last are done. `copies`:
+        they are the copy stream's."""
         mark = order.mark()
-        order.record_compute(mark)
+        if copies:
+            order.record_copy(mark)
+        else:
+            order.record_compute(mark)
         self._given.append(mark)
         if len(self._given) > 1:
             order.host_waits(self._given.popleft())

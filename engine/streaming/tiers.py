@@ -9,7 +9,7 @@ from ..log import logger
 from .block_layout import StoredBlock, bind
 from .pinned_memory import HostBuffer
 from .ring import Passing
-from .streams import StreamOrder
+from .streams import Pace, StreamOrder
 from .transfer import Transfer
 
 # for which host memory is taken before they are read: the block that comes, and the next one
@@ -113,8 +113,10 @@ class Tiers:
                 self._tell_residents(came=(), left=leaving)
             return  # perhaps in the middle of a run
         self._to_hold -= wanted
+        pace = Pace()
         try:
             for number, index in enumerate(missing):
+                pace.keep(self._order, copies=True)
                 if on_block is not None:
                     on_block(index)
                 self._transfer.expect(self.passing(missing[number:]))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .rig import TIMES, Lora, Rig, finish, host
+from .tiny_models import LAYERS
 
 WORK_OF_WAITING = 5  # marks and waits before a block
 
@@ -89,6 +90,28 @@ def followed(rig: Rig, kind: str, *, resident: Sequence[int], held: Sequence[int
     with model.session(slots=2) as session:
         made = [answer for t in TIMES for answer in session.forward(rig.branches(t), on_block=tell)]
         made = host(made)
+    finish(model)
+    return made
+
+
+def brought(rig: Rig, kind: str) -> list[Tensor]:
+    """Blocks come from host memory to stay on the card: when one is told of, no more waits than the one before."""
+    model = rig.transformer(kind)
+    model.load((), range(LAYERS))
+    model.modulation.announce(TIMES)
+    with model.session(slots=2) as session:
+        made = host(session.forward(rig.branches(TIMES[0])))
+    waiting: list[int] = []
+
+    def tell(index: int) -> None:
+        if rig.gpu is not None:
+            waiting.append(sum(stream.waiting for stream in rig.gpu.streams))
+            if len(waiting) > 2 and waiting[-1] > waiting[1] + WORK_OF_WAITING:
+                raise AssertionError(f"block {index} is told of while {waiting[-1]} pieces of work wait")
+
+    model.load(range(LAYERS), on_block=tell)
+    with model.session(slots=2) as session:
+        made += host(session.forward(rig.branches(TIMES[1])))
     finish(model)
     return made
 

@@ -22,6 +22,7 @@ CASES: dict[str, Case] = {
     "held taken within": (sudden_ends.taken, "late", {"kind": "int8", "what": "held", "inside": (3,)}),
     "all taken within": (sudden_ends.taken, "late", {"kind": "int8", "what": "all", "inside": (1, 2, 3)}),
     "followed": (scenarios.followed, "late", {"kind": "bf16", "resident": (0, 3), "held": (1,)}),
+    "brought": (scenarios.brought, "late", {"kind": "int8"}),
     "unreadable": (sudden_ends.unreadable, "late", {"kind": "bf16"}),
     "unreadable held": (sudden_ends.unreadable, "late", {"kind": "bf16", "fail": ((1, 2 * PIECE_BYTES),), "slots": 1}),
 }
@@ -30,7 +31,7 @@ FIRST = {
     "__exit__": ("left", "left, bf16"),
     "set_resident": ("taken", "taken within"),
     "set_held": ("held taken", "held taken within"),
-    "keep": ("followed",),
+    "keep": ("followed", "brought"),
     "_stop": ("unreadable held",),
     "end_run": ("taken", "left", "unreadable"),
 }
