@@ -4,7 +4,7 @@
 
 `bits` are bits per weight, scales included. `error` is the norm of what the format loses over the norm of the weights,
 which are normally distributed. `encode_gb_s` and `decode_gb_s` are GB of bf16 weights per second, the median of turns;
-encoding is empty where other programs make the files. `scratch_bytes` is what decoding allocates beside its result.
+encoding is empty where other programs make the files. `scratch_bytes` is what decoding takes beside its result.
 `peer_gb_s` is how fast ComfyUI's own library decodes a piece of the same bytes: comfy-kitchen what ComfyUI quantizes,
 the gguf package what ComfyUI-GGUF leaves to it.
 K types of GGUF and the smaller IQ types cannot be made here: they decode random blocks, and have no error.
@@ -31,9 +31,10 @@ from comfy_kitchen import (
 from comfy_kitchen.tensor import TensorCoreMXFP8Layout, TensorCoreNVFP4Layout, TensorWiseINT8Layout
 from gguf import GGMLQuantizationType
 from nunchaku_files import svdq
-from qwenimage_lowvram.engine.formats import CODECS, ENCODERS
+from qwenimage_lowvram.engine.formats import CODECS, ENCODERS, decode_alone
 from qwenimage_lowvram.engine.formats.bnb4 import NF4
 from qwenimage_lowvram.engine.formats.gguf import GGUF, GgufCodec
+from qwenimage_lowvram.engine.formats.gguf_grids import tables as grid_tables
 from qwenimage_lowvram.engine.formats.int8_convrot import INT8_CONVROT
 from qwenimage_lowvram.engine.formats.kitchen import KITCHEN
 from qwenimage_lowvram.engine.formats.kitchen_w4a8 import W4A8, load_w4a8
@@ -106,11 +107,11 @@ def _row(format_: _Format, weight: Tensor, turns: int) -> dict[str, Any]:
         "bits": sum(part.nbytes for part in parts) * 8 / weight.numel(),
         "error": None if few_parts is None else _error(format_.codec, few, few_parts),
         "encode_gb_s": _speed(lambda: format_.parts(weight), weight, turns) if encodes else None,
-        "decode_gb_s": _speed(lambda: codec.decode_into(out, parts), weight, turns),
+        "decode_gb_s": _speed(lambda: decode_alone(codec, out, parts), weight, turns),
         "peer_gb_s": None
         if format_.peer is None
         else _peer_speed(format_.peer, format_.parts, weight[:PEER_ROWS], turns),
-        "scratch_bytes": codec.scratch_bytes(weight.shape),
+        "scratch_bytes": codec.scratch_bytes(weight.shape, on_host=DEVICE.type == "cpu"),
     }
 
 
@@ -136,7 +137,9 @@ def _by_comfyui(name: str, weight: Tensor) -> Parts:
 
 
 def _random_blocks(codec: GgufCodec, weight: Tensor) -> Parts:
-    return [torch.randint(0, 256, codec.raw_shape(weight.shape), dtype=torch.uint8, device=DEVICE)]
+    blocks = torch.randint(0, 256, codec.raw_shape(weight.shape), dtype=torch.uint8, device=DEVICE)
+    tables = [(shape, torch.frombuffer(bytearray(data), dtype=torch.int8)) for shape, data in grid_tables(codec.type)]
+    return [blocks, *(table.view(shape).to(DEVICE) for shape, table in tables)]
 
 
 def _quantized(codec: GgufCodec, weight: Tensor) -> Parts | None:
@@ -179,7 +182,7 @@ def _peer_speed(
 
 def _error(codec: str, weight: Tensor, parts: Parts) -> float:
     out = torch.empty(weight.shape, dtype=torch.float32, device=DEVICE)
-    CODECS[codec].decode_into(out, parts)
+    decode_alone(CODECS[codec], out, parts)
     return float((out - weight.float()).norm() / weight.float().norm())
 
 

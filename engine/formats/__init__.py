@@ -6,16 +6,17 @@ devices, and never compute with a weight.
 
 from .bnb4 import Bnb4
 from .comfy_quant import ComfyQuant
-from .format import Codec, Encoder, Format, Layout, StoredParam
+from .format import Codec, Encoder, Format, Layout, StoredParam, decode_alone
 from .gguf import Gguf
 from .int8 import BnbInt8, Int8
 from .int8_convrot import Int8Convrot
 from .kitchen import Kitchen
 from .kitchen_w4a8 import W4a8
 from .nunchaku import Nunchaku
-from .plain import TORCH_DTYPES, Plain
+from .plain import TORCH_DTYPES, Plain, PlainCodec
 from .registry import Formats
 from .scaled_fp8 import ScaledFp8
+from .scratch import Scratch
 
 __all__ = [
     "CODECS",
@@ -28,9 +29,12 @@ __all__ = [
     "Format",
     "Formats",
     "Layout",
+    "Scratch",
     "StoredParam",
+    "decode_alone",
     "described_tensors",
     "is_native",
+    "is_plain",
     "raw_layout",
     "stored_param",
 ]
@@ -51,3 +55,8 @@ raw_layout = FORMATS.raw_layout
 def is_native(param: StoredParam, compute: str) -> bool:
     """True where the stored bytes are the compute dtype's (`compute` is a format name such as "bf16")."""
     return param.codec == compute
+
+
+def is_plain(param: StoredParam) -> bool:
+    """True where decoding is a cast of each number by itself."""
+    return isinstance(param.decoder, PlainCodec)

@@ -23,6 +23,7 @@ from .chunks import CHUNK_WEIGHTS
 from .file_parts import ALIGNMENT, Part
 from .format import Format, Layout, StoredParam, Tensors
 from .notes import read_notes
+from .scratch import Scratch, padded
 
 BLOCK = 64  # weights that share a scale (absmax)
 NESTED_BLOCK = 256  # scales that share a scale, where scales are quantized too
@@ -38,7 +39,8 @@ class Bnb4Codec:
     """Two parts: 4-bit codes, two to a byte, and an fp32 absmax per 64 weights. Doubly quantized five: codes, uint8
     absmax, fp32 absmax per 256 of those, their code of 256 numbers, and an offset.
 
-    Bit-equal to bitsandbytes' own dequantization to the compute dtype; in chunks, so that scratch memory stays small.
+    Bit-equal to bitsandbytes' own dequantization to the compute dtype: by its operators that write in place. On a CPU
+    it has none, and allocates what it decodes: there in chunks.
     """
 
     name: str
@@ -59,11 +61,23 @@ class Bnb4Codec:
         scales, nested = load_operators().quantize_blockwise(absmax - offset, code, NESTED_BLOCK)
         return packed, scales, nested, code, offset
 
-    def decode_into(self, out: Tensor, parts: Sequence[Tensor]) -> None:
+    def decode_into(self, out: Tensor, parts: Sequence[Tensor], scratch: Scratch) -> None:
         packed, absmax, *nested = parts
-        flat = out.view(-1)
-        for start in range(0, flat.numel(), CHUNK_WEIGHTS):
-            chunk = flat[start : start + CHUNK_WEIGHTS]
+        if scratch.on_host:
+            self._decode_on_host(out.view(-1), packed, absmax, nested)
+            return
+        operators = load_operators()
+        with scratch.lent():
+            if nested:
+                of_scales, code, offset = nested
+                scales = scratch.take(*absmax.shape)
+                operators.dequantize_blockwise.out(absmax, of_scales, code, NESTED_BLOCK, torch.float32, out=scales)
+                absmax = scales.add_(offset)
+            operators.dequantize_4bit.out(packed, absmax, BLOCK, self.name, out.shape, out.dtype, out=out)
+
+    def _decode_on_host(self, out: Tensor, packed: Tensor, absmax: Tensor, nested: Sequence[Tensor]) -> None:
+        for start in range(0, len(out), CHUNK_WEIGHTS):
+            chunk = out[start : start + CHUNK_WEIGHTS]
             count, first = chunk.numel(), start // BLOCK
             scales = absmax[first : first + -(-count // BLOCK)]
             if nested:
@@ -91,8 +105,10 @@ class Bnb4Codec:
         """The 16 numbers that the codes stand for, fp32, as bitsandbytes writes them beside its weights."""
         return _four_bit_code(self.name)
 
-    def scratch_bytes(self, shape: Sequence[int]) -> int:
-        return min(prod(shape), CHUNK_WEIGHTS) * 5  # a chunk in fp32 at the most, and its scales
+    def scratch_bytes(self, shape: Sequence[int], *, on_host: bool) -> int:
+        if on_host:  # which bitsandbytes allocates by itself: a chunk in fp32 at the most, and its scales
+            return min(prod(shape), CHUNK_WEIGHTS) * 5
+        return padded(-(-prod(shape) // BLOCK) * 4)  # scales, where they are quantized, too
 
 
 def _scales(codes: Tensor, first: int, nested: Tensor, code: Tensor, offset: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..files.checkpoint import TensorEntry
+from .scratch import Scratch
 
 # how a part's bytes are seen as a tensor
 Layout = tuple[torch.dtype, tuple[int, ...]]
@@ -19,16 +20,17 @@ Tensors = Mapping[str, TensorEntry]
 
 
 class Codec(Protocol):
-    """How the weights of one storage format are decoded. Parts and destination lie on one device."""
+    """How the weights of one storage format are decoded. Parts, destination and scratch lie on one device."""
 
     @property
     def name(self) -> str: ...
 
-    def decode_into(self, out: Tensor, parts: Sequence[Tensor]) -> None:
-        """Write the weight that `parts` store into `out` (contiguous, compute dtype)."""
+    def decode_into(self, out: Tensor, parts: Sequence[Tensor], scratch: Scratch) -> None:
+        """Write the weight that `parts` store into `out` (contiguous, compute dtype). Beside it on a device nothing is
+        taken but of `scratch`, and nothing is left there."""
 
-    def scratch_bytes(self, shape: Sequence[int]) -> int:
-        """The most that decoding a weight of `shape` allocates beside `out`, where `out` lies."""
+    def scratch_bytes(self, shape: Sequence[int], *, on_host: bool) -> int:
+        """The most that decoding a weight of `shape` takes of scratch; `on_host` as Scratch has it."""
 
 
 class Encoder(Codec, Protocol):
@@ -36,6 +38,12 @@ class Encoder(Codec, Protocol):
 
     def encode(self, weight: Tensor) -> tuple[Tensor, ...]:
         """The parts that store `weight`."""
+
+
+def decode_alone(codec: Codec, out: Tensor, parts: Sequence[Tensor]) -> None:
+    """Write a weight into `out`, in scratch memory of its own: for few weights."""
+    nbytes = codec.scratch_bytes(out.shape, on_host=out.device.type == "cpu")
+    codec.decode_into(out, parts, Scratch(torch.empty(nbytes, dtype=torch.uint8, device=out.device)))
 
 
 @dataclass(frozen=True)
@@ -62,10 +70,9 @@ class StoredParam:
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts)
 
-    @property
-    def scratch_bytes(self) -> int:
-        """What decoding it allocates for a moment."""
-        return self.decoder.scratch_bytes(self.shape)
+    def scratch_bytes(self, *, on_host: bool) -> int:
+        """What decoding it takes of scratch."""
+        return self.decoder.scratch_bytes(self.shape, on_host=on_host)
 
 
 class Format(Protocol):

@@ -4,22 +4,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import prod
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..files.checkpoint import TensorEntry
 from ..packages import ggml_types
-from .chunks import CHUNK_WEIGHTS
+from .chunks import chunk_rows
 from .format import Format, Layout, StoredParam, Tensors
-from .gguf_blocks import DECODERS, SCRATCH_PER_WEIGHT, TABLE_BYTES
-from .gguf_grids import GRID_BYTES, GRID_DECODERS, grid_decoder
+from .gguf_blocks import DECODERS
+from .gguf_grids import GRID_DECODERS, tables
 from .neighbours import stands_alone
+from .scaling import scale_into
+from .scratch import Scratch
+
+_SPARE_BYTES = 8192  # of scratch, for small tables and for what pieces are padded with
+_PROBED = 512  # blocks
 
 
 @dataclass(frozen=True)
 class GgufCodec:
-    """One part: blocks as bytes, (..., bytes of a row); a row is a whole number of blocks.
+    """One part: blocks as bytes, (..., bytes of a row); a row is a whole number of blocks. Types with a grid have one
+    or two more, int8 tables.
 
     Decoded in fp32, then rounded once to the compute dtype.
     """
@@ -42,18 +49,45 @@ class GgufCodec:
         """The shape of the bytes that store a weight of `shape`."""
         return (*shape[:-1], shape[-1] // self.block_weights * self.block_bytes)
 
-    def scratch_bytes(self, shape: Sequence[int]) -> int:
-        return min(prod(shape), CHUNK_WEIGHTS) * SCRATCH_PER_WEIGHT + _TABLE_BYTES.get(self.type, 0)
+    def table_parts(self, file: Path) -> tuple[TensorEntry, ...]:
+        """The tables, which are in no file."""
+        return tuple(TensorEntry(file, 0, len(data), "I8", shape, data=data) for shape, data in tables(self.type))
 
-    def decode_into(self, out: Tensor, parts: Sequence[Tensor]) -> None:
-        blocks = parts[0].view(-1, self.block_bytes)
+    def scratch_bytes(self, shape: Sequence[int], *, on_host: bool) -> int:
+        blocks = prod(shape) // self.block_weights
+        return self._chunk(blocks, on_host=on_host) * _bytes_per_block(self, on_host=on_host) + _SPARE_BYTES
+
+    def decode_into(self, out: Tensor, parts: Sequence[Tensor], scratch: Scratch) -> None:
+        blocks, beside = parts[0].view(-1, self.block_bytes), parts[1:]
         weights = out.view(-1, self.block_weights)
-        chunk = CHUNK_WEIGHTS // self.block_weights
-        decode = grid_decoder(self.type, out.device) if self.type in GRID_DECODERS else DECODERS[self.type]
+        chunk = self._chunk(len(blocks), on_host=scratch.on_host)
         for start in range(0, len(blocks), chunk):
-            decoded = decode(blocks[start : start + chunk])
-            weights[start : start + chunk].view(decoded.shape).copy_(decoded)
-            del decoded  # before the next one is made
+            self._decode_chunk(weights[start : start + chunk], blocks[start : start + chunk], beside, scratch)
+
+    def _decode_chunk(self, out: Tensor, blocks: Tensor, beside: Sequence[Tensor], scratch: Scratch) -> None:
+        decode = DECODERS.get(self.type) or GRID_DECODERS[self.type]
+        with scratch.lent():
+            codes, scale, offset, sign = decode(blocks, scratch, *beside)
+            if scale.dim() == 3 and codes.dim() == 2:
+                codes = codes.unflatten(1, (scale.shape[1], -1))
+            scale_into(out.view(codes.shape), codes, scale, scratch, offset, sign=sign)
+
+    def _chunk(self, blocks: int, *, on_host: bool) -> int:
+        """Blocks that are decoded at a time."""
+        block_bytes = _bytes_per_block(self, on_host=on_host)
+        return chunk_rows((blocks, self.block_weights), block_bytes, on_host=on_host, kept=_SPARE_BYTES)
+
+
+@cache
+def _bytes_per_block(codec: GgufCodec, *, on_host: bool) -> int:
+    """Of scratch: found by decoding some on tensors without memory."""
+    scratch = Scratch.of_nothing(on_host=on_host)
+    with torch.device("meta"):
+        out = torch.empty(_PROBED, codec.block_weights, dtype=torch.bfloat16)
+        blocks = torch.empty(_PROBED, codec.block_bytes, dtype=torch.uint8)
+        beside = [torch.empty(shape, dtype=torch.int8) for shape, _ in tables(codec.type)]
+        codec._decode_chunk(out, blocks, beside, scratch)
+    return -(-scratch.most // _PROBED)
 
 
 @cache
@@ -64,7 +98,6 @@ def _block_size(kind: str) -> tuple[int, int]:
     return size
 
 
-_TABLE_BYTES = {**TABLE_BYTES, **GRID_BYTES}
 GGUF = tuple(GgufCodec(kind) for kind in (*DECODERS, *GRID_DECODERS))
 _OF_DTYPE = {codec.type: codec for codec in GGUF}
 
@@ -77,8 +110,10 @@ class Gguf(Format):
 
     def recognise(self, name: str, tensors: Tensors) -> StoredParam | None:
         data = tensors[name]
-        alone = bool(data.shape) and stands_alone(name, tensors)
-        return StoredParam(name, data.shape, _OF_DTYPE[data.dtype], (data,)) if alone else None
+        if not data.shape or not stands_alone(name, tensors):
+            return None
+        codec = _OF_DTYPE[data.dtype]
+        return StoredParam(name, data.shape, codec, (data, *codec.table_parts(data.file)))
 
     def raw_layout(self, part: TensorEntry) -> Layout:
         return torch.uint8, _OF_DTYPE[part.dtype].raw_shape(part.shape)

@@ -12,6 +12,8 @@ from .comfy_notes import Note, NotedFormat
 from .file_parts import Part, name_beside
 from .format import Format, Layout, StoredParam, Tensors
 from .neighbours import is_scale, only_scale
+from .scaling import scale_rows_into, scaled_rows_bytes
+from .scratch import Scratch, padded
 
 LARGEST = 127
 
@@ -34,14 +36,17 @@ class Int8Codec:
             del chunk  # before the next one is made
         return data, amax / (LARGEST * self.factor)
 
-    def decode_into(self, out: Tensor, parts: Sequence[Tensor]) -> None:
-        data, numbers = parts
-        # every int8 value is exact in bf16 and fp16; the product is rounded once, without an fp32 copy of the weight
-        out.copy_(data)
-        out.mul_(numbers.float().reshape(-1, 1) * self.factor)
+    def decode_into(self, out: Tensor, parts: Sequence[Tensor], scratch: Scratch) -> None:
+        data, numbers = parts[0], parts[1].reshape(-1, 1)
+        with scratch.lent():
+            if numbers.dtype is not torch.float32:
+                numbers = scratch.take(*numbers.shape).copy_(numbers)
+            if self.factor != 1:
+                numbers = torch.mul(numbers, self.factor, out=scratch.take(*numbers.shape))
+            scale_rows_into(out, data, numbers, scratch)
 
-    def scratch_bytes(self, shape: Sequence[int]) -> int:
-        return 8 * shape[0]  # the numbers in fp32, and times the factor
+    def scratch_bytes(self, shape: Sequence[int], *, on_host: bool) -> int:
+        return 2 * padded(4 * shape[0]) + scaled_rows_bytes(shape, on_host=on_host)
 
 
 @dataclass(frozen=True)

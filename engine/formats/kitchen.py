@@ -1,11 +1,10 @@
-"""ComfyUI's 4-bit and block-scaled formats (nvfp4, mxfp8, convrot_w4a4), through comfy-kitchen, its own library.
+"""ComfyUI's 4-bit and block-scaled formats (nvfp4, mxfp8, convrot_w4a4): told by its notes. Never encodes.
 
-Each weight is decoded as comfy-kitchen's `dequantize_*` functions decode it, bit for bit, in chunks of rows. Never
-encodes. The block scales of nvfp4 and mxfp8 lie in tiles of 128 rows (cuBLAS' layout for block scaling factors), so
-that a chunk is a whole number of tiles.
+The block scales of nvfp4 and mxfp8 lie in tiles of 128 rows (cuBLAS' layout for block scaling factors), so that a chunk
+is a whole number of tiles.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -16,12 +15,16 @@ from torch import Tensor
 
 from ..errors import MissingPackage, WrongModel
 from ..files.checkpoint import TensorEntry
-from .chunks import even_rows
+from .chunks import chunk_rows
 from .comfy_notes import GROUPS, Note, NotedFormat, require_comfy_kitchen
 from .format import Layout, StoredParam, Tensors
+from .kitchen_decoders import CONVROT_W4A4 as CONVROT_W4A4_DECODER
+from .kitchen_decoders import MXFP8 as MXFP8_DECODER
+from .kitchen_decoders import NVFP4 as NVFP4_DECODER
+from .kitchen_decoders import TILE_COLUMNS, TILE_ROWS, Chunk, Decoder
+from .kitchen_kernels import decode_by_kernel
+from .scratch import Scratch
 
-TILE_ROWS = 128
-TILE_COLUMNS = 4  # of scales
 # what the parts behind the data are called beside `<layer>.weight`, in their order
 SCALES = ("weight_scale", "weight_scale_2")
 _NO_BLOCKS = 1
@@ -32,13 +35,14 @@ class KitchenCodec:
     """Two or three parts: data (N, K / `packed`), scales, and for nvfp4 the scale of the whole tensor.
 
     block: weights of a row that share a scale, 1 where a row does. group: neighbours of a row that were rotated
-    together, None where none were.
+    together, None where none were. Decoded bit for bit as comfy-kitchen decodes it: by its kernel where it has one for
+    the device, else by the same operators in the same order, in chunks of rows.
     """
 
     name: str
     packed: int
     block: int
-    decode: Callable[..., Tensor]
+    decoder: Decoder
     group: int | None = None
 
     @property
@@ -62,27 +66,34 @@ class KitchenCodec:
         tiles = -(-rows // TILE_ROWS) * -(-(columns // self.block) // TILE_COLUMNS)
         return tiles * TILE_ROWS * TILE_COLUMNS
 
-    def decode_into(self, out: Tensor, parts: Sequence[Tensor]) -> None:
+    def decode_into(self, out: Tensor, parts: Sequence[Tensor], scratch: Scratch) -> None:
         data, scales, rest = parts[0], parts[1].reshape(-1), parts[2:]
-        rows = self._rows(out.shape)
-        for start in range(0, len(out), rows):
-            chunk = out[start : start + rows]
-            begin, count = self.scale_count((start, out.shape[1])), self.scale_count(tuple(chunk.shape))
-            options = {} if self.group is None else {"group": self.group}
-            chunk.copy_(
-                self.decode(data[start : start + rows], scales[begin : begin + count], *rest, chunk.dtype, **options)
-            )
+        kernel = self.decoder.kernel(out, data, scales, *rest, group=self.group)
+        if kernel is not None and decode_by_kernel(*kernel):
+            return
+        step = self._rows(out.shape, on_host=scratch.on_host)
+        with scratch.lent():
+            constants = self.decoder.take_constants(out.dtype, self.group, rest, scratch)
+            for start in range(0, len(out), step):
+                chunk = out[start : start + step]
+                begin, count = self.scale_count((start, out.shape[1])), self.scale_count(tuple(chunk.shape))
+                of_chunk = Chunk(chunk, data[start : start + step], scales[begin : begin + count], constants)
+                with scratch.lent():
+                    self.decoder.decode(of_chunk, scratch)
 
-    def scratch_bytes(self, shape: Sequence[int]) -> int:
-        # the library's own forms for any device hold a chunk's codes as 32-bit integers, its values and the result
-        rotation = 0 if self.group is None else self.group**2 * 8
-        return self._rows(shape) * shape[1] * 16 + rotation
+    def scratch_bytes(self, shape: Sequence[int], *, on_host: bool) -> int:
+        rows = self._rows(shape, on_host=on_host)
+        padding = -rows % self.tile_rows  # the scales of a last tile that is not full
+        per_row = self._row_bytes(shape, on_host=on_host)
+        return (rows + padding) * per_row + self.decoder.constant_bytes(self.group)
 
-    @staticmethod
-    def _rows(shape: Sequence[int]) -> int:
+    def _rows(self, shape: Sequence[int], *, on_host: bool) -> int:
         """Rows of a chunk: whole tiles."""
-        rows = even_rows(shape)
-        return min(-(-rows // TILE_ROWS) * TILE_ROWS, max(1, shape[0]))
+        row_bytes, kept = self._row_bytes(shape, on_host=on_host), self.decoder.constant_bytes(self.group)
+        return chunk_rows(shape, row_bytes, on_host=on_host, kept=kept, tile=self.tile_rows)
+
+    def _row_bytes(self, shape: Sequence[int], *, on_host: bool) -> int:
+        return self.decoder.row_bytes(shape[1], on_host=on_host)
 
 
 def load_kitchen() -> Any:
@@ -94,26 +105,10 @@ def load_kitchen() -> Any:
     return comfy_kitchen
 
 
-def _nvfp4(data: Tensor, scales: Tensor, whole: Tensor, dtype: torch.dtype) -> Tensor:
-    result: Tensor = load_kitchen().dequantize_nvfp4(data, whole, scales.view(torch.float8_e4m3fn), dtype)
-    return result
-
-
-def _mxfp8(data: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    result: Tensor = load_kitchen().dequantize_mxfp8(data, scales.view(torch.float8_e8m0fnu), dtype)
-    return result
-
-
-def _convrot_w4a4(data: Tensor, scales: Tensor, dtype: torch.dtype, group: int) -> Tensor:
-    dequantize = load_kitchen().dequantize_convrot_w4a4_weight
-    result: Tensor = dequantize(data, scales, convrot_groupsize=group, output_dtype=dtype)
-    return result
-
-
-NVFP4 = KitchenCodec("nvfp4", 2, 16, _nvfp4)
-MXFP8 = KitchenCodec("mxfp8", 1, 32, _mxfp8)
+NVFP4 = KitchenCodec("nvfp4", 2, NVFP4_DECODER.block, NVFP4_DECODER)
+MXFP8 = KitchenCodec("mxfp8", 1, MXFP8_DECODER.block, MXFP8_DECODER)
 CONVROT_W4A4: Mapping[int, KitchenCodec] = {
-    group: KitchenCodec(f"convrot_w4a4_{group}", 2, _NO_BLOCKS, _convrot_w4a4, group) for group in GROUPS
+    group: KitchenCodec(f"convrot_w4a4_{group}", 2, _NO_BLOCKS, CONVROT_W4A4_DECODER, group) for group in GROUPS
 }
 KITCHEN: Mapping[str, KitchenCodec] = {codec.dtype: codec for codec in (NVFP4, MXFP8, *CONVROT_W4A4.values())}
 # by what notes call it: the dtypes of the data, of its scales, and of the tensor's scale; fp8 scales may be written as

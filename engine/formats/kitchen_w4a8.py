@@ -14,9 +14,14 @@ from torch import Tensor
 
 from ..errors import WrongModel
 from ..files.checkpoint import TensorEntry
-from .chunks import even_rows
+from .byte_tables import look_up_into, take_table
+from .chunks import chunk_rows
 from .comfy_notes import GROUPS, Note, NotedFormat, require_comfy_kitchen
 from .format import Layout, StoredParam, Tensors
+from .int8 import LARGEST
+from .rotation import hadamard_bytes, take_hadamard, unrotate
+from .scaling import scale_into
+from .scratch import Scratch
 
 # what the parts behind the data are called beside `<layer>.`; a file without a codebook has evenly spaced numbers
 W4A8_PARTS = ("weight_s_rel", "weight_s_channel", "weight_codebook")
@@ -27,7 +32,8 @@ class W4a8Codec:
     """Three or four parts: codes (N, K / 2), scales by group (N, K / group size) in fp8 or fp32 and by row (N,), and
     the codebook's 16 numbers. `group`: neighbours of a row that were rotated together.
 
-    Bit-equal to comfy-kitchen's own dequantization to the compute dtype; in chunks of rows.
+    Bit-equal to comfy-kitchen's own dequantization for any device to the compute dtype: the same operators in the same
+    order (backends/eager/w4a8_int8.py), in chunks of rows.
     """
 
     group: int
@@ -36,26 +42,47 @@ class W4a8Codec:
     def name(self) -> str:
         return f"asym_w4a8_int8_{self.group}"
 
-    def decode_into(self, out: Tensor, parts: Sequence[Tensor]) -> None:
+    def decode_into(self, out: Tensor, parts: Sequence[Tensor], scratch: Scratch) -> None:
         data, by_group, by_row, *codebook = parts
-        dequantize, count = load_w4a8(), even_rows(out.shape)
-        for start in range(0, len(out), count):
-            rows = slice(start, start + count)
-            chunk = dequantize(
-                data[rows],
-                by_group[rows],
-                by_row.view(-1)[rows],
-                codebook=codebook[0] if codebook else None,
-                group_size=out.shape[1] // by_group.shape[1],
-                convrot_groupsize=self.group,
-                output_dtype=out.dtype,
-            )
-            out[rows].copy_(chunk)
-            del chunk  # before the next one is made
+        step = self._rows(out.shape, on_host=scratch.on_host)
+        with scratch.lent():
+            hadamard = take_hadamard(self.group, out.dtype, scratch)
+            of_byte = _take_table(codebook[0] if codebook else None, scratch)
+            for start in range(0, len(out), step):
+                rows = slice(start, start + step)
+                with scratch.lent():
+                    rotated = scratch.take(*out[rows].shape, dtype=out.dtype)
+                    _decode_rotated(rotated, data[rows], by_group[rows], by_row.view(-1, 1)[rows], of_byte, scratch)
+                    unrotate(out[rows], rotated, hadamard)
 
-    def scratch_bytes(self, shape: Sequence[int]) -> int:
-        # the library's own form for any device: codes as 32-bit integers and as numbers of the codebook
-        return even_rows(shape) * shape[1] * 24 + self.group**2 * 8
+    def scratch_bytes(self, shape: Sequence[int], *, on_host: bool) -> int:
+        return self._rows(shape, on_host=on_host) * shape[1] * _BYTES_PER_WEIGHT + self._constant_bytes
+
+    @property
+    def _constant_bytes(self) -> int:
+        return hadamard_bytes(self.group) + 4096
+
+    def _rows(self, shape: Sequence[int], *, on_host: bool) -> int:
+        return chunk_rows(shape, shape[1] * _BYTES_PER_WEIGHT, on_host=on_host, kept=self._constant_bytes)
+
+
+def _take_table(codebook: Tensor | None, scratch: Scratch) -> Tensor:
+    """Of bytes, fp32; without a codebook the numbers are evenly spaced."""
+    return take_table(torch.arange(-8, 8, out=scratch.take(16)) if codebook is None else codebook, scratch)
+
+
+def _decode_rotated(
+    out: Tensor, data: Tensor, by_group: Tensor, by_row: Tensor, of_byte: Tensor, scratch: Scratch
+) -> None:
+    """Rows as they were rotated: each code's number times its group's scale is rounded to eight bits, as ComfyUI
+    multiplies with it; then it is scaled by its row."""
+    eight_bits = scratch.take(*out.shape, dtype=torch.int8)
+    with scratch.lent():
+        numbers = look_up_into(scratch.take(*out.shape), data.view(torch.uint8), of_byte, scratch)
+        scale = scratch.take(*by_group.shape).copy_(by_group)
+        in_groups = numbers.view(*by_group.shape, -1).mul_(scale.unsqueeze(2))
+        eight_bits.copy_(in_groups.round_().clamp_(-LARGEST, LARGEST).view(out.shape))
+    scale_into(out, eight_bits, by_row, scratch)
 
 
 def load_w4a8() -> Any:
@@ -66,6 +93,8 @@ def load_w4a8() -> Any:
 
 
 W4A8: Mapping[str, W4a8Codec] = {f"ASYM_W4A8_INT8_{group}": W4a8Codec(group) for group in GROUPS}
+# of scratch: rotated in the compute dtype, in eight bits, as numbers in fp32, and the codes' indices
+_BYTES_PER_WEIGHT = 11
 _NAME = "asym_w4a8_int8"
 _SCALE_GROUP = 16  # weights that share a scale, where its note names none
 

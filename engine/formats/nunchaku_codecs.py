@@ -15,17 +15,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .chunks import CHUNK_WEIGHTS, row_chunks
+from .byte_tables import look_up_into, take_e2m1, take_table
+from .chunks import CHUNK_WEIGHTS, chunk_rows, row_chunks
 from .nunchaku_packing import (
     RANK_STEP,
     TILE_ROWS,
     unpack_awq,
     unpack_codes,
-    unpack_down,
-    unpack_micro_scales,
-    unpack_scales,
-    unpack_up,
+    unpacked_down,
+    unpacked_micro_scales,
+    unpacked_scales,
+    unpacked_up,
 )
+from .scaling import scale_into
+from .scratch import Scratch, padded
 
 SHIFT = 0.171875
 MAX_RANK = 256
@@ -33,7 +36,7 @@ AWQ_GROUP = 64
 # rows of modulation that belong to one dimension, in the file's order: shift, scale and gate of attention, of the MLP
 AWQ_SPLITS = 6
 _SCALES_OF_SPLITS = (1, 4)  # to which the file has added the one of 1 + scale
-_SCRATCH_PER_WEIGHT = 7
+_SPARE_BYTES = 4096  # of scratch: what pieces are padded with
 
 
 @dataclass(frozen=True)
@@ -49,40 +52,53 @@ class SvdqCodec:
     def name(self) -> str:
         return f"svdq_{self.kind}_r{self.rank}"
 
-    def decode_into(self, out: Tensor, parts: Sequence[Tensor]) -> None:
+    def decode_into(self, out: Tensor, parts: Sequence[Tensor], scratch: Scratch) -> None:
         packed, packed_scales, smooth, down, up, *others = parts
-        columns = out.shape[1]
-        low_rank = unpack_down(down).float()
-        divisor = unpack_scales(smooth).float().view(1, -1)
-        table = _table(self.kind, out.device)
-        for start in range(0, len(out), self._rows(out.shape)):
-            rows = slice(start, min(len(out), start + self._rows(out.shape)))
-            count = rows.stop - start
-            of_rows = packed_scales.view(-1)[start * columns // self.group : rows.stop * columns // self.group]
-            scales = self._scales(of_rows.view(-1, count))
-            if others:
-                by_row, whole = others
-                scales = scales * unpack_scales(by_row[rows]).float() * whole.float()
-            codes = unpack_codes(packed[rows])
-            weight = table.index_select(0, codes.view(-1).int()).view(count, columns)
-            del codes
-            weight.view(count, -1, self.group).mul_(scales.unsqueeze(2))
-            weight.div_(divisor).addmm_(unpack_up(up[rows]).float(), low_rank)
-            out[rows].copy_(weight)
-            del weight  # before the next one is made
+        columns, step = out.shape[1], self._rows(out.shape, on_host=scratch.on_host)
+        with scratch.lent():
+            low_rank = take_fp32(unpacked_down(down), scratch).view(-1, columns)
+            divisor = take_fp32(unpacked_scales(smooth), scratch).view(1, -1)
+            table = _take_table(self.kind, scratch)
+            for start in range(0, len(out), step):
+                rows = slice(start, min(len(out), start + step))
+                count = rows.stop - start
+                of_rows = packed_scales.view(-1)[start * columns // self.group : rows.stop * columns // self.group]
+                with scratch.lent():
+                    weight = scratch.take(count, columns)
+                    with scratch.lent():
+                        look_up_into(weight, unpack_codes(packed[rows], scratch), table, scratch)
+                    scales = self._scales(of_rows.view(-1, count), [part[rows] for part in others[:1]], scratch)
+                    for whole in others[1:]:
+                        scales.mul_(take_fp32(whole.view(1, 1), scratch))
+                    weight.view(count, -1, self.group).mul_(scales.unsqueeze(2))
+                    upward = take_fp32(unpacked_up(up[rows]), scratch).view(count, self.rank)
+                    out[rows].copy_(weight.div_(divisor).addmm_(upward, low_rank))
 
-    def _scales(self, packed: Tensor) -> Tensor:
-        return (unpack_micro_scales(packed) if self.kind == "fp4" else unpack_scales(packed)).float()
+    def _scales(self, packed: Tensor, by_row: Sequence[Tensor], scratch: Scratch) -> Tensor:
+        """(rows, groups) fp32, those of rows multiplied in."""
+        count = packed.shape[1]
+        unpacked = unpacked_micro_scales(packed) if self.kind == "fp4" else unpacked_scales(packed)
+        scales = take_fp32(unpacked, scratch).view(count, -1)
+        for numbers in by_row:
+            scales.mul_(take_fp32(unpacked_scales(numbers), scratch).view(count, 1))
+        return scales
 
-    def scratch_bytes(self, shape: Sequence[int]) -> int:
-        rows, columns = self._rows(shape), shape[1]
-        weights = rows * columns * _SCRATCH_PER_WEIGHT + rows * columns // self.group * 12
-        return weights + (columns + rows) * self.rank * 6 + columns * 8 + 8192
+    def scratch_bytes(self, shape: Sequence[int], *, on_host: bool) -> int:
+        rows = self._rows(shape, on_host=on_host)
+        return rows * self._row_bytes(shape[1]) + self._kept_bytes(shape[1])
 
-    @staticmethod
-    def _rows(shape: Sequence[int]) -> int:
+    def _row_bytes(self, columns: int) -> int:
+        """Of scratch: a row in fp32, its codes as 32-bit indices of two of them, or its scales and its part of U."""
+        return columns * 4 + max(columns * 3, columns // self.group * 4 + self.rank * 4 + 4)
+
+    def _kept_bytes(self, columns: int) -> int:
+        """Of scratch, whatever the rows: D, smooth, the table and what pieces are padded with."""
+        return columns * (self.rank + 1) * 4 + 8192
+
+    def _rows(self, shape: Sequence[int], *, on_host: bool) -> int:
         """Rows of a chunk: whole tiles."""
-        return min(shape[0], max(1, CHUNK_WEIGHTS // (shape[1] * TILE_ROWS)) * TILE_ROWS)
+        row_bytes, kept = self._row_bytes(shape[1]), self._kept_bytes(shape[1])
+        return chunk_rows(shape, row_bytes, on_host=on_host, kept=kept, tile=TILE_ROWS)
 
 
 @dataclass(frozen=True)
@@ -95,18 +111,28 @@ class SvdqBiasCodec:
     def name(self) -> str:
         return "svdq_shifted_bias" if self.shifted else "svdq_bias"
 
-    def decode_into(self, out: Tensor, parts: Sequence[Tensor]) -> None:
-        bias = unpack_scales(parts[0]).view(-1).float()
-        if self.shifted:
-            down, up, weight = parts[1:]
-            sums = torch.cat([weight[rows].sum(dim=1, dtype=torch.float32) for rows in row_chunks(weight)])
-            sums -= unpack_up(up).float() @ unpack_down(down).float().sum(dim=1)
-            bias += SHIFT * sums
-        out.copy_(bias)
+    def decode_into(self, out: Tensor, parts: Sequence[Tensor], scratch: Scratch) -> None:
+        unpacked = unpacked_scales(parts[0])
+        if not self.shifted:
+            out.view(unpacked.shape).copy_(unpacked)
+            return
+        down, up, weight = parts[1:]
+        with scratch.lent():
+            sums = scratch.take(len(weight))
+            for rows in row_chunks(weight) if scratch.on_host else (slice(None),):
+                torch.sum(weight[rows], dim=1, dtype=torch.float32, out=sums[rows])
+            rank, columns = down.shape[1], down.shape[0]
+            low_rank = take_fp32(unpacked_down(down), scratch).view(rank, columns)
+            upward = take_fp32(unpacked_up(up), scratch).view(len(weight), rank)
+            thin = torch.mv(upward, torch.sum(low_rank, dim=1, out=scratch.take(rank)), out=scratch.take(len(weight)))
+            out.copy_(take_fp32(unpacked, scratch).view(-1).add_(sums.sub_(thin).mul_(SHIFT)))
 
-    def scratch_bytes(self, shape: Sequence[int]) -> int:
-        # D of four times as many columns; a chunk of the weight in fp32
-        return (5 * shape[0] * MAX_RANK + CHUNK_WEIGHTS) * 6 if self.shifted else shape[0] * 8
+    def scratch_bytes(self, shape: Sequence[int], *, on_host: bool) -> int:
+        if not self.shifted:
+            return 0
+        # D of four times as many columns, and U; on a CPU, D in 16 bits, and what torch takes for sums
+        on_cpu = 8 * shape[0] * MAX_RANK + 4 * CHUNK_WEIGHTS if on_host else 0
+        return 4 * shape[0] * (5 * MAX_RANK + 4) + 8192 + on_cpu
 
 
 @dataclass(frozen=True)
@@ -115,31 +141,35 @@ class AwqCodec:
 
     name: str = "awq_int4"
 
-    def decode_into(self, out: Tensor, parts: Sequence[Tensor]) -> None:
+    def decode_into(self, out: Tensor, parts: Sequence[Tensor], scratch: Scratch) -> None:
         packed, scales, zeros = parts
-        columns = out.shape[1]
-        split = out.view(AWQ_SPLITS, -1, columns)
-        dims = self._dims(out.shape)
-        for start in range(0, split.shape[1], dims):
-            rows = slice(start * AWQ_SPLITS, min(start + dims, split.shape[1]) * AWQ_SPLITS)
-            codes = unpack_awq(packed[rows.start // 4 : rows.stop // 4])
-            weight = codes.float().view(len(codes), -1, AWQ_GROUP)
-            del codes
-            weight.mul_(self._of_rows(scales, rows, columns)).add_(self._of_rows(zeros, rows, columns))
-            split[:, start : start + dims].copy_(weight.view(-1, AWQ_SPLITS, columns).transpose(0, 1))
-            del weight
+        groups, step = out.shape[1] // AWQ_GROUP, self._dims(out.shape, on_host=scratch.on_host)
+        split = out.view(AWQ_SPLITS, -1, groups, AWQ_GROUP)
+        for start in range(0, split.shape[1], step):
+            dims = slice(start, min(start + step, split.shape[1]))
+            rows = slice(dims.start * AWQ_SPLITS, dims.stop * AWQ_SPLITS)
+            with scratch.lent():
+                codes = unpack_awq(packed[rows.start // 4 : rows.stop // 4], scratch).view(
+                    -1, AWQ_SPLITS, groups, AWQ_GROUP
+                )
+                scale, zero = (
+                    take_fp32(numbers[:groups, rows].t(), scratch).view(-1, AWQ_SPLITS, groups, 1).transpose(0, 1)
+                    for numbers in (scales, zeros)
+                )
+                scale_into(split[:, dims], codes.transpose(0, 1), scale, scratch, zero)
+
+    def scratch_bytes(self, shape: Sequence[int], *, on_host: bool) -> int:
+        return self._dims(shape, on_host=on_host) * self._dim_bytes(shape) + _SPARE_BYTES
 
     @staticmethod
-    def _of_rows(numbers: Tensor, rows: slice, columns: int) -> Tensor:
-        return numbers[: columns // AWQ_GROUP, rows].t().float().unsqueeze(2)
+    def _dim_bytes(shape: Sequence[int]) -> int:
+        """Of scratch for a dimension: codes twice, in fp32, and scales and zeros."""
+        return AWQ_SPLITS * (shape[1] * 6 + shape[1] // AWQ_GROUP * 8)
 
-    def scratch_bytes(self, shape: Sequence[int]) -> int:
-        return self._dims(shape) * AWQ_SPLITS * shape[1] * _SCRATCH_PER_WEIGHT
-
-    @staticmethod
-    def _dims(shape: Sequence[int]) -> int:
+    def _dims(self, shape: Sequence[int], *, on_host: bool) -> int:
         """Dimensions of a chunk: an even number, since rows are interleaved by fours."""
-        return min(shape[0] // AWQ_SPLITS, max(1, CHUNK_WEIGHTS // (2 * AWQ_SPLITS * shape[1])) * 2)
+        of_dims = (shape[0] // AWQ_SPLITS, AWQ_SPLITS * shape[1])
+        return chunk_rows(of_dims, self._dim_bytes(shape), on_host=on_host, kept=_SPARE_BYTES, tile=2)
 
 
 @dataclass(frozen=True)
@@ -148,14 +178,15 @@ class AwqBiasCodec:
 
     name: str = "awq_bias"
 
-    def decode_into(self, out: Tensor, parts: Sequence[Tensor]) -> None:
-        bias = parts[0].float().view(-1, AWQ_SPLITS).t().contiguous()
-        for split in _SCALES_OF_SPLITS:
-            bias[split] -= 1
-        out.view(AWQ_SPLITS, -1).copy_(bias)
+    def decode_into(self, out: Tensor, parts: Sequence[Tensor], scratch: Scratch) -> None:
+        with scratch.lent():
+            bias = take_fp32(parts[0].view(-1, AWQ_SPLITS).t(), scratch)
+            for split in _SCALES_OF_SPLITS:
+                bias[split].sub_(1)
+            out.view(AWQ_SPLITS, -1).copy_(bias)
 
-    def scratch_bytes(self, shape: Sequence[int]) -> int:
-        return shape[0] * 8
+    def scratch_bytes(self, shape: Sequence[int], *, on_host: bool) -> int:
+        return padded(shape[0] * 4) + padded(shape[0] * 2)
 
 
 SVDQ_GROUPS: Mapping[str, int] = {"int4": 64, "fp4": 16}
@@ -183,14 +214,20 @@ PARTS: Mapping[type, tuple[str, ...]] = {
 }
 
 
-def _table(kind: str, device: torch.device) -> Tensor:
-    """(256, 2) fp32: what the lower and the higher four bits of a byte stand for. Computed: a list would be copied from
-    the host, which waits."""
-    code = torch.arange(16, dtype=torch.int32, device=device)
-    if kind == "int4":
-        numbers = ((code ^ 8) - 8).float()
-    else:  # e2m1: 0, 0.5, 1, 1.5, 2, 3, 4, 6, and the same below zero
-        exponent, mantissa = (code & 7) >> 1, code & 1
-        normal = (((exponent + 126) << 23) | (mantissa << 22)).view(torch.float32)
-        numbers = torch.where(exponent == 0, mantissa * 0.5, normal) * (1 - (code >> 3) * 2)
-    return torch.stack([numbers.repeat(16), numbers.repeat_interleave(16)], dim=1)
+def take_fp32(numbers: Tensor, scratch: Scratch) -> Tensor:
+    """A contiguous copy in fp32."""
+    copy = scratch.take(*numbers.shape)
+    if not scratch.on_host or numbers.dtype.itemsize != 2:
+        return copy.copy_(numbers)
+    with scratch.lent():  # a CPU is twice as fast where it does not cast while it puts numbers in order
+        return copy.copy_(scratch.take(*numbers.shape, dtype=numbers.dtype).copy_(numbers))
+
+
+def _take_table(kind: str, scratch: Scratch) -> Tensor:
+    """Of bytes, fp32."""
+    if kind != "int4":
+        return take_table(take_e2m1(torch.float32, scratch), scratch)
+    numbers = scratch.take(16)
+    torch.arange(8, out=numbers[:8])
+    torch.arange(-8, 0, out=numbers[8:])
+    return take_table(numbers, scratch)

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..files.checkpoint import TensorEntry
 from .format import Format, Layout, StoredParam, Tensors
 from .neighbours import stands_alone
+from .scratch import Scratch
 
 # safetensors' dtype names -> torch
 TORCH_DTYPES = {
@@ -37,10 +38,10 @@ class PlainCodec:
     def encode(self, weight: Tensor) -> tuple[Tensor, ...]:
         return (weight.to(self.dtype),)
 
-    def decode_into(self, out: Tensor, parts: Sequence[Tensor]) -> None:
+    def decode_into(self, out: Tensor, parts: Sequence[Tensor], scratch: Scratch) -> None:
         out.copy_(parts[0])
 
-    def scratch_bytes(self, shape: Sequence[int]) -> int:
+    def scratch_bytes(self, shape: Sequence[int], *, on_host: bool) -> int:
         return 0
 
 

@@ -11,6 +11,8 @@ from .comfy_notes import Note, NotedFormat
 from .file_parts import Part, name_beside
 from .format import StoredParam, Tensors
 from .neighbours import only_scale
+from .scaling import scale_rows_into, scaled_rows_bytes
+from .scratch import Scratch
 
 
 @dataclass(frozen=True)
@@ -29,20 +31,18 @@ class ScaledFp8Codec:
             data[rows] = (weight[rows].float() / (scale[rows] if per_row else scale)).to(self.dtype)
         return data, scale
 
-    def decode_into(self, out: Tensor, parts: Sequence[Tensor]) -> None:
+    def decode_into(self, out: Tensor, parts: Sequence[Tensor], scratch: Scratch) -> None:
         data, scale = parts
-        # every fp8 value is exact in bf16 and fp16; the product is rounded once, without an fp32 copy of the weight
-        out.copy_(data)
         # (1, 1), not (): on a GPU a scale without dimensions would itself be rounded to the compute dtype first
-        out.mul_(scale.reshape(-1, 1))
+        scale_rows_into(out, data, scale.reshape(-1, 1), scratch)
 
     def file_parts(self, name: str, shape: tuple[int, ...], source: str) -> tuple[Part, ...]:
         """As ComfyUI has it without a note."""
         dtype = "F8_E4M3" if self.dtype is torch.float8_e4m3fn else "F8_E5M2"
         return Part(name, dtype, shape), Part(name_beside(name, "scale_weight"), "F32", ())
 
-    def scratch_bytes(self, shape: Sequence[int]) -> int:
-        return 0
+    def scratch_bytes(self, shape: Sequence[int], *, on_host: bool) -> int:
+        return scaled_rows_bytes(shape, on_host=on_host)
 
 
 SCALED_FP8 = (

@@ -16,12 +16,12 @@ class TransformerFootprint(ABC):
 
     slot_bytes: one block as it is computed with, without what is computed beforehand; stored_bytes: the same block as
     it is stored. staging_bytes: room on the device for the largest stored parameter, 0 where stored bytes need no
-    decoding (native). scratch_bytes: what decoding a block allocates on the device for a moment; decode_bytes: what
-    it reads and writes there, in so many kernels (decode_launches). inner_dim: numbers of
-    a token between blocks. modulation_*: the same sizes of a block's weights that see the timestep alone, 0 where the
-    network has none. ring_bytes: host memory that file bytes pass through. host: the device is the host, and has no
-    other memory. elsewhere: blocks that stay on other devices, and are not among `blocks`. attention: what all devices
-    of the blocks can compute attention with.
+    decoding (native). scratch_bytes: what decoding and changing a block takes on the device beside that; decode_bytes:
+    what it reads and writes there, in so many kernels (decode_launches). inner_dim: numbers of a token between blocks.
+    modulation_*: the same sizes of a block's weights that see the timestep alone, 0 where the network has none.
+    ring_bytes: host memory that file bytes pass through. host: the device is the host, and has no other memory.
+    elsewhere: blocks that stay on other devices, and are not among `blocks`. attention: what all devices of the blocks
+    can compute attention with.
     """
 
     blocks: int

@@ -1,7 +1,7 @@
 """Where each tensor of a block lies in a flat byte buffer: as stored (raw), and as computed with (slot)."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from math import prod
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import WrongModel
 from ..files.checkpoint import TensorEntry
-from ..formats import FORMATS, Formats, StoredParam, is_native
+from ..formats import FORMATS, Formats, Scratch, StoredParam, is_native, is_plain
 
 # of every tensor's offset; torch's own allocators align to at least 64 bytes, kernels ask for 16
 ALIGNMENT = 256
@@ -84,25 +84,27 @@ class WeightPatch(Protocol):
         """Change `weight` in place. `scratch` has scratch_bytes (uint8); all lie on one device."""
 
 
+# what writes (a parameter's codec, or a patch), stored parts, the place in the slot, and those of the slot that a codec
+# reads, decoded before it, as further parts
+Member = tuple[StoredParam | WeightPatch, tuple[FlatItem, ...], FlatItem, tuple[FlatItem, ...]]
+
+
 @dataclass(frozen=True)
 class DecodeGroup:
-    """Neighbours in a block's raw bytes that are brought and written together: bytes `start` to `end`.
-
-    members: what writes (a parameter's codec, or a patch), stored parts, the place in the slot, and those of the slot
-    that a codec reads, decoded before it, as further parts.
-    """
+    """Neighbours in a block's raw bytes that are brought and written together: bytes `start` to `end`."""
 
     start: int
     end: int
-    members: tuple[tuple[StoredParam | WeightPatch, tuple[FlatItem, ...], FlatItem, tuple[FlatItem, ...]], ...]
+    members: tuple[Member, ...]
 
     def decode(self, raw: Tensor, slot: Tensor, scratch: Tensor, *, base: int = 0) -> None:
-        """Write into `slot`; `raw` lies beside it and holds the block's raw bytes from `base` on."""
+        """Write into `slot`; `raw` lies beside it and holds the block's raw bytes from `base` on. `scratch`: uint8, of
+        StoredBlock.scratch_bytes."""
         for writer, items, item, decoded in self.members:
             weight, parts = item.view(slot), [part.view(raw, base) for part in items]
             parts += [other.view(slot) for other in decoded]
             if isinstance(writer, StoredParam):
-                writer.decoder.decode_into(weight, parts)
+                writer.decoder.decode_into(weight, parts, Scratch(scratch))
             else:
                 writer.apply(weight, parts, scratch)
 
@@ -158,23 +160,47 @@ class StoredBlock:
                 groups[-1] = DecodeGroup(last.start, group.end, last.members + group.members)
             else:
                 groups.append(group)
-        return tuple(groups)
+        return tuple(replace(group, members=_as_runs(group.members)) for group in groups)
 
     @property
     def staging_bytes(self) -> int:
         """Room for any of the groups."""
         return max((group.end - group.start for group in self.groups), default=0)
 
-    @property
-    def scratch_bytes(self) -> int:
-        """What codecs and patches allocate beside the slot, at the most: one after another."""
-        codecs = 0 if self.native else max(param.scratch_bytes for param in self.params)
-        return max([codecs, *(patch.allocated_bytes for patch in self.patches)])
+    def scratch_bytes(self, *, on_host: bool) -> int:
+        """Room that codecs and patches need beside the slot, one after another; `on_host` as Scratch has it."""
+        codecs = [] if self.native else [param.scratch_bytes(on_host=on_host) for param in self.params]
+        return max([0, *codecs, *(patch.scratch_bytes for patch in self.patches)])
 
     @property
-    def patch_scratch_bytes(self) -> int:
-        """Room that patches need beside the slot."""
-        return max((patch.scratch_bytes for patch in self.patches), default=0)
+    def allocated_bytes(self) -> int:
+        """What patches allocate by themselves, at the most."""
+        return max((patch.allocated_bytes for patch in self.patches), default=0)
+
+
+def _as_runs(members: Sequence[Member]) -> tuple[Member, ...]:
+    """Casts of neighbours, of one dtype and with nothing in between, as one cast of a longer vector: one launch."""
+    runs: list[Member] = []
+    for member in members:
+        if runs and _continues(runs[-1], member):
+            writer, (raw,), place, _ = runs.pop()
+            _, (more,), next_place, _ = member
+            runs.append((writer, (_joined(raw, more),), _joined(place, next_place), ()))
+        else:
+            runs.append(member)
+    return tuple(runs)
+
+
+def _continues(last: Member, member: Member) -> bool:
+    casts = all(isinstance(writer, StoredParam) and is_plain(writer) for writer, *_ in (last, member))
+    if not casts:
+        return False
+    (_, (raw,), place, _), (_, (next_raw,), next_place, _) = last, member
+    return raw.dtype == next_raw.dtype and (raw.end, place.end) == (next_raw.offset, next_place.offset)
+
+
+def _joined(first: FlatItem, second: FlatItem) -> FlatItem:
+    return replace(first, shape=(prod(first.shape) + prod(second.shape),), nbytes=first.nbytes + second.nbytes)
 
 
 def store_block(
@@ -188,8 +214,11 @@ def store_block(
     """The parameters `names` (name -> shape) of one block; `where` names the file and block in errors. `formats`: those
     that it may be stored in.
 
+    Matrices come first, vectors behind them, which are most often stored alike and are written at once.
+
     Raises WrongModel for a parameter that is missing, has another shape, or an unsupported format.
     """
+    names = dict(sorted(names.items(), key=lambda item: len(item[1]) < 2))
     params = []
     for name, shape in names.items():
         if name not in tensors:

@@ -144,7 +144,7 @@ def read_params(
     if slot is not raw:
         if block.native:
             slot.copy_(raw[: block.slot.nbytes])
-        scratch = torch.empty(block.patch_scratch_bytes, dtype=torch.uint8)
+        scratch = torch.empty(block.scratch_bytes(on_host=True), dtype=torch.uint8)
         for group in block.groups:
             group.decode(raw, slot, scratch)
     return block.slot.views(slot)

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..formats.chunks import LORA_CHUNK_WEIGHTS
 from ..formats.format import StoredParam
+from ..formats.scratch import Scratch
 from .block_layout import FlatItem, StoredBlock
 
 # of a weight that is patched: to fp32 and back, a product added to it; and kernels for as much as is patched at a time
@@ -39,8 +40,13 @@ class KernelCounter(TorchDispatchMode):
         self.cost = DecodeCost()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        read, written = _tensors((args, kwargs)), _tensors(result)
+        kwargs = kwargs or {}
+        # one that returns nothing has nothing to do without memory, and may not know how
+        idle = not func._schema.returns and all(tensor.is_meta for tensor in _tensors((args, kwargs)))
+        result = None if idle else func(*args, **kwargs)
+        out = _tensors(kwargs.get("out"))
+        read = [tensor for tensor in _tensors((args, kwargs)) if not any(tensor is place for place in out)]
+        written = out or _tensors(result)
         allocates = func.overloadpacket.__name__.startswith(("empty", "new_empty"))
         if not allocates and not _is_view(func):
             moved = sum(tensor.nbytes for tensor in (*read, *written))
@@ -75,7 +81,8 @@ def _codec_cost(codec: Any, place: Form, parts: tuple[Form, ...]) -> DecodeCost:
         return torch.empty(form[1], dtype=form[0], device="meta")
 
     with torch.inference_mode(False), torch.no_grad(), KernelCounter() as counter:
-        codec.decode_into(empty(place), [empty(part) for part in parts])
+        room = torch.empty(codec.scratch_bytes(place[1], on_host=False), dtype=torch.uint8, device="meta")
+        codec.decode_into(empty(place), [empty(part) for part in parts], Scratch(room, on_host=False))
     return counter.cost
 
 

@@ -45,7 +45,7 @@ class BlockStore:
         self.hardware = hardware
         self.order = StreamOrder(hardware)
         self._host = host or PinnedMemory(hardware)
-        self._transfer = Transfer(source, BlockSizes(blocks), self.order, hardware, self._host)
+        self._transfer = Transfer(source, self._sizes(blocks), self.order, hardware, self._host)
         self._tiers = Tiers(blocks, make_block, self.order, self._transfer)
         # between the thread that fetches ahead and whoever takes blocks from the device; piece readers need none
         self._lock = threading.RLock()
@@ -89,12 +89,13 @@ class BlockStore:
     @property
     def staging_bytes(self) -> int:
         """Room on the device for what has to be decoded or added, 0 where nothing has."""
-        return self._transfer.sizes.staging_bytes + self._transfer.sizes.patch_bytes
+        return self._transfer.sizes.staging_bytes
 
     @property
     def scratch_bytes(self) -> int:
-        """What decoding a block allocates on the device for a moment, 0 where none has to be decoded."""
-        return self._transfer.sizes.scratch_bytes
+        """What decoding and changing a block takes on the device beside that, allocated ahead but for what patches
+        allocate by themselves; 0 where nothing is decoded or changed."""
+        return self._transfer.sizes.scratch_bytes + self._transfer.sizes.allocated_bytes
 
     @property
     def decode_cost(self) -> DecodeCost:
@@ -147,6 +148,9 @@ class BlockStore:
         """Of the held bytes, those that are page-locked."""
         return self._tiers.pinned_bytes
 
+    def _sizes(self, blocks: Sequence[StoredBlock]) -> BlockSizes:
+        return BlockSizes(blocks, on_host=self.hardware.device.type == "cpu")
+
     def module(self, index: int) -> nn.Module | None:
         """The block's own module where it is resident and needs no decoding."""
         return self._tiers.module(index)
@@ -180,7 +184,7 @@ class BlockStore:
         with self._lock:
             self._transfer.end_run()
             self._tiers.replace(blocks)
-            self._transfer.replace(source, BlockSizes(blocks))
+            self._transfer.replace(source, self._sizes(blocks))
 
     def fetch_into(self, index: int, slot: Tensor, ahead: Sequence[int] = ()) -> None:
         """Bring block `index` into a slot's buffer: read, copy on the copy stream, decode. Any one thread at a time.

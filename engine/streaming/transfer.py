@@ -25,8 +25,10 @@ PIECE_BYTES = 32 * 1024**2
 class BlockSizes:
     """Room that any of a model's blocks finds enough, in bytes. Each is worked out when it is first asked for."""
 
-    def __init__(self, blocks: Sequence[StoredBlock]) -> None:
+    def __init__(self, blocks: Sequence[StoredBlock], *, on_host: bool) -> None:
+        """`on_host`: whether they are decoded on the CPU."""
         self._blocks = blocks
+        self._on_host = on_host
 
     @cached_property
     def slot_bytes(self) -> int:
@@ -43,14 +45,14 @@ class BlockSizes:
         return max(block.staging_bytes for block in self._blocks)
 
     @cached_property
-    def patch_bytes(self) -> int:
-        """What patches need beside that."""
-        return max(block.patch_scratch_bytes for block in self._blocks)
+    def scratch_bytes(self) -> int:
+        """What codecs and patches need beside that."""
+        return max(block.scratch_bytes(on_host=self._on_host) for block in self._blocks)
 
     @cached_property
-    def scratch_bytes(self) -> int:
-        """What codecs and patches allocate for a moment."""
-        return max(block.scratch_bytes for block in self._blocks)
+    def allocated_bytes(self) -> int:
+        """What patches allocate for a moment."""
+        return max(block.allocated_bytes for block in self._blocks)
 
     @cached_property
     def decode_cost(self) -> DecodeCost:
@@ -226,7 +228,7 @@ class Transfer:
 
     def _scratch_buffer(self) -> Tensor:
         if self._scratch is None:
-            self._scratch = self.new_buffer(self.sizes.patch_bytes)
+            self._scratch = self.new_buffer(self.sizes.scratch_bytes)
         return self._scratch
 
 

@@ -2,10 +2,11 @@
 
 from math import prod
 
+import bnb_in_place  # noqa: F401  # a GPU's way on the CPU
 import pytest
 import torch
 from qwenimage_lowvram.engine.files.checkpoint import Checkpoint
-from qwenimage_lowvram.engine.formats import FORMATS
+from qwenimage_lowvram.engine.formats import FORMATS, Scratch, StoredParam
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.models.qwen_image.network import QwenImageParts
 from qwenimage_lowvram.engine.streaming.block_layout import StoredBlock
@@ -13,8 +14,8 @@ from qwenimage_lowvram.engine.streaming.decode_costs import KernelCounter, decod
 
 from ..simulated_gpu.tiny_models import TinyModels
 
-# bytes per weight: what is stored is read, then written; where a scale follows, that is read and written once more
-MOVED = {"bf16": 0.0, "fp8": 1 + 2, "scaled fp8": 1 + 2 + 4, "int8": 1 + 2 + 4, "nf4": 0.5 + 4 / 64 + 2 + 4}
+# bytes per weight: what is stored is read, then written; where the scale of fp8 follows, that is read and written again
+MOVED = {"bf16": 0.0, "fp8": 1 + 2, "scaled fp8": 1 + 2 + 4, "int8": 1 + 2, "nf4": 0.5 + 4 / 64 + 2}
 
 
 @pytest.fixture(scope="module")
@@ -32,16 +33,19 @@ def test_what_is_stored_is_read_and_written_as_often_as_the_format_says(models: 
     block = block_of(models.open(kind))
     weights = sum(prod(param.shape) for param in block.params if len(param.shape) == 2)
     moved = decode_cost(block).moved_bytes / weights
-    assert moved == pytest.approx(MOVED[kind], rel=0.05)  # biases and scales come to that
+    assert moved == pytest.approx(MOVED[kind], rel=0.08)  # biases and scales come to that
 
 
 @pytest.mark.parametrize("kind", [*MOVED, "GGUF"])
 def test_what_is_counted_from_sizes_is_what_is_counted_while_it_decodes(models: TinyModels, kind: str) -> None:
     block = block_of(models.open(kind))
     raw, slot = (torch.zeros(layout.nbytes, dtype=torch.uint8) for layout in (block.raw, block.slot))
+    room = torch.empty(block.scratch_bytes(on_host=False), dtype=torch.uint8)
     with torch.no_grad(), KernelCounter() as counter:
-        for group in block.groups:
-            group.decode(raw, slot, torch.empty(0, dtype=torch.uint8))
+        for param, items, place, _ in (member for group in block.groups for member in group.members):
+            assert isinstance(param, StoredParam)
+            parts = [item.view(raw) for item in items]
+            param.decoder.decode_into(place.view(slot), parts, Scratch(room, on_host=False))
     assert decode_cost(block) == counter.cost
     assert (counter.cost.launches == 0) == (kind == "bf16")
 
@@ -54,7 +58,8 @@ def test_a_large_weight_is_counted_like_a_small_one(name: str) -> None:
     for rows in (64, 4096):
         weight = torch.randn(rows, 512).to(torch.bfloat16)
         parts, out = codec.encode(weight), torch.empty_like(weight)
+        room = torch.empty(codec.scratch_bytes(out.shape, on_host=False), dtype=torch.uint8)
         with KernelCounter() as counter:
-            codec.decode_into(out, parts)
+            codec.decode_into(out, parts, Scratch(room, on_host=False))
         moved.append(counter.cost.moved_bytes / weight.numel())
     assert moved[0] == pytest.approx(moved[1], rel=0.05)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from qwenimage_lowvram.engine.errors import WrongModel
 from qwenimage_lowvram.engine.files.checkpoint import TensorEntry, open_checkpoint
-from qwenimage_lowvram.engine.formats import FORMATS, Format, Formats, Layout, StoredParam
+from qwenimage_lowvram.engine.formats import FORMATS, Format, Formats, Layout, Scratch, StoredParam
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.streaming import BlockStore, BlockStreamer, FileSource, store_block
 from safetensors.torch import save_file
@@ -29,12 +29,12 @@ class TritCodec:
         digits = (weight / scale).round().long().view(len(weight), -1, TRITS_IN_BYTE) + 1
         return (digits * 3 ** torch.arange(TRITS_IN_BYTE)).sum(dim=2).to(torch.uint8), scale
 
-    def decode_into(self, out: Tensor, parts: Sequence[Tensor]) -> None:
+    def decode_into(self, out: Tensor, parts: Sequence[Tensor], scratch: Scratch) -> None:
         data, scale = parts
         digits = data.long().unsqueeze(2) // 3 ** torch.arange(TRITS_IN_BYTE) % 3 - 1
         out.copy_(digits.view(out.shape) * scale)
 
-    def scratch_bytes(self, shape: Sequence[int]) -> int:
+    def scratch_bytes(self, shape: Sequence[int], *, on_host: bool) -> int:
         return 24 * shape[0] * shape[1]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from qwenimage_lowvram.engine.errors import WrongModel
 from qwenimage_lowvram.engine.files.checkpoint import TensorEntry, open_checkpoint
-from qwenimage_lowvram.engine.formats import CODECS, stored_param
+from qwenimage_lowvram.engine.formats import CODECS, decode_alone, stored_param
 from qwenimage_lowvram.engine.formats.scaled_fp8 import SCALED_FP8
 from qwenimage_lowvram.engine.streaming import read_params
 from safetensors.torch import save_file
@@ -21,7 +21,7 @@ def _weight(rows: int = 24, columns: int = 40, seed: int = 0) -> torch.Tensor:
 
 def _decoded(codec: str, parts: tuple[torch.Tensor, ...], dtype: torch.dtype) -> torch.Tensor:
     out = torch.full(parts[0].shape, float("nan"), dtype=dtype)
-    CODECS[codec].decode_into(out, parts)
+    decode_alone(CODECS[codec], out, parts)
     return out
 
 

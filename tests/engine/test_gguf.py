@@ -17,7 +17,7 @@ from gguf_files import llama_name, read_gguf, write_gguf_text_encoder, write_ggu
 from live_bytes import LiveBytes
 from qwenimage_lowvram.engine.errors import WrongModel
 from qwenimage_lowvram.engine.files.checkpoint import Checkpoint, open_checkpoint
-from qwenimage_lowvram.engine.formats import CODECS
+from qwenimage_lowvram.engine.formats import CODECS, decode_alone
 from qwenimage_lowvram.engine.formats.chunks import CHUNK_WEIGHTS
 from qwenimage_lowvram.engine.formats.gguf import GGUF, GgufCodec
 from qwenimage_lowvram.engine.hardware import Hardware
@@ -60,7 +60,9 @@ def blocks_of(codec: GgufCodec, count: int, *, finite: bool = True) -> np.ndarra
 def decoded(codec: GgufCodec, raw: np.ndarray, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     weights = raw.shape[-1] // codec.block_bytes * codec.block_weights
     out = torch.full((*raw.shape[:-1], weights), float("nan"), dtype=dtype)
-    CODECS[codec.name].decode_into(out, [torch.from_numpy(raw)])
+    tables = codec.table_parts(Path())
+    beside = [torch.frombuffer(bytearray(table.data), dtype=torch.int8).view(table.shape) for table in tables]
+    decode_alone(CODECS[codec.name], out, [torch.from_numpy(raw), *beside])
     return out
 
 
@@ -105,22 +107,6 @@ def test_a_weight_quantized_by_the_gguf_package_comes_back_within_the_types_erro
     assert raw.shape == codec.raw_shape(weight.shape)
     error = (decoded(codec, raw) - weight).norm() / weight.norm()
     assert error < {"Q8_0": 0.006, "Q5_1": 0.05, "Q5_0": 0.05, "Q4_1": 0.09, "Q4_0": 0.1, "MXFP4": 0.13}[codec.type]
-
-
-@pytest.mark.slow
-@by_name
-@pytest.mark.parametrize("rows", [3, 6000])
-def test_decoding_allocates_no_more_than_it_says(codec: GgufCodec, rows: int) -> None:
-    shape = (rows, 1024)
-    with FakeTensorMode(), torch.inference_mode(), LiveBytes("cuda") as live:
-        raw = torch.empty(codec.raw_shape(shape), dtype=torch.uint8, device="cuda")
-        out = torch.empty(shape, dtype=torch.bfloat16, device="cuda")
-        live.reset_peak()
-        held = live.now
-        CODECS[codec.name].decode_into(out, [raw])
-        scratch = codec.scratch_bytes(shape)
-        assert live.now == held
-        assert 0.65 * scratch < live.peak - held <= scratch <= 8 * 1024**2
 
 
 # whole models
@@ -273,7 +259,7 @@ def test_the_plan_of_a_full_size_gguf_transformer_is_what_its_run_takes(kind: st
     codec = next(codec for codec in GGUF if codec.type == kind)
     checkpoint = in_format(full_size.transformer_checkpoint(torch.float8_e4m3fn, layers=3), codec)
     footprint = require_planned_peaks(checkpoint, limit_gib)
-    assert footprint.scratch_bytes == codec.scratch_bytes((3072, 12288))
+    assert footprint.scratch_bytes == codec.scratch_bytes((3072, 12288), on_host=False)
 
 
 @pytest.mark.slow

@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 import torch
 from comfy_files import note_bytes
-from live_bytes import allocated_peak_bytes
 from qwenimage_lowvram.engine.errors import CheckpointError, DamagedFile, MissingPackage, WrongModel
 from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.formats import COMFY_QUANT, FORMATS, StoredParam, stored_param
-from qwenimage_lowvram.engine.formats.kitchen_w4a8 import W4A8, load_w4a8
+from qwenimage_lowvram.engine.formats.kitchen_w4a8 import load_w4a8
 from qwenimage_lowvram.engine.streaming import read_params
 from safetensors.torch import save_file
 
@@ -92,17 +91,6 @@ def test_a_weight_that_comfy_kitchen_quantized_comes_back_within_the_formats_err
     parts = {f"weight{suffix}": value for suffix, value in stored.items()}
     ours = read_params(described(tmp_path, parts), {"layer.weight": (128, 1024)}, torch.float32, "m")["layer.weight"]
     assert (ours - weight).norm() / weight.norm() < 0.12
-
-
-@with_format
-@pytest.mark.parametrize("shape", [(3072, 2048), (300, 4096)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_decoding_allocates_no_more_than_it_says(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    codec, parts = W4A8["ASYM_W4A8_INT8_256"], list(parts_of(*shape).values())
-    out = torch.empty(shape, dtype=dtype)
-    codec.decode_into(out, parts)
-    peak = allocated_peak_bytes(lambda: codec.decode_into(out, parts))
-    assert 0.4 * codec.scratch_bytes(shape) < peak <= codec.scratch_bytes(shape)
 
 
 @pytest.mark.parametrize(

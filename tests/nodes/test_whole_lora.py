@@ -10,6 +10,7 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 from live_bytes import LiveBytes
 from qwenimage_lowvram.engine.errors import DamagedFile, Unsupported, WrongModel
+from qwenimage_lowvram.engine.lora.deltas import scratch_elements
 from qwenimage_lowvram.engine.planning.memory import least_bytes
 from qwenimage_lowvram.engine.planning.request import SamplingRequest
 from safetensors.torch import load_file, save_file
@@ -168,7 +169,9 @@ def test_the_plan_counts_what_the_adapters_hold(model: Any, write: Write) -> Non
     run(ours)
     after = model.model.transformer.footprint
     ((lora, _),) = ours.loras
-    held = {name: delta.allocated_bytes for name, delta in lora.deltas.items()}
+    held = {
+        name: delta.allocated_bytes + 4 * scratch_elements(delta.shape, [delta]) for name, delta in lora.deltas.items()
+    }
     assert before.scratch_bytes == before.modulation_scratch_bytes == 0
     assert after.scratch_bytes == held["transformer_blocks.2.img_mlp.net.0.proj.weight"]
     assert after.modulation_scratch_bytes == held["transformer_blocks.3.img_mod.1.weight"]

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import bnb_in_place  # noqa: F401  # what bitsandbytes does on a GPU
 import pytest
 import torch
 from torch import Tensor

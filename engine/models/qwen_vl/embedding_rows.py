@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...errors import WrongModel
 from ...files.checkpoint import TensorEntry
-from ...formats import StoredParam, raw_layout
+from ...formats import StoredParam, decode_alone, raw_layout
 from ...streaming import TensorReader
 
 
@@ -39,7 +39,7 @@ class EmbeddingRows:
             per_row = len(scale.shape) > 0 and scale.shape[0] == self._parts[0].shape[0] > 1
             stored.append(self._rows(scale, unique) if per_row else self._whole(scale))
         out = torch.empty(len(unique), self._parts[0].shape[1], dtype=self.dtype)
-        self._codec.decode_into(out, stored)
+        decode_alone(self._codec, out, stored)
         position = {token: i for i, token in enumerate(unique)}
         return out[[position[token] for token in ids]]
 
