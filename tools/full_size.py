@@ -48,7 +48,7 @@ def transformer_checkpoint(
     for name in [name for name in shapes if name.startswith("transformer_blocks.0.")]:
         for i in range(1, layers):
             shapes[name.replace(".0.", f".{i}.", 1)] = shapes[name]
-    return _checkpoint("transformer", shapes, dtype)
+    return checkpoint_of("transformer", shapes, dtype)
 
 
 def text_encoder_checkpoint(dtype: torch.dtype = torch.bfloat16, *, layers: int = 28) -> Checkpoint:
@@ -61,14 +61,14 @@ def text_encoder_checkpoint(dtype: torch.dtype = torch.bfloat16, *, layers: int 
     shapes = {f"model.layers.{i}.{name}": tuple(p.shape) for i in range(layers) for name, p in layer.named_parameters()}
     shapes["model.embed_tokens.weight"] = (152064, 3584)
     shapes["model.norm.weight"] = (3584,)
-    return _checkpoint("text_encoder", shapes, dtype)
+    return checkpoint_of("text_encoder", shapes, dtype)
 
 
 def vae_checkpoint(dtype: torch.dtype = torch.bfloat16, *, channels: int = 3) -> Checkpoint:
     """Of RGB images; Qwen-Image-Layered's has 4 channels."""
     with torch.device("meta"):
         model = AutoencoderKLQwenImage(base_dim=96, z_dim=16, input_channels=channels)
-    return _checkpoint("vae", {name: tuple(p.shape) for name, p in model.named_parameters()}, dtype)
+    return checkpoint_of("vae", {name: tuple(p.shape) for name, p in model.named_parameters()}, dtype)
 
 
 def lightning_lora(weights: Mapping[str, tuple[int, ...]], *, rank: int = 64) -> LoraFile:
@@ -95,10 +95,10 @@ def write_header(checkpoint: Checkpoint, file: Path) -> Path:
     return file
 
 
-def _checkpoint(name: str, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> Checkpoint:
+def checkpoint_of(name: str, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> Checkpoint:
     tensors = {}
     for key, shape in shapes.items():
-        in_block = key.startswith(("transformer_blocks.", "model.layers."))
+        in_block = key.startswith("transformer_blocks.") or ".layers." in key
         stored = dtype if dtype.itemsize > 1 or (in_block and len(shape) == 2) else torch.bfloat16
         tensors[key] = TensorEntry(Path(name), 0, prod(shape) * stored.itemsize, NAMES[stored], shape)
     return Checkpoint(Path(name), tensors, {}, None, name)

@@ -50,8 +50,8 @@ def write_gguf_transformer(
     inside, outside = cycle(kinds), cycle(("BF16", "F16"))
     for name, value in weights.items():
         of_matrices = inside if name.startswith("transformer_blocks.") else outside
-        _add(writer, name, value, next(of_matrices) if value.ndim > 1 else "F32")
-    _write(writer)
+        add_tensor(writer, name, value, next(of_matrices) if value.ndim > 1 else "F32")
+    write_writer(writer)
 
 
 def write_gguf_text_encoder(
@@ -71,8 +71,8 @@ def write_gguf_text_encoder(
     writer.add_token_list([f"token {i}" for i in range(100)])  # a list that readers of weights step over
     for name, value in weights.items():
         if (new := llama_name(name)) is not None:
-            _add(writer, new, value, kind if value.ndim == 2 else "F32")
-    _write(writer)
+            add_tensor(writer, new, value, kind if value.ndim == 2 else "F32")
+    write_writer(writer)
 
 
 def write_gguf_vision(
@@ -108,8 +108,8 @@ def write_gguf_vision(
             pieces = {name: value}
         for piece_name, piece in pieces.items():
             own = names.get_name(piece_name, try_suffixes=(".weight", ".bias"))
-            _add(writer, own or piece_name, piece, kind_here)
-    _write(writer)
+            add_tensor(writer, own or piece_name, piece, kind_here)
+    write_writer(writer)
 
 
 def llama_name(name: str) -> str | None:
@@ -131,7 +131,7 @@ def read_gguf(file: Path) -> dict[str, Tensor]:
     return weights
 
 
-def _add(writer: GGUFWriter, name: str, value: Tensor, kind: str) -> None:
+def add_tensor(writer: GGUFWriter, name: str, value: Tensor, kind: str) -> None:
     type_ = GGMLQuantizationType[kind]
     weight = value.float().contiguous().numpy()
     raw = random_blocks(weight, kind) if kind in _SCALE_AT else gguf.quants.quantize(weight, type_)
@@ -156,7 +156,7 @@ def _set_scale(raw: "np.ndarray[Any, Any]", at: int, kind: str, scale: float) ->
         raw[:, at + 2 : at + 4] = np.frombuffer(np.float16(_OFFSET[kind] * scale).tobytes(), dtype=np.uint8)
 
 
-def _write(writer: GGUFWriter) -> None:
+def write_writer(writer: GGUFWriter) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

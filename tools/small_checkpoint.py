@@ -141,7 +141,7 @@ def make_transformer(
         axes_dims_rope=_ROPE_AXES[head_dim],
         **options,
     )
-    model = _randomize(model, seed, lambda name: ".norm_" in name or name == "txt_norm.weight")
+    model = randomize(model, seed, lambda name: ".norm_" in name or name == "txt_norm.weight")
     with torch.no_grad():
         for block in model.transformer_blocks:
             # random attention spreads evenly over hundreds of image tokens: let the few text tokens count
@@ -194,7 +194,7 @@ def make_text_encoder(tokenizer: Any, size: TextSize, *, seed: int) -> torch.nn.
         tie_word_embeddings=False,
     )
     model = Qwen2_5_VLForConditionalGeneration(config)
-    return _randomize(
+    return randomize(
         model, seed, lambda name: name.endswith(("norm.weight", "norm1.weight", "norm2.weight", "ln_q.weight"))
     )
 
@@ -205,7 +205,7 @@ def make_vae(*, base_dim: int = 8, seed: int = 1, channels: int = 3) -> torch.nn
     from diffusers import AutoencoderKLQwenImage
 
     model = AutoencoderKLQwenImage(base_dim=base_dim, z_dim=16, input_channels=channels)
-    return _randomize(model, seed, lambda name: name.endswith(".gamma"))
+    return randomize(model, seed, lambda name: name.endswith(".gamma"))
 
 
 def _make_processor(tokenizer: Any) -> Any:
@@ -216,7 +216,7 @@ def _make_processor(tokenizer: Any) -> Any:
     )
 
 
-def _randomize(model: torch.nn.Module, seed: int, is_norm: Callable[[str], bool]) -> torch.nn.Module:
+def randomize(model: torch.nn.Module, seed: int, is_norm: Callable[[str], bool]) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)

@@ -19,7 +19,7 @@ OTHER_TEXT_ENCODER = Component(
     "text_encoders",
     signs=(
         r"text_model\.encoder\.layers\.|encoder\.block\.\d+\.layer\.|^enc\.blk\.\d+\.",
-        r"(^|\.)visual\.blocks\.\d+\.mlp\.(linear_)?fc1\.",  # Qwen2-VL and Qwen3-VL
+        r"(^|\.)visual\.blocks\.\d+\.mlp\.(linear_)?fc1\.",  # Qwen2-VL, and Qwen3.5, which has no deepstack
     ),
 )
 STABLE_DIFFUSION = Component(

@@ -1,6 +1,7 @@
 """The table of all kinds of models, in the order in which they are looked for: the first that shows a sign decides."""
 
 from . import foreign
+from .qwen3_vl.component import TEXT_ENCODER as QWEN3_VL
 from .qwen25_vl.component import TEXT_ENCODER
 from .qwen_image.component import TRANSFORMER
 from .qwen_image_21.component import TRANSFORMER_21
@@ -15,6 +16,7 @@ COMPONENTS = (
     foreign.OTHER_QUANTIZATION,
     TRANSFORMER_21,
     TRANSFORMER,
+    QWEN3_VL,
     foreign.OTHER_TEXT_ENCODER,
     VISION,
     TEXT_ENCODER,

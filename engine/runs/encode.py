@@ -45,8 +45,8 @@ class EncodeRun:
         Raises DoesNotFit before anything is read, and InvalidRequest for prompts that are too long or overflow.
         """
         starts = [self._start(prompt) for prompt in prompts]
-        for prompt, start in zip(prompts, starts, strict=True):
-            self.tokenizer.require_length(prompt.length - start)
+        for prompt in prompts:
+            self.tokenizer.require_length(prompt)
         states = self._encode(prompts) if self.kept is None else self._encode_others(prompts, self.kept)
         return [drop_template(state, start) for state, start in zip(states, starts, strict=True)]
 

@@ -16,7 +16,15 @@ from .cache import REPOSITORY, SetupError
 from .environment import FOR_ENGINE, TOOLS, TORCH, requirement_name
 
 # what a focused run proves: everything that touches diffusers, transformers or tokenizers
-_TESTS = ("test_text_encoder", "test_tokenizers", "test_vision", "test_transformer", "test_vae", "test_sampling")
+_TESTS = (
+    "test_text_encoder",
+    "test_tokenizers",
+    "test_vision",
+    "test_qwen3_vl",
+    "test_transformer",
+    "test_vae",
+    "test_sampling",
+)
 
 # parts of names of tests among them that other packages cannot change
 _OWN = ("staged", "thread", "tile", "under_a_limit", "out_of_memory", "in_chunks", "after_unloading")
@@ -62,7 +70,13 @@ NEWEST = Overlay(
         "truststore==0.10.5",
         "comfy-kitchen==0.2.40",
     ),
-    ("test_comfy_quant", "test_w4a8", "test_transformer_21_against_diffusers", "test_vae_21_against_diffusers"),
+    (
+        "test_comfy_quant",
+        "test_w4a8",
+        "test_transformer_21_against_diffusers",
+        "test_vae_21_against_diffusers",
+        "test_qwen3_vl_21_against_diffusers",
+    ),
 )
 OVERLAYS = (OLDEST, NEWEST)
 OLDEST_TORCH = ("torch==2.6.0", "torchvision==0.21.0")

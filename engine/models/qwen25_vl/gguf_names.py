@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ...files.checkpoint import TensorEntry
+from ...files.checkpoint import Checkpoint, TensorEntry
 from ..qwen_vl.gguf_names import KERNEL, joined, pieces_of, setting, whole_kernel
 
 # general.architecture of Qwen2.5-VL's language model; its text-only sisters have the same tensor names and shapes
@@ -49,13 +49,13 @@ def vision_names(tensors: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
     return result
 
 
-def vision_config(metadata: Mapping[str, str], depth: int) -> dict[str, Any]:
+def vision_config(mmproj: Checkpoint, depth: int) -> dict[str, Any]:
     """Those of transformers' Qwen2_5_VLVisionConfig settings that an mmproj states, as it states them."""
-    pattern = setting(metadata, "clip.vision.n_wa_pattern")  # the last of so many blocks sees the whole image
+    pattern = setting(mmproj.metadata, "clip.vision.n_wa_pattern")  # the last of so many blocks sees the whole image
     periodic = isinstance(pattern, int) and pattern > 0
     return {
-        "num_heads": setting(metadata, "clip.vision.attention.head_count"),
-        "window_size": setting(metadata, "clip.vision.window_size"),
-        "spatial_merge_size": setting(metadata, "clip.vision.spatial_merge_size"),
+        "num_heads": setting(mmproj.metadata, "clip.vision.attention.head_count"),
+        "window_size": setting(mmproj.metadata, "clip.vision.window_size"),
+        "spatial_merge_size": setting(mmproj.metadata, "clip.vision.spatial_merge_size"),
         "fullatt_block_indexes": [i for i in range(depth) if (i + 1) % pattern == 0] if periodic else None,
     }

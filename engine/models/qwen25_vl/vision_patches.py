@@ -4,7 +4,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from ...errors import InvalidRequest
-from ..qwen_vl.images import CHANNELS, MERGE, PatchedImage
+from ..qwen_vl.images import CHANNELS, PatchedImage
+from ..qwen_vl.vision_files import MERGE
 
 # Qwen2.5-VL-7B-Instruct, preprocessor_config.json; the order of patches is the processor's own
 PATCH_PX = 14

@@ -5,8 +5,7 @@ from typing import Any
 
 from ...errors import WrongModel
 from ...files.checkpoint import Checkpoint
-from ..qwen_vl.vision_files import VisionKind, VisionTensors, open_vision, require_width, stated_number
-from ..sorting import shape_of
+from ..qwen_vl.vision_files import VisionKind, VisionTensors, common_config, open_vision, require_width, stated_number
 from .component import TEXT_ENCODER
 from .gguf_names import VISION_PROJECTOR, vision_config, vision_names
 from .tensors import sort_text_encoder
@@ -20,7 +19,7 @@ QWEN25_VISION = VisionKind(
     vision_config,
 )
 # where a file does not state them; no tensor's shape tells them
-_HEAD_DIM, _WINDOW_PX, _MERGE, _FULL_ATTENTION_EVERY = 80, 112, 2, 8
+_HEAD_DIM, _WINDOW_PX, _FULL_ATTENTION_EVERY = 80, 112, 8
 
 
 def sort_vision(encoder: Checkpoint) -> VisionTensors:
@@ -37,26 +36,8 @@ def sort_vision(encoder: Checkpoint) -> VisionTensors:
 
 
 def _vision_config(vision: VisionTensors) -> dict[str, Any]:
-    checkpoint, outside, blocks = vision.checkpoint, vision.outside, vision.blocks
-    hidden, channels, frames, patch, patch_width = shape_of(checkpoint, outside, "patch_embed.proj.weight", 5)
-    out, merged = shape_of(checkpoint, outside, "merger.mlp.2.weight", 2)
-    heads, merge = (
-        stated_number(vision, "num_heads", max(1, hidden // _HEAD_DIM)),
-        stated_number(vision, "spatial_merge_size", _MERGE),
-    )
-    if patch != patch_width or hidden % heads or merged != hidden * merge**2:
-        raise WrongModel(
-            "{file}: {hidden} dimensions in {heads} heads, patches of {patch}x{patch_width} and {merged} numbers of "
-            "{merge}x{merge} patches do not fit together. Download it again.",
-            code="vision.does_not_fit_together",
-            file=checkpoint.path,
-            hidden=hidden,
-            heads=heads,
-            patch=patch,
-            patch_width=patch_width,
-            merged=merged,
-            merge=merge,
-        )
+    common = common_config(vision, "merger.mlp.2.weight", "mlp.gate_proj.weight", _HEAD_DIM)
+    blocks = vision.blocks
     full = vision.config.get("fullatt_block_indexes")
     if full is None:
         full = [i for i in range(len(blocks)) if (i + 1) % _FULL_ATTENTION_EVERY == 0]
@@ -64,20 +45,9 @@ def _vision_config(vision: VisionTensors) -> dict[str, Any]:
         raise WrongModel(
             "{file}: blocks {full!s:.99} of {block_count} cannot see the whole image.",
             code="vision.wrong_blocks",
-            file=checkpoint.path,
+            file=vision.checkpoint.path,
             full=full,
             block_count=len(blocks),
         )
-    return {
-        "depth": len(blocks),
-        "hidden_size": hidden,
-        "intermediate_size": shape_of(checkpoint, blocks[0] if blocks else {}, "mlp.gate_proj.weight", 2)[0],
-        "num_heads": heads,
-        "in_channels": channels,
-        "patch_size": patch,
-        "spatial_merge_size": merge,
-        "temporal_patch_size": frames,
-        "window_size": stated_number(vision, "window_size", _WINDOW_PX),
-        "out_hidden_size": out,
-        "fullatt_block_indexes": full,
-    }
+    window = stated_number(vision, "window_size", _WINDOW_PX)
+    return {**common, "window_size": window, "fullatt_block_indexes": full}

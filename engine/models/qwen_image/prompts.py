@@ -1,14 +1,12 @@
 """Prompts to token ids: the template, the tokenizer, and which tokens of the embeddings belong to the prompt."""
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ...errors import InvalidRequest, WrongModel
 from ...log import logger
-from ...texts import half_character, shown
-from ..qwen_vl.image_prompts import IMAGE, require_places
+from ..qwen_vl.image_prompts import IMAGE, ImagePrompt, require_places
+from ..qwen_vl.prompt_texts import filled, require_known, whole_text
 from ..qwen_vl.tokenizer_files import read_tokenizer
 from .positions import MAX_POSITIONS
 from .prompt_template import (
@@ -20,21 +18,8 @@ from .prompt_template import (
     PROMPT_TEMPLATE_TOKENS,
 )
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-
 # longer words than these make a token are in no language
 MAX_PROMPT_CHARACTERS = MAX_POSITIONS * 16
-# Small models have tokenizers of their own; one of at least so many tokens makes of this text Qwen2.5's, or is another
-# model's. Each part is split, normalized or merged otherwise by some.
-FULL_VOCABULARY = 100_000
-PROBE = (
-    "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>"
-    "Picture 1: it'Somewhere 2024 e\u0301 \u212b  two\n\n\tlines "
-    "Grüße, photorealistic 把圆形变成红色 Здравствуйте こんにちは مرحبا 안녕하세요 🐈 unbelievableness<|im_end|>\n"
-)
-PROBE_DIGEST = "8be9e9ba9a7ac9a1"  # of the ids in decimal, with commas
 
 
 class PromptTokenizer:
@@ -60,7 +45,7 @@ class PromptTokenizer:
                 )
             # the last token may join with the prompt's first characters
             self._templates.append((ids[: count - 1], count))
-        _require_known(folder, self._tokenizer)
+        require_known(folder, self._tokenizer)
         self._image = self._tokenizer.token_to_id("<|image_pad|>")
         self._turn = self._ids("<|im_start|>user\n")  # the token that begins a turn, "user", line break
 
@@ -72,7 +57,7 @@ class PromptTokenizer:
         and for what is no text, or one that is too long for the model.
         """
         require_text(prompt)
-        text = prompt if prompt.startswith("<|im_start|>") else _filled(template, prompt)
+        text = prompt if prompt.startswith("<|im_start|>") else filled(template, prompt)
         ids = self._ids(text)
         places = [i for i, token in enumerate(ids) if token == self._image]
         for i in places[:images]:
@@ -102,8 +87,9 @@ class PromptTokenizer:
         begin = turns[-1] if turns else 0
         return begin + 3 if list(ids[begin : begin + 3]) == self._turn and len(ids) > begin + 3 else begin
 
-    def require_length(self, tokens: int) -> None:
+    def require_length(self, prompt: ImagePrompt) -> None:
         """Raise InvalidRequest for a prompt of more tokens than the model has positions for."""
+        tokens = prompt.length - prompt.place(self.start(prompt.tokens))
         if tokens >= MAX_POSITIONS:
             raise InvalidRequest(
                 "The prompt has {tokens} tokens; the model has positions for {most}, and has seen {most_seen}.\n\nWhat "
@@ -118,56 +104,18 @@ class PromptTokenizer:
         return list(self._tokenizer.encode(text).ids)
 
 
-def _require_known(folder: Path, tokenizer: "Tokenizer") -> None:
-    ids = ",".join(map(str, tokenizer.encode(PROBE).ids))
-    full = tokenizer.get_vocab_size(with_added_tokens=False) >= FULL_VOCABULARY
-    if full and hashlib.sha256(ids.encode()).hexdigest()[:16] != PROBE_DIGEST:
-        raise WrongModel(
-            "{folder} holds another model's tokenizer: it makes other tokens than Qwen2.5's of the same text. Use the "
-            "tokenizer folder of Qwen-Image, or a text encoder from models/text_encoders.",
-            code="tokenizer.other_tokens",
-            folder=folder,
-        )
-
-
 def require_text(prompt: object) -> None:
     """Raise InvalidRequest for what is no text of whole characters, and for a book; cuts nothing into tokens."""
-    if not isinstance(prompt, str):
-        raise InvalidRequest(
-            "The prompt is {prompt}; a text is needed.\n\nWhat to do: check what is linked.",
-            code="prompt.no_text",
-            prompt=shown(prompt),
-        )
-    half = half_character(prompt)
-    if half is not None:
-        raise InvalidRequest(
-            "The prompt's character {position} is one half of a character ({character!a}), which no encoding "
-            "has.\n\nWhat to do: type it again, or remove it.",
-            code="prompt.half_character",
-            position=half + 1,
-            character=prompt[half],
-        )
-    if len(prompt) > MAX_PROMPT_CHARACTERS:
+    text = whole_text(prompt)
+    if len(text) > MAX_PROMPT_CHARACTERS:
         raise InvalidRequest(
             "The prompt has {count} characters, more than the {most} that the model's positions have room for; it has "
             "seen {most_tokens} tokens.\n\nWhat to do: shorten it.",
             code="prompt.too_many_characters",
-            count=len(prompt),
+            count=len(text),
             most=MAX_PROMPT_CHARACTERS,
             most_tokens=MAX_PROMPT_TOKENS,
         )
-
-
-def _filled(template: str, prompt: str) -> str:
-    try:
-        return template.format(prompt)
-    except (KeyError, IndexError, ValueError, AttributeError) as error:
-        raise InvalidRequest(
-            "The template of the prompt cannot be filled in ({error}).\n\nWhat to do: mark the prompt's place in it "
-            "with {{}}, and write other braces twice.",
-            code="prompt.template_not_filled",
-            error=error,
-        ) from error
 
 
 def with_places(prompt: str, images: int, *, labelled: bool) -> str:

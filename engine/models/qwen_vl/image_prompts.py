@@ -14,16 +14,6 @@ from .images import PatchedImage
 IMAGE = -1
 
 
-class PromptTokenizer(Protocol):
-    """A model's template around its tokenizer."""
-
-    def start(self, ids: Sequence[int]) -> int:
-        """How many tokens stand before the prompt."""
-
-    def require_length(self, tokens: int) -> None:
-        """Raise InvalidRequest for a prompt of more tokens, template not counted, than the model has positions for."""
-
-
 class Shown(Protocol):
     """An image's size in tokens."""
 
@@ -55,6 +45,16 @@ class ImagePrompt:
     def image_spans(self) -> list[tuple[int, int]]:
         """Where each image begins and ends among what the text encoder sees."""
         return image_spans(self.tokens, [image.tokens for image in self.images])
+
+
+class PromptTokenizer(Protocol):
+    """A model's template around its tokenizer."""
+
+    def start(self, ids: Sequence[int]) -> int:
+        """How many tokens stand before the prompt."""
+
+    def require_length(self, prompt: ImagePrompt) -> None:
+        """Raise InvalidRequest for a prompt that is longer, template not counted, than the model has positions for."""
 
 
 def image_spans(tokens: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, int]]:

@@ -6,8 +6,10 @@ from functools import cached_property
 
 from torch import Tensor
 
-# patches of one token along each side, frames that an image is doubled to, and channels, in every Qwen-VL so far
-MERGE, FRAMES, CHANNELS = 2, 2, 3
+from .vision_files import MERGE
+
+# frames that an image is doubled to, and its channels, in every Qwen-VL so far
+FRAMES, CHANNELS = 2, 3
 
 
 @dataclass(frozen=True, eq=False)

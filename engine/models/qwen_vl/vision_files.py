@@ -12,11 +12,12 @@ from ...files.part_files import stem_of
 from ...formats import described_tensors
 from ..prefixes import find_prefix, under_prefix
 from ..recognition import identify
-from ..sorting import sort_blocks
+from ..sorting import shape_of, sort_blocks
 from .component import VISION
 
 _ARCHITECTURE = "clip"
 _MARK = "mmproj"
+MERGE = 2  # patches of one token along each side, in every Qwen-VL so far
 # names by which a vision part is found within its encoder's file
 _OWN = (("visual.patch_embed.proj.weight",), ("visual.blocks.0.attn.qkv.weight",))
 
@@ -36,7 +37,7 @@ class VisionKind:
     example_mmproj: str
     projector: str
     names: Callable[[Mapping[str, TensorEntry]], Mapping[str, TensorEntry]]
-    config: Callable[[Mapping[str, str], int], dict[str, Any]]
+    config: Callable[[Checkpoint, int], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def open_vision(encoder: Checkpoint, kind: VisionKind) -> VisionTensors:
         )
     outside, blocks = sort_blocks(checkpoint, tensors, "blocks.")
     own = checkpoint is encoder
-    stated = (encoder.config or {}).get("vision_config") if own else kind.config(checkpoint.metadata, len(blocks))
+    stated = (encoder.config or {}).get("vision_config") if own else kind.config(checkpoint, len(blocks))
     return VisionTensors(checkpoint, stated if isinstance(stated, dict) else {}, outside, blocks)
 
 
@@ -88,6 +89,40 @@ def stated_number(vision: VisionTensors, key: str, default: int) -> int:
             value=value,
         )
     return default if value is None else value
+
+
+def common_config(vision: VisionTensors, last: str, first: str, head_dim: int) -> dict[str, Any]:
+    """Arguments that transformers' configurations of all vision parts have. last: of the mergers' matrices; first: of a
+    block's MLP's. head_dim: where the file states no heads. Raises WrongModel for tensors that do not fit together."""
+    checkpoint, outside, blocks = vision.checkpoint, vision.outside, vision.blocks
+    hidden, channels, frames, patch, patch_width = shape_of(checkpoint, outside, "patch_embed.proj.weight", 5)
+    out, merged = shape_of(checkpoint, outside, last, 2)
+    heads = stated_number(vision, "num_heads", max(1, hidden // head_dim))
+    merge = stated_number(vision, "spatial_merge_size", MERGE)
+    if patch != patch_width or hidden % heads or merged != hidden * merge**2:
+        raise WrongModel(
+            "{file}: {hidden} dimensions in {heads} heads, patches of {patch}x{patch_width} and {merged} numbers of "
+            "{merge}x{merge} patches do not fit together. Download it again.",
+            code="vision.does_not_fit_together",
+            file=checkpoint.path,
+            hidden=hidden,
+            heads=heads,
+            patch=patch,
+            patch_width=patch_width,
+            merged=merged,
+            merge=merge,
+        )
+    return {
+        "depth": len(blocks),
+        "hidden_size": hidden,
+        "intermediate_size": shape_of(checkpoint, blocks[0] if blocks else {}, first, 2)[0],
+        "num_heads": heads,
+        "in_channels": channels,
+        "patch_size": patch,
+        "spatial_merge_size": merge,
+        "temporal_patch_size": frames,
+        "out_hidden_size": out,
+    }
 
 
 def require_width(vision: VisionTensors, encoder: Checkpoint, text_width: int) -> None:
