@@ -16,7 +16,6 @@ from ..engine.out_of_memory import in_words
 from ..engine.runs.timeline import Timeline
 from . import devices, model_choices
 from .adapters import switches
-from .adapters.clip import LowVRAMCLIP
 from .adapters.limit_names import RAM_LIMIT, VRAM_LIMIT
 from .adapters.networks import served_of
 from .adapters.progress import executing_prompt_id, tell
@@ -65,21 +64,22 @@ class QwenLowVRAMLoader:
                     {
                         "tooltip": "A file of models/diffusion_models (bf16, fp16, fp32, fp8, fp8 scaled, GGUF), a "
                         "pipeline folder of models/diffusers (bitsandbytes nf4, fp4 and int8 too), or an all-in-one "
-                        "file of models/checkpoints."
+                        "file of models/checkpoints. Qwen-Image-2.1 and 2.1-Turbo are for non-commercial use (Qwen "
+                        "Research License)."
                     },
                 ),
                 "text_encoder": (
                     model_choices.component_choices("text_encoders"),
                     {
-                        "tooltip": "Qwen2.5-VL-7B from models/text_encoders; 'from the folder': that of the pipeline "
-                        "folder, or of the all-in-one file, that is chosen above."
+                        "tooltip": "From models/text_encoders: Qwen2.5-VL-7B, for Qwen-Image-2.1 Qwen3-VL-8B; 'from "
+                        "the folder': that of the pipeline folder, or of the all-in-one file, that is chosen above."
                     },
                 ),
                 "vae": (
                     model_choices.component_choices("vae"),
                     {
-                        "tooltip": "qwen_image_vae from models/vae (qwen_image_layered_vae for Qwen-Image-Layered); "
-                        "'from the folder' as above."
+                        "tooltip": "From models/vae: qwen_image_vae (qwen_image_layered_vae for Qwen-Image-Layered, "
+                        "qwen_image_2.1_vae for Qwen-Image-2.1); 'from the folder' as above."
                     },
                 ),
                 "dtype": (
@@ -271,7 +271,7 @@ class QwenLowVRAMLoader:
             timeline=timeline,
             read=family.read_vae,
         )
-        clip = LowVRAMCLIP(
+        clip = served.clip(
             encoder,
             tokenizer,
             limits.on(text_hardware.device),

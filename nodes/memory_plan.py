@@ -62,11 +62,11 @@ class QwenLowVRAMMemoryPlan:
                 ),
                 "text_encoder": (
                     model_choices.component_choices("text_encoders"),
-                    {"tooltip": "Qwen2.5-VL-7B from models/text_encoders, or the pipeline folder's own."},
+                    {"tooltip": "The text encoder from models/text_encoders, or the pipeline folder's own."},
                 ),
                 "vae": (
                     model_choices.component_choices("vae"),
-                    {"tooltip": "qwen_image_vae from models/vae, or the pipeline folder's own."},
+                    {"tooltip": "The VAE from models/vae, or the pipeline folder's own."},
                 ),
                 "weight_format": (
                     list(WEIGHT_FORMATS),

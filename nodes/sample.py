@@ -22,8 +22,13 @@ from .display_names import CATEGORY
 
 QWEN_SCHEDULER = "qwen_image"
 LIGHTNING_SCHEDULER = "lightning"
-# preset -> steps; they take no guidance
-PRESETS = {"as set": None, "Lightning, 8 steps": 8, "Lightning, 4 steps": 4}
+# preset -> steps and schedule; they take no guidance
+PRESETS: dict[str, tuple[int, str] | None] = {
+    "as set": None,
+    "Lightning, 8 steps": (8, LIGHTNING_SCHEDULER),
+    "Lightning, 4 steps": (4, LIGHTNING_SCHEDULER),
+    "2.1-Turbo, 8 steps": (8, QWEN_SCHEDULER),
+}
 REPORT_KEY = "qwen_lowvram_report"
 MOST_DOWNSCALE = 64  # of today's models 32
 MOST_INDEX = 100_000  # ComfyUI draws the noise of every one before it
@@ -67,7 +72,8 @@ class QwenLowVRAMSample:
                         "default": 20,
                         "min": 1,
                         "max": 1000,
-                        "tooltip": "The reference takes 50; 20 are good; 8 or 4 need a Lightning model.",
+                        "tooltip": "The reference takes 50, of Qwen-Image-2.1 40; 20 are good; 8 or 4 need a Lightning "
+                        "model, 2.1-Turbo takes 8.",
                     },
                 ),
                 "cfg": (
@@ -77,7 +83,8 @@ class QwenLowVRAMSample:
                         "min": 1.0,
                         "max": 30.0,
                         "step": 0.1,
-                        "tooltip": "How far from the negative prompt. 1 leaves that out and halves the computing.",
+                        "tooltip": "How far from the negative prompt. 1 leaves that out and halves the computing: the "
+                        "reference of Qwen-Image-2.1 has 1.",
                     },
                 ),
                 "sampler": (
@@ -107,7 +114,8 @@ class QwenLowVRAMSample:
                     {
                         "default": True,
                         "advanced": True,
-                        "tooltip": "Give the guided prediction the norm of the positive one, as the reference does.",
+                        "tooltip": "Give the guided prediction the norm of the positive one, as the reference does. "
+                        "That of Qwen-Image-2.1 does not, and there it changes nothing.",
                     },
                 ),
             },
@@ -117,7 +125,8 @@ class QwenLowVRAMSample:
                     {
                         "default": next(iter(PRESETS)),
                         "tooltip": "Lightning: 8 or 4 steps, cfg 1, euler and the lightning schedule, instead of what "
-                        "is set above. Needs a Lightning LoRA (Load LoRA), or a model that has it inside.",
+                        "is set above. Needs a Lightning LoRA (Load LoRA), or a model that has it inside. 2.1-Turbo: "
+                        "that model's own 8 steps.",
                     },
                 )
             },
@@ -151,8 +160,8 @@ class QwenLowVRAMSample:
             preset=preset,
         )
         given = latent_of("latent_image", latent_image)
-        if (preset_steps := PRESETS[preset]) is not None:
-            steps, cfg, sampler, scheduler = preset_steps, 1.0, "euler", LIGHTNING_SCHEDULER
+        if (chosen := PRESETS[preset]) is not None:
+            (steps, scheduler), cfg, sampler = chosen, 1.0, "euler"
         check_conditioning("positive", positive)
         if cfg > 1:
             check_conditioning("negative", negative)
@@ -171,14 +180,15 @@ class QwenLowVRAMSample:
         _check_batch_index(latent_image.get("batch_index"))
         noise = comfy.sample.prepare_noise(latents, seed, latent_image.get("batch_index"))
         guided = model.clone()
-        if norm_rescale and "sampler_cfg_function" in guided.model_options:
+        rescale = served.rescaled_guidance if norm_rescale else None
+        if rescale is not None and "sampler_cfg_function" in guided.model_options:
             raise Unsupported(
                 "Another node sets its own guidance on this model (RescaleCFG, for one); norm_rescale would replace "
                 "it.\n\nWhat to do: switch norm_rescale off, or remove that node.",
                 code="graph.own_guidance",
             )
-        if norm_rescale and served.rescaled_guidance is not None:
-            guided.set_model_sampler_cfg_function(served.rescaled_guidance)
+        if rescale is not None:
+            guided.set_model_sampler_cfg_function(rescale)
         sigmas = None
         if scheduler == LIGHTNING_SCHEDULER:
             sigmas = lightning_sigmas(steps, denoise=denoise)

@@ -70,7 +70,8 @@ class Sources:
             text_path = component("text_encoders", text_encoder, "text_encoder", family.text_encoder)
         with at_input("vae"):
             vae_path = component("vae", vae, "vae", family.vae)
-        tokenizer = folder / "tokenizer" if folder and text_encoder == model_choices.FROM_FOLDER else COMFYUI_TOKENIZER
+        of_folder = folder and text_encoder == model_choices.FROM_FOLDER
+        tokenizer = folder / family.tokenizer_folder if folder and of_folder else COMFYUI_TOKENIZER
         return cls(family, transformer_path, text_path, vae_path, tokenizer)
 
     def open(self, variant: str) -> tuple[Checkpoint, Checkpoint, Checkpoint]:

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from ..files.checkpoint import Checkpoint
 from .family import Family
 from .qwen_image.family import QWEN_IMAGE
+from .qwen_image_21.family import QWEN_IMAGE_21
 from .recognition import components, identify
 from .table import COMPONENTS
 
-FAMILIES = (QWEN_IMAGE,)
+FAMILIES = (QWEN_IMAGE, QWEN_IMAGE_21)
 
 
 def family_of(checkpoint: Checkpoint, families: Sequence[Family] = FAMILIES) -> Family:

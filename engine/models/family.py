@@ -34,8 +34,8 @@ class FromPrompts(Protocol):
     def request(self, transformer: Any, prompts: Sequence[Tensor], noise: Tensor, steps: int) -> SamplingRequest:
         """What is to be planned for; prompts: (1, L, dim) each. Raises InvalidRequest for prompts that are too long."""
 
-    def sigmas(self, steps: int, noise: Tensor) -> Tensor:
-        """(steps + 1,) in fp32, from 1 to 0."""
+    def sigmas(self, transformer: Any, steps: int, noise: Tensor) -> Tensor:
+        """(steps + 1,) in fp32, from 1 to 0. Raises InvalidRequest for steps that the model has no schedule for."""
 
     def branch(self, latent: Tensor, prompt: Tensor, sigma: float) -> Branch:
         """Of one image."""
@@ -61,7 +61,7 @@ class Family:
     and for passes. encoder, tokenizer: of the text encoder's file and of the tokenizer's folder. empty_vae: of the
     VAE's file without weights, for plans; read_vae: with them. prompts: what its prompts have beside a person's words.
     block_prefix: stands before a block's number in tensors' names. quantizable: a pattern of the names, in a block, of
-    matrices that may be brought to fewer bits.
+    matrices that may be brought to fewer bits. tokenizer_folder: of a pipeline folder.
     """
 
     transformer: Component
@@ -82,3 +82,4 @@ class Family:
     block_prefix: str
     quantizable: str
     from_prompts: FromPrompts
+    tokenizer_folder: str = "tokenizer"

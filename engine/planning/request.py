@@ -60,7 +60,8 @@ class PromptTokens:
     """What a network's prompts have beside a person's words, in tokens.
 
     before: of the template, dropped after encoding; before_edit: of the template for images to change; behind: of
-    both, kept. reference: of an image to change, for the transformer; seen: of the same in the prompt.
+    both, kept. reference: of an image to change, for the transformer; seen: of the same in the prompt; slots: of it,
+    too, but dropped after encoding.
     """
 
     before: int
@@ -68,6 +69,7 @@ class PromptTokens:
     before_edit: int
     reference: int
     seen: int
+    slots: int = 0
 
 
 @dataclass(frozen=True)

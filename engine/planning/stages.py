@@ -114,7 +114,7 @@ class ImageRequest:
     def encoded_tokens(self) -> tuple[int, int]:
         """Of both prompts, as the text encoder sees them; the negative one is encoded even where it is not used."""
         template = self.prompts.before_edit if self.references else self.prompts.before
-        return (template + self._kept_tokens,) * 2
+        return (template + self._kept_tokens + self.references * self.prompts.slots,) * 2
 
     @property
     def _kept_tokens(self) -> int:

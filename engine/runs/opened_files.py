@@ -31,7 +31,7 @@ class OpenedFiles:
         family = family_of(open_checkpoint(transformer))
         model = open_component(transformer, family.transformer)
         variant = family.member_of(model, None)
-        if variant.edits or variant.makes_layers:
+        if variant.needs_images:
             raise InvalidRequest(
                 "{file} is {variant}, which begins with an image; here images are made of prompts alone. Use "
                 "Qwen-Image or Qwen-Image-2512, or the nodes in ComfyUI.",
@@ -47,7 +47,9 @@ class OpenedFiles:
     @classmethod
     def of_folder(cls, folder: Path) -> "OpenedFiles":
         """A pipeline folder of diffusers'. Raises as `of`."""
-        return cls.of(*(folder / name for name in ("transformer", "text_encoder", "vae", "tokenizer")))
+        transformer = folder / "transformer"
+        tokenizer = family_of(open_checkpoint(transformer)).tokenizer_folder
+        return cls.of(transformer, *(folder / name for name in ("text_encoder", "vae", tokenizer)))
 
 
 def open_component(path: Path, component: Component) -> Checkpoint:

@@ -151,7 +151,7 @@ class Pipeline:
             self._limit,
             self._ram_limit,
         )
-        sampled = run.sample(prompts, noise, images.sigmas(steps, noise), cfg=cfg)
+        sampled = run.sample(prompts, noise, images.sigmas(self._transformer, steps, noise), cfg=cfg)
         self._sampling = sampled.report
         return sampled.latents
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from enum import Enum
 from numbers import Integral
 from typing import Any
 
@@ -13,11 +14,9 @@ from torch import Tensor, nn
 
 from ...engine.caches.prompt_cache import PromptCache
 from ...engine.errors import InvalidRequest
-from ...engine.models.qwen25_vl.text_encoder import TextEncoder
 from ...engine.models.qwen25_vl.vision_patches import patch_image
 from ...engine.models.qwen_image.prompt_template import EDIT_TEMPLATE, IMAGE_PLACE, PROMPT_TEMPLATE
-from ...engine.models.qwen_image.prompts import PromptTokenizer, require_text
-from ...engine.models.qwen_image.variants import Variant
+from ...engine.models.qwen_image.prompts import require_text
 from ...engine.models.qwen_vl.image_prompts import IMAGE, ImagePrompt
 from ...engine.models.qwen_vl.images import PatchedImage
 from ...engine.out_of_memory import in_words
@@ -30,8 +29,6 @@ from .limit_names import VRAM_LIMIT, loader_limit
 from .progress import executing_prompt_id
 from .value_checks import check_image
 
-TOKENS_KEY = "qwen25_7b"  # as ComfyUI's own Qwen-Image tokenizer names them
-
 # ComfyUI's own for a prompt with images that names none: that of Edit, with one place before the text
 ONE_IMAGE_TEMPLATE = EDIT_TEMPLATE.replace("{}", IMAGE_PLACE + "{}")
 
@@ -43,18 +40,21 @@ class LowVRAMCLIP(comfy.sd.CLIP):
     `kept` has need no encoder.
     """
 
+    tokens_key = "qwen25_7b"  # as ComfyUI's own Qwen-Image tokenizer names them
+    template = PROMPT_TEMPLATE
+
     def __init__(
         self,
-        encoder: TextEncoder,
-        tokenizer: PromptTokenizer,
+        encoder: Any,
+        tokenizer: Any,
         limit_bytes: int | None,
         timeline: Timeline | None = None,
         kept: PromptCache | None = None,
-        variant: Variant | None = None,
+        variant: Enum | None = None,
         limit_name: str = VRAM_LIMIT,
     ) -> None:
-        """`variant`: the model that the prompts are for, where it is known. `limit_name`: of the input that sets
-        `limit_bytes`."""
+        """`encoder`, `tokenizer`: of the family, as `EncodeRun` takes them. `variant`: the model that the prompts are
+        for, where it is known. `limit_name`: of the input that sets `limit_bytes`."""
         super().__init__(no_init=True)
         self.encoder = encoder
         self.tokenizer = tokenizer
@@ -73,7 +73,7 @@ class LowVRAMCLIP(comfy.sd.CLIP):
         self.apply_hooks_to_conds = None
 
     def clone(self, disable_dynamic: bool = False) -> "LowVRAMCLIP":
-        other = LowVRAMCLIP(
+        other = type(self)(
             self.encoder,
             self.tokenizer,
             self.limit_bytes,
@@ -102,21 +102,27 @@ class LowVRAMCLIP(comfy.sd.CLIP):
     ) -> dict[str, Any]:
         """In ComfyUI's form: {name: [[(id, weight), ...]]}, with an image in the place of an id for each of `images`.
         Weights are always 1, as for every Qwen-Image encoder."""
-        text = _as_comfyui_reads(text)
+        text = as_comfyui_reads(text)
         entries = [{"type": "image", "data": image, "original_type": "image"} for image in images or ()]
-        template = llama_template or (ONE_IMAGE_TEMPLATE if entries else PROMPT_TEMPLATE)
+        template = llama_template or (ONE_IMAGE_TEMPLATE if entries else self.template)
         tokens = self.tokenizer.encode(text, template=template, images=len(entries))
+        return self._as_tokens(tokens, entries)
+
+    def _as_tokens(self, tokens: Sequence[int], entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """In ComfyUI's form, with `entries` where images stand."""
         shown = iter(entries)
-        return {TOKENS_KEY: [[(next(shown) if token == IMAGE else token, 1.0) for token in tokens]]}
+        return {self.tokens_key: [[(next(shown) if token == IMAGE else token, 1.0) for token in tokens]]}
 
     def encode_from_tokens_scheduled(self, tokens: Any, *args: Any, **kwargs: Any) -> Any:
         self._refuse_schedule()
         return super().encode_from_tokens_scheduled(tokens, *args, **kwargs)
 
     def encode_from_tokens(self, tokens: Any, return_pooled: Any = False, return_dict: bool = False) -> Any:
-        cond = self.encode_tokens([_prompt_of(_own(tokens))])[0]
+        pairs = self._own(tokens)
+        prompt = self._prompt_of(pairs)
+        cond, values = self._conditioned(prompt, self.encode_tokens([prompt])[0], pairs)
         if return_dict:
-            out = {"cond": cond, "pooled_output": None}
+            out = {"cond": cond, "pooled_output": None, **values}
             self.add_hooks_to_dict(out)
             return out
         return (cond, None) if return_pooled else cond
@@ -124,15 +130,16 @@ class LowVRAMCLIP(comfy.sd.CLIP):
     @errors_sent()
     @in_words("prompts were encoded")
     def encode_prompts(
-        self, prompts: Sequence[str], *, template: str = PROMPT_TEMPLATE, images: Sequence[Tensor] = ()
+        self, prompts: Sequence[str], *, template: str | None = None, images: Sequence[Tensor] = ()
     ) -> list[Any]:
         """A CONDITIONING for each prompt, all of them in one visit of the encoder; each shows all of `images`, which
         are seen once."""
-        patched = tuple(_patched(image) for image in images)
-        texts = [_as_comfyui_reads(prompt) for prompt in prompts]
-        ids = [self.tokenizer.encode(text, template=template, images=len(patched)) for text in texts]
-        conds = self.encode_tokens([ImagePrompt(tuple(tokens), patched) for tokens in ids])
-        return [[[cond, self.add_hooks_to_dict({"pooled_output": None})]] for cond in conds]
+        patched = tuple(self._patched(image) for image in images)
+        texts = [as_comfyui_reads(prompt) for prompt in prompts]
+        shown = {"template": template or self.template, "images": len(patched)}
+        whole = [ImagePrompt(tuple(self.tokenizer.encode(text, **shown)), patched) for text in texts]
+        made = [self._conditioned(*each) for each in zip(whole, self.encode_tokens(whole), strict=True)]
+        return [[[cond, self.add_hooks_to_dict({"pooled_output": None, **values})]] for cond, values in made]
 
     @errors_sent()
     @in_words("prompts were encoded")
@@ -149,6 +156,42 @@ class LowVRAMCLIP(comfy.sd.CLIP):
         limit = loader_limit(self.limit_bytes, self.limit_name)
         run = EncodeRun(self.encoder, self.tokenizer, self.timeline, InComfyUI(), limit, self.kept)
         return [cond.to(comfy.model_management.intermediate_device()) for cond in run.encode(prompts)]
+
+    def _conditioned(
+        self, prompt: ImagePrompt, cond: Tensor, pairs: Sequence[tuple[Any, ...]] = ()
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """What a conditioning holds of a prompt's states, and its values beside them; `pairs`: its tokens."""
+        return cond, {}
+
+    def _patched(self, image: Any) -> PatchedImage:
+        check_image("An image in a prompt", image)
+        return patch_image(image)
+
+    def _own(self, tokens: Any) -> Sequence[tuple[Any, ...]]:
+        """The prompt in ComfyUI's form. Raises InvalidRequest for the tokens of another text encoder."""
+        batches = tokens.get(self.tokens_key) if isinstance(tokens, dict) else None
+        pairs = batches[0] if isinstance(batches, list | tuple) and batches else None
+        if not isinstance(pairs, list | tuple) or not all(isinstance(pair, list | tuple) and pair for pair in pairs):
+            raise InvalidRequest(
+                "These tokens are not of Qwen-Image's text encoder: there are none for {key}.\n\nWhat to do: cut the "
+                "prompt into tokens with the CLIP that encodes it.",
+                code="clip.other_tokens",
+                key=self.tokens_key,
+            )
+        return pairs
+
+    def _prompt_of(self, pairs: Sequence[tuple[Any, ...]]) -> ImagePrompt:
+        """From ComfyUI's form. Raises Unsupported for what is neither a token nor an image."""
+        tokens, images = [], []
+        for element, *_ in pairs:
+            if isinstance(element, Integral):
+                tokens.append(int(element))
+            elif isinstance(element, dict) and element.get("type") == "image":
+                tokens.append(IMAGE)
+                images.append(self._patched(element.get("data")))
+            else:
+                _refuse_embedding()
+        return ImagePrompt(tuple(tokens), tuple(images))
 
     def _refuse_schedule(self) -> None:
         if self.use_clip_schedule and self.patcher.forced_hooks is not None:
@@ -183,7 +226,7 @@ class LowVRAMCLIP(comfy.sd.CLIP):
         )
 
 
-def _as_comfyui_reads(text: str) -> str:
+def as_comfyui_reads(text: str) -> str:
     """Escaped brackets are brackets, though no weights are read. Raises Unsupported for embeddings."""
     require_text(text)
     if re.search(r"(?:^|\s)embedding:\S", text):
@@ -193,36 +236,3 @@ def _as_comfyui_reads(text: str) -> str:
 
 def _refuse_embedding() -> None:
     refuse("An embedding in a prompt (embedding:...)", "write the prompt in words.", code="clip.embedding")
-
-
-def _own(tokens: Any) -> Sequence[tuple[Any, ...]]:
-    """The prompt in ComfyUI's form. Raises InvalidRequest for the tokens of another text encoder."""
-    batches = tokens.get(TOKENS_KEY) if isinstance(tokens, dict) else None
-    pairs = batches[0] if isinstance(batches, list | tuple) and batches else None
-    if not isinstance(pairs, list | tuple) or not all(isinstance(pair, list | tuple) and pair for pair in pairs):
-        raise InvalidRequest(
-            "These tokens are not of Qwen-Image's text encoder: there are none for {key}.\n\nWhat to do: cut the "
-            "prompt into tokens with the CLIP that encodes it.",
-            code="clip.other_tokens",
-            key=TOKENS_KEY,
-        )
-    return pairs
-
-
-def _prompt_of(pairs: Sequence[tuple[Any, ...]]) -> ImagePrompt:
-    """From ComfyUI's form. Raises Unsupported for what is neither a token nor an image."""
-    tokens, images = [], []
-    for element, *_ in pairs:
-        if isinstance(element, Integral):
-            tokens.append(int(element))
-        elif isinstance(element, dict) and element.get("type") == "image":
-            tokens.append(IMAGE)
-            images.append(_patched(element.get("data")))
-        else:
-            _refuse_embedding()
-    return ImagePrompt(tuple(tokens), tuple(images))
-
-
-def _patched(image: Any) -> PatchedImage:
-    check_image("An image in a prompt", image)
-    return patch_image(image)

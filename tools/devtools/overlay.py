@@ -75,6 +75,7 @@ NEWEST = Overlay(
         "test_w4a8",
         "test_transformer_21_against_diffusers",
         "test_vae_21_against_diffusers",
+        "test_pipeline_21_against_diffusers",
         "test_qwen3_vl_21_against_diffusers",
     ),
 )

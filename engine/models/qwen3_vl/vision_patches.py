@@ -44,7 +44,7 @@ def patch_image(pixels: Tensor) -> PatchedImage:
     except ValueError as error:
         raise InvalidRequest(
             "An image of {width}x{height} px is too long to be seen: one side may be 200 times the other. Crop it.",
-            code="image.21_too_long_to_be_seen",
+            code="image.too_long_to_be_seen",
             width=width,
             height=height,
         ) from error

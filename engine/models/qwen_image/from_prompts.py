@@ -48,7 +48,7 @@ class QwenImageFromPrompts:
             timesteps=steps,
         )
 
-    def sigmas(self, steps: int, noise: Tensor) -> Tensor:
+    def sigmas(self, transformer: QwenImageTransformer, steps: int, noise: Tensor) -> Tensor:
         return qwen_sigmas(steps, prod(patches_of(noise)))
 
     def branch(self, latent: Tensor, prompt: Tensor, sigma: float) -> Branch:

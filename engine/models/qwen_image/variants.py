@@ -35,6 +35,11 @@ class Variant(Enum):
         return self in (Variant.EDIT, Variant.EDIT_2509, Variant.EDIT_2511)
 
     @property
+    def needs_images(self) -> bool:
+        """Whether it makes none of text alone."""
+        return self.edits or self.makes_layers
+
+    @property
     def makes_layers(self) -> bool:
         """Whether it takes an image apart into layers, rather than making whole ones."""
         return self is Variant.LAYERED

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from ...compute.attention_kernels import AttentionShape
 from ...compute.chunk_sizes import NORM_TOKENS
 from ...planning.footprint import TransformerFootprint
-from ...planning.request import SamplingRequest
+from ...planning.request import PromptTokens, SamplingRequest
 
 TOKEN_PX = 16  # that a token covers, of a request for this network
 # (width, height) that the model was trained on (model card), and smaller ones to fall back to
 SUGGESTED_SIZES = ((2048, 2048), (2752, 1536), (1536, 1536), (1024, 1024), (768, 768), (512, 512))
+# of the prompt template; an image to change has a megapixel for transformer and text encoder, with its label
+PROMPT_SIZES = PromptTokens(before=14, behind=8, before_edit=14, reference=64 * 64, seen=6, slots=32 * 32)
 _CHANNELS = 64
 _ROTARY_BYTES = 4  # of each of a head's dimensions: half as many complex numbers in fp32
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ...errors import InvalidRequest
 from ..qwen_image.schedule import LEAST_DENOISE, qwen_sigmas
+from .variants import Variant21
 
 STEPS, CFG = 40, 1.0  # the reference's own
 # of 2.1-Turbo, as its pipeline states them: to be taken as they are
@@ -32,6 +33,25 @@ def turbo_sigmas(*, denoise: float = 1.0) -> Tensor:
         )
     kept = max(1, round(len(TURBO_SIGMAS) * denoise))
     return torch.tensor([*TURBO_SIGMAS[-kept:], 0.0], dtype=torch.float32)
+
+
+def reference_sigmas(variant: Variant21, steps: int, image_tokens: int, *, denoise: float = 1.0) -> Tensor:
+    """What the reference takes for a model. Raises InvalidRequest for other steps than Turbo's."""
+    if not variant.is_turbo:
+        return sigmas_21(steps, image_tokens, denoise=denoise)
+    sigmas = turbo_sigmas(denoise=denoise)
+    if steps != len(sigmas) - 1:
+        raise InvalidRequest(
+            "{variant} was made for {turbo_steps} steps with sigmas of its own; {steps} are asked for at denoise "
+            "{denoise}.\n\nWhat to do: set steps to {turbo_steps}; for other numbers of steps use {base}.",
+            code="sampling_21.turbo_steps",
+            variant=variant.value,
+            turbo_steps=len(sigmas) - 1,
+            steps=steps,
+            denoise=denoise,
+            base=Variant21.BASE.value,
+        )
+    return sigmas
 
 
 def guided(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:

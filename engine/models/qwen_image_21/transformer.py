@@ -15,6 +15,7 @@ from .layers import Outside, Run
 from .network import QwenImage21Parts
 from .positions import RotaryTables, runs_of
 from .prefix import Stretch
+from .variants import Variant21, variant_of
 
 
 class QwenImage21Transformer(StreamedTransformer[Branch, BranchState]):
@@ -35,15 +36,18 @@ class QwenImage21Transformer(StreamedTransformer[Branch, BranchState]):
         dtype: torch.dtype,
         hardware: Hardware,
         others: Sequence[Hardware] = (),
+        variant: Variant21 | None = None,
         source: Callable[[Sequence[StoredBlock]], BlockSource] = FileSource,
     ) -> None:
-        """Reads the weights outside the blocks (272 MB in bf16), and no block. `source` makes the blocks' source.
+        """Reads the weights outside the blocks (272 MB in bf16), and no block. `variant` None: as the file says.
+        `source` makes the blocks' source.
 
         Raises what QwenImage21Parts does.
         """
         parts = QwenImage21Parts(checkpoint, dtype=dtype, hardware=hardware, others=others, source=source)
         super().__init__(checkpoint, parts, dtype=dtype, hardware=hardware)
         self.config = parts.config
+        self.variant = variant_of(checkpoint, variant)
         self._rotary = RotaryTables(parts.config.rope_axes)
 
     def begin(self, branches: Sequence[Branch], on_block: OnBlock | None) -> list[BranchState]:

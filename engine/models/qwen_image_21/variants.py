@@ -17,6 +17,21 @@ class Variant21(Enum):
     TURBO = "Qwen-Image-2.1-Turbo"
 
     @property
+    def edits(self) -> bool:
+        """Whether it was trained to change images that it is shown; it makes images of text alone as well."""
+        return True
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether it makes none of text alone."""
+        return False
+
+    @property
+    def makes_layers(self) -> bool:
+        """Whether it takes an image apart into layers."""
+        return False
+
+    @property
     def is_turbo(self) -> bool:
         """Whether it was distilled for eight steps of its own."""
         return self is Variant21.TURBO

@@ -1,0 +1,365 @@
+"""Qwen-Image-2.1's transformer as ComfyUI's MODEL, for every ComfyUI: those before 0.37 have no class of their own."""
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any, ClassVar
+
+import comfy.conds
+import comfy.latent_formats
+import comfy.model_base
+import comfy.supported_models_base
+import torch
+from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
+from torch import Tensor
+
+from ...engine.errors import InvalidRequest, Unsupported
+from ...engine.log import logger
+from ...engine.models.qwen_image_21.branch import Branch
+from ...engine.models.qwen_image_21.latents import CHANNELS, TOKEN_PX, pack, shape_in_tokens, unpack
+from ...engine.models.qwen_image_21.prefix import Prefix
+from ...engine.models.qwen_image_21.schedule import TURBO_SIGMAS, reference_sigmas
+from ...engine.models.qwen_image_21.transformer import QwenImage21Transformer
+from ...engine.models.qwen_image_21.variants import Variant21
+from ...engine.models.qwen_image_21_vae.latent_statistics import normalised_latents, raw_latents
+from ...engine.planning.request import SamplingRequest
+from ...engine.runs.timeline import Timeline
+from ..display_names import ENCODE_EDIT
+from .around_runs import as_patcher
+from .block_patches import BlockPatches
+from .graph_checks import refuse
+from .patcher import LowVRAMPatcher
+from .progress import tell
+from .run_conditions import Conds, entries_of
+from .streamed_model import DiffusionModel, LowVRAMModel
+
+IMAGE_MODEL = "qwen_image21"
+CACHE_KEY = "qwen_image21_cache"  # of transformer_options: what ComfyUI's node QwenImage21Cache sets
+SLOTS_KEY = "image_slots"  # of a condition: before which of its tokens each reference stands
+KSAMPLER_SHIFT = 0.69  # ComfyUI's own for every size; the reference's at 1024x1024
+
+
+class QwenImage21Format(comfy.latent_formats.LatentFormat):
+    """Latents (B, 64, h, w) of a sixteenth of the size."""
+
+    latent_channels = CHANNELS
+    latent_dimensions = 2
+    spacial_downscale_ratio = TOKEN_PX
+
+    def process_in(self, latent: Tensor) -> Tensor:
+        return normalised_latents(latent)
+
+    def process_out(self, latent: Tensor) -> Tensor:
+        return raw_latents(latent)
+
+
+class QwenImage21Config(comfy.supported_models_base.BASE):
+    unet_config: ClassVar[dict[str, Any]] = {"image_model": IMAGE_MODEL}
+    sampling_settings: ClassVar[dict[str, float]] = {"multiplier": 1.0, "shift": KSAMPLER_SHIFT}
+    latent_format = QwenImage21Format
+    supported_inference_dtypes = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def make_model_21(
+    transformer: QwenImage21Transformer,
+    limit_bytes: int | None,
+    ram_limit_bytes: int | None = None,
+    timeline: Timeline | None = None,
+    advice: str = "",
+) -> LowVRAMPatcher:
+    """As `model.make_model`."""
+    return as_patcher(QwenImage21Model(transformer, limit_bytes, ram_limit_bytes, timeline, advice))
+
+
+def own_sigmas_21(model: Any, latents: Tensor, steps: int, denoise: float) -> Tensor:
+    """Of the reference's schedule for these latents; Turbo's eight, whatever the size."""
+    variant = model.model.transformer.variant if isinstance(model.model, QwenImage21Model) else Variant21.BASE
+    return reference_sigmas(variant, steps, prod(shape_in_tokens(latents)), denoise=denoise)
+
+
+class Call21:
+    """One call of the diffusion model by ComfyUI: a batch of images, each a branch."""
+
+    patches: BlockPatches | None = None
+
+    def __init__(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        *,
+        mask: Tensor | None,
+        references: Sequence[Tensor],
+        slots: Sequence[int],
+        keys: Sequence[tuple[str, str]] | None,
+        dtype: torch.dtype,
+    ) -> None:
+        if mask is not None and mask.is_floating_point():
+            refuse(
+                "A fractional or additive attention mask",
+                "use the conditioning of a text encode node as it is.",
+                code="graph.fractional_mask",
+            )
+        self._x = x.to(dtype)
+        self._timesteps = timestep.tolist()
+        self._context = context.to(dtype)
+        self._mask = None if mask is None else mask.bool()
+        self._references = [image.to(dtype) for image in references]
+        self._slots, self._keys = tuple(slots), keys
+
+    @property
+    def batch(self) -> int:
+        return self._x.shape[0]
+
+    def unpack(self, tokens: Tensor) -> Tensor:
+        """A branch's velocity, (1, 64, h, w)."""
+        return unpack(tokens, *self._x.shape[-2:])
+
+    def branches(self) -> list[Branch]:
+        prefixes: dict[int, Prefix] = {}
+        made = []
+        for i in range(self.batch):
+            row = min(i, self._rows - 1)
+            if row not in prefixes:
+                prefixes[row] = self._prefix(row)
+            image = self._x[i : i + 1]
+            made.append(Branch(pack(image), shape_in_tokens(image), prefixes[row], self._timesteps[i]))
+        return made
+
+    @property
+    def _rows(self) -> int:
+        """How many prompts the batch has: one for all images, or one for each."""
+        batched = [self._context, *self._references, *([] if self._mask is None else [self._mask])]
+        return max(len(tensor) for tensor in batched)
+
+    def _prefix(self, row: int) -> Prefix:
+        references = [_sample(image, row) for image in self._references]
+        return Prefix(
+            text=_sample(self._context, row),
+            references=tuple(map(pack, references)),
+            shapes=tuple(map(shape_in_tokens, references)),
+            slots=self._slots,
+            mask=None if self._mask is None else _sample(self._mask, row),
+            keys=None if self._keys is None else self._keys[min(row, len(self._keys) - 1)],
+        )
+
+
+class QwenImage21Diffusion(DiffusionModel):
+    """ComfyUI's interface of 2.1's transformer."""
+
+    def __init__(self, calls: Any) -> None:
+        super().__init__(calls)
+        self.in_channels = CHANNELS
+        self.guard()
+
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        attention_mask: Tensor | None = None,
+        ref_latents: list[Tensor] | None = None,
+        transformer_options: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """x (B, 64, h, w) normalised, timestep (B,) sigma in 0..1, context (B, L, dim) -> velocity like x."""
+        options = transformer_options or {}
+        wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, options)
+        executor = WrapperExecutor.new_class_executor(self._forward, self, wrappers)
+        return executor.execute(x, timestep, context, attention_mask, ref_latents, options, **kwargs)
+
+    def _forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        attention_mask: Tensor | None,
+        ref_latents: list[Tensor] | None,
+        transformer_options: dict[str, Any],
+        image_slots: Sequence[int] = (),
+        prefix_keys: Sequence[tuple[str, str]] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        if x.shape[1] != CHANNELS:
+            refuse(
+                "A latent of {channels} channels in the model (concat_cond, c_concat)",
+                "remove that node.",
+                code="graph.concat_condition",
+                channels=x.shape[1],
+            )
+        call = Call21(
+            x,
+            timestep,
+            context,
+            mask=attention_mask,
+            references=ref_latents or [],
+            slots=image_slots,
+            keys=prefix_keys,
+            dtype=self.dtype,
+        )
+        return self.answer(call, x, transformer_options)
+
+
+class _QwenImage21(comfy.model_base.BaseModel):
+    """What ComfyUI's own class of the model would be: its sigmas, and its conditions as arguments of each call."""
+
+    def __init__(self, config: Any, device: Any = None) -> None:
+        super().__init__(config, comfy.model_base.ModelType.FLUX, device=device)  # sigmas shifted by mu
+
+    def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
+        out = super().extra_conds(**kwargs)
+        prompt, mask = kwargs["cross_attn"], kwargs.get("attention_mask")
+        references = [self.process_latent_in(latent) for latent in kwargs.get("reference_latents") or ()]
+        slots = tuple(kwargs.get(SLOTS_KEY) or ())
+        out["c_crossattn"] = comfy.conds.CONDRegular(prompt)
+        if mask is not None:
+            out["attention_mask"] = comfy.conds.CONDRegular(mask)
+        if references:
+            out["ref_latents"] = comfy.conds.CONDList(references)
+            out["image_slots"] = comfy.conds.CONDConstant(slots)
+        # read once for the run: the calls of each step get copies
+        out["prefix_keys"] = comfy.conds.CONDConstant(_prefix_keys(prompt, mask, references, slots))
+        return out
+
+
+class QwenImage21Model(LowVRAMModel, _QwenImage21):
+    """A model of ComfyUI's with 2.1's transformer of ours."""
+
+    DIFFUSION_MODEL = QwenImage21Diffusion
+
+    transformer: QwenImage21Transformer
+
+    def __init__(self, transformer: QwenImage21Transformer, *settings: Any) -> None:
+        """`settings`: as LowVRAMModel has them behind the transformer."""
+        config = QwenImage21Config({"image_model": IMAGE_MODEL, "disable_unet_model_creation": True})
+        super().__init__(config, transformer, *settings)
+
+    def check_run(self, conds: dict[str, list[dict[str, Any]]], noise: Tensor) -> None:
+        if noise.ndim != 4:
+            raise InvalidRequest(
+                "A latent of shape {shape} is none of Qwen-Image-2.1's; an image's has four numbers, [batch, "
+                "{channels}, height / {px}, width / {px}].\n\nWhat to do: use EmptyLatentImage, or encode images with "
+                "this model's VAE.",
+                code="graph_21.wrong_latent",
+                shape=list(noise.shape),
+                channels=CHANNELS,
+                px=TOKEN_PX,
+            )
+        for entry in (entry for entries in conds.values() for entry in entries or ()):
+            _check_references(entry, noise)
+
+    def check_beside(self, conds: dict[str, list[dict[str, Any]]], options: dict[str, Any]) -> None:
+        super().check_beside(conds, options)
+        cache = options.get(CACHE_KEY)
+        if cache:
+            logger.warning(
+                "QwenImage21Cache (%s) is not followed: keys and values of prompt and references are kept as the plan "
+                "says, on the card or in RAM, as they are.",
+                ", ".join(f"{name} {value}" for name, value in cache.items()) if isinstance(cache, dict) else cache,
+            )
+
+    def request_of(self, conds: Conds, noise: Tensor, sigmas: Tensor) -> SamplingRequest:
+        if self.transformer.variant.is_turbo:
+            _tell_other_schedule(sigmas)
+        entries = entries_of(conds)
+        needed = self.transformer.config.prompt_dim
+        for entry in entries:
+            found = entry["cross_attn"].shape[-1]
+            if found != needed:
+                raise InvalidRequest(
+                    "The prompt's embeddings have {dimensions} dimensions, {needed} are needed.\n\nWhat to do: encode "
+                    "the prompt with Qwen-Image-2.1's own text encoder, Qwen3-VL-8B.",
+                    code="conditioning_21.other_dimensions",
+                    dimensions=found,
+                    needed=needed,
+                )
+        references = [
+            sum(prod(shape_in_tokens(latent)) for latent in entry.get("reference_latents") or ()) for entry in entries
+        ]
+        high, wide = shape_in_tokens(noise)
+        return SamplingRequest(
+            width=wide * TOKEN_PX,
+            height=high * TOKEN_PX,
+            branches=max(1, len(entries)) * noise.shape[0],
+            prompt_tokens=max((entry["cross_attn"].shape[1] for entry in entries), default=0),
+            reference_tokens=max(references, default=0),
+            timesteps=max(1, len(sigmas) - 1),
+            token_px=TOKEN_PX,
+            prompts=sum(entry["cross_attn"].shape[0] for entry in entries),
+        )
+
+
+def _tell_other_schedule(sigmas: Tensor) -> None:
+    """Turbo was made for eight sigmas; what is left of them where an image is changed (denoise) is theirs too."""
+    own = torch.tensor([*TURBO_SIGMAS, 0.0])
+    taken = sigmas.float().cpu()
+    if len(taken) > len(own) or not torch.allclose(taken, own[-len(taken) :], atol=1e-3):
+        text = (
+            "Qwen-Image-2.1-Turbo makes poor images with another schedule than its own: use the preset '2.1-Turbo, 8 "
+            "steps' of Sample (low VRAM), or ManualSigmas with "
+            f"{', '.join(f'{sigma:g}' for sigma in own.tolist())}."
+        )
+        logger.warning("%s", text)
+        tell(text)
+
+
+def _check_references(entry: dict[str, Any], noise: Tensor) -> None:
+    """Raise InvalidRequest for references that are no images of this model's, or whose places are not said."""
+    references, slots = list(entry.get("reference_latents") or ()), list(entry.get(SLOTS_KEY) or ())
+    for latent in references:
+        if latent.ndim != 4 or latent.shape[1] != CHANNELS:
+            raise InvalidRequest(
+                "A reference latent has the shape {shape}; of Qwen-Image-2.1 it is [1, {channels}, height / {px}, "
+                "width / {px}].\n\nWhat to do: encode the image with VAE Encode and this model's VAE.",
+                code="graph_21.wrong_reference_shape",
+                shape=list(latent.shape),
+                channels=CHANNELS,
+                px=TOKEN_PX,
+            )
+        if any((side - own) % 2 for side, own in zip(latent.shape[-2:], noise.shape[-2:], strict=True)):
+            raise Unsupported(
+                "An image of {width}x{height} px beside a reference of {ref_width}x{ref_height} px is half a token "
+                "aside.\n\nWhat to do: use sides in multiples of {step} px for both.",
+                code="graph_21.half_a_token",
+                width=noise.shape[-1] * TOKEN_PX,
+                height=noise.shape[-2] * TOKEN_PX,
+                ref_width=latent.shape[-1] * TOKEN_PX,
+                ref_height=latent.shape[-2] * TOKEN_PX,
+                step=2 * TOKEN_PX,
+            )
+    tokens = entry["cross_attn"].shape[1]
+    in_order = slots == sorted(slots) and all(0 <= slot <= tokens for slot in slots)
+    if len(slots) != len(references) or not in_order:
+        raise InvalidRequest(
+            "A prompt shows {count} images and says of {slots} where they stand in it.\n\nWhat to do: encode prompt "
+            "and images with one node that knows Qwen-Image-2.1, such as '{encode_edit}'; ReferenceLatent does not say "
+            "it.",
+            code="graph_21.places_of_references",
+            count=len(references),
+            slots=len(slots),
+            encode_edit=ENCODE_EDIT,
+        )
+
+
+def _prefix_keys(
+    prompt: Tensor, mask: Tensor | None, references: Sequence[Tensor], slots: Sequence[int]
+) -> tuple[tuple[str, str], ...]:
+    """Of each prompt of a condition: what its images and the text before them are, and all of it."""
+    rows = max(len(tensor) for tensor in (prompt, *references, *(() if mask is None else (mask,))))
+    keys = []
+    for row in range(rows):
+        prefix = Prefix(
+            text=_sample(prompt, row),
+            references=tuple(pack(_sample(image, row)) for image in references),
+            shapes=tuple(map(shape_in_tokens, references)),
+            slots=tuple(slots),
+            mask=None if mask is None else _sample(mask, row).bool(),
+        )
+        found = [stretch.key for stretch in prefix.stretches]
+        keys.append((found[0] if references else "", found[-1]))
+    return tuple(keys)
+
+
+def _sample(batch: Tensor, index: int) -> Tensor:
+    """Sample `index` of a batch, or the only one there is, with its batch dimension."""
+    index = min(index, batch.shape[0] - 1)
+    return batch[index : index + 1]
