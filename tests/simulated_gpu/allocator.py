@@ -1,6 +1,7 @@
 """The caching allocator: a pool for each stream, given back at the last reference; what is handed out holds garbage."""
 
 import weakref
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,7 @@ class Allocation:
 
 class Allocator:
     """Counts what is allocated. `fail_at`: the how manieth allocation from now on finds no memory (from 1 on);
-    `limit_bytes`: what all cards together have."""
+    `limit_bytes`: what all cards together have. `requests_of`: how many allocations each stream has asked for."""
 
     def __init__(self, gpu: "SimulatedGPU") -> None:
         self._gpu = gpu
@@ -42,11 +43,13 @@ class Allocator:
         self.fail_at: int | None = None
         self.allocated_bytes = self.peak_bytes = 0
         self.requests = self.new_blocks = 0
+        self.requests_of: Counter[str] = Counter()
 
     def allocate(self, nbytes: int, stream: Stream, what: str, site: Site) -> Allocation:
         """Raises torch.OutOfMemoryError."""
         size = max(ROUND_BYTES, -(-nbytes // ROUND_BYTES) * ROUND_BYTES)
         self._require(size)
+        self.requests_of[stream.name] += 1
         self.allocated_bytes += size
         self.peak_bytes = max(self.peak_bytes, self.allocated_bytes)
         pool = self._pools.setdefault((stream.name, size), [])
