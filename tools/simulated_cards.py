@@ -1,0 +1,97 @@
+"""Cards by their data sheets, and Qwen-Image's real sizes in the formats that people have, from headers alone."""
+
+from dataclasses import dataclass
+from functools import cache
+from math import prod
+from pathlib import Path
+
+import full_size
+import torch
+from qwenimage_lowvram.engine.caches.requantized_weights import RequantizedWeights
+from qwenimage_lowvram.engine.files.checkpoint import Checkpoint, TensorEntry
+from qwenimage_lowvram.engine.formats.gguf import GgufCodec
+from qwenimage_lowvram.engine.models.qwen25_vl.text_encoder import TextEncoder
+from qwenimage_lowvram.engine.models.qwen_image.network import QwenImageParts
+from qwenimage_lowvram.engine.models.qwen_image_vae.image_vae import ImageVAE
+from qwenimage_lowvram.engine.planning.forecast import Speeds
+from qwenimage_lowvram.engine.planning.request import GIB
+from qwenimage_lowvram.engine.planning.stages import ImageModels
+
+# what the context, the screen and the loader's headroom leave
+AWAY_BYTES = 600_000_000 + 400_000_000
+REACHED = 0.8  # of what a data sheet promises, by large products and by kernels that wait for memory
+
+
+@dataclass(frozen=True)
+class SimulatedCard:
+    """Data sheet (NVIDIA's, Wikipedia's lists): tflops of dense products in 16 bits summed in fp32, GB/s of its memory.
+    bus: GB/s that page-locked copies reach on its slot; disk: GB/s; ram_gib: of the machine, for held blocks.
+    dtype: what the pack computes in on it."""
+
+    name: str
+    vram_gib: int
+    tflops: float
+    memory_gb: float
+    bus_gb: float
+    disk_gb: float
+    ram_gib: int
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def speeds(self) -> Speeds:
+        return Speeds(
+            REACHED * self.tflops * 1e12, self.bus_gb * 1e9, self.disk_gb * 1e9, REACHED * self.memory_gb * 1e9
+        )
+
+    @property
+    def limit_bytes(self) -> int:
+        return self.vram_gib * GIB - AWAY_BYTES
+
+
+# cards before Ampere have no bf16: the pack computes in fp32 there
+CARDS = (
+    SimulatedCard("RTX 3050 laptop 4 GB", 4, 11.0, 192, 12, 0.5, ram_gib=10),
+    SimulatedCard("RTX 2060 6 GB", 6, 6.5, 336, 12, 3.5, ram_gib=24, dtype=torch.float32),
+    SimulatedCard("RTX 3060 12 GB", 12, 25.4, 360, 24, 3.5, ram_gib=24),
+    SimulatedCard("RTX 4060 laptop 8 GB", 8, 29.0, 256, 12, 3.5, ram_gib=24),
+    SimulatedCard("RTX 4060 Ti 16 GB", 16, 44.0, 288, 12, 3.5, ram_gib=24),
+    SimulatedCard("RTX 5060 8 GB", 8, 38.0, 448, 24, 3.5, ram_gib=24),
+)
+FORMATS = ("bf16", "fp8", "int8", "int8_convrot", "nf4", "GGUF Q4_K")
+_REQUANTIZED = {"fp8": "fp8_e4m3fn_scaled", "int8": "int8", "nf4": "nf4"}
+
+
+@cache
+def models(weight_format: str, dtype: torch.dtype) -> ImageModels:
+    """Transformer in that format, text encoder in fp8, VAE; computed with in `dtype`."""
+    hardware = full_size.fake_gpu()
+    text = full_size.text_encoder_checkpoint(torch.float8_e4m3fn)
+    transformer = QwenImageParts(_transformer(weight_format), dtype=dtype, hardware=hardware)
+    return ImageModels(
+        TextEncoder(text, dtype=dtype, hardware=hardware).footprint,
+        transformer.footprint,
+        ImageVAE.without_weights(full_size.vae_checkpoint(), dtype=dtype).footprint,
+    )
+
+
+def _transformer(weight_format: str) -> Checkpoint:
+    source = full_size.transformer_checkpoint(torch.bfloat16)
+    if weight_format == "bf16":
+        return source
+    if weight_format in _REQUANTIZED:
+        weights = RequantizedWeights.of(source, _REQUANTIZED[weight_format], Path("cache"))
+        assert weights is not None
+        return weights.checkpoint(data_start=0)
+    tensors = {}
+    for name, entry in source.tensors.items():
+        tensors[name] = entry
+        if name.startswith("transformer_blocks.") and len(entry.shape) == 2:
+            if weight_format == "int8_convrot":
+                tensors[name] = TensorEntry(entry.file, 0, prod(entry.shape), "INT8_CONVROT256", entry.shape)
+                scale = TensorEntry(entry.file, 0, 4 * entry.shape[0], "F32", (entry.shape[0], 1))
+                tensors[f"{name}_scale"] = scale
+            else:
+                kind = weight_format.removeprefix("GGUF ")
+                nbytes = prod(GgufCodec(kind).raw_shape(entry.shape))
+                tensors[name] = TensorEntry(entry.file, 0, nbytes, kind, entry.shape)
+    return Checkpoint(source.path, tensors, {}, None, "transformer")
