@@ -24,6 +24,7 @@ from qwenimage_lowvram.engine.models.qwen3_vl.vision_patches import patch_image,
 from qwenimage_lowvram.engine.models.qwen3_vl.vision_tower import VisionTower
 from qwenimage_lowvram.engine.models.qwen_vl.image_prompts import IMAGE, ImagePrompt, token_positions
 from qwenimage_lowvram.engine.models.qwen_vl.images import PatchedImage
+from qwenimage_lowvram.engine.models.qwen_vl.vision_pass import VisionPass
 from qwenimage_lowvram.engine.planning.vision import plan_vision, vision_peak_bytes
 from qwenimage_lowvram.engine.runs.encode import EncodeRun
 from qwenimage_lowvram.engine.runs.limit import Limit
@@ -345,6 +346,19 @@ def test_a_run_gives_what_is_behind_the_system_turn(folder: Path, prompts: Promp
     for begin, _ in spans:  # in front of each stands <|vision_start|>
         before = asked.tokens[: asked.tokens.index(IMAGE)]
         assert begin >= len(before) - start
+
+
+def test_looking_is_planned_for_the_set_of_images_that_takes_most(
+    folder: Path, prompts: PromptTokenizer, cpu: Hardware
+) -> None:
+    """One large image takes more than small ones of more patches together, which pass one after another."""
+    encoder = make_encoder(folder / "text_encoder", cpu)
+    sets = [images((512, 512)), images(*[(256, 256)] * 5)]
+    asked = [ImagePrompt(tuple(prompts.encode("", images=len(shown))), tuple(shown)) for shown in sets]
+    footprint = encoder.vision_tower().footprint
+    peaks = [vision_peak_bytes(footprint, [image.height * image.width for image in shown], 2) for shown in sets]
+    assert peaks[0] > peaks[1]
+    assert VisionPass(encoder, asked).wanted_bytes == peaks[0]
 
 
 # prompts

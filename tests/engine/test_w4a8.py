@@ -12,8 +12,12 @@ from qwenimage_lowvram.engine.errors import CheckpointError, DamagedFile, Missin
 from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.formats import COMFY_QUANT, FORMATS, StoredParam, stored_param
 from qwenimage_lowvram.engine.formats.kitchen_w4a8 import load_w4a8
+from qwenimage_lowvram.engine.hardware import Hardware
+from qwenimage_lowvram.engine.models.qwen3_vl.text_encoder import TextEncoder
 from qwenimage_lowvram.engine.streaming import read_params
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from small_checkpoint import make_tokenizer
+from small_qwen3_vl import Size, make_qwen3_vl, write_comfyui_file
 
 NOTE = {"format": "asym_w4a8_int8", "group_size": 16, "convrot": True, "convrot_groupsize": 256}
 
@@ -91,6 +95,37 @@ def test_a_weight_that_comfy_kitchen_quantized_comes_back_within_the_formats_err
     parts = {f"weight{suffix}": value for suffix, value in stored.items()}
     ours = read_params(described(tmp_path, parts), {"layer.weight": (128, 1024)}, torch.float32, "m")["layer.weight"]
     assert (ours - weight).norm() / weight.norm() < 0.12
+
+
+@with_format
+def test_a_text_encoder_in_it_encodes_within_the_formats_error(tmp_path: Path, comfyui_path: Path) -> None:
+    """As ComfyUI's file of Qwen3-VL-8B: matrices of the layers in it, the rest in bf16."""
+    from comfy_kitchen.tensor import AsymW4A8Int8Layout
+
+    tokenizer = make_tokenizer(full=False, comfyui=comfyui_path)
+    size = Size(hidden=256, heads=8, kv_heads=2, intermediate=512, layers=3)
+    make_qwen3_vl(tokenizer, size).save_pretrained(tmp_path / "folder")
+    file = write_comfyui_file(tmp_path / "bf16.safetensors", tmp_path / "folder")
+    stored: dict[str, torch.Tensor] = {}
+    for name, value in load_file(file).items():
+        if ".layers." in name and value.ndim == 2:
+            data, params = AsymW4A8Int8Layout.quantize(value.float())
+            parts = AsymW4A8Int8Layout.state_dict_tensors(data, params)
+            stored |= {f"{name}{suffix}": part for suffix, part in parts.items()}
+            stored[f"{name.removesuffix('.weight')}.comfy_quant"] = note_bytes(NOTE)
+        else:
+            stored[name] = value
+    config = (tmp_path / "folder" / "config.json").read_text(encoding="utf-8")
+    save_file(stored, tmp_path / "w4a8.safetensors", metadata={"config": config})
+    hardware = Hardware.detect(torch.device("cpu"))
+    ids = [tokenizer.encode("a cat on a chair")]
+    states, read = [], []
+    for name in ("w4a8", "bf16"):
+        encoder = TextEncoder(open_checkpoint(tmp_path / f"{name}.safetensors"), dtype=torch.float32, hardware=hardware)
+        states += encoder.encode(ids)
+        read.append(encoder.fetched_bytes)
+    assert 0 < (states[0] - states[1]).norm() / states[1].norm() < 0.25
+    assert read[0] < 0.35 * read[1]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from ...planning.stages import StagePlan
-from ...planning.vision import plan_vision, vision_peak_bytes, with_vision
+from ...planning.vision import VisionFootprint, plan_vision, vision_peak_bytes, with_vision
 from ...streaming import Waits
 from .image_prompts import ImagePrompt
 from .images import PatchedImage, SeenImage
@@ -24,6 +24,7 @@ class VisionPass:
             key: prompt.images for key, prompt in zip(self._keys, prompts, strict=True) if key
         }
         self._tower = encoder.vision_tower() if self._sets else None
+        self._largest = _largest(self._tower.footprint, list(self._sets.values())) if self._tower else []
 
     @property
     def identity(self) -> str:
@@ -70,8 +71,8 @@ class VisionPass:
                 seen[key] = self._tower.see(images, slots=slots, on_block=on_block)
         return [seen.get(key, ()) for key in self._keys]
 
-    @property
-    def _largest(self) -> list[int]:
-        """Patches of each image of the set that takes most."""
-        sets = [[image.height * image.width for image in shown] for shown in self._sets.values()]
-        return max(sets, key=sum)
+
+def _largest(footprint: VisionFootprint, sets: Sequence[Sequence[PatchedImage]]) -> list[int]:
+    """Patches of each image of the set that takes most."""
+    patches = [[image.height * image.width for image in shown] for shown in sets]
+    return max(patches, key=footprint.activation_bytes)
