@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .scaling import scaled
 from .scratch import Scratch
 
 
@@ -51,10 +52,10 @@ def q5_1(blocks: Tensor, scratch: Scratch) -> Scaled:
 
 
 def q2_k(blocks: Tensor, scratch: Scratch) -> Scaled:
-    both = scratch.take(len(blocks), 2, 16)
+    both = scratch.take(2, len(blocks), 16)
     with scratch.lent():
         nibbles = unpack(blocks[:, None, :16], 4, scratch).squeeze(1)  # low: scale, high: minimum, of 16 weights each
-        torch.mul(nibbles, _halves(blocks, 80, scratch).unsqueeze(2), out=both)
+        scaled(nibbles, _halves(blocks, 80, scratch).unsqueeze(2), scratch, out=both.transpose(0, 1))
     codes = unpack(blocks[:, 16:80].unflatten(1, (2, 32)), 2, scratch)
     return _with_minima(codes.view(len(blocks), 16, 16), both)
 
@@ -63,7 +64,7 @@ def q3_k(blocks: Tensor, scratch: Scratch) -> Scaled:
     scale = scratch.take(len(blocks), 16)
     with scratch.lent():
         six_bits = _with_high_bits(blocks[:, None, 96:104], 4, blocks[:, None, 104:108], 2, scratch)
-        torch.mul(signed(six_bits.sub_(32)), half(blocks, 108, scratch), out=scale)
+        scaled(signed(six_bits.sub_(32)), half(blocks, 108, scratch), scratch, out=scale)
     codes = _with_high_bits(blocks[:, 32:96].unflatten(1, (2, 32)), 2, blocks[:, None, :32], 1, scratch)
     # a bit that is not set takes 4 off
     return Scaled(signed(codes.sub_(4)).view(len(blocks), 16, 16), scale.unsqueeze(2))
@@ -84,7 +85,7 @@ def q5_k(blocks: Tensor, scratch: Scratch) -> Scaled:
 def q6_k(blocks: Tensor, scratch: Scratch) -> Scaled:
     scale = scratch.take(len(blocks), 16)
     with scratch.lent():
-        torch.mul(signed(blocks[:, 192:208]), half(blocks, 208, scratch), out=scale)
+        scaled(signed(blocks[:, 192:208]), half(blocks, 208, scratch), scratch, out=scale)
     high = blocks[:, 128:192].unflatten(1, (2, 32))
     codes = _with_high_bits(blocks[:, :128].unflatten(1, (2, 64)), 4, high, 2, scratch).sub_(32)
     return Scaled(signed(codes).view(len(blocks), 16, 16), scale.unsqueeze(2))
@@ -100,7 +101,7 @@ def iq4_xs(blocks: Tensor, scratch: Scratch) -> Scaled:
     with scratch.lent():
         # of two neighbours' scales, the first one's bits are the lower ones
         six_bits = _with_high_bits(blocks[:, 4:8, None], 4, blocks[:, 2:4, None], 2, scratch)
-        torch.mul(signed(six_bits.sub_(32)), half(blocks, 0, scratch), out=scale)
+        scaled(signed(six_bits.sub_(32)), half(blocks, 0, scratch), scratch, out=scale)
     codes = _looked_up(blocks[:, 8:], _NONLINEAR, scratch).unflatten(1, (8, 16))
     return Scaled(codes.transpose(2, 3), scale[:, :, None, None])
 
@@ -216,8 +217,8 @@ def _looked_up(packed: Tensor, table: tuple[int, int], scratch: Scratch) -> Tens
 
 
 def _scales_and_minima(blocks: Tensor, scratch: Scratch) -> Tensor:
-    """Of Q4_K and Q5_K: (n, 2, 8), from 6 bits each in bytes 4 to 16."""
-    both = scratch.take(len(blocks), 2, 8)
+    """Of Q4_K and Q5_K: (2, n, 8), from 6 bits each in bytes 4 to 16."""
+    both = scratch.take(2, len(blocks), 8)
     with scratch.lent():
         six_bits = scratch.take(len(blocks), 2, 8, dtype=torch.uint8)
         whole, shared, later = blocks[:, 4:12].unflatten(1, (2, 4)), blocks[:, 12:16], six_bits[:, :, 4:]
@@ -226,10 +227,10 @@ def _scales_and_minima(blocks: Tensor, scratch: Scratch) -> Tensor:
         torch.bitwise_right_shift(shared, 4, out=later[:, 1])
         high = scratch.take(len(blocks), 2, 4, dtype=torch.uint8)
         later.add_(torch.bitwise_right_shift(whole, 6, out=high), alpha=16)
-        torch.mul(six_bits, _halves(blocks, 0, scratch).unsqueeze(2), out=both)
+        scaled(six_bits, _halves(blocks, 0, scratch).unsqueeze(2), scratch, out=both.transpose(0, 1))
     return both
 
 
 def _with_minima(codes: Tensor, both: Tensor) -> Scaled:
-    """codes: (n, groups, weights); both: (n, 2, groups), scales and what is taken off."""
-    return Scaled(codes, both[:, 0].unsqueeze(2), both[:, 1].unsqueeze(2), -1)
+    """codes: (n, groups, weights); both: (2, n, groups), scales and what is taken off."""
+    return Scaled(codes, both[0].unsqueeze(2), both[1].unsqueeze(2), -1)
