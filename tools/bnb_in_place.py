@@ -1,7 +1,4 @@
-"""bitsandbytes' operators that write in place, which it has on a GPU alone, on the CPU as well: for a GPU's way there.
-
-Its check of shapes for tensors without memory compares a list with a torch.Size, which are never equal; here is one.
-"""
+"""bitsandbytes' operators that write in place, which it has on a GPU alone, on the CPU too: for a GPU's way there."""
 
 import torch
 from bitsandbytes import functional  # noqa: F401  # registers the operators
@@ -22,11 +19,3 @@ def _dequantize_blockwise(
     codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype, out: Tensor
 ) -> None:
     out.copy_(torch.ops.bitsandbytes.dequantize_blockwise(codes, absmax, code, blocksize, dtype))
-
-
-@torch.library.register_fake(_FOUR_BITS, allow_override=True)
-def _without_memory(
-    packed: Tensor, absmax: Tensor, blocksize: int, kind: str, shape: list[int], dtype: torch.dtype, out: Tensor
-) -> None:
-    if (tuple(shape), dtype) != (tuple(out.shape), out.dtype):
-        raise ValueError(f"expected {shape} of {dtype}, got {out.shape} of {out.dtype}")

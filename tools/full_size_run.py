@@ -1,6 +1,5 @@
 """A guided step of a full-size transformer on fake tensors, held against its plan."""
 
-import bnb_in_place  # noqa: F401  # what bitsandbytes does on a GPU
 import full_size
 import torch
 from live_bytes import LiveBytes

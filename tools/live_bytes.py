@@ -1,11 +1,12 @@
 """Count the bytes of live tensor storages on one device, with real, meta or fake tensors. For tests and benchmarks."""
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -45,7 +46,7 @@ class LiveBytes(TorchDispatchMode):
             self.peak = max(self.peak, self.now + query.shape[:-1].numel() * 4)
             out = query.new_empty(*query.shape[:-1], value.shape[-1])
         else:
-            out = func(*args, **(kwargs or {}))
+            out = None if has_no_work(func, args) else func(*args, **(kwargs or {}))
         tree_map_only(torch.Tensor, self._count, out)
         return out
 
@@ -67,6 +68,11 @@ class LiveBytes(TorchDispatchMode):
     def _free(self, key: int, nbytes: int) -> None:
         self._sizes.pop(key, None)
         self.now -= nbytes
+
+
+def has_no_work(func: Any, args: Sequence[Any]) -> bool:
+    """Whether an operator returns nothing and is called without memory to write to; it may not know how to do that."""
+    return not func._schema.returns and any(isinstance(argument, FakeTensor) for argument in args)
 
 
 @contextmanager
