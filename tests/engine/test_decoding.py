@@ -110,6 +110,7 @@ LAUNCHES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @by_format
 def test_a_block_of_the_real_size_takes_few_launches_and_allocates_nothing(format_: str) -> None:
     block = block_in(format_, block_shapes())
@@ -118,6 +119,7 @@ def test_a_block_of_the_real_size_takes_few_launches_and_allocates_nothing(forma
     assert counted.count == LAUNCHES[format_]
 
 
+@pytest.mark.slow
 @by_format
 def test_the_scratch_of_a_block_of_the_real_size_is_needed_and_within_64_mib(format_: str) -> None:
     block = block_in(format_, block_shapes())
@@ -193,6 +195,7 @@ def decoded(block: StoredBlock, raw: Tensor, *, on_host: bool) -> Tensor:
     return torch.cat([place.flatten() for place in places.values()])
 
 
+@pytest.mark.slow
 @by_format
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_the_way_of_a_gpu_and_the_size_of_its_chunks_change_no_bit(

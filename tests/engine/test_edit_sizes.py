@@ -20,6 +20,7 @@ IMAGES = st.tuples(SIDES, SIDES).filter(lambda size: max(size) <= 4 * min(size))
 MEGAPIXELS = st.sampled_from([0.0, 0.25, 1.0, 2.0])
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None, derandomize=True)
 @given(shown=st.lists(IMAGES, min_size=1, max_size=3), megapixels=MEGAPIXELS)
 def test_the_output_lies_on_the_grid_of_the_first_image(shown: list[tuple[int, int]], megapixels: float) -> None:
@@ -44,6 +45,7 @@ def test_an_edited_image_is_edited_again_without_being_resampled(size: tuple[int
     assert again.output == once.output == again.images[0].given
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None, derandomize=True)
 @given(size=IMAGES)
 def test_sizes_are_those_of_the_reference_pipeline(size: tuple[int, int]) -> None:

@@ -86,6 +86,7 @@ def test_the_compute_dtype_is_reached_in_one_rounding(codec: GgufCodec, dtype: t
     assert torch.equal(decoded(codec, raw, dtype), expected)
 
 
+@pytest.mark.slow
 @by_name
 def test_a_weight_of_several_chunks_has_no_seam(codec: GgufCodec) -> None:
     columns = 4 * codec.block_weights

@@ -347,6 +347,7 @@ def by_peft(model: Any) -> Weights:
     return merged
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Adapter 'default'")  # of PEFT's own biases, which it takes for damaged matrices
 @pytest.mark.parametrize(("options", "scales"), PEFT_OPTIONS.values(), ids=PEFT_OPTIONS.keys())
 def test_what_diffusers_saves_of_a_peft_adapter_is_peft_s_own_change_but_for_the_scale_that_is_told(
@@ -774,6 +775,7 @@ def test_what_cannot_be_computed_is_refused_with_the_reason(
     assert str(file) in str(caught.value)
 
 
+@pytest.mark.slow
 @given(key=st.text(max_size=40) | st.from_regex(r"(diffusion_model\.|lycoris_)?[a-z_.0]{0,20}\.lora_[AB](\.\w+)*"))
 def test_a_key_that_is_no_layers_never_matches(key: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     found = open_lora(

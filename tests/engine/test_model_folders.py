@@ -36,6 +36,7 @@ def dtypes(checkpoint: Checkpoint) -> set[str]:
     return {entry.dtype for entry in checkpoint.tensors.values()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard", [None, SHARD])
 @pytest.mark.parametrize("variant_shard", [None, SHARD])
 @pytest.mark.parametrize("older", [False, True], ids=["", "an older name of the index"])
@@ -54,6 +55,7 @@ def test_without_a_variant_chosen_the_weights_without_one_are_read(
     assert set(checkpoint.tensors) == set(model.state_dict())
 
 
+@pytest.mark.slow
 def test_a_variant_alone_is_read(folder: Path) -> None:
     (folder / "diffusion_pytorch_model.safetensors").unlink()
     assert dtypes(open_checkpoint(folder)) == {"F16"}

@@ -96,6 +96,7 @@ def test_a_layer_of_the_real_shape_computes_the_formula(name: str, rank: int, pr
     assert relative(ours, layer.output(x, bias.float(), shift)) < 2e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("precision", ["int4", "fp4"])
 def test_the_compute_dtype_is_reached_in_one_rounding(precision: str, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -214,6 +215,7 @@ def test_a_layer_is_streamed_in_the_files_own_size(rank: int, most: float) -> No
     assert stored <= streamed < most * stored
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_shifted_bias_is_of_the_files_weight_with_a_lora_on_it(
     written: Callable[[str, int], tuple[Any, Path]], tmp_path: Path, hardware: Hardware

@@ -107,6 +107,7 @@ def test_small_limits_are_decoded_in_tiles_and_larger_ones_whole(models: dict[to
     assert len(tiles[8]) == 1
 
 
+@pytest.mark.slow
 def test_blocks_leave_for_the_tiles_and_stay_where_there_is_room(models: dict[torch.dtype, ImageModels]) -> None:
     tight, roomy = (plan_image(models[FP8], REQUEST, Limits(gib * GIB)) for gib in (6, 40))
     vae = models[FP8].vae.weights_bytes

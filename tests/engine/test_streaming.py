@@ -669,6 +669,7 @@ def test_another_strength_reads_no_block_again_that_is_still_encoded_or_held(
     assert reads == [5, 1]  # of the resident ones, 0 is native and patched, 2 native and not patched, 1 encoded
 
 
+@pytest.mark.slow
 def test_blocks_may_be_taken_away_while_others_are_fetched_ahead(
     hardware: Hardware, files: dict[str, tuple[Path, Weights]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

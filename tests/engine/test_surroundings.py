@@ -81,6 +81,7 @@ def test_others_leave_as_far_as_a_limit_or_the_machine_needs_it(free: Callable[.
     assert other.blocks == 0
 
 
+@pytest.mark.slow
 def test_speeds_without_a_file_are_measured_once(cpu: Hardware, tmp_path: Path) -> None:
     model = tmp_path / "model.safetensors"
     model.write_bytes(b"\0" * 1_000_000)

@@ -218,6 +218,7 @@ def test_chunks_of_the_mlp_change_nothing(chunk: int, dtype: torch.dtype, tiny: 
     assert all(torch.equal(r, e) for r, e in zip(result, expected, strict=True))
 
 
+@pytest.mark.slow
 def test_fp32_weights_computed_in_bf16_are_those_of_a_bf16_file(tiny: Tiny, hardware: Hardware) -> None:
     fp32, folder = tiny(torch.float32)
     transformer = QwenImageTransformer(
@@ -250,6 +251,7 @@ def test_a_pass_fetches_each_streamed_block_once_for_any_number_of_branches(
     assert visited == list(range(LAYERS)) * 4
 
 
+@pytest.mark.slow
 def test_exact_timesteps_are_closer_to_fp32_than_diffusers_rounded_ones(tiny: Tiny, cpu: Hardware) -> None:
     model, folder = tiny(torch.bfloat16)
     exact = copy.deepcopy(model).to(torch.float32)
@@ -316,6 +318,7 @@ def test_announced_timesteps_read_the_modulation_weights_once_and_a_second_run_n
         assert transformer.modulation.fetched_bytes == once
 
 
+@pytest.mark.slow
 def test_a_timestep_that_nobody_announced_costs_one_pass_once(tiny: Tiny, hardware: Hardware) -> None:
     _, folder = tiny(torch.float32)
     transformer = QwenImageTransformer(open_checkpoint(folder), dtype=torch.float32, hardware=hardware)
@@ -350,6 +353,7 @@ def test_rows_of_earlier_runs_are_forgotten_in_the_end(tiny: Tiny, cpu: Hardware
     assert transformer.modulation.fetched_bytes > before
 
 
+@pytest.mark.slow
 def test_a_pass_over_the_modulation_weights_can_be_stopped_and_done_again(tiny: Tiny, hardware: Hardware) -> None:
     model, folder = tiny(torch.float32)
     transformer = QwenImageTransformer(open_checkpoint(folder), dtype=torch.float32, hardware=hardware)
@@ -385,6 +389,7 @@ def test_a_session_goes_on_after_an_interrupted_pass(stop_at: int, tiny: Tiny, h
     assert all(torch.equal(r, diffusers_forward(model, b)) for r, b in zip(result, branches, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shapes", [((1, 40, 60),), ((1, 4, 4), (1, 80, 12))])
 def test_positions_beyond_the_tables_are_refused(
     shapes: tuple[tuple[int, int, int], ...], tiny: Tiny, cpu: Hardware
@@ -404,6 +409,7 @@ def test_positions_beyond_the_tables_are_refused(
             session.forward([Branch(tokens, shapes, embeds, None, 0.5)])
 
 
+@pytest.mark.slow
 def test_shrinking_gives_back_whole_blocks_and_the_result_stays(tiny: Tiny, hardware: Hardware) -> None:
     model, folder = tiny(torch.float32)
     transformer = QwenImageTransformer(open_checkpoint(folder), dtype=torch.float32, hardware=hardware)

@@ -50,6 +50,7 @@ def is_same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_whatever_way_the_blocks_take_the_result_is_the_same(
     dtype: torch.dtype, files: dict[torch.dtype, Path], hardware: Hardware, cpu: Hardware
@@ -64,6 +65,7 @@ def test_whatever_way_the_blocks_take_the_result_is_the_same(
             assert is_same(run(transformer, branches, slots=slots), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BRANCHES)
 def test_branches_do_not_touch_each_other(case: str, files: dict[torch.dtype, Path], cpu: Hardware) -> None:
     transformer = opened(files[torch.float32], torch.float32, cpu)
@@ -135,6 +137,7 @@ def test_a_note_about_attention_in_the_file_is_passed_over(tmp_path: Path, cpu: 
     assert is_same(run(opened(tmp_path / "noted.safetensors", torch.float32, cpu), branches), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["int8", "int8_row", "int8_convrot", "fp8mixed"])
 def test_a_quantized_file_computes_what_its_decoded_weights_do(kind: str, tmp_path: Path, hardware: Hardware) -> None:
     tensors = {}

@@ -56,6 +56,7 @@ def test_tiled_equals_untiled(vae: ImageVAE21, size: tuple[int, int]) -> None:
     torch.testing.assert_close(vae.encode(images, tile_px=32), whole, rtol=1e-6, atol=1e-6 * float(whole.abs().max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["before", "after"])
 @pytest.mark.parametrize("axis", [2, 3])
 def test_the_decoder_reads_its_whole_halo_and_nothing_beyond(vae: ImageVAE21, axis: int, side: str) -> None:
@@ -79,6 +80,7 @@ def run(layers: torch.nn.ModuleList, x: Tensor) -> Tensor:
     return x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit_bytes", [None, 1024**3])
 @pytest.mark.parametrize("task", ["decode", "encode"])
 def test_live_bytes_are_within_the_plan_and_close_to_it(task: str, limit_bytes: int | None) -> None:
