@@ -26,12 +26,11 @@ from qwenimage_lowvram.engine.models.qwen_image.branch import Branch
 from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
 from qwenimage_lowvram.engine.planning.memory import MemoryPlan, least_ram_bytes, plan_memory
 from qwenimage_lowvram.engine.planning.request import Limits
+from qwenimage_lowvram.engine.runs.free_memory import HEADROOM_BYTES
 from random_blocks import REAL_BLOCKS
 from streaming_job import PROMPT_TOKENS, Job, Moved, Tier, forget_files
 from torch import Tensor, nn
 
-# of a limit: fragments of torch's allocator, and workspaces of cuBLAS and attention
-HEADROOM_BYTES = 384 * 1024**2
 _MB = 1024**2
 
 

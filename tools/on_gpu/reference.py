@@ -72,6 +72,7 @@ def _opened(checkpoint: Checkpoint, device: torch.device) -> tuple[nn.Module, We
     for store in (parts.store, parts.modulation_store):
         for index, block in enumerate(weights):
             buffer, module = store.new_slot()
+            store.order.after_compute()
             store.fetch_into(index, buffer)
             store.order.finish()
             block |= {name: parameter.data for name, parameter in module.named_parameters()}
