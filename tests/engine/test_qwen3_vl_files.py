@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from full_size_qwen3_vl import text_encoder_checkpoint
-from qwenimage_lowvram.engine.errors import WrongModel
+from gguf_files import write_gguf_text_encoder, write_gguf_vision
+from qwenimage_lowvram.engine.errors import MissingFile, WrongModel
 from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.models import foreign
 from qwenimage_lowvram.engine.models.qwen3_vl import component
@@ -17,6 +18,8 @@ from qwenimage_lowvram.engine.models.qwen3_vl.tensors import require_fitting_enc
 from qwenimage_lowvram.engine.models.qwen3_vl.vision_tensors import sort_vision
 from qwenimage_lowvram.engine.models.qwen25_vl.component import TEXT_ENCODER as QWEN25_VL
 from qwenimage_lowvram.engine.models.qwen25_vl.tensors import sort_text_encoder as sort_qwen25_vl
+from qwenimage_lowvram.engine.models.qwen25_vl.vision_tensors import sort_vision as sort_qwen25_vision
+from qwenimage_lowvram.engine.models.qwen_vl.vision_files import mmproj_identity
 from qwenimage_lowvram.engine.models.recognition import identify
 from safetensors.torch import load_file, save_file
 from small_checkpoint import TextSize, make_text_encoder, make_tokenizer
@@ -129,6 +132,28 @@ def test_the_mmproj_of_qwen25_vl_is_refused(folder: Path, copied: Path) -> None:
     write_gguf_mmproj(mmproj, folder, "F16", projector="qwen2.5vl_merger")
     with pytest.raises(WrongModel, match=r"projector 'qwen2\.5vl_merger'\); the vision part of Qwen3-VL .*is needed"):
         sort_vision(open_checkpoint(copied))
+
+
+def test_beside_both_models_vision_parts_each_encoder_finds_its_own(
+    folder: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    """Whatever their names are, where these decide nothing."""
+    make_text_encoder(tokenizer, TextSize(), seed=2).save_pretrained(tmp_path / "older")
+    config = json.loads((tmp_path / "older" / "config.json").read_text(encoding="utf-8"))
+    weights = load_file(tmp_path / "older" / "model.safetensors")
+    write_gguf_text_encoder(tmp_path / "first.gguf", weights, config, "Q8_0")
+    write_gguf_encoder(tmp_path / "second.gguf", folder, "Q8_0")
+    before = mmproj_identity(open_checkpoint(tmp_path / "second.gguf"))
+    write_gguf_vision(tmp_path / "mmproj-F16.gguf", weights, config, "F16")
+    write_gguf_mmproj(tmp_path / "mmproj-Qwen3VL-8B-Instruct-F16.gguf", folder, "F16")
+    (tmp_path / "mmproj-damaged.gguf").write_bytes(b"GGUF")
+    with pytest.raises(MissingFile, match="2 files beside it could be its vision part"):
+        sort_vision(open_checkpoint(tmp_path / "second.gguf"))
+    (tmp_path / "mmproj-damaged.gguf").unlink()
+    assert sort_qwen25_vision(open_checkpoint(tmp_path / "first.gguf")).checkpoint.path.name == "mmproj-F16.gguf"
+    assert "Qwen3VL" in sort_vision(open_checkpoint(tmp_path / "second.gguf")).checkpoint.path.name
+    assert before == ""
+    assert mmproj_identity(open_checkpoint(tmp_path / "second.gguf")) != ""
 
 
 @pytest.mark.parametrize("indexes", [[1, 2], [1, 2, 5], "all"])

@@ -60,7 +60,7 @@ def open_vision(encoder: Checkpoint, kind: VisionKind) -> VisionTensors:
     """
     checkpoint, tensors = encoder, own_tensors(encoder)
     if not tensors and encoder.path.suffix.lower() == GGUF_SUFFIX:
-        checkpoint = open_checkpoint(find_mmproj(encoder.path, kind.example_mmproj))
+        checkpoint = open_checkpoint(find_mmproj(encoder.path, kind.example_mmproj, kind.projector))
         _require_mmproj(checkpoint, kind)
         tensors = dict(kind.names(checkpoint.tensors))
     if not tensors:
@@ -141,31 +141,25 @@ def require_width(vision: VisionTensors, encoder: Checkpoint, text_width: int) -
 
 
 def mmproj_identity(encoder: Checkpoint) -> str:
-    """Of the file that would be read beside a GGUF encoder; empty where none would be, or none can be chosen."""
+    """Of the files beside a GGUF encoder that its vision part is chosen from; empty where there are none."""
     if encoder.path.suffix.lower() != GGUF_SUFFIX or own_tensors(encoder):
         return ""
     try:
-        return open_checkpoint(find_mmproj(encoder.path, "")).identity
+        return ", ".join(mmproj.identity for mmproj in map(_opened, _mmprojs(encoder.path)) if mmproj)
     except CheckpointError:
         return ""  # said where an image is shown; prompts of text alone need none
 
 
-def find_mmproj(encoder: Path, example: str) -> Path:
+def find_mmproj(encoder: Path, example: str, projector: str = "") -> Path:
     """The GGUF file beside `encoder` with mmproj and the model's name in its name; else the one with mmproj and no
-    model's name; else the only one. Types (Q4_K_M, F16) do not count. `example`: for messages.
+    model's name; else the only one. Types (Q4_K_M, F16) do not count, nor, among several files, those that state
+    another `projector`. `example`: for messages.
 
     Raises MissingFile where there is none, or several.
     """
-    try:
-        listed = sorted(encoder.parent.iterdir())
-    except OSError as error:
-        raise MissingFile(
-            "{file} cannot be read ({error}). Check that this user may read it.",
-            code="file.unreadable",
-            file=encoder.parent,
-            error=error,
-        ) from error
-    found = [file for file in listed if file.suffix.lower() == GGUF_SUFFIX and _MARK in file.stem.lower()]
+    found = _mmprojs(encoder)
+    if projector and len(found) > 1:
+        found = [file for file in found if _projector(_opened(file), projector) == projector]
     same = [file for file in found if _model_words(file) == _model_words(encoder)]
     nameless = [file for file in found if not _model_words(file)]
     fitting = same or nameless or found
@@ -192,6 +186,32 @@ def find_mmproj(encoder: Path, example: str) -> Path:
     return fitting[0]
 
 
+def _mmprojs(encoder: Path) -> list[Path]:
+    try:
+        listed = sorted(encoder.parent.iterdir())
+    except OSError as error:
+        raise MissingFile(
+            "{file} cannot be read ({error}). Check that this user may read it.",
+            code="file.unreadable",
+            file=encoder.parent,
+            error=error,
+        ) from error
+    return [file for file in listed if file.suffix.lower() == GGUF_SUFFIX and _MARK in file.stem.lower()]
+
+
+def _opened(mmproj: Path) -> Checkpoint | None:
+    """None where it cannot be read, which is said when it is chosen."""
+    try:
+        return open_checkpoint(mmproj)
+    except CheckpointError:
+        return None
+
+
+def _projector(mmproj: Checkpoint | None, default: str) -> str:
+    metadata = mmproj.metadata if mmproj else {}
+    return metadata.get("clip.vision.projector_type") or metadata.get("clip.projector_type", default)
+
+
 def _model_words(file: Path) -> list[str]:
     words: list[str] = []
     after_type = False
@@ -211,7 +231,7 @@ def own_tensors(encoder: Checkpoint) -> dict[str, TensorEntry]:
 def _require_mmproj(checkpoint: Checkpoint, kind: VisionKind) -> None:
     metadata = checkpoint.metadata
     architecture = metadata.get("general.architecture", _ARCHITECTURE)
-    projector = metadata.get("clip.vision.projector_type") or metadata.get("clip.projector_type", kind.projector)
+    projector = _projector(checkpoint, kind.projector)
     found = identify(checkpoint.tensors)
     if (found, architecture, projector) != (VISION, _ARCHITECTURE, kind.projector):
         raise WrongModel(
