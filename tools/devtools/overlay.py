@@ -21,6 +21,7 @@ _TESTS = (
     "test_tokenizers",
     "test_vision",
     "test_qwen3_vl",
+    "test_qwen3_vl_prompts",
     "test_transformer",
     "test_vae",
     "test_sampling",
