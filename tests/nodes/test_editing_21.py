@@ -189,3 +189,18 @@ def test_more_than_twelve_images_and_other_requests_are_refused(load: Any) -> No
         encode(clip, vae, {**CASES["one image"], "width": 104, "height": 96})
     with pytest.raises(InvalidRequest, match=r"half a token|multiples of 32"):
         encode(clip, vae, {**CASES["one image"], "width": 96, "height": 112})
+
+
+def test_memory_plan_shows_every_stage_of_it(load: Any) -> None:
+    from qwenimage_lowvram.nodes.memory_plan import QwenLowVRAMMemoryPlan
+
+    choices = {"transformer": f"{NAME} (folder)", "text_encoder": "from the folder", "vae": "from the folder"}
+    settings = {"weight_format": "auto", "width": 1024, "height": 1024, "batch_size": 1, "steps": 8, "cfg": 1.0}
+    settings |= {"prompt_tokens": 60, "vram_limit_gb": 0.0, "ram_limit_gb": 0.0}
+    plan = QwenLowVRAMMemoryPlan()
+    alone, edit = (plan.plan(**choices, **settings, reference_pictures=count)["result"][0] for count in (0, 2))
+    assert "2 to change" in edit
+    for text in (alone, edit):
+        assert all(stage in text for stage in ("encode", "sampling", "decode"))
+    with pytest.raises(InvalidRequest, match="layers"):
+        plan.plan(**choices, **settings, layers=2)
