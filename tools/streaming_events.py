@@ -329,6 +329,6 @@ def job_of(footprint: TransformerFootprint, plan: MemoryPlan, speeds: Speeds) ->
         compute_seconds=footprint.step_flops(plan.request) / speeds.flops / footprint.all_blocks,
         branches=plan.request.branches,
         slots=max(1, plan.slots),
-        ring_pieces=RING_PIECES,
+        ring_pieces=getattr(plan, "ring", RING_PIECES),  # where plans have one of their own
         piece_bytes=min(PIECE_BYTES, footprint.stored_bytes),
     )

@@ -68,6 +68,7 @@ def test_forecasts_are_within_a_tenth_of_the_model() -> None:
             streamed=plan.streamed,
             from_file=plan.from_file,
             slots=plan.slots,
+            ring_pieces=job.ring_pieces,
             piece_bytes=job.piece_bytes,
             first=True,
         )
