@@ -70,6 +70,10 @@ class StreamedTransformer(ABC, Generic[BranchT, StateT]):
             code="graph.takes_no_patches",
         )
 
+    def leave_device(self) -> None:
+        """Give back what passes keep on the device for those that follow."""
+        self.modulation.leave_device()
+
     @property
     def footprint(self) -> TransformerFootprint:
         """What a plan is made from; patches count."""
@@ -141,7 +145,7 @@ class StreamedTransformer(ABC, Generic[BranchT, StateT]):
         self._loaded = False
         for store in (self.store, *self.secondaries.values()):
             store.release()
-        self.modulation.leave_device()
+        self.leave_device()
 
     def shrink(self, nbytes: int) -> int:
         """Give back resident blocks until `nbytes` are free or none is left; returns the bytes given back."""
@@ -174,7 +178,7 @@ class StreamedTransformer(ABC, Generic[BranchT, StateT]):
                 store = self.secondaries[secondary.device]
                 streamer = BlockStreamer(store, slots=2, blocks=secondary.blocks, pace=pace)
                 streamers.append(stack.enter_context(streamer))
-            stack.callback(self.modulation.leave_device)
+            stack.callback(self.leave_device)
             yield TransformerSession(self, streamers, mlp_chunk_tokens)
 
     def _move_outside(self, device: torch.device) -> None:

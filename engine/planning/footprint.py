@@ -69,6 +69,10 @@ class TransformerFootprint(ABC):
     def activation_bytes(self, request: SamplingRequest, chunk: int | None) -> int:
         """Peak of a forward pass beyond weights; `chunk`: tokens of an MLP at a time, None for all at once."""
 
+    def kept_bytes(self, request: SamplingRequest) -> int:
+        """Of `activation_bytes`, what stays on the device from one pass to the next."""
+        return 0
+
     def attention_text(self, request: SamplingRequest) -> str:
         """The kernel of attention, and its chunks."""
         return self.attention.name

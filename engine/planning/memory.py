@@ -20,6 +20,8 @@ from .spread import spread_order
 
 # rows of the modulation table kept beyond those of the present run
 SPARE_ROWS = 16
+# rows on the device: that of the step, and that of the next one
+ROWS_ON_DEVICE = 2
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,15 @@ def most_ram_bytes(footprint: TransformerFootprint, request: SamplingRequest) ->
     return _rows_bytes(footprint, request) + footprint.ring_bytes + footprint.blocks * footprint.stored_bytes
 
 
+def step_bytes(footprint: TransformerFootprint, request: SamplingRequest, activation_bytes: int) -> int:
+    """What a step holds on the device beside weights and what blocks pass through: rows of the table, and activations,
+    or what is kept of them while ControlNets work."""
+    controls = request.controls
+    widest = max(activation_bytes, footprint.kept_bytes(request) + controls.working_bytes)
+    rows = 0 if footprint.host else ROWS_ON_DEVICE * footprint.row_bytes  # the host's are used where they lie
+    return rows + controls.held_bytes + widest
+
+
 @dataclass(frozen=True)
 class _Draft:
     """A plan but for where the blocks live."""
@@ -199,12 +210,11 @@ class _Draft:
         modulation = footprint.modulation_slot_bytes
         decoding = footprint.modulation_staging_bytes + footprint.modulation_scratch_bytes
         run = stays + self._slots(resident) * footprint.slot_bytes + staging + footprint.scratch_bytes
-        run += controls.held_bytes
-        widest = max(footprint.activation_bytes(self.request, self.chunk), controls.working_bytes)
+        kept = controls.held_bytes + footprint.kept_bytes(self.request)
         return (
-            run + footprint.row_bytes + widest,
+            run + step_bytes(footprint, self.request, footprint.activation_bytes(self.request, self.chunk)),
             stays + 2 * modulation + decoding + footprint.row_bytes,
-            run + modulation + decoding + footprint.row_bytes,
+            run + kept + modulation + decoding + footprint.row_bytes,
         )
 
     def _slots(self, resident: int) -> int:

@@ -13,7 +13,7 @@ from ..errors import InvalidRequest
 from ..texts import size_text
 from .footprint import TextEncoderFootprint, Tiles, TransformerFootprint, VAEFootprint
 from .forecast import TYPICAL, Speeds, convolution_seconds, forecast_visit
-from .memory import MemoryPlan, plan_memory
+from .memory import MemoryPlan, plan_memory, step_bytes
 from .request import Limits, PromptTokens, SamplingRequest
 from .run_forecast import load_seconds
 from .text_encoder import plan_text_encoder, text_encoder_peak_bytes
@@ -295,8 +295,7 @@ def sampling_stage(footprint: TransformerFootprint, plan: MemoryPlan) -> StagePl
     """All steps. In the first one, blocks that will be held in host memory come from the file too."""
     controls, run = plan.request.controls, plan.run
     weights = plan.resident_bytes + controls.weights_bytes
-    widest = max(plan.activation_bytes, controls.working_bytes)
-    activations = widest + controls.held_bytes + footprint.row_bytes
+    activations = step_bytes(footprint, plan.request, plan.activation_bytes)
     return StagePlan(
         Stage.SAMPLING,
         weights,

@@ -5,8 +5,9 @@ Knows how a block is stored and where it is to lie, and nothing of what a block 
 
 from .block_layout import StoredBlock, WeightPatch, bind, store_block
 from .block_source import BlockSource, FileSource, TensorReader, read_params
-from .pinned_memory import PinnedMemory
+from .pinned_memory import HostBuffer, PinnedMemory
 from .ring import RING_PIECES
+from .row_slots import RowSlots
 from .store import BlockStore, require_decodable
 from .streamed_blocks import BlockFiles, OnBlock, StreamedBlocks, VisitsBlocks
 from .streamer import BlockStreamer, Waits
@@ -21,9 +22,11 @@ __all__ = [
     "BlockStore",
     "BlockStreamer",
     "FileSource",
+    "HostBuffer",
     "OnBlock",
     "Pace",
     "PinnedMemory",
+    "RowSlots",
     "StoredBlock",
     "StreamOrder",
     "StreamedBlocks",

@@ -14,7 +14,7 @@ from ..planning.forecast import Throughput
 from .block_layout import StoredBlock
 from .block_source import BlockSource
 from .decode_costs import DecodeCost
-from .pinned_memory import PinnedMemory
+from .pinned_memory import HostBuffer, PinnedMemory
 from .streams import StreamOrder
 from .tiers import Tiers
 from .transfer import BlockSizes, Transfer
@@ -199,6 +199,10 @@ class BlockStore:
             else:
                 self._transfer.fill(index, block, self._tiers.held_of(index), slot)
                 self._tiers.hold(index)
+
+    def take_host_memory(self, nbytes: int) -> HostBuffer:
+        """For what is copied to the device or from it beside the blocks: page-locked within the same limit."""
+        return self._host.take(nbytes)
 
     def end_run(self) -> None:
         """Give back what only a run needs: staging, ring, reader threads and open files."""

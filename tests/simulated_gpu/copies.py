@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 
 class Copies:
-    """From page-locked memory with non_blocking they are asynchronous, and read the host's bytes when they run; from
-    other host memory the bytes are taken at once; without non_blocking the host waits; from device to device the
-    current streams of both wait for each other."""
+    """From and to page-locked memory with non_blocking they are asynchronous, and read or write the host's bytes when
+    they run; from other host memory the bytes are taken at once, and to it the host waits, as it does without
+    non_blocking; from device to device the current streams of both wait for each other."""
 
     def __init__(self, gpu: "SimulatedGPU") -> None:
         self._gpu = gpu
@@ -33,19 +33,33 @@ class Copies:
     def copy(self, out: Tensor, source: Tensor, non_blocking: bool) -> None:
         if not isinstance(out, DeviceTensor):
             assert isinstance(source, DeviceTensor)
-            self._to_host(out, source)
+            self._to_host(out, source, non_blocking)
         elif isinstance(source, DeviceTensor):
             self._between(out, source)
         else:
             self._to_device(out, source, non_blocking)
 
-    def _to_host(self, out: Tensor, source: DeviceTensor) -> None:
+    def _to_host(self, out: Tensor, source: DeviceTensor, non_blocking: bool) -> None:
         stream, what = self._gpu.current_stream(source.device), "copy to the host"
+        of = source.inner
         stream.begin()
         self._gpu.touch(source, stream, False, what)
+        if non_blocking and self._copies_by_itself(out, source):
+            self._gpu.page_locks.device_accesses(out, stream, True, what)
+            with torch.inference_mode(False):
+                to = out.view(out.size())
+            stream.issue(lambda: to.copy_(of), self._seconds(source))
+            return
         stream.issue(lambda: None, self._seconds(source))
         stream.host_waits(what)
-        out.copy_(source.inner)
+        self._gpu.page_locks.host_access(out, True, what)
+        out.copy_(of)
+
+    def _copies_by_itself(self, one: Tensor, other: Tensor) -> bool:
+        """Whether the device can copy between these without the host, one of which lies there."""
+        on_host = other if isinstance(one, DeviceTensor) else one
+        whole = one.dtype == other.dtype and one.is_contiguous() and other.is_contiguous()
+        return whole and self._gpu.page_locks.holds(on_host)
 
     def _between(self, out: DeviceTensor, source: DeviceTensor) -> None:
         here, there = self._gpu.current_stream(source.device), self._gpu.current_stream(out.device)
@@ -59,11 +73,10 @@ class Copies:
 
     def _to_device(self, out: DeviceTensor, source: Tensor, non_blocking: bool) -> None:
         stream, what = self._gpu.current_stream(out.device), "copy to the device"
-        whole = source.dtype == out.dtype and source.is_contiguous() and out.is_contiguous()
-        later = non_blocking and whole and self._gpu.page_locks.holds(source)
+        later = non_blocking and self._copies_by_itself(out, source)
         stream.begin()
         if later:
-            self._gpu.page_locks.device_reads(source, stream, what)
+            self._gpu.page_locks.device_accesses(source, stream, False, what)
         else:
             self._gpu.page_locks.host_access(source, False, what)
         if non_blocking and not later:

@@ -35,7 +35,7 @@ from .operators import Call, FunctionCall, Operators
 from .page_locks import PageLocks
 from .results import Layout
 from .schedules import SCHEDULES, random_by
-from .streams import Accelerator, Stream
+from .streams import Accelerator, Point, Stream
 from .tensors import DeviceMode, DeviceTensor, tensors_in
 
 aten = torch.ops.aten
@@ -64,6 +64,21 @@ class Owner(Protocol):
 
 
 @dataclass(frozen=True)
+class HostWait:
+    """A thread of the host waited for a stream: `kernels_since` were given to the device after what it waited for."""
+
+    what: str
+    stream: str
+    thread: str
+    kernels_since: int
+    site: Site
+
+    def __str__(self) -> str:
+        where = " < ".join(self.site) or "elsewhere"
+        return f"{self.thread} waits for the {self.stream}, {self.kernels_since} kernels behind: {self.what}, {where}"
+
+
+@dataclass(frozen=True)
 class SimulatedHardware(Hardware):
     """A card with a copy stream and page-locked memory."""
 
@@ -78,8 +93,8 @@ class SimulatedHardware(Hardware):
 class SimulatedGPU:
     """All cards of a simulated machine, while it is entered. `schedule`: one of SCHEDULES, or "random" by `seed`.
 
-    `races`: what was found. `waits`: how often the host waited for the device, by (what, stream, site); `pageable`:
-    copies that were to be asynchronous, but came from memory that is not page-locked. `costs`: simulated seconds.
+    `races`: what was found. `waits`: each time that the host waited for the device; `pageable`: copies that were to be
+    asynchronous, but came from memory that is not page-locked. `costs`: simulated seconds.
     """
 
     def __init__(
@@ -99,7 +114,7 @@ class SimulatedGPU:
         self.accelerator = Accelerator(self)
         self.costs = costs
         self.races: list[str] = []
-        self.waits: Counter[tuple[str, str, Site]] = Counter()
+        self.waits: list[HostWait] = []
         self.pageable: Counter[Site] = Counter()
         self._stop_at_race = stop_at_race
         self._jitter = random.Random(seed) if schedule == "random" else None
@@ -145,9 +160,10 @@ class SimulatedGPU:
         """Of the present thread; the device's default stream unless it is within `on_stream`."""
         device = torch.device(device if device is not None else getattr(self._local, "device", "cuda:0"))
         current: Mapping[torch.device, Stream] = getattr(self._local, "streams", {})
-        return current.get(device) or self._default(device)
+        return current.get(device) or self.compute_stream(device)
 
-    def _default(self, device: torch.device) -> Stream:
+    def compute_stream(self, device: torch.device) -> Stream:
+        """The device's default one."""
         with self.lock:
             if device not in self._defaults:
                 self._defaults[device] = Stream(self, device, computes=True)
@@ -231,8 +247,10 @@ class SimulatedGPU:
 
     # what is told
 
-    def note_wait(self, what: str, stream: Stream) -> None:
-        self.waits[what, stream.name, self.site()] += 1
+    def note_wait(self, what: str, point: Point) -> None:
+        """The present thread waits for it, or, where the driver pleases, may have to."""
+        kernels_since = self.compute_stream(point.stream.device).kernels - point.kernels
+        self.waits.append(HostWait(what, point.stream.name, self.threads.here().name, kernels_since, self.site()))
 
     def site(self) -> Site:
         """Where in the engine or the nodes the present thread is: the innermost lines first."""

@@ -112,13 +112,13 @@ class Operators:
                 continue
             if isinstance(tensor, DeviceTensor) or "index" not in call.name:
                 raise RuntimeError(f"Expected all tensors to be on the same device: {call.name} at {self._gpu.site()}")
-            self._gpu.note_wait(f"{call.name} with an index on the host", self._gpu.current_stream(device))
+            self._gpu.note_wait(f"{call.name} with an index on the host", self._gpu.current_stream(device).point())
 
     def _answer(self, call: Call, given: Sequence[DeviceTensor], stream: Stream) -> Any:
         stream.begin()
         for tensor in given:
             self._gpu.touch(tensor, stream, False, call.name)
-        stream.issue(lambda: None, self._seconds(call, given))
+        stream.launch(lambda: None, self._seconds(call, given))
         stream.host_waits(call.name)
         result = call.func(*on_host(call.args), **on_host(call.kwargs))
         return map_tensors(lambda value: self._gpu.put(value, stream, call.name), result)
@@ -131,7 +131,7 @@ class Operators:
                 if isinstance(tensor, DeviceTensor):
                     self._gpu.touch(tensor, stream, writes, call.name)
         func, (args, kwargs) = call.func, self._taken(call)  # not the call: it would keep the tensors' memory
-        stream.issue(lambda: func(*args, **kwargs), self._seconds(call, call.tensors))
+        stream.launch(lambda: func(*args, **kwargs), self._seconds(call, call.tensors))
         return _written(call)
 
     def _new(self, call: Call, given: Sequence[DeviceTensor], stream: Stream) -> Any:
@@ -151,7 +151,7 @@ class Operators:
             for inner, value in zip(inners, tensors_in(func(*args, **kwargs)), strict=True):
                 inner.copy_(value)
 
-        stream.issue(work, self._seconds(call, [*given, *tensors_in(results)]))
+        stream.launch(work, self._seconds(call, [*given, *tensors_in(results)]))
         return results
 
     def _taken(self, call: Call) -> tuple[Any, dict[str, Any]]:

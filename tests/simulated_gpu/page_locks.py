@@ -55,10 +55,10 @@ class PageLocks:
                 host.step()
                 self._gpu.accessed(found[1], extent(tensor, found[0]), host, writes, what, self._gpu.site())
 
-    def device_reads(self, tensor: Tensor, stream: Stream, what: str) -> None:
+    def device_accesses(self, tensor: Tensor, stream: Stream, writes: bool, what: str) -> None:
         found = self._find(tensor)
         assert found is not None
-        self._gpu.accessed(found[1], extent(tensor, found[0]), stream, False, what, self._gpu.site())
+        self._gpu.accessed(found[1], extent(tensor, found[0]), stream, writes, what, self._gpu.site())
 
     def _find(self, tensor: Tensor) -> tuple[Tensor, AccessLog] | None:
         if not tensor.numel():

@@ -157,6 +157,22 @@ def unannounced(rig: Rig, kind: str) -> list[Tensor]:
     return made
 
 
+def several_moments(rig: Rig, kind: str) -> list[Tensor]:
+    """Branches of one pass have timesteps of their own, announced or not; nobody waits for the device in between."""
+    model = rig.transformer(kind)
+    times = (1.0, 0.8, 0.6, 0.5)
+    model.load((0,), (1,))
+    model.modulation.announce(times)
+    passes = ((1.0, 0.8), (0.8,), (0.7, 0.6), (0.6, 0.5), (0.3,))
+    made: list[Tensor] = []
+    with model.session(slots=2) as session:
+        for together in passes:
+            branches = [branch for timestep in together for branch in rig.branches(timestep)]
+            made += session.forward(branches, more=together != passes[-1])
+    finish(model)
+    return host(made)
+
+
 def two_models(rig: Rig, kinds: Sequence[str]) -> list[Tensor]:
     """Their sessions are open at the same time, their steps come by turns."""
     models = [rig.transformer(kind) for kind in kinds]

@@ -22,6 +22,7 @@ class Point:
     stream: "Stream"
     count: int
     moment: Moment
+    kernels: int  # that the device's compute stream had been given by then
 
     @property
     def passed(self) -> bool:
@@ -39,6 +40,7 @@ class Stream:
         self.clock = Clock()
         self.seconds = 0.0  # simulated, when all that was issued is done
         self.done = 0
+        self.kernels = 0  # that it was given
         self._work: deque[Callable[[], object] | Point] = deque()
         gpu.streams.append(self)
 
@@ -83,6 +85,11 @@ class Stream:
         self._work.append(work)
         self._gpu.schedule(self, self._gpu.streams)
 
+    def launch(self, kernel: Callable[[], object], seconds: float) -> None:
+        """Issue a kernel."""
+        self.kernels += 1
+        self.issue(kernel, seconds)
+
     def issue_aside(self, work: Callable[[], object]) -> None:
         """After `begin`; nothing runs now: this may be asked for wherever Python lets go of a tensor, also while a
         stream is at work."""
@@ -90,13 +97,14 @@ class Stream:
 
     def point(self) -> Point:
         """Behind all that it has been given."""
-        return Point(self, self.done + self.waiting, Moment(self.clock.copy(), self.seconds))
+        kernels = self._gpu.compute_stream(self.device).kernels
+        return Point(self, self.done + self.waiting, Moment(self.clock.copy(), self.seconds), kernels)
 
     def host_waits(self, what: str, point: Point | None = None) -> None:
         """The host waits until the stream has come to `point`; for all its work if not given."""
         with self._gpu.lock:
-            self._gpu.note_wait(what, self)
             point = point or self.point()
+            self._gpu.note_wait(what, point)
             self._run_until(point.count)
             self._gpu.threads.here().join(point.moment)
 

@@ -34,6 +34,26 @@ def left(rig: Rig, kind: str, *, slots: int = 2) -> list[Tensor]:
     return made
 
 
+def left_beside_rows(rig: Rig, kind: str, *, stop_at: int) -> list[Tensor]:
+    """The pass over the modulation weights is left; then a session, while the next step's row is brought."""
+    model = rig.transformer(kind)
+    model.load((0,), ())
+
+    def stop(index: int) -> None:
+        if index == stop_at:
+            raise Interrupted
+
+    with suppress(Interrupted):
+        model.modulation.announce(TIMES, on_block=stop)
+    model.modulation.announce(TIMES)
+    made: list[Tensor] = []
+    for timestep in TIMES:
+        with model.session(slots=2) as session:
+            made += session.forward(rig.branches(timestep))
+    finish(model)
+    return host(made)
+
+
 def taken(rig: Rig, kind: str, *, what: str, inside: Collection[int] = ()) -> list[Tensor]:
     """What is fetched ahead loses its source: resident or held blocks, or all, are given back behind each step; or at
     the blocks `inside` of it."""

@@ -16,6 +16,8 @@ CASES: dict[str, Case] = {
     "bf16": (scenarios.steps, "compute late", {"kind": "bf16", "resident": (0, 3), "held": (1, 2)}),
     "left": (sudden_ends.left, "late", {"kind": "int8", "slots": 3}),
     "left, bf16": (sudden_ends.left, "copies late", {"kind": "bf16", "slots": 3}),
+    "left beside rows": (sudden_ends.left_beside_rows, "late", {"kind": "bf16", "stop_at": 3}),
+    "several moments": (scenarios.several_moments, "late", {"kind": "bf16"}),
     "taken": (sudden_ends.taken, "late", {"kind": "int8", "what": "resident"}),
     "taken within": (sudden_ends.taken, "late", {"kind": "int8", "what": "resident", "inside": (3,)}),
     "held taken": (sudden_ends.taken, "late", {"kind": "bf16", "what": "held"}),
@@ -28,6 +30,8 @@ CASES: dict[str, Case] = {
 }
 # what to look at first, by words of the call's name
 FIRST = {
+    "modulation": ("left beside rows",),
+    "row_slots": ("left beside rows", "several moments"),
     "__exit__": ("left", "left, bf16"),
     "set_resident": ("taken", "taken within"),
     "set_held": ("held taken", "held taken within"),
@@ -36,7 +40,9 @@ FIRST = {
     "end_run": ("taken", "left", "unreadable"),
 }
 # name -> why nothing can go wrong without it
-REDUNDANT: dict[str, str] = {}
+REDUNDANT = {
+    "row_slots._fill: copying": "the compute stream would make the copy, which takes its time: test_simulated_time"
+}
 CALLS = ordering_calls()
 
 

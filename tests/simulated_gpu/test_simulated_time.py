@@ -1,6 +1,7 @@
 """Simulated seconds: streams run beside each other, events order them, and the host's clock moves where it waits."""
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -93,3 +94,27 @@ def test_the_engine_measures_how_long_the_card_waited_for_blocks(tiny_models: Ti
             assert copied > 0
             assert (session.waits - waited).seconds == pytest.approx(copied, rel=0.1)
         finish(model)
+
+
+@pytest.mark.slow
+def test_a_steps_row_of_the_table_is_brought_beside_the_step_before(tiny_models: TinyModels) -> None:
+    """All blocks are resident: nothing else is copied."""
+    rates = Rates(launch_seconds=1e-3)
+    seconds = {}
+    for bus_bytes in (float("inf"), 1e5):  # with which a row takes 0.08 s
+        with SimulatedGPU("late", costs=replace(rates, bus_bytes=bus_bytes)) as gpu:
+            rig = Rig(tiny_models, gpu)
+            model = rig.transformer("bf16")
+            model.load(range(LAYERS))
+            model.modulation.announce(TIMES)
+            branches = [rig.branches(timestep) for timestep in TIMES]
+            clock, made = PassClock(model.store.order), []
+            with model.session(slots=2) as session:
+                for given in branches:
+                    with clock.measuring():
+                        made += session.forward(given, more=given is not branches[-1])
+                host(made)
+            seconds[bus_bytes] = clock.seconds[1]
+            finish(model)
+    assert model.footprint.row_bytes / 1e5 == pytest.approx(0.0768)
+    assert seconds[1e5] == pytest.approx(seconds[float("inf")])

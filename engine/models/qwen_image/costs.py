@@ -42,12 +42,10 @@ class QwenImageFootprint(TransformerFootprint):
         """
         unit = self.inner_dim * self.element_bytes
         image, text = request.image_tokens * unit, request.prompt_tokens * unit
-        tokens = request.image_tokens + request.prompt_tokens
-        rotary = tokens * self.head_dim // 2 * 8  # complex64
         inputs = (request.image_tokens * CHANNELS + request.prompt_tokens * self.joint_attention_dim) * (
             self.element_bytes
         )
-        carried = image + text + rotary + inputs
+        carried = image + text + inputs
         scores = self.attention.scratch_bytes(self._attended(request))  # made when q and k have been turned
         attention = max(10 * (image + text), 9 * (image + text) + scores)
         wide_image, wide_text = (
@@ -55,7 +53,12 @@ class QwenImageFootprint(TransformerFootprint):
         )
         mlps = max(6 * image + 4 * text + wide_image, 7 * image + 6 * text + wide_text)
         gate = image if self.zero_cond_t else 0
-        return request.branches * carried + max(attention + gate, mlps + 2 * gate)
+        return self.kept_bytes(request) + request.branches * carried + max(attention + gate, mlps + 2 * gate)
+
+    def kept_bytes(self, request: SamplingRequest) -> int:
+        """Rotary tables, as if each branch had its own."""
+        tokens = request.image_tokens + request.prompt_tokens
+        return request.branches * tokens * (self.head_dim // 2) * 8  # complex64
 
     def attention_text(self, request: SamplingRequest) -> str:
         return self.attention.text(self._attended(request))

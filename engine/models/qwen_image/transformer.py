@@ -18,6 +18,7 @@ from .costs import QwenImageFootprint
 from .modulation import ModulationRow, ModulationTable
 from .network import QwenImageParts
 from .positions import Positions, branch_tables
+from .rotary_tables import RotaryTables
 from .tensors import TransformerConfig
 from .variants import Variant
 
@@ -71,6 +72,11 @@ class QwenImageTransformer(StreamedTransformer[Branch, BranchState]):
         self._embed = _TimestepEmbedding(self.outside, hardware.device, self.dtype, rounding, self.config)
         assert parts.modulation_store is not None
         self.modulation = ModulationTable(parts.modulation_store, self._embed)
+        layered, embed = self.config.use_layer3d_rope, self.outside.pos_embed
+        self._rotary = RotaryTables(
+            lambda shapes, places, length: branch_tables(embed, shapes, places, length, positions, layered=layered),
+            hardware.device,
+        )
 
     def embedding(self, timestep: float, additional_t_cond: int = 0) -> Tensor:
         """The timestep's embedding (rows, inner_dim) on the device."""
@@ -84,20 +90,18 @@ class QwenImageTransformer(StreamedTransformer[Branch, BranchState]):
 
     def begin(self, branches: Sequence[Branch], on_block: OnBlock | None) -> list[BranchState]:
         """Raises what `branch_tables` does."""
-        rows = {b.moment: self.modulation.row(*b.moment, on_block=on_block) for b in branches}
-        return [self._begin(branch, rows[branch.moment]) for branch in branches]
+        rows = self.modulation.rows([branch.moment for branch in branches], on_block=on_block)
+        rotary = self._rotary.of(branches)
+        return [
+            self._begin(branch, rows[branch.moment], tables) for branch, tables in zip(branches, rotary, strict=True)
+        ]
 
-    def _begin(self, branch: Branch, row: ModulationRow) -> BranchState:
+    def leave_device(self) -> None:
+        super().leave_device()
+        self._rotary.leave_device()
+
+    def _begin(self, branch: Branch, row: ModulationRow, rotary: tuple[Tensor, Tensor]) -> BranchState:
         outside, device = self.outside, self.hardware.device
-        layered = self.config.use_layer3d_rope
-        rotary = branch_tables(
-            outside.pos_embed,
-            branch.shapes,
-            branch.places,
-            branch.prompt_embeds.shape[1],
-            self.positions,
-            layered=layered,
-        )
         index = None
         if outside.zero_cond_t:
             tokens = [h * w * f for f, h, w in branch.shapes]
@@ -109,7 +113,7 @@ class QwenImageTransformer(StreamedTransformer[Branch, BranchState]):
             txt=outside.txt_in(outside.txt_norm(branch.prompt_embeds)),
             mask=branch.prompt_mask,
             temb=self.embedding(*branch.moment),
-            rotary=(rotary[0].to(device), rotary[1].to(device)),
+            rotary=rotary,
             modulate_index=index,
             row=row,
             residuals=branch.residuals,

@@ -1,0 +1,93 @@
+"""Where the host waits for the device: within a step for nothing younger than a block, in a pass over the modulation
+weights once, at its end."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from .device import HostWait, SimulatedGPU
+from .rig import PIECE_BYTES, Rig, finish, host
+from .seams import small_pieces
+from .tiny_models import LAYERS, TinyModels
+
+pytestmark = pytest.mark.slow
+TIMES = (1.0, 0.8, 0.6, 0.4)
+LORA = (("lora", 1.0), ("dora", 0.7))
+
+
+class Watched:
+    """What the thread that issues work waited for within `during`, and copies that could not be asynchronous."""
+
+    def __init__(self, gpu: SimulatedGPU) -> None:
+        self._gpu = gpu
+        self.waits: list[HostWait] = []
+        self.pageable = 0
+
+    @contextmanager
+    def during(self) -> Iterator[None]:
+        before, pageable, here = len(self._gpu.waits), self._gpu.pageable.total(), self._gpu.threads.here().name
+        yield
+        self.waits += [wait for wait in self._gpu.waits[before:] if wait.thread == here]
+        self.pageable += self._gpu.pageable.total() - pageable
+
+    def younger_than(self, kernels: int) -> list[str]:
+        return [str(wait) for wait in self.waits if wait.kernels_since < kernels]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("bf16", {"resident": (), "held": (0, 2)}),
+        ("int8", {"resident": (0,), "held": (1,), "lora": LORA}),
+        ("nf4", {"resident": (0, 3), "held": (1,)}),
+        ("GGUF", {"resident": (0,), "held": (1,)}),
+        ("fp8", {"resident": (0, 1, 2, 3, 4), "held": ()}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_step_waits_for_nothing_younger_than_a_block(
+    kind: str, options: dict[str, Any], tiny_models: TinyModels
+) -> None:
+    with SimulatedGPU("late") as gpu, small_pieces(PIECE_BYTES):
+        rig, first, later = Rig(tiny_models, gpu), Watched(gpu), Watched(gpu)
+        compute, kernels, made = gpu.current_stream(), [], list[Tensor]()
+        model = rig.transformer(kind, lora=options.get("lora", ()))
+        model.load(options["resident"], options["held"])
+        model.modulation.announce(TIMES)
+        steps = [rig.branches(timestep, residuals=True, prompts=2) for timestep in TIMES]
+        with model.session(slots=2) as session:
+            for branches in steps:
+                issued = []
+                with (first if not made else later).during():
+                    made += session.forward(
+                        branches,
+                        more=branches is not steps[-1],
+                        on_block=lambda index, issued=issued: issued.append(compute.kernels),
+                    )
+                kernels += [after - before for before, after in pairwise(issued)]
+        host(made)
+        finish(model)
+    assert len(kernels) == len(TIMES) * (LAYERS - 1)
+    assert not later.younger_than(min(kernels))
+    assert not later.pageable
+    # the tables of the image and of the two prompts; the image's goes with each prompt's
+    assert [wait for wait in first.younger_than(min(kernels)) if "rotary_tables.py of" not in wait] == []
+    assert len(first.younger_than(min(kernels))) == 4
+
+
+def test_a_pass_over_the_modulation_weights_waits_once(tiny_models: TinyModels) -> None:
+    with SimulatedGPU("late") as gpu, small_pieces(PIECE_BYTES):
+        watched, model = Watched(gpu), Rig(tiny_models, gpu).transformer("int8")
+        model.load(())
+        with watched.during():
+            model.modulation.announce([1 - i / 20 for i in range(20)])
+        finish(model)
+    computing = [str(wait) for wait in watched.waits if wait.stream.startswith("compute")]
+    # its moments, once a block, are looked at when it is over
+    assert [wait for wait in computing if "seconds_between" not in wait] == computing[-1:]
+    assert "host_waits" in computing[-1]
+    assert not watched.pageable
