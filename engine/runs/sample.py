@@ -71,10 +71,8 @@ class EulerSampler:
         device, dtype = transformer.hardware.device, transformer.dtype
         embeds = [prompt.to(device, dtype) for prompt in prompts]
 
-        def denoised(x: Tensor, sigma: Tensor) -> Tensor:
-            branches = [
-                images.branch(image, prompt, float(sigma)) for prompt in embeds for image in x.to(dtype).split(1)
-            ]
+        def denoised(x: Tensor, sigma: Tensor, timestep: float) -> Tensor:
+            branches = [images.branch(image, prompt, timestep) for prompt in embeds for image in x.to(dtype).split(1)]
             velocities = images.velocity(run.forward(branches), x).split(len(x))
             # rounded in the order of ComfyUI's samplers, which hand denoised images on
             guesses = [x - velocity * sigma for velocity in velocities]
@@ -86,7 +84,7 @@ class EulerSampler:
         try:
             run.load()
             run.begin(sigmas[sigmas > 0].tolist())
-            latents = images.raw(euler(noise.to(device), sigmas.to(device), denoised)).cpu()
+            latents = images.raw(euler(noise.to(device), sigmas, denoised)).cpu()
             finished = True
         finally:
             report = run.end(finished=finished)

@@ -12,8 +12,9 @@ from ..out_of_memory import Short
 from ..planning.forecast import Throughput, corrected
 from ..planning.memory import MemoryPlan, plan_memory
 from ..reports.memory_report import MemoryReport
-from ..streaming import Waits
+from ..streaming import OnBlock, Waits
 from . import retry
+from .expected_timesteps import ExpectedTimesteps
 from .known_speeds import KnownSpeeds
 from .memory_watch import MemoryWatch
 from .pass_clock import PassClock
@@ -57,6 +58,7 @@ class SamplingRun:
         self._watch = MemoryWatch(transformer.hardware.device)
         self._session = SamplingSession(transformer, plan, timeline, self._watch, surroundings)
         self._timesteps: Sequence[float] = ()
+        self._expected = ExpectedTimesteps(transformer.store.order, ())
         self._seen: set[float] = set()
         self._clock = PassClock(transformer.store.order)
         self._first_waits = Waits()
@@ -94,26 +96,57 @@ class SamplingRun:
             logger.warning("%s", warning)
         self._timesteps = timesteps
         self._copied_before, self._read_before = self._transformer.store.copied, self._transformer.store.read
+        self._expected = ExpectedTimesteps(self._transformer.store.order, timesteps)
         self.attempt(self._open)
 
-    def forward(self, branches: Sequence[Any], hooked: Sequence[Any] = ()) -> list[Tensor]:
-        """One pass over the blocks for all branches; `hooked` are those with something around their blocks."""
+    def forward_at(
+        self,
+        timesteps: Tensor,
+        branches: Callable[[Sequence[float]], Sequence[Any]],
+        hooked: Sequence[Any] = (),
+        *,
+        ahead: bool,
+    ) -> list[Tensor]:
+        """As `forward`, of `branches(values)`, the values of timesteps that may lie on the device. `ahead`: the pass
+        may begin with those that are expected, and be made again if they were others."""
+
+        def compute(values: Sequence[float], on_block: OnBlock) -> list[Tensor]:
+            return self.forward(branches(values), hooked, on_block=on_block)
+
+        return self._expected.run(timesteps, compute, ahead=ahead)
+
+    def forward(
+        self, branches: Sequence[Any], hooked: Sequence[Any] = (), *, on_block: OnBlock | None = None
+    ) -> list[Tensor]:
+        """One pass over the blocks for all branches; `hooked` are those with something around their blocks. `on_block`
+        is called before each block with its index, and may raise."""
         if self._clock.passes == 1:
             self._first_waits = self._session.waits
         timestep = min(branch.timestep for branch in branches)
-        if timestep not in self._seen:
+        new = timestep not in self._seen
+        if new:
             self._seen.add(timestep)
             self._progress.step = len(self._seen) - 1
         more = timestep > min(self._timesteps, default=0.0)
 
+        def begin_block(index: int) -> None:
+            self._progress.sampling(index)
+            if on_block is not None:
+                on_block(index)
+
         def compute() -> list[Tensor]:
             if not self._session.is_open:
                 self._open()
-            on_block, check = self._progress.sampling, self._surroundings.check
-            return self._session.forward(branches, hooked=hooked, more=more, on_block=on_block, check=check)
+            check = self._surroundings.check
+            return self._session.forward(branches, hooked=hooked, more=more, on_block=begin_block, check=check)
 
-        with self._clock.measuring():
-            return self.attempt(compute)
+        try:
+            with self._clock.measuring():
+                return self.attempt(compute)
+        except BaseException:
+            if new:
+                self._seen.discard(timestep)  # it has not been computed
+            raise
 
     def end(self, *, finished: bool) -> MemoryReport:
         """Give back what the run held on the device; not `finished`: after an error or an interruption."""

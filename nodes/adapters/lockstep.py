@@ -19,6 +19,7 @@ class Lockstep:
     def __init__(self) -> None:
         self._recorded: list[Any] | None = None
         self._results: list[Tensor] | None = None
+        self.running = False  # all calls of an evaluation, together
 
     @property
     def recording(self) -> bool:
@@ -44,6 +45,7 @@ class Lockstep:
             self._recorded = []
             execute()
             recorded, self._recorded = self._recorded, None
+            self.running = True
             self._results = run(recorded) if recorded else []  # none where no prompt is active at this step
             answer = execute()
             if self._results:
@@ -51,3 +53,4 @@ class Lockstep:
             return answer
         finally:
             self._recorded = self._results = None
+            self.running = False

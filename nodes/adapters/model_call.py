@@ -1,5 +1,6 @@
 """One call of the diffusion model by ComfyUI, translated to branches."""
 
+from collections.abc import Sequence
 from math import prod
 
 import torch
@@ -46,7 +47,7 @@ class Call:
             )
         self._size = x.shape[-2:]
         self._x = pad_to_patch_size(x, (1, PATCH, PATCH)).to(dtype)
-        self._timesteps = timestep.tolist()
+        self.timesteps = timestep
         self._context = context.to(dtype)
         self._mask = None if attention_mask is None else attention_mask.bool()
         # ComfyUI's own text nodes make references of odd sizes, and its model wraps them round to whole patches
@@ -69,7 +70,7 @@ class Call:
         frames, height, width = self._x.shape[2:]
         return unpack(tokens, height, width, frames)[..., : self._size[0], : self._size[1]]
 
-    def branches(self) -> list[Branch]:
+    def branches(self, timesteps: Sequence[float]) -> list[Branch]:
         images = [self._x, *self._references]
         shapes = tuple(shape_in_patches(image) for image in images)
         return [
@@ -78,7 +79,7 @@ class Call:
                 shapes=shapes,
                 prompt_embeds=_sample(self._context, i),
                 prompt_mask=None if self._mask is None else _sample(self._mask, i),
-                timestep=self._timesteps[i],
+                timestep=timesteps[i],
                 additional_t_cond=int(self._additional[min(i, len(self._additional) - 1)]),
                 residuals=sample_of(self._residuals, i),
                 places=self._places,

@@ -5,6 +5,7 @@ the diffusion model to branches (`DiffusionModel`).
 """
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any, ClassVar, Protocol
 
 import comfy.model_management
@@ -38,8 +39,12 @@ class ModelCall(Protocol):
     @property
     def batch(self) -> int: ...
 
-    def branches(self) -> list[Any]:
-        """One for each image of the batch."""
+    @property
+    def timesteps(self) -> Tensor:
+        """Of each image of the batch, (B,) in 0..1 in fp32, wherever they lie."""
+
+    def branches(self, timesteps: Sequence[float]) -> list[Any]:
+        """One for each image of the batch, with these as the host knows them."""
 
     def unpack(self, answer: Tensor) -> Tensor:
         """Of a branch, as ComfyUI has it, with its batch dimension."""
@@ -63,13 +68,20 @@ class ModelCalls:
             raise Unsupported(
                 "The model was called outside of a sampler. Use a sampler node.", code="graph.called_outside_of_sampler"
             )
-        branches: list[Any] = []
         hooked = []
-        for call in calls:
+        bounds = list(pairwise(accumulate((call.batch for call in calls), initial=0)))
+        for call, (first, last) in zip(calls, bounds, strict=True):
             if call.patches is not None:
-                hooked.append(Hooked(range(len(branches), len(branches) + call.batch), call.patches))
-            branches += call.branches()
-        answers = iter(self.run.forward(branches, hooked))
+                hooked.append(Hooked(range(first, last), call.patches))
+
+        def branches(timesteps: Sequence[float]) -> list[Any]:
+            own = [timesteps[first:last] for first, last in bounds]
+            return [branch for call, of_call in zip(calls, own, strict=True) for branch in call.branches(of_call)]
+
+        # what patches see cannot be taken back, and calls that run alone ask for one timestep several times
+        ahead = self.lockstep.running and not hooked
+        asked = torch.cat([call.timesteps for call in calls])
+        answers = iter(self.run.forward_at(asked, branches, hooked, ahead=ahead))
         return [torch.cat([call.unpack(next(answers)) for _ in range(call.batch)]) for call in calls]
 
 

@@ -173,15 +173,15 @@ class ToyCall:
     patches = None
 
     def __init__(self, x: Tensor, timestep: Tensor, prompt: Tensor) -> None:
-        self._x, self._sigmas, self._prompt = x, timestep.tolist(), prompt
+        self._x, self.timesteps, self._prompt = x, timestep, prompt
 
     @property
     def batch(self) -> int:
         return len(self._x)
 
-    def branches(self) -> list[ToyBranch]:
+    def branches(self, timesteps: Sequence[float]) -> list[ToyBranch]:
         prompts = self._prompt.expand(self.batch, -1, -1)
-        return [ToyBranch(self._x[i : i + 1], prompts[i : i + 1], self._sigmas[i]) for i in range(self.batch)]
+        return [ToyBranch(self._x[i : i + 1], prompts[i : i + 1], timesteps[i]) for i in range(self.batch)]
 
     def unpack(self, answer: Tensor) -> Tensor:
         return answer

@@ -24,6 +24,8 @@ class Copies:
         """A copy of `source` on `device`."""
         if device.type == "cpu":
             out = torch.empty(source.size(), dtype=dtype)
+            if non_blocking:
+                self._gpu.page_locks.lend(out)
         else:
             like = torch.empty_strided(source.size(), source.stride(), device="meta", dtype=dtype)
             out = self._gpu.new(Layout.of(torch.empty_like(like)), device, "a copy")  # strides as torch keeps them

@@ -1,5 +1,6 @@
 """Page-locked host memory: who reads and writes it, and garbage once it is unlocked."""
 
+import weakref
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,6 +34,16 @@ class PageLocks:
             log = AccessLog(f"page-locked memory ({' < '.join(self._gpu.site())})")
             self._locked[data.data_ptr()] = data, log
         return True
+
+    def lend(self, data: Tensor) -> None:
+        """Of torch's own page-locked memory, which has others wait until the device is done with it."""
+        alias = data.detach()
+        self.lock(alias)
+        weakref.finalize(data, self._take_back, alias.data_ptr()).atexit = False
+
+    def _take_back(self, address: int) -> None:
+        with self._gpu.lock:
+            del self._locked[address]
 
     def unlock(self, data: Tensor, device: torch.device | None = None) -> bool:
         """Its owner has let go of it: it may be anybody's from now on."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import torch
+from qwenimage_lowvram.engine.runs.expected_timesteps import ExpectedTimesteps
 from torch import Tensor
 
 from .rig import TIMES, Lora, Rig, finish, host
@@ -169,6 +170,24 @@ def several_moments(rig: Rig, kind: str) -> list[Tensor]:
         for together in passes:
             branches = [branch for timestep in together for branch in rig.branches(timestep)]
             made += session.forward(branches, more=together != passes[-1])
+    finish(model)
+    return host(made)
+
+
+def expected(rig: Rig, kind: str, *, asked: Sequence[float]) -> list[Tensor]:
+    """A sampler's timesteps lie on the device. Those that were announced are 1, 0.75, 0.5 and 0.25."""
+    model, announced = rig.transformer(kind), (1.0, 0.75, 0.5, 0.25)
+    model.load((0,), (1,))
+    model.modulation.announce(announced)
+    timesteps = ExpectedTimesteps(model.store.order, announced)
+    made: list[Tensor] = []
+    with model.session(slots=2) as session:
+
+        def compute(values: Sequence[float], on_block: Callable[[int], None]) -> list[Tensor]:
+            return session.forward(rig.branches(values[0]), more=values[0] > announced[-1], on_block=on_block)
+
+        for timestep in asked:
+            made += timesteps.run(torch.tensor([timestep], device=rig.hardware.device), compute, ahead=True)
     finish(model)
     return host(made)
 

@@ -1,12 +1,14 @@
 """Where the host waits for the device: within a step for nothing younger than a block, in a pass over the modulation
 weights once, at its end."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
 import pytest
+import torch
+from qwenimage_lowvram.engine.runs.expected_timesteps import ExpectedTimesteps
 from torch import Tensor
 
 from .device import HostWait, SimulatedGPU
@@ -86,8 +88,38 @@ def test_a_pass_over_the_modulation_weights_waits_once(tiny_models: TinyModels) 
         with watched.during():
             model.modulation.announce([1 - i / 20 for i in range(20)])
         finish(model)
-    computing = [str(wait) for wait in watched.waits if wait.stream.startswith("compute")]
-    # its moments, once a block, are looked at when it is over
-    assert [wait for wait in computing if "seconds_between" not in wait] == computing[-1:]
-    assert "host_waits" in computing[-1]
+    computing = [wait for wait in watched.younger_than(20) if "the compute stream" in wait]
+    # moments, one a block, are looked at when it is over
+    assert len([wait for wait in computing if "seconds_between" not in wait]) == 1
+    assert "modulation.py _compute" in computing[-1]
     assert not watched.pageable
+
+
+def test_a_samplers_timesteps_are_known_without_waiting_for_the_step_before(tiny_models: TinyModels) -> None:
+    with SimulatedGPU("late") as gpu, small_pieces(PIECE_BYTES):
+        rig, first, later = Rig(tiny_models, gpu), Watched(gpu), Watched(gpu)
+        model, compute_stream, issued, made = rig.transformer("int8"), gpu.current_stream(), [], list[Tensor]()
+        model.load((0,), (1,))
+        announced = torch.tensor(TIMES).tolist()
+        model.modulation.announce(announced)
+        steps = {timestep: rig.branches(timestep) for timestep in announced}
+        sigmas = torch.tensor(announced, device="cuda:0")
+        with model.session(slots=2) as session:
+
+            def compute(values: list[float], on_block: Callable[[int], None]) -> list[Tensor]:
+                def begin_block(index: int) -> None:
+                    issued.append(compute_stream.kernels)
+                    on_block(index)
+
+                return session.forward(steps[values[0]], more=values[0] > announced[-1], on_block=begin_block)
+
+            timesteps = ExpectedTimesteps(model.store.order, announced)
+            for sigma in sigmas:
+                asked = sigma * torch.ones(1, device="cuda:0")
+                with (later if made else first).during():
+                    made += timesteps.run(asked, compute, ahead=True)
+        host(made)
+        finish(model)
+    assert len(issued) == len(TIMES) * LAYERS
+    assert not later.younger_than(issued[1] - issued[0])
+    assert not later.pageable

@@ -17,6 +17,7 @@ CASES: dict[str, Case] = {
     "left": (sudden_ends.left, "late", {"kind": "int8", "slots": 3}),
     "left, bf16": (sudden_ends.left, "copies late", {"kind": "bf16", "slots": 3}),
     "left beside rows": (sudden_ends.left_beside_rows, "late", {"kind": "bf16", "stop_at": 3}),
+    "expected": (scenarios.expected, "late", {"kind": "bf16", "asked": (1.0, 0.75, 0.75)}),
     "several moments": (scenarios.several_moments, "late", {"kind": "bf16"}),
     "taken": (sudden_ends.taken, "late", {"kind": "int8", "what": "resident"}),
     "taken within": (sudden_ends.taken, "late", {"kind": "int8", "what": "resident", "inside": (3,)}),
@@ -40,8 +41,11 @@ FIRST = {
     "end_run": ("taken", "left", "unreadable"),
 }
 # name -> why nothing can go wrong without it
+NEAR = "the streamer has waited for a later moment before it calls on_block"
 REDUNDANT = {
-    "row_slots._fill: copying": "the compute stream would make the copy, which takes its time: test_simulated_time"
+    "row_slots._fill: copying": "the compute stream would make the copy, which takes its time: test_simulated_time",
+    "expected_timesteps.run: record_compute": NEAR,
+    "expected_timesteps.look: host_waits": NEAR,
 }
 CALLS = ordering_calls()
 
