@@ -62,6 +62,9 @@ class Allocator:
         weakref.finalize(allocation, self._give_back, memory, allocation.log, stream).atexit = False
         return allocation
 
+    def reset_peak(self) -> None:
+        self.peak_bytes = self.allocated_bytes
+
     def _require(self, size: int) -> None:
         self.requests += 1
         if self.fail_at is not None:

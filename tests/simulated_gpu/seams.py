@@ -71,6 +71,10 @@ def _torch(gpu: "SimulatedGPU") -> Iterator[tuple[Any, str, Any]]:
     yield F, "scaled_dot_product_attention", attend
     yield torch.cuda, "_lazy_init", lambda: None
     yield torch.cuda, "device", lambda device: nullcontext()
+    allocator = gpu.allocator
+    yield torch.cuda, "memory_allocated", lambda device=None: allocator.allocated_bytes
+    yield torch.cuda, "max_memory_allocated", lambda device=None: allocator.peak_bytes
+    yield torch.cuda, "reset_peak_memory_stats", lambda device=None: allocator.reset_peak()
 
 
 def small_pieces(nbytes: int) -> AbstractContextManager[object]:

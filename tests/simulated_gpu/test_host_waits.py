@@ -11,6 +11,7 @@ import torch
 from qwenimage_lowvram.engine.runs.expected_timesteps import ExpectedTimesteps
 from torch import Tensor
 
+from . import beside
 from .device import HostWait, SimulatedGPU
 from .rig import PIECE_BYTES, Rig, finish, host
 from .seams import small_pieces
@@ -123,3 +124,25 @@ def test_a_samplers_timesteps_are_known_without_waiting_for_the_step_before(tiny
     assert len(issued) == len(TIMES) * LAYERS
     assert not later.younger_than(issued[1] - issued[0])
     assert not later.pageable
+
+
+def test_layers_of_the_text_encoder_wait_for_nothing_and_blocks_of_its_vision_part_twice(
+    tiny_models: TinyModels,
+) -> None:
+    with SimulatedGPU("late") as gpu, small_pieces(PIECE_BYTES):
+        encoder = beside.text_encoder(Rig(tiny_models, gpu))
+        seen, watched = Watched(gpu), Watched(gpu)
+        begun: list[int] = []
+        with watched.during():
+            encoder.encode(beside.PROMPTS, on_layer=lambda index: begun.append(len(gpu.waits)))
+        with seen.during():
+            encoder.vision_tower().see(beside.shown_images(), on_block=lambda index: begun.append(len(gpu.waits)))
+    within = [
+        str(wait) for wait in gpu.waits[begun[0] : begun[3]] if wait.kernels_since < 10 and "copy to" in wait.what
+    ]
+    assert not within
+    answers = [wait for wait in watched.waits if wait.what == "copy to the host"]
+    assert len(answers) == len(beside.PROMPTS)
+    # where the windows begin, and where the images do; before the blocks the sizes of images; and the answer
+    asked = [wait for wait in gpu.waits[begun[4] :] if wait.what == "copy to the host"]
+    assert len(asked) == 3

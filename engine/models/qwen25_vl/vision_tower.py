@@ -72,15 +72,26 @@ class VisionTower(vision_tower.VisionTower):
 
 
 class _InTurn(nn.Module):
-    """Stands where the tower has its list of blocks, and hands out each when its turn comes."""
+    """Stands where the tower has its list of blocks, and hands out each when its turn comes.
+
+    Blocks ask for the lengths of the windows that they attend within; on the device, each would wait for all before it.
+    """
 
     def __init__(self, blocks: Iterator[tuple[int, nn.Module]]) -> None:
         super().__init__()
         self._blocks = blocks
 
-    def __iter__(self) -> Iterator[nn.Module]:
+    def __iter__(self) -> Iterator[Callable[..., Tensor]]:
+        on_host: dict[int, tuple[Tensor, Tensor]] = {}  # by id, beside what has it
+
+        def run(block: nn.Module, *states: Tensor, cu_seqlens: Tensor, **options: Any) -> Tensor:
+            if id(cu_seqlens) not in on_host:
+                on_host[id(cu_seqlens)] = cu_seqlens, cu_seqlens.cpu()
+            output: Tensor = block(*states, cu_seqlens=on_host[id(cu_seqlens)][1], **options)
+            return output
+
         for _, block in self._blocks:
-            yield block
+            yield partial(run, block)
 
 
 def _network() -> Any:
