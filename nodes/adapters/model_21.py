@@ -100,7 +100,7 @@ class Call21:
                 code="graph.fractional_mask",
             )
         self._x = x.to(dtype)
-        self._timesteps = timestep.tolist()
+        self.timesteps = timestep
         self._context = context.to(dtype)
         self._mask = None if mask is None else mask.bool()
         self._references = [image.to(dtype) for image in references]
@@ -114,7 +114,7 @@ class Call21:
         """A branch's velocity, (1, 64, h, w)."""
         return unpack(tokens, *self._x.shape[-2:])
 
-    def branches(self) -> list[Branch]:
+    def branches(self, timesteps: Sequence[float]) -> list[Branch]:
         prefixes: dict[int, Prefix] = {}
         made = []
         for i in range(self.batch):
@@ -122,7 +122,7 @@ class Call21:
             if row not in prefixes:
                 prefixes[row] = self._prefix(row)
             image = self._x[i : i + 1]
-            made.append(Branch(pack(image), shape_in_tokens(image), prefixes[row], self._timesteps[i]))
+            made.append(Branch(pack(image), shape_in_tokens(image), prefixes[row], timesteps[i]))
         return made
 
     @property
