@@ -14,6 +14,7 @@ from ..errors import Unsupported
 from ..files.checkpoint import Checkpoint
 from ..hardware import Hardware
 from ..planning.footprint import TransformerFootprint
+from ..planning.kept import NOTHING_KEPT, KeptTiers
 from ..planning.memory import SecondaryDevice
 from ..planning.spread import spread_order
 from ..streaming import BlockStreamer, OnBlock, Pace, Waits, WeightPatch, bind
@@ -104,6 +105,7 @@ class StreamedTransformer(ABC, Generic[BranchT, StateT]):
             with torch.inference_mode(False):
                 outside = self._parts.read_outside(patches)  # first: it may fail
         self._parts.patch(patches)
+        self.store.kept.forget()
         if outside is not None:
             with torch.inference_mode(False):
                 self._outside.load_state_dict(outside, assign=True)
@@ -117,15 +119,18 @@ class StreamedTransformer(ABC, Generic[BranchT, StateT]):
         resident: Iterable[int],
         held: Iterable[int] = (),
         secondaries: Sequence[SecondaryDevice] = (),
+        kept: KeptTiers = NOTHING_KEPT,
         *,
         on_block: OnBlock | None = None,
     ) -> None:
         """Bring the weights outside the blocks and the `resident` blocks to the device, and keep `held` ones in host
-        memory from their next visit on; the blocks of `secondaries` go to their devices.
+        memory from their next visit on; the blocks of `secondaries` go to their devices. `kept`: where what blocks make
+        once stays.
 
         `on_block` is called before each block that is brought to a device, and may raise.
         """
         self.return_outside()
+        self.store.kept.place(kept.device, kept.host, kept.block_bytes, kept.spare_bytes, ahead=kept.ahead)
         there = {secondary.device: secondary.blocks for secondary in secondaries}
         for device, store in self.secondaries.items():
             store.set_resident(there.get(device, ()), on_block=on_block)
@@ -153,6 +158,8 @@ class StreamedTransformer(ABC, Generic[BranchT, StateT]):
         resident = self.store.resident
         leaving = [index for index in reversed(spread_order(len(self.store.blocks))) if index in resident]
         self.store.set_resident(resident - set(leaving[: -(-nbytes // block_bytes)]))
+        if before - self.store.resident_bytes < nbytes:
+            self.store.kept.release()
         return before - self.store.resident_bytes
 
     @property

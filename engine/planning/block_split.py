@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from .footprint import TransformerFootprint
-from .memory import SecondaryDevice, most_bytes, without_secondaries
+from .memory import SecondaryDevice, most_bytes, whole_bytes, without_secondaries
 from .request import Controls, SamplingRequest
 
 
@@ -34,4 +34,4 @@ def secondary_bytes(footprint: TransformerFootprint, request: SamplingRequest, b
     """What a device takes on which so many blocks stay, and nothing else of the model or beside it."""
     away = footprint.blocks - blocks
     there = replace(footprint, blocks=blocks, elsewhere=away, outside_bytes=0)
-    return most_bytes(there, replace(request, controls=Controls()))
+    return whole_bytes(there, replace(request, controls=Controls()))

@@ -65,6 +65,14 @@ class TransformerFootprint(ABC):
         """(width, height) in px that the network was trained on, largest first, and smaller ones to fall back to."""
         return ()
 
+    def kept_block_bytes(self, request: SamplingRequest) -> int:
+        """What each block makes of a request once, and can keep for later steps."""
+        return 0
+
+    def kept_flops(self, request: SamplingRequest) -> float:
+        """Operations, in all blocks, of what `kept_block_bytes` are made by; not among those of a step."""
+        return 0.0
+
     @abstractmethod
     def activation_bytes(self, request: SamplingRequest, chunk: int | None) -> int:
         """Peak of a forward pass beyond weights; `chunk`: tokens of an MLP at a time, None for all at once."""

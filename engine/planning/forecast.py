@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from .footprint import TransformerFootprint
+from .kept import NOTHING_KEPT, KeptTiers
 from .overlap import PIECE_BYTES, RING_PIECES, BlockSeconds, pass_seconds
 from .rates import CONVOLUTION_SHARE, DECODE_SHARE, ISSUE_SECONDS, LAUNCH_SECONDS, LOCK_BYTES, STEP_SECONDS
 from .request import SamplingRequest
@@ -88,13 +89,17 @@ def forecast_step(
     ring_pieces: int = RING_PIECES,
     piece_bytes: int = PIECE_BYTES,
     first: bool = False,
+    kept: KeptTiers = NOTHING_KEPT,
 ) -> StepForecast:
     """For `streamed` blocks that pass through slots, `from_file` of which come from the file, in pieces of which
-    `ring_pieces` are read ahead of their copies. `first`: with nothing there yet, and what is to be held is read."""
-    compute = footprint.step_flops(request) / speeds.flops
+    `ring_pieces` are read ahead of their copies. `first`: with nothing there yet, and what is to be held is read.
+    `kept`: of what blocks make once, what is made anew, or all in the first step, and what is copied to the device."""
+    made = 1.0 if first or not kept.blocks else kept.remade / kept.blocks
+    compute = (footprint.step_flops(request) + made * footprint.kept_flops(request)) / speeds.flops
+    brought = 0.0 if footprint.host else kept.in_host * kept.block_bytes / speeds.bus_bytes
     each = compute / footprint.all_blocks
     one = _block_seconds(footprint, request, speeds, each)
-    between = 0.0 if footprint.host else STEP_SECONDS
+    between = (0.0 if footprint.host else STEP_SECONDS) + (0.0 if kept.ahead else brought)
     passing = streamed if footprint.native else footprint.blocks
     ring = 0 if footprint.host else ring_pieces * piece_bytes
     together = pass_seconds(
@@ -110,7 +115,7 @@ def forecast_step(
     )
     return StepForecast(
         compute,
-        streamed * one.copy,
+        streamed * one.copy + brought,
         (streamed if first else from_file) * one.read,
         overlapped=True,
         decode_seconds=passing * one.decode,

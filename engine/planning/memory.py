@@ -5,7 +5,7 @@ or in the file; more memory never makes the forecast slower; what is refused doe
 suggests does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from ..compute.attention_kernels import FUSED
@@ -14,6 +14,7 @@ from ..errors import DoesNotFit
 from ..texts import size_text
 from .footprint import TransformerFootprint
 from .forecast import TYPICAL, Speeds, StepForecast, forecast_step
+from .kept import NOTHING_KEPT, KeptTiers, choices
 from .request import GIB, Controls, Limits, SamplingRequest
 from .run_forecast import RunForecast, forecast_run
 from .spread import spread_order
@@ -66,6 +67,7 @@ class MemoryPlan:
     run: RunForecast
     attention: str = FUSED.name
     secondaries: tuple[SecondaryDevice, ...] = ()
+    kept: KeptTiers = NOTHING_KEPT
 
     @property
     def limit_bytes(self) -> int:
@@ -92,13 +94,14 @@ class MemoryPlan:
         slots = f"{self.slots} slot{'s' if self.slots != 1 else ''}"
         ram = "" if self.limits.ram_bytes is None else f" of {size_text(self.limits.ram_bytes)}"
         controls = f", {self.request.controls}" if self.request.controls else ""
+        kept = f"; {self.kept}" if self.kept.block_bytes else ""
         elsewhere = "".join(f"; {secondary}" for secondary in self.secondaries)
         return (
             f"MemoryPlan({self.request}: {len(self.resident)} of {self.blocks} blocks resident, {len(self.held)} in "
             f"RAM, {self.from_file} read from the file, through {slots}, {size_text(self.streamed_bytes_per_step)} "
             f"per step{chunk}; peak {size_text(self.peak_bytes)} of {size_text(self.limit_bytes)}: weights "
             f"{size_text(self.resident_bytes)}, activations {size_text(self.activation_bytes)}{controls}; RAM "
-            f"{size_text(self.ram_peak_bytes)}{ram}; {self.forecast}, {self.run}{elsewhere})"
+            f"{size_text(self.ram_peak_bytes)}{ram}; {self.forecast}, {self.run}{kept}{elsewhere})"
         )
 
 
@@ -119,10 +122,7 @@ def plan_memory(
     plans = []
     for slots in (2, 1):
         for chunk in MLP_CHUNKS:
-            draft = _Draft(footprint, request, slots, chunk)
-            resident = draft.most_resident(limits)
-            if resident is not None:
-                plans.append(draft.plan(resident, limits, speeds))
+            plans += _Draft(footprint, request, slots, chunk).plans(limits, speeds)
     if not plans:
         raise _refusal(footprint, request, limits)
     return replace(min(plans, key=_slowness), secondaries=secondaries)
@@ -136,8 +136,9 @@ def without_secondaries(
     return replace(footprint, blocks=footprint.blocks - away, elsewhere=away)
 
 
-def _slowness(plan: MemoryPlan) -> tuple[float, int, int]:
-    return plan.forecast.seconds, -(plan.slots if plan.streamed else 2), -len(plan.resident)
+def _slowness(plan: MemoryPlan) -> tuple[float, int, int, int]:
+    slots = plan.slots if plan.streamed else 2
+    return plan.forecast.seconds, -slots, -len(plan.resident), -plan.kept.on_device
 
 
 def least_bytes(footprint: TransformerFootprint, request: SamplingRequest) -> int:
@@ -158,15 +159,21 @@ def least_ram_bytes(footprint: TransformerFootprint, request: SamplingRequest) -
 
 
 def most_bytes(footprint: TransformerFootprint, request: SamplingRequest) -> int:
-    """The device limit from which on more memory changes nothing: everything resident."""
+    """The device limit from which on more memory changes nothing: everything resident, and all that is made once."""
+    return whole_bytes(footprint, request) + footprint.all_blocks * footprint.kept_block_bytes(request)
+
+
+def whole_bytes(footprint: TransformerFootprint, request: SamplingRequest) -> int:
+    """With every block resident, and nothing else kept."""
     return _Draft(footprint, request, 2, None).peak_bytes(footprint.blocks)
 
 
 def most_ram_bytes(footprint: TransformerFootprint, request: SamplingRequest) -> int:
-    """The limit of host memory from which on more changes nothing: every block held."""
+    """The limit of host memory from which on more changes nothing: every block held, and all that they make once."""
     if footprint.host:
         return _rows_bytes(footprint, request) + most_bytes(footprint, request)
-    return _rows_bytes(footprint, request) + footprint.ring_bytes + footprint.blocks * footprint.stored_bytes
+    kept = footprint.all_blocks * footprint.kept_block_bytes(request)
+    return _rows_bytes(footprint, request) + footprint.ring_bytes + footprint.blocks * footprint.stored_bytes + kept
 
 
 def step_bytes(footprint: TransformerFootprint, request: SamplingRequest, activation_bytes: int) -> int:
@@ -186,6 +193,25 @@ class _Draft:
     request: SamplingRequest
     slots: int
     chunk: int | None
+    kept: KeptTiers = NOTHING_KEPT
+
+    def plans(self, limits: Limits, speeds: Speeds) -> list[MemoryPlan]:
+        """One for each way to keep what blocks make once that fits; none where not even a stream does."""
+        made = []
+        for kept in self._ways_to_keep(limits):
+            draft = replace(self, kept=kept)
+            resident = draft.most_resident(limits)
+            if resident is not None:
+                made.append(draft.plan(resident, limits, speeds))
+        return made
+
+    def _ways_to_keep(self, limits: Limits) -> Iterable[KeptTiers]:
+        footprint, request = self.footprint, self.request
+        on_device = _device_limit(footprint, request, limits) - min(
+            self.peak_bytes(0), self.peak_bytes(footprint.blocks)
+        )
+        in_host = None if footprint.host else _ram_left(footprint, request, limits)
+        return choices(footprint.all_blocks, footprint.kept_block_bytes(request), on_device, in_host)
 
     def most_resident(self, limits: Limits) -> int | None:
         """How many blocks can stay on the device; None where not even a stream fits."""
@@ -206,6 +232,7 @@ class _Draft:
         """Of sampling, of the pass that computes the modulation table, and of one late timestep beside the slots."""
         footprint, controls = self.footprint, self.request.controls
         stays = footprint.outside_bytes + resident * footprint.resident_block_bytes + controls.weights_bytes
+        stays += self.kept.device_bytes
         staging = 0 if resident == footprint.blocks else footprint.staging_bytes
         modulation = footprint.modulation_slot_bytes
         decoding = footprint.modulation_staging_bytes + footprint.modulation_scratch_bytes
@@ -223,13 +250,21 @@ class _Draft:
     def plan(self, resident: int, limits: Limits, speeds: Speeds) -> MemoryPlan:
         footprint, request = self.footprint, self.request
         streamed = footprint.blocks - resident
-        left = _ram_left(footprint, request, limits)
+        left = _ram_left(footprint, request, limits) - self.kept.host_bytes
         held = 0 if footprint.host else min(streamed, left // footprint.stored_bytes)
         order = spread_order(footprint.blocks)
         sampling, modulation, late = self._peaks(resident)
-        host_bytes = self.peak_bytes(resident) if footprint.host else footprint.ring_bytes
+        host_bytes, kept = footprint.ring_bytes, self.kept
+        if footprint.host:
+            host_bytes = self.peak_bytes(resident)
+        else:
+            spare = left - held * footprint.stored_bytes
+            kept = replace(kept, spare_bytes=max(0, min(kept.on_device * kept.block_bytes, spare)))
+            host_bytes += kept.host_bytes
         slots = self._slots(resident)
-        step = forecast_step(footprint, request, speeds, streamed=streamed, from_file=streamed - held, slots=slots)
+        step = forecast_step(
+            footprint, request, speeds, streamed=streamed, from_file=streamed - held, slots=slots, kept=kept
+        )
         return MemoryPlan(
             request=request,
             limits=limits,
@@ -248,6 +283,7 @@ class _Draft:
             forecast=step,
             run=forecast_run(footprint, request, speeds, step, streamed=streamed, slots=slots),
             attention=footprint.attention_text(request),
+            kept=kept,
         )
 
 

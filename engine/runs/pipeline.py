@@ -177,7 +177,7 @@ class Pipeline:
     def close(self) -> None:
         """Give back what stays on the device and in host memory between images."""
         self._transformer.unload()
-        self._transformer.store.set_held(())
+        self._transformer.store.leave_host()
 
     def __enter__(self) -> "Pipeline":
         return self

@@ -47,7 +47,7 @@ class SamplingSession:
         """Bring what stays on the devices there."""
         plan = self.plan
         self._transformer.load(
-            plan.resident, plan.held, plan.secondaries, on_block=lambda index: self._surroundings.check()
+            plan.resident, plan.held, plan.secondaries, plan.kept, on_block=lambda index: self._surroundings.check()
         )
 
     @contextmanager

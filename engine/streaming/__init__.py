@@ -5,6 +5,7 @@ Knows how a block is stored and where it is to lie, and nothing of what a block 
 
 from .block_layout import StoredBlock, WeightPatch, bind, store_block
 from .block_source import BlockSource, FileSource, TensorReader, read_params
+from .kept_tensors import KeptTensors
 from .pinned_memory import HostBuffer, PinnedMemory
 from .ring import RING_PIECES
 from .row_slots import RowSlots
@@ -23,6 +24,7 @@ __all__ = [
     "BlockStreamer",
     "FileSource",
     "HostBuffer",
+    "KeptTensors",
     "OnBlock",
     "Pace",
     "PinnedMemory",

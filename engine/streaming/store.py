@@ -14,6 +14,7 @@ from ..planning.forecast import Throughput
 from .block_layout import StoredBlock
 from .block_source import BlockSource
 from .decode_costs import DecodeCost
+from .kept_tensors import KeptTensors
 from .pinned_memory import HostBuffer, PinnedMemory
 from .streams import StreamOrder
 from .tiers import Tiers
@@ -26,7 +27,8 @@ class BlockStore:
     A resident block (on the device) whose stored bytes are the compute dtype's is its own slot. One in another
     format stays encoded, at its stored size, and is decoded into a slot at each visit. A held block lies in host
     memory as it is stored, from its first visit on. All others are read from their file at each visit.
-    `make_block` returns an empty module (on the meta device) whose parameters are those of a StoredBlock.
+    `make_block` returns an empty module (on the meta device) whose parameters are those of a StoredBlock. `kept`: what
+    blocks made, for later visits; it counts as resident and held.
 
     Where blocks lie is kept by `Tiers`, how they get there by `Transfer`; their lock is here.
     """
@@ -47,6 +49,7 @@ class BlockStore:
         self._host = host or PinnedMemory(hardware)
         self._transfer = Transfer(source, self._sizes(blocks), self.order, hardware, self._host)
         self._tiers = Tiers(blocks, make_block, self.order, self._transfer)
+        self.kept = KeptTensors(self.order, hardware, self._host)
         # between the thread that fetches ahead and whoever takes blocks from the device; piece readers need none
         self._lock = threading.RLock()
 
@@ -114,7 +117,7 @@ class BlockStore:
     @property
     def copied_bytes(self) -> int:
         """From host memory to the device so far."""
-        return self._transfer.copied_bytes
+        return self._transfer.copied_bytes + self.kept.copied_bytes
 
     @property
     def read(self) -> Throughput:
@@ -132,7 +135,7 @@ class BlockStore:
 
     @property
     def resident_bytes(self) -> int:
-        return self._tiers.resident_bytes
+        return self._tiers.resident_bytes + self.kept.resident_bytes
 
     @property
     def held(self) -> frozenset[int]:
@@ -141,12 +144,12 @@ class BlockStore:
 
     @property
     def held_bytes(self) -> int:
-        return self._tiers.held_bytes
+        return self._tiers.held_bytes + self.kept.held_bytes
 
     @property
     def pinned_bytes(self) -> int:
         """Of the held bytes, those that are page-locked."""
-        return self._tiers.pinned_bytes
+        return self._tiers.pinned_bytes + self.kept.pinned_bytes
 
     def _sizes(self, blocks: Sequence[StoredBlock]) -> BlockSizes:
         return BlockSizes(blocks, on_host=self.hardware.device.type == "cpu")
@@ -176,6 +179,11 @@ class BlockStore:
         with self._lock:
             self._tiers.set_held(indices)
             self._host.ask_again()
+
+    def leave_host(self) -> None:
+        """Give back all that is held; blocks are read again when their turn comes, what they made is made again."""
+        self.set_held(())
+        self.kept.release_host()
 
     def replace(self, blocks: Sequence[StoredBlock], source: BlockSource) -> None:
         """Change how blocks are stored, between two runs. What lies on the device or in host memory stays as far as it
@@ -208,12 +216,14 @@ class BlockStore:
         """Give back what only a run needs: staging, ring, reader threads and open files."""
         with self._lock:
             self._transfer.end_run()
+            self.kept.end_run()
 
     def release(self) -> None:
         """Give back what a run needs and all that lies on the device; held blocks stay in host memory."""
         with self._lock:
             self._transfer.end_run()
             self._tiers.release()
+            self.kept.release()
 
 
 def require_decodable(parts: Iterable[TensorEntry], hardware: Hardware) -> None:

@@ -109,7 +109,7 @@ def host_bytes(
         enough = free if limit_bytes is None else min(free, limit_bytes - beside)
         if other.store.held_bytes and enough < wanted_bytes:
             free += other.store.held_bytes
-            other.store.set_held(())
+            other.store.leave_host()
     if limit_bytes is None:
         return max(free, least_bytes)
     left = limit_bytes - sum(model.store.held_bytes for model in others)

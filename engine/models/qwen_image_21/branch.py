@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...streaming import KeptTensors
 from .layers import Block, KeysValues, Run
 from .positions import Shape
 from .prefix import Prefix
@@ -23,16 +24,27 @@ class Branch:
 
 
 @dataclass
+class Work:
+    """tokens: of prefixes, that have gone into blocks so far, block by block."""
+
+    tokens: int = 0
+
+
+@dataclass
 class StretchState:
     """A part of a prefix on its way through the blocks; shared by all branches that begin with it.
 
-    `begin` makes its tokens, their rotary factors and what they see, for the first block.
+    begin: its tokens, their rotary factors and what they see, for the first block. computed: how many blocks it runs
+    through; its keys and values of those behind them are kept, under `key`. key: None where none may be.
     """
 
     modulation: Tensor  # (1, 1, 4 * dim), of timestep 0
     earlier: Sequence["StretchState"]
     begin: Callable[[], tuple[Tensor, Tensor, list[Run]]]
-    last: int  # block, behind which its tokens are not asked for
+    kept: KeptTensors
+    key: str | None
+    computed: int
+    work: Work
     _tokens: tuple[Tensor, Tensor, list[Run]] | None = None
     _block: int = -1
     _own: KeysValues | None = None
@@ -56,15 +68,28 @@ class StretchState:
         for stretch in self.earlier:
             stretch.run(index, block)
         self._own = None  # before the next are made
+        self._own = self._compute(index, block) if index < self.computed else self._fetch(index)
+        self._block = index
+
+    def _compute(self, index: int, block: Block) -> KeysValues:
         hidden, rotary, runs = self._tokens if self._tokens is not None else self.begin()
         self._tokens = None
-        if index == self.last:
-            self._own = block.keys_values(hidden, self.modulation, rotary)
+        self.work.tokens += hidden.shape[1]
+        if index == self.computed - 1:  # nobody asks for more
+            own = block.keys_values(hidden, self.modulation, rotary)
         else:
             before = [stretch.keys_values for stretch in self.earlier]
-            hidden, self._own = block.with_keys_values(hidden, self.modulation, rotary, runs, before)
+            hidden, own = block.with_keys_values(hidden, self.modulation, rotary, runs, before)
             self._tokens = hidden, rotary, runs
-        self._block = index
+        if self.key is not None:
+            self.kept.put(self.key, index, own)
+        return own
+
+    def _fetch(self, index: int) -> KeysValues:
+        assert self.key is not None
+        keys, values = self.kept.get(self.key, index)
+        device = self.modulation.device
+        return keys.to(device), values.to(device)
 
 
 @dataclass

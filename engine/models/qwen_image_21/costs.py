@@ -51,7 +51,12 @@ class QwenImage21Footprint(TransformerFootprint):
         before = request.reference_tokens + request.prompt_tokens
         return request.branches * self._flops(request.frame_tokens, before + request.frame_tokens)
 
-    def prefix_flops(self, request: SamplingRequest) -> float:
+    def kept_block_bytes(self, request: SamplingRequest) -> int:
+        """Keys and values of all prompts and references."""
+        prefix = request.reference_tokens + request.distinct_prompts * request.prompt_tokens
+        return 2 * prefix * self.inner_dim * self.element_bytes
+
+    def kept_flops(self, request: SamplingRequest) -> float:
         """Of all prompts and references, once."""
         references, text = request.reference_tokens, request.prompt_tokens
         return self._flops(references, references) + request.distinct_prompts * self._flops(text, references + text)

@@ -5,16 +5,17 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ...compute.attention import kernel_of
 from ...files.checkpoint import Checkpoint
 from ...hardware import Hardware
 from ...streaming import BlockSource, FileSource, OnBlock, StoredBlock
 from ..streamed_transformer import StreamedTransformer
-from .branch import Branch, BranchState, StretchState
+from .branch import Branch, BranchState, StretchState, Work
 from .costs import QwenImage21Footprint
 from .layers import Outside, Run
 from .network import QwenImage21Parts
 from .positions import RotaryTables, runs_of
-from .prefix import Stretch
+from .prefix import Prefix, Stretch
 from .variants import Variant21, variant_of
 
 
@@ -22,8 +23,9 @@ class QwenImage21Transformer(StreamedTransformer[Branch, BranchState]):
     """Qwen-Image-2.1's transformer with its blocks in a BlockStore.
 
     Guarantees: a branch's result is bit-equal to that of the branch alone, wherever the blocks live; one pass visits
-    each block once, whatever the number of branches; a prefix that several begin with runs through it once. A branch's
-    answer is the velocity of its image, (1, N, 64).
+    each block once, whatever the number of branches; a prefix that several begin with runs through it once, and not
+    again in later steps as far as its keys and values are kept (`load`), which changes no bit. A branch's answer is the
+    velocity of its image, (1, N, 64).
     """
 
     footprint: QwenImage21Footprint
@@ -49,30 +51,53 @@ class QwenImage21Transformer(StreamedTransformer[Branch, BranchState]):
         self.config = parts.config
         self.variant = variant_of(checkpoint, variant)
         self._rotary = RotaryTables(parts.config.rope_axes)
+        self.prefix_work = Work()
 
     def begin(self, branches: Sequence[Branch], on_block: OnBlock | None) -> list[BranchState]:
         """Raises InvalidRequest for prompts and images beyond the model's positions."""
-        stretches: dict[str, StretchState] = {}
+        device = self.hardware.device
         clocks = {
-            timestep: self.outside.clocks(timestep, self.dtype, self.hardware.device)
-            for timestep in {branch.timestep for branch in branches}
+            timestep: self.outside.clocks(timestep, self.dtype, device)
+            for timestep in dict.fromkeys(branch.timestep for branch in branches)
         }
+        modulation = next(iter(clocks.values()))[1][1:].unsqueeze(1) if clocks else None
+        stretches = self._stretches([branch.prefix for branch in branches], modulation)
         return [self._begin(branch, *clocks[branch.timestep], stretches) for branch in branches]
+
+    def _stretches(self, prefixes: Sequence[Prefix], modulation: Tensor | None) -> dict[str, StretchState]:
+        """Of all prefixes, each once, by their keys. What is kept of them runs through no block."""
+        kept, blocks, states = self.store.kept, self.config.layers, dict[str, StretchState]()
+        every = {stretch.key: stretch for prefix in prefixes for stretch in prefix.stretches}
+        sizes = {key: 2 * s.tokens * self.config.inner_dim * self.dtype.itemsize for key, s in every.items()}
+        wanted = kept.want({self._kept_key(key): nbytes for key, nbytes in sizes.items()})
+        for prefix in prefixes:
+            own: list[StretchState] = []
+            for stretch in prefix.stretches:
+                if stretch.key not in states:
+                    key = self._kept_key(stretch.key)
+                    missing = set(range(blocks)) - kept.blocks(key) if key in wanted else set(range(blocks))
+                    assert modulation is not None
+                    states[stretch.key] = StretchState(
+                        modulation=modulation,
+                        earlier=tuple(own),
+                        begin=_Beginning(self, stretch),
+                        kept=kept,
+                        key=key if key in wanted else None,
+                        computed=max(missing, default=-1) + 1,
+                        work=self.prefix_work,
+                    )
+                own.append(states[stretch.key])
+        return states
+
+    def _kept_key(self, key: str) -> str:
+        """With what else keys and values depend on; weights and patches are the store's."""
+        return f"{kernel_of(self.hardware, self.dtype).name} {self.dtype} {key}"
 
     def _begin(
         self, branch: Branch, embedding: Tensor, modulation: Tensor, stretches: dict[str, StretchState]
     ) -> BranchState:
         device, prefix = self.hardware.device, branch.prefix
-        own: list[StretchState] = []
-        for stretch in prefix.stretches:
-            if stretch.key not in stretches:
-                stretches[stretch.key] = StretchState(
-                    modulation=modulation[1:].unsqueeze(1),
-                    earlier=tuple(own),
-                    begin=_Beginning(self, stretch),
-                    last=self.config.layers - 1,
-                )
-            own.append(stretches[stretch.key])
+        own = [stretches[stretch.key] for stretch in prefix.stretches]
         tokens = branch.tokens.shape[1]
         runs = [Run(0, tokens, prefix.tokens + tokens)]
         if prefix.seen is not None:
