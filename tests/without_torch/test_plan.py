@@ -352,7 +352,7 @@ def test_a_refusal_names_every_way_out() -> None:
         plan_memory(REAL, request, Limits(int(1.8 * GIB)))
     assert str(caught.value) == (
         "Sampling needs 2.35 GiB at least, the limit is 1.80 GiB (2048x2048, 8 branches).\n"
-        "Use a smaller batch or no guidance (3 instead of 8 branches), or 1328x1328 (1.33 GiB), or a VRAM limit of "
+        "Use a smaller batch or no guidance (2 instead of 8 branches), or 1328x1328 (1.33 GiB), or a VRAM limit of "
         "2.36 GB or more."
     )
 
@@ -432,7 +432,7 @@ def test_planning_imports_no_torch() -> None:
 
 PLAN_TEXT = (
     "MemoryPlan(1328x1328, 2 branches: 1 of 60 blocks resident, 27 in RAM, 32 read from the file, through 2 slots, "
-    "24.90 GiB per step, MLP in chunks of 4096 tokens; peak 1.92 GiB of 2.00 GiB: weights 0.50 GiB, activations "
+    "24.90 GiB per step, MLP in chunks of 4096 tokens; peak 1.93 GiB of 2.00 GiB: weights 0.50 GiB, activations "
     "0.58 GiB; RAM 11.92 GiB of 12.00 GiB; 11.3 s per step, bound by compute, 50 steps in 567 s, with another seed in "
     "565 s)"
 )
@@ -471,7 +471,7 @@ def test_a_report_prints_what_was_measured_beside_what_was_planned() -> None:
             "MemoryReport: 20 steps in 60.0 s, the first after 4.5 s, 20 passes of 2.50 s on cuda:0 (forecast "
             "11.29 s), weights bf16\n"
             "  forecast of the run: 567.2 s where its weights are read for the first time, 564.6 s with another seed\n"
-            "  device memory: 1.92 GiB planned of 2.00 GiB, 1.66 GiB measured\n"
+            "  device memory: 1.93 GiB planned of 2.00 GiB, 1.66 GiB measured\n"
             "  process memory: 3.00 GiB at its peak, 11.92 GiB of it planned\n"
             "  blocks: 1 of 60 resident, 27 in RAM (page-locked), 497.93 GiB copied to the device, 1200 read from the "
             "file (506.37 GiB), modulation 12.66 GiB, 1.2 s waited for the disk, 0.8 s for the bus"
