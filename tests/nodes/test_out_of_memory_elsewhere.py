@@ -120,10 +120,10 @@ def test_blocks_that_find_no_ram_are_read_from_the_file(
 
     refusals = iter([MemoryError()])  # to the first block that is to be held
 
-    def refuse(self: PinnedMemory, nbytes: int) -> Any:
+    def refuse(self: PinnedMemory, nbytes: int, **options: Any) -> Any:
         if nbytes == stored and (error := next(refusals, None)):
             raise error
-        return take(self, nbytes)
+        return take(self, nbytes, **options)
 
     monkeypatch.setattr(PinnedMemory, "take", refuse)
     assert torch.equal(run(streamed), expected)
