@@ -162,7 +162,7 @@ def test_a_report_and_progress_tell_the_cards_seconds(tiny_models: TinyModels) -
     live = [event for event in told if event["stage"] != "modulation"]
     assert [event["stage"] for event in live].count("sampling") > 2 * LAYERS
     inside = [event["seconds_per_step"] for event in live if event["block"] > 2]
-    assert inside == pytest.approx([10] * len(inside), rel=0.05)
+    assert inside == pytest.approx([10] * len(inside), rel=0.1)
     assert live[-1]["seconds_per_step"] == pytest.approx(10, rel=0.05)
 
 
