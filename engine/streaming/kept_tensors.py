@@ -216,10 +216,7 @@ class KeptTensors:
         assert entry.layout is not None
         buffer = entry.host[index]
         there = self._new_buffer(entry.layout.nbytes)
-        arrived = self._order.mark()
         self._copy(buffer, there)
-        self._order.record_copy(arrived)
-        self._order.compute_waits(arrived)
         self._order.finish()  # the buffer is given back now
         entry.device[index] = tuple(entry.layout.views(there).values())
         del entry.host[index]

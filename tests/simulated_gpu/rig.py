@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.lora.lora_file import match, open_lora
 from qwenimage_lowvram.engine.lora.weight_patches import lora_patches
 from qwenimage_lowvram.engine.models.qwen_image.branch import Branch
 from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
+from qwenimage_lowvram.engine.models.qwen_image_21.transformer import QwenImage21Transformer
 from torch import Tensor
 
 from . import seams
@@ -50,6 +52,10 @@ class Rig:
         if lora:
             self.patch(model, lora)
         return model
+
+    def transformer_21(self) -> QwenImage21Transformer:
+        checkpoint = open_checkpoint(self.models.file("2.1"))
+        return QwenImage21Transformer(checkpoint, dtype=torch.bfloat16, hardware=self.hardware)
 
     def patch(self, model: QwenImageTransformer, lora: Lora) -> None:
         stack = [(match(open_lora(self.models.file(name)), model.weights), strength) for name, strength in lora]

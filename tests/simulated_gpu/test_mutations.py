@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from . import scenarios, sudden_ends
+from . import kept_prefix, scenarios, sudden_ends
 from .mutations import OrderingCall, ordering_calls
 from .rig import PIECE_BYTES
 
@@ -28,9 +28,18 @@ CASES: dict[str, Case] = {
     "brought": (scenarios.brought, "late", {"kind": "int8"}),
     "unreadable": (sudden_ends.unreadable, "late", {"kind": "bf16"}),
     "unreadable held": (sudden_ends.unreadable, "late", {"kind": "bf16", "fail": ((1, 2 * PIECE_BYTES),), "slots": 1}),
+    "kept": (kept_prefix.prefix_kept, "late", {"remade": 0, "on_device": 2, "then": 1}),
+    "kept, taken": (kept_prefix.prefix_kept, "copies late", {"remade": 1, "on_device": 4, "then": 0}),
+    "kept, brought": (
+        kept_prefix.prefix_kept,
+        "compute late",
+        {"remade": 0, "on_device": 0, "then": 3, "stops": ((0, 2), (1, 2))},
+    ),
+    "kept, others": (kept_prefix.prompts_change, "copies late", {}),
 }
 # what to look at first, by words of the call's name
 FIRST = {
+    "kept_tensors": ("kept", "kept, taken", "kept, brought", "kept, others"),
     "modulation": ("left beside rows",),
     "row_slots": ("left beside rows", "several moments"),
     "__exit__": ("left", "left, bf16"),
@@ -48,8 +57,7 @@ REDUNDANT = {
     "expected_timesteps.run: host_waits": NEAR,  # as it is found within both
     "expected_timesteps.look: host_waits": NEAR,
 }
-UNTRIED = "kept_tensors."  # no scenario keeps tensors of blocks yet
-CALLS = [call for call in ordering_calls() if not call.name.startswith(UNTRIED)]
+CALLS = ordering_calls()
 
 
 def test_what_is_called_redundant_exists() -> None:

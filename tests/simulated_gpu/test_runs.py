@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from . import beside, scenarios, sudden_ends
+from . import beside, kept_prefix, scenarios, sudden_ends
 
 pytestmark = pytest.mark.slow
 CASES: list[tuple[Callable[..., Any], dict[str, Any]]] = [
@@ -33,6 +33,11 @@ CASES: list[tuple[Callable[..., Any], dict[str, Any]]] = [
     (beside.prompts, {"stop_at": 1}),
     (beside.images, {"stop_at": 1}),
     (beside.decoded, {"tile_px": 32}),
+    (kept_prefix.prefix_kept, {"remade": 0, "on_device": 2, "then": 1}),
+    (kept_prefix.prefix_kept, {"remade": 1, "on_device": 0, "then": 3}),
+    (kept_prefix.prefix_kept, {"remade": 0, "on_device": 5, "then": 0, "stops": ((0, 2), (2, 3))}),
+    (kept_prefix.prefix_kept, {"remade": 5, "on_device": 0, "then": 2}),
+    (kept_prefix.prompts_change, {}),
 ]
 # the clocks find races under any schedule: they come by turns
 TURNS = list(zip(CASES, cycle(("late", "random", "copies late", "compute late")), strict=False))

@@ -34,6 +34,7 @@ class TinyModels:
             "GGUF": self._gguf,
             "lora": self._lora,
             "dora": self._dora,
+            "2.1": self._of_2_1,
         }
 
     def open(self, kind: str) -> Checkpoint:
@@ -94,6 +95,11 @@ class TinyModels:
         from gguf_files import write_gguf_transformer
 
         write_gguf_transformer(file, self._weights, dict(self._model().config), "Q8_0", "Q4_0", "Q5_1")
+
+    def _of_2_1(self, file: Path) -> None:
+        from small_transformer_21 import random_weights, write_file
+
+        write_file(file, {name: weight.to(torch.bfloat16) for name, weight in random_weights().items()})
 
     def _lora(self, file: Path) -> None:
         from lora_files import make_parts, write_lora
