@@ -8,7 +8,6 @@ import torch
 
 from ..engine.errors import QwenLowVRAMError
 from ..engine.files.checkpoint import Checkpoint
-from ..engine.log import logger
 from ..engine.models.qwen_image.positions import Positions
 from ..engine.models.qwen_image.transformer import TimestepRounding
 from ..engine.models.qwen_vl.vision_files import mmproj_identity
@@ -18,7 +17,7 @@ from . import devices, model_choices
 from .adapters import switches
 from .adapters.limit_names import RAM_LIMIT, VRAM_LIMIT
 from .adapters.networks import served_of
-from .adapters.progress import executing_prompt_id, tell
+from .adapters.progress import executing_prompt_id, warn
 from .adapters.vae import make_vae
 from .adapters.value_checks import check_widgets, limit_bytes
 from .display_names import AUTO, CATEGORY
@@ -245,8 +244,7 @@ class QwenLowVRAMLoader:
         member = sources.member(transformer_file, variant)
         doubt = sources.doubt_about(transformer_file, member) if chosen_variant(variant) is None else ""
         if doubt:
-            logger.warning("%s", doubt)
-            tell(doubt)
+            warn(doubt)
         weight_format, advice = _format_of(transformer_file, weight_format, Parts(member, compute, hardware), limits)
         family, served = sources.family, served_of(transformer_file)
         model = family.open(

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import Protocol
 
 from .footprint import TransformerFootprint
 from .kept import NOTHING_KEPT, KeptTiers
@@ -147,22 +148,30 @@ def _block_seconds(
     return BlockSeconds(max(each, request.branches * ISSUE_SECONDS), copy, read, decode, lost, lock)
 
 
-def forecast_visit(
-    *,
-    tokens: int,
-    weights: float,
-    nbytes: int,
-    host: bool,
-    slots: int,
-    speeds: Speeds,
-    decode_bytes: int = 0,
-    decode_launches: int = 0,
-) -> StepForecast:
-    """For one visit of layers that are read from the file: `weights` of them, stored in `nbytes`, times `tokens`."""
-    decode = decode_seconds(decode_bytes, decode_launches, speeds)
+class VisitedLayers(Protocol):
+    """What a forecast asks of the footprint of layers that are visited once; fields as in TransformerFootprint."""
+
+    @property
+    def slot_bytes(self) -> int: ...
+    @property
+    def element_bytes(self) -> int: ...
+    @property
+    def stored_bytes(self) -> int: ...
+    @property
+    def host(self) -> bool: ...
+    @property
+    def decode_bytes(self) -> int: ...
+    @property
+    def decode_launches(self) -> int: ...
+
+
+def forecast_visit(layers: VisitedLayers, count: int, *, tokens: int, slots: int, speeds: Speeds) -> StepForecast:
+    """For one visit of `count` layers, all read from the file, with `tokens` that each weight is multiplied with."""
+    decode = decode_seconds(count * layers.decode_bytes, count * layers.decode_launches, speeds)
+    nbytes = count * layers.stored_bytes
     return StepForecast(
-        compute_seconds=2 * tokens * weights / speeds.flops,
-        bus_seconds=0.0 if host else nbytes / speeds.bus_bytes,
+        compute_seconds=2 * tokens * count * layers.slot_bytes / layers.element_bytes / speeds.flops,
+        bus_seconds=0.0 if layers.host else nbytes / speeds.bus_bytes,
         disk_seconds=nbytes / speeds.disk_bytes,
         overlapped=slots > 1,
         decode_seconds=decode,

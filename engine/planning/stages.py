@@ -105,7 +105,13 @@ class ImageRequest:
     def sampling(self) -> SamplingRequest:
         branches = self.batch * (2 if self.guided else 1)
         request = SamplingRequest(
-            self.width, self.height, branches, self._kept_tokens, timesteps=self.steps, frames=self.frames
+            self.width,
+            self.height,
+            branches,
+            self._kept_tokens,
+            timesteps=self.steps,
+            frames=self.frames,
+            prompts=2 if self.guided else 1,
         )
         shown = request.frame_tokens if self.layers else self.references * self.prompts.reference
         return replace(request, reference_tokens=shown)
@@ -255,24 +261,12 @@ def encode_stage(
     not. No forecast without `speeds`."""
     peak = text_encoder_peak_bytes(footprint, lengths, slots)
     passing = slots * footprint.slot_bytes + footprint.staging_bytes + footprint.scratch_bytes
-    seconds = None if speeds is None else _visit_seconds(footprint, lengths, slots, speeds)
+    seconds = None
+    if speeds is not None:
+        seconds = forecast_visit(footprint, footprint.layers, tokens=sum(lengths), slots=slots, speeds=speeds).seconds
     answers = 4 * sum(lengths) * footprint.hidden_size  # fp32
     ram = footprint.ring_bytes + answers + (peak if footprint.host else 0)
     return StagePlan(Stage.ENCODE, 0, passing, peak - passing, ram, seconds, 0.0)
-
-
-def _visit_seconds(footprint: TextEncoderFootprint, lengths: Sequence[int], slots: int, speeds: Speeds) -> float:
-    forecast = forecast_visit(
-        tokens=sum(lengths),
-        weights=footprint.layers * footprint.slot_bytes / footprint.element_bytes,
-        nbytes=footprint.layers * footprint.stored_bytes,
-        host=footprint.host,
-        slots=slots,
-        speeds=speeds,
-        decode_bytes=footprint.layers * footprint.decode_bytes,
-        decode_launches=footprint.layers * footprint.decode_launches,
-    )
-    return forecast.seconds
 
 
 def load_stage(footprint: TransformerFootprint, plan: MemoryPlan) -> StagePlan:

@@ -88,19 +88,6 @@ def with_vision(
     worse = max(encoding, looking, key=lambda plan: plan.peak_bytes)
     seconds = None
     if speeds is not None and encoding.seconds is not None:
-        seconds = encoding.seconds + _visit_seconds(footprint, patches, slots, speeds)
+        visit = forecast_visit(footprint, footprint.blocks, tokens=sum(patches), slots=slots, speeds=speeds)
+        seconds = encoding.seconds + visit.seconds
     return replace(worse, ram_bytes=max(encoding.ram_bytes + kept, ram), seconds=seconds)
-
-
-def _visit_seconds(footprint: VisionFootprint, patches: Sequence[int], slots: int, speeds: Speeds) -> float:
-    forecast = forecast_visit(
-        tokens=sum(patches),
-        weights=footprint.blocks * footprint.slot_bytes / footprint.element_bytes,
-        nbytes=footprint.blocks * footprint.stored_bytes,
-        host=footprint.host,
-        slots=slots,
-        speeds=speeds,
-        decode_bytes=footprint.blocks * footprint.decode_bytes,
-        decode_launches=footprint.blocks * footprint.decode_launches,
-    )
-    return forecast.seconds

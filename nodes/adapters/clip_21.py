@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ...engine.errors import InvalidRequest
-from ...engine.log import logger
 from ...engine.models.qwen3_vl.prompt_template import PROMPT_TEMPLATE
 from ...engine.models.qwen3_vl.vision_patches import LEAST_PIXELS, patch_image, require_image, resize_image
 from ...engine.models.qwen_image_21.latents import CHANNELS, TOKEN_PX
@@ -19,8 +18,8 @@ from ...engine.models.qwen_vl.images import PatchedImage
 from .clip import LowVRAMCLIP, as_comfyui_reads
 from .edit_prompts import Edit, EncodedEdit, empty_latent
 from .graph_checks import refuse
-from .model_21 import SLOTS_KEY
-from .progress import tell
+from .graph_checks_21 import SLOTS_KEY
+from .progress import warn
 from .value_checks import check_image
 
 KEEP_KEY = "keep_vision"  # of an image among tokens: its states stay in the conditioning
@@ -111,13 +110,9 @@ def encode_edit_21(edit: Edit, member: Variant21) -> EncodedEdit:
 
 def _tell_doubts(images: int, one_grid: bool) -> None:
     if images > WARNED_IMAGES:
-        text = f"{images} images: Qwen-Image-2.1 was made for {WARNED_IMAGES} at the most."
-        logger.warning("%s", text)
-        tell(text)
+        warn(f"{images} images: Qwen-Image-2.1 was made for {WARNED_IMAGES} at the most.")
     if not one_grid:
-        text = "The output has another size than the first image: what is kept of it is moved or scaled."
-        logger.warning("%s", text)
-        tell(text)
+        warn("The output has another size than the first image: what is kept of it is moved or scaled.")
 
 
 def _encoded(clip: Any, texts: Sequence[str], images: Sequence[Tensor]) -> list[Any]:

@@ -15,7 +15,7 @@ from ...engine.models.qwen_image.variants import Variant
 from ...engine.texts import printable
 from ..display_names import ENCODE_EDIT, LOADER
 from .error_events import errors_sent
-from .progress import tell
+from .progress import warn
 
 # in a condition: its text was encoded for an editing model on purpose without an image
 NO_IMAGES_KEY = "qwen_lowvram_no_pictures"
@@ -93,8 +93,7 @@ def check_references(variant: Variant, conds: dict[str, list[dict[str, Any]]]) -
             f"{variant.value} is shown an image to change, which it was not trained for; a LoRA may have taught it. "
             f"If the file is an Edit model under another name, set variant in '{LOADER}'."
         )
-        logger.warning("%s", text)
-        tell(text)
+        warn(text)
     for height, width in sorted(sizes):
         if height % PATCH or width % PATCH:
             logger.warning(
@@ -135,6 +134,30 @@ def _check_images(variant: Variant, references: Sequence[Sequence[Tensor]]) -> N
                 variant=variant.value,
                 count=len(latents),
             )
+
+
+def check_channels_of_call(x: Tensor, channels: int) -> None:
+    """Raise Unsupported for what other nodes joined to the latents that the model is called with."""
+    if x.shape[1] != channels:
+        refuse(
+            "A latent of {channels} channels in the model (concat_cond, c_concat)",
+            "remove that node.",
+            code="graph.concat_condition",
+            channels=x.shape[1],
+        )
+
+
+def seen_of_call(mask: Tensor | None) -> Tensor | None:
+    """An attention mask as bool: True is seen. Raises Unsupported for one that weighs."""
+    if mask is None:
+        return None
+    if mask.is_floating_point():
+        refuse(
+            "A fractional or additive attention mask",
+            "use the conditioning of a text encode node as it is.",
+            code="graph.fractional_mask",
+        )
+    return mask.bool()
 
 
 def check_latents(latents: Tensor) -> None:

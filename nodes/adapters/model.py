@@ -19,7 +19,7 @@ from .around_runs import as_patcher
 from .block_patches import BlockPatches, check_patches, has_patches
 from .control_memory import controls_of
 from .controlnets import check_controls
-from .graph_checks import check_latents, check_layers, check_references, check_size, refuse
+from .graph_checks import check_channels_of_call, check_latents, check_layers, check_references, check_size, refuse
 from .model_call import Call
 from .patcher import LowVRAMPatcher
 from .references import check_methods
@@ -100,13 +100,7 @@ class QwenImageDiffusion(DiffusionModel):
         calls = self._calls
         check_patches(transformer_options)
         config = calls.transformer.config
-        if x.shape[1] != config.in_channels // PATCH**2:
-            refuse(
-                "A latent of {channels} channels in the model (concat_cond, c_concat)",
-                "remove that node.",
-                code="graph.concat_condition",
-                channels=x.shape[1],
-            )
+        check_channels_of_call(x, config.in_channels // PATCH**2)
         if additional_t_cond is not None and not config.use_additional_t_cond:
             refuse(
                 "Additional time conditioning",

@@ -12,29 +12,25 @@ import torch
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor
 
-from ...engine.errors import InvalidRequest, Unsupported
+from ...engine.errors import InvalidRequest
 from ...engine.log import logger
-from ...engine.models.qwen_image_21.branch import Branch
-from ...engine.models.qwen_image_21.latents import CHANNELS, TOKEN_PX, pack, shape_in_tokens, unpack
-from ...engine.models.qwen_image_21.prefix import Prefix
-from ...engine.models.qwen_image_21.schedule import TURBO_SIGMAS, reference_sigmas
+from ...engine.models.qwen_image_21.latents import CHANNELS, TOKEN_PX, shape_in_tokens
+from ...engine.models.qwen_image_21.schedule import reference_sigmas
 from ...engine.models.qwen_image_21.transformer import QwenImage21Transformer
 from ...engine.models.qwen_image_21.variants import Variant21
 from ...engine.models.qwen_image_21_vae.latent_statistics import normalised_latents, raw_latents
 from ...engine.planning.request import SamplingRequest
 from ...engine.runs.timeline import Timeline
-from ..display_names import ENCODE_EDIT
 from .around_runs import as_patcher
-from .block_patches import BlockPatches
-from .graph_checks import refuse
+from .graph_checks import check_channels_of_call
+from .graph_checks_21 import SLOTS_KEY, check_references_21, tell_other_schedule
+from .model_call_21 import Call21, prefix_keys
 from .patcher import LowVRAMPatcher
-from .progress import tell
 from .run_conditions import Conds, entries_of
 from .streamed_model import DiffusionModel, LowVRAMModel
 
 IMAGE_MODEL = "qwen_image21"
 CACHE_KEY = "qwen_image21_cache"  # of transformer_options: what ComfyUI's node QwenImage21Cache sets
-SLOTS_KEY = "image_slots"  # of a condition: before which of its tokens each reference stands
 KSAMPLER_SHIFT = 0.69  # ComfyUI's own for every size; the reference's at 1024x1024
 
 
@@ -76,73 +72,6 @@ def own_sigmas_21(model: Any, latents: Tensor, steps: int, denoise: float) -> Te
     return reference_sigmas(variant, steps, prod(shape_in_tokens(latents)), denoise=denoise)
 
 
-class Call21:
-    """One call of the diffusion model by ComfyUI: a batch of images, each a branch."""
-
-    patches: BlockPatches | None = None
-
-    def __init__(
-        self,
-        x: Tensor,
-        timestep: Tensor,
-        context: Tensor,
-        *,
-        mask: Tensor | None,
-        references: Sequence[Tensor],
-        slots: Sequence[int],
-        keys: Sequence[tuple[str, str]] | None,
-        dtype: torch.dtype,
-    ) -> None:
-        if mask is not None and mask.is_floating_point():
-            refuse(
-                "A fractional or additive attention mask",
-                "use the conditioning of a text encode node as it is.",
-                code="graph.fractional_mask",
-            )
-        self._x = x.to(dtype)
-        self.timesteps = timestep
-        self._context = context.to(dtype)
-        self._mask = None if mask is None else mask.bool()
-        self._references = [image.to(dtype) for image in references]
-        self._slots, self._keys = tuple(slots), keys
-
-    @property
-    def batch(self) -> int:
-        return self._x.shape[0]
-
-    def unpack(self, tokens: Tensor) -> Tensor:
-        """A branch's velocity, (1, 64, h, w)."""
-        return unpack(tokens, *self._x.shape[-2:])
-
-    def branches(self, timesteps: Sequence[float]) -> list[Branch]:
-        prefixes: dict[int, Prefix] = {}
-        made = []
-        for i in range(self.batch):
-            row = min(i, self._rows - 1)
-            if row not in prefixes:
-                prefixes[row] = self._prefix(row)
-            image = self._x[i : i + 1]
-            made.append(Branch(pack(image), shape_in_tokens(image), prefixes[row], timesteps[i]))
-        return made
-
-    @property
-    def _rows(self) -> int:
-        """How many prompts the batch has: one for all images, or one for each."""
-        batched = [self._context, *self._references, *([] if self._mask is None else [self._mask])]
-        return max(len(tensor) for tensor in batched)
-
-    def _prefix(self, row: int) -> Prefix:
-        references = [_sample(image, row) for image in self._references]
-        return Prefix(
-            text=_sample(self._context, row),
-            references=tuple(map(pack, references)),
-            shapes=tuple(map(shape_in_tokens, references)),
-            slots=self._slots,
-            mask=None if self._mask is None else _sample(self._mask, row),
-            keys=None if self._keys is None else self._keys[min(row, len(self._keys) - 1)],
-        )
-
-
 class QwenImage21Diffusion(DiffusionModel):
     """ComfyUI's interface of 2.1's transformer."""
 
@@ -179,13 +108,7 @@ class QwenImage21Diffusion(DiffusionModel):
         prefix_keys: Sequence[tuple[str, str]] | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        if x.shape[1] != CHANNELS:
-            refuse(
-                "A latent of {channels} channels in the model (concat_cond, c_concat)",
-                "remove that node.",
-                code="graph.concat_condition",
-                channels=x.shape[1],
-            )
+        check_channels_of_call(x, CHANNELS)
         call = Call21(
             x,
             timestep,
@@ -217,7 +140,7 @@ class _QwenImage21(comfy.model_base.BaseModel):
             out["ref_latents"] = comfy.conds.CONDList(references)
             out["image_slots"] = comfy.conds.CONDConstant(slots)
         # read once for the run: the calls of each step get copies
-        out["prefix_keys"] = comfy.conds.CONDConstant(_prefix_keys(prompt, mask, references, slots))
+        out["prefix_keys"] = comfy.conds.CONDConstant(prefix_keys(prompt, mask, references, slots))
         return out
 
 
@@ -245,7 +168,7 @@ class QwenImage21Model(LowVRAMModel, _QwenImage21):
                 px=TOKEN_PX,
             )
         for entry in (entry for entries in conds.values() for entry in entries or ()):
-            _check_references(entry, noise)
+            check_references_21(entry, noise)
 
     def check_beside(self, conds: dict[str, list[dict[str, Any]]], options: dict[str, Any]) -> None:
         super().check_beside(conds, options)
@@ -259,7 +182,7 @@ class QwenImage21Model(LowVRAMModel, _QwenImage21):
 
     def request_of(self, conds: Conds, noise: Tensor, sigmas: Tensor) -> SamplingRequest:
         if self.transformer.variant.is_turbo:
-            _tell_other_schedule(sigmas)
+            tell_other_schedule(sigmas)
         entries = entries_of(conds)
         needed = self.transformer.config.prompt_dim
         for entry in entries:
@@ -286,80 +209,3 @@ class QwenImage21Model(LowVRAMModel, _QwenImage21):
             token_px=TOKEN_PX,
             prompts=sum(entry["cross_attn"].shape[0] for entry in entries),
         )
-
-
-def _tell_other_schedule(sigmas: Tensor) -> None:
-    """Turbo was made for eight sigmas; what is left of them where an image is changed (denoise) is theirs too."""
-    own = torch.tensor([*TURBO_SIGMAS, 0.0])
-    taken = sigmas.float().cpu()
-    if len(taken) > len(own) or not torch.allclose(taken, own[-len(taken) :], atol=1e-3):
-        text = (
-            "Qwen-Image-2.1-Turbo makes poor images with another schedule than its own: use the preset '2.1-Turbo, 8 "
-            "steps' of Sample (low VRAM), or ManualSigmas with "
-            f"{', '.join(f'{sigma:g}' for sigma in own.tolist())}."
-        )
-        logger.warning("%s", text)
-        tell(text)
-
-
-def _check_references(entry: dict[str, Any], noise: Tensor) -> None:
-    """Raise InvalidRequest for references that are no images of this model's, or whose places are not said."""
-    references, slots = list(entry.get("reference_latents") or ()), list(entry.get(SLOTS_KEY) or ())
-    for latent in references:
-        if latent.ndim != 4 or latent.shape[1] != CHANNELS:
-            raise InvalidRequest(
-                "A reference latent has the shape {shape}; of Qwen-Image-2.1 it is [1, {channels}, height / {px}, "
-                "width / {px}].\n\nWhat to do: encode the image with VAE Encode and this model's VAE.",
-                code="graph_21.wrong_reference_shape",
-                shape=list(latent.shape),
-                channels=CHANNELS,
-                px=TOKEN_PX,
-            )
-        if any((side - own) % 2 for side, own in zip(latent.shape[-2:], noise.shape[-2:], strict=True)):
-            raise Unsupported(
-                "An image of {width}x{height} px beside a reference of {ref_width}x{ref_height} px is half a token "
-                "aside.\n\nWhat to do: use sides in multiples of {step} px for both.",
-                code="graph_21.half_a_token",
-                width=noise.shape[-1] * TOKEN_PX,
-                height=noise.shape[-2] * TOKEN_PX,
-                ref_width=latent.shape[-1] * TOKEN_PX,
-                ref_height=latent.shape[-2] * TOKEN_PX,
-                step=2 * TOKEN_PX,
-            )
-    tokens = entry["cross_attn"].shape[1]
-    in_order = slots == sorted(slots) and all(0 <= slot <= tokens for slot in slots)
-    if len(slots) != len(references) or not in_order:
-        raise InvalidRequest(
-            "A prompt shows {count} images and says of {slots} where they stand in it.\n\nWhat to do: encode prompt "
-            "and images with one node that knows Qwen-Image-2.1, such as '{encode_edit}'; ReferenceLatent does not say "
-            "it.",
-            code="graph_21.places_of_references",
-            count=len(references),
-            slots=len(slots),
-            encode_edit=ENCODE_EDIT,
-        )
-
-
-def _prefix_keys(
-    prompt: Tensor, mask: Tensor | None, references: Sequence[Tensor], slots: Sequence[int]
-) -> tuple[tuple[str, str], ...]:
-    """Of each prompt of a condition: what its images and the text before them are, and all of it."""
-    rows = max(len(tensor) for tensor in (prompt, *references, *(() if mask is None else (mask,))))
-    keys = []
-    for row in range(rows):
-        prefix = Prefix(
-            text=_sample(prompt, row),
-            references=tuple(pack(_sample(image, row)) for image in references),
-            shapes=tuple(map(shape_in_tokens, references)),
-            slots=tuple(slots),
-            mask=None if mask is None else _sample(mask, row).bool(),
-        )
-        found = [stretch.key for stretch in prefix.stretches]
-        keys.append((found[0] if references else "", found[-1]))
-    return tuple(keys)
-
-
-def _sample(batch: Tensor, index: int) -> Tensor:
-    """Sample `index` of a batch, or the only one there is, with its batch dimension."""
-    index = min(index, batch.shape[0] - 1)
-    return batch[index : index + 1]

@@ -11,7 +11,7 @@ from ...engine.models.qwen_image.branch import Branch
 from ...engine.models.qwen_image.latents import PATCH, pack, shape_in_patches, unpack
 from .block_patches import BlockPatches
 from .controlnets import Residuals, sample_of
-from .graph_checks import refuse
+from .graph_checks import refuse, seen_of_call
 from .references import at_zero, places_of
 
 
@@ -39,17 +39,11 @@ class Call:
                 code="graph.wrong_additional_time",
                 value=self._additional,
             )
-        if attention_mask is not None and attention_mask.is_floating_point():
-            refuse(
-                "A fractional or additive attention mask",
-                "use the conditioning of a text encode node as it is.",
-                code="graph.fractional_mask",
-            )
         self._size = x.shape[-2:]
         self._x = pad_to_patch_size(x, (1, PATCH, PATCH)).to(dtype)
         self.timesteps = timestep
         self._context = context.to(dtype)
-        self._mask = None if attention_mask is None else attention_mask.bool()
+        self._mask = seen_of_call(attention_mask)
         # ComfyUI's own text nodes make references of odd sizes, and its model wraps them round to whole patches
         self._references = [pad_to_patch_size(image, (1, PATCH, PATCH)).to(dtype) for image in references]
         self._places = places_of(method, references)
@@ -75,10 +69,10 @@ class Call:
         shapes = tuple(shape_in_patches(image) for image in images)
         return [
             Branch(
-                tokens=torch.cat([pack(_sample(image, i)) for image in images], dim=1),
+                tokens=torch.cat([pack(row_of(image, i)) for image in images], dim=1),
                 shapes=shapes,
-                prompt_embeds=_sample(self._context, i),
-                prompt_mask=None if self._mask is None else _sample(self._mask, i),
+                prompt_embeds=row_of(self._context, i),
+                prompt_mask=None if self._mask is None else row_of(self._mask, i),
                 timestep=timesteps[i],
                 additional_t_cond=int(self._additional[min(i, len(self._additional) - 1)]),
                 residuals=sample_of(self._residuals, i),
@@ -89,7 +83,7 @@ class Call:
         ]
 
 
-def _sample(batch: Tensor, index: int) -> Tensor:
+def row_of(batch: Tensor, index: int) -> Tensor:
     """Sample `index` of a batch, or the only one there is, with its batch dimension."""
     index = min(index, batch.shape[0] - 1)
     return batch[index : index + 1]

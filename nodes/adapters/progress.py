@@ -7,6 +7,7 @@ from typing import Any
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
+from ...engine.log import logger
 from ...engine.texts import printable
 
 EVENT = "qwen_lowvram.progress"
@@ -43,3 +44,9 @@ def tell(text: str) -> None:
     server, node = getattr(PromptServer, "instance", None), executing_node_id()
     if server is not None and node is not None:
         server.send_progress_text(html.escape(printable(text, lines=True), quote=False), node, server.client_id)
+
+
+def warn(text: str) -> None:
+    """Say it in the log, and show it on the node that runs."""
+    logger.warning("%s", text)
+    tell(text)

@@ -11,9 +11,8 @@ import comfy.ldm.modules.attention
 import comfy.ldm.qwen_image.model
 from torch import nn
 
-from ...engine.log import logger
 from ..display_names import LOADER
-from .progress import tell
+from .progress import warn
 
 _MODEL = comfy.ldm.qwen_image.model
 _ATTENTION = comfy.ldm.modules.attention
@@ -52,5 +51,4 @@ def tell_patched_process() -> None:
             f"Another pack has replaced {', '.join(names)} of ComfyUI for all models. The models of '{LOADER}' do not "
             "use that code: they run as without."
         )
-        logger.warning("%s", text)
-        tell(text)
+        warn(text)

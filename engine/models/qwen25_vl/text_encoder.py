@@ -1,6 +1,5 @@
 """Qwen2.5-VL's language model as text encoder, made of transformers' own layers; states are those after its norm."""
 
-from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -8,8 +7,6 @@ import torch
 from torch import nn
 
 from ...files.checkpoint import Checkpoint
-from ...hardware import Hardware
-from ...streaming import BlockSource, FileSource, StoredBlock
 from ..qwen_vl import text_encoder
 from ..qwen_vl.language_model import LanguageModel
 from .tensors import sort_text_encoder
@@ -22,35 +19,23 @@ if TYPE_CHECKING:
 class TextEncoder(text_encoder.TextEncoder):
     """Of Qwen-Image."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        *,
-        dtype: torch.dtype,
-        hardware: Hardware,
-        source: Callable[[Sequence[StoredBlock]], BlockSource] = FileSource,
-    ) -> None:
-        """Reads headers only. Raises WrongModel, DamagedFile or MissingFile."""
-        super().__init__(checkpoint, _language_model(checkpoint), dtype=dtype, hardware=hardware, source=source)
+    tower = VisionTower
 
-    def vision_tower(self) -> VisionTower:
-        return VisionTower(self._checkpoint, dtype=self.dtype, hardware=self.hardware, source=self._source)
-
-
-def _language_model(checkpoint: Checkpoint) -> LanguageModel:
-    tensors = sort_text_encoder(checkpoint)
-    config = _hf_config(tensors.config)
-    return LanguageModel(
-        outside=tensors.outside,
-        layers=tensors.layers,
-        make_layer=partial(_empty_layer, config),
-        make_rotary=partial(_rotary, config),
-        make_norm=partial(_norm, config),
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        heads=config.num_attention_heads,
-        key_heads=config.num_key_value_heads,
-    )
+    @staticmethod
+    def language_model(checkpoint: Checkpoint) -> LanguageModel:
+        tensors = sort_text_encoder(checkpoint)
+        config = _hf_config(tensors.config)
+        return LanguageModel(
+            outside=tensors.outside,
+            layers=tensors.layers,
+            make_layer=partial(_empty_layer, config),
+            make_rotary=partial(_rotary, config),
+            make_norm=partial(_norm, config),
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            heads=config.num_attention_heads,
+            key_heads=config.num_key_value_heads,
+        )
 
 
 def _empty_layer(config: "Qwen2_5_VLTextConfig") -> nn.Module:

@@ -9,11 +9,9 @@ from torch import Tensor, nn
 
 from ...compute.attention import attention_by
 from ...files.checkpoint import Checkpoint
-from ...hardware import Hardware
-from ...streaming import BlockSource, FileSource, StoredBlock
 from ..qwen_vl import vision_tower
 from ..qwen_vl.images import PatchedImage, SeenImage
-from ..qwen_vl.vision_files import MERGE
+from ..qwen_vl.vision_files import MERGE, VisionTensors
 from .costs import Qwen25VisionFootprint
 from .vision_patches import PATCH_PX
 from .vision_tensors import sort_vision
@@ -25,16 +23,8 @@ if TYPE_CHECKING:
 class VisionTower(vision_tower.VisionTower):
     """Of a Qwen2.5-VL text encoder; its forward is transformers' own."""
 
-    def __init__(
-        self,
-        encoder: Checkpoint,
-        *,
-        dtype: torch.dtype,
-        hardware: Hardware,
-        source: Callable[[Sequence[StoredBlock]], BlockSource] = FileSource,
-    ) -> None:
-        """Reads headers only: those of the text encoder, and of the file beside a GGUF one. Raises MissingFile or
-        WrongModel."""
+    @staticmethod
+    def parts(encoder: Checkpoint) -> tuple[VisionTensors, vision_tower.TowerModules]:
         vision = sort_vision(encoder)
         modules = vision_tower.TowerModules(
             partial(_empty_tower, vision.config),
@@ -43,7 +33,7 @@ class VisionTower(vision_tower.VisionTower):
             PATCH_PX,
             "Qwen2.5-VL",
         )
-        super().__init__(vision, modules, dtype=dtype, hardware=hardware, source=source)
+        return vision, modules
 
     @torch.no_grad()
     def see(

@@ -1,6 +1,6 @@
 """Qwen3-VL's language model as text encoder, made of transformers' own layers; states are those before its norm."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -8,8 +8,6 @@ import torch
 from torch import nn
 
 from ...files.checkpoint import Checkpoint
-from ...hardware import Hardware
-from ...streaming import BlockSource, FileSource, StoredBlock
 from ..qwen_vl import text_encoder
 from ..qwen_vl.language_model import LanguageModel
 from .costs import ATTENTION_STATES
@@ -23,36 +21,24 @@ if TYPE_CHECKING:
 class TextEncoder(text_encoder.TextEncoder):
     """Of Qwen-Image-2.1, which reads what the last layer makes, before the final norm."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        *,
-        dtype: torch.dtype,
-        hardware: Hardware,
-        source: Callable[[Sequence[StoredBlock]], BlockSource] = FileSource,
-    ) -> None:
-        """Reads headers only. Raises WrongModel, DamagedFile or MissingFile."""
-        super().__init__(checkpoint, _language_model(checkpoint), dtype=dtype, hardware=hardware, source=source)
+    tower = VisionTower
 
-    def vision_tower(self) -> VisionTower:
-        return VisionTower(self._checkpoint, dtype=self.dtype, hardware=self.hardware, source=self._source)
-
-
-def _language_model(checkpoint: Checkpoint) -> LanguageModel:
-    tensors = sort_text_encoder(checkpoint)
-    config = _hf_config(tensors.config)
-    return LanguageModel(
-        outside=tensors.outside,
-        layers=tensors.layers,
-        make_layer=partial(_empty_layer, config),
-        make_rotary=partial(_rotary, config),
-        make_norm=None,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        heads=config.num_attention_heads,
-        key_heads=config.num_key_value_heads,
-        attention_states=ATTENTION_STATES,
-    )
+    @staticmethod
+    def language_model(checkpoint: Checkpoint) -> LanguageModel:
+        tensors = sort_text_encoder(checkpoint)
+        config = _hf_config(tensors.config)
+        return LanguageModel(
+            outside=tensors.outside,
+            layers=tensors.layers,
+            make_layer=partial(_empty_layer, config),
+            make_rotary=partial(_rotary, config),
+            make_norm=None,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            heads=config.num_attention_heads,
+            key_heads=config.num_key_value_heads,
+            attention_states=ATTENTION_STATES,
+        )
 
 
 def _empty_layer(config: "Qwen3VLTextConfig") -> nn.Module:

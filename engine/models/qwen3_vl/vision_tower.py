@@ -14,11 +14,9 @@ from torch import Tensor, nn
 
 from ...compute.attention import attention_by
 from ...files.checkpoint import Checkpoint
-from ...hardware import Hardware
-from ...streaming import BlockSource, FileSource, StoredBlock
 from ..qwen_vl import vision_tower
 from ..qwen_vl.images import PatchedImage, SeenImage
-from ..qwen_vl.vision_files import MERGE
+from ..qwen_vl.vision_files import MERGE, VisionTensors
 from .costs import Qwen3VisionFootprint
 from .vision_patches import PATCH_PX
 from .vision_positions import rotary, table_weights
@@ -31,22 +29,14 @@ if TYPE_CHECKING:
 class VisionTower(vision_tower.VisionTower):
     """Of a Qwen3-VL text encoder. What an image is seen as depends on that image alone, to the last bit."""
 
-    def __init__(
-        self,
-        encoder: Checkpoint,
-        *,
-        dtype: torch.dtype,
-        hardware: Hardware,
-        source: Callable[[Sequence[StoredBlock]], BlockSource] = FileSource,
-    ) -> None:
-        """Reads headers only: those of the text encoder, and of the file beside a GGUF one. Raises MissingFile or
-        WrongModel."""
+    @staticmethod
+    def parts(encoder: Checkpoint) -> tuple[VisionTensors, vision_tower.TowerModules]:
         vision = sort_vision(encoder)
         config = _hf_config(vision.config)
         modules = vision_tower.TowerModules(
             partial(_Outside, config), partial(_empty_block, config), Qwen3VisionFootprint, PATCH_PX, "Qwen3-VL"
         )
-        super().__init__(vision, modules, dtype=dtype, hardware=hardware, source=source)
+        return vision, modules
 
     @torch.no_grad()
     def see(

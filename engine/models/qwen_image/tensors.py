@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from ...errors import WrongModel
 from ...files.checkpoint import Checkpoint, TensorEntry
 from ...formats import described_tensors
+from ..attention_heads import heads_of
 from ..prefixes import find_prefix, under_prefix
 from ..recognition import require
 from ..sorting import shape_of, sort_blocks
 from .component import TRANSFORMER
 from .variants import Variant, is_layered, is_marked_2511, variant_of
 
-# the reference's share of a head's dimensions for the time axis; the rest is split evenly over height and width
-_ROPE_AXES_OF_128 = (16, 56, 56)
 _CHANNELS = 64  # of a patch of 2x2 latents
 BLOCKS = "transformer_blocks."
 
@@ -68,39 +67,26 @@ def _transformer_config(
     def shape(name: str, dimensions: int) -> tuple[int, ...]:
         return shape_of(checkpoint, tensors, name, dimensions)
 
-    (head_dim,) = shape("transformer_blocks.0.attn.norm_q.weight", 1)
-    inner_dim, in_channels = shape("img_in.weight", 2)
-    given = checkpoint.config or {}
-    axes = given.get("axes_dims_rope", [axis * head_dim // 128 for axis in _ROPE_AXES_OF_128])
-    even = isinstance(axes, list) and len(axes) == 3 and all(isinstance(n, int) and n > 0 and n % 2 == 0 for n in axes)
-    if not even or sum(axes) != head_dim or inner_dim % head_dim:
-        raise WrongModel(
-            "{file}: {inner_dim} dimensions in heads of {head_dim} do not split into even rotary axes ({axes!s:.99}).",
-            code="transformer.wrong_axes",
-            file=checkpoint.path,
-            inner_dim=inner_dim,
-            head_dim=head_dim,
-            axes=axes,
-        )
+    heads = heads_of(checkpoint, tensors)
     drawn_channels = shape("proj_out.weight", 2)[0]
-    if (in_channels, drawn_channels) != (_CHANNELS, _CHANNELS):
+    if (heads.channels, drawn_channels) != (_CHANNELS, _CHANNELS):
         raise WrongModel(
             "{file} takes {in_channels} channels and makes {drawn_channels}; Qwen-Image has {channels}. Choose a file "
             "such as {example}.",
             code="transformer.other_channels",
             file=checkpoint.path,
-            in_channels=in_channels,
+            in_channels=heads.channels,
             drawn_channels=drawn_channels,
             channels=_CHANNELS,
             example=TRANSFORMER.example,
         )
     return TransformerConfig(
         num_layers=layers,
-        num_attention_heads=inner_dim // head_dim,
-        attention_head_dim=head_dim,
+        num_attention_heads=heads.count,
+        attention_head_dim=heads.head_dim,
         joint_attention_dim=shape("txt_in.weight", 2)[1],
-        axes_dims_rope=(axes[0], axes[1], axes[2]),
-        in_channels=in_channels,
+        axes_dims_rope=heads.rope_axes,
+        in_channels=heads.channels,
         out_channels=drawn_channels // 4,
         zero_cond_t=variant is Variant.EDIT_2511 or is_marked_2511(checkpoint),
         use_additional_t_cond="time_text_embed.addition_t_embedding.weight" in tensors,

@@ -58,7 +58,7 @@ QWEN_IMAGE_21 = Family(
     read_vae=ImageVAE21.read,
     prompts=PROMPT_SIZES,
     block_prefix=BLOCKS,
-    quantizable=r"(?!attn\.norm_).+\.weight",
+    quantizable=r".+\.weight",
     from_prompts=QwenImage21FromPrompts(),
     tokenizer_folder="processor",
 )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from ...errors import WrongModel
 from ...files.checkpoint import Checkpoint, TensorEntry
 from ...formats import described_tensors
+from ..attention_heads import heads_of
 from ..prefixes import find_prefix, under_prefix
 from ..recognition import require
 from ..sorting import shape_of, sort_blocks
@@ -14,8 +15,6 @@ from .component import TRANSFORMER_21
 BLOCKS = "transformer_blocks."
 # of a latent pixel, which is a token
 CHANNELS = 64
-# a head's dimensions for the frame; the rest is split evenly over height and width
-_ROPE_AXES_OF_128 = (16, 56, 56)
 # one layer in ComfyUI's files, two in diffusers' folder: the rows of the first, then those of the second
 JOINED_LAYER = "img_mlp.gate_up"
 SPLIT_LAYERS = ("img_mlp.gate_layer", "img_mlp.proj")
@@ -60,38 +59,25 @@ def _config(checkpoint: Checkpoint, tensors: Mapping[str, TensorEntry], layers: 
     def shape(name: str, dimensions: int) -> tuple[int, ...]:
         return shape_of(checkpoint, tensors, name, dimensions)
 
-    (head_dim,) = shape("transformer_blocks.0.attn.norm_q.weight", 1)
-    inner_dim, channels = shape("img_in.weight", 2)
-    given = checkpoint.config or {}
-    axes = given.get("axes_dims_rope", [axis * head_dim // 128 for axis in _ROPE_AXES_OF_128])
-    even = isinstance(axes, list) and len(axes) == 3 and all(isinstance(n, int) and n > 0 and n % 2 == 0 for n in axes)
-    if not even or sum(axes) != head_dim or inner_dim % head_dim:
-        raise WrongModel(
-            "{file}: {inner_dim} dimensions in heads of {head_dim} do not split into even rotary axes ({axes!s:.99}).",
-            code="transformer.wrong_axes",
-            file=checkpoint.path,
-            inner_dim=inner_dim,
-            head_dim=head_dim,
-            axes=axes,
-        )
+    heads = heads_of(checkpoint, tensors)
     drawn = shape("proj_out.weight", 2)[0]
-    if (channels, drawn) != (CHANNELS, CHANNELS):
+    if (heads.channels, drawn) != (CHANNELS, CHANNELS):
         raise WrongModel(
             "{file} takes {in_channels} channels and makes {drawn_channels}; Qwen-Image-2.1 has {channels}. Choose a "
             "file such as {example}.",
             code="transformer_21.other_channels",
             file=checkpoint.path,
-            in_channels=channels,
+            in_channels=heads.channels,
             drawn_channels=drawn,
             channels=CHANNELS,
             example=TRANSFORMER_21.example,
         )
     return TransformerConfig(
         layers=layers,
-        heads=inner_dim // head_dim,
-        head_dim=head_dim,
+        heads=heads.count,
+        head_dim=heads.head_dim,
         prompt_dim=shape("txt_in.in_layer.weight", 2)[1],
         mlp_dim=shape("transformer_blocks.0.img_mlp.out.weight", 2)[1],
-        rope_axes=(axes[0], axes[1], axes[2]),
+        rope_axes=heads.rope_axes,
         joined=f"{BLOCKS}0.{JOINED_LAYER}.weight" in tensors,
     )

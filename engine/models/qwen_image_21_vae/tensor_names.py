@@ -4,9 +4,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
-from ...errors import DamagedFile, WrongModel
+from ...errors import WrongModel
 from ...files.checkpoint import Checkpoint, TensorEntry
-from ..qwen_image_vae.tensor_names import MAX_WIDTH, rename, vae_tensors
+from ..qwen_image_vae.tensor_names import MAX_WIDTH, rename, require_shapes, vae_tensors
 from .shapes import DECODER_BLOCKS, ENCODER_BLOCKS, IMAGE_CHANNELS, LATENT_CHANNELS, image_vae_21_shapes
 
 NAME = "qwen_image_2.1_vae_bf16.safetensors"
@@ -67,24 +67,7 @@ def check_is_image_vae_21(shapes: Mapping[str, Sequence[int]], where: str) -> di
             example=NAME,
         )
     needed = image_vae_21_shapes(*widths)
-    for name, shape in needed.items():
-        if name not in shapes:
-            raise DamagedFile(
-                "{file} has no tensor {name}: the file is cut or mixed up. Download it again.",
-                code="vae.lacks_tensor",
-                file=where,
-                name=name,
-            )
-        if _of_one_frame(shapes[name]) != _of_one_frame(shape):
-            raise WrongModel(
-                "{file} is not Qwen-Image-2.1's VAE: {name} {shape}, not {needed_shape}. Use {example}.",
-                code="vae_21.other_shape",
-                file=where,
-                name=name,
-                shape=list(shapes[name]),
-                needed_shape=list(shape),
-                example=NAME,
-            )
+    require_shapes(shapes, needed, where, "Qwen-Image-2.1's VAE", NAME, _of_one_frame)
     return needed
 
 
@@ -100,9 +83,8 @@ def needed_tensors(checkpoint: Checkpoint) -> dict[str, TensorEntry]:
     return {name: entries[name] for name in check_is_image_vae_21(shapes, str(checkpoint.path))}
 
 
-def _of_one_frame(shape: Sequence[int]) -> tuple[int, ...]:
+def _of_one_frame(shape: tuple[int, ...]) -> tuple[int, ...]:
     """A kernel of images and one of videos that reaches over no time are the same; so are norms' numbers."""
-    shape = tuple(shape)
     if len(shape) == 5 and shape[2] == 1:
         return shape[:2] + shape[3:]
     return shape[:1] if set(shape[1:]) == {1} and len(shape) in (3, 4) else shape

@@ -1,7 +1,7 @@
 """Name a VAE's tensors as diffusers does (ComfyUI's names are Wan's), and say what a foreign VAE is."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from ...errors import DamagedFile, WrongModel
@@ -138,7 +138,21 @@ def check_is_image_vae(shapes: Mapping[str, Sequence[int]], where: str) -> int:
             width=width,
             use=use,
         )
-    for name, shape in image_vae_shapes(width, image_channels).items():
+    require_shapes(shapes, image_vae_shapes(width, image_channels), where, "a Qwen-Image VAE", NAME)
+    return image_channels
+
+
+def require_shapes(
+    shapes: Mapping[str, Sequence[int]],
+    needed: Mapping[str, tuple[int, ...]],
+    where: str,
+    model: str,
+    example: str,
+    alike: Callable[[tuple[int, ...]], tuple[int, ...]] = tuple,
+) -> None:
+    """Raise DamagedFile for a tensor that is missing, WrongModel for one of another shape. `alike`: a shape as those
+    are written that are the same in other words."""
+    for name, shape in needed.items():
         if name not in shapes:
             raise DamagedFile(
                 "{file} has no tensor {name}: the file is cut or mixed up. Download it again.",
@@ -146,17 +160,17 @@ def check_is_image_vae(shapes: Mapping[str, Sequence[int]], where: str) -> int:
                 file=where,
                 name=name,
             )
-        if tuple(shapes[name]) != shape:
+        if alike(tuple(shapes[name])) != alike(shape):
             raise WrongModel(
-                "{file} is not a Qwen-Image VAE: {name} {shape}, not {needed_shape}. {use}",
+                "{file} is not {model}: {name} {shape}, not {needed_shape}. Use {example}.",
                 code="vae.other_shape",
                 file=where,
+                model=model,
                 name=name,
                 shape=list(shapes[name]),
                 needed_shape=list(shape),
-                use=use,
+                example=example,
             )
-    return image_channels
 
 
 def require_image_vae(checkpoint: Checkpoint, *, channels: int | None = None) -> None:

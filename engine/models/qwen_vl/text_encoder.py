@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,16 +40,18 @@ class TextEncoder(VisitsBlocks, ABC):
     device, and no file open, when `encode` returns or raises.
     """
 
+    tower: ClassVar[type[VisionTower]]
+
     def __init__(
         self,
         checkpoint: Checkpoint,
-        model: LanguageModel,
         *,
         dtype: torch.dtype,
         hardware: Hardware,
         source: Callable[[Sequence[StoredBlock]], BlockSource] = FileSource,
     ) -> None:
         """Reads headers only. Raises WrongModel, DamagedFile or MissingFile."""
+        model = self.language_model(checkpoint)
         self.identity = checkpoint.identity
         self._checkpoint = checkpoint
         self.dtype = dtype
@@ -80,9 +82,14 @@ class TextEncoder(VisitsBlocks, ABC):
     def hidden_size(self) -> int:
         return self._model.hidden_size
 
+    @staticmethod
     @abstractmethod
+    def language_model(checkpoint: Checkpoint) -> LanguageModel:
+        """Of an encoder's file. Reads headers only; raises WrongModel or DamagedFile."""
+
     def vision_tower(self) -> VisionTower:
         """What sees images for this encoder. Reads headers only; raises MissingFile or WrongModel."""
+        return self.tower(self._checkpoint, dtype=self.dtype, hardware=self.hardware, source=self._source)
 
     @torch.no_grad()
     def encode(

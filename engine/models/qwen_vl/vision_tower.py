@@ -9,11 +9,13 @@ from torch import nn
 
 from ...compute.attention import kernel_of
 from ...errors import WrongModel
+from ...files.checkpoint import Checkpoint
 from ...hardware import Hardware
 from ...planning.vision import VisionFootprint
 from ...streaming import (
     BlockFiles,
     BlockSource,
+    FileSource,
     StoredBlock,
     StreamedBlocks,
     VisitsBlocks,
@@ -47,14 +49,15 @@ class VisionTower(VisitsBlocks, ABC):
 
     def __init__(
         self,
-        vision: VisionTensors,
-        modules: TowerModules,
+        encoder: Checkpoint,
         *,
         dtype: torch.dtype,
         hardware: Hardware,
-        source: Callable[[Sequence[StoredBlock]], BlockSource],
+        source: Callable[[Sequence[StoredBlock]], BlockSource] = FileSource,
     ) -> None:
-        """Raises WrongModel for tensors that are missing or of another shape, and for patches of another size."""
+        """Reads headers only: those of the text encoder, and of the file beside a GGUF one. Raises MissingFile;
+        WrongModel for tensors that are missing or of another shape, and for patches of another size."""
+        vision, modules = self.parts(encoder)
         self.identity = vision.checkpoint.identity
         self.dtype, self.hardware = dtype, hardware
         self._where, self._settings = str(vision.checkpoint.path), vision.config
@@ -77,6 +80,11 @@ class VisionTower(VisitsBlocks, ABC):
             element_bytes=dtype.itemsize,
             attention=kernel_of(hardware, dtype),
         )
+
+    @staticmethod
+    @abstractmethod
+    def parts(encoder: Checkpoint) -> tuple[VisionTensors, TowerModules]:
+        """Of a text encoder's file. Raises MissingFile or WrongModel."""
 
     @abstractmethod
     def see(

@@ -1,0 +1,64 @@
+"""Say in words what a graph asks of Qwen-Image-2.1 that it does not do, and what it does poorly."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...engine.errors import InvalidRequest, Unsupported
+from ...engine.models.qwen_image_21.latents import CHANNELS, TOKEN_PX
+from ...engine.models.qwen_image_21.schedule import TURBO_SIGMAS
+from ..display_names import ENCODE_EDIT
+from .progress import warn
+
+SLOTS_KEY = "image_slots"  # of a condition: before which of its tokens each reference stands
+
+
+def tell_other_schedule(sigmas: Tensor) -> None:
+    """Turbo was made for eight sigmas; what is left of them where an image is changed (denoise) is theirs too."""
+    own = torch.tensor([*TURBO_SIGMAS, 0.0])
+    taken = sigmas.float().cpu()
+    if len(taken) > len(own) or not torch.allclose(taken, own[-len(taken) :], atol=1e-3):
+        warn(
+            "Qwen-Image-2.1-Turbo makes poor images with another schedule than its own: use the preset '2.1-Turbo, 8 "
+            "steps' of Sample (low VRAM), or ManualSigmas with "
+            f"{', '.join(f'{sigma:g}' for sigma in own.tolist())}."
+        )
+
+
+def check_references_21(entry: dict[str, Any], noise: Tensor) -> None:
+    """Raise InvalidRequest for references that are no images of this model's, or whose places are not said."""
+    references, slots = list(entry.get("reference_latents") or ()), list(entry.get(SLOTS_KEY) or ())
+    for latent in references:
+        if latent.ndim != 4 or latent.shape[1] != CHANNELS:
+            raise InvalidRequest(
+                "A reference latent has the shape {shape}; of Qwen-Image-2.1 it is [1, {channels}, height / {px}, "
+                "width / {px}].\n\nWhat to do: encode the image with VAE Encode and this model's VAE.",
+                code="graph_21.wrong_reference_shape",
+                shape=list(latent.shape),
+                channels=CHANNELS,
+                px=TOKEN_PX,
+            )
+        if any((side - own) % 2 for side, own in zip(latent.shape[-2:], noise.shape[-2:], strict=True)):
+            raise Unsupported(
+                "An image of {width}x{height} px beside a reference of {ref_width}x{ref_height} px is half a token "
+                "aside.\n\nWhat to do: use sides in multiples of {step} px for both.",
+                code="graph_21.half_a_token",
+                width=noise.shape[-1] * TOKEN_PX,
+                height=noise.shape[-2] * TOKEN_PX,
+                ref_width=latent.shape[-1] * TOKEN_PX,
+                ref_height=latent.shape[-2] * TOKEN_PX,
+                step=2 * TOKEN_PX,
+            )
+    tokens = entry["cross_attn"].shape[1]
+    in_order = slots == sorted(slots) and all(0 <= slot <= tokens for slot in slots)
+    if len(slots) != len(references) or not in_order:
+        raise InvalidRequest(
+            "A prompt shows {count} images and says of {slots} where they stand in it.\n\nWhat to do: encode prompt "
+            "and images with one node that knows Qwen-Image-2.1, such as '{encode_edit}'; ReferenceLatent does not say "
+            "it.",
+            code="graph_21.places_of_references",
+            count=len(references),
+            slots=len(slots),
+            encode_edit=ENCODE_EDIT,
+        )
