@@ -204,3 +204,14 @@ def test_memory_plan_shows_every_stage_of_it(load: Any) -> None:
         assert all(stage in text for stage in ("encode", "sampling", "decode"))
     with pytest.raises(InvalidRequest, match="layers"):
         plan.plan(**choices, **settings, layers=2)
+
+
+@pytest.mark.parametrize("weight_format", ["int8", "nf4"])
+def test_its_weights_are_quantized_at_the_first_load_and_kept(load: Any, weight_format: str) -> None:
+    case = CASES["text"]
+    first = load(weight_format=weight_format)
+    assert first[0].model.transformer.weight_format.endswith(weight_format)  # of bitsandbytes, as bnb_int8
+    image = make(*first, case)[0]
+    plain = make(*load(), case)[0]
+    assert torch.equal(make(*load(weight_format=weight_format), case)[0], image)
+    assert 0 < (image - plain).abs().mean() < 0.1
