@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from ..formats.chunks import LORA_CHUNK_WEIGHTS
@@ -80,7 +80,8 @@ def _codec_cost(codec: Any, place: Form, parts: tuple[Form, ...]) -> DecodeCost:
     def empty(form: Form) -> Tensor:
         return torch.empty(form[1], dtype=form[0], device="meta")
 
-    with torch.inference_mode(False), torch.no_grad(), KernelCounter() as counter:
+    # what is remembered is the operators' own: other modes, such as that of fake tensors, see other ones
+    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad(), KernelCounter() as counter:
         room = torch.empty(codec.scratch_bytes(place[1], on_host=False), dtype=torch.uint8, device="meta")
         codec.decode_into(empty(place), [empty(part) for part in parts], Scratch(room, on_host=False))
     return counter.cost

@@ -10,7 +10,8 @@ from qwenimage_lowvram.engine.formats import FORMATS, Scratch, StoredParam
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.models.qwen_image.network import QwenImageParts
 from qwenimage_lowvram.engine.streaming.block_layout import StoredBlock
-from qwenimage_lowvram.engine.streaming.decode_costs import KernelCounter, decode_cost
+from qwenimage_lowvram.engine.streaming.decode_costs import KernelCounter, _codec_cost, decode_cost
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..simulated_gpu.tiny_models import TinyModels
 
@@ -48,6 +49,15 @@ def test_what_is_counted_from_sizes_is_what_is_counted_while_it_decodes(models: 
             param.decoder.decode_into(place.view(slot), parts, Scratch(room, on_host=False))
     assert decode_cost(block) == counter.cost
     assert (counter.cost.launches == 0) == (kind == "bf16")
+
+
+@pytest.mark.parametrize("kind", MOVED)
+def test_it_is_the_same_among_fake_tensors(models: TinyModels, kind: str) -> None:
+    block = block_of(models.open(kind))
+    expected = decode_cost(block)
+    _codec_cost.cache_clear()
+    with FakeTensorMode():
+        assert decode_cost(block) == expected
 
 
 @pytest.mark.parametrize("name", sorted(FORMATS.encoders))

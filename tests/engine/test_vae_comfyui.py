@@ -115,8 +115,9 @@ def test_the_decode_node_takes_any_vae(
     from qwenimage_lowvram.nodes.decode import QwenLowVRAMDecode
 
     vae = request.getfixturevalue(kind)
-    (images,) = QwenLowVRAMDecode().decode({"samples": LATENTS}, vae, tile_size)
+    images, mask = QwenLowVRAMDecode().decode({"samples": LATENTS}, vae, tile_size)
     assert images.shape == (2, 96, 136, 3)
+    assert torch.equal(mask, torch.zeros(2, 96, 136))
     if kind == "ours" or tile_size == 0:
         assert (images - vae.decode(LATENTS).reshape(images.shape)).abs().max() < 1e-6
 
