@@ -7,7 +7,7 @@ import folder_paths
 
 from ..engine.errors import MissingFile, QwenLowVRAMError, Unsupported
 from ..engine.log import logger
-from ..engine.lora.lora_file import LoraMatch, match, needs_adapters, open_lora
+from ..engine.lora.lora_file import LoraMatch, match_model, needs_adapters, open_lora
 from ..engine.out_of_memory import in_words
 from ..engine.texts import LONGEST, printable, shown
 from .adapters.patcher import LowVRAMPatcher
@@ -81,7 +81,7 @@ class QwenLowVRAMLoadLora:
         with at_input("lora_name"):
             file = open_lora(_file_of(lora_name))
             by_comfyui = match_file(file, model.model) if needs_adapters(file) else None
-            lora = by_comfyui or match(file, transformer.weights)
+            lora = by_comfyui or match_model(file, transformer)
         text = "\n".join([str(lora), *warnings_of(lora, transformer.weight_format), *_listed(lora)])
         logger.info("%s", text)
         tell(text)

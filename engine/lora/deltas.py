@@ -1,8 +1,9 @@
 """Add stacked LoRAs to a weight: in fp32, rounded once, in scratch memory that is handed in. Reads no file."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
+from itertools import pairwise
 from math import isfinite, prod
 
 import torch
@@ -38,6 +39,8 @@ class Dora:
 class Delta:
     """What one LoRA file does to one weight of `shape`: adds scale * change, then normalises where it is a DoRA.
 
+    part: the rows that it changes, where the weight holds other layers beside; None for all.
+
     `parts` are to be brought from the file as raw bytes; all methods take them in this order, as tensors.
     """
 
@@ -46,6 +49,12 @@ class Delta:
     change: Change | WholeChange
     scale: float = 1.0
     dora: Dora | None = None
+    part: range | None = None
+
+    @property
+    def rows(self) -> range:
+        """Of the weight, that it changes."""
+        return range(self.shape[0]) if self.part is None else self.part
 
     @property
     def kind(self) -> str:
@@ -86,12 +95,31 @@ Stack = Sequence[tuple[Delta, Sequence[Tensor], float]]
 
 def scratch_elements(shape: Sequence[int], deltas: Sequence[Delta]) -> int:
     """The fp32 numbers that `apply` needs in `scratch` for these deltas of a weight of `shape`."""
+    parted = _parted(deltas)
+    if parted is None:
+        by_rows = (delta for delta in deltas if not isinstance(delta.change, WholeChange))
+        each = (_scratch_of_rows((len(delta.rows), *shape[1:]), [delta]) for delta in by_rows)
+        return prod(shape) + max(each, default=0)
+    return max((_scratch_of_rows((len(rows), *shape[1:]), own) for rows, own in parted.items()), default=0)
+
+
+def _scratch_of_rows(shape: Sequence[int], deltas: Sequence[Delta]) -> int:
+    """The same of deltas that all change the same rows, `shape` of them."""
     rows, columns = even_rows(shape, CHUNK_WEIGHTS), prod(shape[1:])
     per_column = sum(delta.dora is not None and delta.dora.norm is Norm.COLUMN for delta in deltas)
     whole = prod(shape) if any(isinstance(delta.change, WholeChange) for delta in deltas) else 0
     return (
         whole + rows * columns + max((delta.work_elements(rows) for delta in deltas), default=0) + per_column * columns
     )
+
+
+def _parted(deltas: Sequence[Delta]) -> dict[range, list[Delta]] | None:
+    """By the rows that they change; None where some change a part of the rows that others do."""
+    parted: dict[range, list[Delta]] = {}
+    for delta in deltas:
+        parted.setdefault(delta.rows, []).append(delta)
+    ordered = sorted(parted, key=lambda rows: rows.start)
+    return None if any(one.stop > other.start for one, other in pairwise(ordered)) else parted
 
 
 def apply(weight: Tensor, stack: Stack, scratch: Tensor) -> None:
@@ -110,7 +138,19 @@ def apply(weight: Tensor, stack: Stack, scratch: Tensor) -> None:
     _check(weight, stack, scratch)
     if not stack or not weight.numel():
         return
+    parted = _parted([delta for delta, _, _ in stack])
+    if parted is None:
+        _apply_whole(weight, stack, scratch)
+        return
+    for rows in parted:
+        _apply_to_rows(weight[rows.start : rows.stop], [one for one in stack if one[0].rows == rows], scratch)
+
+
+def _apply_to_rows(weight: Tensor, stack: Stack, scratch: Tensor) -> None:
+    """Of deltas that all change these rows."""
     if any(isinstance(delta.change, WholeChange) for delta, _, _ in stack):
+        shape = tuple(weight.shape)
+        stack = [(replace(delta, shape=shape, part=None), parts, strength) for delta, parts, strength in stack]
         _apply_whole(weight, stack, scratch)
         return
     matrix = weight.view(len(weight), -1)
@@ -128,14 +168,15 @@ def apply(weight: Tensor, stack: Stack, scratch: Tensor) -> None:
 
 
 def _apply_whole(weight: Tensor, stack: Stack, scratch: Tensor) -> None:
-    """The same where some deltas take the whole weight: on a copy of it in fp32."""
+    """One after another, where some take all of their rows at once or rows of others: on a copy in fp32."""
     whole, scratch = carve(scratch, *weight.shape)
     whole.copy_(weight)
     for delta, parts, strength in stack:
+        rows = whole[delta.rows.start : delta.rows.stop]
         if isinstance(delta.change, WholeChange):
-            delta.change.change(whole.view(len(whole), -1), parts, strength)
+            delta.change.change(rows.view(len(rows), -1), parts, strength)
         else:
-            apply(whole, [(delta, parts, strength)], scratch)
+            _apply_to_rows(rows, [(delta, parts, strength)], scratch)
     weight.copy_(whole)
 
 

@@ -73,18 +73,24 @@ _UNSUPPORTED: tuple[tuple[str, str], ...] = (
 
 COMFYUIS_KINDS = ("OFT or BOFT", "GLoRA")
 
-# another model's layers, by names that no Qwen-Image has; the first that is found decides
+# layers that one network of ours has, and another whose names are like its own has not
+_SIBLINGS = (
+    (r"txt_mlp|(img|txt)_mod[._]|img_mlp[._]net|add_[qkv]_proj|to_add_out", "the 20B Qwen-Image family"),
+    (r"img_mlp[._](gate_up|gate_layer|proj|out)([._]|$)|txt_in[._](in|out)_layer", "Qwen-Image-2.1"),
+)
+# another model's layers, by names that the model itself has not; the first that is found decides
 _MODELS: tuple[tuple[str, str], ...] = (
     (r"single_transformer_blocks|double_blocks|single_blocks", "Flux or HunyuanVideo"),
     (r"(down|up|input|output)_blocks|mid(dle)?_block", "Stable Diffusion 1.5 or SDXL"),
     (r"joint_blocks|ff_context", "Stable Diffusion 3"),
     (r"(^|[._])blocks[._]\d+[._](self|cross)_attn|transformer_blocks[._]\d+[._]attn[12]", "Wan or LTX"),
     (r"(^|[._])layers[._]\d+[._](attention|feed_forward)", "Z-Image or Lumina"),
+    *_SIBLINGS,
     (r"lora_te|text_encoder|text_model|self_attn", "a text encoder"),
     (r"transformer_blocks[._]\d+[._]attn[._]", "another size or kind of transformer"),
 )
 # Flux in diffusers' names shares some of its layers' names and shapes with Qwen-Image
-_HALF_SHARED = re.compile("single_transformer_blocks")
+_HALF_SHARED = "single_transformer_blocks"
 
 
 class LayerNames:
@@ -141,15 +147,24 @@ def unsupported_kind(key: str) -> tuple[str, str] | None:
     return None
 
 
-def guess_model(keys: Iterable[str]) -> str | None:
-    """Which other model a file's keys belong to, in words."""
+def guess_model(keys: Iterable[str], weights: Iterable[str]) -> str | None:
+    """Which other model than that of `weights` a file's keys belong to, in words."""
     listed = list(keys)
-    for pattern, model in _MODELS:
+    for pattern, model in _others(weights, _MODELS):
         if any(re.search(pattern, key) for key in listed):
             return model
     return None
 
 
-def is_of_half_shared_model(keys: Iterable[str]) -> bool:
-    """Whether keys that found no layer show that those which did belong to another model."""
-    return any(_HALF_SHARED.search(key) for key in keys)
+def is_of_half_shared_model(keys: Iterable[str], weights: Iterable[str]) -> bool:
+    """Whether keys that found no layer among `weights` show that those which did belong to another model."""
+    listed = list(keys)
+    patterns = [_HALF_SHARED, *(pattern for pattern, _ in _others(weights, _SIBLINGS))]
+    return any(re.search(pattern, key) for pattern in patterns for key in listed)
+
+
+def _others(weights: Iterable[str], models: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """All but the one among the siblings that the model itself is."""
+    own = list(weights)
+    mine = [one for one in _SIBLINGS if any(re.search(one[0], name) for name in own)]
+    return [model for model in models if model not in mine]

@@ -36,7 +36,8 @@ class PeftSettings:
 
 @dataclass(frozen=True)
 class LoraLayer:
-    """The tensors of one layer, by their parts' names, with the keys that the file has for them."""
+    """The tensors of one layer, by their parts' names, with the keys that the file has for them. model: that the LoRA
+    is for, in messages."""
 
     file: Path
     name: str
@@ -44,6 +45,7 @@ class LoraLayer:
     keys: Mapping[str, str]
     alpha: float | None
     settings: PeftSettings
+    model: str
 
     @property
     def is_empty(self) -> bool:
@@ -193,12 +195,13 @@ class LoraLayer:
         if (shape[0], prod(shape[1:])) != change.shape:
             raise WrongModel(
                 "{file} changes {weight} by a matrix of {shape}; this model's is {model_shape}. It was made for "
-                "another model, or another size of it: choose a LoRA for Qwen-Image.",
+                "another model, or another size of it: choose a LoRA for {model}.",
                 code="lora.other_size",
                 file=self.file,
                 weight=weight,
                 shape=list(change.shape),
                 model_shape=list(shape),
+                model=self.model,
             )
         return Delta(weight, shape, change, scale, dora)
 

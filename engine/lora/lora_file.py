@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from io import BytesIO
 from math import isfinite, prod
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,10 +14,13 @@ from ..files.checkpoint import TensorEntry, open_checkpoint
 from ..files.json_texts import parse_json
 from ..files.regular_file import open_regular, require_all_unchanged, require_unchanged
 from ..formats import TORCH_DTYPES
+from ..models.layer_rows import NO_OTHER_NAMES, OtherNames, shapes_by_any_name
+from ..models.streamed_transformer import StreamedTransformer
 from ..texts import printable
 from .deltas import Delta
 from .key_names import COMFYUIS_KINDS, LayerNames, guess_model, is_of_half_shared_model, split_key, unsupported_kind
 from .layers import LoraLayer, PeftSettings, peft_settings
+from .row_cuts import placed
 
 # where diffusers keeps PEFT's configuration in the metadata, as JSON
 _SETTINGS = "lora_adapter_metadata"
@@ -41,7 +45,8 @@ class LoraFile:
 
 @dataclass(frozen=True)
 class LoraMatch:
-    """What a file changes in one transformer: a delta for each weight or bias, by its name.
+    """What a file changes in one transformer: a delta for each weight or bias, by its name, or where the transformer's
+    file holds several layers in a weight, by the layer's.
 
     `unmatched`: the file's keys that have no part in it, such as those of a text encoder. `empty_layers`: those whose
     change has rank 0, which is none. `left_out_scales`: the least and the greatest scale (alpha / rank) that the file's
@@ -84,16 +89,29 @@ def needs_adapters(lora: LoraFile) -> bool:
     return any((kind := unsupported_kind(key)) is not None and kind[1] in COMFYUIS_KINDS for key in lora.tensors)
 
 
-def match(lora: LoraFile, weights: Mapping[str, tuple[int, ...]]) -> LoraMatch:
-    """Find what the file changes among `weights`: names as diffusers' transformer has them, and shapes.
+def match_model(lora: LoraFile, transformer: StreamedTransformer[Any, Any]) -> LoraMatch:
+    """Find what the file changes of a transformer, as `match`."""
+    return match(lora, transformer.weights, transformer.other_names, model=transformer.model)
+
+
+def match(
+    lora: LoraFile,
+    weights: Mapping[str, tuple[int, ...]],
+    others: OtherNames = NO_OTHER_NAMES,
+    *,
+    model: str = "Qwen-Image",
+) -> LoraMatch:
+    """Find what the file changes among `weights`: names as diffusers' transformer has them, and shapes. `others`: names
+    of layers that the weights hold joined or apart. `model`: in messages.
 
     Reads the alphas, a few bytes each. Raises WrongModel where nothing matches, where a shape does not fit, or where
     the other keys are another model's; Unsupported for kinds of changes that are not computed here; DamagedFile where
     a change is not whole.
     """
-    layers, unmatched = _sort_keys(lora, weights)
-    if not layers or is_of_half_shared_model(unmatched):
-        raise _wrong_model(lora, unmatched)
+    shapes = shapes_by_any_name(weights, others)
+    layers, unmatched = _sort_keys(lora, shapes)
+    if not layers or is_of_half_shared_model(unmatched, shapes):
+        raise _wrong_model(lora, unmatched, shapes, model)
     alphas = _read_alphas({name: parts["alpha"] for name, parts in layers.items() if "alpha" in parts})
     settings = _settings(lora)
     deltas: dict[str, Delta] = {}
@@ -106,13 +124,15 @@ def match(lora: LoraFile, weights: Mapping[str, tuple[int, ...]]) -> LoraMatch:
             {part: key for part, (key, _) in parts.items()},
             alphas.get(name),
             settings,
+            model,
         )
         if layer.is_empty:
             empty += 1
             continue
-        made, used = layer.deltas(weights)
+        made, used = layer.deltas(shapes)
         left_out.add(layer.left_out_scale)
-        deltas.update((delta.weight, delta) for delta in made)
+        for delta in made:
+            _put(deltas, placed(delta, weights, others, lora.path), lora.path)
         unmatched.extend(key for part, (key, _) in parts.items() if part not in used)
     if not deltas and empty:
         raise DamagedFile(
@@ -122,9 +142,23 @@ def match(lora: LoraFile, weights: Mapping[str, tuple[int, ...]]) -> LoraMatch:
             empty=empty,
         )
     if not deltas:
-        raise _wrong_model(lora, unmatched)
+        raise _wrong_model(lora, unmatched, shapes, model)
     scales = None if left_out == {1.0} else (min(left_out), max(left_out))
     return LoraMatch(lora, deltas, tuple(unmatched), empty, scales)
+
+
+def _put(deltas: dict[str, Delta], made: Mapping[str, Delta], file: Path) -> None:
+    """Raises Unsupported where a weight is changed as itself and as a part of another one."""
+    doubled = sorted(deltas.keys() & made.keys())
+    if doubled:
+        raise Unsupported(
+            "{file} changes {name} in two ways at once ({kinds}).",
+            code="lora.two_ways_at_once",
+            file=file,
+            name=doubled[0],
+            kinds=["by itself", "joined with another layer"],
+        )
+    deltas.update(made)
 
 
 def _sort_keys(lora: LoraFile, weights: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, _Parts], list[str]]:
@@ -208,7 +242,9 @@ def _settings(lora: LoraFile) -> PeftSettings:
     return peft_settings(parse_json(lora.metadata.get(_SETTINGS, "{}"), f"{lora.path}: metadata key {_SETTINGS!r}"))
 
 
-def _wrong_model(lora: LoraFile, unmatched: Sequence[str]) -> WrongModel:
+def _wrong_model(
+    lora: LoraFile, unmatched: Sequence[str], weights: Mapping[str, tuple[int, ...]], model: str
+) -> WrongModel:
     total = len(lora.tensors)
     if not any(split_key(key) or unsupported_kind(key) for key in lora.tensors):
         example = f", such as {next(iter(lora.tensors))!r:.199}" if lora.tensors else ""
@@ -219,15 +255,16 @@ def _wrong_model(lora: LoraFile, unmatched: Sequence[str]) -> WrongModel:
             total=total,
             example=example,
         )
-    guess = guess_model(unmatched)
+    guess = guess_model(unmatched, weights)
     made_for = f" It seems to be made for {guess}." if guess else ""
     return WrongModel(
         "{file}: {unmatched_count} of its {total} keys fit no layer of this transformer, such as "
-        "{example!r:.199}.{made_for} Choose a LoRA for Qwen-Image.",
+        "{example!r:.199}.{made_for} Choose a LoRA for {model}.",
         code="lora.other_model",
         file=lora.path,
         unmatched_count=len(unmatched),
         total=total,
         example=unmatched[0],
         made_for=made_for,
+        model=model,
     )

@@ -47,7 +47,7 @@ def lora_patches(loras: Sequence[tuple[LoraMatch, float]]) -> Mapping[str, LoraP
     """Patches by the names of the weights that they change, of (LoRA, strength) in order; strength 0 is left out."""
     stacks: dict[str, list[tuple[Delta, float]]] = {}
     for lora, strength in loras:
-        for name, delta in lora.deltas.items():
+        for delta in lora.deltas.values():
             if strength:
-                stacks.setdefault(name, []).append((delta, strength))
+                stacks.setdefault(delta.weight, []).append((delta, strength))
     return {name: LoraPatch(name, tuple(stack)) for name, stack in stacks.items()}

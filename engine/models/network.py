@@ -5,7 +5,7 @@ take, and how what goes through its blocks begins and ends. Streaming and planni
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -24,7 +24,8 @@ class Network:
     make_block and make_modulation return, whose parameters are on the meta device (buffers are real). These three must
     not refer to anything that holds weights. block_prefix: stands before a block's number in the model's own names.
     make_modulation: the part of a block that sees the timestep alone, and is computed beforehand; None without one.
-    make_footprint: the network's footprint from the sizes that TransformerFootprint has.
+    make_footprint: the network's footprint from the sizes that TransformerFootprint has. joined_layers: as
+    `layer_rows.other_names` takes them. model: what a person calls it.
     """
 
     where: str
@@ -36,6 +37,8 @@ class Network:
     make_block: Callable[[], nn.Module]
     make_footprint: Callable[..., TransformerFootprint]
     make_modulation: Callable[[], nn.Module] | None = None
+    joined_layers: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    model: str = "Qwen-Image"
 
 
 class Branch(Protocol):

@@ -18,6 +18,7 @@ from ..planning.kept import NOTHING_KEPT, KeptTiers
 from ..planning.memory import SecondaryDevice
 from ..planning.spread import spread_order
 from ..streaming import BlockStreamer, OnBlock, Pace, Waits, WeightPatch, bind
+from .layer_rows import OtherNames
 from .network import Branch, Hooked, NothingBeforehand, State, StepTable
 from .transformer_parts import TransformerParts
 
@@ -89,6 +90,16 @@ class StreamedTransformer(ABC, Generic[BranchT, StateT]):
     def weights(self) -> dict[str, tuple[int, ...]]:
         """Every weight's shape by its name in the whole model: what can be patched."""
         return self._parts.weights
+
+    @property
+    def other_names(self) -> OtherNames:
+        """Names of layers that the file holds joined or apart: what can be patched, too."""
+        return self._parts.other_names
+
+    @property
+    def model(self) -> str:
+        """What a person calls it."""
+        return self._parts.network.model
 
     def patch(self, patches: Mapping[str, WeightPatch]) -> None:
         """Apply these to the weights of those names from the next run on, and no others.

@@ -20,6 +20,7 @@ from ..streaming import (
     WeightPatch,
     read_params,
 )
+from .layer_rows import OtherNames, other_names
 from .network import Network
 
 
@@ -73,6 +74,11 @@ class TransformerParts:
             for name, shape in files.shapes.items()
         }
         return self._outside_shapes | names
+
+    @property
+    def other_names(self) -> OtherNames:
+        """Of layers that the file holds joined or apart, and other files in the other way."""
+        return other_names(self.weights, self.network.joined_layers)
 
     def patch(self, patches: Mapping[str, WeightPatch]) -> None:
         """From now on apply these to the weights of those names, and no others; between two runs."""

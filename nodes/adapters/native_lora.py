@@ -12,6 +12,7 @@ from torch import Tensor
 from ...engine.files.checkpoint import TensorEntry
 from ...engine.formats import TORCH_DTYPES
 from ...engine.lora.lora_file import LoraFile
+from ...engine.models.layer_rows import OtherNames
 from .graph_checks import refuse
 
 PREFIX = "diffusion_model."  # of a weight's name in ComfyUI's model
@@ -27,7 +28,36 @@ _ADAPTERS = {
 }  # fmt: skip
 
 
-def lora_of_patches(patches: Mapping[Any, Any]) -> LoraFile:
+def weight_of(key: Any) -> str:
+    """The weight's name in the key of a patch, which names a part of a weight where it is a tuple."""
+    return str(key if isinstance(key, str) else key[0])
+
+
+def by_layers(patches: Mapping[Any, Any], others: OtherNames) -> dict[str, Any]:
+    """Patches of ComfyUI's by names of layers alone: rows of a joined weight, (name, (0, start, count)), by the name of
+    the layer whose they are. Raises Unsupported for other parts of weights."""
+    layers = {(f"{PREFIX}{rows[0].weight}", rows[0].start, rows[0].stop): name for name, rows in others.items()}
+    named = {}
+    for key, patch in patches.items():
+        if isinstance(key, str):
+            named[key] = patch
+            continue
+        layer = None
+        if len(key) == 2 and key[1] is not None:
+            dim, start, count = key[1]
+            layer = None if dim else layers.get((key[0], start, start + count))
+        if layer is None:
+            refuse(
+                "A LoRA that changes a part of a weight ({key})",
+                "use another file.",
+                code="graph.lora_of_a_part",
+                key=key[0],
+            )
+        named[f"{PREFIX}{layer}"] = patch
+    return named
+
+
+def lora_of_patches(patches: Mapping[str, Any]) -> LoraFile:
     """The LoRA that ComfyUI's own loader has read, as a file in memory.
 
     `patches`: a weight's name in ComfyUI's model -> adapter, as comfy.lora.load_lora gives them. Raises Unsupported
@@ -35,13 +65,6 @@ def lora_of_patches(patches: Mapping[Any, Any]) -> LoraFile:
     """
     tensors: dict[str, TensorEntry] = {}
     for key, adapter in patches.items():
-        if not isinstance(key, str):
-            refuse(
-                "A LoRA that changes a part of a weight ({key})",
-                "use another file.",
-                code="graph.lora_of_a_part",
-                key=key[0],
-            )
         layer = key.removeprefix(PREFIX).removesuffix(".weight")
         if isinstance(adapter, tuple) and adapter[0] == "diff":
             bias = key.endswith(".bias")

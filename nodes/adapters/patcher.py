@@ -11,7 +11,7 @@ import torch
 from ...engine.errors import InvalidRequest
 from ...engine.lora.lora_file import LoraMatch
 from .graph_checks import check_hooks, refuse
-from .native_lora import PREFIX, bypass_adapters
+from .native_lora import PREFIX, bypass_adapters, weight_of
 from .stand_ins import refuse_compiling, refuse_reaching
 from .value_checks import check_number
 from .whole_lora import match_patches
@@ -102,9 +102,11 @@ class LowVRAMPatcher(comfy.model_patcher.ModelPatcher):
             raise InvalidRequest(
                 "No key of the LoRA fits this model: it is a LoRA of another model.", code="lora.no_key_fits"
             )
-        names = {key: patches[key] for key in patches if _weight_of(key).startswith(PREFIX)}
+        names = {key: patches[key] for key in patches if weight_of(key).startswith(PREFIX)}
         if names:
-            self.add_lora(match_patches(names, self.model.transformer.weights), strength_patch)
+            transformer = self.model.transformer
+            lora = match_patches(names, transformer.weights, transformer.other_names, model=transformer.model)
+            self.add_lora(lora, strength_patch)
         return list(names)
 
     def set_injections(self, key: str, injections: list[Any]) -> None:
@@ -204,8 +206,3 @@ class LowVRAMPatcher(comfy.model_patcher.ModelPatcher):
     def register_all_hook_patches(self, hooks: comfy.hooks.HookGroup, *args: Any, **kwargs: Any) -> Any:
         check_hooks(hooks)
         return super().register_all_hook_patches(hooks, *args, **kwargs)
-
-
-def _weight_of(key: Any) -> str:
-    """The weight's name in the key of a patch, which names a part of a weight where it is a tuple."""
-    return str(key if isinstance(key, str) else key[0])

@@ -14,6 +14,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...engine.errors import Unsupported
+from ...engine.models.layer_rows import shapes_by_any_name
 from ...engine.models.network import Hooked
 from ...engine.models.streamed_transformer import StreamedTransformer
 from ...engine.planning.memory import MemoryPlan
@@ -92,7 +93,8 @@ class DiffusionModel(WithoutLayers):
     """
 
     def __init__(self, calls: ModelCalls) -> None:
-        super().__init__(calls.transformer.weights)
+        transformer = calls.transformer
+        super().__init__(shapes_by_any_name(transformer.weights, transformer.other_names))
         self._calls = calls
         self.dtype = calls.transformer.dtype
 

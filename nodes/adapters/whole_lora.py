@@ -18,8 +18,10 @@ from ...engine.errors import Unsupported, WrongModel
 from ...engine.files.checkpoint import TensorEntry
 from ...engine.lora.deltas import Delta
 from ...engine.lora.lora_file import LoraFile, LoraMatch, match
+from ...engine.lora.row_cuts import placed
 from ...engine.lora.whole_change import WholeChange
-from .native_lora import PREFIX, entry_of, lora_of_patches
+from ...engine.models.layer_rows import NO_OTHER_NAMES, OtherNames, shapes_by_any_name
+from .native_lora import PREFIX, by_layers, entry_of, lora_of_patches, weight_of
 
 _KINDS: Mapping[type, str] = {OFTAdapter: "OFT", BOFTAdapter: "BOFT", GLoRAAdapter: "GLoRA"}
 # weights in fp32, and as many numbers as the parts have, that an adapter holds at a time (tests measure it)
@@ -66,19 +68,27 @@ def whole_kinds(patches: Mapping[Any, Any]) -> dict[str, Any]:
     return {key: patch for key, patch in patches.items() if type(patch) in _KINDS}
 
 
-def match_patches(patches: Mapping[Any, Any], weights: Mapping[str, tuple[int, ...]]) -> LoraMatch:
-    """What patches of any kind change, as comfy.lora.load_lora gives them: a weight's name in ComfyUI's model -> patch.
+def match_patches(
+    patches: Mapping[Any, Any],
+    weights: Mapping[str, tuple[int, ...]],
+    others: OtherNames = NO_OTHER_NAMES,
+    *,
+    model: str = "Qwen-Image",
+) -> LoraMatch:
+    """What patches of any kind change, as comfy.lora.load_lora gives them: a weight's name in ComfyUI's model, or a
+    tuple of it and of its rows -> patch. The rest as `match` takes it.
 
     Raises WrongModel where a shape does not fit, Unsupported for kinds that nothing here computes.
     """
-    whole = whole_kinds(patches)
-    rest = {key: patch for key, patch in patches.items() if key not in whole}
-    deltas = dict(match(lora_of_patches(rest), weights).deltas) if rest else {}
+    named = by_layers(patches, others)
+    whole, path = whole_kinds(named), Path("the LoRA of another node")
+    rest = {key: patch for key, patch in named.items() if key not in whole}
+    deltas = dict(match(lora_of_patches(rest), weights, others, model=model).deltas) if rest else {}
+    shapes = shapes_by_any_name(weights, others)
     for key, adapter in whole.items():
-        delta = _delta(key.removeprefix(PREFIX), adapter, weights)
-        deltas[delta.weight] = delta
+        deltas |= placed(_delta(key.removeprefix(PREFIX), adapter, shapes, model), weights, others, path)
     tensors = {part.file.name: part for delta in deltas.values() for part in delta.parts}
-    file = LoraFile(Path("the LoRA of another node"), tensors, {}, f"memory {id(patches)}")
+    file = LoraFile(path, tensors, {}, f"memory {id(patches)}")
     return LoraMatch(file, deltas, ())
 
 
@@ -92,22 +102,23 @@ def match_file(lora: LoraFile, model: Any) -> LoraMatch | None:
     tensors = comfy.lora_convert.convert_lora({key: tensor.clone() for key, tensor in read_by_comfyui.items()})
     lora.require_unchanged()
     patches = comfy.lora.load_lora(tensors, comfy.lora.model_lora_keys_unet(model, {}), log_missing=False)
-    patches = {key: patch for key, patch in patches.items() if key.startswith(PREFIX)}
-    whole = whole_kinds(patches)
+    patches = {key: patch for key, patch in patches.items() if weight_of(key).startswith(PREFIX)}
+    whole, transformer = whole_kinds(patches), model.transformer
     if not whole:
         return None
-    found = match_patches(patches, model.transformer.weights)
+    found = match_patches(patches, transformer.weights, transformer.other_names, model=transformer.model)
     read = next(iter(whole.values())).loaded_keys  # one set, of all patches
     return LoraMatch(lora, found.deltas, tuple(key for key in lora.tensors if key not in read))
 
 
-def _delta(name: str, adapter: Any, weights: Mapping[str, tuple[int, ...]]) -> Delta:
+def _delta(name: str, adapter: Any, weights: Mapping[str, tuple[int, ...]], model: str) -> Delta:
     shape = weights.get(name, ())
     if len(shape) != 2:
         raise WrongModel(
-            "A LoRA changes {name}, which is no matrix of this model. Choose a LoRA for Qwen-Image.",
+            "A LoRA changes {name}, which is no matrix of this model. Choose a LoRA for {model}.",
             code="lora.changes_no_matrix",
             name=name,
+            model=model,
         )
     values = tuple(
         entry_of(f"{name}.{i}", value) if isinstance(value, Tensor) else value
@@ -118,12 +129,13 @@ def _delta(name: str, adapter: Any, weights: Mapping[str, tuple[int, ...]]) -> D
     if not _fits(kind, shape, shapes):
         raise WrongModel(
             "ComfyUI's {kind} adapter does not fit {name} {shape}; its parts are {shapes:.199}, its log says why. "
-            "Choose a LoRA for Qwen-Image.",
+            "Choose a LoRA for {model}.",
             code="lora.adapter_does_not_fit",
             kind=_KINDS[type(adapter)],
             name=name,
             shape=list(shape),
             shapes=", ".join(map(str, shapes)),
+            model=model,
         )
     return Delta(name, shape, AdapterChange(type(adapter), (shape[0], shape[1]), values))
 

@@ -13,7 +13,7 @@ from ..network import Network
 from ..transformer_parts import TransformerParts
 from .costs import QwenImage21Footprint
 from .layers import Block, Outside
-from .tensors import BLOCKS, TransformerConfig, sort_transformer
+from .tensors import BLOCKS, JOINED_LAYER, SPLIT_LAYERS, TransformerConfig, sort_transformer
 
 
 class QwenImage21Parts(TransformerParts):
@@ -47,6 +47,8 @@ class QwenImage21Parts(TransformerParts):
                 prompt_dim=config.prompt_dim,
                 mlp_dim=config.mlp_dim,
             ),
+            joined_layers={JOINED_LAYER: SPLIT_LAYERS},
+            model="Qwen-Image-2.1",
         )
         super().__init__(network, dtype=dtype, hardware=hardware, others=others, source=source)
 
