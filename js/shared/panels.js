@@ -26,9 +26,9 @@ export function addPanel(node, element, { name, heightPx, widthPx, fixed = false
 
 /**
  * Register an extension that shows, on nodes of some classes, the text that their last run gave. `empty`: what is there
- * before it, by class. Returns (node, text) => void, which shows another text.
+ * before it, by class. `created`: called with each new node. Returns (node, text) => void, which shows another text.
  */
-export function showText({ extension, empty, name, className, css, heightPx, widthPx }) {
+export function showText({ extension, empty, name, className, css, heightPx, widthPx, created }) {
   const panels = new WeakMap(); // node -> its element: goes when its node goes
 
   function setText(node, text) {
@@ -57,6 +57,7 @@ export function showText({ extension, empty, name, className, css, heightPx, wid
         `user-select:text;border-radius:4px;color:var(--input-text);background:var(--comfy-input-bg);${css}`;
       panels.set(node, panel);
       addPanel(node, panel, { name, heightPx, widthPx });
+      created?.(node);
     },
 
     onNodeOutputsUpdated(outputs) {
