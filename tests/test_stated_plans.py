@@ -35,7 +35,7 @@ def test_the_readme_shows_the_plan_for_8_gb() -> None:
 @pytest.mark.parametrize("page", ["QwenLowVRAMLoader.md", "QwenLowVRAMLoader/zh.md"])
 def test_the_loaders_help_says_what_fp8_files_take(page: str, card_gb: int) -> None:
     row = next(line for line in (DOCS / page).read_text().splitlines() if line.startswith(f"| {card_gb} GB |"))
-    made = plan(GUIDED[card_gb], transformer="fp8")
+    made = plan(GUIDED[card_gb], transformer="fp8", weight_format="auto")
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert [cells[1], cells[2]] == [f"{made.limit_bytes / GIB:.1f}", f"{(made.limits.ram_bytes or 0) / GIB:g}"]
     assert cells[3] == f"{made.request.width}x{made.request.height}"
@@ -46,3 +46,20 @@ def test_the_loaders_help_says_what_fp8_files_take(page: str, card_gb: int) -> N
     else:
         assert cells[6] in ("nothing", "无")
     assert cells[7] == size_text(made.peak_bytes)
+
+
+@pytest.mark.parametrize(
+    ("transformer", "chosen", "block_bytes"),
+    [
+        ("qwen_image_2.1_bf16.safetensors", "auto", 436_208_128),
+        ("qwen_image_2.1_bf16.safetensors", "int8", 218_284_544),
+        ("qwen_image_2.1_turbo_int8_convrot.safetensors", "auto", 218_284_544),
+    ],
+)
+def test_a_file_of_2_1_is_planned_at_its_own_size(transformer: str, chosen: str, block_bytes: int) -> None:
+    made = plan("07 - Edit an image on 8 GB", transformer=transformer, weight_format=chosen)
+    assert made.blocks == 32
+    assert made.streamed_bytes_per_step == made.streamed * block_bytes
+    # keys and values of the prompt and of a reference of a megapixel, of both prompts as if each had its own text
+    assert made.kept.block_bytes == 2 * (4096 + 2 * (512 + 6)) * 4096 * 2
+    assert f"- Computed once: {made.kept}." in stated_plans.lines(made)

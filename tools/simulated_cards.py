@@ -2,14 +2,10 @@
 
 from dataclasses import dataclass
 from functools import cache
-from math import prod
-from pathlib import Path
 
 import full_size
 import torch
-from qwenimage_lowvram.engine.caches.requantized_weights import RequantizedWeights
-from qwenimage_lowvram.engine.files.checkpoint import Checkpoint, TensorEntry
-from qwenimage_lowvram.engine.formats.gguf import GgufCodec
+from full_size_formats import in_format
 from qwenimage_lowvram.engine.models.qwen25_vl.text_encoder import TextEncoder
 from qwenimage_lowvram.engine.models.qwen_image.network import QwenImageParts
 from qwenimage_lowvram.engine.models.qwen_image_vae.image_vae import ImageVAE
@@ -58,7 +54,6 @@ CARDS = (
     SimulatedCard("RTX 5060 8 GB", 8, 38.0, 448, 24, 3.5, ram_gib=24),
 )
 FORMATS = ("bf16", "fp8", "int8", "int8_convrot", "nf4", "GGUF Q4_K")
-_REQUANTIZED = {"fp8": "fp8_e4m3fn_scaled", "int8": "int8", "nf4": "nf4"}
 
 
 @cache
@@ -66,32 +61,11 @@ def models(weight_format: str, dtype: torch.dtype) -> ImageModels:
     """Transformer in that format, text encoder in fp8, VAE; computed with in `dtype`."""
     hardware = full_size.fake_gpu()
     text = full_size.text_encoder_checkpoint(torch.float8_e4m3fn)
-    transformer = QwenImageParts(_transformer(weight_format), dtype=dtype, hardware=hardware)
+    transformer = QwenImageParts(
+        in_format(full_size.transformer_checkpoint(), weight_format), dtype=dtype, hardware=hardware
+    )
     return ImageModels(
         TextEncoder(text, dtype=dtype, hardware=hardware).footprint,
         transformer.footprint,
         ImageVAE.without_weights(full_size.vae_checkpoint(), dtype=dtype).footprint,
     )
-
-
-def _transformer(weight_format: str) -> Checkpoint:
-    source = full_size.transformer_checkpoint(torch.bfloat16)
-    if weight_format == "bf16":
-        return source
-    if weight_format in _REQUANTIZED:
-        weights = RequantizedWeights.of(source, _REQUANTIZED[weight_format], Path("cache"))
-        assert weights is not None
-        return weights.checkpoint(data_start=0)
-    tensors = {}
-    for name, entry in source.tensors.items():
-        tensors[name] = entry
-        if name.startswith("transformer_blocks.") and len(entry.shape) == 2:
-            if weight_format == "int8_convrot":
-                tensors[name] = TensorEntry(entry.file, 0, prod(entry.shape), "INT8_CONVROT256", entry.shape)
-                scale = TensorEntry(entry.file, 0, 4 * entry.shape[0], "F32", (entry.shape[0], 1))
-                tensors[f"{name}_scale"] = scale
-            else:
-                kind = weight_format.removeprefix("GGUF ")
-                nbytes = prod(GgufCodec(kind).raw_shape(entry.shape))
-                tensors[name] = TensorEntry(entry.file, 0, nbytes, kind, entry.shape)
-    return Checkpoint(source.path, tensors, {}, None, "transformer")

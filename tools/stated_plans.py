@@ -16,11 +16,13 @@ from typing import Any
 
 import full_size
 import torch
-from qwenimage_lowvram.engine.caches.requantized_weights import RequantizedWeights
+from full_size_21 import transformer_21_checkpoint
+from full_size_formats import in_format
 from qwenimage_lowvram.engine.lora.lora_file import match
 from qwenimage_lowvram.engine.lora.weight_patches import lora_patches
-from qwenimage_lowvram.engine.models.qwen_image.costs import PROMPT_SIZES
-from qwenimage_lowvram.engine.models.qwen_image.network import QwenImageParts
+from qwenimage_lowvram.engine.models.families import QWEN_IMAGE, QWEN_IMAGE_21
+from qwenimage_lowvram.engine.models.family import Family
+from qwenimage_lowvram.engine.models.transformer_parts import TransformerParts
 from qwenimage_lowvram.engine.planning.forecast import TYPICAL, Bound
 from qwenimage_lowvram.engine.planning.memory import MemoryPlan, plan_memory
 from qwenimage_lowvram.engine.planning.request import GIB, Limits, SamplingRequest
@@ -44,20 +46,21 @@ def plan_of(graph: Mapping[str, Any], **changed: Any) -> MemoryPlan:
     loader = _widgets(graph, "QwenLowVRAMLoader") | changed
     sample = _widgets(graph, "QwenLowVRAMSample")
     types = [node["type"] for node in graph["nodes"]]
+    family = _family(loader["transformer"])
     width, height, layers = _size(graph)
     references = types.count("LoadImage") if "QwenLowVRAMEncodeEditPrompt" in types else 0
     request = SamplingRequest(
         width,
         height,
         branches=2 if sample["cfg"] > 1 else 1,
-        prompt_tokens=PROMPT_TOKENS + references * PROMPT_SIZES.seen,
-        reference_tokens=references * PROMPT_SIZES.reference,
+        prompt_tokens=PROMPT_TOKENS + references * family.prompts.seen,
+        reference_tokens=references * family.prompts.reference,
         timesteps=sample["steps"],
     )
     if layers:
         request = replace(request, frames=layers + 1, reference_tokens=request.frame_tokens)
-    weight_format = "fp8" if "fp8" in loader["transformer"] else loader["weight_format"]
-    parts = _parts(weight_format, lora="QwenLowVRAMLoadLora" in types, layered=layers > 0)
+    weight_format = _weight_format(loader["transformer"], loader["weight_format"])
+    parts = _parts(family, weight_format, lora="QwenLowVRAMLoadLora" in types, layered=layers > 0)
     limits = Limits(round(loader["vram_limit_gb"] * GIB), round(loader["ram_limit_gb"] * GIB))
     return plan_memory(parts.footprint, request, limits)
 
@@ -72,6 +75,7 @@ def lines(plan: MemoryPlan) -> list[str]:
     guided = "guided" if request.branches > 1 else "no guidance: the negative prompt is not used"
     stay = [f"{len(plan.resident)} stay on the card", f"{len(plan.held)} in RAM"]
     stay += [f"{plan.from_file} are read from the file"] * (plan.from_file > 0)
+    kept = str(plan.kept)
     blocks = (
         f"Of {plan.blocks} blocks {', '.join(stay)}. {plan.streamed} pass through the card once per step, for all "
         f"prompts together: {size_text(plan.streamed_bytes_per_step)}."
@@ -79,6 +83,7 @@ def lines(plan: MemoryPlan) -> list[str]:
     return [
         f"- {request.width}x{request.height}{shown}, {request.timesteps} steps, {guided}.",
         f"- {blocks if plan.streamed else f'All {plan.blocks} blocks stay on the card.'}",
+        *([f"- Computed once: {kept}."] if kept else []),
         f"- Peak on the card: {size_text(plan.peak_bytes)} of {size_text(plan.limit_bytes)} (*vram_limit_gb*), which "
         f"leaves the rest to the desktop. RAM for blocks and buffers: {size_text(plan.ram_peak_bytes)} of "
         f"{size_text(plan.limits.ram_bytes or 0)} (*ram_limit_gb*).",
@@ -97,30 +102,44 @@ def note_of(graph: Mapping[str, Any]) -> dict[str, Any]:
     return next(node for node in graph["nodes"] if node["type"] == "MarkdownNote")
 
 
+def _family(transformer: str) -> Family:
+    """By the file's name: sizes are all that a plan takes of a file, and no file is there."""
+    return QWEN_IMAGE_21 if "2.1" in transformer else QWEN_IMAGE
+
+
+def _weight_format(transformer: str, chosen: str) -> str:
+    """As the file is stored, by its name, unless another one was chosen."""
+    if chosen not in ("auto", "as stored"):
+        return chosen
+    return next((known for known in ("int8_convrot", "fp8") if known in transformer), "bf16")
+
+
 def _size(graph: Mapping[str, Any]) -> tuple[int, int, int]:
     """Width and height of the output, and layers: an empty latent's, a square one of a scaled or an edited image."""
     by_type = {node["type"]: node.get("widgets_values") for node in graph["nodes"]}
     if "EmptyQwenImageLayeredLatentImage" in by_type:
         width, height, layers, _ = by_type["EmptyQwenImageLayeredLatentImage"]
         return width, height, layers
-    if "EmptySD3LatentImage" in by_type:
-        width, height, _ = by_type["EmptySD3LatentImage"]
-        return width, height, 0
+    for empty in ("EmptySD3LatentImage", "EmptyLatentImage"):
+        if empty in by_type:
+            width, height, _ = by_type[empty]
+            return width, height, 0
     _, megapixels, step = by_type.get("ImageScaleToTotalPixels", ("", 1.0, 1))
     side = round(megapixels**0.5 * SIDE_PX / step) * step
     return side, side, 0
 
 
 @cache
-def _parts(weight_format: str, *, lora: bool, layered: bool) -> QwenImageParts:
-    """A model file's sizes: fp8 as stored, or bf16 quantized at the first load; perhaps with Lightning's LoRA."""
+def _parts(family: Family, weight_format: str, *, lora: bool, layered: bool) -> TransformerParts:
+    """A model file's sizes: fp8 as stored, or bf16 in that format; perhaps with Lightning's LoRA."""
     stored = torch.float8_e4m3fn if weight_format == "fp8" else torch.bfloat16
-    source = full_size.transformer_checkpoint(stored, layered=layered)
+    if family is QWEN_IMAGE_21:
+        source = transformer_21_checkpoint(stored)
+    else:
+        source = full_size.transformer_checkpoint(stored, layered=layered)
     if weight_format != "fp8":
-        weights = RequantizedWeights.of(source, weight_format, Path("cache"))
-        assert weights is not None
-        source = weights.checkpoint(data_start=0)
-    parts = QwenImageParts(source, dtype=torch.bfloat16, hardware=full_size.fake_gpu(), source=full_size.EmptySource)
+        source = in_format(source, weight_format)
+    parts = family.parts(source, dtype=torch.bfloat16, hardware=full_size.fake_gpu(), source=full_size.EmptySource)
     if lora:
         parts.patch(lora_patches([(match(full_size.lightning_lora(parts.weights), parts.weights), 1.0)]))
     return parts
