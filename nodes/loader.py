@@ -13,8 +13,9 @@ from ..engine.models.qwen_image.transformer import TimestepRounding
 from ..engine.models.qwen_vl.vision_files import mmproj_identity
 from ..engine.out_of_memory import in_words
 from ..engine.runs.timeline import Timeline
-from . import devices, model_choices
+from . import devices
 from .adapters import switches
+from .adapters.attention import attention_of_loader
 from .adapters.limit_names import RAM_LIMIT, VRAM_LIMIT
 from .adapters.networks import served_of
 from .adapters.progress import executing_prompt_id, warn
@@ -22,19 +23,17 @@ from .adapters.vae import make_vae
 from .adapters.value_checks import check_widgets, limit_bytes
 from .display_names import AUTO, CATEGORY
 from .inputs import at_input, before_the_run
-from .sources import VARIANTS, Sources, chosen_variant, require_transformer, tokenizer_identity
+from .loader_inputs import DTYPES, loader_inputs
+from .sources import Sources, chosen_variant, require_transformer, tokenizer_identity
 from .weight_cache import (
     AS_STORED,
     FASTEST,
-    WEIGHT_FORMATS,
     check_weight_format,
     in_weight_format,
     losses,
     prompt_cache,
 )
 from .weight_formats import Parts, advice_for, fastest_format, limits_now
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class QwenLowVRAMLoader:
@@ -56,129 +55,7 @@ class QwenLowVRAMLoader:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {
-            "required": {
-                "transformer": (
-                    model_choices.transformer_choices(),
-                    {
-                        "tooltip": "A file of models/diffusion_models (bf16, fp16, fp32, fp8, fp8 scaled, GGUF), a "
-                        "pipeline folder of models/diffusers (bitsandbytes nf4, fp4 and int8 too), or an all-in-one "
-                        "file of models/checkpoints. Qwen-Image-2.1 and 2.1-Turbo are for non-commercial use (Qwen "
-                        "Research License)."
-                    },
-                ),
-                "text_encoder": (
-                    model_choices.component_choices("text_encoders"),
-                    {
-                        "tooltip": "From models/text_encoders: Qwen2.5-VL-7B, for Qwen-Image-2.1 Qwen3-VL-8B; 'from "
-                        "the folder': that of the pipeline folder, or of the all-in-one file, that is chosen above."
-                    },
-                ),
-                "vae": (
-                    model_choices.component_choices("vae"),
-                    {
-                        "tooltip": "From models/vae: qwen_image_vae (qwen_image_layered_vae for Qwen-Image-Layered, "
-                        "qwen_image_2.1_vae for Qwen-Image-2.1); 'from the folder' as above."
-                    },
-                ),
-                "dtype": (
-                    ["auto", *DTYPES],
-                    {
-                        "default": "auto",
-                        "tooltip": "What is computed in. auto: bf16 where the card has it, else fp32; fp32 for fp32 "
-                        "files. fp16 can overflow to black images.",
-                    },
-                ),
-                "weight_format": (
-                    list(WEIGHT_FORMATS),
-                    {
-                        "default": AUTO,
-                        "tooltip": "How weights are held and streamed. auto: as stored. fp8, int8, nf4 and fp4 "
-                        "quantize the blocks of a bf16, fp16 or fp32 file at the first load and keep them on the disk "
-                        "(27.2 GB become 13.6 in fp8 or int8, 7.6 in nf4 or fp4). fastest: int8 or nf4 where that "
-                        "makes a step over 10 % faster on this machine, so the image depends on the machine. Chosen "
-                        "when this node runs, and kept until an input or a file of it changes.",
-                    },
-                ),
-                "vram_limit_gb": (
-                    "FLOAT",
-                    {
-                        "default": 0.0,
-                        "min": 0.0,
-                        "max": 1024.0,
-                        "step": 0.1,
-                        "tooltip": "The most memory on the card that encoding, sampling and decoding may use, in "
-                        "GB as cards are sold (GiB). 0: what is free when it runs.",
-                    },
-                ),
-                "timesteps": (
-                    [rounding.value for rounding in TimestepRounding],
-                    {
-                        "default": TimestepRounding.FP32.value,
-                        "advanced": True,
-                        "tooltip": "fp32: exact timesteps, as ComfyUI has them. diffusers: rounded as the diffusers "
-                        "pipeline rounds them in bf16, to compare images with it.",
-                    },
-                ),
-            },
-            "optional": {
-                "variant": (
-                    list(VARIANTS),
-                    {
-                        "default": AUTO,
-                        "advanced": True,
-                        "tooltip": "Which member of the family the transformer is. auto: by its mark, its folder or "
-                        "its name. Choose it for a renamed file, and for Edit-2511 in GGUF files without its mark.",
-                    },
-                ),
-                "ram_limit_gb": (
-                    "FLOAT",
-                    {
-                        "default": 0.0,
-                        "min": 0.0,
-                        "max": 4096.0,
-                        "step": 0.1,
-                        "tooltip": "The most RAM that the model's blocks and buffers may take, in GB (GiB); the other "
-                        "blocks are read from the file at every step. 0: what is free, but for a reserve.",
-                    },
-                ),
-                "transformer_device": (
-                    devices.choices_for_blocks(),
-                    {
-                        "default": AUTO,
-                        "advanced": True,
-                        "tooltip": "Where images are sampled. auto: ComfyUI's device. all cards: blocks stay on all "
-                        "of them, within the VRAM limit of each, and activations are handed on.",
-                    },
-                ),
-                "text_encoder_device": (
-                    devices.choices(),
-                    {
-                        "default": AUTO,
-                        "advanced": True,
-                        "tooltip": "Where prompts are encoded. auto: ComfyUI's device for text encoders.",
-                    },
-                ),
-                "vae_device": (
-                    devices.choices(),
-                    {
-                        "default": AUTO,
-                        "advanced": True,
-                        "tooltip": "Where images are decoded. auto: ComfyUI's device for VAEs.",
-                    },
-                ),
-                "positions": (
-                    [positions.value for positions in Positions],
-                    {
-                        "default": Positions.COMFYUI.value,
-                        "advanced": True,
-                        "tooltip": "How image positions are counted where a side has an odd number of 16 px patches "
-                        "(1328 has 83) or a reference is longer than the image. comfyui: the same image as ComfyUI's "
-                        "own loader makes. diffusers: the same as the diffusers pipeline.",
-                    },
-                ),
-            },
-        }
+        return loader_inputs()
 
     @classmethod
     async def VALIDATE_INPUTS(cls, transformer: str | None) -> bool | str:
@@ -216,6 +93,7 @@ class QwenLowVRAMLoader:
         text_encoder_device: str = AUTO,
         vae_device: str = AUTO,
         positions: str = Positions.COMFYUI.value,
+        attention: str = AUTO,
     ) -> tuple[Any, Any, Any]:
         check_widgets(
             self.INPUT_TYPES(),
@@ -227,6 +105,7 @@ class QwenLowVRAMLoader:
             text_encoder_device=text_encoder_device,
             vae_device=vae_device,
             positions=positions,
+            attention=attention,
         )
         sources = Sources.of(transformer, text_encoder, vae)
         transformer_file, text_file, vae_file = sources.open(variant)
@@ -247,15 +126,19 @@ class QwenLowVRAMLoader:
             warn(doubt)
         weight_format, advice = _format_of(transformer_file, weight_format, Parts(member, compute, hardware), limits)
         family, served = sources.family, served_of(transformer_file)
+        others = [devices.hardware_of(other) for other in devices.others_of(transformer_device, hardware.device)]
+        with at_input("attention"):
+            attending, asked = attention_of_loader(attention, transformer_file, [hardware, *others], compute)
         model = family.open(
             in_weight_format(transformer_file, weight_format, hardware, limits.on(hardware.device)),
             dtype=compute,
             hardware=hardware,
-            others=[devices.hardware_of(other) for other in devices.others_of(transformer_device, hardware.device)],
+            others=others,
             rounding=TimestepRounding(timesteps),
             positions=Positions(positions),
             variant=member,
         )
+        model.attend_by(attending)
         encoder = family.encoder(
             text_file, dtype=_compute_dtype(dtype, text_file, text_hardware.device), hardware=text_hardware
         )
@@ -278,7 +161,7 @@ class QwenLowVRAMLoader:
             member,
             limits.name_on(text_hardware.device),
         )
-        told = " ".join(text for text in (doubt, advice) if text)
+        told = " ".join(text for text in (doubt, asked, advice) if text)
         return served.make_model(model, limits.vram_bytes, limits.ram_bytes, timeline, told), clip, image_vae
 
 

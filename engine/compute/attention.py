@@ -7,7 +7,7 @@ nothing of theirs is patched. Knows no model.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,27 +27,83 @@ def kernel_of(hardware: Hardware, dtype: torch.dtype, *, shared_keys: bool = Fal
     return FUSED if dtype in fused else SCORES
 
 
+@dataclass(frozen=True)
+class Operands:
+    """Of one product: query (B, H, L, D), key and value (B, H or fewer, S, D), a mask that broadcasts to (B, H, L, S),
+    and the factor of the scores, None for one over the root of D."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None = None
+    causal: bool = False
+    scale: float | None = None
+
+    @property
+    def shares_keys(self) -> bool:
+        return self.key.shape[1] != self.query.shape[1]
+
+
+class Attend(Protocol):
+    """A function of another package, or a node's."""
+
+    def lacks(self, operands: Operands) -> str:
+        """What of this product it does not do; empty where it does all."""
+
+    def __call__(self, operands: Operands) -> Tensor:
+        """(B, H, L, D)."""
+
+
+def torchs_own(operands: Operands) -> Tensor:
+    """torch's scaled_dot_product_attention, by the kernel that it chooses."""
+    return F.scaled_dot_product_attention(
+        operands.query,
+        operands.key,
+        operands.value,
+        operands.mask,
+        is_causal=operands.causal,
+        scale=operands.scale,
+        enable_gqa=operands.shares_keys,
+    )
+
+
+@dataclass(frozen=True)
+class Attention:
+    """How blocks attend: the kernel, as plans and reports name it, and what computes it; None: torch's own."""
+
+    kernel: AttentionKernel
+    attend: Attend | None = None
+
+
 @contextmanager
-def attention_by(kernel: AttentionKernel, tokens: int = 0, check: Callable[[], None] | None = None) -> Iterator[None]:
-    """Attention within it is computed by `kernel`. Where `tokens` are more than LONG_TOKENS, `check` is called a few
-    times per second, between operations and between chunks; it may raise.
+def attention_by(
+    attention: Attention | AttentionKernel,
+    tokens: int = 0,
+    check: Callable[[], None] | None = None,
+    *,
+    told: Callable[[str], None] = lambda why: None,
+) -> Iterator[None]:
+    """Attention within it is computed by that kernel. Where `tokens` are more than LONG_TOKENS, `check` is called a few
+    times per second, between operations and between chunks; it may raise. `told`: why a product was computed by
+    torch's own in place of another package's kernel.
 
     Neither heads nor queries depend on each other: a chunk computes what the whole would. Bit-equal, but where a
     library splits its sums by the number of queries or heads: fp32 then differs in its last digit.
     """
+    if isinstance(attention, AttentionKernel):
+        attention = Attention(attention)
     pausing = check is not None and is_long(tokens)
     with ExitStack() as stack:
         stack.enter_context(interruptible(tokens, check))
-        if pausing or kernel.scores_bytes is not None:
-            stack.enter_context(_InChunks(kernel, QUERIES_BETWEEN_CHECKS if pausing else None))
+        if pausing or attention.attend is not None or attention.kernel.scores_bytes is not None:
+            stack.enter_context(_Met(attention, QUERIES_BETWEEN_CHECKS if pausing else None, told))
         yield
 
 
-class _InChunks(TorchFunctionMode):  # of this thread alone
-    def __init__(self, kernel: AttentionKernel, most_queries: int | None) -> None:
+class _Met(TorchFunctionMode):  # of this thread alone
+    def __init__(self, attention: Attention, most_queries: int | None, told: Callable[[str], None]) -> None:
         super().__init__()
-        self._kernel = kernel
-        self._most_queries = most_queries
+        self._attention, self._most_queries, self._told = attention, most_queries, told
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -67,29 +123,37 @@ class _InChunks(TorchFunctionMode):  # of this thread alone
         enable_gqa: bool = False,
     ) -> Tensor:
         """As torch's, of query (B, H, L, E), key (B, H or fewer, S, E) and value (B, as key's, S, E)."""
-        options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
-        chunks = self._chunks(query, key, value, attn_mask, is_causal) if not dropout_p else []
-        if len(chunks) < 2:
+        if dropout_p or query.ndim != 4 or key.ndim != 4 or query.shape[-1] != value.shape[-1]:
+            options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
             return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
+        whole = Operands(query, key, value, attn_mask, is_causal, scale)
+        kernel, attend = self._of(whole)
+        chunks = self._chunks(kernel, whole)
+        if len(chunks) < 2:
+            return attend(whole)
         out = torch.empty_like(query)  # in the query's strides, which what follows counts on
         for chunk in chunks:
-            mask = chunk.causal_mask(key) if is_causal else chunk.mask(attn_mask)
-            q, k, v = query[chunk.of_queries], key[chunk.of_keys], value[chunk.of_keys]
-            out[chunk.of_queries] = F.scaled_dot_product_attention(q, k, v, mask, **options)
+            out[chunk.of_queries] = attend(chunk.part(whole))
         return out
 
-    def _chunks(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool
-    ) -> list["_Chunk"]:
-        """Empty where operands are of other shapes than `_attend` names."""
-        if query.ndim != 4 or key.ndim != 4 or query.shape[-1] != value.shape[-1]:
-            return []
-        images, heads, queries, head_dim = query.shape
-        masked = is_causal or (mask is not None and mask.ndim > 1 and mask.shape[-2] > 1)
-        shape = AttentionShape(queries, key.shape[2], heads, head_dim, heads // key.shape[1], masked)
-        chunk = self._kernel.chunk(shape)
+    def _of(self, operands: Operands) -> tuple[AttentionKernel, Callable[[Operands], Tensor]]:
+        """What computes this product."""
+        kernel, attend = self._attention.kernel, self._attention.attend
+        if attend is None:
+            return kernel, torchs_own
+        if why := attend.lacks(operands):
+            self._told(f"{kernel.name} {why}")
+            return kernel.otherwise or FUSED, torchs_own
+        return kernel, attend
+
+    def _chunks(self, kernel: AttentionKernel, whole: Operands) -> list["_Chunk"]:
+        images, heads, queries, head_dim = whole.query.shape
+        mask, shared = whole.mask, heads // whole.key.shape[1]
+        masked = whole.causal or (mask is not None and mask.ndim > 1 and mask.shape[-2] > 1)
+        shape = AttentionShape(queries, whole.key.shape[2], heads, head_dim, shared, masked)
+        chunk = kernel.chunk(shape)
         most = min(chunk.queries, self._most_queries or chunk.queries)
-        alone = self._kernel.scores_bytes is not None  # scores are counted for one image
+        alone = kernel.scores_bytes is not None  # scores are counted for one image
         return [
             _Chunk(slice(*image), slice(*of_heads), slice(*of_keys), slice(*bounds))
             for image in chunk_bounds(images, 1 if alone else images)
@@ -112,6 +176,12 @@ class _Chunk:
     @property
     def of_keys(self) -> tuple[slice, slice]:
         return self.images, self.key_heads
+
+    def part(self, whole: Operands) -> Operands:
+        """Of all."""
+        query, key, value = whole.query[self.of_queries], whole.key[self.of_keys], whole.value[self.of_keys]
+        mask = self.causal_mask(key) if whole.causal else self.mask(whole.mask)
+        return Operands(query, key, value, mask, scale=whole.scale)
 
     def mask(self, whole: Tensor | None) -> Tensor | None:
         """This chunk's part of a mask that broadcasts to (B, H, L, S)."""

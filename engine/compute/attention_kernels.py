@@ -1,6 +1,6 @@
 """Which kernels compute attention, in which chunks, and what they take. Values; imports no torch.
 
-A kernel to come is one more value here, and its way in `attention.py`.
+A kernel to come is one more value here, and its function in `attention_packages.py`.
 """
 
 from dataclasses import dataclass
@@ -43,10 +43,14 @@ class AttentionChunk:
 @dataclass(frozen=True)
 class AttentionKernel:
     """scores_bytes: what one chunk may take, of scores and copies; None: the kernel makes no scores, and takes all at
-    once."""
+    once. exact: it computes with queries, keys and values as they are; others quantize them. copy_bytes: of each
+    number of these, in copies that it makes. otherwise: what computes what this one cannot, such as a mask."""
 
     name: str
     scores_bytes: int | None = None
+    exact: bool = True
+    copy_bytes: int = 0
+    otherwise: "AttentionKernel | None" = None
 
     def chunk(self, shape: AttentionShape) -> AttentionChunk:
         """As many whole heads as fit, as even as can be; where not one does, as many queries of it, at least one."""
@@ -67,16 +71,20 @@ class AttentionKernel:
         return AttentionChunk(1, _evenly(shape.queries, max(1, (self.scores_bytes - none) // each)))
 
     def scratch_bytes(self, shape: AttentionShape) -> int:
-        """Held beside queries, keys, values and the result."""
-        if self.scores_bytes is None:
-            return 0
-        chunk = self.chunk(shape)
-        return chunk.heads * _head_bytes(shape, chunk.queries) + _mask_bytes(shape, chunk.queries)
+        """Held beside queries, keys, values and the result, by itself or by what computes otherwise."""
+        beside = self.otherwise.scratch_bytes(shape) if self.otherwise else 0
+        numbers = (shape.queries + 2 * shape.keys // shape.shared) * shape.heads * shape.head_dim
+        own = self.copy_bytes * numbers
+        if self.scores_bytes is not None:
+            chunk = self.chunk(shape)
+            own += chunk.heads * _head_bytes(shape, chunk.queries) + _mask_bytes(shape, chunk.queries)
+        return max(own, beside)
 
     def text(self, shape: AttentionShape) -> str:
         """As plans and reports show it."""
         whole = self.chunk(shape) == AttentionChunk(shape.heads, shape.queries)
-        return self.name if whole else f"{self.name} in chunks of {self.chunk(shape)}"
+        name = self.name if self.exact else f"{self.name} (not exact)"
+        return name if whole else f"{name} in chunks of {self.chunk(shape)}"
 
 
 def _evenly(count: int, most: int) -> int:
@@ -94,6 +102,16 @@ def _mask_bytes(shape: AttentionShape, queries: int) -> int:
 
 
 # torch's scaled_dot_product_attention, where it has a fused kernel: flash, memory-efficient, cuDNN's or oneDNN's
-FUSED = AttentionKernel("native")
+FUSED = AttentionKernel("pytorch")
 # the same where it has none
-SCORES = AttentionKernel("native", SCORES_AT_A_TIME_BYTES)
+SCORES = AttentionKernel("pytorch", SCORES_AT_A_TIME_BYTES)
+# the same with one of its fused kernels, or none, whatever it would choose
+PYTORCH_FLASH = AttentionKernel("pytorch flash")
+PYTORCH_EFFICIENT = AttentionKernel("pytorch efficient")
+SPLIT = AttentionKernel("split", SCORES_AT_A_TIME_BYTES)
+# of other packages
+FLASH = AttentionKernel("flash")
+XFORMERS = AttentionKernel("xformers")
+# copies in 8 bits, and one in 16 bits of what is smoothed or rotated before
+SAGE = AttentionKernel("sage", exact=False, copy_bytes=3)
+KITCHEN_INT8 = AttentionKernel("comfy_kitchen_int8", exact=False, copy_bytes=3)

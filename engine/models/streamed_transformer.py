@@ -8,7 +8,9 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..compute.attention import attention_by, kernel_of
+from ..compute.attention import Attention, attention_by
+from ..compute.attention_kernels import AttentionKernel
+from ..compute.finite import is_finite
 from ..compute.token_chunks import chunk_tokens
 from ..errors import Unsupported
 from ..files.checkpoint import Checkpoint
@@ -125,6 +127,32 @@ class StreamedTransformer(ABC, Generic[BranchT, StateT]):
             self.modulation.forget()
         self._patches = dict(patches)
 
+    @property
+    def attention(self) -> AttentionKernel:
+        """What the blocks attend by."""
+        return self._parts.attention
+
+    @property
+    def native_attention(self) -> AttentionKernel:
+        """What they attend by where nothing else was asked for."""
+        return self._parts.native_attention
+
+    @property
+    def attending(self) -> Attention | None:
+        """What was asked for last."""
+        return self._parts.attending
+
+    def attention_on(self, hardware: Hardware) -> Attention:
+        """The same on one of the devices."""
+        return self._parts.attention_on(hardware)
+
+    def attend_by(self, attention: Attention | None) -> None:
+        """From the next pass on; None: by what torch has on each device. What blocks made by another kernel and kept is
+        forgotten."""
+        if attention != self._parts.attending:
+            self._parts.attending = attention
+            self.store.kept.forget()
+
     def load(
         self,
         resident: Iterable[int],
@@ -216,6 +244,7 @@ class TransformerSession(Generic[BranchT, StateT]):
         self._transformer = transformer
         self._streamers = streamers
         self._mlp_chunk_tokens = mlp_chunk_tokens
+        self.attention_notes = set[str]()  # what the kernel of attention did not compute, and why
 
     @property
     def waits(self) -> Waits:
@@ -236,22 +265,40 @@ class TransformerSession(Generic[BranchT, StateT]):
 
         `hooked`: branches with something around their blocks. `more`: another pass follows. `on_block` is called
         before each block with its index, `check` within those of huge images (`attention_by`); both may raise, and the
-        session can be used again after that. Raises what the network's `begin` does.
+        session can be used again after that. Where another package's kernel of attention makes numbers that are not
+        finite, the pass is made again, and those that follow are made, by torch's own. Raises what the network's
+        `begin` does.
         """
+        transformer = self._transformer
+        answers = self._forward(branches, hooked, more, on_block, check)
+        if transformer.attention_on(transformer.hardware).attend is None or all(map(is_finite, answers)):
+            return answers
+        self.attention_notes.add(f"{transformer.attention.name} made numbers that are not finite")
+        transformer.attend_by(None)
+        return self._forward(branches, hooked, more, on_block, check)
+
+    def _forward(
+        self,
+        branches: Sequence[BranchT],
+        hooked: Sequence[Hooked],
+        more: bool,
+        on_block: OnBlock | None,
+        check: Callable[[], None] | None,
+    ) -> list[Tensor]:
         transformer = self._transformer
         transformer.return_outside()  # it may have been asked to leave since the last pass
         states = transformer.begin(branches, on_block)
         alone = set(range(len(states))).difference(*(group.branches for group in hooked))
         tokens = max((state.tokens for state in states), default=0)
         for streamer in self._streamers:
-            kernel = kernel_of(streamer.hardware, transformer.dtype)
+            attention = transformer.attention_on(streamer.hardware)
             for state in states:
                 state.move(streamer.device)
             for index, block in streamer.visit(more=more):
                 if on_block is not None:
                     on_block(index)
                 chunk_tokens(block, self._mlp_chunk_tokens)
-                with attention_by(kernel, tokens, check):
+                with attention_by(attention, tokens, check, told=self.attention_notes.add):
                     for i in sorted(alone):
                         states[i].run(index, block)
                     for group in hooked:

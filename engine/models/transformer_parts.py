@@ -6,8 +6,8 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from ..compute.attention import kernel_of
-from ..compute.attention_kernels import FUSED
+from ..compute.attention import Attention, kernel_of
+from ..compute.attention_kernels import FUSED, AttentionKernel
 from ..hardware import Hardware
 from ..planning.footprint import TransformerFootprint
 from ..streaming import (
@@ -45,8 +45,8 @@ class TransformerParts:
         """
         self.network = network
         self._dtype, self._hardware, self._source = dtype, hardware, source
-        kernels = [kernel_of(device, dtype) for device in (hardware, *others)]
-        self._attention = next((kernel for kernel in kernels if kernel != FUSED), FUSED)  # plans are of any of them
+        self._devices = (hardware, *others)
+        self.attending: Attention | None = None  # None: by what torch has on each device
         with torch.device("meta"):
             self._outside_shapes = _shapes(network.make_outside())
         host = PinnedMemory(hardware)
@@ -91,6 +91,21 @@ class TransformerParts:
             }
             files.patch(stores, in_blocks)
 
+    def attention_on(self, hardware: Hardware) -> Attention:
+        """By which blocks attend there."""
+        return self.attending or Attention(kernel_of(hardware, self._dtype))
+
+    @property
+    def attention(self) -> AttentionKernel:
+        """On any of the devices: what is planned for."""
+        return self.attending.kernel if self.attending else self.native_attention
+
+    @property
+    def native_attention(self) -> AttentionKernel:
+        """torch's own on any of the devices."""
+        kernels = [kernel_of(hardware, self._dtype) for hardware in self._devices]
+        return next((kernel for kernel in kernels if kernel != FUSED), FUSED)
+
     @property
     def footprint(self) -> TransformerFootprint:
         """What a plan is made from, the patches included."""
@@ -119,7 +134,7 @@ class TransformerParts:
             decode_launches=store.decode_cost.launches,
             ring_bytes=store.ring_bytes + (modulation.ring_bytes if modulation else 0),
             host=self._hardware.host_device,
-            attention=self._attention,
+            attention=self.attention,
             **beforehand,
         )
 

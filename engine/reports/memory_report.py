@@ -19,6 +19,7 @@ class MemoryReport:
     peak_vram_bytes: torch's peak on the device, None where the device is the host. one_by_one: why branches ran one
     after another, empty where each block was visited once per step. out_of_memory: how many times memory ran
     out and a smaller plan was made. first_step_seconds: from the run's beginning to the end of its first pass.
+    attention_notes: why torch's own kernel computed attention in place of the plan's; empty where it did not.
     """
 
     plan: MemoryPlan
@@ -40,6 +41,7 @@ class MemoryReport:
     one_by_one: str = ""
     out_of_memory: int = 0
     first_step_seconds: float = 0.0
+    attention_notes: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: the fields, the plan's, both as text, and which numbers the engine makes."""
@@ -73,6 +75,8 @@ class MemoryReport:
             lines.append(f"  beside the transformer: {self.plan.request.controls} planned, counted above")
         if self.out_of_memory:
             lines.append(f"  memory ran out {self.out_of_memory} times; the plan above is the last")
+        if self.attention_notes:
+            lines.append(f"  attention partly by torch's own kernel: {self.attention_notes}")
         if self.one_by_one:
             lines.append(f"  prompts ran one after another, each block was visited for each: {self.one_by_one}")
         return "\n".join(lines)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..caches.prompt_cache import PromptCache
+from ..compute.attention_choice import AUTO, choose_attention
 from ..errors import InvalidRequest
 from ..files.checkpoint import Checkpoint
 from ..hardware import Hardware
@@ -26,6 +27,7 @@ from .decode import VaeRun
 from .devices import best_device, computes_bf16, device_name
 from .encode import EncodeRun
 from .known_speeds import KnownSpeeds
+from .known_trials import KnownTrials
 from .limit import Limit
 from .opened_files import OpenedFiles
 from .sample import EulerSampler
@@ -54,6 +56,7 @@ class Pipeline:
         cache: Path | None = None,
         on_progress: Callable[[Mapping[str, Any]], None] = lambda progress: None,
         check: Callable[[], None] = lambda: None,
+        attention: str = AUTO,
         **of_network: Any,
     ) -> None:
         """Reads headers, the tokenizer, the VAE and the transformer's weights outside of its blocks.
@@ -61,7 +64,9 @@ class Pipeline:
         device None: the first card, else the CPU. dtype None: bf16 where the device has it and the file is not in
         fp32. A limit of None: what is free. cache: a folder for encoded prompts and measured speeds; None keeps
         neither. on_progress: told a few times a second while images are sampled. check: called before each block and
-        tile, and may raise, which ends the run. of_network: what the family's transformer takes beside these.
+        tile, and may raise, which ends the run. attention: the transformer's kernel, of `attention_choice.CHOICES`.
+        of_network: what the family's transformer takes beside these. Raises Unsupported for a kernel that does not work
+        here.
         """
         self._device = best_device() if device is None else torch.device(device)
         self._hardware = hardware = Hardware.detect(self._device)
@@ -77,6 +82,8 @@ class Pipeline:
         self._transformer = family.open(
             files.transformer, dtype=dtypes[1], hardware=hardware, variant=files.variant, **of_network
         )
+        tried = KnownTrials(None if cache is None else cache / "attention.json")
+        self._transformer.attend_by(choose_attention(attention, [hardware], dtypes[1], tried=tried))
         self._vae = family.read_vae(files.vae, dtypes[2])
         self._kept = None if cache is None else PromptCache(cache / "prompts")
         self._speeds = KnownSpeeds(

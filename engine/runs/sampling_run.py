@@ -169,9 +169,12 @@ class SamplingRun:
             peak_ram_bytes=self._watch.peak_ram,
             one_by_one=self._one_by_one,
             out_of_memory=session.retries,
+            attention_notes="; ".join(sorted(session.attention_notes)),
             first_step_seconds=self._clock.first_seconds,
             **session.counters.of_run(),
         )
+        if report.attention_notes:
+            logger.warning("Attention was partly computed by torch's own kernel: %s.", report.attention_notes)
         if finished:
             self._progress.done()
             self._learn()

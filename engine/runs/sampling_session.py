@@ -37,6 +37,7 @@ class SamplingSession:
         self._stack = ExitStack()
         self._session: TransformerSession[Any, Any] | None = None
         self._waited = Waits()  # in sessions that are closed
+        self.attention_notes = set[str]()  # of those
 
     @property
     def waits(self) -> Waits:
@@ -82,6 +83,7 @@ class SamplingSession:
         try:
             if session is not None:
                 self._waited += session.waits
+                self.attention_notes |= session.attention_notes
                 self._transformer.store.order.finish_compute()  # what the stage took is what the device took
         finally:
             self._stack.close()

@@ -15,6 +15,7 @@ from ...engine.planning.memory import MemoryPlan
 from ...engine.planning.request import SamplingRequest
 from ...engine.runs.sampling_plan import plan_sampling
 from ...engine.runs.sampling_run import SamplingRun
+from .attention import OVERRIDE_KEY, attention_of_run
 from .block_patches import PatchImages, check_patches, sees_each_call
 from .content_checks import check_computed, check_result, check_values
 from .controlnets import ControlNets, check_devices, other_models
@@ -111,6 +112,9 @@ def _planned_run(
     out. Raises DoesNotFit."""
     transformer, patcher, calls = model.transformer, guider.model_patcher, model.calls
     transformer.patch(lora_patches(patcher.loras))
+    options = guider.model_options.get("transformer_options", {})
+    calls.override = options.get(OVERRIDE_KEY)
+    transformer.attend_by(attention_of_run(transformer, model.attention, calls.override))
     model.model_loaded_weight_memory = transformer.loaded_bytes  # blocks that the LoRAs change have left
     speeds = known_speeds(transformer.hardware, transformer.dtype, transformer.file)
     limit, surroundings = loader_limit(model.limit_bytes), InComfyUI(patcher, beside)

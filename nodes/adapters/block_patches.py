@@ -45,12 +45,6 @@ def check_patches(options: dict[str, Any]) -> None:
                     place=str(place),
                     others=OTHER_MODELS,
                 )
-    if options.get("optimized_attention_override") is not None:
-        refuse(
-            "An attention override (SageAttention and others)",
-            "remove the node that patches attention.",
-            code="graph.attention_override",
-        )
     if options.get("rope_options"):
         refuse("Scaled rotary positions (the ScaleROPE node)", "remove that node.", code="graph.scaled_rope")
 

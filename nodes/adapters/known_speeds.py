@@ -1,4 +1,4 @@
-"""Where ComfyUI keeps what is known of this machine's speeds, and how room is made to measure them."""
+"""Where ComfyUI keeps what is known of this machine, and how room is made to measure it."""
 
 from functools import partial
 from pathlib import Path
@@ -9,6 +9,7 @@ import torch
 
 from ...engine.hardware import Hardware
 from ...engine.runs.known_speeds import KnownSpeeds
+from ...engine.runs.known_trials import KnownTrials
 
 
 def known_speeds(hardware: Hardware, dtype: torch.dtype, model_file: Path) -> KnownSpeeds:
@@ -18,7 +19,16 @@ def known_speeds(hardware: Hardware, dtype: torch.dtype, model_file: Path) -> Kn
         hardware,
         dtype,
         model_file,
-        file=Path(folder_paths.get_user_directory()) / "qwen_lowvram" / "speeds.json",
+        file=_file("speeds.json"),
         device_name=management.get_torch_device_name(hardware.device),
         make_room=partial(management.free_memory, device=hardware.device),
     )
+
+
+def known_trials() -> KnownTrials:
+    """How kernels of attention did when they were tried on this machine, in ComfyUI's user folder."""
+    return KnownTrials(_file("attention.json"))
+
+
+def _file(name: str) -> Path:
+    return Path(folder_paths.get_user_directory()) / "qwen_lowvram" / name

@@ -22,6 +22,7 @@ from ...engine.planning.request import Controls, SamplingRequest
 from ...engine.reports.memory_report import MemoryReport
 from ...engine.runs.sampling_run import SamplingRun
 from ...engine.runs.timeline import Timeline
+from .attention import check_override
 from .block_patches import BlockPatches, PatchImages, has_patches, sees_each_call
 from .controlnets import ControlNets
 from .graph_checks import refuse
@@ -62,6 +63,7 @@ class ModelCalls:
         self.sigmas = torch.empty(0)  # of the present run
         self.controls: ControlNets | None = None
         self.images: PatchImages | None = None
+        self.override: Any = None  # of attention, for the present run
 
     def run_together(self, calls: list[ModelCall]) -> list[Tensor]:
         """The answers to several calls in one visit of the blocks."""
@@ -101,6 +103,7 @@ class DiffusionModel(WithoutLayers):
     def answer(self, call: ModelCall, x: Tensor, options: dict[str, Any]) -> Tensor:
         """To a call with latents `x`: with all other calls of the same evaluation, where they may share a visit."""
         calls = self._calls
+        check_override(options, calls.override)
         if calls.lockstep.active and (reason := sees_each_call(options)):
             refuse(
                 "A hook that sets a model patch ({reason})",
@@ -137,6 +140,7 @@ class LowVRAMModel:
         config.set_inference_dtype(transformer.dtype, None)
         super().__init__(config, device=comfy.model_management.unet_offload_device())  # type: ignore[call-arg]
         self.transformer = transformer
+        self.attention = transformer.attending  # what the loader chose
         self.limit_bytes = limit_bytes
         self.ram_limit_bytes = ram_limit_bytes
         self.calls = ModelCalls(transformer)

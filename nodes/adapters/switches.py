@@ -8,6 +8,8 @@ import comfy.model_management
 import torch
 from comfy.cli_args import args, parser
 
+from ...engine.compute.attention_choice import AUTO
+from ...engine.compute.attention_kernels import FLASH, KITCHEN_INT8, SAGE, SPLIT, XFORMERS
 from ...engine.environment import variable
 from ...engine.log import logger
 from ...engine.packages import ATTENTION, ATTENTION_VARIABLE
@@ -38,7 +40,8 @@ _SERVER = "about the server, its pages and its files"
 _NODES = "about which nodes are loaded"
 _OWN_STREAMING = "about how ComfyUI moves weights; ours are moved by the pack's own plan"
 _DEVICES = "taken from ComfyUI's choice of devices"
-_ATTENTION = "attention is computed by torch's scaled_dot_product_attention"
+_ATTENTION = "auto of attention in the loader"
+_PRECISION = "attention is computed in the dtype that the loader says"
 _COMPUTE = "dtype is chosen in the loader"
 _COMPILER = "about ComfyUI's compiler of models, which ours does not pass through"
 _READING = "files are read piece by piece, never mapped"
@@ -70,16 +73,17 @@ SWITCHES: dict[str, Switch] = {
     **_table(Follow.HONOURED, "the cache's folder lies in the models folder", "models_directory", "base_directory"),
     **_table(Follow.HONOURED, "the key qwen_lowvram sets the cache's folder", "extra_model_paths_config"),
     **_table(
-        Follow.NAMED,
+        Follow.HONOURED,
         _ATTENTION,
         "use_split_cross_attention",
         "use_quad_cross_attention",
         "use_sage_attention",
         "use_flash_attention",
         "use_ck_attention",
-        "force_upcast_attention",
-        "dont_upcast_attention",
+        "use_pytorch_cross_attention",
+        "disable_xformers",
     ),
+    **_table(Follow.NAMED, _PRECISION, "force_upcast_attention", "dont_upcast_attention"),
     **_table(
         Follow.NAMED,
         _COMPUTE,
@@ -99,8 +103,6 @@ SWITCHES: dict[str, Switch] = {
     ),
     **_table(Follow.NAMED, "weights are decoded and computed on as the loader says", "fast", "supports_fp8_compute"),
     **_table(Follow.NAMED, "copies run on a stream of their own where the device has them", "disable_async_offload"),
-    **_table(Follow.IRRELEVANT, "is what is done", "use_pytorch_cross_attention"),
-    **_table(Follow.IRRELEVANT, "xformers is not used", "disable_xformers"),
     **_table(Follow.IRRELEVANT, "blocks stay on the card wherever they fit", "highvram"),
     **_table(
         Follow.IRRELEVANT,
@@ -216,6 +218,20 @@ def vae_dtype() -> torch.dtype | None:
         if getattr(args, name, False):
             return dtype
     return None
+
+
+def attention() -> str:
+    """What `auto` of attention is, of `attention_choice.CHOICES`: in ComfyUI's own order. Chunks of queries are what
+    both of its ways are that save memory."""
+    if args.use_sage_attention:
+        return SAGE.name
+    if args.use_flash_attention:
+        return FLASH.name
+    if getattr(args, "use_ck_attention", False):  # since 0.33
+        return KITCHEN_INT8.name
+    if args.use_split_cross_attention or args.use_quad_cross_attention:
+        return SPLIT.name
+    return XFORMERS.name if comfy.model_management.xformers_enabled() else AUTO
 
 
 def text_encoder_device(transformer: torch.device) -> torch.device:

@@ -227,12 +227,6 @@ def _attention_replacement(model: Any) -> tuple[Any, Any]:
     return clone, cond()
 
 
-def _attention_override(model: Any) -> tuple[Any, Any]:
-    clone = model.clone()
-    clone.model_options["transformer_options"]["optimized_attention_override"] = lambda function, *args: function(*args)
-    return clone, cond()
-
-
 def _weight_hook(model: Any) -> tuple[Any, Any]:
     import comfy.hooks
 
@@ -255,7 +249,6 @@ def _reference_method(model: Any) -> tuple[Any, Any]:
         (_attention_patch, "model patch .'attn1_patch'"),
         (_input_patch, "model patch .'post_input'"),
         (_attention_replacement, "replaces 'attn1' at"),
-        (_attention_override, "An attention override"),
         (_weight_hook, "hook"),
         (_float_mask, "attention mask"),
         (_reference_method, "reference method 'index_timestep_zero' of Qwen-Image-Edit-2511 with another model"),

@@ -45,11 +45,13 @@ HONOURED = (
     "force_fp32",
     "disable_smart_memory",
     "novram",
-)
-NAMED = (
     "use_sage_attention",
     "use_flash_attention",
+    "use_ck_attention",
     "use_split_cross_attention",
+)
+NAMED = (
+    "force_upcast_attention",
     "force_fp16",
     "fp16_unet",
     "bf16_unet",
@@ -87,11 +89,11 @@ def test_what_is_not_followed_is_said_once(given: Any, caplog: pytest.LogCapture
 
     tell_unfollowed()
     assert not caplog.records
-    given(use_sage_attention=True, fast={"fp16_accumulation"}, cpu_vae=True, highvram=True)
+    given(force_upcast_attention=True, fast={"fp16_accumulation"}, cpu_vae=True, highvram=True)
     with caplog.at_level(logging.WARNING):
         tell_unfollowed()
     (record,) = caplog.records
-    assert "--use-sage-attention" in record.message
+    assert "--force-upcast-attention" in record.message
     assert "--fast" in record.message
     assert "are not followed yet" in record.message
     assert "--cpu-vae" not in record.message
@@ -220,7 +222,7 @@ def test_a_server_s_command_line_is_followed() -> None:
         "cache": 20 * GIB,
         "dtype": "torch.float32",
         "vae": "torch.bfloat16",
-        "unfollowed": ["--fp8_e5m2-unet", "--use-split-cross-attention", "--fast"],
+        "unfollowed": ["--fp8_e5m2-unet", "--fast"],
         "smart": False,
         "vae_device": "cpu",
         "offload": "cpu",

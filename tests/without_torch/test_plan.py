@@ -496,7 +496,7 @@ def test_attention_that_makes_scores_is_planned_and_named() -> None:
     request, limits = SamplingRequest(1328, 1328, 2, 512), Limits(7 * GIB)
     fused = plan_memory(REAL, request, limits)
     made = plan_memory(replace(REAL, attention=SCORES), request, limits)
-    assert (fused.attention, made.attention) == ("native", "native in chunks of 1481 queries of 1 head")
+    assert (fused.attention, made.attention) == ("pytorch", "pytorch in chunks of 1481 queries of 1 head")
     assert "attention" not in repr(fused)
     assert ", attention native in chunks of 1481 queries of 1 head;" in repr(made)
     for chunk in MLP_CHUNKS:

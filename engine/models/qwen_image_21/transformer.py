@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ...compute.attention import kernel_of
 from ...files.checkpoint import Checkpoint
 from ...hardware import Hardware
 from ...streaming import BlockSource, FileSource, OnBlock, StoredBlock
@@ -91,7 +90,7 @@ class QwenImage21Transformer(StreamedTransformer[Branch, BranchState]):
 
     def _kept_key(self, key: str) -> str:
         """With what else keys and values depend on; weights and patches are the store's."""
-        return f"{kernel_of(self.hardware, self.dtype).name} {self.dtype} {key}"
+        return f"{self.attention.name} {self.dtype} {key}"
 
     def _begin(
         self, branch: Branch, embedding: Tensor, modulation: Tensor, stretches: dict[str, StretchState]
