@@ -13,7 +13,9 @@ class MemoryReport:
     """What sampling did, for the person and for bug reports.
 
     passes: visits of all blocks, which took pass_seconds. fetched_blocks, fetched_bytes: blocks read from the file
-    during the run. copied_bytes: of blocks, from host memory to the device. modulation_bytes: read to compute the
+    during the run. copied_bytes: from host memory to the device, kept_brought_bytes of it what blocks had made of
+    prompts and references, of which kept_device_bytes and kept_ram_bytes stay. made_tokens: of these, that blocks made
+    it of, each counted in every block; 0 where it was kept from the run before. modulation_bytes: read to compute the
     modulation table; 0 where it was known. waited_disk_seconds, waited_bus_seconds: compute waiting for blocks that
     came from the file, and for others. pinned_bytes: of the blocks held in host memory, those that are page-locked.
     peak_vram_bytes: torch's peak on the device, None where the device is the host. one_by_one: why branches ran one
@@ -42,6 +44,10 @@ class MemoryReport:
     out_of_memory: int = 0
     first_step_seconds: float = 0.0
     attention_notes: str = ""
+    made_tokens: int = 0
+    kept_device_bytes: int = 0
+    kept_ram_bytes: int = 0
+    kept_brought_bytes: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: the fields, the plan's, both as text, and which numbers the engine makes."""
@@ -71,6 +77,12 @@ class MemoryReport:
             f"from the file ({size_text(self.fetched_bytes)}), modulation {size_text(self.modulation_bytes)}, "
             f"{self.waited_disk_seconds:.1f} s waited for the disk, {self.waited_bus_seconds:.1f} s for the bus",
         ]
+        if self.plan.kept.block_bytes:
+            lines.append(
+                f"  prompt and references: {self.made_tokens / self.plan.blocks:,.0f} tokens computed through all "
+                f"blocks; kept {size_text(self.kept_device_bytes)} on the device and {size_text(self.kept_ram_bytes)} "
+                f"in RAM, {size_text(self.kept_brought_bytes)} brought from there"
+            )
         if self.plan.request.controls:
             lines.append(f"  beside the transformer: {self.plan.request.controls} planned, counted above")
         if self.out_of_memory:

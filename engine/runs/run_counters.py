@@ -14,6 +14,8 @@ class _Counts:
     fetched_bytes: int
     modulation_bytes: int
     copied_bytes: int
+    made_tokens: int
+    kept_brought_bytes: int
 
 
 @dataclass
@@ -38,10 +40,18 @@ class RunCounters:
         )
 
     def of_run(self) -> dict[str, Any]:
-        """Of this run alone, by the names of MemoryReport's fields."""
-        now = self._now()
-        return {name: value - getattr(self._before, name) for name, value in vars(now).items()}
+        """Of this run alone, by the names of MemoryReport's fields; and what is kept by now."""
+        now, kept = self._now(), self.transformer.store.kept
+        counted = {name: value - getattr(self._before, name) for name, value in vars(now).items()}
+        return {**counted, "kept_device_bytes": kept.resident_bytes, "kept_ram_bytes": kept.held_bytes}
 
     def _now(self) -> _Counts:
         store, table = self.transformer.store, self.transformer.modulation
-        return _Counts(store.fetched_blocks, store.fetched_bytes, table.fetched_bytes, store.copied_bytes)
+        return _Counts(
+            fetched_blocks=store.fetched_blocks,
+            fetched_bytes=store.fetched_bytes,
+            modulation_bytes=table.fetched_bytes,
+            copied_bytes=store.copied_bytes,
+            made_tokens=store.kept.made_tokens,
+            kept_brought_bytes=store.kept.copied_bytes,
+        )

@@ -1,7 +1,7 @@
 """Tensors that blocks make once and want again at later visits, by key and block: on the device, or in host memory and
 brought ahead on the copy stream. Knows neither what they are nor what they were made of."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -39,10 +39,17 @@ class KeptTensors:
 
     Guarantees: what is handed out is, bit for bit, what was put in; what was promised to be kept is bounded by `place`;
     a system that refuses memory costs what is kept, not the run. One thread calls it.
+
+    made_tokens: that have gone into a block so that it makes them, counted by who makes them, block by block.
+    copied_bytes: brought to the device so far.
     """
 
-    def __init__(self, order: StreamOrder, hardware: Hardware, host: PinnedMemory) -> None:
+    def __init__(
+        self, order: StreamOrder, hardware: Hardware, host: PinnedMemory, untaken_bytes: Callable[[], int]
+    ) -> None:
+        """`untaken_bytes`: of page-locked memory, that blocks on their way still need."""
         self._order, self._hardware, self._memory = order, hardware, host
+        self._untaken_bytes = untaken_bytes
         self._entries: dict[str, _Entry] = {}  # what was wanted last, last
         self._device: frozenset[int] = frozenset()
         self._host: frozenset[int] = frozenset()
@@ -50,7 +57,7 @@ class KeptTensors:
         self._ahead = False
         self._leaving: list[tuple[Mark, tuple[Tensor, ...]]] = []
         self._sizes: dict[str, int] = {}
-        self.copied_bytes = 0
+        self.made_tokens = self.copied_bytes = 0
 
     @property
     def resident_bytes(self) -> int:
@@ -84,6 +91,7 @@ class KeptTensors:
                 entry.host.pop(index)
         self._settle()
         self._make_room({})
+        self._take_from_spare()
 
     def want(self, sizes: Mapping[str, int]) -> frozenset[str]:
         """A pass begins that uses these keys, whose tensors take so many bytes for each block. Those that there is room
@@ -180,6 +188,17 @@ class KeptTensors:
                 self._order.finish()
                 del self._entries[key], self._sizes[key]
 
+    def _take_from_spare(self) -> None:
+        """What lies in host memory until the device asks for it is within what is to spare there; what is not, leaves:
+        the first blocks', which are the first to be made anew."""
+        for entry in self._entries.values():
+            for index in sorted(set(entry.host) & self._device, reverse=True):
+                nbytes = entry.host[index].data.nbytes
+                if nbytes <= self._spare_bytes:
+                    self._spare_bytes -= nbytes
+                else:
+                    del entry.host[index]
+
     def _to_host(self, entry: _Entry, index: int, tensors: tuple[Tensor, ...], *, wanted: bool) -> None:
         """A copy in host memory, where there is room; beyond what is `wanted` there, within what is to spare."""
         layout = entry.layout
@@ -187,7 +206,7 @@ class KeptTensors:
         if not wanted and layout.nbytes > self._spare_bytes:
             return
         try:
-            buffer = self._memory.take(layout.nbytes)
+            buffer = self._memory.take(layout.nbytes, spare_bytes=self._untaken_bytes())
         except (RuntimeError, MemoryError) as error:
             self._host = frozenset()
             logger.warning(
@@ -220,6 +239,7 @@ class KeptTensors:
         self._order.finish()  # the buffer is given back now
         entry.device[index] = tuple(entry.layout.views(there).values())
         del entry.host[index]
+        self._spare_bytes += buffer.data.nbytes
 
     def _bring(self, entry: _Entry, index: int) -> _Slot:
         buffer = entry.host[index]

@@ -163,9 +163,14 @@ class Transfer:
             self._stop()
             raise
 
+    @property
+    def untaken_bytes(self) -> int:
+        """Of host memory that the ring may still take."""
+        return self._ring.untaken_bytes
+
     def ask_room(self, index: int, block: StoredBlock) -> "Future[Room]":
         """Host memory for the raw bytes of a block that will stay there."""
-        return self._rooms.ask(index, block.raw.nbytes, spare_bytes=self._ring.untaken_bytes)
+        return self._rooms.ask(index, block.raw.nbytes, spare_bytes=self.untaken_bytes)
 
     def take_room(self, index: int) -> Room:
         """That memory, with the block that has come through it; it is the caller's from now on."""

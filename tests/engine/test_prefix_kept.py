@@ -14,12 +14,34 @@ from qwenimage_lowvram.engine.models.qwen_image_21.branch import Branch
 from qwenimage_lowvram.engine.models.qwen_image_21.transformer import QwenImage21Transformer
 from qwenimage_lowvram.engine.planning.kept import NOTHING_KEPT, KeptTiers
 from qwenimage_lowvram.engine.streaming.pinned_memory import HostBuffer
+from qwenimage_lowvram.engine.streaming.ring import RING_PIECES
 from small_transformer_21 import LAYERS, SMALL, random_weights, write_file
 from torch import Tensor
 
 DTYPES = [torch.float32, torch.bfloat16]
 STEPS = (0.9, 0.5, 0.1)
 IMAGES, POSITIVE, NEGATIVE = 24 + 8 + 5, 13, 7  # tokens; the first with the text before the last image
+
+
+class _Locks:
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def has_room(self, nbytes: int) -> bool:
+        return True
+
+    def lock(self, data: Tensor, device: torch.device) -> bool:
+        self.bytes += data.nbytes
+        return True
+
+    def unlock(self, data: Tensor, device: torch.device) -> bool:
+        self.bytes -= data.nbytes
+        return True
+
+
+@pytest.fixture
+def locks() -> _Locks:
+    return _Locks()
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +84,9 @@ def run(transformer: QwenImage21Transformer, kept: KeptTiers, passes: Sequence[S
 
 
 def work(transformer: QwenImage21Transformer, kept: KeptTiers, passes: Sequence[Sequence[Branch]]) -> int:
-    before = transformer.prefix_work.tokens
+    before = transformer.store.kept.made_tokens
     run(transformer, kept, passes)
-    return transformer.prefix_work.tokens - before
+    return transformer.store.kept.made_tokens - before
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -164,6 +186,55 @@ def test_what_has_to_leave_the_device_goes_to_spare_memory_or_is_made_again(
     assert work(transformer, tiers(0, 0), [guided()]) == every
 
 
+def test_what_waits_in_ram_for_the_device_stays_within_what_a_later_plan_spares(
+    files: dict[torch.dtype, Path], hardware: Hardware
+) -> None:
+    block = tiers(0, 0).block_bytes + 3 * 512  # each tensor lies aligned
+    roomy = tiers(0, LAYERS, spare=LAYERS * block)
+    transformer, every = opened(files, torch.float32, hardware), IMAGES + POSITIVE + NEGATIVE
+    expected = run(transformer, roomy, [guided()])
+    transformer.unload()
+    assert transformer.store.kept.held_bytes > 4 * tiers(0, 0).block_bytes
+    tight = tiers(0, LAYERS, spare=2 * block)
+    transformer.load((1,), (), (), tight)
+    assert transformer.store.kept.held_bytes <= 2 * block
+    before = transformer.store.kept.made_tokens
+    assert all(torch.equal(a, b) for a, b in zip(run(transformer, tight, [guided()]), expected, strict=True))
+    assert 0 < transformer.store.kept.made_tokens - before <= (LAYERS - 1) * every  # the last blocks' were still there
+    for _ in range(3):  # whether a run takes it back to the device or not
+        transformer.unload()
+        transformer.load((), (), (), tight)
+        transformer.unload()
+        assert transformer.store.kept.held_bytes <= 2 * block
+
+
+@pytest.mark.parametrize("kept_blocks", [0, 2, LAYERS])
+def test_page_locked_memory_is_left_to_what_blocks_pass_through(
+    kept_blocks: int, files: dict[torch.dtype, Path], locks: _Locks
+) -> None:
+    block = 2 * (IMAGES + POSITIVE + NEGATIVE) * SMALL.inner_dim * 4 + 3 * 512
+    plain = Hardware.detect(torch.device("cpu"))
+    ring_bytes = opened(files, torch.float32, replace(plain, host_device=False)).store.ring_bytes
+    limit = ring_bytes + kept_blocks * block
+    hardware = replace(plain, host_device=False, pinned=True, pinned_limit_bytes=limit, page_locks=locks)
+    transformer = opened(files, torch.float32, hardware)
+    transformer.store.ring_pieces = RING_PIECES
+    kept = transformer.store.kept
+    # where all blocks stay on the device, none passes through anything; in the next run all do
+    for resident in (range(LAYERS), ()):
+        transformer.load(resident, (), (), tiers(0, 0))
+        with transformer.session(slots=1) as session:
+            for step in STEPS:
+                session.forward(guided(step), more=True)
+                assert locks.bytes <= limit
+            assert kept.pinned_bytes <= kept_blocks * block
+            assert kept.pinned_bytes >= max(0, kept_blocks - 1) * tiers(0, 0).block_bytes
+            assert kept.held_bytes >= LAYERS * tiers(0, 0).block_bytes  # all of it stays, locked or not
+            passing = 0 if resident else ring_bytes
+            assert locks.bytes == passing + kept.pinned_bytes  # all that blocks pass through is locked
+    assert kept.pinned_bytes == locks.bytes
+
+
 def test_no_more_is_kept_than_was_planned(files: dict[torch.dtype, Path], cpu: Hardware) -> None:
     transformer = opened(files, torch.float32, cpu)
     small = replace(tiers(0, 2), block_bytes=tiers(0, 2).block_bytes // 2)
@@ -177,7 +248,7 @@ class _LittleMemory:
     def __init__(self, buffers: int) -> None:
         self._left = buffers
 
-    def take(self, nbytes: int) -> HostBuffer:
+    def take(self, nbytes: int, *, spare_bytes: int = 0) -> HostBuffer:
         self._left -= 1
         if self._left < 0:
             raise MemoryError("no more")

@@ -207,14 +207,14 @@ def test_a_lora_of_2_1_on_the_20b_family_is_refused_by_name(
 
 def test_another_lora_computes_the_kept_prefix_again(comfy: Any, paths: dict[str, Path], lora: Path) -> None:
     model = model_of(paths["joined"])
-    work = model.model.transformer.prefix_work
+    kept = model.model.transformer.store.kept
     run(model)
     run(model)
-    once = work.tokens
+    once = kept.made_tokens
     patched = model.clone()
     patched.add_lora(match_model(open_lora(lora), model.model.transformer), 0.5)
     image = run(patched)
-    assert work.tokens == 2 * once
+    assert kept.made_tokens == 2 * once
     fresh = model_of(paths["joined"])
     fresh.add_lora(match_model(open_lora(lora), fresh.model.transformer), 0.5)
     assert torch.equal(run(fresh), image)

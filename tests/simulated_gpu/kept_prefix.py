@@ -29,19 +29,19 @@ def prefix_kept(
     made: list[Tensor] = []
     first = 0
     for number, on_card in enumerate((on_device, on_device, then, then)):
-        model.load((1,), (), (), _tiers(remade, on_card))
+        model.load((1,), (), (), tiers(remade, on_card))
         with model.session(slots=2) as session:
             for at in (block for run, block in stops if run == number):
-                _stopped(partial(session.forward, _branches(rig, TIMES[0], number), on_block=_stopping(at)))
+                _stopped(partial(session.forward, branches(rig, TIMES[0], number), on_block=_stopping(at)))
             for timestep in TIMES:
-                made += host(session.forward(_branches(rig, timestep, number), more=timestep != TIMES[-1]))
+                made += host(session.forward(branches(rig, timestep, number), more=timestep != TIMES[-1]))
         if number == 0:
-            first = model.prefix_work.tokens
+            first = model.store.kept.made_tokens
         elif number == 1 and not stops:  # each of two steps makes anew what is not kept
-            assert model.prefix_work.tokens - first == len(TIMES) * remade * TOKENS
+            assert model.store.kept.made_tokens - first == len(TIMES) * remade * TOKENS
         elif number == 2:
             model.unload()
-    model.load((1,), (), (), _tiers(remade, 0))  # what lay on the card is on its way to host memory
+    model.load((1,), (), (), tiers(remade, 0))  # what lay on the card is on its way to host memory
     model.store.leave_host()
     model.unload()
     model.store.leave_host()
@@ -51,28 +51,31 @@ def prefix_kept(
 def prompts_change(rig: Rig) -> list[Tensor]:
     """Each step has prompts of its own, with room for one step's, in host memory."""
     model = rig.transformer_21()
-    model.load((), (), (), _tiers(0, 0))
+    model.load((), (), (), tiers(0, 0))
     with model.session(slots=2) as session:
-        answers = [session.forward(_branches(rig, TIMES[0], 0, images=number)) for number in range(3)]
+        answers = [session.forward(branches(rig, TIMES[0], 0, images=number)) for number in range(3)]
         made = [tensor for answer in answers for tensor in host(answer)]
     model.unload()
     model.store.leave_host()
     return made
 
 
-def _tiers(remade: int, on_device: int) -> KeptTiers:
+def tiers(remade: int, on_device: int) -> KeptTiers:
     return KeptTiers(LAYERS, remade, on_device, BLOCK_BYTES, spare_bytes=2 * BLOCK_BYTES)
 
 
-def _branches(rig: Rig, timestep: float, seed: int, images: int = 0) -> list[Branch]:
+def branches(rig: Rig, timestep: float, seed: int, images: int = 0) -> list[Branch]:
     """`images`: of which set."""
     device = rig.hardware.device
     made = []
     for length in PROMPTS:
         branch = make_branch(1, dtype=DTYPE, seed=seed, timestep=timestep)
         prefix = make_prefix(length, dtype=DTYPE, references=2)
-        shown = tuple(image + images for image in prefix.references)
-        made.append(replace(branch, tokens=branch.tokens.to(device), prefix=replace(prefix, references=shown)))
+        prefix = replace(prefix, references=tuple(image + images for image in prefix.references))
+        first, last = (stretch.key for stretch in prefix.stretches)  # read on the host, as the nodes do once for a run
+        shown = tuple(image.to(device) for image in prefix.references)
+        prefix = replace(prefix, text=prefix.text.to(device), references=shown, keys=(first, last))
+        made.append(replace(branch, tokens=branch.tokens.to(device), prefix=prefix))
     return made
 
 

@@ -11,7 +11,7 @@ import torch
 from qwenimage_lowvram.engine.runs.expected_timesteps import ExpectedTimesteps
 from torch import Tensor
 
-from . import beside
+from . import beside, kept_prefix
 from .device import HostWait, SimulatedGPU
 from .rig import PIECE_BYTES, Rig, finish, host
 from .seams import small_pieces
@@ -80,6 +80,34 @@ def test_a_step_waits_for_nothing_younger_than_a_block(
     # the tables of the image and of the two prompts; the image's goes with each prompt's
     assert [wait for wait in first.younger_than(min(kernels)) if "rotary_tables.py of" not in wait] == []
     assert len(first.younger_than(min(kernels))) == 4
+
+
+@pytest.mark.parametrize("remade", [0, 2])
+def test_a_step_of_2_1_waits_for_nothing_younger_than_a_block(remade: int, tiny_models: TinyModels) -> None:
+    """Prompt and references are kept in part on the card, in part in host memory, and in part made anew."""
+    with SimulatedGPU("late") as gpu, small_pieces(PIECE_BYTES):
+        rig, first, later = Rig(tiny_models, gpu), Watched(gpu), Watched(gpu)
+        compute, kernels, made = gpu.current_stream(), [], list[Tensor]()
+        model = rig.transformer_21()
+        model.load((1,), (0,), (), kept_prefix.tiers(remade, 1))
+        with model.session(slots=2) as session:
+            for timestep in TIMES:
+                branches = kept_prefix.branches(rig, timestep, 0)
+                issued: list[int] = []
+                with (first if not made else later).during():
+                    made += session.forward(
+                        branches,
+                        more=timestep != TIMES[-1],
+                        on_block=lambda index, issued=issued: issued.append(compute.kernels),
+                    )
+                if kernels or made:
+                    kernels += [after - before for before, after in pairwise(issued)]
+        host(made)
+        finish(model)
+    assert not later.younger_than(min(kernels))
+    assert not later.pageable
+    # of the references, of each prompt behind them, and of the image behind each prompt
+    assert len([wait for wait in first.younger_than(min(kernels)) if "rotary_tables.py bring" in wait]) == 5
 
 
 def test_a_pass_over_the_modulation_weights_waits_once(tiny_models: TinyModels) -> None:

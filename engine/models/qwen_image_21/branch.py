@@ -24,13 +24,6 @@ class Branch:
 
 
 @dataclass
-class Work:
-    """tokens: of prefixes, that have gone into blocks so far, block by block."""
-
-    tokens: int = 0
-
-
-@dataclass
 class StretchState:
     """A part of a prefix on its way through the blocks; shared by all branches that begin with it.
 
@@ -44,7 +37,6 @@ class StretchState:
     kept: KeptTensors
     key: str | None
     computed: int
-    work: Work
     _tokens: tuple[Tensor, Tensor, list[Run]] | None = None
     _block: int = -1
     _own: KeysValues | None = None
@@ -74,7 +66,7 @@ class StretchState:
     def _compute(self, index: int, block: Block) -> KeysValues:
         hidden, rotary, runs = self._tokens if self._tokens is not None else self.begin()
         self._tokens = None
-        self.work.tokens += hidden.shape[1]
+        self.kept.made_tokens += hidden.shape[1]
         if index == self.computed - 1:  # nobody asks for more
             own = block.keys_values(hidden, self.modulation, rotary)
         else:

@@ -181,8 +181,14 @@ class TextIn(nn.Module):
         return self.out_layer(F.gelu(self.in_layer(normed), approximate="tanh"))
 
 
+def time_frequencies() -> Tensor:
+    """Of a timestep's embedding, (128,) in fp32, on the host."""
+    half = _TIME_CHANNELS // 2
+    return torch.exp(-math.log(_LONGEST_PERIOD) * torch.arange(half, dtype=torch.float32) / half)
+
+
 class TimeIn(nn.Module):
-    """Timesteps (n,) in 0..1 to embeddings (n, dim): 128 cosines and 128 sines, two layers."""
+    """Timesteps (n,) in 0..1 to embeddings (n, dim): cosines and sines of the 128 `time_frequencies`, two layers."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -190,10 +196,7 @@ class TimeIn(nn.Module):
         self.timestep_embedder.linear_1 = nn.Linear(_TIME_CHANNELS, config.inner_dim, bias=False)
         self.timestep_embedder.linear_2 = nn.Linear(config.inner_dim, config.inner_dim, bias=False)
 
-    def forward(self, timesteps: Tensor) -> Tensor:
-        half = _TIME_CHANNELS // 2
-        steps = torch.arange(half, dtype=torch.float32)
-        frequencies = torch.exp(-math.log(_LONGEST_PERIOD) * steps / half).to(timesteps.device)
+    def forward(self, timesteps: Tensor, frequencies: Tensor) -> Tensor:
         angles = (_TIME_FACTOR * timesteps.float())[:, None] * frequencies[None]
         waves = torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1).to(timesteps.dtype)
         layers = self.timestep_embedder
@@ -215,11 +218,12 @@ class Outside(nn.Module):
         self.norm_out.linear = nn.Linear(dim, dim, bias=False)
         self.proj_out = nn.Linear(dim, CHANNELS, bias=False)
 
-    def clocks(self, timestep: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    def clocks(self, timestep: float, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The embeddings of `timestep` (sigma, 0..1) and of 0, (2, dim), and the blocks' modulation at each, (2, 4 *
-        dim). The timestep is rounded as the reference pipeline does it: times 1000 in `dtype`, then divided."""
-        value = torch.full((1,), timestep, dtype=torch.float32, device=device).mul(1000).to(dtype) / 1000
-        embedding = self.time_text_embed(torch.cat([value, value.new_zeros(1)]))
+        dim). `frequencies`: of `time_frequencies`, on the device. The timestep is rounded as the reference pipeline
+        does it: times 1000 in `dtype`, then divided."""
+        value = torch.full((1,), timestep, dtype=torch.float32, device=frequencies.device).mul(1000).to(dtype) / 1000
+        embedding = self.time_text_embed(torch.cat([value, value.new_zeros(1)]), frequencies)
         return embedding, self.modulation(embedding)
 
     def velocity(self, hidden: Tensor, embedding: Tensor) -> Tensor:

@@ -9,12 +9,13 @@ from ...files.checkpoint import Checkpoint
 from ...hardware import Hardware
 from ...streaming import BlockSource, FileSource, OnBlock, StoredBlock
 from ..streamed_transformer import StreamedTransformer
-from .branch import Branch, BranchState, StretchState, Work
+from .branch import Branch, BranchState, StretchState
 from .costs import QwenImage21Footprint
-from .layers import Outside, Run
+from .layers import Outside, Run, time_frequencies
 from .network import QwenImage21Parts
 from .positions import RotaryTables, runs_of
 from .prefix import Prefix, Stretch
+from .rotary_tables import Place, PlacedFactors
 from .variants import Variant21, variant_of
 
 
@@ -49,18 +50,22 @@ class QwenImage21Transformer(StreamedTransformer[Branch, BranchState]):
         super().__init__(checkpoint, parts, dtype=dtype, hardware=hardware)
         self.config = parts.config
         self.variant = variant_of(checkpoint, variant)
-        self._rotary = RotaryTables(parts.config.rope_axes)
-        self.prefix_work = Work()
+        self._rotary = PlacedFactors(RotaryTables(parts.config.rope_axes), hardware.device)
+        self._frequencies: Tensor | None = None  # on the device, during a run
 
     def begin(self, branches: Sequence[Branch], on_block: OnBlock | None) -> list[BranchState]:
         """Raises InvalidRequest for prompts and images beyond the model's positions."""
-        device = self.hardware.device
+        if self._frequencies is None:
+            self._frequencies = time_frequencies().to(self.hardware.device)
         clocks = {
-            timestep: self.outside.clocks(timestep, self.dtype, device)
+            timestep: self.outside.clocks(timestep, self._frequencies, self.dtype)
             for timestep in dict.fromkeys(branch.timestep for branch in branches)
         }
         modulation = next(iter(clocks.values()))[1][1:].unsqueeze(1) if clocks else None
-        stretches = self._stretches([branch.prefix for branch in branches], modulation)
+        prefixes = [branch.prefix for branch in branches]
+        stretches = self._stretches(prefixes, modulation)
+        made = {s.key: s for prefix in prefixes for s in prefix.stretches if stretches[s.key].computed}
+        self._rotary.bring([*map(_place_of_image, branches), *((s.pieces, s.start) for s in made.values())])
         return [self._begin(branch, *clocks[branch.timestep], stretches) for branch in branches]
 
     def _stretches(self, prefixes: Sequence[Prefix], modulation: Tensor | None) -> dict[str, StretchState]:
@@ -83,7 +88,6 @@ class QwenImage21Transformer(StreamedTransformer[Branch, BranchState]):
                         kept=kept,
                         key=key if key in wanted else None,
                         computed=max(missing, default=-1) + 1,
-                        work=self.prefix_work,
                     )
                 own.append(states[stretch.key])
         return states
@@ -104,7 +108,7 @@ class QwenImage21Transformer(StreamedTransformer[Branch, BranchState]):
             runs = [Run(0, tokens, prefix.tokens + tokens, seen[:, None, None].to(device))]
         return BranchState(
             img=self.outside.img_in(branch.tokens),
-            rotary=self._rotary.factors([branch.shape], prefix.end).to(device),
+            rotary=self._rotary.of(_place_of_image(branch)),
             modulation=modulation[:1].unsqueeze(1),
             embedding=embedding,
             runs=runs,
@@ -112,13 +116,18 @@ class QwenImage21Transformer(StreamedTransformer[Branch, BranchState]):
             prefix_tokens=prefix.tokens,
         )
 
+    def leave_device(self) -> None:
+        super().leave_device()
+        self._rotary.leave_device()
+        self._frequencies = None
+
     def finish(self, branch: Branch, state: BranchState) -> Tensor:
         return self.outside.velocity(state.img, state.embedding)
 
     def first_tokens(self, stretch: Stretch) -> tuple[Tensor, Tensor, list[Run]]:
         """What goes into the first block of a prefix: tokens (1, N, dim), their rotary factors, and what they see."""
         device, outside = self.hardware.device, self.outside
-        rotary = self._rotary.factors(stretch.pieces, stretch.start).to(device)
+        rotary = self._rotary.of((stretch.pieces, stretch.start))
         runs = runs_of(stretch.pieces, stretch.before, stretch.seen, device)
         text = None if stretch.text is None else outside.txt_in(stretch.text.to(device, self.dtype))
         images = None if stretch.images is None else outside.img_in(stretch.images.to(device, self.dtype))
@@ -134,6 +143,10 @@ class QwenImage21Transformer(StreamedTransformer[Branch, BranchState]):
             tokens[:, run.start : run.stop] = source[:, at : at + run.stop - run.start]
             taken[is_text] += run.stop - run.start
         return tokens, rotary, runs
+
+
+def _place_of_image(branch: Branch) -> Place:
+    return (branch.shape,), branch.prefix.end
 
 
 class _Beginning:
