@@ -25,6 +25,11 @@ EDIT_URL = (
     "qwen_image_edit_2509_fp8_e4m3fn.safetensors"
 )
 LAYERED_URL = "https://huggingface.co/Comfy-Org/Qwen-Image-Layered_ComfyUI/resolve/main/split_files"
+URL_21 = "https://huggingface.co/Comfy-Org/Qwen-Image-2.1/resolve/main"
+LICENCE_21 = (
+    "is for non-commercial use only: [Qwen Research License](https://huggingface.co/Qwen/Qwen-Image-2.1/blob/main/"
+    "LICENSE)."
+)
 LIGHTNING_URLS = tuple(
     f"https://huggingface.co/lightx2v/Qwen-Image-Lightning/resolve/main/{file}"
     for file in (
@@ -152,10 +157,22 @@ def test_a_workflow_says_where_its_models_are(file: Path) -> None:
         assert models[-1]["directory"] == "loras"
     (note,) = (node["widgets_values"][0] for node in nodes if node["type"] == "MarkdownNote")
     for model in models:
-        common = [f"{folder}/{model['directory']}/{model['name']}" for folder in (MODELS_URL, LAYERED_URL)]
+        folders = (MODELS_URL, LAYERED_URL, URL_21)
+        common = [f"{folder}/{model['directory']}/{model['name']}" for folder in folders]
         assert model["url"] in (*common, EDIT_URL, *LIGHTNING_URLS)
         assert model["url"].endswith(f"/{model['name']}")
         assert f"[{model['name']}]({model['url']})" in note
+
+
+@pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
+def test_a_workflow_begins_with_a_licence_that_forbids_something(file: Path) -> None:
+    nodes = json.loads(file.read_text(encoding="utf-8"))["nodes"]
+    (loader,) = (node for node in nodes if node["type"] == LOADER)
+    (note,) = (node["widgets_values"][0] for node in nodes if node["type"] == "MarkdownNote")
+    transformer = loader["widgets_values"][0]
+    model = "Qwen-Image-2.1-Turbo" if "turbo" in transformer else "Qwen-Image-2.1"
+    assert (note.splitlines()[0] == f"{model} {LICENCE_21}") == ("2.1" in transformer)
+    assert ("License" in note) == ("2.1" in transformer)
 
 
 @pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)

@@ -74,6 +74,11 @@ def open_with_diffusers(folder: Path) -> Any:
     return pipeline
 
 
+def without_shift(scheduler: Any) -> Any:
+    """A diffusers scheduler that takes sigmas as they are: the published one of 2.1-Turbo."""
+    return type(scheduler).from_config(scheduler.config, use_dynamic_shifting=False, shift=1.0, shift_terminal=None)
+
+
 def packed_noise(width: int, height: int, batch: int, seed: int) -> Tensor:
     """As ComfyUI draws it for a seed, in the order in which the pipeline takes it."""
     noise = torch.randn((batch, 64, height // 16, width // 16), generator=torch.Generator().manual_seed(seed))

@@ -5,10 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler as Scheduler
 from qwenimage_lowvram.engine.models.qwen_image_21.schedule import TURBO_SIGMAS
 from qwenimage_lowvram.engine.runs.pipeline import Pipeline
-from small_pipeline_21 import make_pipeline_21, open_with_diffusers, packed_noise
+from small_pipeline_21 import make_pipeline_21, open_with_diffusers, packed_noise, without_shift
 
 PROMPT, NEGATIVE = 'a sign that says "红色"', "blurry"
 
@@ -54,10 +53,7 @@ def test_an_image_is_that_of_the_reference(
 
 def test_turbo_takes_its_own_sigmas(folder: Path, theirs: Any, tmp_path: Path, comfyui_path: Path) -> None:
     turbo = make_pipeline_21(tmp_path / "turbo", comfyui=comfyui_path, sample_sigmas=list(TURBO_SIGMAS))
-    # the published folder's scheduler shifts nothing
-    theirs.scheduler = Scheduler.from_config(
-        theirs.scheduler.config, use_dynamic_shifting=False, shift=1.0, shift_terminal=None
-    )
+    theirs.scheduler = without_shift(theirs.scheduler)
     wanted = reference(theirs, 64, 64, 1, 1.0, sigmas=list(TURBO_SIGMAS))
     with Pipeline.open(turbo, device="cpu") as pipeline:
         made = pipeline.make(PROMPT, width=64, height=64, seed=5, steps=8, cfg=1.0)

@@ -1,19 +1,13 @@
 """Qwen-Image-2.1 through the nodes: from the loader to the image, against diffusers' own pipeline of the same files."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from devtools.cache import REPOSITORY
-from devtools.overlay import NEWEST, prepare_overlay
+from edit_reference_21 import reference_images
 from PIL import Image
 from qwenimage_lowvram.engine.errors import InvalidRequest, WrongModel
-from safetensors.torch import load_file
 from small_pipeline_21 import make_pipeline_21
 from torch import Tensor
 
@@ -61,7 +55,7 @@ def pixels_of(image: Image.Image) -> Tensor:
 
 @pytest.fixture(scope="module")
 def wanted(diffusers_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
-    """What diffusers makes, in a process that sees the newest packages."""
+    """What diffusers makes."""
     folder = tmp_path_factory.mktemp("wanted")
     cases = {}
     for number, (name, case) in enumerate(CASES.items()):
@@ -71,17 +65,7 @@ def wanted(diffusers_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
             image.save(folder / f"{number}-{i}.png")
             files.append(f"{number}-{i}.png")
         cases[name] = {**settings, "images": files}
-    (folder / "cases.json").write_text(json.dumps(cases), encoding="utf-8")
-    newest = prepare_overlay(NEWEST, Path(sys.executable))
-    paths = [str(newest), str(REPOSITORY / "tools" / "alias"), str(REPOSITORY / "tools")]
-    command = [sys.executable, REPOSITORY / "tools" / "edit_reference_21.py", diffusers_folder / NAME]
-    subprocess.run(
-        [*command, folder / "cases.json", folder / "wanted.safetensors"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-        check=True,
-        timeout=600,
-    )
-    return load_file(folder / "wanted.safetensors")
+    return reference_images(diffusers_folder / NAME, folder, cases)
 
 
 @pytest.fixture

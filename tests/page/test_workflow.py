@@ -51,6 +51,8 @@ RECORD = f"""() => {{
   const listen = ({{ detail }}) => seen.push({{ event: detail, panels: ({PANELS})() }});
   window.comfyAPI.api.api.addEventListener('qwen_lowvram.progress', listen);
 }}"""
+BOXES = """() => window.app.graph.nodes.map(
+  (node) => [node.id, node.type, [...node.pos], [...node.size], node.computeSize()[1]])"""
 PAUSE = "(ms) => new Promise((done) => setTimeout(done, ms))"
 
 
@@ -93,28 +95,25 @@ def lines_of(page: Any, node: str = "4") -> list[str]:
 
 
 @pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
-def test_the_page_saves_a_shipped_graph_as_it_is(page: Any, vue: bool, file: Path) -> None:
+def test_the_page_shows_saves_and_sends_a_shipped_graph_as_it_is(
+    page: Any, vue: bool, object_info: dict[str, Any], file: Path
+) -> None:
     graph = json.loads(file.read_text(encoding="utf-8"))
     page.load(graph)
     assert as_saved(page.serialize(), vue) == as_saved(graph, vue)
-
-
-@pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
-def test_the_page_makes_the_prompt_of_our_converter(page: Any, object_info: dict[str, Any], file: Path) -> None:
-    graph = json.loads(file.read_text(encoding="utf-8"))
-    page.load(graph)
     prompt = {key: {name: node[name] for name in ("class_type", "inputs")} for key, node in page.prompt().items()}
     assert prompt == to_prompt(graph, object_info)
+    assert_apart(page)
 
 
-def test_no_node_is_cut_off_or_lies_over_another(page: Any) -> None:
-    page.load(json.loads(WORKFLOWS[0].read_text(encoding="utf-8")))
-    boxes = page.evaluate("() => window.app.graph.nodes.map((n) => [n.title, ...n.pos, ...n.size, n.computeSize()[1]])")
-    for title, left, top, width, height, needed in boxes:
-        assert height >= needed, title
-        for other, x, y, w, h, _ in boxes:
+def assert_apart(page: Any) -> None:
+    """No node is cut off, and none lies over another."""
+    boxes = page.evaluate(BOXES)
+    for node, kind, (left, top), (width, height), needed in boxes:
+        assert height >= needed, f"{kind} is cut off."
+        for other, of, (x, y), (w, h), _ in boxes:
             apart = left + width <= x or x + w <= left or top + height <= y - 30 or y + h <= top - 30  # 30: the title
-            assert apart or title == other, f"{title} and {other}"
+            assert apart or node == other, f"{kind} lies over {of}."
 
 
 def test_the_4_gb_workflow_runs_in_the_page_to_its_image(page: Any, small: Any, client: ComfyClient, vue: bool) -> None:

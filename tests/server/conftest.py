@@ -18,6 +18,7 @@ from qwenimage_lowvram.engine.models.qwen_image.variants import MARK_2511
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_checkpoint import SplitFiles, write_split_files
+from small_pipeline_21 import make_pipeline_21
 
 from .graphs import LIGHTNING, Prompt, with_our_loader
 
@@ -109,6 +110,15 @@ def layered_folder(layered_pipeline: Path, models_dir: Path) -> str:
     """The loader's name of Qwen-Image-Layered's folder."""
     shutil.copytree(layered_pipeline, models_dir / "diffusers" / layered_pipeline.name)
     return f"{layered_pipeline.name} (folder)"
+
+
+@pytest.fixture(scope="session")
+def folders_21(models_dir: Path, comfyui_path: Path) -> dict[str, str]:
+    """The loader's names of a small Qwen-Image-2.1, and of the same weights as 2.1-Turbo, which it is by its name."""
+    folders = models_dir / "diffusers"
+    made = make_pipeline_21(folders / "small-2.1", comfyui=comfyui_path)
+    shutil.copytree(made, folders / "small-2.1-turbo")
+    return {"2.1": "small-2.1 (folder)", "2.1-Turbo": "small-2.1-turbo (folder)"}
 
 
 @pytest.fixture(scope="session")

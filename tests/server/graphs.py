@@ -9,12 +9,14 @@ from devtools.workflow import set_widgets, to_prompt
 
 _ALL = sorted((Path(__file__).parents[2] / "workflows").glob("*.json"))
 LIGHTNING = [path for path in _ALL if "Lightning" in path.stem]  # with a LoRA
-EDITING = [path for path in _ALL if "Edit" in path.stem]
+QWEN_IMAGE_21 = [path for path in _ALL if "qwen_image_2.1" in path.read_text(encoding="utf-8")]
+EDITING = [path for path in _ALL if "Edit" in path.stem and path not in QWEN_IMAGE_21]
 LAYERED = [path for path in _ALL if "layers" in path.stem]
 IMAGE_TO_IMAGE, INPAINT, OUTPAINT = (
     next(path for path in _ALL if name in path.stem) for name in ("Image to image", "Inpaint", "Outpaint")
 )
-WORKFLOWS = [path for path in _ALL if path not in (*LIGHTNING, *EDITING, *LAYERED, IMAGE_TO_IMAGE, INPAINT, OUTPAINT)]
+_OTHERS = (*QWEN_IMAGE_21, *LIGHTNING, *EDITING, *LAYERED, IMAGE_TO_IMAGE, INPAINT, OUTPAINT)
+WORKFLOWS = [path for path in _ALL if path not in _OTHERS]
 FOLDER = "from the folder"
 
 Prompt = dict[str, Any]

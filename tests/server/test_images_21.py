@@ -12,17 +12,14 @@ from devtools.server import ComfyServer
 from PIL import Image
 from qwenimage_lowvram.engine.models.qwen_image_21.schedule import TURBO_SIGMAS
 from safetensors.torch import load_file
-from small_pipeline_21 import make_pipeline_21
 
-NAME = "small-2.1-turbo"  # by whose name it is Turbo
 WIDTH, HEIGHT = 96, 64
 SIGMAS = ", ".join(map(str, (*TURBO_SIGMAS, 0)))
 
 
 @pytest.fixture(scope="module")
-def folder(models_dir: Path, comfyui_path: Path) -> str:
-    make_pipeline_21(models_dir / "diffusers" / NAME, comfyui=comfyui_path)
-    return f"{NAME} (folder)"
+def folder(folders_21: dict[str, str]) -> str:
+    return folders_21["2.1-Turbo"]
 
 
 def graph(folder: str, **nodes: Any) -> dict[str, Any]:
