@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..errors import Unsupported
 from ..hardware import Hardware
 from ..log import logger
+from ..out_of_memory import shortage
 from .attention import Attention, Operands, kernel_of, torchs_own
 from .attention_kernels import FLASH, KITCHEN_INT8, SAGE, SPLIT, XFORMERS, AttentionKernel
 from .attention_packages import FUNCTIONS, KernelFunction
@@ -24,6 +25,7 @@ _VARIANTS = ("pytorch", "pytorch flash", "pytorch efficient", "split")
 # errors relative to fp32: of kernels that only round, by dtype, and of those that quantize to 8 bits
 _ROUNDING = {torch.float32: 2e-3, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 _QUANTIZING = 0.1
+TRIAL_BYTES = 32 * 1024**2  # of a trial
 _FAILED = -1.0  # remembered of a kernel that ended in an error
 _BEYOND = 1e6  # of one whose results are no numbers, or of another shape
 
@@ -54,8 +56,9 @@ def choose_attention(
 ) -> Attention:
     """The kernel of that name, of CHOICES, on all of these devices; `auto`: `wished`, where that works, else torch's.
 
-    wished: what ComfyUI was started with. tried: errors of kernels by machine, which outlive the process. Raises
-    Unsupported for a kernel that was chosen and does not work here.
+    wished: what ComfyUI was started with. tried: errors of kernels by machine, which outlive the process. Takes
+    TRIAL_BYTES of a device where a kernel is tried. Raises Unsupported for a kernel that was chosen and does not work
+    here.
     """
     if name == AUTO and wished != AUTO:
         why = _why_not(functions[wished], hardware, dtype, tried, head_dim)
@@ -161,7 +164,10 @@ def _driver(device: torch.device) -> str:
 @torch.no_grad()
 def trial_error(function: KernelFunction, device: torch.device, dtype: torch.dtype, head_dim: int = 128) -> float:
     """The largest error of a few products, relative to torch's without a fused kernel in fp32; below 0 where the kernel
-    failed. Keys lie aside from zero and some of their numbers are large, as those of the model are."""
+    failed. Keys lie aside from zero and some of their numbers are large, as those of the model are.
+
+    Takes TRIAL_BYTES; where memory runs out, that error is raised.
+    """
     module = function.imported()
     worst = 0.0
     for queries, keys in ((300, 300), (64, 1037)):
@@ -173,6 +179,8 @@ def trial_error(function: KernelFunction, device: torch.device, dtype: torch.dty
         try:
             out = function.attend(module, operands)
         except Exception as error:  # code of others, on a card that it may not know
+            if shortage(error) is not None:
+                raise  # which tells nothing of the kernel
             logger.debug("Attention kernel %s: %s", function.kernel.name, error)
             return _FAILED
         worst = max(worst, _relative_error(out, _reference(operands)))

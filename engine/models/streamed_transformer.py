@@ -266,8 +266,8 @@ class TransformerSession(Generic[BranchT, StateT]):
         `hooked`: branches with something around their blocks. `more`: another pass follows. `on_block` is called
         before each block with its index, `check` within those of huge images (`attention_by`); both may raise, and the
         session can be used again after that. Where another package's kernel of attention makes numbers that are not
-        finite, the pass is made again, and those that follow are made, by torch's own. Raises what the network's
-        `begin` does.
+        finite, the pass is made again, and those that follow are made, by torch's own; to see that, the host waits for
+        the device behind each pass. Raises what the network's `begin` does.
         """
         transformer = self._transformer
         answers = self._forward(branches, hooked, more, on_block, check)

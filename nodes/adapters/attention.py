@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import comfy.model_management
 import torch
 from torch import Tensor
 
 from ...engine.compute.attention import Attention, Operands, torchs_own
-from ...engine.compute.attention_choice import AUTO, choose_attention
+from ...engine.compute.attention_choice import AUTO, TRIAL_BYTES, choose_attention
 from ...engine.compute.attention_kernels import AttentionKernel
 from ...engine.compute.attention_packages import FUNCTIONS
 from ...engine.files.checkpoint import Checkpoint
@@ -82,6 +83,8 @@ def attention_of_loader(
         why = "is not known here" if function is None else "quantizes, so that the image is another one"
         told = f"The file asks for the attention kernel '{shown(asked)}', which {why}: PyTorch's is used."
         told += "" if function is None else f" To follow the file, choose it in '{LOADER}' (attention)."
+    for device in (place.device for place in hardware):
+        comfy.model_management.free_memory(TRIAL_BYTES, device)
     return choose_attention(choice, hardware, dtype, wished=wished, tried=known_trials()), told
 
 

@@ -158,6 +158,17 @@ def test_a_kernel_that_fails_is_refused(installed: Installed, monkeypatch: pytes
     assert "ended with an error" in refusal("sage")
 
 
+def test_memory_that_runs_out_tells_nothing_of_a_kernel(installed: Installed, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(installed("sage"), "sageattn", fail, raising=False)
+    tried: dict[str, float] = {}
+    with pytest.raises(torch.OutOfMemoryError):
+        choose("sage", tried=tried)
+    assert tried == {}
+
+
 def test_a_kernel_is_tried_once_on_a_machine(installed: Installed, tmp_path: Path) -> None:
     package = installed("flash")
     choose("flash", tried=KnownTrials(tmp_path / "attention.json"))
