@@ -15,11 +15,13 @@ from ..engine.planning.forecast import TYPICAL, Speeds
 from ..engine.planning.format_choice import choose_format
 from ..engine.planning.memory import least_ram_bytes
 from ..engine.planning.request import GIB, Limits, PromptTokens
-from ..engine.planning.stages import ImageModels, ImagePlan, ImageRequest, Stage, plan_image
+from ..engine.planning.stages import ImageModels, ImageRequest, plan_image
 from ..engine.reports.charts import Card, draw_cards
+from ..engine.reports.plan_table import plan_table
 from . import model_choices
 from .adapters.known_speeds import known_speeds
 from .adapters.limits import free_ram, headroom_bytes
+from .adapters.networks import SERVED
 from .adapters.value_checks import check_widgets, limit_bytes
 from .cache_folder import weight_cache_folder
 from .display_names import AUTO, CATEGORY
@@ -29,6 +31,7 @@ from .sources import Sources, require_transformer
 from .weight_cache import AS_STORED, FASTEST, WEIGHT_FORMATS, check_weight_format
 from .weight_formats import TYPICAL_REQUEST, advice_of, versions_of
 
+MOST_IMAGES = max(served.family.most_images for served in SERVED)
 CARDS_GB = (4, 6, 8, 12, 16, 24)
 # of a card, before the first tensor: the CUDA context with its kernels, and the image on the screen
 CONTEXT_BYTES = 600_000_000
@@ -114,8 +117,9 @@ class QwenLowVRAMMemoryPlan:
                     {
                         "default": 0,
                         "min": 0,
-                        "max": 3,
-                        "tooltip": "Editing models: how many images of a megapixel they are shown.",
+                        "max": MOST_IMAGES,
+                        "tooltip": "Editing models and Qwen-Image-2.1: how many images of a megapixel they are shown, "
+                        "up to three and up to twelve.",
                     },
                 ),
                 "layers": (
@@ -177,7 +181,7 @@ class QwenLowVRAMMemoryPlan:
             reference_pictures=reference_pictures,
             layers=layers,
         )
-        models = _Models.open(transformer, text_encoder, vae, weight_format, layers)
+        models = _Models.open(transformer, text_encoder, vae, weight_format, layers, reference_pictures)
         request = ImageRequest(
             width,
             height,
@@ -198,7 +202,7 @@ class QwenLowVRAMMemoryPlan:
         prompts = f"prompts of {prompt_tokens} token{'s' if prompt_tokens != 1 else ''}"
         title, subtitle = f"Memory plan: {request}", f"{transformer}, {prompts}, {models.speeds_text}"
         advice = [line for name, _, limit in capacities for line in models.advice(name, limit, ram_bytes)]
-        lines = [title, subtitle, f"RAM limit {ram_bytes / GIB:.1f} GiB", "", *_table(cards)]
+        lines = [title, subtitle, f"RAM limit {ram_bytes / GIB:.1f} GiB", "", *plan_table(cards)]
         text = "\n".join([*lines, *([""] if advice else []), *advice])
         image = draw_cards(title, subtitle, cards)
         return {"ui": {"images": preview(image), "text": [text]}, "result": (text, as_image(image))}
@@ -217,7 +221,9 @@ class _Models:
     speeds_text: str
 
     @classmethod
-    def open(cls, transformer: str, text_encoder: str, vae: str, weight_format: str, layers: int) -> "_Models":
+    def open(
+        cls, transformer: str, text_encoder: str, vae: str, weight_format: str, layers: int, images: int
+    ) -> "_Models":
         sources = Sources.of(transformer, text_encoder, vae)
         transformer_file, text_file, vae_file = sources.open(AUTO)
         family = sources.family
@@ -225,6 +231,8 @@ class _Models:
             check_weight_format(transformer_file, weight_format)
         with at_input("layers"):
             _check_layers(transformer_file, sources.member(transformer_file, AUTO).makes_layers, layers)
+        with at_input("reference_pictures"):
+            _check_images(transformer_file, family.most_images, images)
         remembered = _speeds(transformer_file)
 
         def footprints(versions: dict[str, Checkpoint]) -> dict[str, TransformerFootprint]:
@@ -288,6 +296,19 @@ def _check_layers(transformer: Checkpoint, layered: bool, layers: int) -> None:
         )
 
 
+def _check_images(transformer: Checkpoint, most: int, images: int) -> None:
+    """Raise InvalidRequest for more images than the model is shown."""
+    if images > most:
+        raise InvalidRequest(
+            "{file} is shown {most} images at the most, and {images} are asked for.\n\nWhat to do: set "
+            "reference_pictures to {most} or less.",
+            code="plan.too_many_images",
+            file=transformer.path,
+            most=most,
+            images=images,
+        )
+
+
 def _versions(source: Checkpoint, weight_format: str) -> dict[str, Checkpoint]:
     if weight_format == FASTEST:
         return versions_of(source)
@@ -308,33 +329,3 @@ def _speeds(transformer: Checkpoint) -> Speeds | None:
     if device.type == "cpu":
         return None
     return known_speeds(replace(CARD, device=device), _dtype(transformer), transformer.largest_file).remembered()
-
-
-def _table(cards: list[Card]) -> list[str]:
-    """What a step takes on each card, then the peaks of its stages in GiB: on the device/in RAM."""
-    seconds = ("s per step", "bound by", "first image", "another seed", "another prompt")
-    head = ("", "format", *seconds, "stay", "in RAM", "from file", "VAE tiles")
-    rows = [head, *(_step_row(card, card.plan) for card in cards if card.plan)]
-    peaks = [("GiB: VRAM/RAM", "limit", *(stage.value for stage in Stage))]
-    peaks += [_peak_row(card, card.plan) for card in cards if card.plan]
-    refused = [f"{card.name}: {card.refusal}" for card in cards if card.plan is None]
-    return [*_aligned(rows), "", *_aligned(peaks), *([""] if refused else []), *refused]
-
-
-def _step_row(card: Card, plan: ImagePlan) -> tuple[str, ...]:
-    sampling = plan.sampling
-    blocks = (len(sampling.resident), len(sampling.held), sampling.from_file, len(plan.tiles))
-    forecast = sampling.forecast
-    step = (f"{forecast.seconds:.1f}", forecast.bound.value)
-    images = (f"{seconds:.0f} s" for seconds in (plan.seconds, plan.again_seconds, plan.prompt_seconds))
-    return (card.name, card.weight_format, *step, *images, *map(str, blocks))
-
-
-def _peak_row(card: Card, plan: ImagePlan) -> tuple[str, ...]:
-    peaks = (f"{stage.peak_bytes / GIB:.2f}/{stage.ram_bytes / GIB:.1f}" for stage in plan.stages)
-    return (card.name, f"{card.limit_bytes / GIB:.2f}", *peaks)
-
-
-def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -60,8 +60,9 @@ class Family:
     for files that do not belong to the transformer's, or to the member. parts, open: of a transformer's file, for plans
     and for passes. encoder, tokenizer: of the text encoder's file and of the tokenizer's folder. empty_vae: of the
     VAE's file without weights, for plans; read_vae: with them. prompts: what its prompts have beside a person's words.
-    block_prefix: stands before a block's number in tensors' names. quantizable: a pattern of the names, in a block, of
-    matrices that may be brought to fewer bits. tokenizer_folder: of a pipeline folder.
+    most_images: that any member is shown. block_prefix: stands before a block's number in tensors' names. quantizable:
+    a pattern of the names, in a block, of matrices that may be brought to fewer bits. tokenizer_folder: of a pipeline
+    folder.
     """
 
     transformer: Component
@@ -79,6 +80,7 @@ class Family:
     empty_vae: Callable[..., Any]
     read_vae: Callable[[Checkpoint, torch.dtype], Any]
     prompts: PromptTokens
+    most_images: int
     block_prefix: str
     quantizable: str
     from_prompts: FromPrompts

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 PX = 16
+BESIDE_WEIGHTS = 1_500_000_000 - 700_000_000
 
 
 def random(*shape: int, seed: int = 7) -> Tensor:
@@ -81,11 +82,11 @@ def run(layers: torch.nn.ModuleList, x: Tensor) -> Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("limit_bytes", [None, 1024**3])
+@pytest.mark.parametrize(("side", "limit_bytes"), [(1024, None), (1024, 1024**3), (2048, BESIDE_WEIGHTS)])
 @pytest.mark.parametrize("task", ["decode", "encode"])
-def test_live_bytes_are_within_the_plan_and_close_to_it(task: str, limit_bytes: int | None) -> None:
+def test_live_bytes_are_within_the_plan_and_close_to_it(task: str, side: int, limit_bytes: int | None) -> None:
     """At full size, on meta tensors; beside the weights and the input, the result included."""
-    vae, side = real(), 1024
+    vae = real()
     shape = (1, 64, side // PX, side // PX) if task == "decode" else (1, side, side, 4)
     source = torch.empty(shape, device="meta")
     result_bytes = 4 * side * side * 4 if task == "decode" else 64 * (side // PX) ** 2 * 4
@@ -93,18 +94,19 @@ def test_live_bytes_are_within_the_plan_and_close_to_it(task: str, limit_bytes: 
     with LiveBytes("meta") as live:
         source.view(shape)  # counted from here on
         getattr(vae, task)(source, limit_bytes=limit_bytes, out_device="meta")
-    assert plan.is_whole is (limit_bytes is None or task == "encode")
+    assert plan.is_whole is (limit_bytes is None or (task, side) == ("encode", 1024))
     assert 0.9 * plan.peak_bytes < live.peak - source.nbytes <= plan.peak_bytes
 
 
-def test_2048_is_decoded_and_encoded_within_one_and_a_half_gib() -> None:
+def test_2048_is_decoded_and_encoded_within_one_and_a_half_gigabytes() -> None:
     vae = real()
     weights = vae.footprint.weights_bytes
-    limit = 3 * 1024**3 // 2
+    limit = 1_500_000_000
+    assert limit - weights >= BESIDE_WEIGHTS
     for plan in (vae.plan_decode, vae.plan_encode):
         tiles = plan(2048, 2048, limit - weights)
         assert tiles.peak_bytes + weights <= limit
-        assert tiles.work < 4
+        assert tiles.work < 4.1
     with pytest.raises(DoesNotFit):
         vae.plan_decode(2048, 2048, 10 * 1024**2)
 

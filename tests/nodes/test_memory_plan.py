@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import full_size
+import full_size_21
+import full_size_qwen3_vl
 import numpy as np
 import pytest
 import torch
+from full_size_formats import in_format
 from live_bytes import LiveBytes
 from PIL import Image
 from qwenimage_lowvram.engine.planning.forecast import TYPICAL
@@ -253,3 +256,60 @@ def test_layers_are_counted_and_asked_for_of_the_right_model() -> None:
     finally:
         for file in made:
             file.unlink()
+
+
+@pytest.fixture(scope="module")
+def files_21(comfy: Any) -> Iterator[dict[str, str]]:
+    """Qwen-Image-2.1 at its real size, headers alone."""
+    import folder_paths
+
+    models = Path(folder_paths.models_dir)
+    made = {
+        "transformer": ("diffusion_models", in_format(full_size_21.transformer_21_checkpoint(), "int8_convrot")),
+        "text_encoder": ("text_encoders", full_size_qwen3_vl.text_encoder_checkpoint(torch.float8_e4m3fn)),
+        "vae": ("vae", full_size_21.vae_21_checkpoint()),
+    }
+    files = {
+        part: full_size.write_header(checkpoint, models / folder / f"plan_21_{part}.safetensors")
+        for part, (folder, checkpoint) in made.items()
+    }
+    yield {part: file.name for part, file in files.items()}
+    for file in files.values():
+        file.unlink()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("width", "height", "images"), [(1024, 1024, 0), (2752, 1536, 0), (2048, 2048, 3), (2752, 1536, 10)]
+)
+def test_2_1_is_planned_at_every_size_with_what_it_keeps(
+    files_21: dict[str, str], width: int, height: int, images: int
+) -> None:
+    size = {"width": width, "height": height, "steps": 40, "cfg": 1.0, "reference_pictures": images}
+    steps, peaks = tables(plan(**files_21, **size)["result"][0])
+    assert tuple(steps) == tuple(peaks) == CARDS
+    tokens = 60 + 8 + images * (4096 + 6)
+    for card, row in steps.items():
+        assert int(row["stay"]) + int(row["in RAM"]) + int(row["from file"]) == 32
+        on_card, in_ram, anew = (int(row[name]) for name in ("of it on card", "of it in RAM", "made anew"))
+        assert on_card + in_ram + anew == 32
+        kept_gib = (on_card + in_ram) * 2 * tokens * 4096 * 2 / 1024**3
+        assert row["prompt kept"] == f"{kept_gib:.2f} GiB"
+        assert float(row["s per step"]) > 0
+        vram, ram = map(float, peaks[card]["sampling"].split("/"))
+        assert 0 < vram <= float(peaks[card]["limit"]) + 0.005
+        assert in_ram * kept_gib / max(1, on_card + in_ram) <= ram <= 24.1
+
+
+def test_each_model_is_planned_for_as_many_images_as_it_is_shown(files_21: dict[str, str]) -> None:
+    from qwenimage_lowvram.engine.errors import InvalidRequest
+
+    seconds = [
+        float(tables(plan(**files_21, cfg=1.0, reference_pictures=count)["result"][0])[0]["8 GB"]["s per step"])
+        for count in (0, 12)
+    ]
+    assert seconds[1] > 2 * seconds[0]
+    with pytest.raises(InvalidRequest, match=r"^reference_pictures: .*is shown 3 images at the most(.|\n)*set "):
+        plan(reference_pictures=4)
+    with pytest.raises(InvalidRequest, match="reference_pictures"):
+        plan(**files_21, reference_pictures=13)

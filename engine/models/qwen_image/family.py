@@ -12,6 +12,7 @@ from ..qwen_image_vae.image_vae import ImageVAE
 from ..qwen_image_vae.tensor_names import RGB, RGBA, require_image_vae
 from .component import TRANSFORMER
 from .costs import PROMPT_SIZES
+from .edit_sizes import MOST_IMAGES
 from .from_prompts import QwenImageFromPrompts
 from .network import QwenImageParts
 from .positions import Positions
@@ -41,6 +42,7 @@ QWEN_IMAGE = Family(
     empty_vae=ImageVAE.without_weights,
     read_vae=ImageVAE.read,
     prompts=PROMPT_SIZES,
+    most_images=MOST_IMAGES,
     block_prefix=BLOCKS,
     quantizable=r"(?!(img|txt)_mod\.).+\.weight",  # modulation is computed once, and is never held
     from_prompts=QwenImageFromPrompts(),

@@ -16,6 +16,7 @@ from .component import TRANSFORMER_21
 from .costs import PROMPT_SIZES
 from .from_prompts import QwenImage21FromPrompts
 from .network import QwenImage21Parts
+from .sizes import MOST_IMAGES
 from .tensors import BLOCKS
 from .transformer import QwenImage21Transformer
 from .variants import Variant21, variant_of
@@ -57,6 +58,7 @@ QWEN_IMAGE_21 = Family(
     empty_vae=ImageVAE21.without_weights,
     read_vae=ImageVAE21.read,
     prompts=PROMPT_SIZES,
+    most_images=MOST_IMAGES,
     block_prefix=BLOCKS,
     quantizable=r".+\.weight",
     from_prompts=QwenImage21FromPrompts(),
