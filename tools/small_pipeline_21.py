@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from small_checkpoint import make_tokenizer
-from small_qwen3_vl import Size, make_processor, make_qwen3_vl
+from small_qwen3_vl import LEAST_PX, Size, make_processor, make_qwen3_vl
 from small_transformer_21 import SMALL, random_weights
 from small_transformer_21 import write_folder as write_transformer
 from small_vae_21 import random_vae_21
@@ -15,7 +15,7 @@ from small_vae_21 import write_folder as write_vae
 from torch import Tensor
 
 # of the published folder (Qwen-Image-2.1, scheduler_config.json)
-_SCHEDULER = {
+SCHEDULER = {
     "_class_name": "FlowMatchEulerDiscreteScheduler",
     "base_image_seq_len": 256,
     "base_shift": 0.5,
@@ -27,7 +27,7 @@ _SCHEDULER = {
     "time_shift_type": "exponential",
     "use_dynamic_shifting": True,
 }
-_INDEX = {
+INDEX = {
     "_class_name": "QwenImage21Pipeline",
     "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
     "text_encoder": ["transformers", "Qwen3VLForConditionalGeneration"],
@@ -47,14 +47,14 @@ def make_pipeline_21(folder: Path, *, comfyui: Path | None = None, sample_sigmas
     tokenizer.save_pretrained(folder / "processor")
     write_vae(folder / "vae", random_vae_21())
     (folder / "scheduler").mkdir()
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(_SCHEDULER), encoding="utf-8")
-    index = {**_INDEX, **({"sample_sigmas": sample_sigmas} if sample_sigmas else {})}
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER), encoding="utf-8")
+    index = {**INDEX, **({"sample_sigmas": sample_sigmas} if sample_sigmas else {})}
     (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     return folder
 
 
-def open_with_diffusers(folder: Path) -> Any:
-    """diffusers' QwenImage21Pipeline, from 0.42 on."""
+def open_with_diffusers(folder: Path, *, least_px: int = LEAST_PX) -> Any:
+    """diffusers' QwenImage21Pipeline, from 0.42 on. least_px: area below which the encoder is shown images enlarged."""
     from diffusers import (
         AutoencoderKLQwenImage21,
         FlowMatchEulerDiscreteScheduler,
@@ -67,7 +67,7 @@ def open_with_diffusers(folder: Path) -> Any:
         scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
         vae=AutoencoderKLQwenImage21.from_pretrained(folder / "vae"),
         text_encoder=Qwen3VLForConditionalGeneration.from_pretrained(folder / "text_encoder"),
-        processor=make_processor(AutoTokenizer.from_pretrained(folder / "processor")),
+        processor=make_processor(AutoTokenizer.from_pretrained(folder / "processor"), least_px=least_px),
         transformer=QwenImage21Transformer2DModel.from_pretrained(folder / "transformer"),
     )
     pipeline.set_progress_bar_config(disable=True)

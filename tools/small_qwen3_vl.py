@@ -16,6 +16,7 @@ from torch import Tensor
 
 # by the heads' size, as 24, 20 and 20 of heads of 128
 _SECTIONS = {32: (6, 5, 5), 64: (12, 10, 10), 128: (24, 20, 20)}
+LEAST_PX = 65_536  # the published processor's
 _DEEPSTACK_PARTS = {"norm": "norm", "linear_fc1": "fc1", "linear_fc2": "fc2"}
 _MERGER = {"norm": "v.post_ln", "linear_fc1": "mm.0", "linear_fc2": "mm.2"}
 
@@ -81,12 +82,12 @@ def make_qwen3_vl(tokenizer: Any, size: Size = Size(), *, seed: int = 2) -> torc
     return randomize(model, seed, lambda name: name.endswith(("norm.weight", "norm1.weight", "norm2.weight")))
 
 
-def make_processor(tokenizer: Any) -> Any:
+def make_processor(tokenizer: Any, *, least_px: int = LEAST_PX) -> Any:
     """transformers' processor, as the pipeline's folder holds it."""
     from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
 
     half = [0.5, 0.5, 0.5]
-    pixels = {"shortest_edge": 65_536, "longest_edge": 16_777_216}
+    pixels = {"shortest_edge": least_px, "longest_edge": 16_777_216}
     images = Qwen2VLImageProcessor(patch_size=16, image_mean=half, image_std=half, size=pixels)
     turns = (
         "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content[0].text }}<|im_end|>\n"

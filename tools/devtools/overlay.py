@@ -78,6 +78,7 @@ NEWEST = Overlay(
         "test_vae_21_against_diffusers",
         "test_pipeline_21_against_diffusers",
         "test_qwen3_vl_21_against_diffusers",
+        "test_miniature_21_against_diffusers",
     ),
 )
 OVERLAYS = (OLDEST, NEWEST)

@@ -33,7 +33,7 @@ NEAR, FAR = 0.255, 0.745
 CHINESE = {
     "red": "红色", "orange": "橙色", "yellow": "黄色", "green": "绿色", "blue": "蓝色", "purple": "紫色",
     "black": "黑色", "white": "白色", "circle": "圆形", "square": "正方形", "triangle": "三角形",
-    "large": "大", "small": "小",
+    "large": "大", "small": "小", "transparent": "透明",
 }  # fmt: skip
 ENGLISH_PLACES = {
     "centre": ("in the centre", "in the center", "in the middle"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
@@ -10,6 +10,8 @@ import numpy as np
 from scipy import ndimage
 
 from .data import COLOURS, SHAPES, Item, Scene, cover
+
+Colours = Mapping[str, tuple[int, int, int]]
 
 FOREGROUND_DISTANCE = 60  # of 441: less is antialiasing, or a background that is not quite flat
 SPECK = 0.0025  # part of the image: smaller foreground is noise, larger is one shape too many
@@ -44,12 +46,12 @@ class Verdict:
         return all(self.facts.values())
 
 
-def name_colour(rgb: Sequence[float]) -> str:
+def name_colour(rgb: Sequence[float], colours: Colours = COLOURS) -> str:
     """Return the nearest of the named colours."""
-    return min(COLOURS, key=lambda name: float(np.sum((np.asarray(COLOURS[name], float) - np.asarray(rgb)) ** 2)))
+    return min(colours, key=lambda name: float(np.sum((np.asarray(colours[name], float) - np.asarray(rgb)) ** 2)))
 
 
-def describe(image: np.ndarray) -> tuple[str, tuple[Found, ...]]:
+def describe(image: np.ndarray, colours: Colours = COLOURS) -> tuple[str, tuple[Found, ...]]:
     """Return the background's colour and the shapes on it, largest first. `image` is (H, W, 3) uint8."""
     image = np.asarray(image, np.float32)
     border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
@@ -60,12 +62,14 @@ def describe(image: np.ndarray) -> tuple[str, tuple[Found, ...]]:
     for label, box in enumerate(ndimage.find_objects(labels), start=1):
         mask = labels[box] == label
         if mask.sum() > SPECK * foreground.size:
-            parts.append((int(mask.sum()), _describe_part(image, mask, box, ground)))
+            parts.append((int(mask.sum()), _describe_part(image, mask, box, ground, colours)))
     parts.sort(key=lambda part: -part[0])
-    return name_colour(ground), tuple(found for _, found in parts)
+    return name_colour(ground, colours), tuple(found for _, found in parts)
 
 
-def _describe_part(image: np.ndarray, mask: np.ndarray, box: tuple[slice, slice], ground: np.ndarray) -> Found:
+def _describe_part(
+    image: np.ndarray, mask: np.ndarray, box: tuple[slice, slice], ground: np.ndarray, colours: Colours
+) -> Found:
     core = ndimage.binary_erosion(mask, iterations=2)
     rgb = np.median(image[box][core if core.any() else mask], axis=0)
     along = (image[box] - ground) @ (rgb - ground) / np.sum((rgb - ground) ** 2)
@@ -76,7 +80,7 @@ def _describe_part(image: np.ndarray, mask: np.ndarray, box: tuple[slice, slice]
     y = (box[0].start + rows[0] + height / 2) / image.shape[0]
     x = (box[1].start + columns[0] + width / 2) / image.shape[1]
     diameter = (height * width) ** 0.5 / min(image.shape[:2])
-    return Found(_name_shape(mask), name_colour(rgb), "large" if diameter > LARGE else "small", x, y, diameter)
+    return Found(_name_shape(mask), name_colour(rgb, colours), "large" if diameter > LARGE else "small", x, y, diameter)
 
 
 def _name_shape(mask: np.ndarray) -> str | None:
@@ -94,13 +98,13 @@ def _name_shape(mask: np.ndarray) -> str | None:
     return best if overlaps[best] > OVERLAP else None
 
 
-def score(image: np.ndarray, scene: Scene) -> Verdict:
+def score(image: np.ndarray, scene: Scene, colours: Colours = COLOURS) -> Verdict:
     """Compare the image with the facts: background, count, and for every item shape, colour, size and place.
 
     A fact that the scene leaves open (None) is not asked. If two shapes are there, each is held against the item it
     agrees with best.
     """
-    background, found = describe(image)
+    background, found = describe(image, colours)
     facts = {"background": background == scene.background, "count": len(found) == len(scene.items)}
     if not facts["count"]:
         wrong = dict.fromkeys(("shape", "colour", "size", "place"), False)
@@ -109,10 +113,10 @@ def score(image: np.ndarray, scene: Scene) -> Verdict:
     return Verdict(facts | max(verdicts, key=lambda v: sum(v.values())), found, background)
 
 
-def score_edit(image: np.ndarray, target: Scene, kept: np.ndarray) -> Verdict:
+def score_edit(image: np.ndarray, target: Scene, kept: np.ndarray, colours: Colours = COLOURS) -> Verdict:
     """Compare the image with the scene wanted, and its shapes' places and diameters with those in the image `kept`:
     whether all have `stayed`."""
-    verdict, (_, before) = score(image, target), describe(kept)
+    verdict, (_, before) = score(image, target, colours), describe(kept, colours)
     stayed = len(before) == len(verdict.found) and any(
         all(_stayed(was, now) for was, now in zip(before, order, strict=True)) for order in permutations(verdict.found)
     )

@@ -1,0 +1,103 @@
+"""The training of 2.1's miniature: its parts learn, see what diffusers' pipeline makes of a text, and write a folder
+that this engine draws from. Collected where diffusers has 2.1."""
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from miniature.evaluate_21 import LEAST_PX, make
+from miniature.flow_21 import build_transformer, flow_errors
+from miniature.rgba import SIDE_PX, asked_captions, asked_edits, paint, paint_edit
+from miniature.run import TimedRun
+from miniature.text_21 import Embeddings
+from miniature.vae_21 import decode, encode, to_tensor
+from PIL import Image
+from qwenimage_lowvram.engine.runs.pipeline import Pipeline
+from small_pipeline_21 import open_with_diffusers
+from transformers import AutoTokenizer
+
+pytestmark = pytest.mark.slow
+
+REPOSITORY = Path(__file__).parents[2]
+LIMIT_BYTES = 15_000_000
+SECONDS = 12
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trained for seconds: it draws nothing yet."""
+    out = tmp_path_factory.mktemp("miniature") / "miniature-2.1"
+    script = REPOSITORY / "tools" / "miniature" / "train_21.py"
+    subprocess.run([sys.executable, script, "--minutes", str(SECONDS / 60), "--out", out, "--pool", "24"], check=True)
+    return out
+
+
+@pytest.fixture(scope="module")
+def pipeline(folder: Path) -> Any:
+    return open_with_diffusers(folder, least_px=LEAST_PX).to(torch.float32)
+
+
+def test_the_folder_keeps_the_limit(folder: Path) -> None:
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < LIMIT_BYTES
+
+
+def test_the_checkpoints_of_every_stage_hold_its_steps(folder: Path) -> None:
+    stages = {name: torch.load(folder.with_suffix(".work") / f"{name}.pt") for name in ("vae", "text", "transformer")}
+    assert all(stage["step"] > 0 and stage["used_seconds"] > 0 for stage in stages.values())
+
+
+@pytest.mark.parametrize("shown", [False, True], ids=["caption", "instruction"])
+def test_training_sees_the_embeddings_that_the_pipeline_makes(folder: Path, pipeline: Any, shown: bool) -> None:
+    _, text, case = (asked_edits if shown else asked_captions)(1)[0]
+    image = [Image.fromarray(paint_edit(case, "0")[0])] if shown else None
+    wanted, _, slots = pipeline._get_qwen_prompt_embeds([text], image)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "processor")
+    embeds, mask, places = Embeddings(pipeline.text_encoder, tokenizer)([text], shown=shown)
+    assert bool(mask.all())
+    assert places.tolist() == slots[0].tolist()
+    # the state at an image's slots is never seen: its latents stand there
+    assert (embeds - wanted)[:, ~places].abs().max() < 1e-4 * wanted.abs().max()
+
+
+def test_the_latents_are_those_of_the_pipeline(pipeline: Any) -> None:
+    image = paint(asked_captions(1)[0][2], random.Random(0))
+    wanted = pipeline._encode_vae_image(to_tensor(image[None]), None).flatten(2).transpose(1, 2)
+    latents = encode(pipeline.vae, image[None])
+    assert (latents - wanted).abs().max() < 0.05 * wanted.abs().max()  # training encodes in bf16
+    assert decode(pipeline.vae, latents).shape == (1, SIDE_PX, SIDE_PX, 4)
+
+
+def test_the_engine_draws_what_the_pipeline_draws(folder: Path, pipeline: Any) -> None:
+    text = asked_captions(1)[0][1]
+    noise = torch.randn((1, 64, 4, 4), generator=torch.Generator().manual_seed(5)).flatten(2).transpose(1, 2)
+    wanted = pipeline(
+        text, num_inference_steps=3, width=SIDE_PX, height=SIDE_PX, latents=noise, output_type="pt"
+    ).images.permute(0, 2, 3, 1)
+    with Pipeline.open(folder, device="cpu", dtype=torch.float32) as ours:
+        made = ours.make(text, width=SIDE_PX, height=SIDE_PX, seed=5, steps=3, cfg=1.0)
+    assert (made - wanted).abs().max() < 1e-3
+
+
+def test_it_is_asked_for_an_edit(pipeline: Any) -> None:
+    _, text, edit = asked_edits(1)[0]
+    made = make(pipeline, text, paint_edit(edit, "0")[0], seed=0, steps=2, cfg=4.0)
+    assert made.shape == (SIDE_PX, SIDE_PX, 4)
+
+
+def test_steps_of_training_lower_the_error_of_a_batch(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = build_transformer()
+    latents, embeds = torch.randn(8, 2, 16, 64), torch.randn(8, 12, 128)
+    mask, slots = torch.ones(8, 12, dtype=torch.bool), torch.arange(12).sub(3).div(4, rounding_mode="floor") == 0
+    errors = []
+    run = TimedRun(model, tmp_path / "run.pt", seconds=1e9, lr=1.5e-3, warmup_steps=5)
+    for _ in zip(range(12), run.steps(), strict=False):
+        torch.manual_seed(1)
+        loss = flow_errors(model, latents, embeds, mask, slots).mean()
+        errors.append(loss.item())
+        run.update(loss)
+    assert errors[-1] < 0.95 * errors[0]
