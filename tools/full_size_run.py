@@ -24,7 +24,7 @@ def require_planned_peaks(checkpoint: Checkpoint, limit_gib: float) -> Transform
         transformer.modulation.announce([0.9])
         assert abs(live.peak / plan.modulation_peak_bytes - 1) < 0.1
         live.reset_peak()
-        with transformer.session(slots=plan.slots, mlp_chunk_tokens=plan.mlp_chunk_tokens) as session:
+        with transformer.session(slots=plan.slots, ring=plan.ring, mlp_chunk_tokens=plan.mlp_chunk_tokens) as session:
             tokens = torch.empty(1, 32 * 32, 64, device="cuda", dtype=torch.bfloat16)
             prompt = torch.empty(1, 60, 3584, device="cuda", dtype=torch.bfloat16)
             session.forward([Branch(tokens, ((1, 32, 32),), prompt, None, 0.9) for _ in range(2)])

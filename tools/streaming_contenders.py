@@ -69,7 +69,7 @@ def _ours(job: Job) -> Iterator[Contender]:
         weights = store.fetched_bytes if hardware.host_device else store.copied_bytes
         return Moved(blocks=weights + passes * transformer.footprint.row_bytes, read=store.fetched_bytes)
 
-    with transformer.session(slots=plan.slots, mlp_chunk_tokens=plan.mlp_chunk_tokens) as session:
+    with transformer.session(slots=plan.slots, ring=plan.ring, mlp_chunk_tokens=plan.mlp_chunk_tokens) as session:
 
         def step(sigma: float, more: bool) -> Tensor:
             nonlocal passes

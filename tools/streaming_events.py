@@ -18,7 +18,7 @@ from itertools import count, pairwise
 from qwenimage_lowvram.engine.planning.footprint import TransformerFootprint
 from qwenimage_lowvram.engine.planning.forecast import Speeds, decode_seconds
 from qwenimage_lowvram.engine.planning.memory import MemoryPlan
-from qwenimage_lowvram.engine.planning.overlap import PIECE_BYTES, RING_PIECES, Way, ways
+from qwenimage_lowvram.engine.planning.overlap import PIECE_BYTES, Way, ways
 from qwenimage_lowvram.engine.planning.rates import (
     DECODE_SHARE,
     ISSUE_SECONDS,
@@ -329,6 +329,6 @@ def job_of(footprint: TransformerFootprint, plan: MemoryPlan, speeds: Speeds) ->
         compute_seconds=footprint.step_flops(plan.request) / speeds.flops / footprint.all_blocks,
         branches=plan.request.branches,
         slots=max(1, plan.slots),
-        ring_pieces=getattr(plan, "ring", RING_PIECES),  # where plans have one of their own
+        ring_pieces=plan.ring,
         piece_bytes=min(PIECE_BYTES, footprint.stored_bytes),
     )

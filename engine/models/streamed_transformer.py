@@ -19,7 +19,7 @@ from ..planning.footprint import TransformerFootprint
 from ..planning.kept import NOTHING_KEPT, KeptTiers
 from ..planning.memory import SecondaryDevice
 from ..planning.spread import spread_order
-from ..streaming import BlockStreamer, OnBlock, Pace, Waits, WeightPatch, bind
+from ..streaming import RING_PIECES, BlockStreamer, OnBlock, Pace, Waits, WeightPatch, bind
 from .layer_rows import OtherNames
 from .network import Branch, Hooked, NothingBeforehand, State, StepTable
 from .transformer_parts import TransformerParts
@@ -213,13 +213,20 @@ class StreamedTransformer(ABC, Generic[BranchT, StateT]):
 
     @contextmanager
     def session(
-        self, *, slots: int, mlp_chunk_tokens: int | None = None, secondaries: Sequence[SecondaryDevice] = ()
+        self,
+        *,
+        slots: int,
+        ring: int = RING_PIECES,
+        mlp_chunk_tokens: int | None = None,
+        secondaries: Sequence[SecondaryDevice] = (),
     ) -> Iterator["TransformerSession[BranchT, StateT]"]:
-        """What a run of several passes needs on the devices, given back on every way out."""
+        """What a run of several passes needs on the devices, given back on every way out. The arguments are a plan's
+        fields."""
         away = min((secondary.blocks.start for secondary in secondaries), default=len(self.store.blocks))
         with ExitStack() as stack:
             pace = Pace()
-            streamers = [stack.enter_context(BlockStreamer(self.store, slots=slots, blocks=range(away), pace=pace))]
+            first = BlockStreamer(self.store, slots=slots, ring=ring, blocks=range(away), pace=pace)
+            streamers = [stack.enter_context(first)]
             for secondary in sorted(secondaries, key=lambda secondary: secondary.blocks.start):
                 store = self.secondaries[secondary.device]
                 streamer = BlockStreamer(store, slots=2, blocks=secondary.blocks, pace=pace)

@@ -1,12 +1,13 @@
 """Decide where each block lives. Integers in, a MemoryPlan out; imports no torch.
 
 Guarantees: no stage's predicted peak is above its limit; every block lives in one place: on the device, in host memory
-or in the file; more memory never makes the forecast slower; what is refused does not fit, and what the refusal
-suggests does.
+or in the file; more memory never makes the forecast slower, but for less than SLOTS_GAIN; what is refused does not fit,
+and what the refusal suggests does.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 from ..compute.attention_kernels import FUSED
 from ..compute.chunk_sizes import MLP_CHUNKS
@@ -15,10 +16,16 @@ from ..texts import size_text
 from .footprint import TransformerFootprint
 from .forecast import TYPICAL, Speeds, StepForecast, forecast_step
 from .kept import NOTHING_KEPT, KeptTiers, choices
+from .overlap import PIECE_BYTES, RING_PIECES
 from .request import GIB, Controls, Limits, SamplingRequest
 from .run_forecast import RunForecast, forecast_run
 from .spread import spread_order
 
+# that a plan may have, the most welcome number first; and pieces of the ring, the smallest first
+SLOTS = (2, 3, 1)
+RINGS = (RING_PIECES, 6, 8, 12, 16)
+# by which another number of slots has to be faster: forecasts do not tell less than that
+SLOTS_GAIN = 1.05
 # rows of the modulation table kept beyond those of the present run
 SPARE_ROWS = 16
 # rows on the device: that of the step, and that of the next one
@@ -43,7 +50,9 @@ class MemoryPlan:
     """Where the transformer's blocks live during a run, what that takes, and how long a step and the run will take.
 
     resident: indices of the blocks that stay on the device. held: of those that stay in host memory; the others are
-    read from the file at every step. slots: buffers that blocks pass through (two overlap fetching with computing).
+    read from the file at every step. slots: buffers on the device that blocks pass through (two overlap fetching with
+    computing); ring: pieces of host memory, of ring_bytes together, that they pass through before that, and are read
+    into ahead.
     mlp_chunk_tokens: None computes the MLP of all tokens at once. attention: by which kernel, and in which chunks. The
     *_peak_bytes are predictions of everything that the stage holds on the device, ram_peak_bytes of everything in host
     memory. `blocks` and all that leave out those of secondaries.
@@ -55,6 +64,8 @@ class MemoryPlan:
     resident: tuple[int, ...]
     held: tuple[int, ...]
     slots: int
+    ring: int
+    ring_bytes: int
     mlp_chunk_tokens: int | None
     resident_bytes: int
     activation_bytes: int
@@ -92,6 +103,7 @@ class MemoryPlan:
         chunk = f", MLP in chunks of {self.mlp_chunk_tokens} tokens" if self.mlp_chunk_tokens else ""
         chunk += f", attention {self.attention}" if self.attention != FUSED.name else ""
         slots = f"{self.slots} slot{'s' if self.slots != 1 else ''}"
+        slots += f" and a ring of {self.ring} pieces" if self.ring_bytes and self.from_file else ""
         ram = "" if self.limits.ram_bytes is None else f" of {size_text(self.limits.ram_bytes)}"
         controls = f", {self.request.controls}" if self.request.controls else ""
         kept = f"; {self.kept}" if self.kept.block_bytes else ""
@@ -111,18 +123,25 @@ def plan_memory(
     limits: Limits,
     speeds: Speeds = TYPICAL,
     secondaries: tuple[SecondaryDevice, ...] = (),
+    *,
+    slots: Sequence[int] = SLOTS,
+    rings: Sequence[int] = RINGS,
 ) -> MemoryPlan:
-    """The fastest plan within the limits. Of equally fast ones that with two slots, then with the most resident
-    blocks, then with the least chunking (chunks of MLP_CHUNKS cost next to nothing). The blocks of `secondaries`, at
-    the end of the model, stay on other devices.
+    """The fastest plan within the limits with two slots, unless another number of `slots` is faster by SLOTS_GAIN. Of
+    equally fast ones that with the smallest of `rings`, then with the most resident blocks, then with the least
+    chunking (chunks of MLP_CHUNKS cost next to nothing). The blocks of `secondaries`, at the end of the model, stay on
+    other devices.
 
     Raises DoesNotFit with what would fit.
     """
     footprint = without_secondaries(footprint, secondaries)
     plans = []
-    for slots in (2, 1):
-        for chunk in MLP_CHUNKS:
-            plans += _Draft(footprint, request, slots, chunk).plans(limits, speeds)
+    for count, chunk in product(slots, MLP_CHUNKS):
+        for ring in rings:
+            made = _Draft(footprint, request, count, chunk, ring).plans(limits, speeds)
+            plans += made
+            if footprint.host or not any(plan.from_file for plan in made):
+                break  # nothing passes through a larger one
     if not plans:
         raise _refusal(footprint, request, limits)
     return replace(min(plans, key=_slowness), secondaries=secondaries)
@@ -137,8 +156,8 @@ def without_secondaries(
 
 
 def _slowness(plan: MemoryPlan) -> tuple[float, int, int, int]:
-    slots = plan.slots if plan.streamed else 2
-    return plan.forecast.seconds, -slots, -len(plan.resident), -plan.kept.on_device
+    wanted_gain = SLOTS_GAIN if plan.streamed and plan.slots != SLOTS[0] else 1.0
+    return plan.forecast.seconds * wanted_gain, plan.ring, -len(plan.resident), -plan.kept.on_device
 
 
 def least_bytes(footprint: TransformerFootprint, request: SamplingRequest) -> int:
@@ -193,7 +212,19 @@ class _Draft:
     request: SamplingRequest
     slots: int
     chunk: int | None
+    ring: int = RING_PIECES
     kept: KeptTiers = NOTHING_KEPT
+
+    @property
+    def piece_bytes(self) -> int:
+        """Of the ring."""
+        return min(PIECE_BYTES, self.footprint.stored_bytes)
+
+    @property
+    def ring_bytes(self) -> int:
+        """Of host memory; with the modulation's, which is of the least size."""
+        more = (self.ring - RING_PIECES) * self.piece_bytes
+        return 0 if self.footprint.host else self.footprint.ring_bytes + more
 
     def plans(self, limits: Limits, speeds: Speeds) -> list[MemoryPlan]:
         """One for each way to keep what blocks make once that fits; none where not even a stream does."""
@@ -207,17 +238,15 @@ class _Draft:
 
     def _ways_to_keep(self, limits: Limits) -> Iterable[KeptTiers]:
         footprint, request = self.footprint, self.request
-        on_device = _device_limit(footprint, request, limits) - min(
-            self.peak_bytes(0), self.peak_bytes(footprint.blocks)
-        )
-        in_host = None if footprint.host else _ram_left(footprint, request, limits)
+        on_device = self._device_limit(limits) - min(self.peak_bytes(0), self.peak_bytes(footprint.blocks))
+        in_host = None if footprint.host else self._ram_left(limits)
         return choices(footprint.all_blocks, footprint.kept_block_bytes(request), on_device, in_host)
 
     def most_resident(self, limits: Limits) -> int | None:
         """How many blocks can stay on the device; None where not even a stream fits."""
-        if _ram_left(self.footprint, self.request, limits) < 0:
+        if self._ram_left(limits) < 0:
             return None
-        limit = _device_limit(self.footprint, self.request, limits)
+        limit = self._device_limit(limits)
         if self.peak_bytes(self.footprint.blocks) <= limit:
             return self.footprint.blocks
         spare = limit - self.peak_bytes(0)
@@ -250,11 +279,11 @@ class _Draft:
     def plan(self, resident: int, limits: Limits, speeds: Speeds) -> MemoryPlan:
         footprint, request = self.footprint, self.request
         streamed = footprint.blocks - resident
-        left = _ram_left(footprint, request, limits) - self.kept.host_bytes
+        left = self._ram_left(limits) - self.kept.host_bytes
         held = 0 if footprint.host else min(streamed, left // footprint.stored_bytes)
         order = spread_order(footprint.blocks)
         sampling, modulation, late = self._peaks(resident)
-        host_bytes, kept = footprint.ring_bytes, self.kept
+        host_bytes, kept = self.ring_bytes, self.kept
         if footprint.host:
             host_bytes = self.peak_bytes(resident)
         else:
@@ -263,7 +292,25 @@ class _Draft:
             host_bytes += kept.host_bytes
         slots = self._slots(resident)
         step = forecast_step(
-            footprint, request, speeds, streamed=streamed, from_file=streamed - held, slots=slots, kept=kept
+            footprint,
+            request,
+            speeds,
+            streamed=streamed,
+            from_file=streamed - held,
+            slots=slots,
+            ring_pieces=self.ring,
+            piece_bytes=self.piece_bytes,
+            kept=kept,
+        )
+        run = forecast_run(
+            footprint,
+            request,
+            speeds,
+            step,
+            streamed=streamed,
+            slots=slots,
+            ring_pieces=self.ring,
+            piece_bytes=self.piece_bytes,
         )
         return MemoryPlan(
             request=request,
@@ -272,6 +319,8 @@ class _Draft:
             resident=tuple(sorted(order[:resident])),
             held=tuple(sorted(order[resident : resident + held])),
             slots=slots,
+            ring=self.ring,
+            ring_bytes=self.ring_bytes,
             mlp_chunk_tokens=self.chunk,
             resident_bytes=footprint.outside_bytes + resident * footprint.resident_block_bytes,
             activation_bytes=footprint.activation_bytes(request, self.chunk),
@@ -281,28 +330,25 @@ class _Draft:
             ram_peak_bytes=_rows_bytes(footprint, request) + host_bytes + held * footprint.stored_bytes,
             streamed_bytes_per_step=streamed * footprint.stored_bytes,
             forecast=step,
-            run=forecast_run(footprint, request, speeds, step, streamed=streamed, slots=slots),
+            run=run,
             attention=footprint.attention_text(request),
             kept=kept,
         )
 
+    def _ram_left(self, limits: Limits) -> int:
+        """What is left of host memory for held blocks; where the device is the host, for everything on the device."""
+        if limits.ram_bytes is None:
+            return most_ram_bytes(self.footprint, self.request)
+        return limits.ram_bytes - _rows_bytes(self.footprint, self.request) - self.ring_bytes
+
+    def _device_limit(self, limits: Limits) -> int:
+        if self.footprint.host and limits.ram_bytes is not None:
+            return min(limits.vram_bytes, self._ram_left(limits))
+        return limits.vram_bytes
+
 
 def _rows_bytes(footprint: TransformerFootprint, request: SamplingRequest) -> int:
     return (request.timesteps + SPARE_ROWS) * footprint.row_bytes
-
-
-def _ram_left(footprint: TransformerFootprint, request: SamplingRequest, limits: Limits) -> int:
-    """What is left of host memory for held blocks; where the device is the host, for everything on the device."""
-    if limits.ram_bytes is None:
-        return most_ram_bytes(footprint, request)
-    ring = 0 if footprint.host else footprint.ring_bytes
-    return limits.ram_bytes - _rows_bytes(footprint, request) - ring
-
-
-def _device_limit(footprint: TransformerFootprint, request: SamplingRequest, limits: Limits) -> int:
-    if footprint.host and limits.ram_bytes is not None:
-        return min(limits.vram_bytes, _ram_left(footprint, request, limits))
-    return limits.vram_bytes
 
 
 def _refusal(footprint: TransformerFootprint, request: SamplingRequest, limits: Limits) -> DoesNotFit:

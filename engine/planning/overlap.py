@@ -9,7 +9,8 @@ from math import floor, inf
 
 from .spread import spread_order
 
-# of file bytes on their way through host memory: as many pieces as a disk wants reads, at the least
+# of file bytes on their way through host memory: as many pieces as a disk wants reads, at the least; and each as large
+# as its full speed takes, at the most
 RING_PIECES = 4
 PIECE_BYTES = 32 * 1024**2
 # passes that are followed; the first block of the first one is there when it begins

@@ -240,7 +240,7 @@ def plan_image(models: ImageModels, request: ImageRequest, limits: Limits, speed
         decode_stage(
             tiles,
             weights_bytes=kept + models.vae.weights_bytes,
-            ram_bytes=images + (kept if host else sampling.ram_peak_bytes - models.transformer.ring_bytes),
+            ram_bytes=images + (kept if host else sampling.ram_peak_bytes - sampling.ring_bytes),
             host=host,
             seconds=convolution_seconds(decoding, speeds),
         ),

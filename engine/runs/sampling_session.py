@@ -65,7 +65,10 @@ class SamplingSession:
         self._stack.enter_context(self._stage(Stage.SAMPLING, sampling_stage))
         self._session = self._stack.enter_context(
             self._transformer.session(
-                slots=plan.slots, mlp_chunk_tokens=plan.mlp_chunk_tokens, secondaries=plan.secondaries
+                slots=plan.slots,
+                ring=plan.ring,
+                mlp_chunk_tokens=plan.mlp_chunk_tokens,
+                secondaries=plan.secondaries,
             )
         )
 

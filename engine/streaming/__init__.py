@@ -3,17 +3,16 @@
 Knows how a block is stored and where it is to lie, and nothing of what a block computes.
 """
 
+from ..planning.overlap import PIECE_BYTES, RING_PIECES
 from .block_layout import StoredBlock, WeightPatch, bind, store_block
 from .block_source import BlockSource, FileSource, TensorReader, read_params
 from .kept_tensors import KeptTensors
 from .pinned_memory import HostBuffer, PinnedMemory
-from .ring import RING_PIECES
 from .row_slots import RowSlots
 from .store import BlockStore, require_decodable
 from .streamed_blocks import BlockFiles, OnBlock, StreamedBlocks, VisitsBlocks
 from .streamer import BlockStreamer, Waits
 from .streams import Pace, StreamOrder
-from .transfer import PIECE_BYTES
 
 __all__ = [
     "PIECE_BYTES",

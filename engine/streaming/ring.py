@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ..hardware import Hardware
+from ..planning.overlap import RING_PIECES
 from .block_source import BlockSource
 from .pinned_memory import HostBuffer, PinnedMemory
 from .rooms import Room
@@ -17,9 +18,6 @@ from .transfer_clock import TransferClock
 
 if TYPE_CHECKING:
     from .transfer import BlockSizes
-
-# of the smallest: as many as a disk needs reads at a time for its full speed
-RING_PIECES = 4
 
 
 @dataclass(frozen=True)

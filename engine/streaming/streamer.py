@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..hardware import Hardware
 from ..log import logger
-from .ring import RING_PIECES
+from ..planning.overlap import RING_PIECES
 from .store import BlockStore
 from .streams import Mark, Pace
 

@@ -9,17 +9,15 @@ import torch
 from torch import Tensor
 
 from ..hardware import Hardware
+from ..planning.overlap import PIECE_BYTES, RING_PIECES
 from .block_layout import StoredBlock
 from .block_source import BlockSource
 from .decode_costs import DecodeCost, decode_cost
 from .pinned_memory import HostBuffer, PinnedMemory
-from .ring import RING_PIECES, Passing, Ring
+from .ring import Passing, Ring
 from .rooms import Room, Rooms
 from .streams import StreamOrder
 from .transfer_clock import TransferClock
-
-# a block passes through the ring in pieces: large enough for a disk's full speed, and several are read at once
-PIECE_BYTES = 32 * 1024**2
 
 
 class BlockSizes:

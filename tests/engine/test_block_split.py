@@ -120,7 +120,7 @@ def test_activations_are_handed_on_between_devices_at_full_size() -> None:
         plan = plan_memory(transformer.footprint, request, Limits(int(1.6 * GIB)), secondaries=secondaries)
         transformer.load(plan.resident, secondaries=secondaries)
         transformer.modulation.announce([0.9])
-        with transformer.session(slots=plan.slots, secondaries=secondaries) as session:
+        with transformer.session(slots=plan.slots, ring=plan.ring, secondaries=secondaries) as session:
             branches = [full_size_branch(request) for _ in range(2)]
             velocities = session.forward(branches)
         assert all(velocity.device == first.device for velocity in velocities)

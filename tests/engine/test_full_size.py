@@ -80,7 +80,7 @@ def sampling_peak(
     """The most that a step has on the device, the resident blocks included."""
     transformer.load(plan.resident)
     transformer.modulation.announce([0.9])
-    with transformer.session(slots=plan.slots, mlp_chunk_tokens=plan.mlp_chunk_tokens) as session:
+    with transformer.session(slots=plan.slots, ring=plan.ring, mlp_chunk_tokens=plan.mlp_chunk_tokens) as session:
         live.reset_peak()
         branches = [make_branch(plan.request) for _ in range(plan.request.branches)]
         session.forward(branches, on_block=on_block)
@@ -279,7 +279,7 @@ def test_the_modulation_pass_takes_what_the_plan_says(late: bool, stored: torch.
     plan = plan_memory(transformer.footprint, SamplingRequest(512, 512, 1, 60), Limits(2 * GIB))
     transformer.load(plan.resident)
     if late:
-        with transformer.session(slots=plan.slots):
+        with transformer.session(slots=plan.slots, ring=plan.ring):
             live.reset_peak()
             transformer.modulation.row(0.5)
         predicted = plan.late_timestep_peak_bytes

@@ -75,7 +75,7 @@ def test_a_step_takes_what_is_planned(case: str, live: LiveBytes) -> None:
     transformer, request = make_transformer(torch.bfloat16, layers=3), REQUESTS[case]
     plan = plan_memory(transformer.footprint, request, Limits(least_bytes(transformer.footprint, request) + 10**9))
     transformer.load(plan.resident)
-    with transformer.session(slots=plan.slots, mlp_chunk_tokens=plan.mlp_chunk_tokens) as session:
+    with transformer.session(slots=plan.slots, ring=plan.ring, mlp_chunk_tokens=plan.mlp_chunk_tokens) as session:
         live.reset_peak()
         branches = make_branches(request)
         session.forward(branches)
@@ -101,7 +101,7 @@ def test_later_steps_take_no_more_than_is_planned(case: str, where: str, live: L
         where
     ] == 3
     transformer.load(plan.resident, plan.held, (), plan.kept)
-    with transformer.session(slots=plan.slots, mlp_chunk_tokens=plan.mlp_chunk_tokens) as session:
+    with transformer.session(slots=plan.slots, ring=plan.ring, mlp_chunk_tokens=plan.mlp_chunk_tokens) as session:
         for _ in range(2):
             live.reset_peak()
             branches = make_branches(request)

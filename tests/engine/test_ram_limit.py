@@ -55,7 +55,7 @@ def images(file, ram_bytes, count, on_image):
         x = torch.randn(1, 16, 64, generator=generator)
         transformer.load(plan.resident, plan.held)
         transformer.modulation.announce(sigmas[:-1])
-        with transformer.session(slots=plan.slots, mlp_chunk_tokens=plan.mlp_chunk_tokens) as session:
+        with transformer.session(slots=plan.slots, ring=plan.ring, mlp_chunk_tokens=plan.mlp_chunk_tokens) as session:
             for now, then in zip(sigmas, sigmas[1:]):
                 branches = [Branch(x.bfloat16(), ((1, 4, 4),), prompt, None, now) for prompt in prompts]
                 positive, negative = session.forward(branches, more=then > 0)

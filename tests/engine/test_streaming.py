@@ -282,6 +282,19 @@ def _hold_all_within(locks: _Locks, limit_bytes: int, stored: tuple[Path, Weight
     assert store.held == set(range(BLOCKS))
 
 
+@pytest.mark.parametrize("ring", [RING_PIECES, 9])
+def test_a_ring_takes_as_many_buffers_as_it_has_pieces(ring: int, files: dict[str, tuple[Path, Weights]]) -> None:
+    file, expected = files["native"]
+    locks = _Locks()
+    store = make_store(file, _locking(locks, prefetch=True))
+    with BlockStreamer(store, slots=2, ring=ring) as streamer:
+        for more in (True, True, True, False):
+            one_pass(streamer, expected, more=more)
+        assert len(locks.locked) == ring
+        assert sum(locks.locked) == ring * store.ring_bytes // RING_PIECES
+    assert not locks.locked
+
+
 def test_memory_that_cannot_be_unlocked_is_told_and_stays_counted(caplog: pytest.LogCaptureFixture) -> None:
     locks = _Locks(returns=0)
     memory = PinnedMemory(_locking(locks, limit_bytes=3 * 2**20))

@@ -21,6 +21,7 @@ from qwenimage_lowvram.engine.models.qwen_image.positions import MAX_POSITIONS
 from qwenimage_lowvram.engine.models.qwen_image.schedule import qwen_sigmas
 from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer, TimestepRounding
 from qwenimage_lowvram.engine.planning.spread import spread_order
+from qwenimage_lowvram.engine.streaming import RING_PIECES
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -71,9 +72,14 @@ def diffusers_forward(model: Any, branch: Branch, residuals: Sequence[Tensor] | 
 
 
 def run(
-    transformer: QwenImageTransformer, branches: Sequence[Branch], *, slots: int = 2, chunk: int | None = None
+    transformer: QwenImageTransformer,
+    branches: Sequence[Branch],
+    *,
+    slots: int = 2,
+    ring: int = RING_PIECES,
+    chunk: int | None = None,
 ) -> Any:
-    with transformer.session(slots=slots, mlp_chunk_tokens=chunk) as session:
+    with transformer.session(slots=slots, ring=ring, mlp_chunk_tokens=chunk) as session:
         return session.forward(branches)
 
 
@@ -106,7 +112,7 @@ def is_diffusers_own(
     for resident in RESIDENT:
         transformer.load(resident)
         for count in slots:
-            result = run(transformer, branches, slots=count)
+            result = run(transformer, branches, slots=count, ring=4 * count)
             equal += [torch.equal(r, e) for r, e in zip(result, expected, strict=True)]
     return all(equal)
 

@@ -91,7 +91,7 @@ def run(
     """The last step's predictions, one after the other, on the host."""
     transformer.load(plan.resident, plan.held)
     transformer.modulation.announce(timesteps)
-    with transformer.session(slots=plan.slots, mlp_chunk_tokens=plan.mlp_chunk_tokens) as session:
+    with transformer.session(slots=plan.slots, ring=plan.ring, mlp_chunk_tokens=plan.mlp_chunk_tokens) as session:
         for left, timestep in reversed(list(enumerate(reversed(timesteps)))):
             predictions = session.forward(branches_of(plan.request, timestep), more=left > 0, on_block=on_block)
         return torch.cat(predictions).cpu()

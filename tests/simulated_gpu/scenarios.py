@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from qwenimage_lowvram.engine.runs.expected_timesteps import ExpectedTimesteps
+from qwenimage_lowvram.engine.streaming import RING_PIECES
 from torch import Tensor
 
 from .rig import TIMES, Lora, Rig, finish, host
@@ -23,6 +24,7 @@ def steps(
     resident: Sequence[int] = (),
     held: Sequence[int] = (),
     slots: int = 2,
+    ring: int = RING_PIECES,
     lora: Lora = (),
     then: Lora | None = None,
     residuals: bool = False,
@@ -37,7 +39,7 @@ def steps(
             rig.patch(model, then)
         model.load(resident, held)
         model.modulation.announce(TIMES)
-        with model.session(slots=slots, mlp_chunk_tokens=chunk) as session:
+        with model.session(slots=slots, ring=ring, mlp_chunk_tokens=chunk) as session:
             for timestep in TIMES:
                 branches = rig.branches(timestep, residuals=residuals, prompts=prompts)
                 made += host(session.forward(branches, more=timestep != TIMES[-1]))

@@ -16,6 +16,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "kind": ("bf16", "fp8", "scaled fp8", "int8", "nf4", "GGUF"),
     "resident": ((), HALF, ALL),
     "slots": (1, 2, 3),
+    "ring": (4, 9),
     "held": ((), HELD),
     "lora": ((), (("lora", 1.0), ("dora", 0.7))),
     "then": (None, (), (("lora", 0.5),)),

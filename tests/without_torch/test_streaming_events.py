@@ -12,20 +12,13 @@ from qwenimage_lowvram.engine.planning.overlap import Way, ways
 from qwenimage_lowvram.engine.planning.request import GIB, Limits, SamplingRequest
 from streaming_events import Job, Machine, first_seconds, job_of, machine_of, step_seconds
 
-from .test_plan import REAL
+from .test_plan import REAL, REAL_INT8
 
 MIB = 1024**2
 # decode_bytes and decode_launches as tests/engine/test_decode_costs.py has them counted
 FOOTPRINTS = {
     "bf16": REAL,
-    "int8": replace(
-        REAL,
-        stored_bytes=226_825_216,
-        staging_bytes=37_798_000,
-        native=False,
-        decode_bytes=1_586_000_000,
-        decode_launches=52,
-    ),
+    "int8": REAL_INT8,
     "nf4": replace(
         REAL,
         stored_bytes=127_513_600,

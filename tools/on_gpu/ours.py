@@ -59,7 +59,7 @@ def streamed(
     }
     branches = [Branch(inputs.tokens, (inputs.grid,), prompt, None, SIGMA) for prompt in inputs.prompts]
     try:
-        with transformer.session(slots=plan.slots, mlp_chunk_tokens=plan.mlp_chunk_tokens) as session:
+        with transformer.session(slots=plan.slots, ring=plan.ring, mlp_chunk_tokens=plan.mlp_chunk_tokens) as session:
             yield Ready(lambda more: session.forward(branches, more=more), sizes.blocks, facts)
     finally:
         transformer.unload()
