@@ -6,13 +6,16 @@ import full_size
 import pytest
 import torch
 from full_size_21 import transformer_21_checkpoint
+from full_size_formats import in_format
 from live_bytes import LiveBytes
+from qwenimage_lowvram.engine.files.checkpoint import Checkpoint
 from qwenimage_lowvram.engine.models.qwen_image_21.branch import Branch
 from qwenimage_lowvram.engine.models.qwen_image_21.costs import TOKEN_PX
 from qwenimage_lowvram.engine.models.qwen_image_21.prefix import Prefix
 from qwenimage_lowvram.engine.models.qwen_image_21.transformer import QwenImage21Transformer
-from qwenimage_lowvram.engine.planning.memory import least_bytes, plan_memory
-from qwenimage_lowvram.engine.planning.request import Limits, SamplingRequest
+from qwenimage_lowvram.engine.planning.memory import MemoryPlan, least_bytes, plan_memory
+from qwenimage_lowvram.engine.planning.request import GIB, Limits, SamplingRequest
+from qwenimage_lowvram.engine.streaming import OnBlock
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 
@@ -22,9 +25,9 @@ def live() -> Iterator[LiveBytes]:
         yield live
 
 
-def make_transformer(stored: torch.dtype, *, layers: int = 32) -> QwenImage21Transformer:
+def make_transformer(checkpoint: Checkpoint) -> QwenImage21Transformer:
     return QwenImage21Transformer(
-        transformer_21_checkpoint(stored, layers=layers),
+        checkpoint,
         dtype=torch.bfloat16,
         hardware=full_size.fake_gpu(),
         source=full_size.EmptySource,
@@ -54,6 +57,9 @@ def make_branches(request: SamplingRequest) -> list[Branch]:
     return [Branch(empty(request.frame_tokens), shape, prefix, 0.9) for prefix in prefixes for _ in range(images)]
 
 
+FORMATS = ("bf16", "int8", "nf4")
+CARDS = {4: 10, 8: 24, 16: 24}  # GB of the card, and GiB of the machine's RAM for what is held and kept
+CONTEXT_BYTES = 600_000_000  # that the driver takes of a card
 REQUESTS = {
     "1024": SamplingRequest(1024, 1024, 1, 300),
     "2048": SamplingRequest(2048, 2048, 1, 300),
@@ -72,7 +78,7 @@ REQUESTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("case", REQUESTS)
 def test_a_step_takes_what_is_planned(case: str, live: LiveBytes) -> None:
-    transformer, request = make_transformer(torch.bfloat16, layers=3), REQUESTS[case]
+    transformer, request = make_transformer(transformer_21_checkpoint(layers=3)), REQUESTS[case]
     plan = plan_memory(transformer.footprint, request, Limits(least_bytes(transformer.footprint, request) + 10**9))
     transformer.load(plan.resident)
     with transformer.session(slots=plan.slots, ring=plan.ring, mlp_chunk_tokens=plan.mlp_chunk_tokens) as session:
@@ -84,11 +90,87 @@ def test_a_step_takes_what_is_planned(case: str, live: LiveBytes) -> None:
     assert 0.9 * planned < live.peak < 1.1 * planned, plan
 
 
+FITTING = ("1024", "2048", "edit", "edit with three images", "edit with ten images")
+# each request in each format and on each card, and each format on each card
+PAIRS = [
+    (case, weight_format, list(CARDS)[(i + j) % len(CARDS)])
+    for i, case in enumerate(FITTING)
+    for j, weight_format in enumerate(FORMATS)
+]
+WHOLE = [("1024", "bf16", 4), ("edit", "nf4", 8)]
+
+
+class _Seen(Exception):
+    """Enough blocks have passed."""
+
+
+@pytest.fixture(scope="module")
+def checkpoints() -> dict[str, Checkpoint]:
+    """The whole model in each format, headers only."""
+    return {name: in_format(transformer_21_checkpoint(), name) for name in FORMATS}
+
+
+def plan_on_card(transformer: QwenImage21Transformer, case: str, card_gb: int) -> MemoryPlan:
+    limits = Limits(card_gb * 10**9 - CONTEXT_BYTES, CARDS[card_gb] * GIB)
+    return plan_memory(transformer.footprint, REQUESTS[case], limits)
+
+
+def forward(
+    live: LiveBytes,
+    transformer: QwenImage21Transformer,
+    plan: MemoryPlan,
+    on_block: OnBlock | None = None,
+    *,
+    steps: int = 1,
+) -> None:
+    transformer.load(plan.resident, plan.held, (), plan.kept)
+    with transformer.session(slots=plan.slots, mlp_chunk_tokens=plan.mlp_chunk_tokens) as session:
+        live.reset_peak()
+        for _ in range(steps):
+            session.forward(make_branches(plan.request), on_block=on_block)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "weight_format", "card_gb"), PAIRS)
+def test_images_fit_the_cards(
+    case: str, weight_format: str, card_gb: int, checkpoints: dict[str, Checkpoint], live: LiveBytes
+) -> None:
+    """All blocks find their place. Four of them tell the peak of the first step, with what they keep on the device;
+    what the others keep beside it is as large."""
+    transformer = make_transformer(checkpoints[weight_format])
+    plan = plan_on_card(transformer, case, card_gb)
+
+    def stop(index: int) -> None:
+        if index == 4:
+            raise _Seen
+
+    with pytest.raises(_Seen):
+        forward(live, transformer, plan, stop)
+    require_as_planned(live.peak + sum(index > 3 for index in plan.kept.device) * plan.kept.block_bytes, plan)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "weight_format", "card_gb"), WHOLE)
+def test_two_whole_steps_fit_the_cards(
+    case: str, weight_format: str, card_gb: int, checkpoints: dict[str, Checkpoint], live: LiveBytes
+) -> None:
+    transformer = make_transformer(checkpoints[weight_format])
+    plan = plan_on_card(transformer, case, card_gb)
+    assert plan.blocks == 32
+    forward(live, transformer, plan, steps=2)
+    require_as_planned(live.peak, plan)
+
+
+def require_as_planned(peak: int, plan: MemoryPlan) -> None:
+    assert 0.9 * plan.sampling_peak_bytes < peak < 1.01 * plan.sampling_peak_bytes, plan
+    assert peak <= plan.limit_bytes, plan
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["edit with guidance", "edit with ten images"])
 @pytest.mark.parametrize("where", ["in RAM", "on the device", "made anew"])
 def test_later_steps_take_no_more_than_is_planned(case: str, where: str, live: LiveBytes) -> None:
-    transformer, request = make_transformer(torch.bfloat16, layers=3), REQUESTS[case]
+    transformer, request = make_transformer(transformer_21_checkpoint(layers=3)), REQUESTS[case]
     footprint = transformer.footprint
     least, kept_bytes = least_bytes(footprint, request), 3 * footprint.kept_block_bytes(request)
     limits = {
