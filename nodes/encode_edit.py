@@ -58,7 +58,8 @@ class QwenLowVRAMEncodeEditPrompt:
                         "min": 0.0,
                         "max": 16.0,
                         "step": 0.05,
-                        "tooltip": "Of each image as the model is shown it, and of the output. 1: as it was trained. "
+                        "tooltip": "Of each image as the model is shown it, and of the output. 1: as it was trained "
+                        "(Qwen-Image-2.1: 1056x1056 of a square image, whose edits at 1024x1024 are near-copies). "
                         "0: the image's own size, to the nearest multiple of 16.",
                     },
                 ),

@@ -11,7 +11,7 @@ from ...engine.errors import InvalidRequest
 from ...engine.models.qwen3_vl.prompt_template import PROMPT_TEMPLATE
 from ...engine.models.qwen3_vl.vision_patches import LEAST_PIXELS, patch_image, require_image, resize_image
 from ...engine.models.qwen_image_21.latents import CHANNELS, TOKEN_PX
-from ...engine.models.qwen_image_21.sizes import PIXELS, WARNED_IMAGES, plan_sizes_21
+from ...engine.models.qwen_image_21.sizes import HALOED, PIXELS, WARNED_IMAGES, plan_sizes_21
 from ...engine.models.qwen_image_21.variants import Variant21
 from ...engine.models.qwen_vl.image_prompts import ImagePrompt
 from ...engine.models.qwen_vl.images import PatchedImage
@@ -105,6 +105,8 @@ def encode_edit_21(edit: Edit, member: Variant21) -> EncodedEdit:
     text = f"output {width}x{height}"
     if sizes.references:
         text += ", images " + ", ".join(f"{wide}x{high}" for wide, high in sizes.references)
+    if sizes.aside:
+        text += f"\nnot {HALOED[0]}x{HALOED[1]}, where edits come out as near-copies of the image"
     return EncodedEdit(positive, negative, empty_latent(shape, sizes.output, TOKEN_PX), text)
 
 

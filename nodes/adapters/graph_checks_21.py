@@ -8,6 +8,7 @@ from torch import Tensor
 from ...engine.errors import InvalidRequest, Unsupported
 from ...engine.models.qwen_image_21.latents import CHANNELS, TOKEN_PX
 from ...engine.models.qwen_image_21.schedule import TURBO_SIGMAS
+from ...engine.models.qwen_image_21.sizes import BESIDE_IT, HALOED
 from ..display_names import ENCODE_EDIT
 from .progress import warn
 
@@ -23,6 +24,17 @@ def tell_other_schedule(sigmas: Tensor) -> None:
             "Qwen-Image-2.1-Turbo makes poor images with another schedule than its own: use the preset '2.1-Turbo, 8 "
             "steps' of Sample (low VRAM), or ManualSigmas with "
             f"{', '.join(f'{sigma:g}' for sigma in own.tolist())}."
+        )
+
+
+def tell_haloed_edit(output: tuple[int, int], references: int) -> None:
+    """`output`: (width, height) in px of an image that is made beside so many references."""
+    if references and output == HALOED:
+        width, height = HALOED
+        warn(
+            f"Edits with Qwen-Image-2.1 of exactly {width}x{height} px are known to come out as near-copies of the "
+            f"image with halos, in diffusers and ComfyUI too. Use another size: in {ENCODE_EDIT} megapixels 1, width 0 "
+            f"and height 0, which make {BESIDE_IT[0]}x{BESIDE_IT[1]} px of a square image."
         )
 
 

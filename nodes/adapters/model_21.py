@@ -23,7 +23,7 @@ from ...engine.planning.request import SamplingRequest
 from ...engine.runs.timeline import Timeline
 from .around_runs import as_patcher
 from .graph_checks import check_channels_of_call
-from .graph_checks_21 import SLOTS_KEY, check_references_21, tell_other_schedule
+from .graph_checks_21 import SLOTS_KEY, check_references_21, tell_haloed_edit, tell_other_schedule
 from .model_call_21 import Call21, prefix_keys
 from .patcher import LowVRAMPatcher
 from .run_conditions import Conds, entries_of
@@ -199,6 +199,7 @@ class QwenImage21Model(LowVRAMModel, _QwenImage21):
             sum(prod(shape_in_tokens(latent)) for latent in entry.get("reference_latents") or ()) for entry in entries
         ]
         high, wide = shape_in_tokens(noise)
+        tell_haloed_edit((wide * TOKEN_PX, high * TOKEN_PX), max(references, default=0))
         return SamplingRequest(
             width=wide * TOKEN_PX,
             height=high * TOKEN_PX,

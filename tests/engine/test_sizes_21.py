@@ -8,7 +8,7 @@ import torch
 from qwenimage_lowvram.engine.errors import InvalidRequest
 from qwenimage_lowvram.engine.files.checkpoint import Checkpoint
 from qwenimage_lowvram.engine.models.qwen_image_21.schedule import TURBO_SIGMAS, guided, sigmas_21, turbo_sigmas
-from qwenimage_lowvram.engine.models.qwen_image_21.sizes import LARGEST, by_area, plan_sizes_21
+from qwenimage_lowvram.engine.models.qwen_image_21.sizes import LARGEST, PIXELS, by_area, plan_sizes_21
 from qwenimage_lowvram.engine.models.qwen_image_21.variants import Variant21, variant_of
 
 
@@ -68,6 +68,22 @@ def test_the_output_has_the_first_images_grid() -> None:
     assert sizes.one_grid
     assert not plan_sizes_21([(1920, 1080)], output=(1024, 1024)).one_grid
     assert plan_sizes_21([]).output == (1024, 1024)
+
+
+def test_square_edits_are_beside_the_grid_that_makes_near_copies() -> None:
+    default = plan_sizes_21([(640, 640), (1024, 1024), (1920, 1080)])
+    assert default.references == ((1056, 1056), (1056, 1056), (1376, 768))
+    assert (default.output, default.aside, default.one_grid) == ((1056, 1056), True, True)
+    # text alone, other shapes, and whoever asks for another area or that very size, get what they ask for
+    for asked in (
+        plan_sizes_21([]),
+        plan_sizes_21([(640, 640)], pixels=0.98 * PIXELS),
+        plan_sizes_21([(640, 640)], output=(1024, 1024)),
+        plan_sizes_21([(1024, 1024)], pixels=1.01 * PIXELS),
+    ):
+        assert (asked.output, asked.aside, asked.one_grid) == ((1024, 1024), False, True)
+    wide = plan_sizes_21([(1920, 1080), (640, 640)])
+    assert (wide.references, wide.aside) == (((1376, 768), (1024, 1024)), False)
 
 
 @pytest.mark.parametrize("size", LARGEST)

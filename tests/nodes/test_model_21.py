@@ -183,3 +183,19 @@ def test_the_cache_node_of_comfyui_is_said_not_to_be_followed(
     with caplog.at_level(logging.WARNING, logger="qwen_lowvram"):
         ksampler(model, prompt(1), prompt(2), latent())
     assert "QwenImage21Cache (device gpu, dtype int8) is not followed" in caplog.text
+
+
+def test_an_edit_in_the_size_that_makes_near_copies_is_warned_of(
+    comfy: Any, file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = model_of(file)
+    warned = []
+    for references, size in ((1, 64), (0, 64), (1, 66)):
+        conds = {
+            "positive": [{"cross_attn": prompt(1)[0][0], "reference_latents": [torch.zeros(1, 64, 4, 4)] * references}]
+        }
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="qwen_lowvram"):
+            model.model.request_of(conds, torch.zeros(1, 64, size, size), torch.tensor([1.0, 0.0]))
+        warned.append("near-copies of the image with halos" in caplog.text)
+    assert warned == [True, False, False]

@@ -2,6 +2,11 @@
 
 The output has the size of the first image's reference, so that a pixel of one is a pixel of the other (as ComfyUI's own
 node has it; diffusers takes the last image's shape).
+
+Edits of exactly 1024x1024 px come out as near-copies of the image, with halos, whatever was asked for and whoever
+computes them: diffusers, ComfyUI and a port to MLX alike (huggingface/diffusers#14824, Comfy-Org/ComfyUI#16435). The
+grids beside it, 992x992 and 1056x1056, are said to be free of that. A square image is therefore edited in 1056x1056
+where nobody asks for another size.
 """
 
 import math
@@ -12,7 +17,8 @@ from ...errors import InvalidRequest
 
 STEP_PX = 32
 LARGEST = ((2752, 1536), (2400, 1792), (2048, 2048))  # the model card's
-PIXELS = 1024 * 1024  # of each reference
+PIXELS = 1024 * 1024  # of each reference, where nobody says otherwise
+HALOED, BESIDE_IT = (1024, 1024), (1056, 1056)  # see above
 # ten are what the reference pipeline was shown with; more are taken, with a warning
 MOST_IMAGES, WARNED_IMAGES = 12, 10
 LEAST_SIDE_PX, MOST_LENGTH = 16, 100
@@ -22,10 +28,12 @@ Size = tuple[int, int]  # (width, height) in px
 
 @dataclass(frozen=True)
 class EditSizes21:
-    """Of the output, and of each reference, which encoder and VAE see alike."""
+    """Of the output, and of each reference, which encoder and VAE see alike. aside: square images, which would be on
+    the grid whose edits come out as near-copies, are on the one beside it."""
 
     output: Size
     references: tuple[Size, ...]
+    aside: bool = False
 
     @property
     def one_grid(self) -> bool:
@@ -34,7 +42,7 @@ class EditSizes21:
 
 
 def plan_sizes_21(images: Sequence[Size], *, pixels: float = PIXELS, output: Size | None = None) -> EditSizes21:
-    """`pixels`: area of each reference, and of the output unless `output` says otherwise.
+    """`pixels`: area of each reference, and of the output unless `output` says otherwise; PIXELS is the default.
 
     Raises InvalidRequest for more than MOST_IMAGES, one that is none, or an output that the model cannot make.
     """
@@ -71,7 +79,10 @@ def plan_sizes_21(images: Sequence[Size], *, pixels: float = PIXELS, output: Siz
             near_height=near[1],
         )
     references = tuple(by_area(size, pixels) for size in images)
-    return EditSizes21(output or (references[0] if references else by_area((1, 1), pixels)), references)
+    aside = output is None and pixels == PIXELS and references[:1] == (HALOED,)
+    if aside:
+        references = tuple(BESIDE_IT if size == HALOED else size for size in references)
+    return EditSizes21(output or (references[0] if references else by_area((1, 1), pixels)), references, aside)
 
 
 def by_area(size: Size, pixels: float) -> Size:
