@@ -3,12 +3,13 @@
 from enum import Enum
 from typing import Any
 
-from ..engine.errors import InvalidRequest
+from ..engine.errors import InvalidRequest, WrongModel
 from ..engine.models.qwen_image.edit_sizes import MOST_IMAGES
 from ..engine.models.qwen_image.variants import Variant
+from ..engine.texts import shown
 from .adapters.clip import LowVRAMCLIP
 from .adapters.edit_prompts import Edit
-from .adapters.networks import SERVED, served_member
+from .adapters.networks import SERVED, ServedFamily, served_member
 from .adapters.value_checks import check_image, check_widgets
 from .display_names import AUTO, CATEGORY
 
@@ -110,15 +111,50 @@ class QwenLowVRAMEncodeEditPrompt:
             batch_size=batch_size,
             variant=variant,
         )
+        names = [f"image{i + 1}" for i in range(INPUTS)]
         for name, image in images.items():
+            if name not in names:
+                raise InvalidRequest(
+                    "There is no input {name} here: {most} images are the most that any model is shown, as image1 to "
+                    "image{most}.\n\nWhat to do: show fewer images.",
+                    code="edit.no_such_input",
+                    name=shown(name),
+                    most=INPUTS,
+                )
             if image is not None:
                 check_image(name, image)
-        names = [f"image{i + 1}" for i in range(INPUTS)]
         given = [images[name] for name in names if images.get(name) is not None]
         edit = Edit(clip, vae, positive, negative, given, megapixels, _output(width, height), batch_size)
         member = VARIANTS[variant] or (clip.variant if isinstance(clip, LowVRAMCLIP) else None) or DEFAULT
-        encoded = served_member(member).encode_edit(edit, member)
+        served = served_member(member)
+        _require_own(served, member, edit)
+        encoded = served.encode_edit(edit, member)
         return {"ui": {"text": [encoded.text]}, "result": (encoded.positive, encoded.negative, encoded.latent)}
+
+
+def _require_own(served: ServedFamily, member: Enum, edit: Edit) -> None:
+    """Raise WrongModel for a text encoder or a VAE of another family, before either runs."""
+    family, clip = served.family, edit.clip
+    if isinstance(clip, LowVRAMCLIP) and type(clip) is not served.clip:
+        raise WrongModel(
+            "clip is the text encoder of another model than {member}, which needs {needed}, such as {example}.\n\n"
+            "What to do: set variant to auto, or connect the clip of a loader that has loaded {member}.",
+            code="edit.other_clip",
+            member=member.value,
+            needed=family.text_encoder.value,
+            example=family.text_encoder.example,
+        )
+    found = getattr(edit.vae, "latent_channels", family.latent_channels)
+    if edit.images and found != family.latent_channels:
+        raise WrongModel(
+            "vae is another model's: it has {found} latent channels, {member}'s has {needed}.\n\nWhat to do: connect "
+            "the vae of a loader that has loaded {member}, or load {example}.",
+            code="edit.other_vae",
+            member=member.value,
+            found=found,
+            needed=family.latent_channels,
+            example=family.vae_example,
+        )
 
 
 def _image_tooltip(number: int) -> str:

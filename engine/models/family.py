@@ -61,8 +61,8 @@ class Family:
     and for passes. encoder, tokenizer: of the text encoder's file and of the tokenizer's folder. empty_vae: of the
     VAE's file without weights, for plans; read_vae: with them. prompts: what its prompts have beside a person's words.
     most_images: that any member is shown. block_prefix: stands before a block's number in tensors' names. quantizable:
-    a pattern of the names, in a block, of matrices that may be brought to fewer bits. tokenizer_folder: of a pipeline
-    folder.
+    a pattern of the names, in a block, of matrices that may be brought to fewer bits. latent_channels: of its VAE.
+    vae_example: that VAE's published file. tokenizer_folder: of a pipeline folder.
     """
 
     transformer: Component
@@ -83,5 +83,7 @@ class Family:
     most_images: int
     block_prefix: str
     quantizable: str
+    latent_channels: int
+    vae_example: str
     from_prompts: FromPrompts
     tokenizer_folder: str = "tokenizer"

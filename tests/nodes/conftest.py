@@ -23,6 +23,8 @@ except SetupError as error:
 DIM = 64  # of the small text encoder's embeddings
 MiB = 1024**2
 
+NAME_21 = "small-2.1"
+
 
 @pytest.fixture(autouse=True)
 def _as_nodes_run(comfy: ModuleType) -> Iterator[None]:
@@ -44,6 +46,16 @@ def models(comfy: Any, tmp_path: Path) -> Iterator[Callable[[str, Path], None]]:
     _folders(folder_paths).clear()
     _folders(folder_paths).update(before)
     folder_paths.filename_list_cache.clear()
+
+
+@pytest.fixture(scope="session")
+def diffusers_21(tmp_path_factory: pytest.TempPathFactory, comfyui_path: Path) -> Path:
+    """A small Qwen-Image-2.1 as a person has it, of models/diffusers; its folder is called NAME_21."""
+    from small_pipeline_21 import make_pipeline_21
+
+    folder = tmp_path_factory.mktemp("models") / "diffusers"
+    make_pipeline_21(folder / NAME_21, comfyui=comfyui_path)
+    return folder
 
 
 def _folders(folder_paths: Any) -> dict[str, Any]:

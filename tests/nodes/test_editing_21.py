@@ -8,8 +8,9 @@ import torch
 from edit_reference_21 import reference_images
 from PIL import Image
 from qwenimage_lowvram.engine.errors import InvalidRequest, WrongModel
-from small_pipeline_21 import make_pipeline_21
 from torch import Tensor
+
+from .conftest import NAME_21
 
 RESOLUTION = 320  # whose square is the area of a reference; smaller ones are enlarged for the encoder alone
 MEGAPIXELS = (RESOLUTION / 1024) ** 2
@@ -24,15 +25,6 @@ CASES: dict[str, dict[str, Any]] = {
     "three images, guided": {"images": 3, "cfg": 3.0, "negative": ""},
     "three images, one transparent": {"images": 3, "alpha": True},
 }
-NAME = "small-2.1"
-
-
-@pytest.fixture(scope="module")
-def diffusers_folder(tmp_path_factory: pytest.TempPathFactory, comfyui_path: Path) -> Path:
-    """As a person has it, of models/diffusers."""
-    folder = tmp_path_factory.mktemp("models") / "diffusers"
-    make_pipeline_21(folder / NAME, comfyui=comfyui_path)
-    return folder
 
 
 def image_of(index: int, alpha: bool) -> Image.Image:
@@ -54,7 +46,7 @@ def pixels_of(image: Image.Image) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def wanted(diffusers_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+def wanted(diffusers_21: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     """What diffusers makes."""
     folder = tmp_path_factory.mktemp("wanted")
     cases = {}
@@ -65,17 +57,17 @@ def wanted(diffusers_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
             image.save(folder / f"{number}-{i}.png")
             files.append(f"{number}-{i}.png")
         cases[name] = {**settings, "images": files}
-    return reference_images(diffusers_folder / NAME, folder, cases)
+    return reference_images(diffusers_21 / NAME_21, folder, cases)
 
 
 @pytest.fixture
-def load(diffusers_folder: Path, models: Any) -> Any:
-    models("diffusers", str(diffusers_folder))
+def load(diffusers_21: Path, models: Any) -> Any:
+    models("diffusers", str(diffusers_21))
 
     def of(**options: Any) -> Any:
         from qwenimage_lowvram.nodes.loader import QwenLowVRAMLoader
 
-        choices = {"transformer": f"{NAME} (folder)", "text_encoder": "from the folder", "vae": "from the folder"}
+        choices = {"transformer": f"{NAME_21} (folder)", "text_encoder": "from the folder", "vae": "from the folder"}
         settings = {"dtype": "fp32", "weight_format": "auto", "vram_limit_gb": 0.0, "timesteps": "fp32"}
         return QwenLowVRAMLoader().load(**{**choices, **settings, **options})
 
@@ -178,7 +170,7 @@ def test_more_than_twelve_images_and_other_requests_are_refused(load: Any) -> No
 def test_memory_plan_shows_every_stage_of_it(load: Any) -> None:
     from qwenimage_lowvram.nodes.memory_plan import QwenLowVRAMMemoryPlan
 
-    choices = {"transformer": f"{NAME} (folder)", "text_encoder": "from the folder", "vae": "from the folder"}
+    choices = {"transformer": f"{NAME_21} (folder)", "text_encoder": "from the folder", "vae": "from the folder"}
     settings = {"weight_format": "auto", "width": 1024, "height": 1024, "batch_size": 1, "steps": 8, "cfg": 1.0}
     settings |= {"prompt_tokens": 60, "vram_limit_gb": 0.0, "ram_limit_gb": 0.0}
     plan = QwenLowVRAMMemoryPlan()

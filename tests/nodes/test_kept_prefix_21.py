@@ -15,7 +15,7 @@ from qwenimage_lowvram.engine.planning.memory import least_bytes
 from qwenimage_lowvram.engine.reports.memory_report import MemoryReport
 from torch import Tensor
 
-from .test_editing_21 import BASE, CASES, diffusers_folder, encode, load  # noqa: F401
+from .test_editing_21 import BASE, CASES, encode, load  # noqa: F401
 
 pytestmark = pytest.mark.slow
 GUIDED = {**CASES["one image"], "cfg": 3.0}

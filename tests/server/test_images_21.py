@@ -95,6 +95,20 @@ def test_an_edit_of_an_image_with_a_mask_runs_to_its_image(
     assert torch.isfinite(latents).all()
 
 
+def test_a_thirteenth_image_is_refused_before_any_is_seen(
+    client: ComfyClient, comfy_server: ComfyServer, folder: str
+) -> None:
+    """The page has no such input, and ComfyUI hands what a program links to one on to the node."""
+    Image.new("RGB", (320, 320)).save(comfy_server.base / "input" / "plain.png")
+    texts = {"positive": "a cat", "negative": "", "megapixels": 0.1, "width": 0, "height": 0}
+    edit = {"clip": ["1", 1], "vae": ["1", 2], "batch_size": 1, "variant": "auto", **texts}
+    edit |= {f"image{i + 1}": ["13", 0] for i in range(13)}
+    nodes = {"n13": ("LoadImage", {"image": "plain.png"}), "n2": ("QwenLowVRAMEncodeEditPrompt", edit)}
+    with pytest.raises(ExecutionFailed, match=r"no input 'image13' here: 12 images are the most") as failure:
+        client.run(graph(folder, **nodes))
+    assert failure.value.node_id == "2"
+
+
 def test_a_vae_of_the_20b_models_is_refused_at_its_input(client: ComfyClient, folder: str, models_dir: Path) -> None:
     old = next((models_dir / "vae").glob("*.safetensors")).name
     loader = graph(folder)["1"]["inputs"] | {"vae": old}

@@ -9,6 +9,7 @@ from ..qwen25_vl.tensors import require_fitting_encoder
 from ..qwen25_vl.text_encoder import TextEncoder
 from ..qwen_image_vae.component import VAE
 from ..qwen_image_vae.image_vae import ImageVAE
+from ..qwen_image_vae.shapes import LATENT_CHANNELS
 from ..qwen_image_vae.tensor_names import RGB, RGBA, require_image_vae
 from .component import TRANSFORMER
 from .costs import PROMPT_SIZES
@@ -45,5 +46,7 @@ QWEN_IMAGE = Family(
     most_images=MOST_IMAGES,
     block_prefix=BLOCKS,
     quantizable=r"(?!(img|txt)_mod\.).+\.weight",  # modulation is computed once, and is never held
+    latent_channels=LATENT_CHANNELS,
+    vae_example=VAE.example,
     from_prompts=QwenImageFromPrompts(),
 )

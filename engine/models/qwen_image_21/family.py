@@ -10,11 +10,13 @@ from ..qwen3_vl.prompts import PromptTokenizer
 from ..qwen3_vl.tensors import require_fitting_encoder
 from ..qwen3_vl.text_encoder import TextEncoder
 from ..qwen_image_21_vae.image_vae import ImageVAE21
+from ..qwen_image_21_vae.tensor_names import NAME as VAE_NAME
 from ..qwen_image_21_vae.tensor_names import require_image_vae_21
 from ..qwen_image_vae.component import VAE
 from .component import TRANSFORMER_21
 from .costs import PROMPT_SIZES
 from .from_prompts import QwenImage21FromPrompts
+from .latents import CHANNELS
 from .network import QwenImage21Parts
 from .sizes import MOST_IMAGES
 from .tensors import BLOCKS
@@ -61,6 +63,8 @@ QWEN_IMAGE_21 = Family(
     most_images=MOST_IMAGES,
     block_prefix=BLOCKS,
     quantizable=r".+\.weight",
+    latent_channels=CHANNELS,
+    vae_example=VAE_NAME,
     from_prompts=QwenImage21FromPrompts(),
     tokenizer_folder="processor",
 )

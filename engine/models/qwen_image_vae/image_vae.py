@@ -132,7 +132,16 @@ class ImageVAE(nn.Module):
         """
         if latents.ndim == 5 and (latents.shape[2] == 1 or (self.has_frames and self.image_channels == RGBA)):
             latents = latents.movedim(2, 1).flatten(0, 1)
-        if latents.ndim != 4 or latents.shape[1] != self.latent_channels or 0 in latents.shape:
+        if latents.ndim in (4, 5) and latents.shape[1] != self.latent_channels:
+            raise InvalidRequest(
+                "These latents have {found} channels, and this VAE decodes {channels}: they are another model's. Use "
+                "the VAE of the model that made them (16 channels: qwen_image_vae.safetensors, 64: "
+                "qwen_image_2.1_vae_bf16.safetensors).",
+                code="vae.other_models_latents",
+                found=latents.shape[1],
+                channels=self.latent_channels,
+            )
+        if latents.ndim != 4 or 0 in latents.shape:
             raise InvalidRequest(
                 "The VAE decodes latents (B, {channels}, 1, h, w) of still images, got {shape}.",
                 code="vae.wrong_latents",
