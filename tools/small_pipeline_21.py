@@ -37,10 +37,12 @@ INDEX = {
 }
 
 
-def make_pipeline_21(folder: Path, *, comfyui: Path | None = None, sample_sigmas: list[float] | None = None) -> Path:
-    """sample_sigmas: of 2.1-Turbo."""
+def make_pipeline_21(
+    folder: Path, *, comfyui: Path | None = None, sample_sigmas: list[float] | None = None, whole_tokens: bool = False
+) -> Path:
+    """sample_sigmas: of 2.1-Turbo. whole_tokens: the published tokenizer, which single files are read with."""
     size = Size()
-    tokenizer = make_tokenizer(full=False, comfyui=comfyui)
+    tokenizer = make_tokenizer(full=whole_tokens, comfyui=comfyui)
     config = replace(SMALL, prompt_dim=size.hidden)
     write_transformer(folder / "transformer", random_weights(config), config)
     make_qwen3_vl(tokenizer, size).save_pretrained(folder / "text_encoder")
