@@ -60,6 +60,7 @@ def test_a_file_of_2_1_is_planned_at_its_own_size(transformer: str, chosen: str,
     made = plan("07 - Edit an image on 8 GB", transformer=transformer, weight_format=chosen)
     assert made.blocks == 32
     assert made.streamed_bytes_per_step == made.streamed * block_bytes
-    # keys and values of the prompt and of a reference of a megapixel, of both prompts as if each had its own text
-    assert made.kept.block_bytes == 2 * (4096 + 2 * (512 + 6)) * 4096 * 2
+    assert (made.request.width, made.request.height) == (1056, 1056)  # 66 tokens a side
+    # keys and values of the prompt and of a square reference, of both prompts as if each had its own text
+    assert made.kept.block_bytes == 2 * (66 * 66 + 2 * (512 + 6)) * 4096 * 2
     assert f"- Computed once: {made.kept}." in stated_plans.lines(made)

@@ -22,10 +22,11 @@ from qwenimage_lowvram.engine.lora.lora_file import match
 from qwenimage_lowvram.engine.lora.weight_patches import lora_patches
 from qwenimage_lowvram.engine.models.families import QWEN_IMAGE, QWEN_IMAGE_21
 from qwenimage_lowvram.engine.models.family import Family
+from qwenimage_lowvram.engine.models.qwen_image_21.sizes import plan_sizes_21
 from qwenimage_lowvram.engine.models.transformer_parts import TransformerParts
 from qwenimage_lowvram.engine.planning.forecast import TYPICAL, Bound
 from qwenimage_lowvram.engine.planning.memory import MemoryPlan, plan_memory
-from qwenimage_lowvram.engine.planning.request import GIB, Limits, SamplingRequest
+from qwenimage_lowvram.engine.planning.request import GIB, TOKEN_PX, Limits, SamplingRequest
 from qwenimage_lowvram.engine.texts import size_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,6 +58,10 @@ def plan_of(graph: Mapping[str, Any], **changed: Any) -> MemoryPlan:
         reference_tokens=references * family.prompts.reference,
         timesteps=sample["steps"],
     )
+    if references and family is QWEN_IMAGE_21:
+        sizes = plan_sizes_21([(width, height)] * references)  # as Encode Edit Prompt makes them of square images
+        (width, height), shown = sizes.output, sum(w * h for w, h in sizes.references)
+        request = replace(request, width=width, height=height, reference_tokens=shown // TOKEN_PX**2)
     if layers:
         request = replace(request, frames=layers + 1, reference_tokens=request.frame_tokens)
     weight_format = _weight_format(loader["transformer"], loader["weight_format"])
@@ -68,7 +73,7 @@ def plan_of(graph: Mapping[str, Any], **changed: Any) -> MemoryPlan:
 def lines(plan: MemoryPlan) -> list[str]:
     """The plan as notes state it."""
     request, bound = plan.request, {Bound.COMPUTE: "computing"}.get(plan.forecast.bound, plan.forecast.bound.value)
-    megapixels = request.reference_tokens * 256 / 1e6
+    megapixels = request.reference_tokens * TOKEN_PX**2 / 1e6
     shown = f", {megapixels:.1f} megapixels to change" if megapixels else ""
     if request.frames > 1:
         shown = f", {request.frames - 1} layers and the image itself"
