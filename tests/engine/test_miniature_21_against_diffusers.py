@@ -7,14 +7,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from miniature.evaluate_21 import LEAST_PX, make
 from miniature.flow_21 import build_transformer, flow_errors
-from miniature.rgba import SIDE_PX, asked_captions, asked_edits, paint, paint_edit
+from miniature.rgba import SIDE_PX, asked_captions, asked_edits, draw, paint, paint_edit
 from miniature.run import TimedRun
 from miniature.text_21 import Embeddings
-from miniature.vae_21 import decode, encode, to_tensor
+from miniature.vae_21 import build_vae, decode, encode, to_tensor, whiten
 from PIL import Image
 from qwenimage_lowvram.engine.runs.pipeline import Pipeline
 from small_pipeline_21 import open_with_diffusers
@@ -69,6 +70,19 @@ def test_the_latents_are_those_of_the_pipeline(pipeline: Any) -> None:
     latents = encode(pipeline.vae, image[None])
     assert (latents - wanted).abs().max() < 0.05 * wanted.abs().max()  # training encodes in bf16
     assert decode(pipeline.vae, latents).shape == (1, SIDE_PX, SIDE_PX, 4)
+
+
+def test_an_untrained_vae_begins_with_latents_that_differ_as_much_as_they_shall() -> None:
+    torch.manual_seed(0)
+    vae, rng = build_vae(), random.Random(0)
+    images = np.stack([paint(draw(rng), rng) for _ in range(64)])
+    before = encode(vae, images).flatten(0, 1)
+    whiten(vae, to_tensor(images))
+    latents = encode(vae, images).flatten(0, 1)
+    assert before.std(0).max() < 0.2
+    assert latents.mean(0).abs().max() < 0.1
+    assert (latents.std(0) > 0.3).float().mean() > 0.5
+    assert latents.std(0).max() < 1.1
 
 
 def test_the_engine_draws_what_the_pipeline_draws(folder: Path, pipeline: Any) -> None:

@@ -16,6 +16,9 @@ from .run import TimedRun
 from .vae import LATENT_NOISE
 
 BATCH = 8
+CHANNELS = 64
+WHITENED = 128  # images, before the first step
+LEAST_STRENGTH = 1e-4  # of a direction in the features, as part of the strongest: what is weaker is not blown up
 WIDTH, DECODER_WIDTH = 8, 8
 # residual blocks of each level that are trained; the others hand on what they are given, which spares half of the work
 ENCODER_BLOCKS, DECODER_BLOCKS = (0, 1, 1, 2, 2), (3, 3, 2, 1, 1)
@@ -56,13 +59,16 @@ def train_vae(path: Path, *, seconds: float, seed: int) -> AutoencoderKLQwenImag
     torch.manual_seed(seed)
     vae = build_vae()
     with _Trained(vae):
+        if not path.exists():
+            rng = random.Random(f"vae 2.1 {seed}")
+            whiten(vae, to_tensor(np.stack([paint(draw(rng), rng) for _ in range(WHITENED)])))
         run = TimedRun(vae, path, seconds=seconds, lr=3e-3, decay=0.995, weight_decay=0.0, warmup_steps=100)
         rng = random.Random(f"vae 2.1 {seed} {run.step}")
         for _ in run.steps():
             images = to_tensor(np.stack([paint(draw(rng), rng, side_px=SIDE_PX) for _ in range(BATCH)]))
             with torch.autocast("cpu", torch.bfloat16):
                 moments = vae.quant_conv(vae.encoder(images)).float()
-            latents, log_variance = _normalise(moments[:, :64]), moments[:, 64:]
+            latents, log_variance = _normalise(moments[:, :CHANNELS]), moments[:, CHANNELS:]
             noisy = latents + LATENT_NOISE * torch.rand(BATCH, 1, 1, 1, 1) * torch.randn_like(latents)
             with torch.autocast("cpu", torch.bfloat16):
                 made = _decoder(vae, noisy).float()
@@ -75,6 +81,23 @@ def train_vae(path: Path, *, seconds: float, seed: int) -> AutoencoderKLQwenImag
             run.update(loss, l1=l1, mse=mse, spread=spread)
         run.use_average()
     return vae.requires_grad_(False)
+
+
+@torch.no_grad()
+def whiten(vae: AutoencoderKLQwenImage21, images: Tensor) -> None:
+    """Set the layers next to the latents so that an untrained encoder's have the statistics that they are to have, and
+    its decoder is given them with mean 0 and deviation 1: else the first thousand steps learn no more than that."""
+    features = vae.encoder(images).transpose(0, 1).flatten(1).T.double()
+    centred = features - features.mean(0)
+    strengths, directions = torch.linalg.eigh(centred.T @ centred / len(centred))
+    strengths, directions = strengths[-CHANNELS:], directions[:, -CHANNELS:]
+    scale = (strengths + LEAST_STRENGTH * strengths.max()).rsqrt()
+    mean, std = (torch.tensor(v, dtype=torch.float64) for v in (LATENTS_MEAN, LATENTS_STD))
+    weight = (directions * scale).T * std[:, None]
+    vae.quant_conv.weight[:CHANNELS, :, 0, 0] = weight
+    vae.quant_conv.bias[:CHANNELS] = mean - weight @ features.mean(0)
+    vae.post_quant_conv.weight[:, :, 0, 0] = torch.diag(1 / std)
+    vae.post_quant_conv.bias[:] = -mean / std
 
 
 def to_tensor(images: np.ndarray) -> Tensor:
@@ -100,7 +123,7 @@ def _decoder(vae: AutoencoderKLQwenImage21, latents: Tensor) -> Tensor:
 def encode(vae: AutoencoderKLQwenImage21, images: np.ndarray) -> Tensor:
     """(N, H, W, 4) uint8 to normalised latents as tokens, (N, H * W / 256, 64)."""
     with torch.autocast("cpu", torch.bfloat16):
-        latents = vae.quant_conv(vae.encoder(to_tensor(images)))[:, :64].float()
+        latents = vae.quant_conv(vae.encoder(to_tensor(images)))[:, :CHANNELS].float()
     return _normalise(latents).flatten(2).transpose(1, 2)
 
 
