@@ -5,67 +5,92 @@
 The planner plans Qwen-Image at its real size, from headers alone, for cards by their data sheets
 (`tools/simulated_cards.py`). A discrete-event model (`tools/streaming_events.py`) runs the steps of that plan piece by
 piece; encoding, loading, the timestep table and decoding are the planner's own forecast. Guided images take 20 steps,
-Lightning's 8 without guidance; prompts have 512 tokens, the text encoder is in fp8. From RAM: as many blocks are held
-as the machine has memory for; from disk: within 2 GiB of it, so that blocks are read at every step. Nothing is in the
-system's file cache. `first`, `seed` and `prompt` are seconds of the first image, and of one with another seed or prompt
-after it.
+Lightning's 8 without guidance; prompts have 512 tokens, the text encoder is in fp8. Qwen-Image-2.1 takes 40 steps,
+Turbo 8, without guidance; an edit is shown one image of a megapixel. From RAM: as many blocks are held as the machine
+has memory for; from disk: within 2 GiB of it, so that blocks are read at every step. Nothing is in the system's file
+cache. `first`, `seed` and `prompt` are seconds of the first image, and of one with another seed or prompt after it;
+looking at an image to change is not counted, nor what blocks make anew of another prompt.
 
 `twice`: the same machine, format and ring, but all weights of the transformer, modulation included, pass through the
 card once for each branch of a step, twice where there is guidance, and none stays there: an image with another seed.
-Its other stages are taken to be ours. No peer is run here.
+Its other stages are taken to be ours, and it keeps as much of prompt and images. No peer is run here.
 """
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qwenimage_lowvram.engine.errors import DoesNotFit
-from qwenimage_lowvram.engine.models.qwen_image.costs import PROMPT_SIZES
+from qwenimage_lowvram.engine.models.families import QWEN_IMAGE, QWEN_IMAGE_21
+from qwenimage_lowvram.engine.models.family import Family
 from qwenimage_lowvram.engine.planning.footprint import TransformerFootprint
 from qwenimage_lowvram.engine.planning.overlap import ways
 from qwenimage_lowvram.engine.planning.request import GIB, Limits
 from qwenimage_lowvram.engine.planning.stages import ImagePlan, ImageRequest, Stage, plan_image
-from simulated_cards import CARDS, FORMATS, SimulatedCard, models
+from simulated_cards import CARDS, FORMATS, FORMATS_21, SimulatedCard, models
 from streaming_events import first_seconds, job_of, machine_of, step_seconds
 
 PROMPT_TOKENS = 512
 SIZES = (1024, 1328)
 DISK_GIB = 2
-IN_README = {"1328 guided, 20 steps": "fp8", "1024 Lightning, 8 steps": "fp8"}
+IN_README = {
+    "1328 guided, 20 steps": "fp8",
+    "1024 Lightning, 8 steps": "fp8",
+    "1024 2.1, 40 steps": "int8_convrot",
+    "1024 2.1 edit, 40 steps": "int8_convrot",
+    "1024 2.1-Turbo, 8 steps": "int8_convrot",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    family: Family
+    formats: Sequence[str]
+    request: ImageRequest
 
 
 def rows(quick: bool) -> list[dict[str, Any]]:
-    """One for each card, format, size, guidance and place; quick: the cards of 4 and 12 GB in two formats."""
+    """One for each card, format, case and place; quick: the cards of 4 and 12 GB in two formats."""
     cards = [card for card in CARDS if card.vram_gib in (4, 12)] if quick else CARDS
     return [
-        row(card, weight_format, request, place)
+        row(card, weight_format, case, place)
         for card in cards
         for weight_format in (("fp8", "nf4") if quick else FORMATS)
-        for request in requests()
+        for case in cases()
+        if weight_format in case.formats
         for place in ("RAM", "disk")
     ]
 
 
-def requests() -> Iterator[ImageRequest]:
+def cases() -> Iterator[Case]:
     for guided, steps in ((True, 20), (False, 8)):
         for side in SIZES:
-            # the template's last tokens are kept
-            tokens = PROMPT_TOKENS - PROMPT_SIZES.behind
-            yield ImageRequest(side, side, 1, guided, steps, tokens, prompts=PROMPT_SIZES)
+            name = f"{side} {'guided' if guided else 'Lightning'}, {steps} steps"
+            yield Case(name, QWEN_IMAGE, FORMATS, _request(QWEN_IMAGE, side, guided, steps))
+    for name, references, steps in (("2.1", 0, 40), ("2.1 edit", 1, 40), ("2.1-Turbo", 0, 8), ("2.1-Turbo edit", 1, 8)):
+        request = _request(QWEN_IMAGE_21, SIZES[0], False, steps, references)
+        yield Case(f"{SIZES[0]} {name}, {steps} steps", QWEN_IMAGE_21, FORMATS_21, request)
 
 
-def row(card: SimulatedCard, weight_format: str, request: ImageRequest, place: str) -> dict[str, Any]:
+def _request(family: Family, side: int, guided: bool, steps: int, references: int = 0) -> ImageRequest:
+    prompts = family.prompts
+    tokens = PROMPT_TOKENS - prompts.behind  # the template's last ones are kept
+    return ImageRequest(side, side, 1, guided, steps, tokens, references=references, prompts=prompts)
+
+
+def row(card: SimulatedCard, weight_format: str, case: Case, place: str) -> dict[str, Any]:
     """Seconds of one case; those of images are None where it does not fit the card."""
     found: dict[str, Any] = {
         "who": card.name,
-        "case": f"{request.width} {'guided' if request.guided else 'Lightning'}, {request.steps} steps",
+        "case": case.name,
         "format": weight_format,
         "from": place,
     }
-    sizes, speeds = models(weight_format, card.dtype), card.speeds
+    sizes, speeds = models(weight_format, card.dtype, case.family), card.speeds
     ram = (card.ram_gib if place == "RAM" else DISK_GIB) * GIB
     try:
-        plan = plan_image(sizes, request, Limits(card.limit_bytes, ram), speeds)
+        plan = plan_image(sizes, case.request, Limits(card.limit_bytes, ram), speeds)
     except DoesNotFit:
         return found | dict.fromkeys(("first", "seed", "prompt", "twice"))
     transformer, sampling = sizes.transformer, plan.sampling
@@ -103,7 +128,7 @@ def _twice(transformer: TransformerFootprint, plan: ImagePlan, card: SimulatedCa
     decoding = transformer.decode_bytes + transformer.modulation_decode_bytes
     launches = transformer.decode_launches + transformer.modulation_decode_launches
     larger = replace(transformer, stored_bytes=whole, decode_bytes=decoding, decode_launches=launches)
-    held = min(transformer.blocks, ram // whole)
+    held = min(transformer.blocks, (ram - sampling.kept.host_bytes) // whole)
     job = job_of(larger, sampling, speeds)
     branches = sampling.request.branches
     alone = replace(

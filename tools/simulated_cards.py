@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from functools import cache
 
 import full_size
+import full_size_21
+import full_size_qwen3_vl
 import torch
 from full_size_formats import in_format
-from qwenimage_lowvram.engine.models.qwen25_vl.text_encoder import TextEncoder
-from qwenimage_lowvram.engine.models.qwen_image.network import QwenImageParts
-from qwenimage_lowvram.engine.models.qwen_image_vae.image_vae import ImageVAE
+from qwenimage_lowvram.engine.models.families import QWEN_IMAGE, QWEN_IMAGE_21
+from qwenimage_lowvram.engine.models.family import Family
 from qwenimage_lowvram.engine.planning.forecast import Speeds
 from qwenimage_lowvram.engine.planning.request import GIB
 from qwenimage_lowvram.engine.planning.stages import ImageModels
@@ -56,16 +57,31 @@ CARDS = (
 FORMATS = ("bf16", "fp8", "int8", "int8_convrot", "nf4", "GGUF Q4_K")
 
 
+FORMATS_21 = ("bf16", "int8_convrot", "nf4")
+
+
 @cache
-def models(weight_format: str, dtype: torch.dtype) -> ImageModels:
+def models(weight_format: str, dtype: torch.dtype, family: Family = QWEN_IMAGE) -> ImageModels:
     """Transformer in that format, text encoder in fp8, VAE; computed with in `dtype`."""
     hardware = full_size.fake_gpu()
-    text = full_size.text_encoder_checkpoint(torch.float8_e4m3fn)
-    transformer = QwenImageParts(
-        in_format(full_size.transformer_checkpoint(), weight_format), dtype=dtype, hardware=hardware
-    )
+    transformer, text, vae = _CHECKPOINTS[family.transformer]
+    parts = family.parts(in_format(transformer(), weight_format), dtype=dtype, hardware=hardware)
     return ImageModels(
-        TextEncoder(text, dtype=dtype, hardware=hardware).footprint,
-        transformer.footprint,
-        ImageVAE.without_weights(full_size.vae_checkpoint(), dtype=dtype).footprint,
+        family.encoder(text(torch.float8_e4m3fn), dtype=dtype, hardware=hardware).footprint,
+        parts.footprint,
+        family.empty_vae(vae(), dtype=dtype).footprint,
     )
+
+
+_CHECKPOINTS = {
+    QWEN_IMAGE.transformer: (
+        full_size.transformer_checkpoint,
+        full_size.text_encoder_checkpoint,
+        full_size.vae_checkpoint,
+    ),
+    QWEN_IMAGE_21.transformer: (
+        full_size_21.transformer_21_checkpoint,
+        full_size_qwen3_vl.text_encoder_checkpoint,
+        full_size_21.vae_21_checkpoint,
+    ),
+}

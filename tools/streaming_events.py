@@ -6,7 +6,8 @@ What it follows, of the code: the ring's reads go on in the order of the blocks 
 groups, blocks and steps, and each waits for a buffer whose last copy is done (`streaming/ring.py`); one reader thread
 issues copies and decoding of one block after the other on the copy stream, which waits for the last use of the slot
 (`streaming/streamer.py`); the host issues a block when its fill has been issued and the block before the last one has
-been computed, and waits for the device at the end of a step.
+been computed, and waits for the device at the end of a step. What blocks make once of a prompt is kept on the device,
+or brought on the same copy stream.
 """
 
 import heapq
@@ -50,6 +51,19 @@ class Machine:
 
 
 @dataclass(frozen=True)
+class Keeping:
+    """What each block makes once, in make_seconds of computing: the first `remade` make it at every step. nbytes: of
+    each; `host`: blocks of which it lies in host memory, from where it comes while the one before computes (`ahead`) or
+    when it is asked for."""
+
+    make_seconds: float = 0.0
+    remade: int = 0
+    nbytes: int = 0
+    host: tuple[int, ...] = ()
+    ahead: bool = True
+
+
+@dataclass(frozen=True)
 class Job:
     """Passes over blocks. ways: how each of them comes. group_bytes: what of a block is copied, then decoded, one after
     the other. decode_seconds, compute_seconds: of a block, alone on the device; branches: that compute_seconds are of,
@@ -63,6 +77,7 @@ class Job:
     slots: int
     ring_pieces: int
     piece_bytes: int
+    keeping: Keeping = Keeping()
 
 
 class Gate:
@@ -160,6 +175,7 @@ class Sampling:
         self._pieces = deque(self._to_read())
         self._ahead = list(self._pieces)
         self._places, self._place_free = job.ring_pieces, Gate()
+        self._brought: dict[int, Gate] = {}
         self._ends: list[float] = []
 
     def run(self) -> list[float]:
@@ -219,11 +235,11 @@ class Sampling:
     def _decoded_by_now(self) -> float:
         return self._decoded + (self._events.now - self._decoding_since if self._decoding_since >= 0 else 0.0)
 
-    def _compute_block(self, used: Gate) -> Process:
+    def _compute_block(self, used: Gate, seconds: float) -> Process:
         begin, before = self._events.now, self._decoded_by_now()
         while True:
             lost = self.machine.decode_share * (self._decoded_by_now() - before)
-            left = self.job.compute_seconds + lost - (self._events.now - begin)
+            left = seconds + lost - (self._events.now - begin)
             if left < EPSILON:
                 break
             yield left
@@ -270,9 +286,9 @@ class Sampling:
             self._submit()
         computed: deque[Gate] = deque(maxlen=2)
         k = 0
-        for _ in range(self.steps):
+        for step in range(self.steps):
             yield machine.step_seconds
-            for way in job.ways:
+            for index, way in enumerate(job.ways):
                 if len(computed) == 2:
                     yield computed[0]
                 used, passes = Gate(), way is not Way.STAYS or job.decode_seconds > 0
@@ -281,12 +297,35 @@ class Sampling:
                     self._compute.issue(self._wait(self._filled[k]))
                     used = self._used[k]
                     k += 1
-                computed.append(self._compute.issue(self._compute_block(used)))
+                makes = (self.first and step == 0) or index < job.keeping.remade
+                if not makes:
+                    self._want_kept(index, computed)
+                seconds = job.compute_seconds + makes * job.keeping.make_seconds
+                computed.append(self._compute.issue(self._compute_block(used, seconds)))
+                if makes and index in job.keeping.host:
+                    self._copies.issue(self._wait(computed[-1]))
+                    self._copies.issue(self._copy(job.keeping.nbytes))
                 yield machine.issue_seconds * job.branches
                 if passes:
                     self._submit()
             yield computed[-1]
             self._ends.append(self._events.now)
+
+    def _want_kept(self, index: int, computed: Sequence[Gate]) -> None:
+        """A block waits for what it made once; that of the next one follows it (`streaming/kept_tensors.py`)."""
+        host = self.job.keeping.host
+        if index in host:
+            brought = self._brought.pop(index) if index in self._brought else self._bring(computed)
+            self._compute.issue(self._wait(brought))
+        following = next((other for other in host if other > index), None)
+        if self.job.keeping.ahead and following is not None and following not in self._brought:
+            self._brought[following] = self._bring(computed)
+
+    def _bring(self, computed: Sequence[Gate]) -> Gate:
+        """Into a buffer that the blocks before may use."""
+        if computed:
+            self._copies.issue(self._wait(computed[-1]))
+        return self._copies.issue(self._copy(self.job.keeping.nbytes))
 
     def _submit(self) -> None:
         if self._next_fill < len(self._queue):
@@ -331,4 +370,11 @@ def job_of(footprint: TransformerFootprint, plan: MemoryPlan, speeds: Speeds) ->
         slots=max(1, plan.slots),
         ring_pieces=plan.ring,
         piece_bytes=min(PIECE_BYTES, footprint.stored_bytes),
+        keeping=Keeping(
+            footprint.kept_flops(plan.request) / speeds.flops / footprint.all_blocks,
+            plan.kept.remade,
+            plan.kept.block_bytes,
+            plan.kept.host,
+            plan.kept.ahead,
+        ),
     )

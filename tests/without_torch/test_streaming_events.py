@@ -10,7 +10,7 @@ from qwenimage_lowvram.engine.planning.forecast import Speeds, forecast_step
 from qwenimage_lowvram.engine.planning.memory import plan_memory
 from qwenimage_lowvram.engine.planning.overlap import Way, ways
 from qwenimage_lowvram.engine.planning.request import GIB, Limits, SamplingRequest
-from streaming_events import Job, Machine, first_seconds, job_of, machine_of, step_seconds
+from streaming_events import Job, Keeping, Machine, first_seconds, job_of, machine_of, step_seconds
 
 from .test_plan import REAL, REAL_INT8
 
@@ -103,6 +103,7 @@ def test_what_slots_and_the_ring_lose_is_in_the_forecast(slots: int, ring: int, 
 
 FAST = Machine(1e18, 1e18, 1e18, 1e18, decode_share=0.0, issue_seconds=0.0, step_seconds=0.0)
 JOB = Job((Way.HELD,) * 10, (1000,), 0.0, 1.0, branches=1, slots=2, ring_pieces=4, piece_bytes=250)
+STAYING = replace(JOB, ways=(Way.STAYS,) * 10)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +122,14 @@ JOB = Job((Way.HELD,) * 10, (1000,), 0.0, 1.0, branches=1, slots=2, ring_pieces=
         # one thread reads a piece in a second: with four there is a block in a second
         (replace(JOB, ways=(Way.READ,) * 10, compute_seconds=0.5), replace(FAST, reader_bytes=250.0), 10.0),
         (replace(JOB, ways=(Way.READ,) * 10, ring_pieces=2), replace(FAST, reader_bytes=250.0), 20.0),
+        (replace(JOB, keeping=Keeping(make_seconds=1.0, remade=4)), FAST, 14.0),
+        # the first block's is brought when it is asked for
+        (replace(STAYING, keeping=Keeping(nbytes=500, host=tuple(range(10)))), replace(FAST, bus_bytes=500.0), 11.0),
+        (
+            replace(STAYING, keeping=Keeping(nbytes=500, host=tuple(range(10)), ahead=False)),
+            replace(FAST, bus_bytes=500.0),
+            20.0,
+        ),
     ],
 )
 def test_the_model_by_hand(job: Job, machine: Machine, seconds: float) -> None:
@@ -132,3 +141,9 @@ def test_a_first_step_locks_and_reads_what_is_to_be_held() -> None:
     assert first_seconds(JOB, machine) == pytest.approx(10 * 2 + 1)
     assert first_seconds(JOB, replace(machine, lock_bytes=250.0)) == pytest.approx(10 * 4 + 2 + 1)
     assert step_seconds(JOB, replace(machine, lock_bytes=250.0)) == pytest.approx(10)
+
+
+def test_a_first_step_makes_what_is_kept() -> None:
+    keeping = Keeping(make_seconds=0.5, nbytes=500, host=(9,))
+    assert first_seconds(replace(JOB, keeping=keeping), FAST) == pytest.approx(15)
+    assert step_seconds(replace(JOB, keeping=keeping), FAST) == pytest.approx(10)
