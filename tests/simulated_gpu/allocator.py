@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .clocks import AccessLog, Site
+from .reserved import Piece, Reserved
 from .streams import Stream
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ class Allocation:
 
 class Allocator:
     """Counts what is allocated. `fail_at`: the how manieth allocation from now on finds no memory (from 1 on);
-    `limit_bytes`: what all cards together have. `requests_of`: how many allocations each stream has asked for."""
+    `limit_bytes`: what all cards together have. `requests_of`: how many allocations each stream has asked for.
+    `reserved`: what torch would have of the driver by now."""
 
     def __init__(self, gpu: "SimulatedGPU") -> None:
         self._gpu = gpu
@@ -44,6 +46,7 @@ class Allocator:
         self.allocated_bytes = self.peak_bytes = 0
         self.requests = self.new_blocks = 0
         self.requests_of: Counter[str] = Counter()
+        self.reserved = Reserved()
 
     def allocate(self, nbytes: int, stream: Stream, what: str, site: Site) -> Allocation:
         """Raises torch.OutOfMemoryError."""
@@ -59,7 +62,8 @@ class Allocator:
             memory = pool.pop() if pool else torch.empty(size, dtype=torch.uint8)
         allocation = Allocation(self._gpu, memory, stream, what, site)
         self._overwrite(memory, allocation.log, stream, "allocation", site)
-        weakref.finalize(allocation, self._give_back, memory, allocation.log, stream).atexit = False
+        piece = self.reserved.take(nbytes, stream.name)
+        weakref.finalize(allocation, self._give_back, memory, allocation.log, stream, piece).atexit = False
         return allocation
 
     def reset_peak(self) -> None:
@@ -75,8 +79,9 @@ class Allocator:
         if self.limit_bytes is not None and self.allocated_bytes + size > self.limit_bytes:
             raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size} bytes.")
 
-    def _give_back(self, memory: Tensor, log: AccessLog, stream: Stream) -> None:
+    def _give_back(self, memory: Tensor, log: AccessLog, stream: Stream, piece: Piece) -> None:
         with self._gpu.lock:
+            self.reserved.give_back(piece)
             self.allocated_bytes -= memory.nbytes
             self._overwrite(memory, log, stream, "given back", self._gpu.site())
             self._pools.setdefault((stream.name, memory.nbytes), []).append(memory)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from . import seams
 from .device import SimulatedGPU
 from .rig import Scenario, expected, findings
 from .tiny_models import TinyModels
@@ -66,3 +67,10 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _nothing_stays() -> Iterator[None]:
+    """Tests that come after these in the same process find torch as it was."""
+    yield
+    assert not seams.kept_stand_ins()

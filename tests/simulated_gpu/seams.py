@@ -2,9 +2,11 @@
 that looks for a driver past every mode. All else comes to it through Hardware. The only module that knows these names.
 """
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from types import FunctionType, ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
@@ -17,16 +19,22 @@ from qwenimage_lowvram.engine.streaming import BlockStore, FileSource, transfer
 from qwenimage_lowvram.engine.streaming.streams import StreamOrder
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils import _device as torch_device
 
 from .host_threads import Disk, OrderedLock
+from .reserved import Reserved
 from .tensors import DeviceTensor
 
 if TYPE_CHECKING:
     from .device import SimulatedGPU
 
 
+CARD, CARD_BYTES = "simulated card", 16 * 1024**3
+
+
 @contextmanager
 def installed(gpu: "SimulatedGPU") -> Iterator[None]:
+    torch_device._device_constructors()  # what torch remembers from its first use on: its own functions, not these
     with ExitStack() as stack:
         for owner, name, replacement in (*_engine(gpu), *_torch(gpu)):
             stack.enter_context(patch.object(owner, name, replacement))
@@ -70,11 +78,30 @@ def _torch(gpu: "SimulatedGPU") -> Iterator[tuple[Any, str, Any]]:
     yield torch, "tensor", tensor
     yield F, "scaled_dot_product_attention", attend
     yield torch.cuda, "_lazy_init", lambda: None
-    yield torch.cuda, "device", lambda device: nullcontext()
+    yield torch.cuda, "device", nullcontext  # which is a class, too
     allocator = gpu.allocator
     yield torch.cuda, "memory_allocated", lambda device=None: allocator.allocated_bytes
     yield torch.cuda, "max_memory_allocated", lambda device=None: allocator.peak_bytes
     yield torch.cuda, "reset_peak_memory_stats", lambda device=None: allocator.reset_peak()
+    yield torch.cuda, "memory_reserved", lambda device=None: allocator.reserved.nbytes
+    yield torch.cuda, "mem_get_info", lambda device=None: (CARD_BYTES - allocator.reserved.nbytes, CARD_BYTES)
+    yield torch.cuda, "memory_stats", lambda device=None: _memory_stats(allocator.reserved)
+    yield torch.cuda, "get_device_properties", lambda device=None: SimpleNamespace(name=CARD, total_memory=CARD_BYTES)
+
+
+def _memory_stats(reserved: Reserved) -> dict[str, int]:
+    return {"reserved_bytes.all.current": reserved.nbytes, "active_bytes.all.current": reserved.allocated_bytes}
+
+
+def kept_stand_ins() -> list[str]:
+    """Where a module holds what has stood in for a function of torch's: it was imported meanwhile."""
+    return [
+        f"{name}.{key}"
+        for name, module in list(sys.modules.items())
+        if isinstance(module, ModuleType)
+        for key, value in list(vars(module).items())
+        if type(value) is FunctionType and value.__module__ == __name__ and "<locals>" in value.__qualname__
+    ]
 
 
 def small_pieces(nbytes: int) -> AbstractContextManager[object]:

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils import _device as torch_device
 
+from . import seams
 from .device import SimulatedGPU
 from .schedules import SCHEDULES
 
@@ -172,3 +174,16 @@ def test_torch_is_as_before_when_the_gpu_has_gone() -> None:
     with SimulatedGPU("late"):
         assert torch.tensor is not before[0]
     assert [torch.tensor, F.scaled_dot_product_attention, ThreadPoolExecutor.submit] == before
+
+
+def test_torch_is_as_it_was_once_the_gpu_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch_device._device_constructors.cache_clear()  # as in a process that has made nothing on "meta" yet
+    with SimulatedGPU():
+        with torch.device("meta"):
+            assert torch.tensor([1.0]).is_meta
+        stand_in = F.scaled_dot_product_attention
+    with torch.device("meta"):
+        assert torch.tensor([1.0]).is_meta
+    assert seams.kept_stand_ins() == []
+    monkeypatch.setattr(torch_device, "attention", stand_in, raising=False)  # as one that was imported within it
+    assert seams.kept_stand_ins() == ["torch.utils._device.attention"]

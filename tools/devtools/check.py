@@ -16,7 +16,6 @@ from .prepare import Prepared, child_environment
 WORKERS = 2  # of pytest: each takes up to 7 GB
 STATIC = (["ruff", "check"], ["ruff", "format", "--check"], ["mypy"])
 WITHOUT_TORCH = "tests/without_torch"
-SIMULATED_GPU = "tests/simulated_gpu"  # stands in for torch's functions: other packages keep what they saw of it
 QUICK = ["-m", "not slow and not comfyui"]
 
 
@@ -26,7 +25,7 @@ def run_checks(prepared: Prepared, pytest_arguments: Sequence[str], *, fast: boo
     if not fast and not pytest_arguments:  # a person who names some tests wants those
         failed = [overlay.name for overlay in OVERLAYS if _run_over(overlay, prepared)]
     failed += run_lint(prepared)
-    *first, last = _fast_tests(pytest_arguments) if fast else _all_tests(pytest_arguments)
+    *first, last = _fast_tests(pytest_arguments) if fast else [["pytest", *(pytest_arguments or _parallel())]]
     failed += [" ".join(command) for command in first if _run(prepared, command)]
     if failed:
         print(f"Not passed: {', '.join(failed)}")
@@ -36,14 +35,6 @@ def run_checks(prepared: Prepared, pytest_arguments: Sequence[str], *, fast: boo
 def run_lint(prepared: Prepared) -> list[str]:
     """Lint, format and types; returns the commands that did not pass."""
     return [" ".join(command) for command in STATIC if _run(prepared, command)]
-
-
-def _all_tests(pytest_arguments: Sequence[str]) -> list[list[str]]:
-    """pytest's command lines: the simulated GPU's tests have processes of their own; or what the person names."""
-    if pytest_arguments:
-        return [["pytest", *pytest_arguments]]
-    parallel = ["pytest", *_parallel()]
-    return [[*parallel, SIMULATED_GPU], [*parallel, "--ignore", SIMULATED_GPU]]
 
 
 def _fast_tests(pytest_arguments: Sequence[str]) -> list[list[str]]:
