@@ -56,6 +56,12 @@ class TransformerFootprint(ABC):
         return self.slot_bytes if self.native else self.stored_bytes
 
     @property
+    def modulation_slots_bytes(self) -> int:
+        """Of the two that the weights of modulation pass through before the first step, in one allocation: one of a
+        block has its memory afterwards."""
+        return max(2 * self.modulation_slot_bytes, self.slot_bytes) if self.modulation_slot_bytes else 0
+
+    @property
     def row_bytes(self) -> int:
         """Of what is computed beforehand for one timestep, in all blocks."""
         return 0

@@ -7,10 +7,10 @@ until the device has done all of the step before.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..hardware import Hardware
+from .device_buffers import new_buffers
 from .pinned_memory import HostBuffer
 from .streams import Mark, StreamOrder
 
@@ -58,8 +58,7 @@ class RowSlots:
             self._slots.clear()
 
     def _new_slot(self, row: HostBuffer) -> _Slot:
-        with torch.inference_mode(False):  # nodes run in inference mode; other threads may not write to what it made
-            data = torch.empty(len(row.data), dtype=torch.uint8, device=self._hardware.device)
+        (data,) = new_buffers(self._hardware.device, len(row.data))
         slot = _Slot(data, self._order.mark(), self._order.mark())
         self._slots.append(slot)
         return slot

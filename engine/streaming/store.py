@@ -1,7 +1,7 @@
 """The blocks of one model in three tiers: on the device, in host memory, in the file; and the way into a slot."""
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -162,9 +162,16 @@ class BlockStore:
         """Whether the next fetch of a block goes to its file."""
         return self._tiers.reads_file(index)
 
-    def new_slot(self) -> tuple[Tensor, nn.Module]:
-        """A buffer on the device, large enough for any block, and a module whose parameters lie in it."""
-        return self._tiers.new_slot()
+    def new_slots(self, count: int = 1, least_bytes: int = 0) -> list[tuple[Tensor, nn.Module]]:
+        """Buffers on the device in one allocation of `least_bytes` or more, each large enough for any block, with a
+        module whose parameters lie in it."""
+        return self._tiers.new_slots(count, least_bytes)
+
+    def make_decoding_room(self, indices: Collection[int]) -> None:
+        """Take from the device, on the stream that is current, what these blocks are decoded in; until `end_run`."""
+        with self._lock:
+            staging = any(self._tiers.encoded(i) is None and not self.blocks[i].native for i in indices)
+            self._transfer.make_decoding_room(staging=staging)
 
     def set_resident(self, indices: Iterable[int], *, on_block: Callable[[int], None] | None = None) -> None:
         """Hold exactly these blocks on the device; what is already there is not read again.

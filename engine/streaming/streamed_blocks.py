@@ -118,14 +118,17 @@ class StreamedBlocks:
         }
 
     @contextmanager
-    def visit(self, slots: int, on_block: OnBlock | None = None) -> Iterator[Iterator[tuple[int, nn.Module]]]:
+    def visit(
+        self, slots: int, on_block: OnBlock | None = None, *, together_bytes: int | None = None
+    ) -> Iterator[Iterator[tuple[int, nn.Module]]]:
         """`with blocks.visit(2) as visited: for index, block in visited: ...`: each block once, in order, valid until
         the next is asked for.
 
-        `on_block` is called before each block with its index, and may raise.
+        `on_block` is called before each block with its index, and may raise. `together_bytes`: of the slots, as
+        BlockStreamer has it.
         """
         try:
-            with BlockStreamer(self._store, slots=slots) as streamer:
+            with BlockStreamer(self._store, slots=slots, together_bytes=together_bytes) as streamer:
                 visited = _announced(streamer, on_block)
                 try:
                     yield visited

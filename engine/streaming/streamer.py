@@ -65,9 +65,11 @@ class BlockStreamer:
         ring: int = RING_PIECES,
         blocks: range | None = None,
         pace: Pace | None = None,
+        together_bytes: int | None = None,
     ) -> None:
         """`ring`: pieces of host memory that blocks pass through. `blocks`: those that are visited; all of them if not
-        given. `pace`: that of several streamers which take turns in one pass."""
+        given. `pace`: that of several streamers which take turns in one pass. `together_bytes`: all
+        slots lie in one allocation of at least so many, which a larger slot of another store finds free afterwards."""
         self._store = store
         self._blocks = range(len(store.blocks)) if blocks is None else blocks
         self._order = store.order
@@ -81,6 +83,7 @@ class BlockStreamer:
         self._waits = Waits()
         self._moments: list[tuple[int, bool, Any, Any]] = []
         self._pace = pace or Pace()
+        self._together_bytes = together_bytes
 
     @property
     def hardware(self) -> Hardware:
@@ -156,9 +159,12 @@ class BlockStreamer:
             return
         self._discard()
         self._queue = ()  # until its slots exist: memory may run out, and the next pass begins here again
-        while len(self._free) < min(max(1, self._count), len(queue)):
-            buffer, module = store.new_slot()
-            self._free.append(_Slot(buffer, module, self._order.mark(), self._order.mark()))
+        while missing := max(0, min(max(1, self._count), len(queue)) - len(self._free)):
+            together = self._together_bytes
+            for buffer, module in store.new_slots() if together is None else store.new_slots(missing, together):
+                self._free.append(_Slot(buffer, module, self._order.mark(), self._order.mark()))
+        if queue:
+            store.make_decoding_room(queue)  # behind the slots: it would have a part of what one of them finds free
         self._order.after_compute()
         self._queue = queue
         if queue and self._reader is None and store.hardware.prefetch:

@@ -91,13 +91,16 @@ class Tiers:
             found.append(Passing(index, self.blocks[index].raw.nbytes, held, room))
         return found
 
-    def new_slot(self) -> tuple[Tensor, nn.Module]:
-        """A buffer on the device, large enough for any block, and a module whose parameters lie in it."""
-        buffer = self._transfer.new_buffer(self._transfer.sizes.slot_bytes)
-        with torch.inference_mode(False):
-            module = self._make_block()
-            bind(module, self.blocks[0].slot.views(buffer))
-        return buffer, module
+    def new_slots(self, count: int = 1, least_bytes: int = 0) -> list[tuple[Tensor, nn.Module]]:
+        """As the store has it."""
+        slot_bytes, slots = self._transfer.sizes.slot_bytes, []
+        *buffers, _ = self._transfer.new_buffers(*[slot_bytes] * count, max(0, least_bytes - count * slot_bytes))
+        for buffer in buffers:
+            with torch.inference_mode(False):
+                module = self._make_block()
+                bind(module, self.blocks[0].slot.views(buffer))
+            slots.append((buffer, module))
+        return slots
 
     def set_resident(self, indices: Iterable[int], on_block: Callable[[int], None] | None) -> None:
         wanted = set(indices)
@@ -138,13 +141,13 @@ class Tiers:
     def _load(self, index: int) -> None:
         block, held = self.blocks[index], self._held.get(index)
         if block.native:
-            slot, module = self.new_slot()
+            ((slot, module),) = self.new_slots()
             self._order.after_compute()
             with torch.no_grad(), self._order.copying():
                 self._transfer.fill(index, block, held, slot)
             self._ready[index] = module
             return
-        buffer = self._transfer.new_buffer(block.raw.nbytes)
+        (buffer,) = self._transfer.new_buffers(block.raw.nbytes)
         self._order.after_compute()
         with torch.no_grad(), self._order.copying():
             self._transfer.bring(index, block, held, buffer)

@@ -5,7 +5,6 @@ from concurrent.futures import Future
 from dataclasses import astuple, dataclass
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from ..hardware import Hardware
@@ -13,6 +12,7 @@ from ..planning.overlap import PIECE_BYTES, RING_PIECES
 from .block_layout import StoredBlock
 from .block_source import BlockSource
 from .decode_costs import DecodeCost, decode_cost
+from .device_buffers import new_buffers
 from .pinned_memory import HostBuffer, PinnedMemory
 from .ring import Passing, Ring
 from .rooms import Room, Rooms
@@ -103,11 +103,22 @@ class Transfer:
         self.source, self.sizes = source, sizes
         self._ring = Ring(source, sizes, self._order, self._hardware, self._host, self.clock)
 
-    def new_buffer(self, nbytes: int) -> Tensor:
-        """On the device."""
-        # nodes run in inference mode, and a reader thread may not write to what was made there
-        with torch.inference_mode(False):
-            return torch.empty(nbytes, dtype=torch.uint8, device=self._hardware.device)
+    def new_buffers(self, *sizes: int) -> list[Tensor]:
+        """On the device, of so many bytes, in one allocation."""
+        return new_buffers(self._hardware.device, *sizes)
+
+    def make_decoding_room(self, *, staging: bool) -> None:
+        """Take scratch, and `staging` where blocks come encoded, from the stream that is current, in one allocation,
+        unless that is there; until `end_run`.
+
+        Taken on the copy stream, when the first block is decoded, it would lie in a pool of its own, and nothing else
+        could have its memory afterwards.
+        """
+        if self._scratch is None and self._staging is None:
+            sizes = self.sizes.scratch_bytes, self.sizes.staging_bytes if staging else 0
+            if any(sizes):
+                self._scratch, staged = self.new_buffers(*sizes)
+                self._staging = staged if staging else None
 
     def decode(self, block: StoredBlock, encoded: Tensor, slot: Tensor) -> None:
         """A block whose raw bytes lie on the device."""
@@ -226,12 +237,12 @@ class Transfer:
 
     def _staging_buffer(self) -> Tensor:
         if self._staging is None:
-            self._staging = self.new_buffer(self.sizes.staging_bytes)
+            (self._staging,) = self.new_buffers(self.sizes.staging_bytes)
         return self._staging
 
     def _scratch_buffer(self) -> Tensor:
         if self._scratch is None:
-            self._scratch = self.new_buffer(self.sizes.scratch_bytes)
+            (self._scratch,) = self.new_buffers(self.sizes.scratch_bytes)
         return self._scratch
 
 

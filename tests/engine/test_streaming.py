@@ -375,14 +375,14 @@ def test_a_pass_that_found_no_memory_for_its_slots_is_followed_by_a_whole_one(
     store = make_store(file, hardware)
     most = range(BLOCKS - 1)
     store.set_resident(most)
-    new_slot, after_compute = store.new_slot, store.order.after_compute
+    new_slots, after_compute = store.new_slots, store.order.after_compute
     calls: list[str] = []
 
-    def scarce() -> tuple[Tensor, nn.Module]:
+    def scarce() -> list[tuple[Tensor, nn.Module]]:
         calls.append("slot")
         if calls.count("slot") == fails_at:
             raise torch.OutOfMemoryError("out of memory")
-        return new_slot()
+        return new_slots()
 
     def noted() -> None:
         calls.append("after compute")
@@ -392,7 +392,7 @@ def test_a_pass_that_found_no_memory_for_its_slots_is_followed_by_a_whole_one(
         one_pass(streamer, expected, more=True)
         store.set_resident([0])
         with monkeypatch.context() as change:
-            change.setattr(store, "new_slot", scarce)
+            change.setattr(store, "new_slots", scarce)
             change.setattr(store.order, "after_compute", noted)
             with pytest.raises(torch.OutOfMemoryError):
                 next(streamer.visit())
@@ -400,7 +400,7 @@ def test_a_pass_that_found_no_memory_for_its_slots_is_followed_by_a_whole_one(
             if back:
                 change.undo()
                 store.set_resident(most)
-                change.setattr(store, "new_slot", scarce)
+                change.setattr(store, "new_slots", scarce)
                 change.setattr(store.order, "after_compute", noted)
             one_pass(streamer, expected, more=True)
             one_pass(streamer, expected)

@@ -3,6 +3,8 @@
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,8 @@ from qwenimage_lowvram.engine.lora.weight_patches import lora_patches
 from qwenimage_lowvram.engine.models.qwen_image.branch import Branch
 from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
 from qwenimage_lowvram.engine.models.qwen_image_21.transformer import QwenImage21Transformer
+from qwenimage_lowvram.engine.planning.forecast import Speeds
+from qwenimage_lowvram.engine.runs.known_speeds import KnownSpeeds
 from torch import Tensor
 
 from . import seams
@@ -61,7 +65,14 @@ class Rig:
         stack = [(match(open_lora(self.models.file(name)), model.weights), strength) for name, strength in lora]
         model.patch(lora_patches(stack))
 
-    def branches(self, timestep: float, *, residuals: bool = False, prompts: int = 1) -> list[Branch]:
+    def branches(
+        self,
+        timestep: float,
+        *,
+        residuals: bool = False,
+        prompts: int = 1,
+        image_shape: tuple[int, int, int] = IMAGE,
+    ) -> list[Branch]:
         """Prompts for one image."""
         generator = torch.Generator().manual_seed(int(timestep * 1000))
         device = self.hardware.device
@@ -69,14 +80,15 @@ class Rig:
         def draw(*shape: int) -> Tensor:
             return torch.randn(1, *shape, generator=generator).to(torch.bfloat16).to(device)
 
-        tokens = IMAGE[0] * IMAGE[1] * IMAGE[2]
+        tokens = prod(image_shape)
         image = draw(tokens, 64)
         added: tuple[Any, ...] = ()
         if residuals:  # of two ControlNets, one for the first blocks alone; references get none
             n = tokens - 2
             added = ([draw(n, DIM) for _ in range(LAYERS)], [None, draw(n, DIM)])
         return [
-            Branch(image, (IMAGE,), draw(n, TEXT_DIM), None, timestep, residuals=added) for n in PROMPT_TOKENS[:prompts]
+            Branch(image, (image_shape,), draw(n, TEXT_DIM), None, timestep, residuals=added)
+            for n in PROMPT_TOKENS[:prompts]
         ]
 
 
@@ -91,6 +103,13 @@ def finish(model: QwenImageTransformer) -> None:
     model.unload()
     model.store.set_held(())
     model.modulation.forget()  # its rows are page-locked
+
+
+def known(rig: Rig, speeds: Speeds) -> KnownSpeeds:
+    """What is thought of the machine, before it is measured."""
+    found = KnownSpeeds(rig.hardware, torch.bfloat16, Path("/"), file=None, device_name="simulated")
+    found.put(speeds)
+    return found
 
 
 def expected(scenario: Scenario, models: TinyModels) -> list[Tensor]:

@@ -26,6 +26,7 @@ def card_of(gpu: SimulatedGPU, **changes: Any) -> Card:
         gpu.page_locks.lock,
         gpu.page_locks.unlock,
         address,
+        reserved=lambda: gpu.allocator.reserved.nbytes,
         size=8,
         turns=3,
         real=False,

@@ -4,7 +4,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,7 +29,7 @@ from qwenimage_lowvram.engine.runs.timeline import Timeline
 
 from .costs import Rates
 from .device import SimulatedGPU
-from .rig import IMAGE, PROMPT_TOKENS, Rig, finish
+from .rig import IMAGE, PROMPT_TOKENS, Rig, finish, known
 from .tiny_models import LAYERS, TinyModels
 
 pytestmark = pytest.mark.slow
@@ -77,12 +76,6 @@ def sample(
     finally:
         report = run.end(finished=finished)
     return report
-
-
-def known(rig: Rig, speeds: Speeds) -> KnownSpeeds:
-    found = KnownSpeeds(rig.hardware, torch.bfloat16, Path("/"), file=None, device_name="simulated")
-    found.put(speeds)
-    return found
 
 
 def step_seconds(models: TinyModels, rates: Rates) -> tuple[float, float]:

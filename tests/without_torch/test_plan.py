@@ -571,7 +571,7 @@ def test_attention_that_makes_scores_is_planned_and_named() -> None:
     made = plan_memory(replace(REAL, attention=SCORES), request, limits)
     assert (fused.attention, made.attention) == ("pytorch", "pytorch in chunks of 1481 queries of 1 head")
     assert "attention" not in repr(fused)
-    assert ", attention native in chunks of 1481 queries of 1 head;" in repr(made)
+    assert ", attention pytorch in chunks of 1481 queries of 1 head;" in repr(made)
     for chunk in MLP_CHUNKS:
         more = replace(REAL, attention=SCORES).activation_bytes(request, chunk) - REAL.activation_bytes(request, chunk)
         assert 0 <= more <= SCORES_AT_A_TIME_BYTES

@@ -22,6 +22,21 @@ def memory_goes_back_to_the_pool_of_its_stream(card: Card) -> tuple[bool, dict[s
     return address == again != other, {"allocator": torch.cuda.get_allocator_backend() if card.real else None}
 
 
+def free_memory_is_cut_up_and_put_together_again(card: Card) -> tuple[bool, dict[str, Any]]:
+    """For smaller requests of its stream, and for larger ones once its parts are free."""
+    card.forget()
+    whole = _new(card, 3)
+    before = card.reserved()
+    del whole
+    parts = [_new(card) for _ in range(3)]
+    seen = {"before": before, "cut_up": card.reserved()}
+    del parts
+    whole = _new(card, 3)
+    seen["together"] = card.reserved()
+    del whole
+    return len(set(seen.values())) == 1, seen
+
+
 def memory_is_handed_out_again_while_another_stream_reads_it(card: Card) -> tuple[bool, dict[str, Any]]:
     """At the last reference, as nothing calls record_stream."""
     return _reused(card, record=False) == (True, False), {}
@@ -98,6 +113,7 @@ def torch_keeps_to_the_share_that_it_is_given(card: Card) -> tuple[bool, dict[st
 
 ALLOCATOR = (
     memory_goes_back_to_the_pool_of_its_stream,
+    free_memory_is_cut_up_and_put_together_again,
     memory_is_handed_out_again_while_another_stream_reads_it,
     record_stream_keeps_memory_until_that_stream_is_done,
     a_refused_page_lock_is_reported_once_more_by_the_next_kernel,
@@ -106,8 +122,8 @@ ALLOCATOR = (
 )
 
 
-def _new(card: Card) -> Tensor:
-    return torch.empty(NBYTES, dtype=torch.uint8, device=card.device)
+def _new(card: Card, parts: int = 1) -> Tensor:
+    return torch.empty(parts * NBYTES, dtype=torch.uint8, device=card.device)
 
 
 def _real_only(card: Card) -> None:

@@ -20,7 +20,8 @@ class NotTried(Exception):
 @dataclass
 class Card:
     """torch: torch.cuda, or what stands for it. lock, unlock: of a host tensor's pages; lock says whether it was done.
-    address: of a tensor's first byte on the card. forget: gives memory that is kept unused back to the driver.
+    address: of a tensor's first byte on the card. reserved: bytes of it that torch has of the driver. forget: gives
+    memory that is kept unused back to that.
     size, turns: of matrix products that keep it busy for BUSY_SECONDS.
     """
 
@@ -29,6 +30,7 @@ class Card:
     lock: Callable[[Tensor], bool]
     unlock: Callable[[Tensor], object]
     address: Callable[[Tensor], int]
+    reserved: Callable[[], int]
     forget: Callable[[], None] = lambda: None
     size: int = 4096
     turns: int = 1
@@ -48,6 +50,7 @@ class Card:
             lock,
             unlock=lambda data: cudart.cudaHostUnregister(data.data_ptr()),
             address=lambda tensor: tensor.data_ptr(),
+            reserved=lambda: torch.cuda.memory_reserved(device),
             forget=torch.cuda.empty_cache,
         )
         card.calibrate()

@@ -71,7 +71,7 @@ def _opened(checkpoint: Checkpoint, device: torch.device) -> tuple[nn.Module, We
     assert parts.modulation_store is not None
     for store in (parts.store, parts.modulation_store):
         for index, block in enumerate(weights):
-            buffer, module = store.new_slot()
+            ((buffer, module),) = store.new_slots()
             store.order.after_compute()
             store.fetch_into(index, buffer)
             store.order.finish()

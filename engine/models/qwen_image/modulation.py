@@ -60,12 +60,14 @@ class ModulationTable(VisitsBlocks):
     while a row is used, the next announced one is brought to the device.
     """
 
-    def __init__(self, store: BlockStore, embed: Callable[[float, int], Tensor]) -> None:
+    def __init__(self, store: BlockStore, embed: Callable[[float, int], Tensor], *, slot_bytes: int = 0) -> None:
         """`store` streams the modulation weights (img_mod, txt_mod per block); `embed` maps a timestep in 0..1 and the
-        index of the additional condition to their embedding (rows, dim) on the device."""
+        index of the additional condition to their embedding (rows, dim) on the device. `slot_bytes`: of the blocks that
+        come after an announcement, one of which is to have the memory that it was computed in."""
         self._store = store
         self._blocks = StreamedBlocks(store)
         self._embed = embed
+        self._slot_bytes = slot_bytes
         self._rows: dict[Moment, HostBuffer] = {}
         self._layout: _RowLayout | None = None
         self._announced: dict[Moment, Moment | None] = {}  # with what comes after each
@@ -85,7 +87,8 @@ class ModulationTable(VisitsBlocks):
         moments = list(dict.fromkeys((t, 0) for t in timesteps))
         self._announced = dict(zip(moments, [*moments[1:], None], strict=True))
         self._forget_others(SPARE_ROWS)
-        self._compute([moment for moment in moments if moment not in self._rows], slots, on_block)
+        missing = [moment for moment in moments if moment not in self._rows]
+        self._compute(missing, slots, on_block, self._slot_bytes)
 
     def row(self, timestep: float, additional_t_cond: int = 0, *, on_block: OnBlock | None = None) -> ModulationRow:
         """The row of one moment, as `rows` has it."""
@@ -116,14 +119,20 @@ class ModulationTable(VisitsBlocks):
         """Give back the rows on the device; they stay in host memory."""
         self._on_device.leave_device()
 
-    def _compute(self, missing: Sequence[Moment], slots: int, on_block: OnBlock | None) -> None:
+    def _compute(
+        self,
+        missing: Sequence[Moment],
+        slots: int,
+        on_block: OnBlock | None,
+        together_bytes: int | None = None,
+    ) -> None:
         if not missing:
             return
         rows: list[HostBuffer] = []
         embedded = [self._embed(*moment) for moment in missing]
         done = self._store.order.mark()
         try:
-            with self._blocks.visit(slots, on_block) as blocks:
+            with self._blocks.visit(slots, on_block, together_bytes=together_bytes) as blocks:
                 for index, block in blocks:
                     for i, temb in enumerate(embedded):
                         img, txt = block.img_mod(temb), block.txt_mod(temb[:1])

@@ -71,7 +71,7 @@ class QwenImageTransformer(StreamedTransformer[Branch, BranchState]):
         self.positions = positions
         self._embed = _TimestepEmbedding(self.outside, hardware.device, self.dtype, rounding, self.config)
         assert parts.modulation_store is not None
-        self.modulation = ModulationTable(parts.modulation_store, self._embed)
+        self.modulation = ModulationTable(parts.modulation_store, self._embed, slot_bytes=parts.store.slot_bytes)
         layered, embed = self.config.use_layer3d_rope, self.outside.pos_embed
         self._rotary = RotaryTables(
             lambda shapes, places, length: branch_tables(embed, shapes, places, length, positions, layered=layered),
