@@ -102,6 +102,15 @@ def test_it_is_asked_for_an_edit(pipeline: Any) -> None:
     assert made.shape == (SIDE_PX, SIDE_PX, 4)
 
 
+def test_the_score_is_told_of_captions_edits_and_transparent_backgrounds(folder: Path, tmp_path: Path) -> None:
+    script, sheet = REPOSITORY / "tools" / "miniature" / "evaluate_21.py", tmp_path / "sheet.png"
+    command = [sys.executable, script, folder, "--count", "16", "--steps", "1", "--cfg", "1", "--sheet", sheet]
+    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    groups = {" ".join(line.split(" {")[0].split()) for line in told.splitlines() if " {" in line}
+    assert {"draw held out", "draw transparent", "edit held out", "edit transparent"} <= groups
+    assert Image.open(sheet).width == 16 * SIDE_PX
+
+
 def test_steps_of_training_lower_the_error_of_a_batch(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = build_transformer()

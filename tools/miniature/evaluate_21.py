@@ -69,7 +69,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     start = time.monotonic()
-    pipeline = open_with_diffusers(arguments.folder, least_px=LEAST_PX)
+    pipeline = open_with_diffusers(arguments.folder, least_px=LEAST_PX).to(torch.float32)
     settings = {"steps": arguments.steps, "cfg": arguments.cfg}
     verdicts, names, rows = [], [], []
     for i, (language, text, scene) in enumerate(asked_captions(arguments.count)):
