@@ -9,7 +9,7 @@ Lightning's 8 without guidance; prompts have 512 tokens, the text encoder is in 
 Turbo 8, without guidance; an edit is shown one image of a megapixel. From RAM: as many blocks are held as the machine
 has memory for; from disk: within 2 GiB of it, so that blocks are read at every step. Nothing is in the system's file
 cache. `first`, `seed` and `prompt` are seconds of the first image, and of one with another seed or prompt after it;
-looking at an image to change is not counted, nor what blocks make anew of another prompt.
+another prompt is about the same image to change. Looking at that is not counted.
 
 `twice`: the same machine, format and ring, but all weights of the transformer, modulation included, pass through the
 card once for each branch of a step, twice where there is guidance, and none stays there: an image with another seed.

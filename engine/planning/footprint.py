@@ -79,6 +79,10 @@ class TransformerFootprint(ABC):
         """Operations, in all blocks, of what `kept_block_bytes` are made by; not among those of a step."""
         return 0.0
 
+    def kept_again_flops(self, request: SamplingRequest) -> float:
+        """Of them, those for other prompts about the same images."""
+        return 0.0
+
     @abstractmethod
     def activation_bytes(self, request: SamplingRequest, chunk: int | None) -> int:
         """Peak of a forward pass beyond weights; `chunk`: tokens of an MLP at a time, None for all at once."""

@@ -145,7 +145,8 @@ class ImageModels:
 
 @dataclass(frozen=True)
 class ImagePlan:
-    """The stages of an image under given limits. prompt_seconds: of an image with another prompt, after the first."""
+    """The stages of an image under given limits. prompt_seconds: of an image with another prompt about the
+    same images, after the first."""
 
     request: ImageRequest
     sampling: MemoryPlan
@@ -246,7 +247,11 @@ def plan_image(models: ImageModels, request: ImageRequest, limits: Limits, speed
         ),
     )
     again = sum(stage.again_seconds or 0.0 for stage in stages)
-    return ImagePlan(request, sampling, tiles, stages, again + loading_again - loading + (encoding.seconds or 0.0))
+    # what blocks keep of the prompt is made anew in the first step; those that make it in every step are counted there
+    made = 1 - sampling.kept.remade / max(1, sampling.kept.blocks)
+    anew = made * models.transformer.kept_again_flops(request.sampling) / speeds.flops
+    another = again + loading_again - loading + (encoding.seconds or 0.0) + anew
+    return ImagePlan(request, sampling, tiles, stages, another)
 
 
 def _staying(footprint: TransformerFootprint, plan: MemoryPlan, room: int) -> int:

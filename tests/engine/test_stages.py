@@ -9,6 +9,7 @@ from pathlib import Path
 
 import full_size
 import pytest
+import simulated_cards
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,6 +17,7 @@ from live_bytes import LiveBytes
 from qwenimage_lowvram.engine.errors import DoesNotFit, InvalidRequest
 from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
+from qwenimage_lowvram.engine.models.families import QWEN_IMAGE_21
 from qwenimage_lowvram.engine.models.qwen25_vl.text_encoder import TextEncoder
 from qwenimage_lowvram.engine.models.qwen_image.costs import PROMPT_SIZES
 from qwenimage_lowvram.engine.models.qwen_image.network import QwenImageParts
@@ -151,6 +153,20 @@ def test_the_next_image_takes_what_is_not_there_any_more(models: dict[torch.dtyp
     roomy = plan_image(models[FP8], REQUEST, Limits(40 * GIB), slow)
     assert roomy.again_seconds < issued
     assert roomy.prompt_seconds == pytest.approx(encoded, abs=issued)
+
+
+def test_another_prompt_makes_its_part_of_what_blocks_keep() -> None:
+    """Of Qwen-Image-2.1: what they keep of an image to change stays; a slow card tells."""
+    sizes = simulated_cards.models("int8_convrot", torch.bfloat16, QWEN_IMAGE_21)
+    slow = Speeds(flops=1e10, bus_bytes=1e15, disk_bytes=1e15)
+    request = replace(REQUEST, width=1024, height=1024, guided=False, references=1, prompts=QWEN_IMAGE_21.prompts)
+    plan = plan_image(sizes, request, Limits(40 * GIB), slow)
+    tokens, before = 60 + 8 + 6, 4096
+    anew = 32 * 2 * tokens * (4 * 4096**2 + 3 * 4096 * 12288 + 2 * 4096 * (before + tokens)) / 1e10
+    encoding = plan.stage(Stage.ENCODE).seconds
+    assert encoding is not None
+    assert plan.sampling.kept.remade == 0
+    assert plan.prompt_seconds - plan.again_seconds - encoding == pytest.approx(anew, rel=0.01)
 
 
 @pytest.mark.parametrize("size", [(1024, 1024), (1328, 1328)])

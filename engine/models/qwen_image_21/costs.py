@@ -58,8 +58,13 @@ class QwenImage21Footprint(TransformerFootprint):
 
     def kept_flops(self, request: SamplingRequest) -> float:
         """Of all prompts and references, once."""
-        references, text = request.reference_tokens, request.prompt_tokens
-        return self._flops(references, references) + request.distinct_prompts * self._flops(text, references + text)
+        references = request.reference_tokens
+        return self._flops(references, references) + self.kept_again_flops(request)
+
+    def kept_again_flops(self, request: SamplingRequest) -> float:
+        """Of all prompts, once: the references stand before them."""
+        text = request.prompt_tokens
+        return request.distinct_prompts * self._flops(text, request.reference_tokens + text)
 
     def _flops(self, tokens: int, keys: int) -> float:
         dim = self.inner_dim
