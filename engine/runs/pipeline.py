@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from ..caches.prompt_cache import PromptCache
-from ..compute.attention_choice import AUTO, choose_attention
+from ..compute.attention_choice import AUTO, CHOICES, choose_attention
 from ..errors import InvalidRequest
 from ..files.checkpoint import Checkpoint
-from ..hardware import Hardware
+from ..hardware import FLOATS, Hardware
 from ..models.qwen_vl.image_prompts import ImagePrompt
 from ..planning.request import GIB
 from ..reports.image_report import ImageReport
@@ -68,6 +68,19 @@ class Pipeline:
         of_network: what the family's transformer takes beside these. Raises Unsupported for a kernel that does not work
         here.
         """
+        if dtype is not None and dtype not in FLOATS:
+            raise InvalidRequest(
+                "dtype is {dtype!r}; torch.bfloat16, torch.float16 or torch.float32 is needed, or None.",
+                code="run.wrong_dtype",
+                dtype=str(dtype),
+            )
+        if attention not in CHOICES:
+            raise InvalidRequest(
+                "attention is {attention!r}; it is one of {choices}.",
+                code="run.wrong_attention",
+                attention=str(attention),
+                choices=list(CHOICES),
+            )
         self._device = best_device() if device is None else torch.device(device)
         self._hardware = hardware = Hardware.detect(self._device)
         # the host has one memory, which both bound

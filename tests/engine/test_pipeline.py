@@ -140,6 +140,19 @@ def test_models_that_begin_with_an_image_are_refused(layered_pipeline: Path) -> 
         Pipeline.open(layered_pipeline)
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"dtype": "fp32"}, "dtype is 'fp32'; torch.bfloat16"),
+        ({"dtype": torch.float64}, "dtype is 'torch.float64'"),
+        ({"attention": "sage2"}, "attention is 'sage2'; it is one of auto, pytorch"),
+    ],
+)
+def test_settings_that_are_none_are_refused(small_pipeline: Path, settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(InvalidRequest, match=words):
+        opened(small_pipeline, **settings)
+
+
 def test_a_batch_is_its_images(small_pipeline: Path) -> None:
     pipeline = opened(small_pipeline)
     both = image(pipeline, 64, 64, batch=2)
