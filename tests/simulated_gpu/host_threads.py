@@ -3,6 +3,7 @@
 import itertools
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
@@ -11,6 +12,8 @@ from typing import Any
 from unittest.mock import patch
 
 from .clocks import Clock
+
+LOOK_SECONDS = 0.01
 
 
 @dataclass
@@ -35,6 +38,30 @@ class HostThread:
         self.seconds = max(self.seconds, moment.seconds)
 
 
+@dataclass(eq=False)
+class Turn:
+    """Of a pool's task among those that were submitted before: it has passed when it has read, or will not.
+
+    task: its future, whose result is not to be kept alive here; gone when nobody will run it.
+    """
+
+    pool: list["Turn"]
+    task: "weakref.ref[Future[Any]] | None" = None
+    passed: bool = False
+
+    @property
+    def waits(self) -> bool:
+        """Whether one before it may still read."""
+        before = self.pool[: self.pool.index(self)]
+        return any(turn.may_read for turn in before)
+
+    @property
+    def may_read(self) -> bool:
+        task = None if self.task is None else self.task()
+        gone = self.task is not None and (task is None or task.cancelled())
+        return not self.passed and not gone
+
+
 @dataclass(frozen=True)
 class Moment:
     """What a thread or a stream knew at some time, which others can wait for."""
@@ -49,12 +76,19 @@ class HostThreads:
     def __init__(self) -> None:
         self._local = threading.local()
         self._numbers = itertools.count()
+        self.turns = threading.Condition()
 
     def here(self) -> HostThread:
         if not hasattr(self._local, "thread"):
             self._local.thread = HostThread(f"host {next(self._numbers)} ({threading.current_thread().name})")
         thread: HostThread = self._local.thread
         return thread
+
+    @property
+    def turn(self) -> Turn | None:
+        """Of the present thread's task."""
+        turn: Turn | None = getattr(self._local, "turn", None)
+        return turn
 
     @contextmanager
     def ordered_by_executors(
@@ -66,19 +100,23 @@ class HostThreads:
 
         def ordered_submit(pool: ThreadPoolExecutor, function: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
             begin, ends, delay = threads.here().now(), [], jitter()
+            turn = threads._next_turn(pool)
 
             def run() -> Any:
                 thread = threads.here()
+                threads._local.turn = turn
                 thread.join(begin)
                 time.sleep(delay)
                 try:
                     with entered():
                         return function(*args, **kwargs)
                 finally:
+                    threads._pass(turn)
                     ends.append(thread.now())
                     pool.__dict__.setdefault("_ends", []).append(ends[0])
 
             future = submit(pool, run)
+            turn.task = weakref.ref(future)
             future.__dict__["_ends"] = ends
             return future
 
@@ -104,24 +142,41 @@ class HostThreads:
         ):
             yield
 
+    def _next_turn(self, pool: Any) -> Turn:
+        with self.turns:
+            turns: list[Turn] = pool.__dict__.setdefault("_turns", [])
+            while turns and not turns[0].may_read:
+                del turns[0]
+            turns.append(Turn(turns))
+            return turns[-1]
+
+    def _pass(self, turn: Turn) -> None:
+        with self.turns:
+            turn.passed = True
+            self.turns.notify_all()
+
     def _join_all(self, owner: Any) -> None:
         for end in owner.__dict__.get("_ends", ()):
             self.here().join(end)
 
 
 class Disk:
-    """Reads of all threads, one after the other."""
+    """Reads of all threads, one after the other: those of one pool in the order of its tasks, as they are when their
+    threads are as fast as each other."""
 
     def __init__(self, threads: HostThreads) -> None:
-        self._lock = threading.Lock()
         self._threads = threads
         self._free_at = 0.0
 
     def read(self, seconds: float) -> None:
         """The present thread waits for one that takes so many simulated seconds."""
-        thread = self._threads.here()
-        with self._lock:
+        thread, turn = self._threads.here(), self._threads.turn
+        with self._threads.turns:
+            while turn is not None and not turn.passed and turn.waits:
+                self._threads.turns.wait(LOOK_SECONDS)  # nobody tells of a task that is cancelled
             self._free_at = thread.seconds = max(thread.seconds, self._free_at) + seconds
+        if turn is not None:
+            self._threads._pass(turn)
 
 
 class OrderedLock:
