@@ -36,7 +36,8 @@ class QwenImage21Footprint(TransformerFootprint):
         texts = request.distinct_prompts * text
         unit, rotary = self.inner_dim * self.element_bytes, self.head_dim * _ROTARY_BYTES
         carried = request.branches * image * (unit + rotary) + (references + texts) * (3 * unit + rotary)
-        carried += (request.branches * image + references) * _CHANNELS * self.element_bytes
+        # references as they came, and one after another
+        carried += (request.branches * image + 2 * references) * _CHANNELS * self.element_bytes
         carried += texts * (self.prompt_dim * self.element_bytes + references + text)  # and what each token sees
         widest = [self._image_bytes(image, references + text, chunk), self._prefix_bytes(text, references, chunk)]
         return carried + max(*widest, self._prefix_bytes(references, 0, chunk), self._text_bytes(text))
