@@ -50,7 +50,12 @@ class Copies:
             self._gpu.page_locks.device_accesses(out, stream, True, what)
             with torch.inference_mode(False):
                 to = out.view(out.size())
-            stream.issue(lambda: to.copy_(of), self._seconds(source))
+
+            def write() -> None:
+                with torch.inference_mode(to.is_inference()):  # which nobody else may write to
+                    to.copy_(of)
+
+            stream.issue(write, self._seconds(source))
             return
         stream.issue(lambda: None, self._seconds(source))
         stream.host_waits(what)

@@ -213,7 +213,7 @@ class SimulatedGPU:
         if self._stop_at_race and self.races:
             raise Race(self.races[0])
         call = Call(func, args, kwargs)
-        device = kwargs.get("device")
+        device = kwargs.get("device") or next((value for value in args if isinstance(value, torch.device)), None)
         target = torch.device(device) if device is not None else None
         if not any(isinstance(t, DeviceTensor) for t in call.tensors) and (target is None or target.type != "cuda"):
             return self._on_host(call)

@@ -95,15 +95,15 @@ class Operators:
         given = [t for t in call.tensors if isinstance(t, DeviceTensor)]
         if call.is_view:
             return view_of(given[0], call.func, call.args, call.kwargs)
-        device = given[0].device if given else torch.device(call.kwargs["device"])
+        device = torch.device(call.kwargs.get("device") or given[0].device)
+        if call.func in EMPTY:  # of a tensor that it is to be like, only the layout counts
+            return map_tensors_of(results_of(call.func, call.args, call.kwargs), self._gpu, device, call.name)
         self._require_one_device(call, device)
         stream = self._gpu.current_stream(device)
         if call.is_answer:
             return self._answer(call, given, stream)
         if call.writes:
             return self._in_place(call, stream)
-        if call.func in EMPTY:
-            return map_tensors_of(results_of(call.func, call.args, call.kwargs), self._gpu, device, call.name)
         return self._new(call, given, stream)
 
     def _require_one_device(self, call: Call, device: torch.device) -> None:

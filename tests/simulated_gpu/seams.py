@@ -79,6 +79,8 @@ def _torch(gpu: "SimulatedGPU") -> Iterator[tuple[Any, str, Any]]:
     yield F, "scaled_dot_product_attention", attend
     yield torch.cuda, "_lazy_init", lambda: None
     yield torch.cuda, "device", nullcontext  # which is a class, too
+    yield torch.cuda, "current_device", lambda: 0
+    yield torch.cuda, "set_device", lambda device: None
     allocator = gpu.allocator
     yield torch.cuda, "memory_allocated", lambda device=None: allocator.allocated_bytes
     yield torch.cuda, "max_memory_allocated", lambda device=None: allocator.peak_bytes

@@ -38,11 +38,11 @@ class TinyModels:
         }
 
     def open(self, kind: str) -> Checkpoint:
-        """The transformer in bf16, fp8, scaled fp8, int8, nf4 or GGUF."""
-        if kind == "bf16":
-            return open_checkpoint(self._bf16())
+        """The transformer in bf16, fp8, scaled fp8, int8, nf4 or GGUF; or its first two blocks in bf16."""
+        if kind in ("bf16", "two blocks"):
+            return open_checkpoint(self._saved(kind, LAYERS if kind == "bf16" else 2))
         if kind in REQUANTIZED:
-            weights = RequantizedWeights.of(open_checkpoint(self._bf16()), kind, self._folder)
+            weights = RequantizedWeights.of(open_checkpoint(self._saved("bf16", LAYERS)), kind, self._folder)
             assert weights is not None
             return weights.make(torch.device("cpu"))
         return open_checkpoint(self.file(kind))
@@ -62,17 +62,17 @@ class TinyModels:
         encoder.save_pretrained(self._folder / "text_encoder")
         return self._folder / "text_encoder"
 
-    def _bf16(self) -> Path:
-        folder = self._folder / "bf16"
+    def _saved(self, name: str, layers: int) -> Path:
+        folder = self._folder / name
         if not folder.exists():
-            self._model().save_pretrained(folder)
+            self._model(layers).save_pretrained(folder)
         return folder
 
     @cache  # noqa: B019
-    def _model(self) -> torch.nn.Module:
+    def _model(self, layers: int = LAYERS) -> torch.nn.Module:
         from small_checkpoint import make_transformer
 
-        model = make_transformer(layers=LAYERS, heads=HEADS, head_dim=HEAD_DIM, text_dim=TEXT_DIM)
+        model = make_transformer(layers=layers, heads=HEADS, head_dim=HEAD_DIM, text_dim=TEXT_DIM)
         return model.to(torch.bfloat16)
 
     @property
