@@ -131,6 +131,8 @@ class _QwenImage21(comfy.model_base.BaseModel):
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
         out = super().extra_conds(**kwargs)
         prompt, mask = kwargs["cross_attn"], kwargs.get("attention_mask")
+        if mask is not None and bool(mask.all()):
+            mask = None  # looked at once, before the run
         references = [self.process_latent_in(latent) for latent in kwargs.get("reference_latents") or ()]
         slots = tuple(kwargs.get(SLOTS_KEY) or ())
         out["c_crossattn"] = comfy.conds.CONDRegular(prompt)

@@ -107,6 +107,34 @@ def test_sample_takes_the_references_schedule_and_guidance(comfy: Any, file: Pat
     assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
 
 
+@pytest.mark.parametrize("hidden", [0, 3])
+def test_a_mask_is_looked_at_once_before_the_run(comfy: Any, file: Path, hidden: int, monkeypatch: Any) -> None:
+    """One that hides nothing is none; what another one holds is not asked for while the card computes."""
+    positive, negative = prompt(1, 1), prompt(2, 1)
+    model = model_of(file)
+    plain = ksampler(model, positive, negative, latent())
+    mask = torch.ones(1, positive[0][0].shape[1], dtype=torch.long)
+    mask[:, len(mask[0]) - hidden :] = 0
+    positive[0][1]["attention_mask"] = mask
+    looked: list[bool] = []
+    monkeypatch.setattr(Tensor, "__bool__", counted(Tensor.__bool__, looked))
+    steps = []
+    for count in (2, 4):
+        looked.clear()
+        masked = ksampler(model, positive, negative, latent(), steps=count)
+        steps.append(len(looked))
+    assert torch.equal(masked, plain) == (hidden == 0)
+    assert steps[0] == steps[1]
+
+
+def counted(function: Any, calls: list[bool]) -> Any:
+    def call(tensor: Tensor) -> bool:
+        calls.append(True)
+        return bool(function(tensor))
+
+    return call
+
+
 def test_ksampler_has_comfyuis_own_shift_and_each_block_is_visited_once_per_step(comfy: Any, file: Path) -> None:
     model = model_of(file)
     ksampler(model, prompt(1), prompt(2), latent())

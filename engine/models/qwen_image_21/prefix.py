@@ -65,8 +65,9 @@ class Prefix:
 
     @cached_property
     def seen(self) -> Tensor | None:
-        """(1, tokens) bool of all its tokens, None where all are seen."""
-        if self.mask is None or bool(self.mask.all()):
+        """(1, tokens) bool of all its tokens, None where all are seen. Looks at no number: the mask may lie on a
+        device that is busy."""
+        if self.mask is None:
             return None
         text = iter(self.mask.bool().split([piece for piece in self._pieces if isinstance(piece, int)], dim=1))
         ones = [self.mask.new_ones(1, tokens_of(piece), dtype=torch.bool) for piece in self._pieces]
