@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from qwenimage_lowvram.engine.planning.footprint import TransformerFootprint
 from qwenimage_lowvram.engine.planning.forecast import Speeds
-from qwenimage_lowvram.engine.planning.memory import RINGS, MemoryPlan, plan_memory
+from qwenimage_lowvram.engine.planning.memory import RINGS, plan_memory
+from qwenimage_lowvram.engine.planning.memory_plan import MemoryPlan
 from qwenimage_lowvram.engine.planning.request import GIB, Limits, SamplingRequest
 from simulated_cards import models
 from streaming_events import job_of, machine_of, step_seconds

@@ -46,7 +46,7 @@ from qwenimage_lowvram.engine.lora.lora_file import match, open_lora
 from qwenimage_lowvram.engine.models.qwen25_vl.text_encoder import TextEncoder
 from qwenimage_lowvram.engine.models.qwen_image.prompts import PromptTokenizer
 from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
-from qwenimage_lowvram.engine.planning.memory import least_bytes, most_bytes
+from qwenimage_lowvram.engine.planning.draft import least_bytes, most_bytes
 from qwenimage_lowvram.engine.planning.request import SamplingRequest
 from small_checkpoint import TOKENIZER_IN_COMFYUI, TextSize, make_pipeline
 from torch import Tensor

@@ -10,10 +10,10 @@ from ..engine.caches.requantized_weights import RequantizedWeights
 from ..engine.errors import DoesNotFit, InvalidRequest, QwenLowVRAMError
 from ..engine.files.checkpoint import Checkpoint
 from ..engine.hardware import Hardware
+from ..engine.planning.draft import least_ram_bytes
 from ..engine.planning.footprint import TextEncoderFootprint, TransformerFootprint, VAEFootprint
 from ..engine.planning.forecast import TYPICAL, Speeds
 from ..engine.planning.format_choice import choose_format
-from ..engine.planning.memory import least_ram_bytes
 from ..engine.planning.request import GIB, Limits, PromptTokens
 from ..engine.planning.stages import ImageModels, ImageRequest, plan_image
 from ..engine.reports.charts import Card, draw_cards

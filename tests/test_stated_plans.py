@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import stated_plans
-from qwenimage_lowvram.engine.planning.memory import MemoryPlan
+from qwenimage_lowvram.engine.planning.memory_plan import MemoryPlan
 from qwenimage_lowvram.engine.planning.request import GIB
 from qwenimage_lowvram.engine.texts import size_text
 

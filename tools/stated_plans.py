@@ -25,7 +25,8 @@ from qwenimage_lowvram.engine.models.family import Family
 from qwenimage_lowvram.engine.models.qwen_image_21.sizes import plan_sizes_21
 from qwenimage_lowvram.engine.models.transformer_parts import TransformerParts
 from qwenimage_lowvram.engine.planning.forecast import TYPICAL, Bound
-from qwenimage_lowvram.engine.planning.memory import MemoryPlan, plan_memory
+from qwenimage_lowvram.engine.planning.memory import plan_memory
+from qwenimage_lowvram.engine.planning.memory_plan import MemoryPlan
 from qwenimage_lowvram.engine.planning.request import GIB, TOKEN_PX, Limits, SamplingRequest
 from qwenimage_lowvram.engine.texts import size_text
 

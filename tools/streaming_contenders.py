@@ -24,7 +24,9 @@ from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.models.qwen_image.branch import Branch
 from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
-from qwenimage_lowvram.engine.planning.memory import MemoryPlan, least_ram_bytes, plan_memory
+from qwenimage_lowvram.engine.planning.draft import least_ram_bytes
+from qwenimage_lowvram.engine.planning.memory import plan_memory
+from qwenimage_lowvram.engine.planning.memory_plan import MemoryPlan
 from qwenimage_lowvram.engine.planning.request import Limits
 from qwenimage_lowvram.engine.runs.free_memory import HEADROOM_BYTES
 from random_blocks import REAL_BLOCKS

@@ -18,7 +18,7 @@ from itertools import count, pairwise
 
 from qwenimage_lowvram.engine.planning.footprint import TransformerFootprint
 from qwenimage_lowvram.engine.planning.forecast import Speeds, decode_seconds
-from qwenimage_lowvram.engine.planning.memory import MemoryPlan
+from qwenimage_lowvram.engine.planning.memory_plan import MemoryPlan
 from qwenimage_lowvram.engine.planning.overlap import PIECE_BYTES, Way, ways
 from qwenimage_lowvram.engine.planning.rates import (
     DECODE_SHARE,

@@ -17,7 +17,7 @@ from ..files.checkpoint import Checkpoint
 from ..hardware import Hardware
 from ..planning.footprint import TransformerFootprint
 from ..planning.kept import NOTHING_KEPT, KeptTiers
-from ..planning.memory import SecondaryDevice
+from ..planning.memory_plan import SecondaryDevice
 from ..planning.spread import spread_order
 from ..streaming import RING_PIECES, BlockStreamer, OnBlock, Pace, Waits, WeightPatch, bind
 from .layer_rows import OtherNames

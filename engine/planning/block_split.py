@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+from .draft import most_bytes, whole_bytes
 from .footprint import TransformerFootprint
-from .memory import SecondaryDevice, most_bytes, whole_bytes, without_secondaries
+from .memory import without_secondaries
+from .memory_plan import SecondaryDevice
 from .request import Controls, SamplingRequest
 
 

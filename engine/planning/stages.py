@@ -11,9 +11,11 @@ from typing import Any
 
 from ..errors import InvalidRequest
 from ..texts import size_text
+from .draft import step_bytes
 from .footprint import TextEncoderFootprint, Tiles, TransformerFootprint, VAEFootprint
 from .forecast import TYPICAL, Speeds, convolution_seconds, forecast_visit
-from .memory import MemoryPlan, plan_memory, step_bytes
+from .memory import plan_memory
+from .memory_plan import MemoryPlan
 from .request import Limits, PromptTokens, SamplingRequest
 from .run_forecast import load_seconds
 from .text_encoder import plan_text_encoder, text_encoder_peak_bytes

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..numerics import NUMERICS_VERSION
-from ..planning.memory import MemoryPlan
+from ..planning.memory_plan import MemoryPlan
 from ..texts import size_text
 
 

@@ -5,7 +5,8 @@ from dataclasses import replace
 from typing import TypeVar
 
 from ..out_of_memory import OutOfMemory, OutOfRam, Short, ran_out, reason, shortage
-from ..planning.memory import MemoryPlan, least_bytes, least_ram_bytes
+from ..planning.draft import least_bytes, least_ram_bytes
+from ..planning.memory_plan import MemoryPlan
 from ..planning.request import Limits
 from ..texts import size_text
 from .sampling_plan import Transformer

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ..planning.memory import MemoryPlan
+from ..planning.memory_plan import MemoryPlan
 from .memory_watch import MemoryWatch
 from .surroundings import Surroundings
 

@@ -10,7 +10,7 @@ from ..errors import InvalidRequest
 from ..models.family import FromPrompts
 from ..models.streamed_transformer import StreamedTransformer
 from ..out_of_memory import in_words
-from ..planning.memory import MemoryPlan
+from ..planning.memory_plan import MemoryPlan
 from ..reports.memory_report import MemoryReport
 from .euler import euler
 from .known_speeds import KnownSpeeds

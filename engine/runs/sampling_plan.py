@@ -7,7 +7,9 @@ import torch
 
 from ..models.streamed_transformer import StreamedTransformer
 from ..planning.block_split import secondary_bytes, share_out_blocks
-from ..planning.memory import MemoryPlan, least_bytes, least_ram_bytes, most_bytes, most_ram_bytes, plan_memory
+from ..planning.draft import least_bytes, least_ram_bytes, most_bytes, most_ram_bytes
+from ..planning.memory import plan_memory
+from ..planning.memory_plan import MemoryPlan
 from ..planning.request import Limits, SamplingRequest
 from .free_memory import check_room
 from .known_speeds import KnownSpeeds

@@ -10,7 +10,8 @@ from ..errors import DoesNotFit
 from ..log import logger
 from ..out_of_memory import Short
 from ..planning.forecast import Throughput, corrected
-from ..planning.memory import MemoryPlan, plan_memory
+from ..planning.memory import plan_memory
+from ..planning.memory_plan import MemoryPlan
 from ..reports.memory_report import MemoryReport
 from ..streaming import OnBlock, Waits
 from . import retry

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...engine.lora.weight_patches import lora_patches
 from ...engine.out_of_memory import in_words
-from ...engine.planning.memory import MemoryPlan
+from ...engine.planning.memory_plan import MemoryPlan
 from ...engine.planning.request import SamplingRequest
 from ...engine.runs.sampling_plan import plan_sampling
 from ...engine.runs.sampling_run import SamplingRun

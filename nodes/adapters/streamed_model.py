@@ -17,7 +17,7 @@ from ...engine.errors import Unsupported
 from ...engine.models.layer_rows import shapes_by_any_name
 from ...engine.models.network import Hooked
 from ...engine.models.streamed_transformer import StreamedTransformer
-from ...engine.planning.memory import MemoryPlan
+from ...engine.planning.memory_plan import MemoryPlan
 from ...engine.planning.request import Controls, SamplingRequest
 from ...engine.reports.memory_report import MemoryReport
 from ...engine.runs.sampling_run import SamplingRun

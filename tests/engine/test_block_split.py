@@ -14,7 +14,9 @@ from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer, TimestepRounding
 from qwenimage_lowvram.engine.planning.block_split import secondary_bytes, share_out_blocks
-from qwenimage_lowvram.engine.planning.memory import SecondaryDevice, least_bytes, most_bytes, plan_memory
+from qwenimage_lowvram.engine.planning.draft import least_bytes, most_bytes
+from qwenimage_lowvram.engine.planning.memory import plan_memory
+from qwenimage_lowvram.engine.planning.memory_plan import SecondaryDevice
 from qwenimage_lowvram.engine.planning.request import GIB, Limits, SamplingRequest
 from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -22,7 +22,8 @@ from qwenimage_lowvram.engine.models.qwen_image.branch import Branch
 from qwenimage_lowvram.engine.models.qwen_image.costs import PROMPT_SIZES
 from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
 from qwenimage_lowvram.engine.models.qwen_image.variants import Variant
-from qwenimage_lowvram.engine.planning.memory import MemoryPlan, plan_memory
+from qwenimage_lowvram.engine.planning.memory import plan_memory
+from qwenimage_lowvram.engine.planning.memory_plan import MemoryPlan
 from qwenimage_lowvram.engine.planning.request import GIB, Limits, SamplingRequest
 from qwenimage_lowvram.engine.planning.stages import ImageRequest
 from qwenimage_lowvram.engine.planning.text_encoder import text_encoder_peak_bytes

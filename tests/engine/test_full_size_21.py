@@ -13,7 +13,9 @@ from qwenimage_lowvram.engine.models.qwen_image_21.branch import Branch
 from qwenimage_lowvram.engine.models.qwen_image_21.costs import TOKEN_PX
 from qwenimage_lowvram.engine.models.qwen_image_21.prefix import Prefix
 from qwenimage_lowvram.engine.models.qwen_image_21.transformer import QwenImage21Transformer
-from qwenimage_lowvram.engine.planning.memory import MemoryPlan, least_bytes, plan_memory
+from qwenimage_lowvram.engine.planning.draft import least_bytes
+from qwenimage_lowvram.engine.planning.memory import plan_memory
+from qwenimage_lowvram.engine.planning.memory_plan import MemoryPlan
 from qwenimage_lowvram.engine.planning.request import GIB, Limits, SamplingRequest
 from qwenimage_lowvram.engine.streaming import OnBlock
 from torch._subclasses.fake_tensor import FakeTensorMode

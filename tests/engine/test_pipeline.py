@@ -9,7 +9,7 @@ import torch
 from diffusers import QwenImagePipeline
 from qwenimage_lowvram.engine.errors import DoesNotFit, InvalidRequest
 from qwenimage_lowvram.engine.models.qwen_image.positions import Positions
-from qwenimage_lowvram.engine.planning.memory import least_bytes
+from qwenimage_lowvram.engine.planning.draft import least_bytes
 from qwenimage_lowvram.engine.planning.stages import Stage
 from qwenimage_lowvram.engine.runs.pipeline import Pipeline
 

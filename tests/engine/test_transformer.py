@@ -344,7 +344,7 @@ def test_a_timestep_that_nobody_announced_costs_one_pass_once(tiny: Tiny, hardwa
 
 
 def test_rows_of_earlier_runs_are_forgotten_in_the_end(tiny: Tiny, cpu: Hardware) -> None:
-    from qwenimage_lowvram.engine.planning.memory import SPARE_ROWS
+    from qwenimage_lowvram.engine.planning.draft import SPARE_ROWS
 
     _, folder = tiny(torch.bfloat16)
     transformer = QwenImageTransformer(open_checkpoint(folder), dtype=torch.bfloat16, hardware=cpu)

@@ -12,7 +12,8 @@ from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.models.qwen_image.branch import Branch
 from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
-from qwenimage_lowvram.engine.planning.memory import MemoryPlan, plan_memory
+from qwenimage_lowvram.engine.planning.memory import plan_memory
+from qwenimage_lowvram.engine.planning.memory_plan import MemoryPlan
 from qwenimage_lowvram.engine.planning.request import GIB, Limits, SamplingRequest
 from qwenimage_lowvram.engine.streaming import OnBlock
 from random_blocks import REAL_BLOCKS, Stored, repeat_blocks, write_transformer

@@ -11,7 +11,7 @@ from qwenimage_lowvram.engine.errors import DoesNotFit, InvalidRequest, Unsuppor
 from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.models.recognition import identify, require
-from qwenimage_lowvram.engine.planning.memory import least_bytes
+from qwenimage_lowvram.engine.planning.draft import least_bytes
 
 from .test_model import ksampler
 

@@ -20,7 +20,7 @@ from qwenimage_lowvram.engine.models.qwen_image.positions import Positions
 from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
 from qwenimage_lowvram.engine.models.qwen_image.variants import Variant
 from qwenimage_lowvram.engine.planning.block_split import secondary_bytes
-from qwenimage_lowvram.engine.planning.memory import least_bytes
+from qwenimage_lowvram.engine.planning.draft import least_bytes
 from qwenimage_lowvram.engine.planning.request import Controls, SamplingRequest
 from qwenimage_lowvram.engine.texts import size_text
 from safetensors.torch import load_file, save_file

@@ -9,7 +9,7 @@ from qwenimage_lowvram.engine.errors import DoesNotFit
 from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
-from qwenimage_lowvram.engine.planning.memory import least_bytes, least_ram_bytes
+from qwenimage_lowvram.engine.planning.draft import least_bytes, least_ram_bytes
 from qwenimage_lowvram.engine.planning.request import SamplingRequest
 
 from .conftest import cond, empty_latent

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.planning.memory import least_bytes
+from qwenimage_lowvram.engine.planning.draft import least_bytes
 from qwenimage_lowvram.engine.reports.memory_report import MemoryReport
 from torch import Tensor
 

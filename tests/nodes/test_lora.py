@@ -13,7 +13,7 @@ from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.lora.lora_file import match, open_lora
 from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
-from qwenimage_lowvram.engine.planning.memory import least_bytes
+from qwenimage_lowvram.engine.planning.draft import least_bytes
 from qwenimage_lowvram.engine.planning.request import SamplingRequest
 from safetensors.torch import load_file, save_file
 from torch import Tensor

@@ -7,7 +7,7 @@ import pytest
 import torch
 from qwenimage_lowvram.engine.errors import DoesNotFit, InvalidRequest, Unsupported
 from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
-from qwenimage_lowvram.engine.planning.memory import least_bytes
+from qwenimage_lowvram.engine.planning.draft import least_bytes
 from qwenimage_lowvram.engine.planning.request import SamplingRequest
 
 from .conftest import cond, embeds, empty_latent

@@ -17,7 +17,7 @@ from qwenimage_lowvram.engine.models.qwen_image_21.schedule import TURBO_SIGMAS,
 from qwenimage_lowvram.engine.models.qwen_image_21.transformer import QwenImage21Transformer
 from qwenimage_lowvram.engine.models.qwen_image_21.variants import Variant21
 from qwenimage_lowvram.engine.models.qwen_image_21_vae.latent_statistics import normalised_latents, raw_latents
-from qwenimage_lowvram.engine.planning.memory import least_bytes
+from qwenimage_lowvram.engine.planning.draft import least_bytes
 from small_transformer_21 import PROMPT_DIM, random_weights, write_file
 from torch import Tensor
 

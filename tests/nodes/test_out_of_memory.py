@@ -10,7 +10,7 @@ import torch
 from live_bytes import LiveBytes
 from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
 from qwenimage_lowvram.engine.out_of_memory import OutOfRam
-from qwenimage_lowvram.engine.planning.memory import least_bytes
+from qwenimage_lowvram.engine.planning.draft import least_bytes
 from qwenimage_lowvram.engine.planning.request import SamplingRequest
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -14,7 +14,7 @@ from qwenimage_lowvram.engine.errors import DoesNotFit, Unsupported
 from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
 from qwenimage_lowvram.engine.models.qwen_image.variants import Variant
-from qwenimage_lowvram.engine.planning.memory import least_bytes
+from qwenimage_lowvram.engine.planning.draft import least_bytes
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .conftest import cond, empty_latent

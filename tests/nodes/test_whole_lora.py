@@ -11,7 +11,7 @@ from diffusers import QwenImageTransformer2DModel
 from live_bytes import LiveBytes
 from qwenimage_lowvram.engine.errors import DamagedFile, Unsupported, WrongModel
 from qwenimage_lowvram.engine.lora.deltas import scratch_elements
-from qwenimage_lowvram.engine.planning.memory import least_bytes
+from qwenimage_lowvram.engine.planning.draft import least_bytes
 from qwenimage_lowvram.engine.planning.request import SamplingRequest
 from safetensors.torch import load_file, save_file
 from torch import Tensor

@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 import torch
 from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
-from qwenimage_lowvram.engine.planning.memory import SecondaryDevice
+from qwenimage_lowvram.engine.planning.memory_plan import SecondaryDevice
 from qwenimage_lowvram.engine.runs import sampling_run
 from qwenimage_lowvram.engine.runs.memory_watch import MemoryWatch
 from qwenimage_lowvram.engine.streaming import BlockStore, FileSource, transfer

@@ -9,14 +9,9 @@ from typing import Any
 import pytest
 import torch
 from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
+from qwenimage_lowvram.engine.planning.draft import least_bytes, least_ram_bytes, most_bytes, most_ram_bytes
 from qwenimage_lowvram.engine.planning.forecast import TYPICAL, Speeds
-from qwenimage_lowvram.engine.planning.memory import (
-    least_bytes,
-    least_ram_bytes,
-    most_bytes,
-    most_ram_bytes,
-    plan_memory,
-)
+from qwenimage_lowvram.engine.planning.memory import plan_memory
 from qwenimage_lowvram.engine.planning.request import Limits, SamplingRequest
 from qwenimage_lowvram.engine.planning.stages import Stage
 from qwenimage_lowvram.engine.reports.memory_report import MemoryReport

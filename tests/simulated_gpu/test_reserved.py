@@ -1,8 +1,9 @@
 """What torch keeps of the card after a run: what the plan says, and pieces beside it."""
 
 import pytest
+from qwenimage_lowvram.engine.planning.draft import least_bytes, whole_bytes
 from qwenimage_lowvram.engine.planning.forecast import TYPICAL
-from qwenimage_lowvram.engine.planning.memory import least_bytes, plan_memory, whole_bytes
+from qwenimage_lowvram.engine.planning.memory import plan_memory
 from qwenimage_lowvram.engine.planning.request import Limits, SamplingRequest
 from qwenimage_lowvram.engine.runs.sampling_run import SamplingRun
 from qwenimage_lowvram.engine.runs.surroundings import Alone

@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from qwenimage_lowvram.engine.planning.draft import least_bytes
 from qwenimage_lowvram.engine.planning.forecast import Speeds
 from qwenimage_lowvram.engine.planning.format_choice import TOLERANCE, choose_format
-from qwenimage_lowvram.engine.planning.memory import least_bytes, plan_memory
+from qwenimage_lowvram.engine.planning.memory import plan_memory
 from qwenimage_lowvram.engine.planning.request import GIB, Limits, SamplingRequest
 
 from .test_plan import REAL

@@ -2,8 +2,9 @@
 
 import pytest
 from qwenimage_lowvram.engine.models.qwen_image_21.costs import QwenImage21Footprint
+from qwenimage_lowvram.engine.planning.draft import least_bytes, most_bytes, most_ram_bytes
 from qwenimage_lowvram.engine.planning.kept import KeptTiers, choices
-from qwenimage_lowvram.engine.planning.memory import least_bytes, most_bytes, most_ram_bytes, plan_memory
+from qwenimage_lowvram.engine.planning.memory import plan_memory
 from qwenimage_lowvram.engine.planning.request import GIB, Limits, SamplingRequest
 
 BLOCK = 218_104_064

@@ -17,18 +17,11 @@ from qwenimage_lowvram.engine.compute.chunk_sizes import MLP_CHUNKS, SCORES_AT_A
 from qwenimage_lowvram.engine.errors import DoesNotFit, InvalidRequest
 from qwenimage_lowvram.engine.models.qwen_image.costs import QwenImageFootprint
 from qwenimage_lowvram.engine.numerics import NUMERICS_VERSION
+from qwenimage_lowvram.engine.planning.draft import least_bytes, least_ram_bytes, most_bytes, most_ram_bytes
 from qwenimage_lowvram.engine.planning.footprint import TextEncoderFootprint
 from qwenimage_lowvram.engine.planning.forecast import TYPICAL, Bound, Speeds
-from qwenimage_lowvram.engine.planning.memory import (
-    RINGS,
-    SLOTS_GAIN,
-    MemoryPlan,
-    least_bytes,
-    least_ram_bytes,
-    most_bytes,
-    most_ram_bytes,
-    plan_memory,
-)
+from qwenimage_lowvram.engine.planning.memory import RINGS, SLOTS_GAIN, plan_memory
+from qwenimage_lowvram.engine.planning.memory_plan import MemoryPlan
 from qwenimage_lowvram.engine.planning.request import GIB, Controls, Limits, SamplingRequest
 from qwenimage_lowvram.engine.planning.spread import spread_order
 from qwenimage_lowvram.engine.planning.text_encoder import plan_text_encoder, text_encoder_peak_bytes

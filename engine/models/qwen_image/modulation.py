@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...planning.memory import SPARE_ROWS
+from ...planning.draft import SPARE_ROWS
 from ...streaming import BlockStore, HostBuffer, RowSlots, StreamedBlocks, VisitsBlocks
 
 # a timestep in 0..1 and the index of the additional condition, 0 where the model has none

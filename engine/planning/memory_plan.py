@@ -1,0 +1,100 @@
+"""A plan as a value: where each block lives during a run, and what that takes. Imports no torch."""
+
+from dataclasses import dataclass
+
+from ..compute.attention_kernels import FUSED
+from ..texts import size_text
+from .forecast import StepForecast
+from .kept import NOTHING_KEPT, KeptTiers
+from .request import Limits, SamplingRequest
+from .run_forecast import RunForecast
+
+
+@dataclass(frozen=True)
+class SecondaryDevice:
+    """A further device, on which `blocks` stay: `peak_bytes` of its `limit_bytes` at the worst moment of a step."""
+
+    device: str
+    blocks: range
+    peak_bytes: int
+    limit_bytes: int
+
+    def __repr__(self) -> str:
+        return f"blocks {self.blocks.start} to {self.blocks.stop - 1} on {self.device}"
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Where the transformer's blocks live during a run, what that takes, and how long a step and the run will take.
+
+    resident: indices of the blocks that stay on the device. held: of those that stay in host memory; the others are
+    read from the file at every step. slots: buffers on the device that blocks pass through (two overlap fetching with
+    computing); ring: pieces of host memory, of ring_bytes together, that they pass through before that, and are read
+    into ahead.
+    mlp_chunk_tokens: None computes the MLP of all tokens at once. attention: by which kernel, and in which chunks. The
+    *_peak_bytes are predictions of everything that the stage holds on the device, ram_peak_bytes of everything in host
+    memory. `blocks` and all that leave out those of secondaries.
+
+    What torch's caching allocator keeps of the card is more: pieces between those that are used. On the simulated card
+    (tests/simulated_gpu/test_reserved.py) that is at most two thirds of activation_bytes above peak_bytes, whatever the
+    format: 0.2 to 0.3 GiB at 1024x1024 with guidance. It comes out of the headroom (`free_memory.headroom_bytes`);
+    where that is less, torch gives unused segments back to the driver, which takes time.
+    """
+
+    request: SamplingRequest
+    limits: Limits
+    blocks: int
+    resident: tuple[int, ...]
+    held: tuple[int, ...]
+    slots: int
+    ring: int
+    ring_bytes: int
+    mlp_chunk_tokens: int | None
+    resident_bytes: int
+    activation_bytes: int
+    sampling_peak_bytes: int
+    modulation_peak_bytes: int
+    late_timestep_peak_bytes: int
+    ram_peak_bytes: int
+    streamed_bytes_per_step: int
+    forecast: StepForecast
+    run: RunForecast
+    attention: str = FUSED.name
+    secondaries: tuple[SecondaryDevice, ...] = ()
+    kept: KeptTiers = NOTHING_KEPT
+
+    @property
+    def limit_bytes(self) -> int:
+        """Of device memory."""
+        return self.limits.vram_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(self.sampling_peak_bytes, self.modulation_peak_bytes, self.late_timestep_peak_bytes)
+
+    @property
+    def streamed(self) -> int:
+        """How many blocks are fetched per step."""
+        return self.blocks - len(self.resident)
+
+    @property
+    def from_file(self) -> int:
+        """How many of them are read from the file."""
+        return self.streamed - len(self.held)
+
+    def __repr__(self) -> str:
+        chunk = f", MLP in chunks of {self.mlp_chunk_tokens} tokens" if self.mlp_chunk_tokens else ""
+        chunk += f", attention {self.attention}" if self.attention != FUSED.name else ""
+        slots = f"{self.slots} slot{'s' if self.slots != 1 else ''}"
+        slots += f" and a ring of {self.ring} pieces" if self.ring_bytes and self.from_file else ""
+        ram = "" if self.limits.ram_bytes is None else f" of {size_text(self.limits.ram_bytes)}"
+        controls = f", {self.request.controls}" if self.request.controls else ""
+        kept = f"; {self.kept}" if self.kept.block_bytes else ""
+        elsewhere = "".join(f"; {secondary}" for secondary in self.secondaries)
+        return (
+            f"MemoryPlan({self.request}: {len(self.resident)} of {self.blocks} blocks resident, {len(self.held)} in "
+            f"RAM, {self.from_file} read from the file, through {slots}, {size_text(self.streamed_bytes_per_step)} "
+            f"per step{chunk}; peak {size_text(self.peak_bytes)} of {size_text(self.limit_bytes)}: weights "
+            f"{size_text(self.resident_bytes)}, activations {size_text(self.activation_bytes)}{controls}; RAM "
+            f"{size_text(self.ram_peak_bytes)}{ram}; {self.forecast}, {self.run}{kept}{elsewhere})"
+        )
