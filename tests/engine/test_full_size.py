@@ -267,7 +267,7 @@ def test_scores_take_what_the_plan_says(side: int, references: int, variant: Var
         request = SamplingRequest(side, side, 2, PROMPT_TOKENS, reference_tokens=references)
         plan = plan_memory(transformer.footprint, request, Limits(int(1.9e9)))
         plan = replace(plan, mlp_chunk_tokens=512)  # attention is the widest point
-        assert "attention native in chunks of" in repr(plan)
+        assert "attention pytorch in chunks of" in repr(plan)
         weights = plan.sampling_peak_bytes - plan.activation_bytes
         predicted = weights + transformer.footprint.activation_bytes(request, 512)
         assert 0.9 * predicted < sampling_peak(live, transformer, plan) <= predicted
