@@ -47,9 +47,9 @@ class BlockStore:
         self.hardware = hardware
         self.order = StreamOrder(hardware)
         self._host = host or PinnedMemory(hardware)
-        self._transfer = Transfer(source, self._sizes(blocks), self.order, hardware, self._host)
+        self._transfer = transfer = Transfer(source, self._sizes(blocks), self.order, hardware, self._host)
         self._tiers = Tiers(blocks, make_block, self.order, self._transfer)
-        self.kept = KeptTensors(self.order, hardware, self._host, lambda: self._transfer.untaken_bytes)
+        self.kept = KeptTensors(self.order, hardware, self._host, lambda: transfer.untaken_bytes)
         # between the thread that fetches ahead and whoever takes blocks from the device; piece readers need none
         self._lock = threading.RLock()
 
