@@ -4,7 +4,7 @@ Blocks are other packages' modules and call torch's scaled_dot_product_attention
 nothing of theirs is patched. Knows no model.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -25,6 +25,12 @@ def kernel_of(hardware: Hardware, dtype: torch.dtype, *, shared_keys: bool = Fal
     """What attention in `dtype` is computed with there. `shared_keys`: several heads look at the same keys."""
     fused = hardware.fused_shared_attention if shared_keys else hardware.fused_attention
     return FUSED if dtype in fused else SCORES
+
+
+def kernel_of_all(hardware: Iterable[Hardware], dtype: torch.dtype) -> AttentionKernel:
+    """Of several devices, for what is planned for any of them: the one that makes scores, where one does."""
+    kernels = {kernel_of(device, dtype) for device in hardware}
+    return SCORES if SCORES in kernels else FUSED
 
 
 @dataclass(frozen=True)

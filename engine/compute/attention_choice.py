@@ -13,8 +13,8 @@ from ..errors import Unsupported
 from ..hardware import Hardware
 from ..log import logger
 from ..out_of_memory import shortage
-from .attention import Attention, Operands, kernel_of, torchs_own
-from .attention_kernels import FLASH, KITCHEN_INT8, SAGE, SPLIT, XFORMERS, AttentionKernel
+from .attention import Attention, Operands, kernel_of_all, torchs_own
+from .attention_kernels import FLASH, KITCHEN_INT8, SAGE, SPLIT, XFORMERS
 from .attention_packages import FUNCTIONS, KernelFunction
 
 AUTO = "auto"
@@ -25,6 +25,7 @@ _VARIANTS = ("pytorch", "pytorch flash", "pytorch efficient", "split")
 # errors relative to fp32: of kernels that only round, by dtype, and of those that quantize to 8 bits
 _ROUNDING = {torch.float32: 2e-3, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 _QUANTIZING = 0.1
+HEAD_DIM = 128  # of the models' heads, and of a trial's
 TRIAL_BYTES = 32 * 1024**2  # of a trial
 _FAILED = -1.0  # remembered of a kernel that ended in an error
 _BEYOND = 1e6  # of one whose results are no numbers, or of another shape
@@ -52,22 +53,22 @@ def choose_attention(
     wished: str = AUTO,
     tried: MutableMapping[str, float],
     functions: Mapping[str, KernelFunction] = FUNCTIONS,
-    head_dim: int = 128,
 ) -> Attention:
     """The kernel of that name, of CHOICES, on all of these devices; `auto`: `wished`, where that works, else torch's.
 
-    wished: what ComfyUI was started with. tried: errors of kernels by machine, which outlive the process. Takes
-    TRIAL_BYTES of a device where a kernel is tried. Raises Unsupported for a kernel that was chosen and does not work
-    here.
+    wished: what ComfyUI's switches or the file ask for. tried: errors of kernels by machine, which outlive the process.
+    Takes TRIAL_BYTES of a device where a kernel is tried. Raises Unsupported for a kernel that was chosen and does not
+    work here.
     """
     if name == AUTO and wished != AUTO:
-        why = _why_not(functions[wished], hardware, dtype, tried, head_dim)
+        why = _why_not(functions[wished], hardware, dtype, tried)
         if not why:
             return _with(functions[wished], hardware, dtype)
-        logger.warning("The attention kernel '%s' of ComfyUI's switches is not used: %s.", wished, why)
+        asked = "which ComfyUI's switches or the file ask for"
+        logger.warning("The attention kernel '%s', %s, is not used: %s.", wished, asked, why)
     if name == AUTO:
-        return _torchs(hardware, dtype, tried, functions, head_dim)
-    why = _why_not(functions[name], hardware, dtype, tried, head_dim)
+        return _torchs(hardware, dtype, tried, functions)
+    why = _why_not(functions[name], hardware, dtype, tried)
     if why:
         raise Unsupported(
             "The attention kernel '{kernel}' cannot be used: {why}.\n\nWhat to do: choose 'auto'.",
@@ -83,29 +84,22 @@ def _torchs(
     dtype: torch.dtype,
     tried: MutableMapping[str, float],
     functions: Mapping[str, KernelFunction],
-    head_dim: int,
 ) -> Attention:
     """torch's own choice, or where that is wrong on this machine the first of its kernels that is not."""
     first, *others = _VARIANTS
-    why = _why_not(functions[first], hardware, dtype, tried, head_dim)
+    why = _why_not(functions[first], hardware, dtype, tried)
     for name in others if why else ():
-        if not _why_not(functions[name], hardware, dtype, tried, head_dim):
+        if not _why_not(functions[name], hardware, dtype, tried):
             logger.warning("torch's attention is not used as it is: %s. Its kernel '%s' is.", why, name)
             return _with(functions[name], hardware, dtype)
-    return Attention(_natives(hardware, dtype))
+    return Attention(kernel_of_all(hardware, dtype))
 
 
 def _with(function: KernelFunction, hardware: Sequence[Hardware], dtype: torch.dtype) -> Attention:
-    native = _natives(hardware, dtype)
+    native = kernel_of_all(hardware, dtype)
     if function.kernel.name == native.name:
         return Attention(native)
     return Attention(replace(function.kernel, otherwise=native), _Imported(function, function.imported()))
-
-
-def _natives(hardware: Sequence[Hardware], dtype: torch.dtype) -> AttentionKernel:
-    """torch's own: plans are of any of the devices."""
-    kernels = [kernel_of(device, dtype) for device in hardware]
-    return next((kernel for kernel in kernels if kernel.scores_bytes is not None), kernels[0])
 
 
 def _why_not(
@@ -113,7 +107,6 @@ def _why_not(
     hardware: Sequence[Hardware],
     dtype: torch.dtype,
     tried: MutableMapping[str, float],
-    head_dim: int,
 ) -> str:
     """Why a kernel does not work on all of these devices; empty where it does."""
     for device in (place.device for place in hardware):
@@ -130,9 +123,9 @@ def _why_not(
     for device in (place.device for place in hardware):
         if not function.works_on(module, device):
             return f"{function.package} {function.version} has no such kernel for '{device}'"
-        key = _key(function, device, dtype, head_dim)
+        key = _key(function, device, dtype)
         if key not in tried:
-            tried[key] = trial_error(function, device, dtype, head_dim)
+            tried[key] = trial_error(function, device, dtype)
         if why := _judged(function, tried[key], dtype):
             return why
     return ""
@@ -145,14 +138,14 @@ def _judged(function: KernelFunction, error: float, dtype: torch.dtype) -> str:
     return "" if error <= most else f"its results were wrong when it was tried (error {error:.2g}, at most {most:.2g})"
 
 
-def _key(function: KernelFunction, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+def _key(function: KernelFunction, device: torch.device, dtype: torch.dtype) -> str:
     """What a trial's result depends on: package, torch with its runtime, device, dtype."""
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     numbers = str(dtype).removeprefix("torch.")
     runtime = torch.version.cuda or torch.version.hip or ""
     return (
         f"{function.kernel.name} of {function.package} {function.version}, torch {torch.__version__} {runtime}, "
-        f"{_driver(device)}, {card}, {numbers}, {head_dim}"
+        f"{_driver(device)}, {card}, {numbers}"
     )
 
 
@@ -162,7 +155,7 @@ def _driver(device: torch.device) -> str:
 
 
 @torch.no_grad()
-def trial_error(function: KernelFunction, device: torch.device, dtype: torch.dtype, head_dim: int = 128) -> float:
+def trial_error(function: KernelFunction, device: torch.device, dtype: torch.dtype) -> float:
     """The largest error of a few products, relative to torch's without a fused kernel in fp32; below 0 where the kernel
     failed. Keys lie aside from zero and some of their numbers are large, as those of the model are.
 
@@ -172,9 +165,9 @@ def trial_error(function: KernelFunction, device: torch.device, dtype: torch.dty
     worst = 0.0
     for queries, keys in ((300, 300), (64, 1037)):
         generator = torch.Generator().manual_seed(queries)
-        sizes = [(1, 2, tokens, head_dim) for tokens in (queries, keys, keys)]
+        sizes = [(1, 2, tokens, HEAD_DIM) for tokens in (queries, keys, keys)]
         query, key, value = (torch.randn(size, generator=generator) for size in sizes)
-        key[..., :: head_dim // 4] += 6.0
+        key[..., :: HEAD_DIM // 4] += 6.0
         operands = Operands(*(part.to(device, dtype) for part in (query, key, value)))
         try:
             out = function.attend(module, operands)

@@ -138,7 +138,7 @@ FUNCTIONS: dict[str, KernelFunction] = {
         KernelFunction(
             SPLIT,
             "torch",
-            _torchs_own,
+            _by_backend(SDPBackend.MATH),
             masks=True,
             shared_keys=True,
             devices=ANY_DEVICE,

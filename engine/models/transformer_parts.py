@@ -6,8 +6,8 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from ..compute.attention import Attention, kernel_of
-from ..compute.attention_kernels import FUSED, AttentionKernel
+from ..compute.attention import Attention, kernel_of, kernel_of_all
+from ..compute.attention_kernels import AttentionKernel
 from ..hardware import Hardware
 from ..planning.footprint import TransformerFootprint
 from ..streaming import (
@@ -103,8 +103,7 @@ class TransformerParts:
     @property
     def native_attention(self) -> AttentionKernel:
         """torch's own on any of the devices."""
-        kernels = [kernel_of(hardware, self._dtype) for hardware in self._devices]
-        return next((kernel for kernel in kernels if kernel != FUSED), FUSED)
+        return kernel_of_all(self._devices, self._dtype)
 
     @property
     def footprint(self) -> TransformerFootprint:

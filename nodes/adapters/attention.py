@@ -4,7 +4,7 @@ An override is called as ComfyUI's own attention calls it.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management
@@ -95,11 +95,9 @@ def attention_of_run(
     if override is None:
         return chosen
     name = getattr(override, "__qualname__", type(override).__name__)
-    native = replace(transformer.native_attention, otherwise=None)
-    return Attention(
-        AttentionKernel(f"a node's {name}", exact=False, copy_bytes=_COPY_BYTES, otherwise=native),
-        NodeAttention(override),
-    )
+    native = transformer.native_attention
+    kernel = AttentionKernel(f"a node's {name}", exact=False, copy_bytes=_COPY_BYTES, otherwise=native)
+    return Attention(kernel, NodeAttention(override))
 
 
 def check_override(options: dict[str, Any], of_run: Any) -> None:

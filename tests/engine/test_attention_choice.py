@@ -24,6 +24,7 @@ from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.runs.known_trials import KnownTrials
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 
 CPU = Hardware.detect(torch.device("cpu"))
 # the same functions, as if they ran on a CPU
@@ -215,6 +216,21 @@ def test_auto_does_without_a_kernel_of_torchs_that_is_wrong_here(caplog: pytest.
     with caplog.at_level(logging.WARNING):
         assert choose(AUTO, functions=broken).kernel.name == "pytorch efficient"
     assert "results were wrong" in caplog.text
+
+
+def test_split_attention_makes_scores_as_it_is_planned() -> None:
+    class Seen(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is scaled_dot_product_attention:
+                fused.append(torch.backends.cuda.flash_sdp_enabled() or torch.backends.cuda.mem_efficient_sdp_enabled())
+            return func(*args, **(kwargs or {}))
+
+    fused: list[bool] = []
+    split = choose("split")
+    with Seen(), attention_by(split):
+        out = scaled_dot_product_attention(*operands())
+    assert fused == [False, False]  # scores are counted for one image
+    assert (out - scaled_dot_product_attention(*operands())).abs().max() < 0.02
 
 
 def test_what_a_kernel_lacks_is_computed_by_torch_and_told(installed: Installed) -> None:

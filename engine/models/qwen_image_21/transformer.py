@@ -93,8 +93,8 @@ class QwenImage21Transformer(StreamedTransformer[Branch, BranchState]):
         return states
 
     def _kept_key(self, key: str) -> str:
-        """With what else keys and values depend on; weights and patches are the store's."""
-        return f"{self.attention.name} {self.dtype} {key}"
+        """With what else keys and values depend on; what is of other weights, patches or kernels is forgotten."""
+        return f"{self.dtype} {key}"
 
     def _begin(
         self, branch: Branch, embedding: Tensor, modulation: Tensor, stretches: dict[str, StretchState]
