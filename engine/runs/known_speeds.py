@@ -1,6 +1,5 @@
 """Remember this machine's speeds from run to run: measured once, corrected by every run."""
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict
@@ -8,13 +7,10 @@ from pathlib import Path
 
 import torch
 
-from ..errors import CheckpointError
-from ..files.atomic_files import whole_file
-from ..files.json_texts import read_json
 from ..hardware import Hardware
-from ..log import logger
 from ..planning.forecast import Speeds
 from .machine_speeds import measure_bus, measure_disk, measure_flops, measure_memory
+from .remembered import RememberedFacts
 
 VERSION = 2
 MEASURING_BYTES = 512 * 1024**2  # on the device, and some to spare
@@ -36,8 +32,8 @@ class KnownSpeeds:
         """`file`: where they are remembered; None: in this object alone. `device_name`: by which the device is known
         from run to run. `make_room` is called before the device is measured, with the bytes that this takes there."""
         self._hardware, self._dtype, self._model_file = hardware, dtype, model_file
-        self._file, self._make_room = file, make_room
-        self._known: dict[str, dict[str, float]] = {}  # where there is no file
+        self._make_room = make_room
+        self._facts = RememberedFacts(file, VERSION, "Speeds")
         self._device_key = f"{device_name}, {str(dtype).removeprefix('torch.')}"
         # of a link that leads to itself, resolve() makes an error
         self._disk_key = str(Path(os.path.realpath(model_file)).parent)
@@ -74,30 +70,14 @@ class KnownSpeeds:
         if known.get(self._device_key) == values and known.get(self._disk_key) == disk:
             return
         known |= {self._device_key: values, self._disk_key: disk}
-        if self._file is None:
-            self._known = known
-            return
-        text = json.dumps({"version": VERSION, **known}, indent=1)
-        try:
-            with whole_file(self._file) as stream:
-                stream.write(text.encode())
-        except OSError as error:
-            logger.warning("Speeds are not remembered: %s cannot be written (%s).", self._file, error)
+        self._facts.write(known)
 
     def _read(self) -> dict[str, dict[str, float]]:
         """What is remembered, entries that are not whole left out."""
-        if self._file is None:
-            return dict(self._known)
-        try:
-            known = read_json(self._file)
-        except CheckpointError:
-            return {}
-        if known.pop("version", None) != VERSION:
-            return {}
         names = ({"flops", "bus_bytes", "memory_bytes"}, {"disk_bytes"})
         return {
             key: entry
-            for key, entry in known.items()
+            for key, entry in self._facts.read().items()
             if isinstance(entry, dict)
             and set(entry) in names
             and all(isinstance(value, (int, float)) and value > 0 for value in entry.values())
