@@ -62,6 +62,14 @@ class StreamedTransformer(ABC, Generic[BranchT, StateT]):
     def finish(self, branch: BranchT, state: StateT) -> Tensor:
         """What the model answers, of what came out of the last block."""
 
+    @abstractmethod
+    def last_hidden(self, branch: BranchT, state: StateT) -> Tensor:
+        """The tokens of the branch's image behind the last block, (1, N, inner_dim); nothing else is kept with them."""
+
+    @abstractmethod
+    def answer_of(self, branch: BranchT, hidden: Tensor) -> Tensor:
+        """What the model answers at the branch's timestep, of such tokens, whatever made them."""
+
     def changes_modulation(self, weight: str) -> bool:
         """Whether what is computed beforehand is another one when the weight of this name is patched."""
         return False
@@ -267,22 +275,33 @@ class TransformerSession(Generic[BranchT, StateT]):
         more: bool = False,
         on_block: OnBlock | None = None,
         check: Callable[[], None] | None = None,
+        keep: Callable[[Sequence[Tensor]], None] | None = None,
     ) -> list[Tensor]:
         """What the model answers to each branch, in one pass over the blocks.
 
         `hooked`: branches with something around their blocks. `more`: another pass follows. `on_block` is called
         before each block with its index, `check` within those of huge images (`attention_by`); both may raise, and the
-        session can be used again after that. Where another package's kernel of attention makes numbers that are not
+        session can be used again after that. `keep` is called behind the pass with each branch's tokens behind the last
+        block, as `last_hidden` has them. Where another package's kernel of attention makes numbers that are not
         finite, the pass is made again, and those that follow are made, by torch's own; to see that, the host waits for
         the device behind each pass. Raises what the network's `begin` does.
         """
         transformer = self._transformer
-        answers = self._forward(branches, hooked, more, on_block, check)
-        if transformer.attention_on(transformer.hardware).attend is None or all(map(is_finite, answers)):
-            return answers
-        self.attention_notes.add(f"{transformer.attention.name} made numbers that are not finite")
-        transformer.attend_by(None)
-        return self._forward(branches, hooked, more, on_block, check)
+        answers, hidden = self._forward(branches, hooked, more, on_block, check, keep is not None)
+        if transformer.attention_on(transformer.hardware).attend is not None and not all(map(is_finite, answers)):
+            self.attention_notes.add(f"{transformer.attention.name} made numbers that are not finite")
+            transformer.attend_by(None)
+            answers, hidden = self._forward(branches, hooked, more, on_block, check, keep is not None)
+        if keep is not None:
+            keep(hidden)
+        return answers
+
+    @torch.no_grad()
+    def answers_of(self, branches: Sequence[BranchT], hidden: Sequence[Tensor]) -> list[Tensor]:
+        """What the model answers to each branch where this comes out of the last block; no block is visited."""
+        transformer = self._transformer
+        transformer.return_outside()
+        return [transformer.answer_of(branch, tokens) for branch, tokens in zip(branches, hidden, strict=True)]
 
     def _forward(
         self,
@@ -291,7 +310,8 @@ class TransformerSession(Generic[BranchT, StateT]):
         more: bool,
         on_block: OnBlock | None,
         check: Callable[[], None] | None,
-    ) -> list[Tensor]:
+        keep: bool,
+    ) -> tuple[list[Tensor], list[Tensor]]:
         transformer = self._transformer
         transformer.return_outside()  # it may have been asked to leave since the last pass
         states = transformer.begin(branches, on_block)
@@ -314,4 +334,5 @@ class TransformerSession(Generic[BranchT, StateT]):
                     state.add_residuals(index)
         for state in states:
             state.move(transformer.hardware.device)
-        return [transformer.finish(branch, states.pop(0)) for branch in branches]
+        hidden = list(map(transformer.last_hidden, branches, states)) if keep else []
+        return [transformer.finish(branch, states.pop(0)) for branch in branches], hidden

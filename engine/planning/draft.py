@@ -59,9 +59,18 @@ def step_bytes(footprint: TransformerFootprint, request: SamplingRequest, activa
     """What a step holds on the device beside weights and what blocks pass through: rows of the table, and activations,
     or what is kept of them while ControlNets work."""
     controls = request.controls
-    widest = max(activation_bytes, footprint.kept_bytes(request) + controls.working_bytes)
+    widest = max(activation_bytes, _kept_bytes(footprint, request) + controls.working_bytes)
     rows = 0 if footprint.host else ROWS_ON_DEVICE * footprint.row_bytes  # the host's are used where they lie
     return rows + controls.held_bytes + widest
+
+
+def _activation_bytes(footprint: TransformerFootprint, request: SamplingRequest, chunk: int | None) -> int:
+    return footprint.activation_bytes(request, chunk) + footprint.anchors_bytes(request)
+
+
+def _kept_bytes(footprint: TransformerFootprint, request: SamplingRequest) -> int:
+    """Of these, what stays on the device from one pass to the next."""
+    return footprint.kept_bytes(request) + footprint.anchors_bytes(request)
 
 
 @dataclass(frozen=True)
@@ -126,9 +135,9 @@ class Draft:
         modulation = footprint.modulation_slot_bytes
         decoding = footprint.modulation_staging_bytes + footprint.modulation_scratch_bytes
         run = stays + self._slots(resident) * footprint.slot_bytes + staging + footprint.scratch_bytes
-        kept = controls.held_bytes + footprint.kept_bytes(self.request)
+        kept = controls.held_bytes + _kept_bytes(footprint, self.request)
         return (
-            run + step_bytes(footprint, self.request, footprint.activation_bytes(self.request, self.chunk)),
+            run + step_bytes(footprint, self.request, _activation_bytes(footprint, self.request, self.chunk)),
             stays + footprint.modulation_slots_bytes + decoding + footprint.row_bytes,
             run + kept + modulation + decoding + footprint.row_bytes,
         )
@@ -183,7 +192,7 @@ class Draft:
             ring_bytes=self.ring_bytes,
             mlp_chunk_tokens=self.chunk,
             resident_bytes=footprint.outside_bytes + resident * footprint.resident_block_bytes,
-            activation_bytes=footprint.activation_bytes(request, self.chunk),
+            activation_bytes=_activation_bytes(footprint, request, self.chunk),
             sampling_peak_bytes=sampling,
             modulation_peak_bytes=modulation,
             late_timestep_peak_bytes=late,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ..compute.attention_kernels import FUSED, AttentionKernel, AttentionShape
+from ..compute.step_schedules import ANCHORS
 from .request import SamplingRequest
 
 
@@ -90,6 +91,14 @@ class TransformerFootprint(ABC):
     def kept_bytes(self, request: SamplingRequest) -> int:
         """Of `activation_bytes`, what stays on the device from one pass to the next."""
         return 0
+
+    def anchors_bytes(self, request: SamplingRequest) -> int:
+        """What steps that are not computed are predicted from, on the device during the whole run: each branch's image
+        behind the last block, in ANCHORS steps. Not among `activation_bytes`."""
+        if request.step_cache is None:
+            return 0
+        tokens = request.branches * request.frames * request.frame_tokens
+        return ANCHORS * tokens * self.inner_dim * self.element_bytes
 
     def attention_text(self, request: SamplingRequest) -> str:
         """The kernel of attention, and its chunks."""

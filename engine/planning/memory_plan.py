@@ -91,6 +91,7 @@ class MemoryPlan:
         controls = f", {self.request.controls}" if self.request.controls else ""
         kept = f"; {self.kept}" if self.kept.block_bytes else ""
         elsewhere = "".join(f"; {secondary}" for secondary in self.secondaries)
+        elsewhere += f"; not exact: {self.request.step_cache}" if self.request.step_cache else ""
         return (
             f"MemoryPlan({self.request}: {len(self.resident)} of {self.blocks} blocks resident, {len(self.held)} in "
             f"RAM, {self.from_file} read from the file, through {slots}, {size_text(self.streamed_bytes_per_step)} "

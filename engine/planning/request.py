@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from math import ceil
 
+from ..compute.step_schedules import StepSchedule
 from ..errors import InvalidRequest
 from ..texts import size_text
 
@@ -80,7 +81,8 @@ class SamplingRequest:
     prompt_tokens: of the longest prompt. reference_tokens: of all reference images of a branch together.
     timesteps: how many the run has. frames: of the image's latent; one more than the layers it is taken apart into.
     controls: what runs beside the transformer, for this size and batch. token_px: pixels that a token covers along
-    each side. prompts: how many different ones the branches have, 0: each its own.
+    each side. prompts: how many different ones the branches have, 0: each its own. step_cache: which steps are
+    computed; None: all.
     """
 
     width: int
@@ -93,8 +95,11 @@ class SamplingRequest:
     controls: Controls = Controls()
     token_px: int = TOKEN_PX
     prompts: int = 0
+    step_cache: StepSchedule | None = None
 
     def __post_init__(self) -> None:
+        if self.step_cache is not None:
+            self.step_cache.require_steps(self.timesteps)
         step = self.token_px
         if self.width % step or self.height % step or min(self.width, self.height) < step:
             nearest = [max(step, round(n / step) * step) for n in (self.width, self.height)]
@@ -116,6 +121,10 @@ class SamplingRequest:
     @property
     def image_tokens(self) -> int:
         return self.frames * self.frame_tokens + self.reference_tokens
+
+    @property
+    def computed_steps(self) -> int:
+        return self.timesteps if self.step_cache is None else len(self.step_cache.computed)
 
     @property
     def distinct_prompts(self) -> int:

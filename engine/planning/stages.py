@@ -303,7 +303,7 @@ def sampling_stage(footprint: TransformerFootprint, plan: MemoryPlan) -> StagePl
         plan.sampling_peak_bytes - weights - activations,
         activations,
         plan.ram_peak_bytes,
-        run.first_step_seconds + (run.steps - 1) * run.step_seconds,
+        run.first_step_seconds + (run.computed - 1) * run.step_seconds,
         run.again_seconds,
     )
 

@@ -22,6 +22,8 @@ class MemoryReport:
     after another, empty where each block was visited once per step. out_of_memory: how many times memory ran
     out and a smaller plan was made. first_step_seconds: from the run's beginning to the end of its first pass.
     attention_notes: why torch's own kernel computed attention in place of the plan's; empty where it did not.
+    computed_steps, predicted_steps: of a run with a step_cache; not_measured: why its table tells nothing certain of
+    this run.
     """
 
     plan: MemoryPlan
@@ -48,6 +50,9 @@ class MemoryReport:
     kept_device_bytes: int = 0
     kept_ram_bytes: int = 0
     kept_brought_bytes: int = 0
+    computed_steps: int = 0
+    predicted_steps: int = 0
+    not_measured: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: the fields, the plan's, both as text, and which numbers the engine makes."""
@@ -85,6 +90,12 @@ class MemoryReport:
             )
         if self.plan.request.controls:
             lines.append(f"  beside the transformer: {self.plan.request.controls} planned, counted above")
+        if self.plan.request.step_cache is not None:
+            note = f"; {self.not_measured}" if self.not_measured else ""
+            lines.append(
+                f"  not exact: {self.computed_steps} of {self.steps} steps computed, {self.predicted_steps} predicted "
+                f"({self.plan.request.step_cache.name}), which no pass is counted for{note}"
+            )
         if self.out_of_memory:
             lines.append(f"  memory ran out {self.out_of_memory} times; the plan above is the last")
         if self.attention_notes:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..caches.prompt_cache import PromptCache
 from ..compute.attention_choice import AUTO, CHOICES, choose_attention
+from ..compute.step_schedules import OFF, step_schedule
 from ..errors import InvalidRequest
 from ..files.checkpoint import Checkpoint
 from ..hardware import FLOATS, Hardware
@@ -127,18 +128,21 @@ class Pipeline:
         steps: int = 20,
         cfg: float = 4.0,
         batch: int = 1,
+        step_cache: str = OFF,
     ) -> Tensor:
         """(batch, height, width, 3) in fp32, 0 to 1. cfg 1: without the negative prompt, which halves the computing.
+        step_cache: of `step_schedules.STEP_CACHES`; all but "off" make another image than all steps do.
 
         Raises InvalidRequest and DoesNotFit.
         """
         self._images += 1  # whatever an image before this one came to
         self._require_size(width, height, batch)
         self._vae_run().require_decodes(height, width)  # before minutes are spent on sampling
+        if (schedule := step_schedule(step_cache)) is not None:
+            schedule.require_steps(steps)
         prompts = self.encode([prompt, negative] if cfg > 1 else [prompt])
-        return self.decode(
-            self.sample(prompts, width=width, height=height, seed=seed, steps=steps, cfg=cfg, batch=batch)
-        )
+        size = {"width": width, "height": height, "seed": seed, "steps": steps, "batch": batch}
+        return self.decode(self.sample(prompts, **size, cfg=cfg, step_cache=step_cache))
 
     def encode(self, prompts: Sequence[str]) -> list[Tensor]:
         """(1, length, dim) in fp32 on the host, of each prompt; all in one visit of the text encoder."""
@@ -156,6 +160,7 @@ class Pipeline:
         steps: int = 20,
         cfg: float = 4.0,
         batch: int = 1,
+        step_cache: str = OFF,
     ) -> Tensor:
         """Latents of the family's shape in fp32 on the host, by the reference's schedule; prompts: what `encode` gave,
         the positive one and, where cfg is above 1, the negative one."""
@@ -170,6 +175,7 @@ class Pipeline:
             Alone(self._transformer, (), self._on_progress, self._check),
             self._limit,
             self._ram_limit,
+            step_schedule(step_cache),
         )
         sampled = run.sample(prompts, noise, images.sigmas(self._transformer, steps, noise), cfg=cfg)
         self._sampling = sampled.report

@@ -15,7 +15,7 @@ LONG_SECONDS = 2 * 3600
 
 def warning_of(plan: MemoryPlan) -> str:
     """What is said of a run that takes LONG_SECONDS or more; empty for any other."""
-    request, seconds = plan.request, plan.forecast.seconds * plan.request.timesteps
+    request, seconds = plan.request, plan.forecast.seconds * plan.request.computed_steps
     if seconds < LONG_SECONDS:
         return ""
     return (

@@ -1,11 +1,12 @@
 """Prompts and noise to latents, in one call: plans, refuses what does not fit, samples, learns, and reports."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
+from ..compute.step_schedules import StepSchedule
 from ..errors import InvalidRequest
 from ..models.family import FromPrompts
 from ..models.streamed_transformer import StreamedTransformer
@@ -34,7 +35,8 @@ class EulerSampler:
     """What one run of the reference's sampler needs: Euler's method with true guidance, for whole images.
 
     Guarantees: the limits are kept, and what does not fit is refused before anything is loaded; the latents are those
-    of the Sample node with the sampler euler, to the last bit where there is guidance.
+    of the Sample node with the sampler euler, to the last bit where there is guidance. `step_cache`: which steps are
+    computed; None: all.
     """
 
     transformer: StreamedTransformer[Any, Any]
@@ -44,10 +46,11 @@ class EulerSampler:
     surroundings: Surroundings
     limit: Limit
     ram_limit_bytes: int | None = None
+    step_cache: StepSchedule | None = None
 
     def plan(self, prompts: Sequence[Tensor], noise: Tensor, steps: int) -> MemoryPlan:
         """Where each block will live. Raises DoesNotFit, and InvalidRequest for what cannot be sampled."""
-        request = self.images.request(self.transformer, prompts, noise, steps)
+        request = replace(self.images.request(self.transformer, prompts, noise, steps), step_cache=self.step_cache)
         return plan_sampling(
             self.transformer, request, self.limit, self.ram_limit_bytes, self.speeds, self.surroundings
         )

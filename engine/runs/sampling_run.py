@@ -1,12 +1,12 @@
 """One sampling run: its passes within its plan, and the report of it. Any sampler may drive it."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor
 
-from ..errors import DoesNotFit
+from ..errors import DoesNotFit, Unsupported
 from ..log import logger
 from ..out_of_memory import Short
 from ..planning.forecast import Throughput, corrected
@@ -23,6 +23,7 @@ from .run_progress import RunProgress, warning_of
 from .sampling_plan import Transformer
 from .sampling_session import SamplingSession
 from .spilling import spill_warning
+from .step_predictions import StepPredictions
 from .surroundings import Surroundings
 from .timeline import Timeline
 
@@ -54,12 +55,16 @@ class SamplingRun:
         """`one_by_one`: why the branches of a step do not share its passes; empty where they do. `advice`: told beside
         each plan."""
         self._transformer, self._surroundings = transformer, surroundings
+        cache, model = plan.request.step_cache, transformer.model
+        self._not_measured = "" if cache is None else cache.not_measured(model, plan.request)
+        advice = " ".join(text for text in (advice, self._not_measured) if text)
         self._steps, self._one_by_one, self._advice = steps, one_by_one, advice
         self._speeds = speeds
         self._watch = MemoryWatch(transformer.hardware.device)
         self._session = SamplingSession(transformer, plan, timeline, self._watch, surroundings)
         self._timesteps: Sequence[float] = ()
         self._expected = ExpectedTimesteps(transformer.store.order, ())
+        self._predictions: StepPredictions | None = None  # where not every step is computed
         self._seen: set[float] = set()
         self._clock = PassClock(transformer.store.order)
         self._first_waits = Waits()
@@ -98,6 +103,8 @@ class SamplingRun:
         self._timesteps = timesteps
         self._copied_before, self._read_before = self._transformer.store.copied, self._transformer.store.read
         self._expected = ExpectedTimesteps(self._transformer.store.order, timesteps)
+        if self.plan.request.step_cache is not None:
+            self._predictions = StepPredictions(self.plan.request.step_cache, timesteps)
         self.attempt(self._open)
 
     def forward_at(
@@ -107,52 +114,129 @@ class SamplingRun:
         hooked: Sequence[Any] = (),
         *,
         ahead: bool,
+        keys: Sequence[Hashable] = (),
     ) -> list[Tensor]:
         """As `forward`, of `branches(values)`, the values of timesteps that may lie on the device. `ahead`: the pass
         may begin with those that are expected, and be made again if they were others."""
 
         def compute(values: Sequence[float], on_block: OnBlock) -> list[Tensor]:
-            return self.forward(branches(values), hooked, on_block=on_block)
+            return self.forward(branches(values), hooked, on_block=on_block, keys=keys)
 
         return self._expected.run(timesteps, compute, ahead=ahead)
 
     def forward(
-        self, branches: Sequence[Any], hooked: Sequence[Any] = (), *, on_block: OnBlock | None = None
+        self,
+        branches: Sequence[Any],
+        hooked: Sequence[Any] = (),
+        *,
+        on_block: OnBlock | None = None,
+        keys: Sequence[Hashable] = (),
     ) -> list[Tensor]:
         """One pass over the blocks for all branches; `hooked` are those with something around their blocks. `on_block`
-        is called before each block with its index, and may raise."""
-        if self._clock.passes == 1:
-            self._first_waits = self._session.waits
+        is called before each block with its index, and may raise.
+
+        `keys`: tell the branches from each other, the same in every step; not given: their order does. A step that is
+        predicted visits no block; raises Unsupported as `StepPredictions.predict`, and for hooked branches.
+        """
         timestep = min(branch.timestep for branch in branches)
         new = timestep not in self._seen
         if new:
             self._seen.add(timestep)
             self._progress.step = len(self._seen) - 1
-        more = timestep > min(self._timesteps, default=0.0)
 
         def begin_block(index: int) -> None:
             self._progress.sampling(index)
             if on_block is not None:
                 on_block(index)
 
-        def compute() -> list[Tensor]:
-            if not self._session.is_open:
-                self._open()
-            check = self._surroundings.check
-            return self._session.forward(branches, hooked=hooked, more=more, on_block=begin_block, check=check)
-
         try:
-            with self._clock.measuring():
-                return self.attempt(compute)
+            if self._predictions is None:
+                return self._compute(branches, hooked, begin_block, self._timesteps, None)
+            return self._predict_or_compute(self._predictions, branches, hooked, keys, begin_block)
         except BaseException:
             if new:
                 self._seen.discard(timestep)  # it has not been computed
             raise
 
+    def _predict_or_compute(
+        self,
+        predictions: StepPredictions,
+        branches: Sequence[Any],
+        hooked: Sequence[Any],
+        keys: Sequence[Hashable],
+        on_block: OnBlock,
+    ) -> list[Tensor]:
+        if hooked:
+            raise Unsupported(
+                "Patches around the model's blocks are called in every step, and step_cache computes only some of "
+                "them.\n\nWhat to do: remove the node that sets the patch, or set step_cache to off.",
+                code="run.patches_of_predicted_steps",
+            )
+        keys, timestep = list(keys or range(len(branches))), min(branch.timestep for branch in branches)
+        answers: list[Tensor | None] = self.attempt(lambda: self._predict(predictions, branches, keys, timestep))
+        wanted = [i for i, answer in enumerate(answers) if answer is None]
+        hidden: list[Tensor] = []
+        if wanted:
+            passing = [branches[i] for i in wanted]
+            for i, answer in zip(
+                wanted, self._compute(passing, (), on_block, predictions.computed_timesteps, hidden), strict=True
+            ):
+                answers[i] = answer
+        else:
+            on_block(self.plan.blocks - 1)  # before it counts: whoever looks at the timestep may find another
+        computed = dict(zip((keys[i] for i in wanted), hidden, strict=True))
+        predictions.done(timestep, computed, [key for key in keys if key not in computed])
+        return [answer for answer in answers if answer is not None]
+
+    def _predict(
+        self, predictions: StepPredictions, branches: Sequence[Any], keys: Sequence[Hashable], timestep: float
+    ) -> list[Tensor | None]:
+        """Of each branch what the model answers; None for those that are to be computed."""
+        hidden = predictions.predict(keys, timestep)
+        known = [i for i, tokens in enumerate(hidden) if tokens is not None]
+        if not known:
+            return [None] * len(branches)
+        if not self._session.is_open:
+            self._open()
+        made = self._session.answers_of([branches[i] for i in known], [t for t in hidden if t is not None])
+        answers = dict(zip(known, made, strict=True))
+        return [answers.get(i) for i in range(len(branches))]
+
+    def _compute(
+        self,
+        branches: Sequence[Any],
+        hooked: Sequence[Any],
+        on_block: OnBlock,
+        computed: Sequence[float],
+        hidden: list[Tensor] | None,
+    ) -> list[Tensor]:
+        """One pass. `computed`: the timesteps that passes are made for. `hidden`: takes what is behind the last
+        block."""
+        more = min(branch.timestep for branch in branches) > min(computed, default=0.0)
+        if self._clock.passes == 1:
+            self._first_waits = self._session.waits
+
+        def compute() -> list[Tensor]:
+            if not self._session.is_open:
+                self._open()
+            return self._session.forward(
+                branches,
+                hooked=hooked,
+                more=more,
+                on_block=on_block,
+                check=self._surroundings.check,
+                keep=None if hidden is None else hidden.extend,
+            )
+
+        with self._clock.measuring():
+            return self.attempt(compute)
+
     def end(self, *, finished: bool) -> MemoryReport:
         """Give back what the run held on the device; not `finished`: after an error or an interruption."""
-        session, transformer = self._session, self._transformer
+        session, transformer, predictions = self._session, self._transformer, self._predictions
         session.close()
+        if predictions is not None:
+            predictions.clear()
         passes = self._clock.seconds
         self._watch.ram()
         report = MemoryReport(
@@ -172,6 +256,9 @@ class SamplingRun:
             out_of_memory=session.retries,
             attention_notes="; ".join(sorted(session.attention_notes)),
             first_step_seconds=self._clock.first_seconds,
+            computed_steps=0 if predictions is None else predictions.computed_steps,
+            predicted_steps=0 if predictions is None else predictions.predicted_steps,
+            not_measured=self._not_measured,
             **session.counters.of_run(),
         )
         if report.attention_notes:

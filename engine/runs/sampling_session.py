@@ -81,6 +81,11 @@ class SamplingSession:
         assert self._session is not None
         return self._session.forward(branches, **options)
 
+    def answers_of(self, branches: Sequence[Any], hidden: Sequence[Tensor]) -> list[Tensor]:
+        """As `TransformerSession.answers_of`; only while it is open."""
+        assert self._session is not None
+        return self._session.answers_of(branches, hidden)
+
     def close(self) -> None:
         session, self._session = self._session, None
         try:

@@ -93,6 +93,7 @@ HEADERS = ("component", "foreign", "prefixes", "recognition", "sorting", "table"
 HEADERS += (
     "attention_kernels",
     "chunk_sizes",
+    "step_schedules",
     "gguf_names",
     "vision_tensors",
     "text_tensors",

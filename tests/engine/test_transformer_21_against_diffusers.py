@@ -13,12 +13,14 @@ from diffusers import FlowMatchEulerDiscreteScheduler, QwenImage21Transformer2DM
 from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVCache, QwenImage21KVLayerCache
 from diffusers.models.transformers.transformer_qwenimage21 import apply_rotary_emb_qwen as turn
 from diffusers.pipelines.qwenimage21.pipeline_qwenimage21 import calculate_dimensions, calculate_shift
+from qwenimage_lowvram.engine.compute.step_schedules import Measured, StepSchedule
 from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.models.qwen_image_21.branch import Branch
 from qwenimage_lowvram.engine.models.qwen_image_21.schedule import sigmas_21
 from qwenimage_lowvram.engine.models.qwen_image_21.sizes import by_area
 from qwenimage_lowvram.engine.models.qwen_image_21.transformer import QwenImage21Transformer
+from qwenimage_lowvram.engine.runs.step_predictions import StepPredictions
 from small_transformer_21 import random_weights, write_file, write_folder
 from torch import Tensor
 
@@ -190,3 +192,33 @@ def test_the_schedule_is_the_reference_pipelines(tokens: int) -> None:
 @pytest.mark.parametrize("size", [(1920, 1080), (640, 960), (1000, 1000), (3000, 1100)])
 def test_references_have_the_reference_pipelines_sizes(size: tuple[int, int]) -> None:
     assert by_area(size, 1024 * 1024) == calculate_dimensions(1024 * 1024, size[0] / size[1])[:2]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_predicted_step_is_diffusers_own_behind_its_blocks(dtype: torch.dtype, model: Model, cpu: Hardware) -> None:
+    whole, folder, _ = model(dtype)
+    transformer = QwenImage21Transformer(open_checkpoint(folder), dtype=dtype, hardware=cpu)
+    transformer.load(())
+    steps = [make_branch(9, dtype=dtype, references=1, timestep=t) for t in (0.9, 0.7, 0.4)]
+    inputs: list[Tensor] = []
+    seen = whole.norm_out.register_forward_pre_hook(lambda module, given: inputs.append(given[0]))
+    for step in steps[:2]:
+        in_parts(whole, step)
+    seen.remove()
+    extrapolated = inputs[1] + (inputs[1] - inputs[0]) / 2 * 3  # of steps 0 and 2, for 5
+    timesteps = arguments(steps[2])["timestep"]
+    temb = whole.time_text_embed(torch.cat([timesteps, timesteps.new_zeros(1)]), extrapolated)
+    is_image = torch.ones(extrapolated.shape[1], dtype=torch.bool)
+    predictions = StepPredictions(
+        StepSchedule("of a test", 6, (0, 2), Measured("", 0, 0)), [0.9, 0.8, 0.7, 0.6, 0.5, 0.4]
+    )
+    with transformer.session(slots=2) as session, torch.no_grad():
+        for step in steps[:2]:
+            hidden: list[Tensor] = []
+            session.forward([step], keep=hidden.extend)
+            predictions.done(step.timestep, {0: hidden[0]}, ())
+        (predicted,) = predictions.predict([0], 0.4)
+        assert predicted is not None
+        assert torch.equal(predicted, extrapolated)
+        (made,) = session.answers_of([steps[2]], [predicted])
+        assert torch.equal(made, whole.proj_out(whole.norm_out(extrapolated, temb, is_image)))

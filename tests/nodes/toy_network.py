@@ -133,7 +133,13 @@ class ToyTransformer(StreamedTransformer[ToyBranch, ToyState]):
         ]
 
     def finish(self, branch: ToyBranch, state: ToyState) -> Tensor:
-        return self.outside.image_out(state.img).mT.reshape(branch.latent.shape)
+        return self.answer_of(branch, state.img)
+
+    def last_hidden(self, branch: ToyBranch, state: ToyState) -> Tensor:
+        return state.img
+
+    def answer_of(self, branch: ToyBranch, hidden: Tensor) -> Tensor:
+        return self.outside.image_out(hidden).mT.reshape(branch.latent.shape)
 
 
 def toy_network(checkpoint: Checkpoint) -> Network:

@@ -1,6 +1,7 @@
 """What torch keeps of the card after a run: what the plan says, and pieces beside it."""
 
 import pytest
+from qwenimage_lowvram.engine.compute.step_schedules import Measured, StepSchedule
 from qwenimage_lowvram.engine.planning.draft import least_bytes, whole_bytes
 from qwenimage_lowvram.engine.planning.forecast import TYPICAL
 from qwenimage_lowvram.engine.planning.memory import plan_memory
@@ -19,6 +20,8 @@ from .tiny_models import DIM, TinyModels
 SCALE = (3072 // DIM) ** 2
 TIMES = tuple(1 - i / 20 for i in range(20))
 STEPS = 2  # that are taken of them
+# of twice as many, the second half is predicted
+CACHE = StepSchedule("of a test", len(TIMES), (0, 1, 10), Measured("Qwen-Image", 64, 48))
 PIECES = 2 / 3  # of activations, as MemoryPlan says
 ROUNDING_BYTES = 16 * MIB  # many small tensors, each of which takes 512 bytes or more
 
@@ -69,22 +72,26 @@ def test_segments_are_as_torch_takes_them(nbytes: int, segment: int, taken: int)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "more_blocks", "side"),
+    ("kind", "more_blocks", "side", "cache"),
     [
-        ("bf16", 0, 5),
-        ("bf16", None, 9),
-        ("int8", 2.5, 5),
-        ("fp8", None, 9),
-        ("nf4", 0, 9),
-        ("GGUF", 2.5, 12),
+        ("bf16", 0, 5, None),
+        ("bf16", None, 9, None),
+        ("int8", 2.5, 5, None),
+        ("fp8", None, 9, None),
+        ("nf4", 0, 9, None),
+        ("GGUF", 2.5, 12, None),
+        ("bf16", 0, 12, CACHE),
+        ("int8", 2.5, 9, CACHE),
     ],
 )
 def test_after_modulation_and_sampling_torch_keeps_little_more_than_the_plan(
-    kind: str, more_blocks: float | None, side: int, tiny_models: TinyModels
+    kind: str, more_blocks: float | None, side: int, cache: StepSchedule | None, tiny_models: TinyModels
 ) -> None:
     """With the least memory and so many blocks' more; None: with all blocks on the card. `side`: of the image, in
-    tokens."""
-    request = SamplingRequest(16 * side, 16 * side, len(PROMPT_TOKENS), max(PROMPT_TOKENS), timesteps=len(TIMES))
+    tokens. `cache`: the last of the steps are predicted."""
+    request = SamplingRequest(
+        16 * side, 16 * side, len(PROMPT_TOKENS), max(PROMPT_TOKENS), timesteps=len(TIMES), step_cache=cache
+    )
     with SimulatedGPU("late") as gpu, small_pieces(PIECE_BYTES):
         reserved = gpu.allocator.reserved = Reserved(SCALE)
         rig = Rig(tiny_models, gpu)
@@ -93,7 +100,9 @@ def test_after_modulation_and_sampling_torch_keeps_little_more_than_the_plan(
         if more_blocks is not None:
             vram = least_bytes(model.footprint, request) + int(more_blocks * model.footprint.slot_bytes)
         plan = plan_memory(model.footprint, request, Limits(vram))
-        branches = [rig.branches(t, prompts=2, image_shape=(1, side, side)) for t in TIMES[:STEPS]]
+        branches = [
+            rig.branches(t, prompts=2, image_shape=(1, side, side)) for t in TIMES[: 2 * STEPS if cache else STEPS]
+        ]
         run = SamplingRun(
             model, plan, steps=len(TIMES), speeds=known(rig, TYPICAL), timeline=Timeline(), surroundings=Alone()
         )

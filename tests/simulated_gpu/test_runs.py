@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from . import beside, kept_prefix, scenarios, sudden_ends
+from . import beside, kept_prefix, predicted, scenarios, sudden_ends
 
 pytestmark = pytest.mark.slow
 CASES: list[tuple[Callable[..., Any], dict[str, Any]]] = [
@@ -38,6 +38,9 @@ CASES: list[tuple[Callable[..., Any], dict[str, Any]]] = [
     (kept_prefix.prefix_kept, {"remade": 0, "on_device": 5, "then": 0, "stops": ((0, 2), (2, 3))}),
     (kept_prefix.prefix_kept, {"remade": 5, "on_device": 0, "then": 2}),
     (kept_prefix.prompts_change, {}),
+    (predicted.predicted, {"kind": "bf16"}),
+    (predicted.predicted, {"kind": "int8", "more_blocks": 2.5}),
+    (predicted.predicted, {"kind": "nf4", "more_blocks": 4, "fail_at": 400}),
 ]
 # the clocks find races under any schedule: they come by turns
 TURNS = list(zip(CASES, cycle(("late", "random", "copies late", "compute late")), strict=False))

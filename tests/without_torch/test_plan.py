@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from qwenimage_lowvram.engine.compute.attention_kernels import SCORES
 from qwenimage_lowvram.engine.compute.chunk_sizes import MLP_CHUNKS, SCORES_AT_A_TIME_BYTES
+from qwenimage_lowvram.engine.compute.step_schedules import STEP_SCHEDULES
 from qwenimage_lowvram.engine.errors import DoesNotFit, InvalidRequest
 from qwenimage_lowvram.engine.models.qwen_image.costs import QwenImageFootprint
 from qwenimage_lowvram.engine.numerics import NUMERICS_VERSION
@@ -569,3 +570,40 @@ def test_attention_that_makes_scores_is_planned_and_named() -> None:
         more = replace(REAL, attention=SCORES).activation_bytes(request, chunk) - REAL.activation_bytes(request, chunk)
         assert 0 <= more <= SCORES_AT_A_TIME_BYTES
     assert least_bytes(replace(REAL, attention=SCORES), request) > least_bytes(REAL, request)
+
+
+@pytest.mark.parametrize(("name", "count"), [("planned_28", 28), ("planned_20", 20), ("planned_12", 12)])
+def test_a_table_of_steps_has_so_many_and_begins_with_what_is_predicted_from(name: str, count: int) -> None:
+    computed = STEP_SCHEDULES[name].computed
+    assert len(computed) == count
+    assert computed[:3] == (0, 1, 2)
+    assert all(0 < later - earlier <= 8 for earlier, later in pairwise([*computed, 40]))
+
+
+def test_a_run_whose_steps_are_not_all_computed_is_planned_forecast_and_named_as_that() -> None:
+    every = SamplingRequest(1024, 1024, 2, 512, timesteps=40)
+    request, limits = replace(every, step_cache=STEP_SCHEDULES["planned_20"]), Limits(4 * GIB, 32 * GIB)
+    plan, exact = plan_memory(REAL, request, limits), plan_memory(REAL, every, limits)
+    kept = 2 * request.branches * 64 * 64 * REAL.inner_dim * REAL.element_bytes
+    assert plan.activation_bytes - exact.activation_bytes == kept
+    assert least_bytes(REAL, request) - least_bytes(REAL, every) == kept
+    assert plan.run.again_seconds == 20 * plan.forecast.seconds
+    assert plan.run.first_seconds < 0.6 * exact.run.first_seconds
+    assert "40 steps, 20 of them computed, in" in str(plan)
+    assert "not exact: 20 of 40 steps computed, the others predicted (planned_20)" in str(plan)
+    assert "not exact" not in str(exact)
+
+
+def test_a_table_says_which_runs_it_was_measured_on() -> None:
+    table = STEP_SCHEDULES["planned_12"]
+    measured = SamplingRequest(1024, 1024, 1, 60, timesteps=40)
+    assert table.not_measured("Qwen-Image-2.1", measured) == ""
+    others = [replace(measured, width=2048), replace(measured, branches=2), replace(measured, reference_tokens=4096)]
+    told = [table.not_measured("Qwen-Image-2.1", other) for other in others] + [table.not_measured("Other", measured)]
+    assert all("planned_12 was measured on Qwen-Image-2.1, 1024x1024, without guidance alone" in text for text in told)
+    assert "this run is Other, 1024x1024, 1 branch" in told[-1]
+
+
+def test_a_table_is_refused_for_another_number_of_steps() -> None:
+    with pytest.raises(InvalidRequest, match=r"(?s)a table for runs of 40 steps; this run has 8\..*set steps to 40"):
+        SamplingRequest(1024, 1024, 1, 60, timesteps=8, step_cache=STEP_SCHEDULES["planned_28"])

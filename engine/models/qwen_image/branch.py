@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, reduce
 from importlib.metadata import version
+from math import prod
 from operator import add
 from typing import Any
 
@@ -41,6 +42,11 @@ class Branch:
     @property
     def moment(self) -> Moment:
         return self.timestep, self.additional_t_cond
+
+    @property
+    def image_tokens(self) -> int:
+        """Of the image that is made, without its references."""
+        return prod(self.shapes[0])
 
 
 @dataclass

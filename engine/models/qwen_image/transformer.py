@@ -120,9 +120,18 @@ class QwenImageTransformer(StreamedTransformer[Branch, BranchState]):
         )
 
     def finish(self, branch: Branch, state: BranchState) -> Tensor:
-        velocity = self.outside.proj_out(self.outside.norm_out(state.img, state.temb[:1]))
-        frames, height, width = branch.shapes[0]
-        return velocity[:, : frames * height * width]
+        return self._velocity(state.img, state.temb)[:, : branch.image_tokens]
+
+    def last_hidden(self, branch: Branch, state: BranchState) -> Tensor:
+        alone = state.img.shape[1] == branch.image_tokens
+        return state.img if alone else state.img[:, : branch.image_tokens].clone()
+
+    def answer_of(self, branch: Branch, hidden: Tensor) -> Tensor:
+        return self._velocity(hidden, self.embedding(*branch.moment))
+
+    def _velocity(self, hidden: Tensor, temb: Tensor) -> Tensor:
+        velocity: Tensor = self.outside.proj_out(self.outside.norm_out(hidden, temb[:1]))
+        return velocity
 
 
 @dataclass(frozen=True)

@@ -55,12 +55,7 @@ class QwenImage21Transformer(StreamedTransformer[Branch, BranchState]):
 
     def begin(self, branches: Sequence[Branch], on_block: OnBlock | None) -> list[BranchState]:
         """Raises InvalidRequest for prompts and images beyond the model's positions."""
-        if self._frequencies is None:
-            self._frequencies = time_frequencies().to(self.hardware.device)
-        clocks = {
-            timestep: self.outside.clocks(timestep, self._frequencies, self.dtype)
-            for timestep in dict.fromkeys(branch.timestep for branch in branches)
-        }
+        clocks = {timestep: self._clocks(timestep) for timestep in dict.fromkeys(b.timestep for b in branches)}
         modulation = next(iter(clocks.values()))[1][1:].unsqueeze(1) if clocks else None
         prefixes = [branch.prefix for branch in branches]
         stretches = self._stretches(prefixes, modulation)
@@ -123,6 +118,19 @@ class QwenImage21Transformer(StreamedTransformer[Branch, BranchState]):
 
     def finish(self, branch: Branch, state: BranchState) -> Tensor:
         return self.outside.velocity(state.img, state.embedding)
+
+    def last_hidden(self, branch: Branch, state: BranchState) -> Tensor:
+        return state.img
+
+    def answer_of(self, branch: Branch, hidden: Tensor) -> Tensor:
+        embedding, _ = self._clocks(branch.timestep)
+        return self.outside.velocity(hidden, embedding)
+
+    def _clocks(self, timestep: float) -> tuple[Tensor, Tensor]:
+        """As `Outside.clocks`."""
+        if self._frequencies is None:
+            self._frequencies = time_frequencies().to(self.hardware.device)
+        return self.outside.clocks(timestep, self._frequencies, self.dtype)
 
     def first_tokens(self, stretch: Stretch) -> tuple[Tensor, Tensor, list[Run]]:
         """What goes into the first block of a prefix: tokens (1, N, dim), their rotary factors, and what they see."""

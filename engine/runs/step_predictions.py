@@ -1,0 +1,87 @@
+"""Steps of a run that are predicted from computed ones, by a table. Holds what they are predicted from."""
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ..compute.step_schedules import ANCHORS, StepSchedule
+from ..errors import Unsupported
+
+
+@dataclass
+class _Past:
+    """Of one branch. anchors: (step, tokens behind the last block) of computed steps, the last ANCHORS of them."""
+
+    step: int = -1
+    anchors: list[tuple[int, Tensor]] = field(default_factory=list)
+
+
+class StepPredictions:
+    """Of one run, whose `timesteps` are those of its steps in their order.
+
+    Branches are told from each other by keys, the same in every step. Each is predicted from its own past: one that
+    begins late is computed until there is enough. What was done counts once it is told (`done`): a pass that fails is
+    made again from the same past.
+    """
+
+    def __init__(self, schedule: StepSchedule, timesteps: Sequence[float]) -> None:
+        self._schedule = schedule
+        self._steps = {timestep: step for step, timestep in enumerate(timesteps)}
+        self._past: dict[Hashable, _Past] = {}
+        self._computed: set[int] = set()
+        self._predicted: set[int] = set()
+        self.computed_timesteps = [timesteps[step] for step in schedule.computed]
+
+    @property
+    def computed_steps(self) -> int:
+        """How many were, for all branches or for some."""
+        return len(self._computed)
+
+    @property
+    def predicted_steps(self) -> int:
+        """How many were, for all branches."""
+        return len(self._predicted - self._computed)
+
+    def predict(self, keys: Sequence[Hashable], timestep: float) -> list[Tensor | None]:
+        """Of each branch what would come out of the last block; None for one that is to be computed.
+
+        Raises Unsupported for a timestep that is none of the run's, and for one that is not behind the branch's last:
+        the sampler's steps are not the table's.
+        """
+        step, pasts = self._steps.get(timestep), [self._past.get(key, _Past()) for key in keys]
+        if step is None or any(step <= past.step for past in pasts):
+            raise Unsupported(
+                "step_cache {name} needs a sampler that takes each step of the schedule once, one after another; this "
+                "one asked for timestep {timestep} out of turn.\n\nWhat to do: use a sampler of one evaluation a step "
+                "(euler, dpmpp_2m, res_multistep), or set step_cache to off.",
+                code="run.step_out_of_turn",
+                name=self._schedule.name,
+                timestep=timestep,
+            )
+        if step in self._schedule.computed:
+            return [None] * len(keys)
+        return [_extrapolated(past.anchors, step) if len(past.anchors) == ANCHORS else None for past in pasts]
+
+    def done(self, timestep: float, computed: Mapping[Hashable, Tensor], predicted: Iterable[Hashable]) -> None:
+        """`computed`: the branches that came through the blocks, with what was behind the last one."""
+        step, predicted = self._steps[timestep], list(predicted)
+        if computed:
+            self._computed.add(step)
+        if predicted:
+            self._predicted.add(step)
+        for key in (*computed, *predicted):
+            self._past.setdefault(key, _Past()).step = step
+        for key, hidden in computed.items():
+            past = self._past[key]
+            past.anchors = [*past.anchors, (step, hidden)][-ANCHORS:]
+
+    def clear(self) -> None:
+        """Give back what lies on the device."""
+        self._past.clear()
+
+
+def _extrapolated(anchors: Sequence[tuple[int, Tensor]], step: int) -> Tensor:
+    """On the line through both anchors (`step_schedules`), in their dtype."""
+    (first_step, first), (last_step, last) = anchors
+    return (last - first).div_(last_step - first_step).mul_(step - last_step).add_(last)

@@ -1,0 +1,56 @@
+"""Runs whose steps are not all computed: what they are predicted from lies on the card, between passes of blocks that
+are fetched ahead for the next computed step."""
+
+import torch
+from qwenimage_lowvram.engine.compute.step_schedules import Measured, StepSchedule
+from qwenimage_lowvram.engine.models.qwen_image.branch import Branch
+from qwenimage_lowvram.engine.planning.draft import least_bytes
+from qwenimage_lowvram.engine.planning.forecast import TYPICAL
+from qwenimage_lowvram.engine.planning.memory import plan_memory
+from qwenimage_lowvram.engine.planning.request import Limits, SamplingRequest
+from qwenimage_lowvram.engine.runs.sampling_run import SamplingRun
+from qwenimage_lowvram.engine.runs.surroundings import Alone
+from qwenimage_lowvram.engine.runs.timeline import Timeline
+from torch import Tensor
+
+from .rig import PROMPT_TOKENS, Rig, finish, host, known
+
+SCHEDULE = StepSchedule("of a test", 8, (0, 1, 3, 6), Measured("Qwen-Image", 64, 48))
+ANNOUNCED = tuple(1 - step / 8 for step in range(8))
+
+
+def predicted(rig: Rig, kind: str, *, more_blocks: float = 0, fail_at: int | None = None) -> list[Tensor]:
+    """The sampler's timesteps lie on the card. With the least memory and so many blocks' more; `fail_at`: an allocation
+    that finds none, after which the run goes on with a smaller plan, from what it has kept."""
+    model = rig.transformer(kind)
+    request = SamplingRequest(
+        64, 48, len(PROMPT_TOKENS), max(PROMPT_TOKENS), timesteps=len(ANNOUNCED), step_cache=SCHEDULE
+    )
+    vram = least_bytes(model.footprint, request) + int(more_blocks * model.footprint.slot_bytes)
+    plan = plan_memory(model.footprint, request, Limits(vram))
+    run = SamplingRun(
+        model, plan, steps=len(ANNOUNCED), speeds=known(rig, TYPICAL), timeline=Timeline(), surroundings=Alone()
+    )
+    if rig.gpu is not None:
+        rig.gpu.allocator.fail_at = fail_at
+    made: list[Tensor] = []
+    try:
+        run.load()
+        run.begin(ANNOUNCED)
+        before = model.store.fetched_blocks
+        for timestep in ANNOUNCED:
+            asked = torch.full((2,), timestep, device=rig.hardware.device)
+            made += run.forward_at(asked, lambda values: _branches(rig, values[0]), ahead=True, keys=("a", "b"))
+        made = host(made)
+        fetched = model.store.fetched_blocks - before
+    finally:
+        report = run.end(finished=False)
+    finish(model)
+    assert (report.computed_steps, report.predicted_steps, report.passes) == (4, 4, 4)
+    if rig.gpu is not None and fail_at is None:
+        assert fetched <= len(SCHEDULE.computed) * plan.streamed
+    return made
+
+
+def _branches(rig: Rig, timestep: float) -> list[Branch]:
+    return rig.branches(timestep, prompts=2)
