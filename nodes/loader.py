@@ -8,14 +8,17 @@ import torch
 
 from ..engine.errors import QwenLowVRAMError
 from ..engine.files.checkpoint import Checkpoint
+from ..engine.hardware import Hardware
 from ..engine.models.qwen_image.positions import Positions
 from ..engine.models.qwen_image.transformer import TimestepRounding
 from ..engine.models.qwen_vl.vision_files import mmproj_identity
 from ..engine.out_of_memory import in_words
+from ..engine.runs.dtype_choice import auto_dtype, encoder_dtype
 from ..engine.runs.timeline import Timeline
 from . import devices
 from .adapters import switches
 from .adapters.attention import attention_of_loader
+from .adapters.known_speeds import half_products_are_faster
 from .adapters.limit_names import RAM_LIMIT, VRAM_LIMIT
 from .adapters.networks import served_of
 from .adapters.progress import executing_prompt_id, warn
@@ -119,7 +122,7 @@ class QwenLowVRAMLoader:
         text_hardware = devices.hardware_of(devices.device_of(text_encoder_device, text_default))
         vae_on = devices.device_of(vae_device, management.vae_device())
         limits = _Limits(limit_bytes(vram_limit_gb), limit_bytes(ram_limit_gb))
-        compute = _compute_dtype(dtype, transformer_file, hardware.device)
+        compute = _transformer_dtype(dtype, transformer_file, hardware)
         member = sources.member(transformer_file, variant)
         doubt = sources.doubt_about(transformer_file, member) if chosen_variant(variant) is None else ""
         if doubt:
@@ -140,7 +143,9 @@ class QwenLowVRAMLoader:
         )
         model.attend_by(attending)
         encoder = family.encoder(
-            text_file, dtype=_compute_dtype(dtype, text_file, text_hardware.device), hardware=text_hardware
+            text_file,
+            dtype=encoder_dtype(_compute_dtype(dtype, text_file, text_hardware.device)),
+            hardware=text_hardware,
         )
         timeline = Timeline(executing_prompt_id)
         image_vae = make_vae(
@@ -161,7 +166,7 @@ class QwenLowVRAMLoader:
             member,
             limits.name_on(text_hardware.device),
         )
-        told = " ".join(text for text in (doubt, asked, advice) if text)
+        told = " ".join(text for text in (doubt, asked, _products_text(dtype, compute), advice) if text)
         return served.make_model(model, limits.vram_bytes, limits.ram_bytes, timeline, told), clip, image_vae
 
 
@@ -195,10 +200,35 @@ def _format_of(source: Checkpoint, weight_format: str, parts: Parts, limits: _Li
 def _compute_dtype(choice: str, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
     if choice != "auto":
         return DTYPES[choice]
-    can_bf16 = comfy.model_management.should_use_bf16(device, prioritize_performance=False)
-    if checkpoint.full_precision or not can_bf16:
+    return torch.float32 if checkpoint.full_precision or not _has_bf16(device) else torch.bfloat16
+
+
+def _transformer_dtype(choice: str, checkpoint: Checkpoint, hardware: Hardware) -> torch.dtype:
+    if choice != "auto":
+        return DTYPES[choice]
+    if comfy.model_management.FORCE_FP32:
         return torch.float32
-    return torch.bfloat16
+    return auto_dtype(
+        checkpoint,
+        has_bf16=_has_bf16(hardware.device),
+        device=hardware.device,
+        half_is_faster=lambda: half_products_are_faster(hardware),
+    )
+
+
+def _has_bf16(device: torch.device) -> bool:
+    """By itself, not step by step through fp32."""
+    return bool(comfy.model_management.should_use_bf16(device, prioritize_performance=False))
+
+
+def _products_text(choice: str, compute: torch.dtype) -> str:
+    """What a person is told of a card without bf16."""
+    if choice != "auto" or compute != torch.float16:
+        return ""
+    return (
+        "This card computes no bf16: products are in fp16 between activations in fp32, which was measured to be faster "
+        "here than fp32. The image is another one than fp32's."
+    )
 
 
 def _vae_dtype(choice: str, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:

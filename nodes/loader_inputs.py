@@ -46,8 +46,9 @@ def loader_inputs() -> dict[str, Any]:
                 ["auto", *DTYPES],
                 {
                     "default": "auto",
-                    "tooltip": "What is computed in. auto: bf16 where the card has it, else fp32; fp32 for fp32 "
-                    "files. fp16 can overflow to black images.",
+                    "tooltip": "What is computed in. auto: bf16; on cards without it (GTX 16, RTX 20) fp16 or fp32, "
+                    "whichever is faster there; fp32 for fp32 files. fp16: products alone, scaled so that they do not "
+                    "overflow, between activations in fp32; the text encoder in fp32.",
                 },
             ),
             "weight_format": (

@@ -15,8 +15,7 @@ class ChunkedTokens(nn.Module):
 
     def __init__(self, inner: nn.Module, chunk_tokens: int | None = None) -> None:
         super().__init__()
-        for name, child in inner.named_children():
-            self.add_module(name, child)
+        self._modules = inner._modules  # the same children, also when one is replaced
         self._inner = (inner,)  # in a tuple: registered, its parameters would be listed twice
         self.chunk_tokens = chunk_tokens
 

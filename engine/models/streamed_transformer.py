@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..compute.attention import Attention, attention_by
 from ..compute.attention_kernels import AttentionKernel
 from ..compute.finite import is_finite
+from ..compute.half_products import activations_dtype, half_attention, measure_weights
 from ..compute.token_chunks import chunk_tokens
 from ..errors import Unsupported
 from ..files.checkpoint import Checkpoint
@@ -39,8 +40,10 @@ class StreamedTransformer(ABC, Generic[BranchT, StateT]):
     def __init__(
         self, checkpoint: Checkpoint, parts: TransformerParts, *, dtype: torch.dtype, hardware: Hardware
     ) -> None:
-        """Reads the weights outside the blocks, and no block. Raises MissingFile or DamagedFile."""
-        self.dtype = dtype
+        """Reads the weights outside the blocks, and no block. `dtype`: of weights and products; of fp16, activations
+        are in fp32 (`compute.half_products`). Raises MissingFile or DamagedFile."""
+        self.dtype = activations_dtype(dtype)  # that branches are given in
+        self.products_dtype = dtype
         self.hardware = hardware
         self.file = checkpoint.largest_file
         self.modulation: StepTable = NothingBeforehand()
@@ -315,6 +318,7 @@ class TransformerSession(Generic[BranchT, StateT]):
         transformer = self._transformer
         transformer.return_outside()  # it may have been asked to leave since the last pass
         states = transformer.begin(branches, on_block)
+        in_half = transformer.products_dtype != transformer.dtype
         alone = set(range(len(states))).difference(*(group.branches for group in hooked))
         tokens = max((state.tokens for state in states), default=0)
         for streamer in self._streamers:
@@ -325,7 +329,11 @@ class TransformerSession(Generic[BranchT, StateT]):
                 if on_block is not None:
                     on_block(index)
                 chunk_tokens(block, self._mlp_chunk_tokens)
-                with attention_by(attention, tokens, check, told=self.attention_notes.add):
+                with ExitStack() as stack:
+                    stack.enter_context(attention_by(attention, tokens, check, told=self.attention_notes.add))
+                    if in_half:
+                        stack.enter_context(half_attention())
+                        measure_weights(block)
                     for i in sorted(alone):
                         states[i].run(index, block)
                     for group in hooked:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..compute.attention import Attention, kernel_of, kernel_of_all
 from ..compute.attention_kernels import AttentionKernel
+from ..compute.half_products import activations_dtype
 from ..hardware import Hardware
 from ..planning.footprint import TransformerFootprint
 from ..streaming import (
@@ -127,7 +128,8 @@ class TransformerParts:
             native=all(block.native for block in store.blocks),
             outside_bytes=sum(prod(shape) for shape in self._outside_shapes.values()) * self._dtype.itemsize,
             inner_dim=self.network.inner_dim,
-            element_bytes=self._dtype.itemsize,
+            element_bytes=activations_dtype(self._dtype).itemsize,
+            in_half=activations_dtype(self._dtype) != self._dtype,
             scratch_bytes=store.scratch_bytes,
             decode_bytes=store.decode_cost.moved_bytes,
             decode_launches=store.decode_cost.launches,

@@ -202,6 +202,7 @@ class Draft:
             run=run,
             attention=footprint.attention_text(request),
             kept=kept,
+            in_half=footprint.in_half,
         )
 
     def _ram_left(self, limits: Limits) -> int:

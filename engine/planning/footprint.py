@@ -22,7 +22,7 @@ class TransformerFootprint(ABC):
     modulation_*: the same sizes of a block's weights that see the timestep alone, 0 where the network has none.
     ring_bytes: host memory that file bytes pass through. host: the device is the host, and has no other memory.
     elsewhere: blocks that stay on other devices, and are not among `blocks`. attention: what all devices of the blocks
-    can compute attention with.
+    can compute attention with. in_half: products are computed in fp16, and activations are wider between them.
     """
 
     blocks: int
@@ -46,6 +46,7 @@ class TransformerFootprint(ABC):
     host: bool = False
     elsewhere: int = 0
     attention: AttentionKernel = FUSED
+    in_half: bool = False
 
     @property
     def all_blocks(self) -> int:

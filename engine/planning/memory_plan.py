@@ -31,9 +31,10 @@ class MemoryPlan:
     read from the file at every step. slots: buffers on the device that blocks pass through (two overlap fetching with
     computing); ring: pieces of host memory, of ring_bytes together, that they pass through before that, and are read
     into ahead.
-    mlp_chunk_tokens: None computes the MLP of all tokens at once. attention: by which kernel, and in which chunks. The
-    *_peak_bytes are predictions of everything that the stage holds on the device, ram_peak_bytes of everything in host
-    memory. `blocks` and all that leave out those of secondaries.
+    mlp_chunk_tokens: None computes the MLP of all tokens at once. attention: by which kernel, and in which chunks.
+    in_half: products are in fp16, and activations in fp32. The *_peak_bytes are predictions of everything that the
+    stage holds on the device, ram_peak_bytes of everything in host memory. `blocks` and all that leave out those of
+    secondaries.
 
     What torch's caching allocator keeps of the card is more: pieces between those that are used. On the simulated card
     (tests/simulated_gpu/test_reserved.py) that is at most two thirds of activation_bytes above peak_bytes, whatever the
@@ -62,6 +63,7 @@ class MemoryPlan:
     attention: str = FUSED.name
     secondaries: tuple[SecondaryDevice, ...] = ()
     kept: KeptTiers = NOTHING_KEPT
+    in_half: bool = False
 
     @property
     def limit_bytes(self) -> int:
@@ -85,6 +87,7 @@ class MemoryPlan:
     def __repr__(self) -> str:
         chunk = f", MLP in chunks of {self.mlp_chunk_tokens} tokens" if self.mlp_chunk_tokens else ""
         chunk += f", attention {self.attention}" if self.attention != FUSED.name else ""
+        chunk += ", products in fp16 between activations in fp32" if self.in_half else ""
         slots = f"{self.slots} slot{'s' if self.slots != 1 else ''}"
         slots += f" and a ring of {self.ring} pieces" if self.ring_bytes and self.from_file else ""
         ram = "" if self.limits.ram_bytes is None else f" of {size_text(self.limits.ram_bytes)}"

@@ -9,11 +9,10 @@ import torch
 
 from ..hardware import Hardware
 from ..planning.forecast import Speeds
-from .machine_speeds import measure_bus, measure_disk, measure_flops, measure_memory
+from .machine_speeds import MEASURING_BYTES, measure_bus, measure_disk, measure_flops, measure_memory
 from .remembered import RememberedFacts
 
 VERSION = 2
-MEASURING_BYTES = 512 * 1024**2  # on the device, and some to spare
 
 
 class KnownSpeeds:

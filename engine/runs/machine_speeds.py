@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from ..compute.half_products import activations_dtype, half_linear, largest_row
 from ..errors import DamagedFile
 from ..files.json_texts import unreadable
 from ..files.regular_file import open_regular
@@ -14,18 +15,23 @@ from ..hardware import Hardware
 from ..streaming import PIECE_BYTES, RING_PIECES, PinnedMemory, StreamOrder
 
 SECONDS_EACH = 0.4
+MEASURING_BYTES = 512 * 1024**2  # on the device, and some to spare
 # tokens, width, hidden width of the model's MLP; a CPU would take seconds for one
 MLP_SHAPE, MLP_SHAPE_ON_HOST = (4096, 3072, 12288), (128, 1024, 4096)
 
 
 @torch.no_grad()
 def measure_flops(hardware: Hardware, dtype: torch.dtype) -> float:
-    """Floating-point operations per second of a product as the model's MLP has them."""
+    """Floating-point operations per second of a product as the model's MLP has them; in fp16 between fp32."""
     tokens, width, hidden = MLP_SHAPE_ON_HOST if hardware.host_device else MLP_SHAPE
-    a = torch.ones(tokens, width, dtype=dtype, device=hardware.device)
+    a = torch.ones(tokens, width, dtype=activations_dtype(dtype), device=hardware.device)
     b = torch.ones(hidden, width, dtype=dtype, device=hardware.device)
+    operations = 2.0 * tokens * width * hidden
+    if a.dtype != b.dtype:
+        largest = largest_row(b)
+        return _rate(operations, lambda: half_linear(a, b, largest=largest), hardware)
     out = torch.empty(tokens, hidden, dtype=dtype, device=hardware.device)
-    return _rate(2.0 * tokens * width * hidden, lambda: torch.mm(a, b.T, out=out), hardware)
+    return _rate(operations, lambda: torch.mm(a, b.T, out=out), hardware)
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ from ..reports.image_report import ImageReport
 from ..reports.memory_report import MemoryReport
 from .decode import VaeRun
 from .devices import best_device, computes_bf16, device_name
+from .dtype_choice import auto_dtype, encoder_dtype, half_is_faster
 from .encode import EncodeRun
 from .known_speeds import KnownSpeeds
 from .known_trials import KnownTrials
@@ -62,12 +63,12 @@ class Pipeline:
     ) -> None:
         """Reads headers, the tokenizer, the VAE and the transformer's weights outside of its blocks.
 
-        device None: the first card, else the CPU. dtype None: bf16 where the device has it and the file is not in
-        fp32. A limit of None: what is free. cache: a folder for encoded prompts and measured speeds; None keeps
-        neither. on_progress: told a few times a second while images are sampled. check: called before each block and
-        tile, and may raise, which ends the run. attention: the transformer's kernel, of `attention_choice.CHOICES`.
-        of_network: what the family's transformer takes beside these. Raises Unsupported for a kernel that does not work
-        here.
+        device None: the first card, else the CPU. dtype None: bf16 where the device has it and the file is not in fp32;
+        fp16: of the transformer's products, with activations in fp32, and of the VAE. A limit of None: what is free.
+        cache: a folder for encoded prompts and measured speeds; None keeps neither. on_progress: told a few times a
+        second while images are sampled. check: called before each block and tile, and may raise, which ends the run.
+        attention: the transformer's kernel, of `attention_choice.CHOICES`. of_network: what the family's transformer
+        takes beside these. Raises Unsupported for a kernel that does not work here.
         """
         if dtype is not None and dtype not in FLOATS:
             raise InvalidRequest(
@@ -88,7 +89,12 @@ class Pipeline:
         ram_too = {"ram_limit_bytes": ram_limit_bytes} if hardware.host_device else {}
         self._limit, self._ram_limit = _tightest(vram_limit_bytes=vram_limit_bytes, **ram_too), ram_limit_bytes
         self._dtype = dtype
-        dtypes = [self._dtype_of(file) for file in (files.text_encoder, files.transformer, files.vae)]
+        self._cache = cache
+        dtypes = [
+            encoder_dtype(self._dtype_of(files.text_encoder)),
+            self._dtype_of_transformer(files.transformer),
+            self._dtype_of(files.vae),
+        ]
         family = files.family
         self._images_of = family.from_prompts
         self._tokenizer = family.tokenizer(files.tokenizer)
@@ -96,7 +102,7 @@ class Pipeline:
         self._transformer = family.open(
             files.transformer, dtype=dtypes[1], hardware=hardware, variant=files.variant, **of_network
         )
-        tried = KnownTrials(None if cache is None else cache / "attention.json")
+        tried = self._trials("attention.json")
         self._transformer.attend_by(choose_attention(attention, [hardware], dtypes[1], tried=tried))
         self._vae = family.read_vae(files.vae, dtypes[2])
         self._kept = None if cache is None else PromptCache(cache / "prompts")
@@ -235,6 +241,21 @@ class Pipeline:
         if self._dtype is not None:
             return self._dtype
         return torch.float32 if file.full_precision or not computes_bf16(self._device) else torch.bfloat16
+
+    def _dtype_of_transformer(self, file: Checkpoint) -> torch.dtype:
+        if self._dtype is not None:
+            return self._dtype
+        return auto_dtype(
+            file,
+            has_bf16=computes_bf16(self._device),
+            device=self._device,
+            half_is_faster=lambda: half_is_faster(
+                self._hardware, device_name(self._device), self._trials("products.json")
+            ),
+        )
+
+    def _trials(self, name: str) -> KnownTrials:
+        return KnownTrials(None if self._cache is None else self._cache / name)
 
     def _require_size(self, width: int, height: int, batch: int) -> None:
         side_px = self._images_of.side_px

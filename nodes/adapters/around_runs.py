@@ -116,7 +116,7 @@ def _planned_run(
     calls.override = options.get(OVERRIDE_KEY)
     transformer.attend_by(attention_of_run(transformer, model.attention, calls.override))
     model.model_loaded_weight_memory = transformer.loaded_bytes  # blocks that the LoRAs change have left
-    speeds = known_speeds(transformer.hardware, transformer.dtype, transformer.file)
+    speeds = known_speeds(transformer.hardware, transformer.products_dtype, transformer.file)
     limit, surroundings = loader_limit(model.limit_bytes), InComfyUI(patcher, beside)
 
     def plan() -> MemoryPlan:

@@ -8,6 +8,7 @@ import folder_paths
 import torch
 
 from ...engine.hardware import Hardware
+from ...engine.runs.dtype_choice import half_is_faster
 from ...engine.runs.known_speeds import KnownSpeeds
 from ...engine.runs.known_trials import KnownTrials
 
@@ -28,6 +29,14 @@ def known_speeds(hardware: Hardware, dtype: torch.dtype, model_file: Path) -> Kn
 def known_trials() -> KnownTrials:
     """How kernels of attention did when they were tried on this machine, in ComfyUI's user folder."""
     return KnownTrials(_file("attention.json"))
+
+
+def half_products_are_faster(hardware: Hardware) -> bool:
+    """Than fp32, and right, on this card; measured once, and remembered in ComfyUI's user folder."""
+    management, device = comfy.model_management, hardware.device
+    make_room = partial(management.free_memory, device=device)
+    tried = KnownTrials(_file("products.json"))
+    return half_is_faster(hardware, management.get_torch_device_name(device), tried, make_room)
 
 
 def _file(name: str) -> Path:

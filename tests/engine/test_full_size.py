@@ -22,6 +22,7 @@ from qwenimage_lowvram.engine.models.qwen_image.branch import Branch
 from qwenimage_lowvram.engine.models.qwen_image.costs import PROMPT_SIZES
 from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
 from qwenimage_lowvram.engine.models.qwen_image.variants import Variant
+from qwenimage_lowvram.engine.planning.draft import least_bytes
 from qwenimage_lowvram.engine.planning.memory import plan_memory
 from qwenimage_lowvram.engine.planning.memory_plan import MemoryPlan
 from qwenimage_lowvram.engine.planning.request import GIB, Limits, SamplingRequest
@@ -53,23 +54,25 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoin
     }
 
 
-def make_transformer(stored: torch.dtype, *, layers: int = 60) -> QwenImageTransformer:
+def make_transformer(
+    stored: torch.dtype, *, layers: int = 60, dtype: torch.dtype = torch.bfloat16
+) -> QwenImageTransformer:
     return QwenImageTransformer(
         full_size.transformer_checkpoint(stored, layers=layers),
-        dtype=torch.bfloat16,
+        dtype=dtype,
         hardware=full_size.fake_gpu(),
         source=full_size.EmptySource,
     )
 
 
-def make_branch(request: SamplingRequest) -> Branch:
+def make_branch(request: SamplingRequest, dtype: torch.dtype = torch.bfloat16) -> Branch:
     """With references of the image's size, where there are any."""
     height, width = request.height // 16, request.width // 16
     references = ((1, height, width),) * (request.reference_tokens // (height * width))
     return Branch(
-        torch.empty(1, request.image_tokens, 64, device="cuda", dtype=torch.bfloat16),
+        torch.empty(1, request.image_tokens, 64, device="cuda", dtype=dtype),
         ((request.frames, height, width), *references),
-        torch.empty(1, request.prompt_tokens, 3584, device="cuda", dtype=torch.bfloat16),
+        torch.empty(1, request.prompt_tokens, 3584, device="cuda", dtype=dtype),
         None,
         0.9,
     )
@@ -83,7 +86,7 @@ def sampling_peak(
     transformer.modulation.announce([0.9])
     with transformer.session(slots=plan.slots, ring=plan.ring, mlp_chunk_tokens=plan.mlp_chunk_tokens) as session:
         live.reset_peak()
-        branches = [make_branch(plan.request) for _ in range(plan.request.branches)]
+        branches = [make_branch(plan.request, transformer.dtype) for _ in range(plan.request.branches)]
         session.forward(branches, on_block=on_block)
         del branches
     return live.peak
@@ -98,6 +101,26 @@ def test_a_guided_step_of_the_whole_model_takes_less_than_1900_mb(width: int, he
     peak = sampling_peak(live, transformer, plan)
     assert 0.9 * plan.sampling_peak_bytes < peak < 1.1 * plan.sampling_peak_bytes
     assert peak <= 1.9e9
+
+
+HALF_REQUESTS = {
+    "1328": SamplingRequest(1328, 1328, 2, PROMPT_TOKENS),
+    "2048": SamplingRequest(2048, 2048, 1, PROMPT_TOKENS),
+    "512": SamplingRequest(512, 512, 1, 1000),
+    "edit": SamplingRequest(1024, 1024, 2, 1200, reference_tokens=4096),
+}
+
+
+@pytest.mark.parametrize("spare_bytes", [0, 6 * 10**9])
+@pytest.mark.parametrize("case", HALF_REQUESTS)
+def test_products_in_fp16_take_what_is_planned(case: str, spare_bytes: int, live: LiveBytes) -> None:
+    transformer, request = make_transformer(torch.bfloat16, layers=3, dtype=torch.float16), HALF_REQUESTS[case]
+    plan = plan_memory(
+        transformer.footprint, request, Limits(least_bytes(transformer.footprint, request) + spare_bytes)
+    )
+    assert "products in fp16 between activations in fp32" in str(plan)
+    peak = sampling_peak(live, transformer, plan)
+    assert 0.9 * plan.sampling_peak_bytes < peak < 1.1 * plan.sampling_peak_bytes
 
 
 # what the driver's context takes of a card

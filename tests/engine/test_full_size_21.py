@@ -27,20 +27,20 @@ def live() -> Iterator[LiveBytes]:
         yield live
 
 
-def make_transformer(checkpoint: Checkpoint) -> QwenImage21Transformer:
+def make_transformer(checkpoint: Checkpoint, dtype: torch.dtype = torch.bfloat16) -> QwenImage21Transformer:
     return QwenImage21Transformer(
         checkpoint,
-        dtype=torch.bfloat16,
+        dtype=dtype,
         hardware=full_size.fake_gpu(),
         source=full_size.EmptySource,
     )
 
 
-def make_branches(request: SamplingRequest) -> list[Branch]:
+def make_branches(request: SamplingRequest, dtype: torch.dtype = torch.bfloat16) -> list[Branch]:
     """Each prompt for as many images as the request has; references of the image's size."""
 
     def empty(tokens: int, width: int = 64) -> torch.Tensor:
-        return torch.empty(1, tokens, width, device="cuda", dtype=torch.bfloat16)
+        return torch.empty(1, tokens, width, device="cuda", dtype=dtype)
 
     shape = request.height // TOKEN_PX, request.width // TOKEN_PX
     count = request.reference_tokens // request.frame_tokens
@@ -77,15 +77,24 @@ REQUESTS = {
 }
 
 
+IN_HALF = ("512", "2048", "edit with guidance", "edit with ten images")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("case", REQUESTS)
-def test_a_step_takes_what_is_planned(case: str, live: LiveBytes) -> None:
-    transformer, request = make_transformer(transformer_21_checkpoint(layers=3)), REQUESTS[case]
-    plan = plan_memory(transformer.footprint, request, Limits(least_bytes(transformer.footprint, request) + 10**9))
+@pytest.mark.parametrize(
+    ("case", "dtype", "spare_bytes"),
+    [(case, torch.bfloat16, 10**9) for case in REQUESTS]
+    + [(case, torch.float16, spare) for case in IN_HALF for spare in (0, 6 * 10**9)],
+    ids=str,
+)
+def test_a_step_takes_what_is_planned(case: str, dtype: torch.dtype, spare_bytes: int, live: LiveBytes) -> None:
+    transformer, request = make_transformer(transformer_21_checkpoint(layers=3), dtype), REQUESTS[case]
+    least = least_bytes(transformer.footprint, request)
+    plan = plan_memory(transformer.footprint, request, Limits(least + spare_bytes))
     transformer.load(plan.resident)
     with transformer.session(slots=plan.slots, ring=plan.ring, mlp_chunk_tokens=plan.mlp_chunk_tokens) as session:
         live.reset_peak()
-        branches = make_branches(request)
+        branches = make_branches(request, transformer.dtype)
         session.forward(branches)
         del branches
     planned = plan.sampling_peak_bytes - plan.kept.device_bytes  # nothing is kept here

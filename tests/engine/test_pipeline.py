@@ -64,6 +64,14 @@ def test_limits_change_where_weights_lie_and_not_the_latents(small_pipeline: Pat
     assert tight._transformer.loaded_bytes == tight._transformer.store.held_bytes == 0
 
 
+def test_an_image_by_products_in_fp16_is_nearly_that_of_fp32(small_pipeline: Path) -> None:
+    with opened(small_pipeline) as pipeline:
+        expected = image(pipeline)
+    with opened(small_pipeline, dtype=torch.float16) as pipeline:
+        assert (image(pipeline) - expected).abs().max() < 0.02
+        assert "products in fp16 between activations in fp32" in str(pipeline.report.sampling.plan)
+
+
 def test_an_image_that_could_not_be_decoded_is_refused_before_it_is_sampled(small_pipeline: Path) -> None:
     pipeline = opened(small_pipeline, vram_limit_bytes=2 * MIB)
     with pytest.raises(DoesNotFit, match=r"(?s)VAE decode of 1600x1600 needs .*The limit is vram_limit_bytes\.$"):

@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -277,6 +278,35 @@ def test_force_fp32_makes_auto_fp32(load: Any, comfy: Any, monkeypatch: pytest.M
     monkeypatch.setattr(management, "FORCE_FP32", True)
     file = SimpleNamespace(full_precision=False)
     assert _compute_dtype("auto", file, torch.device("cuda")) == torch.float32  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("faster", "expected"), [(True, torch.float16), (False, torch.float32)])
+def test_auto_on_a_card_without_bf16_is_what_is_faster_there(
+    faster: bool, expected: torch.dtype, comfy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import comfy.model_management as management
+    from qwenimage_lowvram.nodes import loader
+
+    monkeypatch.setattr(management, "should_use_bf16", lambda *_, **__: False)
+    monkeypatch.setattr(loader, "half_products_are_faster", lambda hardware: faster)
+    cpu = Hardware.detect(torch.device("cpu"))
+    card = replace(cpu, device=torch.device("cuda"))
+    file: Any = SimpleNamespace(full_precision=False)
+    assert loader._transformer_dtype("auto", file, card) == expected
+    assert (
+        loader._transformer_dtype("fp32", file, card) == loader._transformer_dtype("auto", file, cpu) == torch.float32
+    )
+    assert ("another one than fp32's" in loader._products_text("auto", expected)) == faster
+    monkeypatch.setattr(management, "FORCE_FP32", True)
+    assert loader._transformer_dtype("auto", file, card) == torch.float32
+
+
+def test_fp16_is_of_the_transformers_products_and_not_of_the_text_encoder(load: Any) -> None:
+    model, clip, _ = load(dtype="fp16")
+    assert model.model.transformer.products_dtype == torch.float16
+    assert model.model_dtype() == model.model.transformer.dtype == torch.float32
+    assert model.model.transformer.footprint.in_half
+    assert clip.encoder.dtype == torch.float32
 
 
 def test_cpu_vae_is_where_the_vae_goes(given: Any, load: Any) -> None:

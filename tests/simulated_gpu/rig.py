@@ -48,11 +48,9 @@ class Rig:
         """A second card; none on the CPU."""
         return None if self.gpu is None else self.gpu.hardware(1)
 
-    def transformer(self, kind: str, *, lora: Lora = ()) -> QwenImageTransformer:
+    def transformer(self, kind: str, *, lora: Lora = (), dtype: torch.dtype = torch.bfloat16) -> QwenImageTransformer:
         others = [] if self.other is None else [self.other]
-        model = QwenImageTransformer(
-            self.models.open(kind), dtype=torch.bfloat16, hardware=self.hardware, others=others
-        )
+        model = QwenImageTransformer(self.models.open(kind), dtype=dtype, hardware=self.hardware, others=others)
         if lora:
             self.patch(model, lora)
         return model
@@ -72,13 +70,14 @@ class Rig:
         residuals: bool = False,
         prompts: int = 1,
         image_shape: tuple[int, int, int] = IMAGE,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> list[Branch]:
         """Prompts for one image."""
         generator = torch.Generator().manual_seed(int(timestep * 1000))
         device = self.hardware.device
 
         def draw(*shape: int) -> Tensor:
-            return torch.randn(1, *shape, generator=generator).to(torch.bfloat16).to(device)
+            return torch.randn(1, *shape, generator=generator).to(dtype).to(device)
 
         tokens = prod(image_shape)
         image = draw(tokens, 64)

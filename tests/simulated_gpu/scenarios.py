@@ -30,9 +30,10 @@ def steps(
     residuals: bool = False,
     chunk: int | None = None,
     prompts: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> list[Tensor]:
     """Two steps of one run; `then`: a second run with other LoRAs."""
-    model = rig.transformer(kind, lora=lora)
+    model = rig.transformer(kind, lora=lora, dtype=dtype)
     made: list[Tensor] = []
     for turn in range(1 if then is None else 2):
         if turn and then is not None:
@@ -41,7 +42,7 @@ def steps(
         model.modulation.announce(TIMES)
         with model.session(slots=slots, ring=ring, mlp_chunk_tokens=chunk) as session:
             for timestep in TIMES:
-                branches = rig.branches(timestep, residuals=residuals, prompts=prompts)
+                branches = rig.branches(timestep, residuals=residuals, prompts=prompts, dtype=model.dtype)
                 made += host(session.forward(branches, more=timestep != TIMES[-1]))
             assert session.waits.seconds >= 0
     finish(model)

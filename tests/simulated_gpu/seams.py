@@ -19,6 +19,7 @@ from qwenimage_lowvram.engine.streaming import BlockStore, FileSource, transfer
 from qwenimage_lowvram.engine.streaming.streams import StreamOrder
 from torch import Tensor
 from torch.nn import functional as F
+from torch.overrides import handle_torch_function
 from torch.utils import _device as torch_device
 
 from .host_threads import Disk, OrderedLock
@@ -70,6 +71,9 @@ def _torch(gpu: "SimulatedGPU") -> Iterator[tuple[Any, str, Any]]:
         return make(data, dtype=dtype, device=device, **options)
 
     def attend(*args: Any, **kwargs: Any) -> Tensor:
+        if torch._C._is_torch_function_mode_enabled():  # which is asked first, as by torch's own
+            answer: Tensor = handle_torch_function(attend, (), *args, **kwargs)
+            return answer
         on_device = any(isinstance(t, DeviceTensor) for t in (*args, *kwargs.values()))
         return gpu.attend(attention, args, kwargs) if on_device else attention(*args, **kwargs)
 

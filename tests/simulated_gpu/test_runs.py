@@ -5,6 +5,7 @@ from itertools import cycle
 from typing import Any
 
 import pytest
+import torch
 
 from . import beside, kept_prefix, predicted, scenarios, sudden_ends
 
@@ -41,6 +42,8 @@ CASES: list[tuple[Callable[..., Any], dict[str, Any]]] = [
     (predicted.predicted, {"kind": "bf16"}),
     (predicted.predicted, {"kind": "int8", "more_blocks": 2.5}),
     (predicted.predicted, {"kind": "nf4", "more_blocks": 4, "fail_at": 400}),
+    (scenarios.steps, {"kind": "bf16", "dtype": torch.float16, "resident": (1,), "held": (0,), "residuals": True}),
+    (scenarios.steps, {"kind": "nf4", "dtype": torch.float16, "resident": (1,), "prompts": 2}),
 ]
 # the clocks find races under any schedule: they come by turns
 TURNS = list(zip(CASES, cycle(("late", "random", "copies late", "compute late")), strict=False))

@@ -48,6 +48,8 @@ class QwenImageFootprint(TransformerFootprint):
         carried = image + text + inputs
         scores = self.attention.scratch_bytes(self._attended(request))  # made when q and k have been turned
         attention = max(10 * (image + text), 9 * (image + text) + scores)
+        if self.in_half:  # q, k, v and what is seen as well, then the last layer's operand and result
+            attention = max(10 * (image + text) + scores, 9 * (image + text) + 3 * image // 2)
         wide_image, wide_text = (
             8 * n if chunk is None or n <= chunk * unit else n + 8 * chunk * unit for n in (image, text)
         )

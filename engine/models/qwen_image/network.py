@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from ...compute.half_products import in_half
 from ...compute.token_chunks import ChunkedTokens
 from ...files.checkpoint import Checkpoint
 from ...hardware import Hardware
@@ -52,9 +54,9 @@ class QwenImageParts(TransformerParts):
             blocks=tensors.blocks,
             block_prefix=BLOCKS,
             inner_dim=config.inner_dim,
-            make_outside=partial(_empty_outside, config),
-            make_block=partial(_empty_block, config),
-            make_modulation=partial(_empty_modulation, config),
+            make_outside=partial(_empty_outside, config, dtype),
+            make_block=partial(_empty_block, config, dtype),
+            make_modulation=partial(_empty_modulation, config, dtype),
             make_footprint=partial(
                 QwenImageFootprint,
                 head_dim=config.attention_head_dim,
@@ -65,10 +67,10 @@ class QwenImageParts(TransformerParts):
         super().__init__(network, dtype=dtype, hardware=hardware, others=others, source=source)
 
 
-def _empty_outside(config: TransformerConfig) -> "QwenImageTransformer2DModel":
-    """diffusers' model without its blocks."""
+def _empty_outside(config: TransformerConfig, dtype: torch.dtype) -> "QwenImageTransformer2DModel":
+    """diffusers' model without its blocks, to be computed with in `dtype`."""
     with accelerate().init_empty_weights():  # unlike the meta device, it makes the rotary tables
-        return (
+        model = (
             diffusers_transformer()
             .QwenImageTransformer2DModel(
                 in_channels=config.in_channels,
@@ -84,9 +86,13 @@ def _empty_outside(config: TransformerConfig) -> "QwenImageTransformer2DModel":
             )
             .eval()
         )
+    if dtype == torch.float16:
+        model.txt_norm = _WideNorm(model.txt_norm)
+        in_half(model)
+    return model
 
 
-def _whole_block(config: TransformerConfig) -> "QwenImageTransformerBlock":
+def _whole_block(config: TransformerConfig, dtype: torch.dtype) -> "QwenImageTransformerBlock":
     with torch.device("meta"):
         block = diffusers_transformer().QwenImageTransformerBlock(
             dim=config.inner_dim,
@@ -94,19 +100,24 @@ def _whole_block(config: TransformerConfig) -> "QwenImageTransformerBlock":
             attention_head_dim=config.attention_head_dim,
             zero_cond_t=config.zero_cond_t,
         )
-    block.attn.processor._attention_backend = ATTENTION  # not what the environment or another pack sets for diffusers
+    attn = block.attn
+    attn.processor._attention_backend = ATTENTION  # not what the environment or another pack sets for diffusers
+    if dtype == torch.float16:
+        for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
+            setattr(attn, name, _WideNorm(getattr(attn, name)))
+        in_half(block)
     return block.eval()
 
 
-def _empty_block(config: TransformerConfig) -> nn.Module:
-    block = _whole_block(config)
+def _empty_block(config: TransformerConfig, dtype: torch.dtype) -> nn.Module:
+    block = _whole_block(config, dtype)
     block.img_mod, block.txt_mod = _FromTable(), _FromTable()
     block.img_mlp, block.txt_mlp = ChunkedTokens(block.img_mlp), ChunkedTokens(block.txt_mlp)
     return block
 
 
-def _empty_modulation(config: TransformerConfig) -> nn.Module:
-    block = _whole_block(config)
+def _empty_modulation(config: TransformerConfig, dtype: torch.dtype) -> nn.Module:
+    block = _whole_block(config, dtype)
     part = nn.Module()
     part.img_mod, part.txt_mod = block.img_mod, block.txt_mod
     return part
@@ -119,3 +130,14 @@ class _FromTable(nn.Module):
 
     def forward(self, temb: Tensor) -> Tensor:
         return self.value
+
+
+class _WideNorm(nn.Module):
+    """diffusers' RMSNorm with a weight in fp16, which does not make its result as narrow."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.weight, self._eps = norm.weight, norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self._eps)

@@ -76,18 +76,28 @@ class QwenImage21Footprint(TransformerFootprint):
         then queries, what is seen, keys and values with those before them."""
         unit = self.inner_dim * self.element_bytes
         turning = 3 * tokens * unit + self._norm_bytes(tokens)
-        seen = max(tokens * unit, self.attention.scratch_bytes(self._attended(tokens, before)))
-        attending = tokens * unit + 2 * (tokens + before) * unit + seen
+        attending = tokens * unit + 2 * (tokens + before) * unit + self._seen_bytes(tokens, before)
         return max(turning, attending, self._mlp_bytes(tokens, chunk))
 
     def _prefix_bytes(self, tokens: int, before: int, chunk: int | None) -> int:
         """The same of a stretch of a prefix, whose own keys and values are carried; what its pieces see is joined."""
         unit = self.inner_dim * self.element_bytes
         turning = 2 * tokens * unit + self._norm_bytes(tokens)
-        pieces = 1 if before else 2
-        seen = max(pieces * tokens * unit, self.attention.scratch_bytes(self._attended(tokens, before)))
-        attending = tokens * unit + (2 * (tokens + before) * unit if before else 0) + seen
+        joined = 2 * (tokens + before) * unit if before else 0
+        attending = tokens * unit + joined + self._seen_bytes(tokens, before, pieces=1 if before else 2)
         return max(turning, attending, self._mlp_bytes(tokens, chunk))
+
+    def _seen_bytes(self, tokens: int, before: int, pieces: int = 1) -> int:
+        """What is seen, in so many pieces that are joined, or what attention takes beside its operands. In fp16 it has
+        copies of these, and makes what is seen in that first."""
+        unit, scratch = (
+            self.inner_dim * self.element_bytes,
+            self.attention.scratch_bytes(self._attended(tokens, before)),
+        )
+        if not self.in_half:
+            return max(pieces * tokens * unit, scratch)
+        copies = (3 * tokens + 2 * before) * unit // 2
+        return max(copies + max(tokens * unit // 2, scratch), (2 * pieces + 1) * tokens * unit // 2)
 
     def _norm_bytes(self, tokens: int) -> int:
         return min(tokens, NORM_TOKENS) * self.inner_dim * (2 * 4 + self.element_bytes)
@@ -95,6 +105,8 @@ class QwenImage21Footprint(TransformerFootprint):
     def _mlp_bytes(self, tokens: int, chunk: int | None) -> int:
         """Behind attention, and scaled; the result is as wide as the two products until one of them is gone."""
         unit, wide = self.inner_dim * self.element_bytes, 2 * self.mlp_dim * self.element_bytes
+        if self.in_half:  # the last layer's operand and result
+            wide += (self.mlp_dim + self.inner_dim) * self.element_bytes // 2
         if chunk is None or tokens <= chunk:
             return 2 * tokens * unit + tokens * wide
         return 3 * tokens * unit + chunk * wide

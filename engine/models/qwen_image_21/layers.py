@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...compute.chunk_sizes import NORM_TOKENS
+from ...compute.half_products import HalfLinear
 from ...compute.token_chunks import ChunkedTokens, chunk_bounds
 from .tensors import CHANNELS, TransformerConfig
 
 EPS = 1e-6
 _TIME_CHANNELS, _TIME_FACTOR, _LONGEST_PERIOD = 256, 1000.0, 10000
-_LARGEST_HALF = 65504
 
 KeysValues = tuple[Tensor, Tensor]  # (1, N, heads, head_dim) each, keys turned
 
@@ -52,7 +52,7 @@ class HeadNorm(nn.Module):
         for begin, end in chunk_bounds(x.shape[1], NORM_TOKENS):
             part = x[:, begin:end]
             variance = part.to(torch.float32, copy=True).pow_(2).mean(-1, keepdim=True)
-            normed = (part * torch.rsqrt(variance + EPS)).to(self.weight.dtype).mul_(self.weight)
+            normed = (part * torch.rsqrt(variance + EPS)).to(part.dtype).mul_(self.weight)
             pairs = torch.view_as_complex(normed.float().unflatten(-1, (-1, 2)))
             part.copy_(torch.view_as_real(pairs.mul_(rotary[begin:end].unsqueeze(1))).flatten(3))
         return x
@@ -99,9 +99,18 @@ class SwiGLU(nn.Module):
         self._joined = config.joined
 
     def forward(self, x: Tensor) -> Tensor:
-        # two products, joined or not: one twice as wide may round in another way
-        gate, up = self.gate_up.weight.chunk(2) if self._joined else (self.gate_layer.weight, self.proj.weight)
-        return self.out(F.silu(F.linear(x, gate), inplace=True).mul_(F.linear(x, up)))
+        gate, up = _halves(self.gate_up, x) if self._joined else (self.gate_layer(x), self.proj(x))
+        return self.out(F.silu(gate, inplace=True).mul_(up))
+
+
+def _halves(layer: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor]:
+    """By the first and by the second half of a layer's rows: two products, one as wide as both may round in another
+    way."""
+    if isinstance(layer, HalfLinear):
+        half = layer.out_features // 2
+        return layer.of_rows(x, 0, half), layer.of_rows(x, half, 2 * half)
+    first, second = layer.weight.chunk(2)
+    return F.linear(x, first), F.linear(x, second)
 
 
 class Block(nn.Module):
@@ -153,8 +162,7 @@ class Block(nn.Module):
         _, gate, scale, mlp_gate = modulation.chunk(4, dim=-1)
         hidden = added.mul_(gate.tanh()).add_(hidden)
         added = self.img_mlp(self._scaled(hidden, scale))
-        hidden = added.mul_(mlp_gate.tanh()).add_(hidden)
-        return hidden.clip_(-_LARGEST_HALF, _LARGEST_HALF) if hidden.dtype == torch.float16 else hidden
+        return added.mul_(mlp_gate.tanh()).add_(hidden)
 
     def _scaled(self, hidden: Tensor, scale: Tensor) -> Tensor:
         return F.layer_norm(hidden, self._dim, eps=EPS).mul_(1 + scale)
