@@ -6,6 +6,7 @@ from typing import Any
 import comfy.model_management
 import torch
 
+from ..engine.compute.step_schedules import OFF, step_schedule
 from ..engine.errors import QwenLowVRAMError
 from ..engine.files.checkpoint import Checkpoint
 from ..engine.hardware import Hardware
@@ -97,6 +98,7 @@ class QwenLowVRAMLoader:
         vae_device: str = AUTO,
         positions: str = Positions.COMFYUI.value,
         attention: str = AUTO,
+        step_cache: str = OFF,
     ) -> tuple[Any, Any, Any]:
         check_widgets(
             self.INPUT_TYPES(),
@@ -109,6 +111,7 @@ class QwenLowVRAMLoader:
             vae_device=vae_device,
             positions=positions,
             attention=attention,
+            step_cache=step_cache,
         )
         sources = Sources.of(transformer, text_encoder, vae)
         transformer_file, text_file, vae_file = sources.open(variant)
@@ -167,7 +170,8 @@ class QwenLowVRAMLoader:
             limits.name_on(text_hardware.device),
         )
         told = " ".join(text for text in (doubt, asked, _products_text(dtype, compute), advice) if text)
-        return served.make_model(model, limits.vram_bytes, limits.ram_bytes, timeline, told), clip, image_vae
+        steps = step_schedule(step_cache)
+        return served.make_model(model, limits.vram_bytes, limits.ram_bytes, timeline, told, steps), clip, image_vae
 
 
 @dataclass(frozen=True)

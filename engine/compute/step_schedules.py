@@ -62,12 +62,11 @@ class StepSchedule:
         if steps != self.steps:
             raise InvalidRequest(
                 "step_cache {name} is a table for runs of {table_steps} steps; this run has {steps}.\n\nWhat to do: "
-                "set steps to {table_steps}, or step_cache to {off}.",
+                "set steps to {table_steps}, or step_cache to off.",
                 code="plan.steps_of_other_table",
                 name=self.name,
                 table_steps=self.steps,
                 steps=steps,
-                off=OFF,
             )
 
     def not_measured(self, model: str, request: Sampled) -> str:

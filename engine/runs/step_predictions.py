@@ -27,6 +27,7 @@ class StepPredictions:
 
     def __init__(self, schedule: StepSchedule, timesteps: Sequence[float]) -> None:
         self._schedule = schedule
+        self._timesteps = list(timesteps)
         self._steps = {timestep: step for step, timestep in enumerate(timesteps)}
         self._past: dict[Hashable, _Past] = {}
         self._computed: set[int] = set()
@@ -49,7 +50,7 @@ class StepPredictions:
         Raises Unsupported for a timestep that is none of the run's, and for one that is not behind the branch's last:
         the sampler's steps are not the table's.
         """
-        step, pasts = self._steps.get(timestep), [self._past.get(key, _Past()) for key in keys]
+        step, pasts = self._step_of(timestep), [self._past.get(key, _Past()) for key in keys]
         if step is None or any(step <= past.step for past in pasts):
             raise Unsupported(
                 "step_cache {name} needs a sampler that takes each step of the schedule once, one after another; this "
@@ -65,7 +66,8 @@ class StepPredictions:
 
     def done(self, timestep: float, computed: Mapping[Hashable, Tensor], predicted: Iterable[Hashable]) -> None:
         """`computed`: the branches that came through the blocks, with what was behind the last one."""
-        step, predicted = self._steps[timestep], list(predicted)
+        step, predicted = self._step_of(timestep), list(predicted)
+        assert step is not None
         if computed:
             self._computed.add(step)
         if predicted:
@@ -75,6 +77,13 @@ class StepPredictions:
         for key, hidden in computed.items():
             past = self._past[key]
             past.anchors = [*past.anchors, (step, hidden)][-ANCHORS:]
+
+    def _step_of(self, timestep: float) -> int | None:
+        """Some samplers begin a little behind the schedule's first timestep, where nothing is infinite."""
+        first = self._timesteps[:2]
+        if len(first) == 2 and first[0] > timestep > first[1] and not self._computed - {0}:
+            return 0
+        return self._steps.get(timestep)
 
     def clear(self) -> None:
         """Give back what lies on the device."""

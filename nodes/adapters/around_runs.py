@@ -27,6 +27,7 @@ from .limit_names import loader_limit
 from .lockstep import KEY
 from .patcher import LowVRAMPatcher
 from .run_conditions import Conds, conditions_of_run, entries_of, size_of
+from .step_caches import check_step_cache
 from .streamed_model import LowVRAMModel
 from .whole_process import tell_patched_process
 
@@ -65,6 +66,10 @@ def _outer_sample(
     _check_graph(model, guider)
     model.check_run(guider.conds, noise)
     model.check_beside(guider.conds, guider.model_options.get("transformer_options", {}))
+    if model.step_cache is not None:
+        options = guider.model_options
+        windows = options.get("context_handler") is not None
+        check_step_cache(model.step_cache.name, sampler, options.get("transformer_options", {}), windows)
     check_devices(beside, device)
     conds = conditions_of_run(guider, noise)
     check_computed(conds, noise.shape)
@@ -73,7 +78,7 @@ def _outer_sample(
     calls.images = PatchImages(guider.model_options.get("transformer_options", {}), device)
     finished = False
     try:
-        request = model.request_of(conds, noise, sigmas)
+        request = replace(model.request_of(conds, noise, sigmas), step_cache=model.step_cache)
         controls = model.controls_of(conds, guider, noise, request, beside)
         calls.run = _planned_run(model, guider, conds, noise, sigmas, replace(request, controls=controls), beside)
         result = executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)

@@ -10,6 +10,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor
 
+from ...engine.compute.step_schedules import StepSchedule
 from ...engine.models.qwen_image.latents import PATCH, patches_of
 from ...engine.models.qwen_image.schedule import layered_sigmas, qwen_sigmas, true_cfg
 from ...engine.models.qwen_image.transformer import QwenImageTransformer
@@ -37,10 +38,12 @@ def make_model(
     ram_limit_bytes: int | None = None,
     timeline: Timeline | None = None,
     advice: str = "",
+    step_cache: StepSchedule | None = None,
 ) -> LowVRAMPatcher:
     """A MODEL around `transformer`; a limit of None uses what is free. `timeline`: where its stages are measured,
-    shared with the CLIP and VAE of the same loader. `advice`: what a person is told beside each plan."""
-    return as_patcher(QwenImageModel(transformer, limit_bytes, ram_limit_bytes, timeline, advice))
+    shared with the CLIP and VAE of the same loader. `advice`: what a person is told beside each plan.
+    `step_cache`: which steps are computed; None: all."""
+    return as_patcher(QwenImageModel(transformer, limit_bytes, ram_limit_bytes, timeline, advice, step_cache))
 
 
 def own_sigmas(model: Any, latents: Tensor, steps: int, denoise: float) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor
 
+from ...engine.compute.step_schedules import StepSchedule
 from ...engine.errors import InvalidRequest
 from ...engine.log import logger
 from ...engine.models.qwen_image_21.latents import CHANNELS, TOKEN_PX, shape_in_tokens
@@ -61,9 +62,10 @@ def make_model_21(
     ram_limit_bytes: int | None = None,
     timeline: Timeline | None = None,
     advice: str = "",
+    step_cache: StepSchedule | None = None,
 ) -> LowVRAMPatcher:
     """As `model.make_model`."""
-    return as_patcher(QwenImage21Model(transformer, limit_bytes, ram_limit_bytes, timeline, advice))
+    return as_patcher(QwenImage21Model(transformer, limit_bytes, ram_limit_bytes, timeline, advice, step_cache))
 
 
 def own_sigmas_21(model: Any, latents: Tensor, steps: int, denoise: float) -> Tensor:

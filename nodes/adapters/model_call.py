@@ -1,6 +1,6 @@
 """One call of the diffusion model by ComfyUI, translated to branches."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from math import prod
 
 import torch
@@ -50,6 +50,7 @@ class Call:
         self._at_zero = at_zero(method)
         self._residuals = residuals
         self.patches: BlockPatches | None = None
+        self.identities: Sequence[Hashable] = ()
 
     @property
     def batch(self) -> int:

@@ -1,6 +1,6 @@
 """One call of Qwen-Image-2.1's diffusion model by ComfyUI, translated to branches."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ class Call21:
     """One call of the diffusion model by ComfyUI: a batch of images, each a branch."""
 
     patches: BlockPatches | None = None
+    identities: Sequence[Hashable] = ()
 
     def __init__(
         self,

@@ -4,7 +4,7 @@ A network adds two small classes: what is its own of ComfyUI's model (`LowVRAMMo
 the diffusion model to branches (`DiffusionModel`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from itertools import accumulate, pairwise
 from typing import Any, ClassVar, Protocol
 
@@ -13,6 +13,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
+from ...engine.compute.step_schedules import StepSchedule
 from ...engine.errors import Unsupported
 from ...engine.models.layer_rows import shapes_by_any_name
 from ...engine.models.network import Hooked
@@ -31,12 +32,14 @@ from .native_lora import PREFIX
 from .progress import executing_prompt_id
 from .run_conditions import Conds
 from .stand_ins import WithoutLayers, refuse_compiling
+from .step_caches import identities, numbered
 
 
 class ModelCall(Protocol):
     """One call of the diffusion model by ComfyUI: a batch of images, each a branch of the network's."""
 
     patches: BlockPatches | None
+    identities: Sequence[Hashable]  # of each image of the batch, the same in every step
 
     @property
     def batch(self) -> int: ...
@@ -84,7 +87,8 @@ class ModelCalls:
         # what patches see cannot be taken back, and calls that run alone ask for one timestep several times
         ahead = self.lockstep.running and not hooked
         asked = torch.cat([call.timesteps for call in calls])
-        answers = iter(self.run.forward_at(asked, branches, hooked, ahead=ahead))
+        keys = numbered(key for call in calls for key in call.identities)
+        answers = iter(self.run.forward_at(asked, branches, hooked, ahead=ahead, keys=keys))
         return [torch.cat([call.unpack(next(answers)) for _ in range(call.batch)]) for call in calls]
 
 
@@ -111,6 +115,7 @@ class DiffusionModel(WithoutLayers):
                 code="graph.hooked_patch",
                 reason=reason,
             )
+        call.identities = identities(options, call.batch)
         return calls.lockstep.call(call, calls.run_together, lambda: torch.zeros_like(x))
 
 
@@ -135,6 +140,7 @@ class LowVRAMModel:
         ram_limit_bytes: int | None = None,
         timeline: Timeline | None = None,
         advice: str = "",
+        step_cache: StepSchedule | None = None,
     ) -> None:
         """`config`: ComfyUI's of the network, with disable_unet_model_creation. A limit of None uses what is free."""
         config.set_inference_dtype(transformer.dtype, None)
@@ -149,6 +155,7 @@ class LowVRAMModel:
         self.last_report: MemoryReport | None = None
         self.timeline = timeline or Timeline(executing_prompt_id)
         self.advice = advice
+        self.step_cache = step_cache
 
     # what a network says of a run
 

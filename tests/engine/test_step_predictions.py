@@ -152,3 +152,14 @@ def test_a_sampler_that_leaves_the_schedule_is_refused(asked: float) -> None:
     with pytest.raises(Unsupported, match="planned_12 needs a sampler that takes each step of the schedule once"):
         steps.predict(["a"], asked)
     assert steps.predict(["b"], TIMES[2]) == [None]  # another branch, which runs behind the first
+
+
+def test_a_first_timestep_a_little_behind_the_schedules_is_the_first_step() -> None:
+    steps = StepPredictions(K12, TIMES)
+    assert steps.predict(["a"], 0.9999) == [None]
+    steps.done(0.9999, {"a": tokens(0)}, ())
+    steps.done(TIMES[1], {"a": tokens(1)}, ())
+    with pytest.raises(Unsupported, match=r"asked for timestep 0\.98 out of turn"):
+        steps.predict(["a"], 0.98)
+    steps.done(TIMES[2], {"a": tokens(2)}, ())
+    assert steps.predict(["a"], TIMES[3])[0] is not None

@@ -177,6 +177,7 @@ class ToyConfig(comfy.supported_models_base.BASE):
 
 class ToyCall:
     patches = None
+    identities = ()
 
     def __init__(self, x: Tensor, timestep: Tensor, prompt: Tensor) -> None:
         self._x, self.timesteps, self._prompt = x, timestep, prompt
