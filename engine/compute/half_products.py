@@ -40,8 +40,8 @@ def half_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, largest: 
         largest = largest_row(weight)
     sizes = torch.linalg.vector_norm(x, dim=-1, keepdim=True) * largest.clamp_min(1.0)
     scale = _power_of_two(_LARGEST / sizes.clamp_min_(_SMALLEST))
-    out = F.linear(_narrowed(x, scale), weight) * scale.reciprocal()
-    return out if bias is None else out.add_(bias)
+    out, factor = F.linear(_narrowed(x, scale), weight), scale.reciprocal()
+    return out * factor if bias is None else torch.addcmul(bias, out, factor)  # in one kernel
 
 
 class HalfLinear(nn.Linear):
@@ -110,12 +110,32 @@ def _attend(
 ) -> Tensor:
     if query.dtype != torch.float32:
         return func(query, key, value, *args, **kwargs)
-    size = torch.linalg.vector_norm(value, ord=float("inf")).clamp_min(_SMALLEST)
-    scale = _power_of_two(_LARGEST / size)
-    narrow = [query.to(torch.float16), key.to(torch.float16), _narrowed(value, scale)]
-    out = func(*narrow, *args, **kwargs)
+    narrow, factor = narrowed(value)
+    out = func(query.to(torch.float16), key.to(torch.float16), narrow, *args, **kwargs)
     del narrow
-    return out * scale.reciprocal().view(1)  # without a dimension it would not make them wide
+    return out * factor
+
+
+def narrowed(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers in fp32 as numbers in fp16, as large as can be, and the power of two (1,) in fp32 that they are to be
+    multiplied with."""
+    size = torch.linalg.vector_norm(x, ord=float("inf")).clamp_min(_SMALLEST)
+    scale = _power_of_two(_LARGEST / size).view(1)  # without a dimension its product would not be wide
+    return _narrowed(x, scale), scale.reciprocal()
+
+
+def joined(parts: Sequence[tuple[Tensor, Tensor]], dim: int) -> tuple[Tensor, Tensor]:
+    """Several of what `narrowed` returns, one behind the other, as one of them."""
+    if len(parts) == 1:
+        return parts[0]
+    factor = torch.cat([factor for _, factor in parts]).amax(0, keepdim=True)
+    shape = list(parts[0][0].shape)
+    shape[dim] = sum(numbers.shape[dim] for numbers, _ in parts)
+    out = parts[0][0].new_empty(shape)
+    places = out.split([numbers.shape[dim] for numbers, _ in parts], dim)
+    for place, (numbers, own) in zip(places, parts, strict=True):
+        torch.mul(numbers, (own / factor).to(numbers.dtype), out=place)
+    return out, factor
 
 
 def _narrowed(x: Tensor, scale: Tensor) -> Tensor:

@@ -177,10 +177,18 @@ def require_as_planned(peak: int, plan: MemoryPlan) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["edit with guidance", "edit with ten images"])
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        ("edit with guidance", torch.bfloat16),
+        ("edit with guidance", torch.float16),
+        ("edit with ten images", torch.bfloat16),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("where", ["in RAM", "on the device", "made anew"])
-def test_later_steps_take_no_more_than_is_planned(case: str, where: str, live: LiveBytes) -> None:
-    transformer, request = make_transformer(transformer_21_checkpoint(layers=3)), REQUESTS[case]
+def test_later_steps_take_no_more_than_is_planned(case: str, dtype: torch.dtype, where: str, live: LiveBytes) -> None:
+    transformer, request = make_transformer(transformer_21_checkpoint(layers=3), dtype), REQUESTS[case]
     footprint = transformer.footprint
     least, kept_bytes = least_bytes(footprint, request), 3 * footprint.kept_block_bytes(request)
     limits = {
@@ -196,7 +204,7 @@ def test_later_steps_take_no_more_than_is_planned(case: str, where: str, live: L
     with transformer.session(slots=plan.slots, ring=plan.ring, mlp_chunk_tokens=plan.mlp_chunk_tokens) as session:
         for _ in range(2):
             live.reset_peak()
-            branches = make_branches(request)
+            branches = make_branches(request, transformer.dtype)
             session.forward(branches)
             del branches
             assert live.peak < 1.02 * plan.sampling_peak_bytes, plan

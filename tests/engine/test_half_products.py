@@ -1,7 +1,7 @@
 """Products in fp16 between activations in fp32: finite however large these become, and nearer to fp32 than bf16 is."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,14 +10,21 @@ import pytest
 import torch
 from branches_21 import BRANCHES
 from lora_files import change_of, make_parts, write_lora
-from qwenimage_lowvram.engine.compute.half_products import HalfLinear, half_attention, half_linear, in_half
+from qwenimage_lowvram.engine.compute.half_products import (
+    HalfLinear,
+    half_attention,
+    half_linear,
+    in_half,
+    joined,
+    narrowed,
+)
 from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.lora.lora_file import match, open_lora
 from qwenimage_lowvram.engine.lora.weight_patches import lora_patches
 from qwenimage_lowvram.engine.models.qwen_image.branch import Branch
 from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
-from qwenimage_lowvram.engine.models.qwen_image_21.layers import Block, Run
+from qwenimage_lowvram.engine.models.qwen_image_21.layers import Attention, Block, HalfAttention, Run
 from qwenimage_lowvram.engine.models.qwen_image_21.positions import RotaryTables
 from qwenimage_lowvram.engine.models.qwen_image_21.tensors import TransformerConfig
 from qwenimage_lowvram.engine.models.qwen_image_21.transformer import QwenImage21Transformer
@@ -113,6 +120,7 @@ def plainly_in_fp16(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patched:
         for network in ("qwen_image", "qwen_image_21"):
             patched.setattr(f"qwenimage_lowvram.engine.models.{network}.network.in_half", lambda module: module)
+        patched.setattr("qwenimage_lowvram.engine.models.qwen_image_21.network.HalfAttention", Attention)
         patched.setattr("qwenimage_lowvram.engine.models.streamed_transformer.activations_dtype", lambda dtype: dtype)
         yield
 
@@ -232,6 +240,16 @@ def test_attention_answers_in_fp32_whatever_the_values_are() -> None:
     assert error(made, expected) < 2e-3
 
 
+def test_values_in_range_are_joined_with_others() -> None:
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(1, n, 2, 8, generator=generator) * size for n, size in ((5, 1e7), (3, 1e-3), (4, 3e2))]
+    numbers, factor = joined([narrowed(part) for part in parts], dim=1)
+    whole = torch.cat(parts, dim=1)
+    assert numbers.dtype == HALF
+    assert (numbers * factor - whole).abs().max() < 1e-3 * whole.abs().max()
+    assert error(numbers[:, 8:] * factor, parts[2]) < 0.01  # what is much smaller than others is less exact beside them
+
+
 def test_layers_keep_their_parameters_when_they_compute_in_fp16() -> None:
     module = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.SiLU(), nn.Linear(4, 2, bias=False)))
     before = dict(module.named_parameters())
@@ -253,23 +271,21 @@ def test_a_block_of_the_real_size_is_nearer_to_fp32_than_bf16s() -> None:
     hidden = torch.randn(1, tokens, dim, generator=generator) * torch.logspace(3, 7, tokens)[:, None]
     modulation = torch.randn(1, 1, 4 * dim, generator=generator)
     rotary = RotaryTables(REAL_21.rope_axes).factors([shape])
-    block = Block(REAL_21)
+    block, half = Block(REAL_21), in_half(Block(REAL_21, HalfAttention))
     for name, weight in block.named_parameters():
         if weight.ndim > 1:
             weight.normal_(std=weight.shape[1] ** -0.5, generator=generator)
             weight *= 300 if "gate_up" in name else 3e3 if "mlp.out" in name else 1
     block.to(torch.bfloat16)  # which all of the dtypes hold
 
-    def computed(dtype: torch.dtype, given: torch.dtype) -> Tensor:
-        block.to(dtype)
-        with half_attention() if given != dtype else nullcontext():
-            out: Tensor = block(hidden.to(given), modulation.to(given), rotary, [Run(0, tokens, tokens)], [])
+    def computed(by: nn.Module, dtype: torch.dtype) -> Tensor:
+        out: Tensor = by(hidden.to(dtype), modulation.to(dtype), rotary, [Run(0, tokens, tokens)], [])
         return out.float()
 
+    half.load_state_dict(block.state_dict())
+    made, in_bf16 = computed(half.to(HALF), torch.float32), computed(block, torch.bfloat16)
+    del half
     with Largest() as largest:
-        expected = computed(torch.float32, torch.float32)
+        expected = computed(block.to(torch.float32), torch.float32)
     assert largest.seen > LARGE
-    in_bf16 = computed(torch.bfloat16, torch.bfloat16)
-    in_half(block)
-    made = computed(HALF, torch.float32)
     assert error(made, expected) < error(in_bf16, expected) / 2

@@ -55,9 +55,9 @@ class Rig:
             self.patch(model, lora)
         return model
 
-    def transformer_21(self) -> QwenImage21Transformer:
+    def transformer_21(self, dtype: torch.dtype = torch.bfloat16) -> QwenImage21Transformer:
         checkpoint = open_checkpoint(self.models.file("2.1"))
-        return QwenImage21Transformer(checkpoint, dtype=torch.bfloat16, hardware=self.hardware)
+        return QwenImage21Transformer(checkpoint, dtype=dtype, hardware=self.hardware)
 
     def patch(self, model: QwenImageTransformer, lora: Lora) -> None:
         stack = [(match(open_lora(self.models.file(name)), model.weights), strength) for name, strength in lora]

@@ -44,6 +44,7 @@ CASES: list[tuple[Callable[..., Any], dict[str, Any]]] = [
     (predicted.predicted, {"kind": "nf4", "more_blocks": 4, "fail_at": 400}),
     (scenarios.steps, {"kind": "bf16", "dtype": torch.float16, "resident": (1,), "held": (0,), "residuals": True}),
     (scenarios.steps, {"kind": "nf4", "dtype": torch.float16, "resident": (1,), "prompts": 2}),
+    (kept_prefix.prefix_kept, {"remade": 1, "on_device": 1, "then": 0, "dtype": torch.float16}),
 ]
 # the clocks find races under any schedule: they come by turns
 TURNS = list(zip(CASES, cycle(("late", "random", "copies late", "compute late")), strict=False))

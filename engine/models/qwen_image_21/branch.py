@@ -79,9 +79,8 @@ class StretchState:
 
     def _fetch(self, index: int) -> KeysValues:
         assert self.key is not None
-        keys, values = self.kept.get(self.key, index)
         device = self.modulation.device
-        return keys.to(device), values.to(device)
+        return tuple(tensor.to(device) for tensor in self.kept.get(self.key, index))
 
 
 @dataclass

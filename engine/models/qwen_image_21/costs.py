@@ -16,6 +16,11 @@ _CHANNELS = 64
 _ROTARY_BYTES = 4  # of each of a head's dimensions: half as many complex numbers in fp32
 
 
+def kept_bytes(tokens: int, inner_dim: int, element_bytes: int, *, in_half: bool) -> int:
+    """Of a stretch's keys and values in one block; of those in fp16 with the factor of the values."""
+    return 2 * tokens * inner_dim * (2 if in_half else element_bytes) + (4 if in_half else 0)
+
+
 @dataclass(frozen=True)
 class QwenImage21Footprint(TransformerFootprint):
     """head_dim, prompt_dim: as in diffusers' configuration (attention_head_dim, context_in_dim). mlp_dim: of the MLP
@@ -35,7 +40,9 @@ class QwenImage21Footprint(TransformerFootprint):
         image, references, text = request.frame_tokens, request.reference_tokens, request.prompt_tokens
         texts = request.distinct_prompts * text
         unit, rotary = self.inner_dim * self.element_bytes, self.head_dim * _ROTARY_BYTES
-        carried = request.branches * image * (unit + rotary) + (references + texts) * (3 * unit + rotary)
+        carried = request.branches * image * (unit + rotary) + (references + texts) * (
+            unit + 2 * self._attended_unit + rotary
+        )
         # references as they came, and one after another
         carried += (request.branches * image + 2 * references) * _CHANNELS * self.element_bytes
         carried += texts * (self.prompt_dim * self.element_bytes + references + text)  # and what each token sees
@@ -54,8 +61,9 @@ class QwenImage21Footprint(TransformerFootprint):
 
     def kept_block_bytes(self, request: SamplingRequest) -> int:
         """Keys and values of all prompts and references."""
-        prefix = request.reference_tokens + request.distinct_prompts * request.prompt_tokens
-        return 2 * prefix * self.inner_dim * self.element_bytes
+        prefix = [request.reference_tokens, *[request.prompt_tokens] * request.distinct_prompts]
+        sizes = self.inner_dim, self.element_bytes
+        return sum(kept_bytes(tokens, *sizes, in_half=self.in_half) for tokens in prefix if tokens)
 
     def kept_flops(self, request: SamplingRequest) -> float:
         """Of all prompts and references, once."""
@@ -71,33 +79,38 @@ class QwenImage21Footprint(TransformerFootprint):
         dim = self.inner_dim
         return float(self.all_blocks * 2 * tokens * (4 * dim**2 + 3 * dim * self.mlp_dim + 2 * keys * dim))
 
+    @property
+    def _attended_unit(self) -> int:
+        """Of a token's queries, keys or values, which are in fp16 where products are."""
+        return self.inner_dim * (2 if self.in_half else self.element_bytes)
+
     def _image_bytes(self, tokens: int, before: int, chunk: int | None) -> int:
-        """Of an image in a block, beyond what is carried. Units: before attention what is scaled, queries and keys;
-        then queries, what is seen, keys and values with those before them."""
-        unit = self.inner_dim * self.element_bytes
-        turning = 3 * tokens * unit + self._norm_bytes(tokens)
+        """Of an image in a block, beyond what is carried. Before attention: what is scaled, queries and keys; then
+        queries, keys and values with those before them, and what is seen."""
+        unit = self._attended_unit
         attending = tokens * unit + 2 * (tokens + before) * unit + self._seen_bytes(tokens, before)
-        return max(turning, attending, self._mlp_bytes(tokens, chunk))
+        return max(self._turning_bytes(tokens), attending, self._mlp_bytes(tokens, chunk))
 
     def _prefix_bytes(self, tokens: int, before: int, chunk: int | None) -> int:
         """The same of a stretch of a prefix, whose own keys and values are carried; what its pieces see is joined."""
-        unit = self.inner_dim * self.element_bytes
-        turning = 2 * tokens * unit + self._norm_bytes(tokens)
+        unit = self._attended_unit
+        carried = 2 if self.in_half else 1
         joined = 2 * (tokens + before) * unit if before else 0
         attending = tokens * unit + joined + self._seen_bytes(tokens, before, pieces=1 if before else 2)
+        turning = self._turning_bytes(tokens) - carried * tokens * unit
         return max(turning, attending, self._mlp_bytes(tokens, chunk))
 
+    def _turning_bytes(self, tokens: int) -> int:
+        """What is scaled, queries and keys, some of them in fp32; where products are in fp16, then values in both."""
+        unit = self.inner_dim * self.element_bytes
+        if self.in_half:
+            return max(7 * tokens * unit // 2, 5 * tokens * unit // 2 + self._norm_bytes(tokens))
+        return 3 * tokens * unit + self._norm_bytes(tokens)
+
     def _seen_bytes(self, tokens: int, before: int, pieces: int = 1) -> int:
-        """What is seen, in so many pieces that are joined, or what attention takes beside its operands. In fp16 it has
-        copies of these, and makes what is seen in that first."""
-        unit, scratch = (
-            self.inner_dim * self.element_bytes,
-            self.attention.scratch_bytes(self._attended(tokens, before)),
-        )
-        if not self.in_half:
-            return max(pieces * tokens * unit, scratch)
-        copies = (3 * tokens + 2 * before) * unit // 2
-        return max(copies + max(tokens * unit // 2, scratch), (2 * pieces + 1) * tokens * unit // 2)
+        """What is seen, in so many pieces that are joined, or what attention makes beside that; then in fp32."""
+        unit, scratch = self._attended_unit, self.attention.scratch_bytes(self._attended(tokens, before))
+        return max(pieces * tokens * unit, scratch, 3 * tokens * unit if self.in_half else 0)
 
     def _norm_bytes(self, tokens: int) -> int:
         return min(tokens, NORM_TOKENS) * self.inner_dim * (2 * 4 + self.element_bytes)
@@ -115,7 +128,7 @@ class QwenImage21Footprint(TransformerFootprint):
         """Of a prompt's way into the first block: its norm in fp32, three times, before there are its tokens, keys and
         values, which are carried."""
         wide = self.prompt_dim * (3 * 4 + 2 * self.element_bytes)
-        return text * max(0, wide - 3 * self.inner_dim * self.element_bytes)
+        return text * max(0, wide - self.inner_dim * self.element_bytes - 2 * self._attended_unit)
 
     def _attended(self, tokens: int, before: int) -> AttentionShape:
         return AttentionShape(tokens, tokens + before, self.inner_dim // self.head_dim, self.head_dim)

@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...compute.chunk_sizes import NORM_TOKENS
-from ...compute.half_products import HalfLinear
+from ...compute.half_products import HalfLinear, joined, narrowed
 from ...compute.token_chunks import ChunkedTokens, chunk_bounds
 from .tensors import CHANNELS, TransformerConfig
 
 EPS = 1e-6
 _TIME_CHANNELS, _TIME_FACTOR, _LONGEST_PERIOD = 256, 1000.0, 10000
 
-KeysValues = tuple[Tensor, Tensor]  # (1, N, heads, head_dim) each, keys turned
+Values = tuple[Tensor, ...]  # (1, N, heads, head_dim); of HalfAttention a factor (1,) too
+KeysValues = tuple[Tensor, ...]  # keys (1, N, heads, head_dim), turned, then those of values
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,30 @@ class Attention(nn.Module):
     def keys_values(self, x: Tensor, rotary: Tensor) -> KeysValues:
         return self.norm_k(self.to_k(x).unflatten(-1, self._heads), rotary), self.to_v(x).unflatten(-1, self._heads)
 
-    def seen(self, query: Tensor, keys: Tensor, values: Tensor, runs: Sequence[Run]) -> Tensor:
+    def values_behind(self, before: Sequence[Values], own: Values) -> Values:
+        return (_behind([values for (values,) in before], own[0]),)
+
+    def seen(self, query: Tensor, keys: Tensor, values: Values, runs: Sequence[Run]) -> Tensor:
         """(1, N, heads, head_dim), before the last layer."""
-        parts = [_attend(query, keys, values, run) for run in runs]
+        parts = [_attend(query, keys, values[0], run) for run in runs]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+class HalfAttention(Attention):
+    """Of activations in fp32: queries, keys and values are held and computed with in fp16."""
+
+    def queries(self, x: Tensor, rotary: Tensor) -> Tensor:
+        return super().queries(x, rotary).to(torch.float16)
+
+    def keys_values(self, x: Tensor, rotary: Tensor) -> KeysValues:
+        keys = self.norm_k(self.to_k(x).unflatten(-1, self._heads), rotary).to(torch.float16)
+        return keys, *narrowed(self.to_v(x).unflatten(-1, self._heads))
+
+    def values_behind(self, before: Sequence[Values], own: Values) -> Values:
+        return joined([(numbers, factor) for numbers, factor in (*before, own)], dim=1)
+
+    def seen(self, query: Tensor, keys: Tensor, values: Values, runs: Sequence[Run]) -> Tensor:
+        return super().seen(query, keys, values, runs) * values[1]
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, run: Run) -> Tensor:
@@ -120,20 +141,21 @@ class Block(nn.Module):
     gate. `before`: keys and values of what stands before them in the sequence, which `runs` count with.
     """
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, attention: type[Attention] = Attention) -> None:
         super().__init__()
         self._dim = (config.inner_dim,)
-        self.attn = Attention(config)
+        self.attn = attention(config)
         self.img_mlp = ChunkedTokens(SwiGLU(config))
 
     def forward(
         self, hidden: Tensor, modulation: Tensor, rotary: Tensor, runs: Sequence[Run], before: Sequence[KeysValues]
     ) -> Tensor:
         x = self._scaled(hidden, modulation.chunk(4, dim=-1)[0])
-        query, (keys, values) = self.attn.queries(x, rotary), self.attn.keys_values(x, rotary)
+        query, (keys, *own) = self.attn.queries(x, rotary), self.attn.keys_values(x, rotary)
         del x
-        keys = _behind([k for k, _ in before], keys)
-        values = _behind([v for _, v in before], values)
+        keys = _behind([k for k, *_ in before], keys)
+        values = self.attn.values_behind([tuple(v) for _, *v in before], tuple(own))
+        del own
         seen = self.attn.seen(query, keys, values, runs)
         del query, keys, values
         added = self.attn.to_out[0](seen.flatten(2, 3))
@@ -147,7 +169,8 @@ class Block(nn.Module):
         x = self._scaled(hidden, modulation.chunk(4, dim=-1)[0])
         query, own = self.attn.queries(x, rotary), self.attn.keys_values(x, rotary)
         del x
-        keys, values = _behind([k for k, _ in before], own[0]), _behind([v for _, v in before], own[1])
+        keys = _behind([k for k, *_ in before], own[0])
+        values = self.attn.values_behind([tuple(v) for _, *v in before], own[1:])
         seen = self.attn.seen(query, keys, values, runs)
         del query, keys, values
         added = self.attn.to_out[0](seen.flatten(2, 3))

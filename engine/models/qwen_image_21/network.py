@@ -13,7 +13,7 @@ from ...streaming import BlockSource, FileSource, StoredBlock
 from ..network import Network
 from ..transformer_parts import TransformerParts
 from .costs import QwenImage21Footprint
-from .layers import Block, Outside
+from .layers import Block, HalfAttention, Outside
 from .tensors import BLOCKS, JOINED_LAYER, SPLIT_LAYERS, TransformerConfig, sort_transformer
 
 
@@ -34,6 +34,7 @@ class QwenImage21Parts(TransformerParts):
         """`others`: further devices that blocks may stay on. Raises WrongModel, DamagedFile or MissingFile."""
         tensors = sort_transformer(checkpoint)
         self.config = config = tensors.config
+        block = partial(Block, attention=HalfAttention) if dtype == torch.float16 else Block
         network = Network(
             where=str(checkpoint.path),
             outside=tensors.outside,
@@ -41,7 +42,7 @@ class QwenImage21Parts(TransformerParts):
             block_prefix=BLOCKS,
             inner_dim=config.inner_dim,
             make_outside=partial(_on_meta, Outside, config, dtype),
-            make_block=partial(_on_meta, Block, config, dtype),
+            make_block=partial(_on_meta, block, config, dtype),
             make_footprint=partial(
                 QwenImage21Footprint,
                 head_dim=config.head_dim,

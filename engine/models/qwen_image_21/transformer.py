@@ -10,7 +10,7 @@ from ...hardware import Hardware
 from ...streaming import BlockSource, FileSource, OnBlock, StoredBlock
 from ..streamed_transformer import StreamedTransformer
 from .branch import Branch, BranchState, StretchState
-from .costs import QwenImage21Footprint
+from .costs import QwenImage21Footprint, kept_bytes
 from .layers import Outside, Run, time_frequencies
 from .network import QwenImage21Parts
 from .positions import RotaryTables, runs_of
@@ -67,7 +67,8 @@ class QwenImage21Transformer(StreamedTransformer[Branch, BranchState]):
         """Of all prefixes, each once, by their keys. What is kept of them runs through no block."""
         kept, blocks, states = self.store.kept, self.config.layers, dict[str, StretchState]()
         every = {stretch.key: stretch for prefix in prefixes for stretch in prefix.stretches}
-        sizes = {key: 2 * s.tokens * self.config.inner_dim * self.dtype.itemsize for key, s in every.items()}
+        dim, in_half = self.config.inner_dim, self.products_dtype != self.dtype
+        sizes = {key: kept_bytes(s.tokens, dim, self.dtype.itemsize, in_half=in_half) for key, s in every.items()}
         wanted = kept.want({self._kept_key(key): nbytes for key, nbytes in sizes.items()})
         for prefix in prefixes:
             own: list[StretchState] = []
