@@ -17,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 # that sums stay below: half of what fp16 holds, for what is rounded on the way
 _LARGEST = 2.0**15
+# values of attention: kernels that sum up in fp16 add as many of them as there are keys
+_LARGEST_VALUE = 1.0
 _SMALLEST = 2.0**-60  # of a size that something is divided by
 _EXPONENT = 0x7F800000  # bits of a number in fp32
 
@@ -117,10 +119,10 @@ def _attend(
 
 
 def narrowed(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers in fp32 as numbers in fp16, as large as can be, and the power of two (1,) in fp32 that they are to be
-    multiplied with."""
+    """Values of attention in fp32 as numbers in fp16, 1 at the most, and the power of two (1,) in fp32 that they are to
+    be multiplied with."""
     size = torch.linalg.vector_norm(x, ord=float("inf")).clamp_min(_SMALLEST)
-    scale = _power_of_two(_LARGEST / size).view(1)  # without a dimension its product would not be wide
+    scale = _power_of_two(_LARGEST_VALUE / size).view(1)  # without a dimension its product would not be wide
     return _narrowed(x, scale), scale.reciprocal()
 
 

@@ -69,8 +69,8 @@ def check_result(latents: Tensor) -> None:
     if not torch.isfinite(latents).all():
         raise InvalidRequest(
             "The sampled latents hold numbers that are not finite (NaN or infinity): the image would be "
-            "black.\n\nWhat to do: check the numbers of the nodes that change guidance, sampler or model; use bf16 or "
-            "fp32 where dtype is fp16.",
+            "black.\n\nWhat to do: check the numbers of the nodes that change guidance, sampler or model, and the "
+            "strengths of LoRAs.",
             code="sampling.latents_not_finite",
         )
 

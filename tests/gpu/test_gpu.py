@@ -15,6 +15,7 @@ from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTran
 from qwenimage_lowvram.engine.planning.memory import plan_memory
 from qwenimage_lowvram.engine.planning.memory_plan import MemoryPlan
 from qwenimage_lowvram.engine.planning.request import GIB, Limits, SamplingRequest
+from qwenimage_lowvram.engine.runs.dtype_choice import product_error
 from qwenimage_lowvram.engine.streaming import OnBlock
 from random_blocks import REAL_BLOCKS, Stored, repeat_blocks, write_transformer
 from streaming_contenders import HEADROOM_BYTES
@@ -47,10 +48,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[Stored, Path]:
 
 @pytest.fixture
 def open_model(folders: dict[Stored, Path]) -> Callable[..., QwenImageTransformer]:
-    def open_(stored: Stored = Stored.BF16, *, blocks: int = 6) -> QwenImageTransformer:
+    def open_(
+        stored: Stored = Stored.BF16, *, blocks: int = 6, dtype: torch.dtype = torch.bfloat16
+    ) -> QwenImageTransformer:
         checkpoint = repeat_blocks(open_checkpoint(folders[stored]), blocks)
         hardware = Hardware.detect(torch.device("cuda"))
-        return QwenImageTransformer(checkpoint, dtype=torch.bfloat16, hardware=hardware)
+        return QwenImageTransformer(checkpoint, dtype=dtype, hardware=hardware)
 
     return open_
 
@@ -71,11 +74,11 @@ def limit_memory() -> Iterator[Callable[[int], None]]:
     torch.cuda.empty_cache()
 
 
-def branches_of(request: SamplingRequest, timestep: float) -> list[Branch]:
+def branches_of(request: SamplingRequest, timestep: float, dtype: torch.dtype = torch.bfloat16) -> list[Branch]:
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(1, *shape, generator=generator).to("cuda", torch.bfloat16)
+        return torch.randn(1, *shape, generator=generator).to("cuda", dtype)
 
     height, width = request.height // 16, request.width // 16
     tokens = random(height * width, 64)
@@ -94,7 +97,8 @@ def run(
     transformer.modulation.announce(timesteps)
     with transformer.session(slots=plan.slots, ring=plan.ring, mlp_chunk_tokens=plan.mlp_chunk_tokens) as session:
         for left, timestep in reversed(list(enumerate(reversed(timesteps)))):
-            predictions = session.forward(branches_of(plan.request, timestep), more=left > 0, on_block=on_block)
+            branches = branches_of(plan.request, timestep, transformer.dtype)
+            predictions = session.forward(branches, more=left > 0, on_block=on_block)
         return torch.cat(predictions).cpu()
 
 
@@ -118,6 +122,20 @@ def test_real_peaks_are_within_the_limit_and_near_the_plan(
     assert torch.cuda.max_memory_reserved() <= limit_gib * GIB
     assert torch.cuda.max_memory_allocated() > 0.9 * plan.peak_bytes
     transformer.unload()
+
+
+def test_products_in_fp16_are_right_and_take_what_is_planned(open_model: Callable[..., QwenImageTransformer]) -> None:
+    assert product_error(torch.device("cuda")) < 1e-3
+    answers = {}
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        transformer = open_model(dtype=dtype)
+        plan = plan_of(transformer, SMALL, 16 * GIB)
+        torch.cuda.reset_peak_memory_stats()
+        answers[dtype] = run(transformer, plan, [0.5]).float()
+        assert 0.9 * plan.peak_bytes < torch.cuda.max_memory_allocated() <= plan.limit_bytes
+        transformer.unload()
+    errors = {dtype: (made - answers[torch.float32]).norm() for dtype, made in answers.items()}
+    assert errors[torch.float16] < errors[torch.bfloat16]
 
 
 @pytest.mark.parametrize("stored", Stored)
