@@ -5,12 +5,14 @@ take, and how what goes through its blocks begins and ends. Streaming and planni
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from ..compute.half_products import in_half
 from ..files.checkpoint import TensorEntry
 from ..planning.footprint import TransformerFootprint
 from ..streaming import OnBlock, Waits
@@ -39,6 +41,19 @@ class Network:
     make_modulation: Callable[[], nn.Module] | None = None
     joined_layers: Mapping[str, Sequence[str]] = field(default_factory=dict)
     model: str = "Qwen-Image"
+
+    def in_half(self) -> "Network":
+        """The same whose linear layers multiply weights in fp16, between activations in fp32."""
+        return replace(
+            self,
+            make_outside=partial(_in_half, self.make_outside),
+            make_block=partial(_in_half, self.make_block),
+            make_modulation=None if self.make_modulation is None else partial(_in_half, self.make_modulation),
+        )
+
+
+def _in_half(make: Callable[[], nn.Module]) -> nn.Module:
+    return in_half(make())
 
 
 class Branch(Protocol):

@@ -40,11 +40,12 @@ class TransformerParts:
         others: Sequence[Hardware] = (),
         source: Callable[[Sequence[StoredBlock]], BlockSource] = FileSource,
     ) -> None:
-        """`others`: further devices that blocks may stay on. `source` makes the blocks' source.
+        """`dtype`: of weights and products; where it is fp16, activations are in fp32 (`compute.half_products`).
+        `others`: further devices that blocks may stay on. `source` makes the blocks' source.
 
         Raises WrongModel, DamagedFile or MissingFile.
         """
-        self.network = network
+        self.network = network = network if activations_dtype(dtype) == dtype else network.in_half()
         self._dtype, self._hardware, self._source = dtype, hardware, source
         self._devices = (hardware, *others)
         self.attending: Attention | None = None  # None: by what torch has on each device

@@ -118,8 +118,7 @@ def run(
 def plainly_in_fp16(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Everything in fp16, as other programs have it."""
     with monkeypatch.context() as patched:
-        for network in ("qwen_image", "qwen_image_21"):
-            patched.setattr(f"qwenimage_lowvram.engine.models.{network}.network.in_half", lambda module: module)
+        patched.setattr("qwenimage_lowvram.engine.models.network.in_half", lambda module: module)
         patched.setattr("qwenimage_lowvram.engine.models.qwen_image_21.network.HalfAttention", Attention)
         patched.setattr("qwenimage_lowvram.engine.models.streamed_transformer.activations_dtype", lambda dtype: dtype)
         yield

@@ -307,6 +307,8 @@ def test_fp16_is_of_the_transformers_products_and_not_of_the_text_encoder(load: 
     assert model.model_dtype() == model.model.transformer.dtype == torch.float32
     assert model.model.transformer.footprint.in_half
     assert clip.encoder.dtype == torch.float32
+    made, expected = (ksampler(m, cond(), cond(5, 2), empty_latent(), steps=2) for m in (model, load(dtype="fp32")[0]))
+    assert 0 < (made - expected).abs().max() < 0.02 * expected.abs().max()
 
 
 def test_cpu_vae_is_where_the_vae_goes(given: Any, load: Any) -> None:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...compute.half_products import in_half
 from ...compute.token_chunks import ChunkedTokens
 from ...files.checkpoint import Checkpoint
 from ...hardware import Hardware
@@ -88,7 +87,6 @@ def _empty_outside(config: TransformerConfig, dtype: torch.dtype) -> "QwenImageT
         )
     if dtype == torch.float16:
         model.txt_norm = _WideNorm(model.txt_norm)
-        in_half(model)
     return model
 
 
@@ -105,7 +103,6 @@ def _whole_block(config: TransformerConfig, dtype: torch.dtype) -> "QwenImageTra
     if dtype == torch.float16:
         for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
             setattr(attn, name, _WideNorm(getattr(attn, name)))
-        in_half(block)
     return block.eval()
 
 

@@ -6,7 +6,6 @@ from functools import partial
 import torch
 from torch import nn
 
-from ...compute.half_products import in_half
 from ...files.checkpoint import Checkpoint
 from ...hardware import Hardware
 from ...streaming import BlockSource, FileSource, StoredBlock
@@ -41,8 +40,8 @@ class QwenImage21Parts(TransformerParts):
             blocks=tensors.blocks,
             block_prefix=BLOCKS,
             inner_dim=config.inner_dim,
-            make_outside=partial(_on_meta, Outside, config, dtype),
-            make_block=partial(_on_meta, block, config, dtype),
+            make_outside=partial(_on_meta, Outside, config),
+            make_block=partial(_on_meta, block, config),
             make_footprint=partial(
                 QwenImage21Footprint,
                 head_dim=config.head_dim,
@@ -55,10 +54,6 @@ class QwenImage21Parts(TransformerParts):
         super().__init__(network, dtype=dtype, hardware=hardware, others=others, source=source)
 
 
-def _on_meta(
-    kind: Callable[[TransformerConfig], nn.Module], config: TransformerConfig, dtype: torch.dtype
-) -> nn.Module:
-    """To be computed with in `dtype`."""
+def _on_meta(kind: Callable[[TransformerConfig], nn.Module], config: TransformerConfig) -> nn.Module:
     with torch.device("meta"):
-        made = kind(config).eval()
-    return in_half(made) if dtype == torch.float16 else made
+        return kind(config).eval()
