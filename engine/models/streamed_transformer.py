@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from ..compute.attention import Attention, attention_by
 from ..compute.attention_kernels import AttentionKernel
+from ..compute.compilation import CompiledBlocks, CompileSettings
 from ..compute.finite import is_finite
 from ..compute.half_products import activations_dtype, half_attention, measure_weights
 from ..compute.token_chunks import chunk_tokens
@@ -49,6 +51,7 @@ class StreamedTransformer(ABC, Generic[BranchT, StateT]):
         self.modulation: StepTable = NothingBeforehand()
         self.store = parts.store
         self.secondaries = {str(store.hardware.device): store for store in parts.secondary_stores}
+        self.compiled: CompiledBlocks | None = None  # what computes the blocks; None: they themselves
         self._loaded = False
         self._outside = parts.network.make_outside()
         self._outside.load_state_dict(parts.read_outside(), assign=True)
@@ -91,8 +94,9 @@ class StreamedTransformer(ABC, Generic[BranchT, StateT]):
 
     @property
     def footprint(self) -> TransformerFootprint:
-        """What a plan is made from; patches count."""
-        return self._parts.footprint
+        """What a plan is made from; patches and compiled code count."""
+        compiled = self.compiled is not None and not self.compiled.why_not
+        return replace(self._parts.footprint, compiled=compiled)
 
     @property
     def outside(self) -> nn.Module:
@@ -163,6 +167,14 @@ class StreamedTransformer(ABC, Generic[BranchT, StateT]):
         if attention != self._parts.attending:
             self._parts.attending = attention
             self.store.kept.forget()
+
+    def compile_by(self, settings: CompileSettings | None) -> None:
+        """From the next run on; what was compiled with the same settings stays. None: blocks are computed as they
+        are."""
+        if settings != (self.compiled.settings if self.compiled else None):
+            self.compiled = CompiledBlocks(settings) if settings else None
+        if self.compiled is not None and self.products_dtype != self.dtype:
+            self.compiled.give_up("products are in fp16 between numbers in fp32")
 
     def load(
         self,
@@ -334,6 +346,8 @@ class TransformerSession(Generic[BranchT, StateT]):
                     if in_half:
                         stack.enter_context(half_attention())
                         measure_weights(block)
+                    elif transformer.compiled is not None:
+                        block = transformer.compiled.of(block)
                     for i in sorted(alone):
                         states[i].run(index, block)
                     for group in hooked:

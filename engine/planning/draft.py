@@ -4,7 +4,6 @@ Imports no torch."""
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from ..compute.chunk_sizes import MLP_CHUNKS
 from .footprint import TransformerFootprint
 from .forecast import Speeds, forecast_step
 from .kept import NOTHING_KEPT, KeptTiers, choices
@@ -24,7 +23,7 @@ def least_bytes(footprint: TransformerFootprint, request: SamplingRequest) -> in
     """The smallest device limit that `plan_memory` accepts."""
     return min(
         draft.peak_bytes(resident)
-        for chunk in MLP_CHUNKS
+        for chunk in footprint.mlp_chunks
         for draft in (Draft(footprint, request, 1, chunk),)
         # few small blocks that are all resident need no staging, and may take less than a slot beside them
         for resident in (0, footprint.blocks)

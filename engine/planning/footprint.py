@@ -1,11 +1,12 @@
 """The sizes that a plan is made from: what a model's weights and a forward pass take, in bytes. Imports no torch."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from ..compute.attention_kernels import FUSED, AttentionKernel, AttentionShape
+from ..compute.chunk_sizes import MLP_CHUNKS
 from ..compute.step_schedules import ANCHORS
 from .request import SamplingRequest
 
@@ -23,6 +24,7 @@ class TransformerFootprint(ABC):
     ring_bytes: host memory that file bytes pass through. host: the device is the host, and has no other memory.
     elsewhere: blocks that stay on other devices, and are not among `blocks`. attention: what all devices of the blocks
     can compute attention with. in_half: products are computed in fp16, and activations are wider between them.
+    compiled: blocks are computed by compiled code, which holds all chunks of an MLP at once.
     """
 
     blocks: int
@@ -47,6 +49,12 @@ class TransformerFootprint(ABC):
     elsewhere: int = 0
     attention: AttentionKernel = FUSED
     in_half: bool = False
+    compiled: bool = False
+
+    @property
+    def mlp_chunks(self) -> Sequence[int | None]:
+        """Of which a plan chooses one: tokens of an MLP at a time, None for all at once."""
+        return (None,) if self.compiled else MLP_CHUNKS
 
     @property
     def all_blocks(self) -> int:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 
-from ..compute.chunk_sizes import MLP_CHUNKS
 from ..errors import DoesNotFit
 from ..texts import size_text
 from .draft import Draft, least_bytes, least_ram_bytes
@@ -38,14 +37,14 @@ def plan_memory(
 ) -> MemoryPlan:
     """The fastest plan within the limits with two slots, unless another number of `slots` is faster by SLOTS_GAIN. Of
     equally fast ones that with the smallest of `rings`, then with the most resident blocks, then with the least
-    chunking (chunks of MLP_CHUNKS cost next to nothing). The blocks of `secondaries`, at the end of the model, stay on
+    chunking (chunks cost next to nothing). The blocks of `secondaries`, at the end of the model, stay on
     other devices.
 
     Raises DoesNotFit with what would fit.
     """
     footprint = without_secondaries(footprint, secondaries)
     plans = []
-    for count, chunk in product(slots, MLP_CHUNKS):
+    for count, chunk in product(slots, footprint.mlp_chunks):
         for ring in rings:
             made = Draft(footprint, request, count, chunk, ring).plans(limits, speeds)
             plans += made

@@ -16,6 +16,8 @@ class _Counts:
     copied_bytes: int
     made_tokens: int
     kept_brought_bytes: int
+    compiled_times: int
+    compiling_seconds: float
 
 
 @dataclass
@@ -43,10 +45,12 @@ class RunCounters:
         """Of this run alone, by the names of MemoryReport's fields; and what is kept by now."""
         now, kept = self._now(), self.transformer.store.kept
         counted = {name: value - getattr(self._before, name) for name, value in vars(now).items()}
-        return {**counted, "kept_device_bytes": kept.resident_bytes, "kept_ram_bytes": kept.held_bytes}
+        compiled = self.transformer.compiled
+        notes = {} if compiled is None else {"compiled": not compiled.why_not, "not_compiled": compiled.why_not}
+        return {**counted, **notes, "kept_device_bytes": kept.resident_bytes, "kept_ram_bytes": kept.held_bytes}
 
     def _now(self) -> _Counts:
-        store, table = self.transformer.store, self.transformer.modulation
+        store, table, compiled = self.transformer.store, self.transformer.modulation, self.transformer.compiled
         return _Counts(
             fetched_blocks=store.fetched_blocks,
             fetched_bytes=store.fetched_bytes,
@@ -54,4 +58,6 @@ class RunCounters:
             copied_bytes=store.copied_bytes,
             made_tokens=store.kept.made_tokens,
             kept_brought_bytes=store.kept.copied_bytes,
+            compiled_times=compiled.times if compiled else 0,
+            compiling_seconds=compiled.seconds if compiled else 0.0,
         )

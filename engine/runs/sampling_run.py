@@ -297,6 +297,8 @@ class SamplingRun:
         for store in (transformer.store, *transformer.secondaries.values()):
             store.release()
         self._surroundings.left(transformer.hardware.device)
+        if transformer.compiled is not None:
+            transformer.compiled.give_up("memory ran out")
         try:
             session.plan = plan_memory(
                 transformer.footprint,

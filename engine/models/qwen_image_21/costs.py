@@ -89,7 +89,9 @@ class QwenImage21Footprint(TransformerFootprint):
         queries, keys and values with those before them, and what is seen."""
         unit = self._attended_unit
         attending = tokens * unit + 2 * (tokens + before) * unit + self._seen_bytes(tokens, before)
-        return max(self._turning_bytes(tokens), attending, self._mlp_bytes(tokens, chunk))
+        # compiled code does nothing in place, and the first of its results is compared
+        copies = 3 * tokens * unit if self.compiled else 0
+        return copies + max(self._turning_bytes(tokens), attending, self._mlp_bytes(tokens, chunk))
 
     def _prefix_bytes(self, tokens: int, before: int, chunk: int | None) -> int:
         """The same of a stretch of a prefix, whose own keys and values are carried; what its pieces see is joined."""
