@@ -107,7 +107,8 @@ class MemoryReport:
         if self.attention_notes:
             lines.append(f"  attention partly by torch's own kernel: {self.attention_notes}")
         if self.compiled or self.compiled_times:
-            lines.append(f"  compiled: {self.compiled_times} times, {self.compiling_seconds:.0f} s")
+            times = f"{self.compiled_times} time{'' if self.compiled_times == 1 else 's'}"
+            lines.append(f"  compiled: {times}, {self.compiling_seconds:.0f} s")
         if self.not_compiled:
             lines.append(f"  blocks not compiled: {self.not_compiled}")
         if self.one_by_one:

@@ -17,6 +17,7 @@ from ...engine.runs.sampling_plan import plan_sampling
 from ...engine.runs.sampling_run import SamplingRun
 from .attention import OVERRIDE_KEY, attention_of_run
 from .block_patches import PatchImages, check_patches, sees_each_call
+from .compiling import settings_of_run
 from .content_checks import check_computed, check_result, check_values
 from .controlnets import ControlNets, check_devices, other_models
 from .error_events import errors_sent
@@ -120,6 +121,7 @@ def _planned_run(
     options = guider.model_options.get("transformer_options", {})
     calls.override = options.get(OVERRIDE_KEY)
     transformer.attend_by(attention_of_run(transformer, model.attention, calls.override))
+    transformer.compile_by(settings_of_run(guider.model_options, model.compiles, exact=True))
     model.model_loaded_weight_memory = transformer.loaded_bytes  # blocks that the LoRAs change have left
     speeds = known_speeds(transformer.hardware, transformer.products_dtype, transformer.file)
     limit, surroundings = loader_limit(model.limit_bytes), InComfyUI(patcher, beside)

@@ -10,6 +10,7 @@ import torch
 
 from ...engine.errors import InvalidRequest
 from ...engine.lora.lora_file import LoraMatch
+from .compiling import COMPILE_OPTIONS, is_compiling
 from .graph_checks import check_hooks, refuse
 from .native_lora import PREFIX, bypass_adapters, weight_of
 from .stand_ins import refuse_compiling, refuse_reaching
@@ -152,6 +153,9 @@ class LowVRAMPatcher(comfy.model_patcher.ModelPatcher):
         self.check_guests()
 
     def add_wrapper_with_key(self, wrapper_type: str, key: str, wrapper: Any) -> None:
+        if is_compiling(wrapper_type, key):
+            self.model_options.setdefault(COMPILE_OPTIONS, {})  # the node says with what
+            return
         if "compile" in str(key):
             refuse_compiling()
         super().add_wrapper_with_key(wrapper_type, key, wrapper)

@@ -176,5 +176,7 @@ def refuse_reaching(path: str) -> Any:
 
 def refuse_compiling() -> Any:
     refuse(
-        "Compiling the model (TorchCompileModel and others)", "remove the compile node.", code="graph.compiled_model"
+        "Compiling parts of the model, or in another way than TorchCompileModel does",
+        "use TorchCompileModel in the place of that node.",
+        code="graph.compiled_model",
     )

@@ -141,6 +141,7 @@ class LowVRAMModel:
         timeline: Timeline | None = None,
         advice: str = "",
         step_cache: StepSchedule | None = None,
+        compiles: bool = False,
     ) -> None:
         """`config`: ComfyUI's of the network, with disable_unet_model_creation. A limit of None uses what is free."""
         config.set_inference_dtype(transformer.dtype, None)
@@ -156,6 +157,7 @@ class LowVRAMModel:
         self.timeline = timeline or Timeline(executing_prompt_id)
         self.advice = advice
         self.step_cache = step_cache
+        self.compiles = compiles  # blocks, whether a node asks for it or not
 
     # what a network says of a run
 

@@ -63,12 +63,6 @@ def test_a_lora_in_bypass_mode_makes_the_image_of_comfyuis_own_model(model: Any,
 # what is refused by name, in the node that asks for it
 
 
-def _compile(model: Any) -> None:
-    from comfy_api.torch_helpers import set_torch_compile_wrapper
-
-    set_torch_compile_wrapper(model, "eager")
-
-
 def _compile_by_wrapper_of_another_name(model: Any) -> None:
     def swap(executor: Any, *args: Any, **kwargs: Any) -> Any:
         base = executor.class_obj
@@ -120,7 +114,6 @@ def _copy_to_param(model: Any) -> None:
 
 QUERY = "diffusion_model.transformer_blocks.0.attn.to_q.weight"
 REFUSED: dict[str, Callable[[Any], Any]] = {
-    "compile": _compile,
     "compile under another name": _compile_by_wrapper_of_another_name,
     "compile blocks": _compile_blocks,
     "a whole other module": lambda model: model.add_object_patch("diffusion_model", nn.Identity()),
@@ -287,7 +280,6 @@ WORKING = (
 REFUSED_NODES = (
     "FluxKVCache", "HyperTile", "ModelComputeDtype", "ModelMergeQwenImage", "ModelMergeSimple", "NAGuidance",
     "PatchModelAddDownscale", "PerturbedAttentionGuidance", "ScaleROPE", "SelfAttentionGuidance", "TomePatchModel",
-    "TorchCompileModel",
 )  # fmt: skip
 
 

@@ -547,6 +547,9 @@ def test_a_report_prints_what_was_measured_beside_what_was_planned() -> None:
     assert "memory ran out 2 times" in str(replace(report, out_of_memory=2))
     assert "the device is the host" in str(replace(report, peak_vram_bytes=None))
     assert str(replace(report, one_by_one="EasyCache")).endswith("each block was visited for each: EasyCache")
+    compiled = replace(report, compiled=True, compiled_times=2, compiling_seconds=31.2)
+    assert str(compiled).endswith("\n  compiled: 2 times, 31 s")
+    assert str(replace(report, not_compiled="no compiler")).endswith("\n  blocks not compiled: no compiler")
     assert report.as_dict()["plan_text"] == PLAN_TEXT
     assert report.as_dict()["plan"]["request"]["width"] == 1328
     assert report.as_dict()["numerics_version"] == ImageReport(()).as_dict()["numerics_version"] == NUMERICS_VERSION

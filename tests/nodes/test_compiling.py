@@ -1,0 +1,64 @@
+"""ComfyUI's TorchCompileModel on our models: their blocks are compiled in its place, and what fails is no loss."""
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from .conftest import cond, empty_latent
+from .test_model import ksampler
+
+
+def compiled_by_node(model: Any, backend: str, **options: Any) -> Any:
+    """As the node does it."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    clone = model.clone()
+    set_torch_compile_wrapper(model=clone, backend=backend, **options)
+    return clone
+
+
+@torch.inference_mode()
+def run(model: Any) -> Tensor:
+    samples: Tensor = ksampler(model, cond(9), cond(5, 2), empty_latent())
+    return samples
+
+
+@pytest.mark.slow
+def test_a_compile_node_has_the_blocks_compiled_once_for_all_steps_and_prompts(model: Any) -> None:
+    expected, compiled = run(model), compiled_by_node(model, "aot_eager")
+    assert torch.equal(run(compiled), expected)
+    report = model.model.last_report
+    assert (report.compiled, report.compiled_times, report.not_compiled) == (True, 1, "")
+    assert "  compiled: 1 time, " in str(report)
+    assert torch.equal(run(compiled.clone()), expected)  # as after another node, and with another seed
+    assert (model.model.last_report.compiled, model.model.last_report.compiled_times) == (True, 0)
+    assert torch.equal(run(model), expected)
+    assert not model.model.last_report.compiled  # nothing of it is left
+
+
+def test_what_a_compile_node_sets_is_named_where_it_is_not_followed_and_a_failure_is_no_loss(
+    model: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import torch._dynamo
+
+    asked = []
+
+    def fail(graph: Any, inputs: Any) -> Any:
+        raise RuntimeError("no compiler is found")
+
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: asked.append(name) or fail)
+    expected = run(model)
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(run(compiled_by_node(model, "cudagraphs", mode="max-autotune")), expected)
+    assert asked[-1] == "inductor"  # before it, the one that the node makes
+    told = [record.getMessage() for record in caplog.records]
+    assert any("backend cudagraphs, mode max-autotune is not followed" in line for line in told)
+    assert len([line for line in told if "no compiler is found. Blocks are computed without it" in line]) == 1
+    report = model.model.last_report
+    assert "  blocks not compiled: torch.compile failed: RuntimeError no compiler is found" in str(report)
+    assert not report.compiled
+    assert torch.equal(run(model), expected)
+    assert model.model.last_report.not_compiled == ""
