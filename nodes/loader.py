@@ -6,6 +6,7 @@ from typing import Any
 import comfy.model_management
 import torch
 
+from ..engine.compute.linear_choice import Computing
 from ..engine.compute.step_schedules import OFF, step_schedule
 from ..engine.errors import QwenLowVRAMError
 from ..engine.files.checkpoint import Checkpoint
@@ -21,6 +22,7 @@ from .adapters import switches
 from .adapters.attention import attention_of_loader
 from .adapters.known_speeds import half_products_are_faster
 from .adapters.limit_names import RAM_LIMIT, VRAM_LIMIT
+from .adapters.linear_layers import linear_of_loader, nothing_as_stored
 from .adapters.networks import served_of
 from .adapters.progress import executing_prompt_id, warn
 from .adapters.vae import make_vae
@@ -99,6 +101,7 @@ class QwenLowVRAMLoader:
         positions: str = Positions.COMFYUI.value,
         attention: str = AUTO,
         step_cache: str = OFF,
+        compute: str = Computing.AS_COMFYUI.value,
     ) -> tuple[Any, Any, Any]:
         check_widgets(
             self.INPUT_TYPES(),
@@ -112,6 +115,7 @@ class QwenLowVRAMLoader:
             positions=positions,
             attention=attention,
             step_cache=step_cache,
+            compute=compute,
         )
         sources = Sources.of(transformer, text_encoder, vae)
         transformer_file, text_file, vae_file = sources.open(variant)
@@ -125,26 +129,33 @@ class QwenLowVRAMLoader:
         text_hardware = devices.hardware_of(devices.device_of(text_encoder_device, text_default))
         vae_on = devices.device_of(vae_device, management.vae_device())
         limits = _Limits(limit_bytes(vram_limit_gb), limit_bytes(ram_limit_gb))
-        compute = _transformer_dtype(dtype, transformer_file, hardware)
+        products = _transformer_dtype(dtype, transformer_file, hardware)
         member = sources.member(transformer_file, variant)
         doubt = sources.doubt_about(transformer_file, member) if chosen_variant(variant) is None else ""
         if doubt:
             warn(doubt)
-        weight_format, advice = _format_of(transformer_file, weight_format, Parts(member, compute, hardware), limits)
+        weight_format, advice = _format_of(transformer_file, weight_format, Parts(member, products, hardware), limits)
         family, served = sources.family, served_of(transformer_file)
         others = [devices.hardware_of(other) for other in devices.others_of(transformer_device, hardware.device)]
+        devices_of_blocks = [hardware, *others]
         with at_input("attention"):
-            attending, asked = attention_of_loader(attention, transformer_file, [hardware, *others], compute)
+            attending, asked = attention_of_loader(attention, transformer_file, devices_of_blocks, products)
+        opened = in_weight_format(transformer_file, weight_format, hardware, limits.on(hardware.device))
+        linear, slower = linear_of_loader(
+            Computing(compute), opened, devices_of_blocks, products, as_stored=opened is transformer_file
+        )
         model = family.open(
-            in_weight_format(transformer_file, weight_format, hardware, limits.on(hardware.device)),
-            dtype=compute,
+            opened,
+            dtype=products,
             hardware=hardware,
             others=others,
             rounding=TimestepRounding(timesteps),
             positions=Positions(positions),
             variant=member,
+            linear=linear,
         )
         model.attend_by(attending)
+        slower = slower or nothing_as_stored(linear, model)
         encoder = family.encoder(
             text_file,
             dtype=encoder_dtype(_compute_dtype(dtype, text_file, text_hardware.device)),
@@ -169,7 +180,7 @@ class QwenLowVRAMLoader:
             member,
             limits.name_on(text_hardware.device),
         )
-        told = " ".join(text for text in (doubt, asked, _products_text(dtype, compute), advice) if text)
+        told = " ".join(text for text in (doubt, asked, _products_text(dtype, products), slower, advice) if text)
         steps = step_schedule(step_cache)
         return served.make_model(model, limits.vram_bytes, limits.ram_bytes, timeline, told, steps), clip, image_vae
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from ..engine.compute.attention_choice import CHOICES
+from ..engine.compute.linear_choice import Computing
 from ..engine.compute.step_schedules import OFF, STEP_CACHES
 from ..engine.models.qwen_image.positions import Positions
 from ..engine.models.qwen_image.transformer import TimestepRounding
@@ -159,6 +160,17 @@ def loader_inputs() -> dict[str, Any]:
                     "fetched for those: 28, 20 (twice as fast) or 12 of 40. Another image: measured on Qwen-Image-2.1 "
                     "at 1024x1024 without guidance, 20 are close to all, 12 change things. Other numbers of steps are "
                     "refused.",
+                },
+            ),
+            "compute": (
+                [computing.value for computing in Computing],
+                {
+                    "default": Computing.AS_COMFYUI.value,
+                    "advanced": True,
+                    "tooltip": "On what the transformer's linear layers compute. auto: ComfyUI's int8 files by int8 "
+                    "products on a card, as ComfyUI itself computes them (the same image, and faster); everything "
+                    "else exact. exact: on decoded weights, another image for those files. fast: int8 wherever "
+                    "weights are int8, with weight_format int8 too; plan and report say 'not exact'.",
                 },
             ),
         },

@@ -3,6 +3,7 @@
 import full_size
 import torch
 from live_bytes import LiveBytes
+from qwenimage_lowvram.engine.compute.linear_choice import DECODED, LinearChoice
 from qwenimage_lowvram.engine.files.checkpoint import Checkpoint
 from qwenimage_lowvram.engine.models.qwen_image.branch import Branch
 from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
@@ -12,11 +13,17 @@ from qwenimage_lowvram.engine.planning.request import GIB, Limits, SamplingReque
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 
-def require_planned_peaks(checkpoint: Checkpoint, limit_gib: float) -> TransformerFootprint:
+def require_planned_peaks(
+    checkpoint: Checkpoint, limit_gib: float, linear: LinearChoice = DECODED
+) -> TransformerFootprint:
     """Raises AssertionError where a 512x512 step takes a tenth more or less than planned, or more than the limit."""
     with FakeTensorMode(), LiveBytes("cuda") as live, torch.inference_mode():
         transformer = QwenImageTransformer(
-            checkpoint, dtype=torch.bfloat16, hardware=full_size.fake_gpu(), source=full_size.EmptySource
+            checkpoint,
+            dtype=torch.bfloat16,
+            hardware=full_size.fake_gpu(),
+            source=full_size.EmptySource,
+            linear=linear,
         )
         plan = plan_memory(transformer.footprint, SamplingRequest(512, 512, 2, 60), Limits(int(limit_gib * GIB)))
         transformer.load(plan.resident)

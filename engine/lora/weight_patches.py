@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..compute.stored_linear import LowRank
 from ..files.checkpoint import TensorEntry
+from .changes import Sum
 from .deltas import Delta, apply, scratch_elements
 from .lora_file import LoraMatch
 
@@ -32,6 +34,16 @@ class LoraPatch:
     @property
     def allocated_bytes(self) -> int:
         return max(delta.allocated_bytes for delta, _ in self.stack)
+
+    def low_rank(self) -> Sequence[tuple[LowRank, TensorEntry, TensorEntry]] | None:
+        """None where one of the stack is no product of two matrices, or normalises the weight."""
+        found = []
+        for delta, strength in self.stack:
+            if not isinstance(delta.change, Sum) or not delta.change.matrix.is_product or delta.dora is not None:
+                return None
+            up, down = delta.change.matrix.entries
+            found.append((LowRank(strength * delta.scale, delta.rows.start, delta.rows.stop), up, down))
+        return found
 
     def apply(self, weight: Tensor, parts: Sequence[Tensor], scratch: Tensor) -> None:
         """Computed in fp32, rounded once."""

@@ -14,6 +14,7 @@ from ..compute.attention_kernels import AttentionKernel
 from ..compute.compilation import CompiledBlocks, CompileSettings
 from ..compute.finite import is_finite
 from ..compute.half_products import activations_dtype, half_attention, measure_weights
+from ..compute.stored_products import StoredProduct
 from ..compute.token_chunks import chunk_tokens
 from ..errors import Unsupported
 from ..files.checkpoint import Checkpoint
@@ -160,6 +161,11 @@ class StreamedTransformer(ABC, Generic[BranchT, StateT]):
     def attention_on(self, hardware: Hardware) -> Attention:
         """The same on one of the devices."""
         return self._parts.attention_on(hardware)
+
+    @property
+    def stored_product(self) -> StoredProduct | None:
+        """By which most linear layers compute on weights as they are stored; None: on decoded ones."""
+        return self._parts.stored_product
 
     def attend_by(self, attention: Attention | None) -> None:
         """From the next pass on; None: by what torch has on each device. What blocks made by another kernel and kept is

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from ..compute.attention import Attention, kernel_of, kernel_of_all
 from ..compute.attention_kernels import AttentionKernel
 from ..compute.half_products import activations_dtype
+from ..compute.linear_choice import DECODED, LinearChoice
+from ..compute.linear_layers import LinearLayers
+from ..compute.stored_products import StoredProduct, layer_scratch
 from ..hardware import Hardware
 from ..planning.footprint import TransformerFootprint
 from ..streaming import (
@@ -39,9 +42,11 @@ class TransformerParts:
         hardware: Hardware,
         others: Sequence[Hardware] = (),
         source: Callable[[Sequence[StoredBlock]], BlockSource] = FileSource,
+        linear: LinearChoice = DECODED,
     ) -> None:
         """`dtype`: of weights and products; where it is fp16, activations are in fp32 (`compute.half_products`).
-        `others`: further devices that blocks may stay on. `source` makes the blocks' source.
+        `others`: further devices that blocks may stay on. `source` makes the blocks' source. linear: what the blocks'
+        linear layers compute on.
 
         Raises WrongModel, DamagedFile or MissingFile.
         """
@@ -52,19 +57,20 @@ class TransformerParts:
         with torch.device("meta"):
             self._outside_shapes = _shapes(network.make_outside())
         host = PinnedMemory(hardware)
-        block_files = self._files(network.make_block)
+        self.linear = linear
+        block_files = self._files(network.make_block, linear)
         self.store = block_files.open(hardware, host)
         self.secondary_stores = [block_files.open(other, host) for other in others]
         self.modulation_store: BlockStore | None = None
         self._stores_of = [(block_files, [self.store, *self.secondary_stores])]
         if network.make_modulation is not None:
-            modulation_files = self._files(network.make_modulation)
+            modulation_files = self._files(network.make_modulation, linear)
             self.modulation_store = modulation_files.open(hardware, host)
             self._stores_of.append((modulation_files, [self.modulation_store]))
 
-    def _files(self, make_part: Callable[[], nn.Module]) -> BlockFiles:
-        network = self.network
-        return BlockFiles(network.blocks, make_part, self._dtype, f"{network.where}, block", self._source)
+    def _files(self, make_part: Callable[[], nn.Module], linear: LinearChoice) -> BlockFiles:
+        network, where = self.network, f"{self.network.where}, block"
+        return BlockFiles(network.blocks, make_part, self._dtype, where, self._source, linear.product_of)
 
     @property
     def weights(self) -> dict[str, tuple[int, ...]]:
@@ -137,7 +143,25 @@ class TransformerParts:
             ring_bytes=store.ring_bytes + (modulation.ring_bytes if modulation else 0),
             host=self._hardware.host_device,
             attention=self.attention,
+            linear=self._linear_layers(),
             **beforehand,
+        )
+
+    @property
+    def stored_product(self) -> StoredProduct | None:
+        """By which the largest weights are multiplied as they are stored; None where they are decoded."""
+        block, shapes = self.store.blocks[0], self._stores_of[0][0].shapes
+        largest = max(shapes, key=lambda name: prod(shapes[name]))
+        layer = dict(block.computed).get(largest)
+        return None if layer is None else layer.product
+
+    def _linear_layers(self) -> LinearLayers:
+        """Those of the blocks that compute on stored weights."""
+        shapes, size = self._stores_of[0][0].shapes, activations_dtype(self._dtype).itemsize
+        found = {(layer.product, shapes[name]) for block in self.store.blocks for name, layer in block.computed}
+        return LinearLayers.of(
+            (f"{product.name} by comfy-kitchen {product.backend}" for product, _ in found),
+            (layer_scratch(product, columns, rows, size) for product, (rows, columns) in found),
         )
 
     def read_outside(self, patches: Mapping[str, WeightPatch] | None = None) -> dict[str, Tensor]:

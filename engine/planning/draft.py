@@ -202,6 +202,7 @@ class Draft:
             attention=footprint.attention_text(request),
             kept=kept,
             in_half=footprint.in_half,
+            linear=footprint.linear.text,
         )
 
     def _ram_left(self, limits: Limits) -> int:

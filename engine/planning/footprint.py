@@ -7,6 +7,7 @@ from typing import Protocol
 
 from ..compute.attention_kernels import FUSED, AttentionKernel, AttentionShape
 from ..compute.chunk_sizes import MLP_CHUNKS
+from ..compute.linear_layers import DECODED_LAYERS, LinearLayers
 from ..compute.step_schedules import ANCHORS
 from .request import SamplingRequest
 
@@ -24,7 +25,8 @@ class TransformerFootprint(ABC):
     ring_bytes: host memory that file bytes pass through. host: the device is the host, and has no other memory.
     elsewhere: blocks that stay on other devices, and are not among `blocks`. attention: what all devices of the blocks
     can compute attention with. in_half: products are computed in fp16, and activations are wider between them.
-    compiled: blocks are computed by compiled code, which holds all chunks of an MLP at once.
+    compiled: blocks are computed by compiled code, which holds all chunks of an MLP at once. linear: layers that
+    compute on stored weights.
     """
 
     blocks: int
@@ -49,6 +51,7 @@ class TransformerFootprint(ABC):
     elsewhere: int = 0
     attention: AttentionKernel = FUSED
     in_half: bool = False
+    linear: LinearLayers = DECODED_LAYERS
     compiled: bool = False
 
     @property

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from ..compute.stored_products import StoredProduct
 from ..hardware import Hardware
 from ..planning.forecast import Speeds
 from .machine_speeds import MEASURING_BYTES, measure_bus, measure_disk, measure_flops, measure_memory
@@ -27,13 +28,17 @@ class KnownSpeeds:
         file: Path | None,
         device_name: str,
         make_room: Callable[[int], None] = lambda nbytes: None,
+        product: StoredProduct | None = None,
     ) -> None:
         """`file`: where they are remembered; None: in this object alone. `device_name`: by which the device is known
-        from run to run. `make_room` is called before the device is measured, with the bytes that this takes there."""
+        from run to run. `make_room` is called before the device is measured, with the bytes that this takes there.
+        product: by which most linear layers compute on weights as stored; None: on decoded ones."""
         self._hardware, self._dtype, self._model_file = hardware, dtype, model_file
-        self._make_room = make_room
+        self._make_room, self._product = make_room, product
         self._facts = RememberedFacts(file, VERSION, "Speeds")
         self._device_key = f"{device_name}, {str(dtype).removeprefix('torch.')}"
+        if product is not None:
+            self._device_key += f", {product.name} by {product.backend}"
         # of a link that leads to itself, resolve() makes an error
         self._disk_key = str(Path(os.path.realpath(model_file)).parent)
 
@@ -51,7 +56,7 @@ class KnownSpeeds:
             if self._hardware.device.type != "cpu":
                 self._make_room(MEASURING_BYTES)
             device = {
-                "flops": measure_flops(self._hardware, self._dtype),
+                "flops": measure_flops(self._hardware, self._dtype, self._product),
                 "bus_bytes": measure_bus(self._hardware),
                 "memory_bytes": measure_memory(self._hardware),
             }

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from ..compute.half_products import activations_dtype, half_linear, largest_row
+from ..compute.stored_products import StoredProduct
 from ..errors import DamagedFile
 from ..files.json_texts import unreadable
 from ..files.regular_file import open_regular
@@ -21,12 +22,16 @@ MLP_SHAPE, MLP_SHAPE_ON_HOST = (4096, 3072, 12288), (128, 1024, 4096)
 
 
 @torch.no_grad()
-def measure_flops(hardware: Hardware, dtype: torch.dtype) -> float:
-    """Floating-point operations per second of a product as the model's MLP has them; in fp16 between fp32."""
+def measure_flops(hardware: Hardware, dtype: torch.dtype, product: StoredProduct | None = None) -> float:
+    """Floating-point operations per second of a product as the model's MLP has them; in fp16 between fp32. product: by
+    which a weight as stored is multiplied."""
     tokens, width, hidden = MLP_SHAPE_ON_HOST if hardware.host_device else MLP_SHAPE
     a = torch.ones(tokens, width, dtype=activations_dtype(dtype), device=hardware.device)
-    b = torch.ones(hidden, width, dtype=dtype, device=hardware.device)
     operations = 2.0 * tokens * width * hidden
+    if product is not None:
+        parts = product.some_parts(hidden, width, hardware.device)
+        return _rate(operations, lambda: product(a, parts, None), hardware)
+    b = torch.ones(hidden, width, dtype=dtype, device=hardware.device)
     if a.dtype != b.dtype:
         largest = largest_row(b)
         return _rate(operations, lambda: half_linear(a, b, largest=largest), hardware)

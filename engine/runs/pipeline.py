@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..caches.prompt_cache import PromptCache
 from ..compute.attention_choice import AUTO, CHOICES, choose_attention
+from ..compute.linear_choice import Computing, linear_of
 from ..compute.step_schedules import OFF, step_schedule
 from ..errors import InvalidRequest
 from ..files.checkpoint import Checkpoint
@@ -59,6 +60,7 @@ class Pipeline:
         on_progress: Callable[[Mapping[str, Any]], None] = lambda progress: None,
         check: Callable[[], None] = lambda: None,
         attention: str = AUTO,
+        compute: str = Computing.EXACT.value,
         **of_network: Any,
     ) -> None:
         """Reads headers, the tokenizer, the VAE and the transformer's weights outside of its blocks.
@@ -67,8 +69,9 @@ class Pipeline:
         fp16: of the transformer's products, with activations in fp32, and of the VAE. A limit of None: what is free.
         cache: a folder for encoded prompts and measured speeds; None keeps neither. on_progress: told a few times a
         second while images are sampled. check: called before each block and tile, and may raise, which ends the run.
-        attention: the transformer's kernel, of `attention_choice.CHOICES`. of_network: what the family's transformer
-        takes beside these. Raises Unsupported for a kernel that does not work here.
+        attention: the transformer's kernel, of `attention_choice.CHOICES`. compute: on what the transformer's linear
+        layers compute, a value of `linear_choice.Computing`. of_network: what the family's transformer takes beside
+        these. Raises Unsupported for a kernel that does not work here.
         """
         if dtype is not None and dtype not in FLOATS:
             raise InvalidRequest(
@@ -82,6 +85,13 @@ class Pipeline:
                 code="run.wrong_attention",
                 attention=str(attention),
                 choices=list(CHOICES),
+            )
+        if compute not in {computing.value for computing in Computing}:
+            raise InvalidRequest(
+                "compute is {compute!r}; it is one of {choices}.",
+                code="run.wrong_compute",
+                compute=str(compute),
+                choices=[computing.value for computing in Computing],
             )
         self._device = best_device() if device is None else torch.device(device)
         self._hardware = hardware = Hardware.detect(self._device)
@@ -100,7 +110,12 @@ class Pipeline:
         self._tokenizer = family.tokenizer(files.tokenizer)
         self._encoder = family.encoder(files.text_encoder, dtype=dtypes[0], hardware=hardware)
         self._transformer = family.open(
-            files.transformer, dtype=dtypes[1], hardware=hardware, variant=files.variant, **of_network
+            files.transformer,
+            dtype=dtypes[1],
+            hardware=hardware,
+            variant=files.variant,
+            linear=linear_of(Computing(compute), files.transformer, [hardware], dtypes[1]),
+            **of_network,
         )
         tried = self._trials("attention.json")
         self._transformer.attend_by(choose_attention(attention, [hardware], dtypes[1], tried=tried))
@@ -112,6 +127,7 @@ class Pipeline:
             files.transformer.largest_file,
             file=None if cache is None else cache / "speeds.json",
             device_name=device_name(self._device),
+            product=self._transformer.stored_product,
         )
         self._on_progress, self._check = on_progress, check
         self._images = 0

@@ -1,6 +1,6 @@
 """Where each tensor of a block lies in a flat byte buffer: as stored (raw), and as computed with (slot)."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -10,9 +10,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ..compute.stored_linear import LowRank, StoredLayer, part_name
+from ..compute.stored_products import StoredProduct
 from ..errors import WrongModel
 from ..files.checkpoint import TensorEntry
-from ..formats import FORMATS, Formats, Scratch, StoredParam, is_native, is_plain
+from ..formats import FORMATS, Formats, PlainCodec, Scratch, StoredParam, is_native, is_plain
 
 # of every tensor's offset; torch's own allocators align to at least 64 bytes, kernels ask for 16
 ALIGNMENT = 256
@@ -80,6 +82,10 @@ class WeightPatch(Protocol):
     def allocated_bytes(self) -> int:
         """What `apply` allocates by itself, at the most."""
 
+    def low_rank(self) -> Sequence[tuple[LowRank, TensorEntry, TensorEntry]] | None:
+        """What it adds to the layer's result instead, each with its stored up and down; None where it can only be added
+        to the weight."""
+
     def apply(self, weight: Tensor, parts: Sequence[Tensor], scratch: Tensor) -> None:
         """Change `weight` in place. `scratch` has scratch_bytes (uint8); all lie on one device."""
 
@@ -114,7 +120,8 @@ class StoredBlock:
     """A block's parameters as a file stores them, and the layouts of its raw bytes and of its slot.
 
     The parts of patches lie behind those of the parameters. `native`: the parameters' raw bytes are the slot's bytes,
-    so that only patches have to be applied.
+    so that only patches have to be applied. computed: weights whose layers compute on them as they are stored, each of
+    whose parts is a parameter of its own.
     """
 
     params: tuple[StoredParam, ...]
@@ -122,6 +129,12 @@ class StoredBlock:
     slot: FlatLayout
     native: bool
     formats: Formats = FORMATS
+    computed: tuple[tuple[str, StoredLayer], ...] = ()
+
+    @cached_property
+    def form(self) -> tuple[object, ...]:
+        """Blocks of the same form have modules with parameters alike."""
+        return self.slot, self.computed
 
     @cached_property
     def raw(self) -> FlatLayout:
@@ -196,11 +209,20 @@ def _continues(last: Member, member: Member) -> bool:
     if not casts:
         return False
     (_, (raw,), place, _), (_, (next_raw,), next_place, _) = last, member
-    return raw.dtype == next_raw.dtype and (raw.end, place.end) == (next_raw.offset, next_place.offset)
+    alike = (raw.dtype, place.dtype) == (next_raw.dtype, next_place.dtype)
+    return alike and (raw.end, place.end) == (next_raw.offset, next_place.offset)
 
 
 def _joined(first: FlatItem, second: FlatItem) -> FlatItem:
     return replace(first, shape=(prod(first.shape) + prod(second.shape),), nbytes=first.nbytes + second.nbytes)
+
+
+# how the layer of a parameter computes on it as it is stored; None: on the decoded weight
+ProductOf = Callable[[StoredParam], StoredProduct | None]
+
+
+def decoded(param: StoredParam) -> None:
+    """Every layer computes on its decoded weight."""
 
 
 def store_block(
@@ -210,38 +232,65 @@ def store_block(
     where: str,
     patches: Sequence[WeightPatch] = (),
     formats: Formats = FORMATS,
+    product_of: ProductOf = decoded,
 ) -> StoredBlock:
     """The parameters `names` (name -> shape) of one block; `where` names the file and block in errors. `formats`: those
     that it may be stored in.
 
-    Matrices come first, vectors behind them, which are most often stored alike and are written at once.
+    Matrices come first, vectors behind them, which are most often stored alike and are written at once. A layer that
+    `product_of` has something for computes on its weight as stored, unless a patch of it can only be added to the
+    decoded weight.
 
     Raises WrongModel for a parameter that is missing, has another shape, or an unsupported format.
     """
     names = dict(sorted(names.items(), key=lambda item: len(item[1]) < 2))
-    params = []
+    params: list[StoredParam] = []
+    specs: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
+    computed: dict[str, StoredLayer] = {}
+    native = True
+    of_weight = {patch.name: patch for patch in patches}
     for name, shape in names.items():
-        if name not in tensors:
-            raise WrongModel(
-                "{where} lacks {name}. The file is not whole: download it again.",
-                code="model.block_lacks_tensor",
-                where=where,
-                name=name,
-            )
-        param = formats.stored_param(name, tensors, where)
-        if param.shape != shape:
-            raise WrongModel(
-                "{where}: {name} has shape {shape}, {needed_shape} is needed.",
-                code="model.block_wrong_shape",
-                where=where,
-                name=name,
-                shape=list(param.shape),
-                needed_shape=list(shape),
-            )
-        params.append(param)
-    slot = FlatLayout.of((name, dtype, shape) for name, shape in names.items())
-    native = all(is_native(param, FORMAT_OF_DTYPE[dtype]) for param in params)
-    return StoredBlock(tuple(params), tuple(patches), slot, native, formats)
+        param = _stored_param(name, shape, tensors, where, formats)
+        product, patch = product_of(param), of_weight.get(name)
+        added = patch.low_rank() if product is not None and patch is not None else ()
+        if product is None or added is None:
+            params.append(param)
+            specs.append((name, dtype, shape))
+            native &= is_native(param, FORMAT_OF_DTYPE[dtype])
+            continue
+        of_weight.pop(name, None)
+        computed[name] = StoredLayer(product, len(param.parts), tuple(one for one, _, _ in added))
+        parts = (*param.parts, *(part for _, up, down in added for part in (up, down)))
+        for index, part in enumerate(parts):
+            layout = formats.raw_layout(part)
+            codec = PlainCodec(param.codec, layout[0])
+            params.append(StoredParam(part_name(name, index), layout[1], codec, (part,)))
+            specs.append((part_name(name, index), *layout))
+    left = tuple(patch for patch in patches if patch.name in of_weight)
+    return StoredBlock(tuple(params), left, FlatLayout.of(specs), native, formats, tuple(computed.items()))
+
+
+def _stored_param(
+    name: str, shape: tuple[int, ...], tensors: Mapping[str, TensorEntry], where: str, formats: Formats
+) -> StoredParam:
+    if name not in tensors:
+        raise WrongModel(
+            "{where} lacks {name}. The file is not whole: download it again.",
+            code="model.block_lacks_tensor",
+            where=where,
+            name=name,
+        )
+    param = formats.stored_param(name, tensors, where)
+    if param.shape != shape:
+        raise WrongModel(
+            "{where}: {name} has shape {shape}, {needed_shape} is needed.",
+            code="model.block_wrong_shape",
+            where=where,
+            name=name,
+            shape=list(param.shape),
+            needed_shape=list(shape),
+        )
+    return param
 
 
 def bind(module: nn.Module, views: Mapping[str, Tensor]) -> None:

@@ -17,7 +17,7 @@ from .decode_costs import DecodeCost
 from .kept_tensors import KeptTensors
 from .pinned_memory import HostBuffer, PinnedMemory
 from .streams import StreamOrder
-from .tiers import Tiers
+from .tiers import SlotModules, Tiers
 from .transfer import BlockSizes, Transfer
 
 
@@ -162,10 +162,13 @@ class BlockStore:
         """Whether the next fetch of a block goes to its file."""
         return self._tiers.reads_file(index)
 
-    def new_slots(self, count: int = 1, least_bytes: int = 0) -> list[tuple[Tensor, nn.Module]]:
-        """Buffers on the device in one allocation of `least_bytes` or more, each large enough for any block, with a
-        module whose parameters lie in it."""
+    def new_slots(self, count: int = 1, least_bytes: int = 0) -> list[SlotModules]:
+        """Buffers on the device in one allocation of `least_bytes` or more, each large enough for any block."""
         return self._tiers.new_slots(count, least_bytes)
+
+    def module_in(self, slot: SlotModules, index: int) -> nn.Module:
+        """Of block `index`, whose bytes lie in the slot."""
+        return self._tiers.module_in(slot, index)
 
     def make_decoding_room(self, indices: Collection[int]) -> None:
         """Take from the device, on the stream that is current, what these blocks are decoded in; until `end_run`."""

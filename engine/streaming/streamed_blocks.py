@@ -10,7 +10,7 @@ from torch import nn
 
 from ..files.checkpoint import TensorEntry
 from ..hardware import Hardware
-from .block_layout import StoredBlock, WeightPatch, store_block
+from .block_layout import ProductOf, StoredBlock, WeightPatch, decoded, store_block
 from .block_source import BlockSource, FileSource
 from .pinned_memory import PinnedMemory
 from .store import BlockStore
@@ -24,7 +24,8 @@ class BlockFiles:
     """The tensors of a module's blocks in its files, and what stores of them are made with.
 
     entries: of each block, by the names of the parameters of `make_block()`, which returns an empty module and holds no
-    reference to whoever owns the store. where: what a block is called in errors, before its number.
+    reference to whoever owns the store. where: what a block is called in errors, before its number. product_of: as
+    `store_block` has it.
     """
 
     entries: Sequence[Mapping[str, TensorEntry]]
@@ -32,6 +33,7 @@ class BlockFiles:
     dtype: torch.dtype
     where: str
     source: Callable[[Sequence[StoredBlock]], BlockSource] = FileSource
+    product_of: ProductOf = decoded
     shapes: Mapping[str, tuple[int, ...]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -58,6 +60,7 @@ class BlockFiles:
                 self.dtype,
                 f"{self.where} {i}",
                 [patches[i, name] for name in self.shapes if (i, name) in patches],
+                product_of=self.product_of,
             )
             for i, entries in enumerate(self.entries)
         ]

@@ -9,19 +9,19 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..hardware import Hardware
 from ..log import logger
 from ..planning.overlap import RING_PIECES
 from .store import BlockStore
 from .streams import Mark, Pace
+from .tiers import SlotModules
 
 
 @dataclass
 class _Slot:
-    buffer: Tensor
-    module: nn.Module
+    place: SlotModules
     filled: Mark  # recorded on the copy stream when the block is decoded
     used: Mark  # recorded on the compute stream after the block's last use
     from_file: bool = False
@@ -145,7 +145,7 @@ class BlockStreamer:
                 continue
             slot = self._take(index)
             try:
-                yield index, slot.module
+                yield index, self._store.module_in(slot.place, index)
             finally:
                 self._order.record_compute(slot.used)
                 self._free.append(slot)
@@ -161,8 +161,8 @@ class BlockStreamer:
         self._queue = ()  # until its slots exist: memory may run out, and the next pass begins here again
         while missing := max(0, min(max(1, self._count), len(queue)) - len(self._free)):
             together = self._together_bytes
-            for buffer, module in store.new_slots() if together is None else store.new_slots(missing, together):
-                self._free.append(_Slot(buffer, module, self._order.mark(), self._order.mark()))
+            for place in store.new_slots() if together is None else store.new_slots(missing, together):
+                self._free.append(_Slot(place, self._order.mark(), self._order.mark()))
         if queue:
             store.make_decoding_room(queue)  # behind the slots: it would have a part of what one of them finds free
         self._order.after_compute()
@@ -200,7 +200,7 @@ class BlockStreamer:
     def _fill(self, index: int, slot: _Slot, ahead: tuple[int, ...]) -> None:
         self._order.copy_waits(slot.used)
         slot.from_file = self._store.reads_file(index)
-        self._store.fetch_into(index, slot.buffer, ahead)
+        self._store.fetch_into(index, slot.place.buffer, ahead)
         self._order.record_copy(slot.filled)
 
     def _take(self, index: int) -> _Slot:

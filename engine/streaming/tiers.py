@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..compute.stored_linear import compute_as_stored
 from ..log import logger
 from .block_layout import StoredBlock, bind
 from .pinned_memory import HostBuffer
@@ -14,6 +15,26 @@ from .transfer import Transfer
 
 # for which host memory is taken before they are read: the block that comes, and the next one
 ROOMS_AHEAD = 2
+
+
+class SlotModules:
+    """A buffer on the device, large enough for any block, and modules whose parameters lie in it: one for each form
+    that blocks have there, made when the first of them comes."""
+
+    def __init__(self, buffer: Tensor, make: Callable[[Tensor, StoredBlock], nn.Module]) -> None:
+        self.buffer = buffer
+        self._make = make
+        self._modules: dict[tuple[object, ...], nn.Module] = {}
+
+    def module_of(self, block: StoredBlock) -> nn.Module:
+        module = self._modules.get(block.form)
+        if module is None:
+            module = self._modules[block.form] = self._make(self.buffer, block)
+        return module
+
+    def forget(self) -> None:
+        """What blocks there compute has changed; their bytes have not."""
+        self._modules.clear()
 
 
 class Tiers:
@@ -33,7 +54,7 @@ class Tiers:
         self._make_block = make_block
         self._order = order
         self._transfer = transfer
-        self._ready: dict[int, nn.Module] = {}
+        self._ready: dict[int, SlotModules] = {}
         self._encoded: dict[int, Tensor] = {}
         self._to_hold: frozenset[int] = frozenset()
         self._held: dict[int, HostBuffer] = {}
@@ -60,7 +81,8 @@ class Tiers:
         return sum(buffer.data.nbytes for buffer in self._held.values() if buffer.pinned)
 
     def module(self, index: int) -> nn.Module | None:
-        return self._ready.get(index)
+        slot = self._ready.get(index)
+        return None if slot is None else self.module_in(slot, index)
 
     def encoded(self, index: int) -> Tensor | None:
         return self._encoded.get(index)
@@ -91,16 +113,21 @@ class Tiers:
             found.append(Passing(index, self.blocks[index].raw.nbytes, held, room))
         return found
 
-    def new_slots(self, count: int = 1, least_bytes: int = 0) -> list[tuple[Tensor, nn.Module]]:
+    def new_slots(self, count: int = 1, least_bytes: int = 0) -> list["SlotModules"]:
         """As the store has it."""
-        slot_bytes, slots = self._transfer.sizes.slot_bytes, []
+        slot_bytes = self._transfer.sizes.slot_bytes
         *buffers, _ = self._transfer.new_buffers(*[slot_bytes] * count, max(0, least_bytes - count * slot_bytes))
-        for buffer in buffers:
-            with torch.inference_mode(False):
-                module = self._make_block()
-                bind(module, self.blocks[0].slot.views(buffer))
-            slots.append((buffer, module))
-        return slots
+        return [SlotModules(buffer, self._module_in) for buffer in buffers]
+
+    def module_in(self, slot: "SlotModules", index: int) -> nn.Module:
+        """Of block `index`, once its bytes lie in the slot."""
+        return slot.module_of(self.blocks[index])
+
+    def _module_in(self, buffer: Tensor, block: StoredBlock) -> nn.Module:
+        with torch.inference_mode(False):
+            module = compute_as_stored(self._make_block(), dict(block.computed))
+            bind(module, block.slot.views(buffer))
+        return module
 
     def set_resident(self, indices: Iterable[int], on_block: Callable[[int], None] | None) -> None:
         wanted = set(indices)
@@ -141,11 +168,12 @@ class Tiers:
     def _load(self, index: int) -> None:
         block, held = self.blocks[index], self._held.get(index)
         if block.native:
-            ((slot, module),) = self.new_slots()
+            (slot,) = self.new_slots()
+            self.module_in(slot, index)  # made here: memory may run out
             self._order.after_compute()
             with torch.no_grad(), self._order.copying():
-                self._transfer.fill(index, block, held, slot)
-            self._ready[index] = module
+                self._transfer.fill(index, block, held, slot.buffer)
+            self._ready[index] = slot
             return
         (buffer,) = self._transfer.new_buffers(block.raw.nbytes)
         self._order.after_compute()
@@ -200,6 +228,8 @@ class Tiers:
                 self._held.pop(index, None)
             if old.parts != new.parts or old.patches != new.patches:
                 self._ready.pop(index, None)
+            elif old.form != new.form and index in self._ready:
+                self._ready[index].forget()
         self.blocks = tuple(blocks)
         if self.resident != resident:
             self._tell_residents(came=(), left=resident - self.resident)

@@ -123,7 +123,9 @@ def _planned_run(
     transformer.attend_by(attention_of_run(transformer, model.attention, calls.override))
     transformer.compile_by(settings_of_run(guider.model_options, model.compiles, exact=True))
     model.model_loaded_weight_memory = transformer.loaded_bytes  # blocks that the LoRAs change have left
-    speeds = known_speeds(transformer.hardware, transformer.products_dtype, transformer.file)
+    speeds = known_speeds(
+        transformer.hardware, transformer.products_dtype, transformer.file, transformer.stored_product
+    )
     limit, surroundings = loader_limit(model.limit_bytes), InComfyUI(patcher, beside)
 
     def plan() -> MemoryPlan:

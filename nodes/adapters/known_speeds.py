@@ -7,14 +7,18 @@ import comfy.model_management
 import folder_paths
 import torch
 
+from ...engine.compute.stored_products import StoredProduct
 from ...engine.hardware import Hardware
 from ...engine.runs.dtype_choice import half_is_faster
 from ...engine.runs.known_speeds import KnownSpeeds
 from ...engine.runs.known_trials import KnownTrials
 
 
-def known_speeds(hardware: Hardware, dtype: torch.dtype, model_file: Path) -> KnownSpeeds:
-    """The speeds of one device in one dtype, and of the folder that holds a model, in ComfyUI's user folder."""
+def known_speeds(
+    hardware: Hardware, dtype: torch.dtype, model_file: Path, product: StoredProduct | None = None
+) -> KnownSpeeds:
+    """The speeds of one device in one dtype, and of the folder that holds a model, in ComfyUI's user folder. `product`:
+    as KnownSpeeds has it."""
     management = comfy.model_management
     return KnownSpeeds(
         hardware,
@@ -23,6 +27,7 @@ def known_speeds(hardware: Hardware, dtype: torch.dtype, model_file: Path) -> Kn
         file=_file("speeds.json"),
         device_name=management.get_torch_device_name(hardware.device),
         make_room=partial(management.free_memory, device=hardware.device),
+        product=product,
     )
 
 

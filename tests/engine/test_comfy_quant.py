@@ -13,6 +13,7 @@ import pytest
 import torch
 from comfy_files import KINDS, note_bytes, read_dequantized
 from full_size_run import require_planned_peaks
+from qwenimage_lowvram.engine.compute.linear_choice import Computing, LinearChoice
 from qwenimage_lowvram.engine.errors import CheckpointError, DamagedFile, MissingPackage, WrongModel
 from qwenimage_lowvram.engine.files.checkpoint import Checkpoint, TensorEntry, open_checkpoint
 from qwenimage_lowvram.engine.formats import COMFY_QUANT, decode_alone
@@ -262,6 +263,14 @@ def full_size_checkpoint(layers: int) -> Checkpoint:
 def test_the_plan_of_a_full_size_rotated_transformer_is_what_its_run_takes() -> None:
     footprint = require_planned_peaks(full_size_checkpoint(3), 1.5)
     assert footprint.scratch_bytes == INT8_CONVROT[256].scratch_bytes((3072, 12288), on_host=False)
+
+
+@pytest.mark.slow
+def test_the_plan_of_a_full_size_transformer_on_stored_weights_is_what_its_run_takes() -> None:
+    linear = LinearChoice(Computing.FAST, "cuda")
+    footprint = require_planned_peaks(full_size_checkpoint(3), 1.0, linear)
+    assert footprint.native
+    assert footprint.slot_bytes < 0.24e9  # 0.45e9 decoded
 
 
 # whole models

@@ -29,6 +29,7 @@ from qwenimage_lowvram.engine.streaming import (
     store_block,
     transfer,
 )
+from qwenimage_lowvram.engine.streaming.tiers import SlotModules
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -378,7 +379,7 @@ def test_a_pass_that_found_no_memory_for_its_slots_is_followed_by_a_whole_one(
     new_slots, after_compute = store.new_slots, store.order.after_compute
     calls: list[str] = []
 
-    def scarce() -> list[tuple[Tensor, nn.Module]]:
+    def scarce() -> list[SlotModules]:
         calls.append("slot")
         if calls.count("slot") == fails_at:
             raise torch.OutOfMemoryError("out of memory")
@@ -491,7 +492,7 @@ def test_a_file_that_changes_under_the_run_leaves_nothing_behind(
                 for _, block in streamer.visit():
                     buffers.extend(weakref.ref(p) for p in block.parameters())
             finally:
-                buffers.extend(weakref.ref(slot.buffer) for slot in streamer._free)
+                buffers.extend(weakref.ref(slot.place.buffer) for slot in streamer._free)
 
     gc.disable()  # what waits for it keeps its memory until then
     try:

@@ -9,6 +9,7 @@ import torch
 from branches_21 import BRANCHES, make_branch, make_prefix
 from comfy_files import quantized, read_dequantized
 from gguf_files import read_gguf, write_gguf_transformer
+from qwenimage_lowvram.engine.compute.linear_choice import DECODED, Computing, choose_linear
 from qwenimage_lowvram.engine.errors import InvalidRequest, WrongModel
 from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
@@ -35,8 +36,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[torch.dtype, Path]:
     return made
 
 
-def opened(path: Path, dtype: torch.dtype, hardware: Hardware, resident: Sequence[int] = ()) -> QwenImage21Transformer:
-    transformer = QwenImage21Transformer(open_checkpoint(path), dtype=dtype, hardware=hardware)
+def opened(
+    path: Path, dtype: torch.dtype, hardware: Hardware, resident: Sequence[int] = (), **options: Any
+) -> QwenImage21Transformer:
+    transformer = QwenImage21Transformer(open_checkpoint(path), dtype=dtype, hardware=hardware, **options)
     transformer.load(resident)
     return transformer
 
@@ -140,14 +143,7 @@ def test_a_note_about_attention_in_the_file_is_passed_over(tmp_path: Path, cpu: 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["int8", "int8_row", "int8_convrot", "fp8mixed"])
 def test_a_quantized_file_computes_what_its_decoded_weights_do(kind: str, tmp_path: Path, hardware: Hardware) -> None:
-    tensors = {}
-    for name, weight in joined(random_weights()).items():
-        layer = name.removesuffix(".weight")
-        if "transformer_blocks" in name and weight.ndim > 1:
-            tensors |= {f"{layer}.{part}": value for part, value in quantized(weight.bfloat16(), kind).items()}
-        else:
-            tensors[name] = weight.bfloat16()
-    save_file(tensors, tmp_path / f"{kind}.safetensors")
+    write_quantized(tmp_path / f"{kind}.safetensors", kind)
     # rounded once when they are read, as ours are
     save_file(read_dequantized(tmp_path / f"{kind}.safetensors"), tmp_path / "plain.safetensors")
     branches = BRANCHES["one reference"](torch.bfloat16)
@@ -155,6 +151,31 @@ def test_a_quantized_file_computes_what_its_decoded_weights_do(kind: str, tmp_pa
     transformer = opened(tmp_path / f"{kind}.safetensors", torch.bfloat16, hardware, RESIDENT[2])
     assert transformer.weight_format.startswith(kind[:3])
     assert is_same(run(transformer, branches), expected)
+
+
+@pytest.mark.parametrize("kind", ["int8_row", "int8_convrot"])
+def test_layers_compute_on_stored_weights_wherever_their_blocks_live(kind: str, tmp_path: Path, cpu: Hardware) -> None:
+    file = tmp_path / f"{kind}.safetensors"
+    write_quantized(file, kind)
+    linear = choose_linear(Computing.FAST, [cpu], torch.bfloat16)
+    branches = BRANCHES["one reference"](torch.bfloat16)
+    exact, streamed, resident = (
+        run(opened(file, torch.bfloat16, cpu, where, linear=choice), branches)
+        for choice, where in ((DECODED, ()), (linear, ()), (linear, (1, 3)))
+    )
+    assert is_same(streamed, resident)
+    assert 1e-4 < ((streamed[0] - exact[0]).norm() / exact[0].norm()).item() < 0.1
+
+
+def write_quantized(file: Path, kind: str) -> None:
+    tensors = {}
+    for name, weight in joined(random_weights()).items():
+        layer = name.removesuffix(".weight")
+        if "transformer_blocks" in name and weight.ndim > 1:
+            tensors |= {f"{layer}.{part}": value for part, value in quantized(weight.bfloat16(), kind).items()}
+        else:
+            tensors[name] = weight.bfloat16()
+    save_file(tensors, file)
 
 
 @pytest.mark.parametrize("layout", [joined, dict], ids=["as ComfyUI's", "as diffusers'"])

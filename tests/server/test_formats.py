@@ -116,9 +116,16 @@ def test_a_folder_quantized_by_bitsandbytes_makes_the_image_of_its_decoded_weigh
     assert np.abs(ours - diffusers_image(pipeline)).max() <= 1
 
 
-@pytest.mark.parametrize("kind", ["fp8mixed", "int8_convrot"])
-def test_files_that_comfyui_quantized_make_the_image_of_their_decoded_weights(
-    kind: str, client: ComfyClient, object_info: dict[str, Any], models_dir: Path, full_pipeline: Path
+@pytest.mark.parametrize(
+    ("kind", "compute"), [("fp8mixed", "auto"), ("int8_convrot", "auto"), ("int8_convrot", "fast")]
+)
+def test_files_that_comfyui_quantized_make_the_image_of_their_decoded_weights_or_one_near_it(
+    kind: str,
+    compute: str,
+    client: ComfyClient,
+    object_info: dict[str, Any],
+    models_dir: Path,
+    full_pipeline: Path,
 ) -> None:
     files = write_split_files(full_pipeline, models_dir, dtype=kind, text_dtype=kind)
     loader = {
@@ -126,6 +133,7 @@ def test_files_that_comfyui_quantized_make_the_image_of_their_decoded_weights(
         "text_encoder": files.text_encoder,
         "vae": files.vae,
         "dtype": "fp32",
+        "compute": compute,
     }
     ours = made_image(client, prompt_of(object_info, loader))
     pipeline = QwenImagePipeline.from_pretrained(full_pipeline)
@@ -138,7 +146,9 @@ def test_files_that_comfyui_quantized_make_the_image_of_their_decoded_weights(
     assert not stored
     for parameter in pipeline.vae.parameters():  # split VAE files are bf16
         parameter.data = parameter.data.bfloat16().float()
-    assert np.abs(ours - diffusers_image(pipeline)).max() <= 1
+    difference = np.abs(ours - diffusers_image(pipeline))
+    # on a CPU, auto is exact; numbers that are quantized make another image, near this one
+    assert difference.max() <= 1 if compute == "auto" else 1 < difference.max() < 30
     assert ours.std() > 10
 
 

@@ -71,11 +71,11 @@ def _opened(checkpoint: Checkpoint, device: torch.device) -> tuple[nn.Module, We
     assert parts.modulation_store is not None
     for store in (parts.store, parts.modulation_store):
         for index, block in enumerate(weights):
-            ((buffer, module),) = store.new_slots()
+            (slot,) = store.new_slots()
             store.order.after_compute()
-            store.fetch_into(index, buffer)
+            store.fetch_into(index, slot.buffer)
             store.order.finish()
-            block |= {name: parameter.data for name, parameter in module.named_parameters()}
+            block |= {name: parameter.data for name, parameter in store.module_in(slot, index).named_parameters()}
         store.release()
     return model, weights
 

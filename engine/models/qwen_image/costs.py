@@ -37,7 +37,8 @@ class QwenImageFootprint(TransformerFootprint):
     def activation_bytes(self, request: SamplingRequest, chunk: int | None) -> int:
         """The factors count the tensors of one token's width that are alive at once in diffusers'
         QwenImageTransformerBlock: in the joint attention (q, k, v, rotary embedding in fp32), and around the two MLPs,
-        whose hidden width is four times the model's, before and after GELU. Where each token has its own gates
+        whose hidden width is four times the model's, before and after GELU; layers that compute on stored weights have
+        less beside them. Where each token has its own gates
         (zero_cond_t), the first lives on through the MLPs.
         """
         unit = self.inner_dim * self.element_bytes
@@ -50,8 +51,12 @@ class QwenImageFootprint(TransformerFootprint):
         attention = max(10 * (image + text), 9 * (image + text) + scores)
         if self.in_half:  # q, k, v and what is seen as well, then the last layer's operand and result
             attention = max(10 * (image + text) + scores, 9 * (image + text) + 3 * image // 2)
+        attention = max(attention, 5 * (image + text) + self.linear.scratch_bytes(request.image_tokens))
         wide_image, wide_text = (
-            8 * n if chunk is None or n <= chunk * unit else n + 8 * chunk * unit for n in (image, text)
+            max(8 * n, 5 * n + self.linear.scratch_bytes(n // unit))
+            if chunk is None or n <= chunk * unit
+            else n + max(8 * chunk * unit, 5 * chunk * unit + self.linear.scratch_bytes(chunk))
+            for n in (image, text)
         )
         mlps = max(6 * image + 4 * text + wide_image, 7 * image + 6 * text + wide_text)
         gate = image if self.zero_cond_t else 0

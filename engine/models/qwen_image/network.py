@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...compute.linear_choice import DECODED, LinearChoice
 from ...compute.token_chunks import ChunkedTokens
 from ...files.checkpoint import Checkpoint
 from ...hardware import Hardware
@@ -38,6 +39,7 @@ class QwenImageParts(TransformerParts):
         others: Sequence[Hardware] = (),
         variant: Variant | None = None,
         source: Callable[[Sequence[StoredBlock]], BlockSource] = FileSource,
+        linear: LinearChoice = DECODED,
     ) -> None:
         """`others`: further devices that blocks may stay on. `variant` None: as the file says.
 
@@ -63,7 +65,7 @@ class QwenImageParts(TransformerParts):
                 zero_cond_t=config.zero_cond_t,
             ),
         )
-        super().__init__(network, dtype=dtype, hardware=hardware, others=others, source=source)
+        super().__init__(network, dtype=dtype, hardware=hardware, others=others, source=source, linear=linear)
 
 
 def _empty_outside(config: TransformerConfig, dtype: torch.dtype) -> "QwenImageTransformer2DModel":

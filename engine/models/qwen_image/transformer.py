@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ...compute.linear_choice import DECODED, LinearChoice
 from ...files.checkpoint import Checkpoint
 from ...hardware import Hardware
 from ...streaming import BlockSource, FileSource, OnBlock, StoredBlock
@@ -56,6 +57,7 @@ class QwenImageTransformer(StreamedTransformer[Branch, BranchState]):
         positions: Positions = Positions.DIFFUSERS,
         variant: Variant | None = None,
         source: Callable[[Sequence[StoredBlock]], BlockSource] = FileSource,
+        linear: LinearChoice = DECODED,
     ) -> None:
         """Reads the weights outside the blocks (81 MB in bf16), and no block. `source` makes the blocks' source.
         `variant` None: as the file says.
@@ -63,7 +65,13 @@ class QwenImageTransformer(StreamedTransformer[Branch, BranchState]):
         Raises what QwenImageParts does.
         """
         parts = QwenImageParts(
-            checkpoint, dtype=dtype, hardware=hardware, others=others, variant=variant, source=source
+            checkpoint,
+            dtype=dtype,
+            hardware=hardware,
+            others=others,
+            variant=variant,
+            source=source,
+            linear=linear,
         )
         super().__init__(checkpoint, parts, dtype=dtype, hardware=hardware)
         self.config = parts.config

@@ -91,7 +91,8 @@ class QwenImage21Footprint(TransformerFootprint):
         attending = tokens * unit + 2 * (tokens + before) * unit + self._seen_bytes(tokens, before)
         # compiled code does nothing in place, and the first of its results is compared
         copies = 3 * tokens * unit if self.compiled else 0
-        return copies + max(self._turning_bytes(tokens), attending, self._mlp_bytes(tokens, chunk))
+        projecting = self._projecting_bytes(tokens, 4)
+        return copies + max(self._turning_bytes(tokens), attending, projecting, self._mlp_bytes(tokens, chunk))
 
     def _prefix_bytes(self, tokens: int, before: int, chunk: int | None) -> int:
         """The same of a stretch of a prefix, whose own keys and values are carried; what its pieces see is joined."""
@@ -100,7 +101,8 @@ class QwenImage21Footprint(TransformerFootprint):
         joined = 2 * (tokens + before) * unit if before else 0
         attending = tokens * unit + joined + self._seen_bytes(tokens, before, pieces=1 if before else 2)
         turning = self._turning_bytes(tokens) - carried * tokens * unit
-        return max(turning, attending, self._mlp_bytes(tokens, chunk))
+        projecting = self._projecting_bytes(tokens, 3)
+        return max(turning, attending, projecting, self._mlp_bytes(tokens, chunk))
 
     def _turning_bytes(self, tokens: int) -> int:
         """What is scaled, queries and keys, some of them in fp32; where products are in fp16, then values in both."""
@@ -108,6 +110,12 @@ class QwenImage21Footprint(TransformerFootprint):
         if self.in_half:
             return max(7 * tokens * unit // 2, 5 * tokens * unit // 2 + self._norm_bytes(tokens))
         return 3 * tokens * unit + self._norm_bytes(tokens)
+
+    def _projecting_bytes(self, tokens: int, units: int) -> int:
+        """Of layers that compute on their stored weights, beside so many numbers of each token's width; less than what
+        follows where none does."""
+        scratch = self.linear.scratch_bytes(tokens)
+        return units * tokens * self.inner_dim * self.element_bytes + scratch if scratch else 0
 
     def _seen_bytes(self, tokens: int, before: int, pieces: int = 1) -> int:
         """What is seen, in so many pieces that are joined, or what attention makes beside that; then in fp32."""
@@ -118,13 +126,14 @@ class QwenImage21Footprint(TransformerFootprint):
         return min(tokens, NORM_TOKENS) * self.inner_dim * (2 * 4 + self.element_bytes)
 
     def _mlp_bytes(self, tokens: int, chunk: int | None) -> int:
-        """Behind attention, and scaled; the result is as wide as the two products until one of them is gone."""
+        """Behind attention, and scaled; the result is as wide as the two products until one of them is gone, before
+        which a layer that computes on its stored weight takes what it needs."""
         unit, wide = self.inner_dim * self.element_bytes, 2 * self.mlp_dim * self.element_bytes
         if self.in_half:  # the last layer's operand and result
             wide += (self.mlp_dim + self.inner_dim) * self.element_bytes // 2
-        if chunk is None or tokens <= chunk:
-            return 2 * tokens * unit + tokens * wide
-        return 3 * tokens * unit + chunk * wide
+        together = tokens if chunk is None else min(tokens, chunk)
+        widest = together * wide + self.linear.scratch_bytes(together)
+        return (2 if together == tokens else 3) * tokens * unit + widest
 
     def _text_bytes(self, text: int) -> int:
         """Of a prompt's way into the first block: its norm in fp32, three times, before there are its tokens, keys and

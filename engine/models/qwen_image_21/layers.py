@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...compute.chunk_sizes import NORM_TOKENS
-from ...compute.half_products import HalfLinear, joined, narrowed
+from ...compute.half_products import joined, narrowed
+from ...compute.stored_linear import halves
 from ...compute.token_chunks import ChunkedTokens, chunk_bounds
 from .tensors import CHANNELS, TransformerConfig
 
@@ -120,18 +121,8 @@ class SwiGLU(nn.Module):
         self._joined = config.joined
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = _halves(self.gate_up, x) if self._joined else (self.gate_layer(x), self.proj(x))
+        gate, up = halves(self.gate_up, x) if self._joined else (self.gate_layer(x), self.proj(x))
         return self.out(F.silu(gate, inplace=True).mul_(up))
-
-
-def _halves(layer: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor]:
-    """By the first and by the second half of a layer's rows: two products, one as wide as both may round in another
-    way."""
-    if isinstance(layer, HalfLinear):
-        half = layer.out_features // 2
-        return layer.of_rows(x, 0, half), layer.of_rows(x, half, 2 * half)
-    first, second = layer.weight.chunk(2)
-    return F.linear(x, first), F.linear(x, second)
 
 
 class Block(nn.Module):

@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from ...compute.linear_choice import DECODED, LinearChoice
 from ...files.checkpoint import Checkpoint
 from ...hardware import Hardware
 from ...streaming import BlockSource, FileSource, StoredBlock
@@ -29,6 +30,7 @@ class QwenImage21Parts(TransformerParts):
         hardware: Hardware,
         others: Sequence[Hardware] = (),
         source: Callable[[Sequence[StoredBlock]], BlockSource] = FileSource,
+        linear: LinearChoice = DECODED,
     ) -> None:
         """`others`: further devices that blocks may stay on. Raises WrongModel, DamagedFile or MissingFile."""
         tensors = sort_transformer(checkpoint)
@@ -51,7 +53,7 @@ class QwenImage21Parts(TransformerParts):
             joined_layers={JOINED_LAYER: SPLIT_LAYERS},
             model="Qwen-Image-2.1",
         )
-        super().__init__(network, dtype=dtype, hardware=hardware, others=others, source=source)
+        super().__init__(network, dtype=dtype, hardware=hardware, others=others, source=source, linear=linear)
 
 
 def _on_meta(kind: Callable[[TransformerConfig], nn.Module], config: TransformerConfig) -> nn.Module:

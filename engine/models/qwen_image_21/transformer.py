@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ...compute.linear_choice import DECODED, LinearChoice
 from ...files.checkpoint import Checkpoint
 from ...hardware import Hardware
 from ...streaming import BlockSource, FileSource, OnBlock, StoredBlock
@@ -40,13 +41,16 @@ class QwenImage21Transformer(StreamedTransformer[Branch, BranchState]):
         others: Sequence[Hardware] = (),
         variant: Variant21 | None = None,
         source: Callable[[Sequence[StoredBlock]], BlockSource] = FileSource,
+        linear: LinearChoice = DECODED,
     ) -> None:
         """Reads the weights outside the blocks (272 MB in bf16), and no block. `variant` None: as the file says.
         `source` makes the blocks' source.
 
         Raises what QwenImage21Parts does.
         """
-        parts = QwenImage21Parts(checkpoint, dtype=dtype, hardware=hardware, others=others, source=source)
+        parts = QwenImage21Parts(
+            checkpoint, dtype=dtype, hardware=hardware, others=others, source=source, linear=linear
+        )
         super().__init__(checkpoint, parts, dtype=dtype, hardware=hardware)
         self.config = parts.config
         self.variant = variant_of(checkpoint, variant)

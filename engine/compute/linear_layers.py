@@ -1,0 +1,41 @@
+"""What linear layers that compute on stored weights take beside them. Values; imports no torch."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LayerScratch:
+    """Of a layer (columns -> rows): bytes for each token that is multiplied at a time, of which there are `most` at the
+    most (None: all), and beside these."""
+
+    columns: int
+    rows: int
+    token_bytes: int
+    fixed_bytes: int
+    most: int | None
+
+    def bytes(self, tokens: int) -> int:
+        """Beside what goes in and comes out."""
+        together = tokens if self.most is None else min(tokens, self.most)
+        return self.fixed_bytes + together * self.token_bytes
+
+
+@dataclass(frozen=True)
+class LinearLayers:
+    """Those of a model's blocks. text: the numbers that are multiplied, and by whom; empty where all weights are
+    decoded. scratch: of each kind of those that are not."""
+
+    text: str = ""
+    scratch: tuple[LayerScratch, ...] = ()
+
+    @classmethod
+    def of(cls, names: Iterable[str], scratch: Iterable[LayerScratch]) -> "LinearLayers":
+        return cls(" and ".join(sorted(set(names))), tuple(sorted(set(scratch), key=repr)))
+
+    def scratch_bytes(self, tokens: int) -> int:
+        """The most that any of them takes."""
+        return max((layer.bytes(tokens) for layer in self.scratch), default=0)
+
+
+DECODED_LAYERS = LinearLayers()

@@ -1,0 +1,39 @@
+"""On what a model's linear layers compute: what a person chose in the loader, on ComfyUI's devices."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ...engine.compute.linear_choice import DECODED, Computing, LinearChoice, linear_of
+from ...engine.files.checkpoint import Checkpoint
+from ...engine.hardware import Hardware
+from ...engine.models.streamed_transformer import StreamedTransformer
+from .progress import warn
+
+
+def linear_of_loader(
+    computing: Computing, file: Checkpoint, hardware: Sequence[Hardware], dtype: torch.dtype, *, as_stored: bool
+) -> tuple[LinearChoice, str]:
+    """For weights of `file`; as_stored: whether they are those of the person's own file. And what a person is told:
+    why layers compute exactly though something else was chosen, or though ComfyUI itself does not."""
+    if computing is Computing.AS_COMFYUI and not as_stored:
+        return DECODED, ""
+    linear = linear_of(computing, file, hardware, dtype)
+    asked = computing is Computing.FAST or (linear.why_not and linear.could)
+    if not linear.why_not or not asked:
+        return linear, ""
+    return linear, _tell(linear.why_not)
+
+
+def nothing_as_stored(linear: LinearChoice, transformer: StreamedTransformer[Any, Any]) -> str:
+    """What a person is told who chose FAST for a file whose weights are in formats that have no product."""
+    if linear.computing is not Computing.FAST or linear.why_not or transformer.stored_product is not None:
+        return ""
+    return _tell(f"there are no products for weights in {transformer.weight_format}")
+
+
+def _tell(why: str) -> str:
+    told = f"Linear layers compute exactly, on decoded weights: {why}."
+    warn(told)
+    return told

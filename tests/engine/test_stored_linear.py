@@ -1,0 +1,290 @@
+"""Linear layers that compute on their weights as stored: bit for bit as ComfyUI's own layers do for the same file."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from comfy_files import quantized, read_dequantized
+from comfyui_layers import comfyuis_linear, compute_as_comfyui
+from live_bytes import LiveBytes
+from qwenimage_lowvram.engine.compute import stored_products
+from qwenimage_lowvram.engine.compute.linear_choice import DECODED, Computing, LinearChoice, choose_linear
+from qwenimage_lowvram.engine.compute.stored_linear import StoredLinear
+from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
+from qwenimage_lowvram.engine.formats import FORMATS
+from qwenimage_lowvram.engine.hardware import Hardware
+from qwenimage_lowvram.engine.lora.changes import Matrix, Sum
+from qwenimage_lowvram.engine.lora.deltas import Delta
+from qwenimage_lowvram.engine.lora.weight_patches import LoraPatch
+from qwenimage_lowvram.engine.models.qwen_image.branch import Branch
+from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
+from qwenimage_lowvram.engine.streaming import BlockFiles, BlockStreamer
+from safetensors.torch import save_file
+from split_files import write_split_files
+from torch import Tensor, nn
+
+CPU = torch.device("cpu")
+KINDS = ("int8", "int8_row", "int8_convrot")
+COMPUTE = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(5, 256, 96), (150, 512, 96), (1, 256, 64)]  # tokens, columns, rows
+REAL_SHAPE = 17, 3072, 12288
+
+
+@pytest.fixture(scope="session")
+def fast(cpu_session: Hardware) -> LinearChoice:
+    return choose_linear(Computing.FAST, [cpu_session], torch.bfloat16)
+
+
+@pytest.fixture(scope="session")
+def cpu_session() -> Hardware:
+    return Hardware.detect(CPU)
+
+
+def a_layer(kind: str, columns: int, rows: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(rows)
+    weight = torch.randn(rows, columns, generator=generator) * torch.logspace(-2, 0, rows)[:, None] / columns**0.5
+    bias = torch.randn(rows, generator=generator)
+    parts = {key: value.contiguous() for key, value in quantized(weight, kind).items()}
+    return {f"layer.{key}": value for key, value in parts.items()} | {"layer.bias": bias.to(dtype)}
+
+
+def an_input(tokens: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """With columns that are far larger than others, as the model's have."""
+    x = torch.randn(1, tokens, columns, generator=torch.Generator().manual_seed(tokens))
+    x[..., :: columns // 8] *= 30
+    return x.to(dtype)
+
+
+def make_layer(columns: int, rows: int) -> nn.Module:
+    module = nn.Module()
+    with torch.device("meta"):
+        module.layer = nn.Linear(columns, rows)
+    return module
+
+
+@contextmanager
+def streamed(
+    file: Path, columns: int, rows: int, dtype: torch.dtype, choice: LinearChoice, hardware: Hardware
+) -> Iterator[StoredLinear]:
+    """A file's layer, as a block that passes through a slot."""
+    tensors = FORMATS.described_tensors(open_checkpoint(file))
+    files = BlockFiles([tensors], partial(make_layer, columns, rows), dtype, file.name, product_of=choice.product_of)
+    store = files.open(hardware)
+    assert store.blocks[0].native
+    with BlockStreamer(store, slots=1) as streamer:
+        for _, block in streamer.visit():
+            assert isinstance(block.layer, StoredLinear)
+            yield block.layer
+
+
+def require_as_comfyui(
+    kind: str, shape: tuple[int, int, int], dtype: torch.dtype, file: Path, choice: LinearChoice, hardware: Hardware
+) -> None:
+    tokens, columns, rows = shape
+    state = a_layer(kind, columns, rows, dtype)
+    save_file(state, file)
+    x = an_input(tokens, columns, dtype)
+    with torch.no_grad(), streamed(file, columns, rows, dtype, choice, hardware) as ours:
+        computed = ours(x)
+        assert torch.equal(computed, comfyuis_linear(state, "layer", (rows, columns), dtype)(x.clone()))
+        third = rows // 3
+        assert torch.equal(ours.of_rows(x, third, rows), computed[..., third:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", COMPUTE, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_layer_computes_bit_for_bit_what_comfyuis_does(
+    kind: str,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int],
+    tmp_path: Path,
+    fast: LinearChoice,
+    hardware: Hardware,
+    comfy: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stored_products, "SCRATCH_BYTES", 1)  # as few tokens at a time as there ever are
+    require_as_comfyui(kind, shape, dtype, tmp_path / "m.safetensors", fast, hardware)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_of_real_size_computes_bit_for_bit_what_comfyuis_does(
+    kind: str, tmp_path: Path, fast: LinearChoice, cpu: Hardware, comfy: ModuleType
+) -> None:
+    require_as_comfyui(kind, REAL_SHAPE, torch.bfloat16, tmp_path / "m.safetensors", fast, cpu)
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_what_a_product_takes_is_what_is_planned_for_it(rotated: bool) -> None:
+    from comfy_kitchen.backends.eager import quantization
+
+    tokens, columns, rows = 600, 1024, 512
+    product = stored_products.Int8Product("eager", 256 if rotated else None)
+    x, (data, scale) = an_input(tokens, columns, torch.bfloat16)[0], product.some_parts(rows, columns, CPU)
+    bias = torch.zeros(rows, dtype=torch.bfloat16)
+    with LiveBytes("cpu") as live:
+        quantization.int8_linear(x, data, scale, bias, torch.bfloat16, rotated)
+    planned = product.fixed_bytes(columns, rows) + tokens * product.row_bytes(columns, rows, 2)
+    assert 0.6 * planned < live.peak - tokens * rows * 2 <= planned
+
+
+# whole models
+
+
+@pytest.fixture(scope="module", params=["int8", "int8_convrot"])
+def file(request: pytest.FixtureRequest, small_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    models = tmp_path_factory.mktemp(request.param)
+    return models / "diffusion_models" / write_split_files(small_pipeline, models, dtype=request.param).transformer
+
+
+def opened(
+    file: Path,
+    hardware: Hardware,
+    linear: LinearChoice,
+    resident: Sequence[int] = (),
+    dtype: torch.dtype = torch.float32,
+) -> QwenImageTransformer:
+    transformer = QwenImageTransformer(open_checkpoint(file), dtype=dtype, hardware=hardware, linear=linear)
+    transformer.load(resident)
+    return transformer
+
+
+def forward(transformer: QwenImageTransformer) -> Tensor:
+    with transformer.session(slots=1) as session:
+        return session.forward([a_branch()])[0]
+
+
+def a_branch() -> Branch:
+    generator = torch.Generator().manual_seed(0)
+    tokens, prompt = (torch.randn(1, n, 64, generator=generator) for n in (30, 9))
+    return Branch(tokens, ((1, 5, 6),), prompt, None, 0.7)
+
+
+@torch.no_grad()
+def comfyuis_layers_in_diffusers_model(file: Path, folder: Path) -> Tensor:
+    """diffusers' model with each layer that ComfyUI quantized computed by ComfyUI's own."""
+    from diffusers import QwenImageTransformer2DModel
+
+    model = QwenImageTransformer2DModel.from_pretrained(folder, torch_dtype=torch.float32)
+    model.load_state_dict(read_dequantized(file))
+    compute_as_comfyui(model, file)
+    branch = a_branch()
+    timestep = torch.tensor([branch.timestep])
+    answer: Tensor = model(
+        hidden_states=branch.tokens,
+        encoder_hidden_states=branch.prompt_embeds,
+        encoder_hidden_states_mask=None,
+        timestep=timestep,
+        img_shapes=[list(branch.shapes)],
+        return_dict=False,
+    )[0]
+    return answer
+
+
+def test_a_model_computes_bit_for_bit_what_comfyuis_layers_do_wherever_its_blocks_live(
+    file: Path, small_pipeline: Path, hardware: Hardware, fast: LinearChoice, comfy: ModuleType
+) -> None:
+    expected = comfyuis_layers_in_diffusers_model(file, small_pipeline / "transformer")
+    for resident in ([], [1, 2], range(4)):
+        assert torch.equal(forward(opened(file, hardware, fast, resident)), expected)
+    exact = forward(opened(file, hardware, DECODED))
+    error = ((expected - exact).norm() / exact.norm()).item()
+    assert 1e-4 < error < 0.05
+
+
+def test_slots_hold_stored_bytes_and_resident_blocks_need_no_slot(
+    file: Path, cpu: Hardware, fast: LinearChoice
+) -> None:
+    computed, exact = (opened(file, cpu, linear, dtype=torch.bfloat16).footprint for linear in (fast, DECODED))
+    assert computed.native
+    assert not exact.native
+    assert computed.slot_bytes == computed.resident_block_bytes < 0.7 * exact.slot_bytes
+    assert computed.staging_bytes == computed.decode_bytes == 0
+    assert computed.linear.text == "int8 by comfy-kitchen eager"
+    assert not exact.linear.text
+
+
+# LoRAs beside stored weights
+
+RANK = 4
+
+
+def a_lora(folder: Path, shapes: Mapping[str, tuple[int, ...]], rows: Mapping[str, range]) -> dict[str, Delta]:
+    """For each of the weights a product of two matrices; `rows`: that it changes alone."""
+    generator = torch.Generator().manual_seed(3)
+    tensors = {}
+    for name, (count, columns) in shapes.items():
+        count = len(rows.get(name, range(count)))
+        tensors[f"{name}.up"] = torch.randn(count, RANK, generator=generator)
+        tensors[f"{name}.down"] = torch.randn(RANK, columns, generator=generator) * 0.1
+    save_file(tensors, folder / "lora.safetensors")
+    entries = open_checkpoint(folder / "lora.safetensors").tensors
+    return {
+        name: Delta(name, shape, Sum(Matrix((entries[f"{name}.up"], entries[f"{name}.down"]))), part=rows.get(name))
+        for name, shape in shapes.items()
+    }
+
+
+def patches(deltas: Mapping[str, Delta], strength: float) -> dict[str, LoraPatch]:
+    return {name: LoraPatch(name, ((delta, strength),)) for name, delta in deltas.items()}
+
+
+def some_weights(transformer: QwenImageTransformer) -> dict[str, tuple[int, ...]]:
+    ends = ("attn.to_q.weight", "img_mlp.net.2.weight", "txt_mod.1.weight")
+    return {name: shape for name, shape in transformer.weights.items() if name.endswith(ends)}
+
+
+def test_a_lora_beside_stored_weights_makes_the_image_that_it_makes_within_them(
+    file: Path, tmp_path: Path, hardware: Hardware, fast: LinearChoice
+) -> None:
+    exact, computed = opened(file, hardware, DECODED), opened(file, hardware, fast, [1])
+    shapes = some_weights(exact)
+    lora = a_lora(tmp_path, shapes, {name: range(16, 48) for name in shapes if "to_q" in name})
+    plain = [forward(exact), forward(computed)]
+    for transformer in (exact, computed):
+        transformer.patch(patches(lora, 0.8))
+        transformer.load([1])
+    merged, beside = forward(exact), forward(computed)
+    error, without = ((b - a).norm() / a.norm() for a, b in ((merged, beside), plain))
+    assert error < 2 * without
+    assert (merged - plain[0]).norm() / plain[0].norm() > 20 * error
+
+
+def test_another_strength_reads_no_block_that_is_there(
+    file: Path, tmp_path: Path, cpu: Hardware, fast: LinearChoice
+) -> None:
+    computed = opened(file, cpu, fast)
+    lora = a_lora(tmp_path, some_weights(computed), {})
+    computed.patch(patches(lora, 0.3))
+    computed.load(range(4))
+    forward(computed)
+    read = computed.store.fetched_blocks
+    computed.patch(patches(lora, 0.9))
+    computed.load(range(4))
+    changed = forward(computed)
+    assert computed.store.fetched_blocks == read
+    anew = opened(file, cpu, fast)
+    anew.patch(patches(lora, 0.9))
+    assert torch.equal(changed, forward(anew))
+
+
+def test_what_is_no_product_of_two_matrices_is_added_to_the_decoded_weight(
+    file: Path, tmp_path: Path, cpu: Hardware, fast: LinearChoice
+) -> None:
+    exact, computed = opened(file, cpu, DECODED), opened(file, cpu, fast)
+    name = "transformer_blocks.2.attn.to_k.weight"
+    save_file({"diff": torch.randn(exact.weights[name])}, tmp_path / "diff.safetensors")
+    entry = open_checkpoint(tmp_path / "diff.safetensors").tensors["diff"]
+    delta = {name: Delta(name, exact.weights[name], Sum(Matrix((entry,))))}
+    for transformer in (exact, computed):
+        transformer.patch(patches(delta, 0.1))
+    decoded = [name for name, _ in computed.store.blocks[1].computed]
+    assert [one for one, _ in computed.store.blocks[2].computed] == [one for one in decoded if "to_k" not in one]
+    merged, beside = forward(exact), forward(computed)
+    assert ((beside - merged).norm() / merged.norm()).item() < 0.05
