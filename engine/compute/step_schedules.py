@@ -100,8 +100,10 @@ STEP_SCHEDULES: Mapping[str, StepSchedule] = MappingProxyType(
 STEP_CACHES = (OFF, *STEP_SCHEDULES)
 
 
-def step_schedule(name: str) -> StepSchedule | None:
-    """Of one of STEP_CACHES; None where every step is computed. Raises InvalidRequest for other names."""
+def step_schedule(name: str | StepSchedule) -> StepSchedule | None:
+    """Of one of STEP_CACHES, or one's own; None where every step is computed. Raises InvalidRequest for other names."""
+    if isinstance(name, StepSchedule):
+        return name
     if name not in STEP_CACHES:
         raise InvalidRequest(
             "step_cache is {name!r}; it is one of {choices}.",

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..caches.prompt_cache import PromptCache
 from ..compute.attention_choice import AUTO, CHOICES, choose_attention
 from ..compute.linear_choice import Computing, linear_of
-from ..compute.step_schedules import OFF, step_schedule
+from ..compute.step_schedules import OFF, StepSchedule, step_schedule
 from ..errors import InvalidRequest
 from ..files.checkpoint import Checkpoint
 from ..hardware import FLOATS, Hardware
@@ -150,10 +150,10 @@ class Pipeline:
         steps: int = 20,
         cfg: float = 4.0,
         batch: int = 1,
-        step_cache: str = OFF,
+        step_cache: str | StepSchedule = OFF,
     ) -> Tensor:
         """(batch, height, width, 3) in fp32, 0 to 1. cfg 1: without the negative prompt, which halves the computing.
-        step_cache: of `step_schedules.STEP_CACHES`; all but "off" make another image than all steps do.
+        step_cache: of `step_schedules.STEP_CACHES`, or a table; all but "off" make another image than all steps do.
 
         Raises InvalidRequest and DoesNotFit.
         """
@@ -182,7 +182,7 @@ class Pipeline:
         steps: int = 20,
         cfg: float = 4.0,
         batch: int = 1,
-        step_cache: str = OFF,
+        step_cache: str | StepSchedule = OFF,
     ) -> Tensor:
         """Latents of the family's shape in fp32 on the host, by the reference's schedule; prompts: what `encode` gave,
         the positive one and, where cfg is above 1, the negative one."""
