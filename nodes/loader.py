@@ -7,7 +7,7 @@ import comfy.model_management
 import torch
 
 from ..engine.compute.linear_choice import Computing
-from ..engine.compute.step_schedules import OFF, step_schedule
+from ..engine.compute.step_schedules import OFF, step_cache_of
 from ..engine.errors import QwenLowVRAMError
 from ..engine.files.checkpoint import Checkpoint
 from ..engine.hardware import Hardware
@@ -181,7 +181,7 @@ class QwenLowVRAMLoader:
             limits.name_on(text_hardware.device),
         )
         told = " ".join(text for text in (doubt, asked, _products_text(dtype, products), slower, advice) if text)
-        steps = step_schedule(step_cache)
+        steps = step_cache_of(step_cache)
         return served.make_model(model, limits.vram_bytes, limits.ram_bytes, timeline, told, steps), clip, image_vae
 
 

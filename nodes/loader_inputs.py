@@ -156,10 +156,11 @@ def loader_inputs() -> dict[str, Any]:
                 {
                     "default": OFF,
                     "advanced": True,
-                    "tooltip": "Which of 40 steps are computed; the others are predicted from them, and nothing is "
-                    "fetched for those: 28, 20 (twice as fast) or 12 of 40. Another image: measured on Qwen-Image-2.1 "
-                    "at 1024x1024 without guidance, 20 are close to all, 12 change things. Other numbers of steps are "
-                    "refused.",
+                    "tooltip": "Steps that are not computed, which makes another image. planned: 28, 20 (twice as "
+                    "fast) or 12 of 40 are computed, the others predicted from them, and nothing is fetched for "
+                    "those; measured on Qwen-Image-2.1 at 1024x1024 without guidance, where 20 are close to "
+                    "all and 12 change things. first_block: a step ends behind block 0 where that has hardly "
+                    "changed.",
                 },
             ),
             "compute": (

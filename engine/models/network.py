@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..compute.half_products import in_half
 from ..files.checkpoint import TensorEntry
@@ -124,6 +124,14 @@ class NothingBeforehand:
 
     def leave_device(self) -> None:
         pass
+
+
+class Gate(Protocol):
+    """Decides behind the first block whether a pass goes on."""
+
+    def behind_first(self, before: Sequence[Tensor], behind: Sequence[Tensor]) -> list[Tensor] | None:
+        """Of the tokens of each branch's image before and behind the first block: what is taken for those behind the
+        last one; None where the pass goes on."""
 
 
 @dataclass(frozen=True)

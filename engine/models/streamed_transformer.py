@@ -25,7 +25,7 @@ from ..planning.memory_plan import SecondaryDevice
 from ..planning.spread import spread_order
 from ..streaming import RING_PIECES, BlockStreamer, OnBlock, Pace, Waits, WeightPatch, bind
 from .layer_rows import OtherNames
-from .network import Branch, Hooked, NothingBeforehand, State, StepTable
+from .network import Branch, Gate, Hooked, NothingBeforehand, State, StepTable
 from .transformer_parts import TransformerParts
 
 BranchT = TypeVar("BranchT", bound=Branch)
@@ -70,12 +70,12 @@ class StreamedTransformer(ABC, Generic[BranchT, StateT]):
         """What the model answers, of what came out of the last block."""
 
     @abstractmethod
-    def last_hidden(self, branch: BranchT, state: StateT) -> Tensor:
-        """The tokens of the branch's image behind the last block, (1, N, inner_dim); nothing else is kept with them."""
+    def image_tokens(self, branch: BranchT, state: StateT) -> Tensor:
+        """The tokens of the branch's image as they are now, (1, N, inner_dim); nothing else is kept with them."""
 
     @abstractmethod
     def answer_of(self, branch: BranchT, hidden: Tensor) -> Tensor:
-        """What the model answers at the branch's timestep, of such tokens, whatever made them."""
+        """What the model answers at the branch's timestep, of such tokens behind the last block, whatever made them."""
 
     def changes_modulation(self, weight: str) -> bool:
         """Whether what is computed beforehand is another one when the weight of this name is patched."""
@@ -297,23 +297,32 @@ class TransformerSession(Generic[BranchT, StateT]):
         on_block: OnBlock | None = None,
         check: Callable[[], None] | None = None,
         keep: Callable[[Sequence[Tensor]], None] | None = None,
+        gate: Gate | None = None,
     ) -> list[Tensor]:
         """What the model answers to each branch, in one pass over the blocks.
 
         `hooked`: branches with something around their blocks. `more`: another pass follows. `on_block` is called
         before each block with its index, `check` within those of huge images (`attention_by`); both may raise, and the
-        session can be used again after that. `keep` is called behind the pass with each branch's tokens behind the last
-        block, as `last_hidden` has them. Where another package's kernel of attention makes numbers that are not
-        finite, the pass is made again, and those that follow are made, by torch's own; to see that, the host waits for
-        the device behind each pass. Raises what the network's `begin` does.
+        session can be used again after that. `keep` is called behind the pass with the tokens of each branch's image
+        behind the last block. `gate`: whether the pass ends behind the first block, and `keep` is not called; none
+        behind it is fetched until it goes on, nor for the pass that follows. Where another package's kernel of
+        attention makes numbers that are not finite, the pass is made again, and those that follow are made, by torch's
+        own; to see that, the host waits for the device behind each pass. Raises what the network's `begin` does.
         """
         transformer = self._transformer
-        answers, hidden = self._forward(branches, hooked, more, on_block, check, keep is not None)
+        options: dict[str, Any] = {
+            "more": more,
+            "on_block": on_block,
+            "check": check,
+            "keep": keep is not None,
+            "gate": gate,
+        }
+        answers, hidden = self._forward(branches, hooked, **options)
         if transformer.attention_on(transformer.hardware).attend is not None and not all(map(is_finite, answers)):
             self.attention_notes.add(f"{transformer.attention.name} made numbers that are not finite")
             transformer.attend_by(None)
-            answers, hidden = self._forward(branches, hooked, more, on_block, check, keep is not None)
-        if keep is not None:
+            answers, hidden = self._forward(branches, hooked, **options)
+        if keep is not None and hidden:
             keep(hidden)
         return answers
 
@@ -328,10 +337,12 @@ class TransformerSession(Generic[BranchT, StateT]):
         self,
         branches: Sequence[BranchT],
         hooked: Sequence[Hooked],
+        *,
         more: bool,
         on_block: OnBlock | None,
         check: Callable[[], None] | None,
         keep: bool,
+        gate: Gate | None,
     ) -> tuple[list[Tensor], list[Tensor]]:
         transformer = self._transformer
         transformer.return_outside()  # it may have been asked to leave since the last pass
@@ -339,11 +350,12 @@ class TransformerSession(Generic[BranchT, StateT]):
         in_half = transformer.products_dtype != transformer.dtype
         alone = set(range(len(states))).difference(*(group.branches for group in hooked))
         tokens = max((state.tokens for state in states), default=0)
+        before = [] if gate is None else list(map(transformer.image_tokens, branches, states))
         for streamer in self._streamers:
             attention = transformer.attention_on(streamer.hardware)
             for state in states:
                 state.move(streamer.device)
-            for index, block in streamer.visit(more=more):
+            for index, block in streamer.visit(more=more, may_end=gate is not None):
                 if on_block is not None:
                     on_block(index)
                 chunk_tokens(block, self._mlp_chunk_tokens)
@@ -360,7 +372,12 @@ class TransformerSession(Generic[BranchT, StateT]):
                         transformer.run_hooked([states[i] for i in group.branches], group.hook, index, block)
                 for state in states:
                     state.add_residuals(index)
+                if gate is not None and before:
+                    instead = gate.behind_first(before, list(map(transformer.image_tokens, branches, states)))
+                    before.clear()
+                    if instead is not None:
+                        return list(map(transformer.answer_of, branches, instead)), []
         for state in states:
             state.move(transformer.hardware.device)
-        hidden = list(map(transformer.last_hidden, branches, states)) if keep else []
-        return [transformer.finish(branch, states.pop(0)) for branch in branches], hidden
+        last = list(map(transformer.image_tokens, branches, states)) if keep else []
+        return [transformer.finish(branch, states.pop(0)) for branch in branches], last

@@ -8,7 +8,6 @@ from typing import Protocol
 from ..compute.attention_kernels import FUSED, AttentionKernel, AttentionShape
 from ..compute.chunk_sizes import MLP_CHUNKS
 from ..compute.linear_layers import DECODED_LAYERS, LinearLayers
-from ..compute.step_schedules import ANCHORS
 from .request import SamplingRequest
 
 
@@ -105,12 +104,12 @@ class TransformerFootprint(ABC):
         return 0
 
     def anchors_bytes(self, request: SamplingRequest) -> int:
-        """What steps that are not computed are predicted from, on the device during the whole run: each branch's image
-        behind the last block, in ANCHORS steps. Not among `activation_bytes`."""
+        """What steps that are not computed are predicted from, on the device during the whole run: tensors like each
+        branch's image between blocks. Not among `activation_bytes`."""
         if request.step_cache is None:
             return 0
         tokens = request.branches * request.frames * request.frame_tokens
-        return ANCHORS * tokens * self.inner_dim * self.element_bytes
+        return request.step_cache.kept * tokens * self.inner_dim * self.element_bytes
 
     def attention_text(self, request: SamplingRequest) -> str:
         """The kernel of attention, and its chunks."""

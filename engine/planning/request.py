@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from math import ceil
 
-from ..compute.step_schedules import StepSchedule
+from ..compute.step_schedules import StepCache
 from ..errors import InvalidRequest
 from ..texts import size_text
 
@@ -95,7 +95,7 @@ class SamplingRequest:
     controls: Controls = Controls()
     token_px: int = TOKEN_PX
     prompts: int = 0
-    step_cache: StepSchedule | None = None
+    step_cache: StepCache | None = None
 
     def __post_init__(self) -> None:
         if self.step_cache is not None:
@@ -124,7 +124,8 @@ class SamplingRequest:
 
     @property
     def computed_steps(self) -> int:
-        return self.timesteps if self.step_cache is None else len(self.step_cache.computed)
+        """At the most."""
+        return self.timesteps if self.step_cache is None else self.step_cache.most_computed(self.timesteps)
 
     @property
     def distinct_prompts(self) -> int:

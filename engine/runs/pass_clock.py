@@ -26,6 +26,10 @@ class PassClock:
         yield
         self._moments.append((begin, self._order.compute_moment()))
 
+    def uncount(self) -> None:
+        """The last one was none."""
+        (self._moments or self._settled).pop()
+
     @property
     def passes(self) -> int:
         """Issued so far. The host waits for nothing."""

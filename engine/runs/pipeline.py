@@ -17,7 +17,7 @@ from torch import Tensor
 from ..caches.prompt_cache import PromptCache
 from ..compute.attention_choice import AUTO, CHOICES, choose_attention
 from ..compute.linear_choice import Computing, linear_of
-from ..compute.step_schedules import OFF, StepSchedule, step_schedule
+from ..compute.step_schedules import OFF, StepCache, step_cache_of
 from ..errors import InvalidRequest
 from ..files.checkpoint import Checkpoint
 from ..hardware import FLOATS, Hardware
@@ -150,7 +150,7 @@ class Pipeline:
         steps: int = 20,
         cfg: float = 4.0,
         batch: int = 1,
-        step_cache: str | StepSchedule = OFF,
+        step_cache: str | StepCache = OFF,
     ) -> Tensor:
         """(batch, height, width, 3) in fp32, 0 to 1. cfg 1: without the negative prompt, which halves the computing.
         step_cache: of `step_schedules.STEP_CACHES`, or a table; all but "off" make another image than all steps do.
@@ -160,7 +160,7 @@ class Pipeline:
         self._images += 1  # whatever an image before this one came to
         self._require_size(width, height, batch)
         self._vae_run().require_decodes(height, width)  # before minutes are spent on sampling
-        if (schedule := step_schedule(step_cache)) is not None:
+        if (schedule := step_cache_of(step_cache)) is not None:
             schedule.require_steps(steps)
         prompts = self.encode([prompt, negative] if cfg > 1 else [prompt])
         size = {"width": width, "height": height, "seed": seed, "steps": steps, "batch": batch}
@@ -182,7 +182,7 @@ class Pipeline:
         steps: int = 20,
         cfg: float = 4.0,
         batch: int = 1,
-        step_cache: str | StepSchedule = OFF,
+        step_cache: str | StepCache = OFF,
     ) -> Tensor:
         """Latents of the family's shape in fp32 on the host, by the reference's schedule; prompts: what `encode` gave,
         the positive one and, where cfg is above 1, the negative one."""
@@ -197,7 +197,7 @@ class Pipeline:
             Alone(self._transformer, (), self._on_progress, self._check),
             self._limit,
             self._ram_limit,
-            step_schedule(step_cache),
+            step_cache_of(step_cache),
         )
         sampled = run.sample(prompts, noise, images.sigmas(self._transformer, steps, noise), cfg=cfg)
         self._sampling = sampled.report

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..compute.step_schedules import StepSchedule
+from ..compute.step_schedules import StepCache
 from ..errors import InvalidRequest
 from ..models.family import FromPrompts
 from ..models.streamed_transformer import StreamedTransformer
@@ -46,7 +46,7 @@ class EulerSampler:
     surroundings: Surroundings
     limit: Limit
     ram_limit_bytes: int | None = None
-    step_cache: StepSchedule | None = None
+    step_cache: StepCache | None = None
 
     def plan(self, prompts: Sequence[Tensor], noise: Tensor, steps: int) -> MemoryPlan:
         """Where each block will live. Raises DoesNotFit, and InvalidRequest for what cannot be sampled."""

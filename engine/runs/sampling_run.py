@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from ..compute.step_schedules import FirstBlockRule, StepCache, StepSchedule
 from ..errors import DoesNotFit, Unsupported
 from ..log import logger
 from ..out_of_memory import Short
@@ -16,9 +17,11 @@ from ..reports.memory_report import MemoryReport
 from ..streaming import OnBlock, Waits
 from . import retry
 from .expected_timesteps import ExpectedTimesteps
+from .first_block import FirstBlock
 from .known_speeds import KnownSpeeds
 from .memory_watch import MemoryWatch
 from .pass_clock import PassClock
+from .passes import Passes
 from .run_progress import RunProgress, warning_of
 from .sampling_plan import Transformer
 from .sampling_session import SamplingSession
@@ -64,7 +67,7 @@ class SamplingRun:
         self._session = SamplingSession(transformer, plan, timeline, self._watch, surroundings)
         self._timesteps: Sequence[float] = ()
         self._expected = ExpectedTimesteps(transformer.store.order, ())
-        self._predictions: StepPredictions | None = None  # where not every step is computed
+        self._cached: StepPredictions | FirstBlock | None = None  # where not every step is computed
         self._seen: set[float] = set()
         self._clock = PassClock(transformer.store.order)
         self._first_waits = Waits()
@@ -103,8 +106,7 @@ class SamplingRun:
         self._timesteps = timesteps
         self._copied_before, self._read_before = self._transformer.store.copied, self._transformer.store.read
         self._expected = ExpectedTimesteps(self._transformer.store.order, timesteps)
-        if self.plan.request.step_cache is not None:
-            self._predictions = StepPredictions(self.plan.request.step_cache, timesteps)
+        self._cached = _cached_steps(self.plan.request.step_cache, timesteps)
         self.attempt(self._open)
 
     def forward_at(
@@ -136,7 +138,8 @@ class SamplingRun:
         is called before each block with its index, and may raise.
 
         `keys`: tell the branches from each other, the same in every step; not given: their order does. A step that is
-        predicted visits no block; raises Unsupported as `StepPredictions.predict`, and for hooked branches.
+        predicted visits no block, or only the first; raises Unsupported as `StepPredictions.predict`, and for hooked
+        branches.
         """
         timestep = min(branch.timestep for branch in branches)
         new = timestep not in self._seen
@@ -149,94 +152,43 @@ class SamplingRun:
             if on_block is not None:
                 on_block(index)
 
+        if self._clock.passes == 1:
+            self._first_waits = self._session.waits
+        passes = Passes(
+            timestep,
+            min(self._timesteps, default=0.0),
+            self._opened,
+            self.attempt,
+            self._clock,
+            begin_block,
+            self._surroundings.check,
+        )
         try:
-            if self._predictions is None:
-                return self._compute(branches, hooked, begin_block, self._timesteps, None)
-            return self._predict_or_compute(self._predictions, branches, hooked, keys, begin_block)
+            if self._cached is None:
+                return passes.compute(branches, hooked, more=timestep > passes.last_timestep)
+            if hooked:
+                raise Unsupported(
+                    "Patches around the model's blocks are called in every step, and step_cache computes only some of "
+                    "them.\n\nWhat to do: remove the node that sets the patch, or set step_cache to off.",
+                    code="run.patches_of_predicted_steps",
+                )
+            return self._cached.answers(passes, branches, list(keys or range(len(branches))))
         except BaseException:
             if new:
                 self._seen.discard(timestep)  # it has not been computed
             raise
 
-    def _predict_or_compute(
-        self,
-        predictions: StepPredictions,
-        branches: Sequence[Any],
-        hooked: Sequence[Any],
-        keys: Sequence[Hashable],
-        on_block: OnBlock,
-    ) -> list[Tensor]:
-        if hooked:
-            raise Unsupported(
-                "Patches around the model's blocks are called in every step, and step_cache computes only some of "
-                "them.\n\nWhat to do: remove the node that sets the patch, or set step_cache to off.",
-                code="run.patches_of_predicted_steps",
-            )
-        keys, timestep = list(keys or range(len(branches))), min(branch.timestep for branch in branches)
-        answers: list[Tensor | None] = self.attempt(lambda: self._predict(predictions, branches, keys, timestep))
-        wanted = [i for i, answer in enumerate(answers) if answer is None]
-        hidden: list[Tensor] = []
-        if wanted:
-            passing = [branches[i] for i in wanted]
-            for i, answer in zip(
-                wanted, self._compute(passing, (), on_block, predictions.computed_timesteps, hidden), strict=True
-            ):
-                answers[i] = answer
-        else:
-            on_block(self.plan.blocks - 1)  # before it counts: whoever looks at the timestep may find another
-        computed = dict(zip((keys[i] for i in wanted), hidden, strict=True))
-        predictions.done(timestep, computed, [key for key in keys if key not in computed])
-        return [answer for answer in answers if answer is not None]
-
-    def _predict(
-        self, predictions: StepPredictions, branches: Sequence[Any], keys: Sequence[Hashable], timestep: float
-    ) -> list[Tensor | None]:
-        """Of each branch what the model answers; None for those that are to be computed."""
-        hidden = predictions.predict(keys, timestep)
-        known = [i for i, tokens in enumerate(hidden) if tokens is not None]
-        if not known:
-            return [None] * len(branches)
+    def _opened(self) -> SamplingSession:
         if not self._session.is_open:
             self._open()
-        made = self._session.answers_of([branches[i] for i in known], [t for t in hidden if t is not None])
-        answers = dict(zip(known, made, strict=True))
-        return [answers.get(i) for i in range(len(branches))]
-
-    def _compute(
-        self,
-        branches: Sequence[Any],
-        hooked: Sequence[Any],
-        on_block: OnBlock,
-        computed: Sequence[float],
-        hidden: list[Tensor] | None,
-    ) -> list[Tensor]:
-        """One pass. `computed`: the timesteps that passes are made for. `hidden`: takes what is behind the last
-        block."""
-        more = min(branch.timestep for branch in branches) > min(computed, default=0.0)
-        if self._clock.passes == 1:
-            self._first_waits = self._session.waits
-
-        def compute() -> list[Tensor]:
-            if not self._session.is_open:
-                self._open()
-            return self._session.forward(
-                branches,
-                hooked=hooked,
-                more=more,
-                on_block=on_block,
-                check=self._surroundings.check,
-                keep=None if hidden is None else hidden.extend,
-            )
-
-        with self._clock.measuring():
-            return self.attempt(compute)
+        return self._session
 
     def end(self, *, finished: bool) -> MemoryReport:
         """Give back what the run held on the device; not `finished`: after an error or an interruption."""
-        session, transformer, predictions = self._session, self._transformer, self._predictions
+        session, transformer, cached = self._session, self._transformer, self._cached
         session.close()
-        if predictions is not None:
-            predictions.clear()
+        if cached is not None:
+            cached.clear()
         passes = self._clock.seconds
         self._watch.ram()
         report = MemoryReport(
@@ -256,8 +208,8 @@ class SamplingRun:
             out_of_memory=session.retries,
             attention_notes="; ".join(sorted(session.attention_notes)),
             first_step_seconds=self._clock.first_seconds,
-            computed_steps=0 if predictions is None else predictions.computed_steps,
-            predicted_steps=0 if predictions is None else predictions.predicted_steps,
+            computed_steps=0 if cached is None else cached.computed_steps,
+            predicted_steps=0 if cached is None else cached.predicted_steps,
             not_measured=self._not_measured,
             **session.counters.of_run(),
         )
@@ -322,6 +274,8 @@ class SamplingRun:
         flops = transformer.footprint.step_flops(plan.request)
         if self._one_by_one or self._session.retries or plan.request.controls or not others or flops < TELLING_FLOPS:
             return
+        if isinstance(self._cached, FirstBlock):
+            return  # what passes that were left had waited for is among the waits
         step_seconds, waits, slowed = sum(others) / len(others), self._session.waits, plan.forecast.slowed_seconds
         waited = (waits - self._first_waits).seconds / len(others)
         forecast = plan.forecast.compute_seconds + slowed
@@ -340,3 +294,9 @@ class SamplingRun:
                 read=transformer.store.read - self._read_before,
             )
         )
+
+
+def _cached_steps(cache: StepCache | None, timesteps: Sequence[float]) -> StepPredictions | FirstBlock | None:
+    if isinstance(cache, StepSchedule):
+        return StepPredictions(cache, timesteps)
+    return FirstBlock(cache) if isinstance(cache, FirstBlockRule) else None

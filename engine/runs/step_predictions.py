@@ -2,11 +2,13 @@
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
 from ..compute.step_schedules import ANCHORS, StepSchedule
 from ..errors import Unsupported
+from .passes import Passes
 
 
 @dataclass
@@ -33,6 +35,25 @@ class StepPredictions:
         self._computed: set[int] = set()
         self._predicted: set[int] = set()
         self.computed_timesteps = [timesteps[step] for step in schedule.computed]
+
+    def answers(self, passes: Passes, branches: Sequence[Any], keys: Sequence[Hashable]) -> list[Tensor]:
+        """What the model answers to each branch, computed or predicted. Raises what `predict` does."""
+        hidden = self.predict(keys, passes.timestep)
+        known = [i for i, tokens in enumerate(hidden) if tokens is not None]
+        wanted = [i for i, tokens in enumerate(hidden) if tokens is None]
+        made: dict[int, Tensor] = {}
+        if known:
+            told = [tokens for tokens in hidden if tokens is not None]
+            made.update(zip(known, passes.answers_of([branches[i] for i in known], told), strict=True))
+        behind: list[Tensor] = []
+        if wanted:
+            more = passes.timestep > min(self.computed_timesteps, default=0.0)
+            computed = passes.compute([branches[i] for i in wanted], more=more, keep=behind.extend)
+            made.update(zip(wanted, computed, strict=True))
+        else:
+            passes.ended_early()  # before it counts
+        self.done(passes.timestep, dict(zip((keys[i] for i in wanted), behind, strict=True)), [keys[i] for i in known])
+        return [made[i] for i in range(len(branches))]
 
     @property
     def computed_steps(self) -> int:

@@ -120,9 +120,10 @@ class BlockStreamer:
         self._store.end_run()  # open files too: they cannot be replaced on Windows
         self._store.ring_pieces = RING_PIECES
 
-    def visit(self, *, more: bool = False) -> Iterator[tuple[int, nn.Module]]:
+    def visit(self, *, more: bool = False, may_end: bool = False) -> Iterator[tuple[int, nn.Module]]:
         """One pass over the blocks. `more`: another pass follows, whose first blocks may be fetched at the end of
-        this one.
+        this one. `may_end`: passes may end behind their first block, so that none behind it is fetched, or read ahead,
+        until the next one is asked for.
 
         Resident blocks that were taken from the device since the last pass are fetched like the others; those that
         are there when the pass begins stay until it ends.
@@ -136,20 +137,22 @@ class BlockStreamer:
             self._next = 0
         position = len(self._ahead)
         self._next = position % max(1, len(self._queue))
-        remaining = len(self._queue) * (2 if more else 1) - position
-        remaining = self._fetch_ahead(remaining)
+        first = len(self._queue[:1]) if self._queue[:1] == tuple(self._blocks[:1]) else 0
+        remaining = len(self._queue) + (first if may_end else len(self._queue)) * more - position
+        behind = remaining - max(0, first - position) if may_end else 0  # nobody may ask for these
+        remaining = self._fetch_ahead(remaining - behind)
         for index, module in modules:
             self._pace.keep(self._order)
             if module is not None:
                 yield index, module
-                continue
-            slot = self._take(index)
-            try:
-                yield index, self._store.module_in(slot.place, index)
-            finally:
-                self._order.record_compute(slot.used)
-                self._free.append(slot)
-            remaining = self._fetch_ahead(remaining)
+            else:
+                slot = self._take(index)
+                try:
+                    yield index, self._store.module_in(slot.place, index)
+                finally:
+                    self._order.record_compute(slot.used)
+                    self._free.append(slot)
+            remaining, behind = self._fetch_ahead(remaining + behind), 0
 
     def _follow_residency(self) -> None:
         """Queue the blocks that need a slot, and make the slots and the reader that they need."""

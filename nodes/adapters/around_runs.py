@@ -70,7 +70,7 @@ def _outer_sample(
     if model.step_cache is not None:
         options = guider.model_options
         windows = options.get("context_handler") is not None
-        check_step_cache(model.step_cache.name, sampler, options.get("transformer_options", {}), windows)
+        check_step_cache(model.step_cache, sampler, options.get("transformer_options", {}), windows)
     check_devices(beside, device)
     conds = conditions_of_run(guider, noise)
     check_computed(conds, noise.shape)

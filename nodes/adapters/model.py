@@ -10,7 +10,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor
 
-from ...engine.compute.step_schedules import StepSchedule
+from ...engine.compute.step_schedules import StepCache
 from ...engine.models.qwen_image.latents import PATCH, patches_of
 from ...engine.models.qwen_image.schedule import layered_sigmas, qwen_sigmas, true_cfg
 from ...engine.models.qwen_image.transformer import QwenImageTransformer
@@ -38,7 +38,7 @@ def make_model(
     ram_limit_bytes: int | None = None,
     timeline: Timeline | None = None,
     advice: str = "",
-    step_cache: StepSchedule | None = None,
+    step_cache: StepCache | None = None,
 ) -> LowVRAMPatcher:
     """A MODEL around `transformer`; a limit of None uses what is free. `timeline`: where its stages are measured,
     shared with the CLIP and VAE of the same loader. `advice`: what a person is told beside each plan.

@@ -12,7 +12,7 @@ import torch
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor
 
-from ...engine.compute.step_schedules import StepSchedule
+from ...engine.compute.step_schedules import StepCache
 from ...engine.errors import InvalidRequest
 from ...engine.log import logger
 from ...engine.models.qwen_image_21.latents import CHANNELS, TOKEN_PX, shape_in_tokens
@@ -62,7 +62,7 @@ def make_model_21(
     ram_limit_bytes: int | None = None,
     timeline: Timeline | None = None,
     advice: str = "",
-    step_cache: StepSchedule | None = None,
+    step_cache: StepCache | None = None,
 ) -> LowVRAMPatcher:
     """As `model.make_model`."""
     return as_patcher(QwenImage21Model(transformer, limit_bytes, ram_limit_bytes, timeline, advice, step_cache))

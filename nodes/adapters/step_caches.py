@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterable
 from typing import Any
 
+from ...engine.compute.step_schedules import StepCache, StepSchedule
 from .block_patches import has_patches
 from .graph_checks import refuse
 
@@ -18,12 +19,13 @@ OTHER_STEPS = frozenset(
 )
 
 
-def check_step_cache(name: str, sampler: Any, options: dict[str, Any], context_windows: bool) -> None:
+def check_step_cache(cache: StepCache, sampler: Any, options: dict[str, Any], context_windows: bool) -> None:
     """Raise Unsupported for samplers that are known to take other steps than a table's, and for what has to see every
     step; `options`: the model's transformer_options. Other samplers are found out by the run."""
+    name = cache.name
     function = getattr(getattr(sampler, "sampler_function", None), "__name__", "")
     taken = function.removeprefix("sample_").removesuffix("_function")
-    if taken in OTHER_STEPS:
+    if taken in OTHER_STEPS and isinstance(cache, StepSchedule):
         refuse(
             "The sampler {sampler}, which takes other steps than the schedule's, with step_cache {name}",
             "use euler, dpmpp_2m or another one that asks once a step, or set step_cache to off in the loader.",

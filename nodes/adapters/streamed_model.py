@@ -13,7 +13,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...engine.compute.step_schedules import StepSchedule
+from ...engine.compute.step_schedules import StepCache
 from ...engine.errors import Unsupported
 from ...engine.models.layer_rows import shapes_by_any_name
 from ...engine.models.network import Hooked
@@ -140,7 +140,7 @@ class LowVRAMModel:
         ram_limit_bytes: int | None = None,
         timeline: Timeline | None = None,
         advice: str = "",
-        step_cache: StepSchedule | None = None,
+        step_cache: StepCache | None = None,
         compiles: bool = False,
     ) -> None:
         """`config`: ComfyUI's of the network, with disable_unet_model_creation. A limit of None uses what is free."""

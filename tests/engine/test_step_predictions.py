@@ -1,18 +1,25 @@
 """Steps that are not computed: extrapolated to the bit, nothing fetched for them, and refused where a table says
 nothing."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
-from qwenimage_lowvram.engine.compute.step_schedules import OFF, STEP_SCHEDULES, StepSchedule
+from qwenimage_lowvram.engine.compute.step_schedules import (
+    OFF,
+    STEP_SCHEDULES,
+    FirstBlockRule,
+    StepCache,
+    StepSchedule,
+)
 from qwenimage_lowvram.engine.errors import InvalidRequest, Unsupported
 from qwenimage_lowvram.engine.models.qwen_image.family import QWEN_IMAGE
 from qwenimage_lowvram.engine.models.qwen_image.positions import Positions
 from qwenimage_lowvram.engine.planning.draft import least_bytes
+from qwenimage_lowvram.engine.planning.request import SamplingRequest
 from qwenimage_lowvram.engine.reports.memory_report import MemoryReport
 from qwenimage_lowvram.engine.runs.euler import euler
 from qwenimage_lowvram.engine.runs.pipeline import Pipeline
@@ -21,10 +28,13 @@ from torch import Tensor
 
 SIZE = {"width": 64, "height": 48, "seed": 3, "steps": 40}
 TIMES = [1 - step / 40 for step in range(40)]
+OFTEN = FirstBlockRule(0.95)  # of random weights each step is another
 K12 = STEP_SCHEDULES["planned_12"]
 
 
-def sampled(folder: Path, prompts: Sequence[Tensor], step_cache: str, **settings: Any) -> tuple[Tensor, MemoryReport]:
+def sampled(
+    folder: Path, prompts: Sequence[Tensor], step_cache: str | StepCache, **settings: Any
+) -> tuple[Tensor, MemoryReport]:
     with Pipeline.open(folder, device="cpu", positions=Positions.DIFFUSERS, **settings) as pipeline:
         latents = pipeline.sample(prompts, **SIZE, cfg=4.0 if len(prompts) > 1 else 1.0, step_cache=step_cache)
         assert pipeline.report.sampling is not None
@@ -51,18 +61,28 @@ def reference(folder: Path, embeds: Sequence[Tensor], schedule: StepSchedule) ->
         return h1 + (h1 - h0) / (n1 - n0) * (step - n1), given[1]
 
     model.norm_out.register_forward_pre_hook(behind_the_blocks)
+
+    def answers(given: Sequence[dict[str, Any]]) -> list[Tensor]:
+        nonlocal step, prompt
+        made = []
+        for prompt in range(len(given)):
+            made.append(model(**given[prompt], return_dict=False)[0])
+        step += 1
+        return made
+
+    return denoised_by(answers, embeds)
+
+
+def denoised_by(answers: Callable[[Sequence[dict[str, Any]]], list[Tensor]], embeds: Sequence[Tensor]) -> Tensor:
+    """Latents by Euler's method; `answers(arguments of diffusers' model for each prompt)`."""
     images = QWEN_IMAGE.from_prompts
     noise = torch.randn(images.noise_shape(1, 64, 48), generator=torch.Generator().manual_seed(3))
 
     def denoised(x: Tensor, sigma: Tensor, value: float) -> Tensor:
-        nonlocal step, prompt
-        guesses = []
-        for number, embed in enumerate(embeds):
-            prompt = number
-            branch = images.branch(x, embed, value)
-            answer = model(branch.tokens, embed, None, torch.tensor([value]), [[(1, 3, 4)]], return_dict=False)[0]
-            guesses.append(x - images.velocity([answer], x) * sigma)
-        step += 1
+        same = {"timestep": torch.tensor([value]), "img_shapes": [[(1, 3, 4)]]}
+        tokens = images.branch(x, embeds[0], value).tokens
+        given = [{"hidden_states": tokens, "encoder_hidden_states": embed, **same} for embed in embeds]
+        guesses = [x - images.velocity([answer], x) * sigma for answer in answers(given)]
         if len(guesses) == 1:
             return guesses[0]
         return x - images.guided(x - guesses[0], x - guesses[1], 4.0)
@@ -79,6 +99,66 @@ def test_a_predicted_step_is_the_extrapolation_to_the_bit(small_pipeline: Path, 
     assert (report.computed_steps, report.predicted_steps) == (computed, 40 - computed)
     assert f"not exact: {computed} of 40 steps computed" in str(report.plan)
     assert f"not exact: {computed} of 40 steps computed, {40 - computed} predicted" in str(report)
+
+
+@torch.no_grad()
+def reference_by_first_block(folder: Path, embeds: Sequence[Tensor], threshold: float) -> tuple[Tensor, int]:
+    """diffusers' model, whose norm_out is given what block 0 made and what the others added when they last counted,
+    where block 0 has hardly changed for every prompt; and how many steps those were. Each step runs twice: to look, and
+    to answer."""
+    model = QwenImageTransformer2DModel.from_pretrained(folder / "transformer").eval()
+    past: dict[int, tuple[Tensor, Tensor]] = {}
+    now: dict[str, Tensor] = {}
+    ends = 0
+
+    def behind_the_first(module: Any, args: Any, given: dict[str, Tensor], made: tuple[Tensor, Tensor]) -> None:
+        now.update(added=made[1] - given["hidden_states"], behind=made[1])
+
+    def behind_the_last(module: Any, given: tuple[Tensor, Tensor]) -> None:
+        now["last"] = given[0]
+
+    model.transformer_blocks[0].register_forward_hook(behind_the_first, with_kwargs=True)
+    model.norm_out.register_forward_pre_hook(behind_the_last)
+
+    def answers(given: Sequence[dict[str, Any]]) -> list[Tensor]:
+        nonlocal ends
+        made, seen = [], []
+        for one in given:
+            made.append(model(**one, return_dict=False)[0])
+            seen.append(dict(now))
+        changes = [(s["added"] - past[i][0]).abs().mean() / past[i][0].abs().mean() for i, s in enumerate(seen) if past]
+        if changes and max(changes) < threshold:
+            ends += 1
+            tembs = [model.time_text_embed(one["timestep"], one["hidden_states"]) for one in given]
+            hidden = [s["behind"] + past[i][1] for i, s in enumerate(seen)]
+            return [model.proj_out(model.norm_out(h, temb)) for h, temb in zip(hidden, tembs, strict=True)]
+        past.update({i: (s["added"], s["last"] - s["behind"]) for i, s in enumerate(seen)})
+        return made
+
+    return denoised_by(answers, embeds), ends
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_step_ends_behind_the_first_block_where_that_has_hardly_changed(small_pipeline: Path, count: int) -> None:
+    made, report = sampled(small_pipeline, prompts(count), OFTEN)
+    wanted, ended = reference_by_first_block(small_pipeline, prompts(count), OFTEN.threshold)
+    assert torch.equal(made, wanted)
+    assert 5 < report.predicted_steps == ended < 35
+    assert report.computed_steps + report.predicted_steps == 40
+    assert report.passes == report.computed_steps
+    assert "not exact: steps end behind block 0" in str(report.plan)
+
+
+@pytest.mark.slow
+def test_a_step_that_ends_behind_the_first_block_fetches_no_other(small_pipeline: Path) -> None:
+    with Pipeline.open(small_pipeline, device="cpu") as pipeline:
+        request = SamplingRequest(64, 48, 1, 9, timesteps=40, step_cache=OFTEN)
+        limit = least_bytes(pipeline._transformer.footprint, request) + 40_000
+    _, report = sampled(small_pipeline, prompts(1), OFTEN, vram_limit_bytes=limit)
+    assert not report.plan.resident
+    assert report.predicted_steps > 5
+    assert report.fetched_blocks == report.computed_steps * report.plan.blocks + report.predicted_steps
 
 
 @pytest.mark.slow

@@ -788,3 +788,30 @@ def test_the_log_says_nothing_unless_it_is_asked(
             assert streamer.waits.seconds > 0
         store.release()
     assert not caplog.records
+
+
+@pytest.mark.parametrize("resident", [(), (0,), (2,), (0, 1)])
+def test_nothing_behind_the_first_block_is_fetched_before_it_is_asked_for(
+    files: dict[str, tuple[Path, Weights]], hardware: Hardware, resident: Sequence[int]
+) -> None:
+    store = make_store(files["native"][0], hardware)
+    store.set_resident(resident)
+    first = int(0 not in resident)
+    rest = BLOCKS - len(resident) - first
+    with BlockStreamer(store, slots=2) as streamer:
+        before, wanted = store.fetched_blocks, 0
+        for ends in (True, False, True, True, False):
+            passing = streamer.visit(more=True, may_end=True)
+            index, _ = next(passing)
+            time.sleep(0.02)  # in which a reader thread would be ahead
+            wanted += first
+            assert index == 0
+            assert store.fetched_blocks - before == wanted
+            if ends:
+                passing.close()
+                continue
+            assert [index for index, _ in passing] == list(range(1, BLOCKS))
+            time.sleep(0.02)
+            wanted += rest + first
+            assert store.fetched_blocks - before <= wanted
+            wanted -= first  # of the pass that follows: fetched already

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from qwenimage_lowvram.engine.compute.step_schedules import Measured, StepSchedule
+from qwenimage_lowvram.engine.compute.step_schedules import FirstBlockRule, Measured, StepSchedule
 from qwenimage_lowvram.engine.errors import InvalidRequest, Unsupported
 from qwenimage_lowvram.nodes.adapters import step_caches
 
@@ -110,3 +110,21 @@ def test_the_loader_sets_it_for_our_sampler_and_comfyuis(diffusers_21: Path, mod
     assert model.model.last_report.predicted_steps == 28
     with pytest.raises(InvalidRequest, match="step_cache"):
         QwenLowVRAMLoader().load(**files, **settings, step_cache="planned_13")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "sampler"), [("two prompts of different length", "heun"), ("timestep ranges", "euler")]
+)
+def test_steps_end_behind_the_first_block_with_any_sampler(model: Any, case: str, sampler: str) -> None:
+    positive, negative = CASES[case]
+    exact = ksampler(model, positive, negative, empty_latent(), sampler, steps=8)
+    model.model.step_cache = FirstBlockRule(0.0)
+    assert torch.equal(ksampler(model, positive, negative, empty_latent(), sampler, steps=8), exact)
+    model.model.step_cache = FirstBlockRule(1.2)  # of random weights each step is another
+    made = ksampler(model, positive, negative, empty_latent(), sampler, steps=8)
+    report = model.model.last_report
+    assert report.predicted_steps > 0
+    assert report.passes < 15
+    assert 0 < (made - exact).abs().max() < exact.abs().max()
+    assert f"not exact: {report.computed_steps} of 8 steps computed" in str(report)

@@ -135,7 +135,7 @@ class ToyTransformer(StreamedTransformer[ToyBranch, ToyState]):
     def finish(self, branch: ToyBranch, state: ToyState) -> Tensor:
         return self.answer_of(branch, state.img)
 
-    def last_hidden(self, branch: ToyBranch, state: ToyState) -> Tensor:
+    def image_tokens(self, branch: ToyBranch, state: ToyState) -> Tensor:
         return state.img
 
     def answer_of(self, branch: ToyBranch, hidden: Tensor) -> Tensor:

@@ -130,7 +130,7 @@ class QwenImageTransformer(StreamedTransformer[Branch, BranchState]):
     def finish(self, branch: Branch, state: BranchState) -> Tensor:
         return self._velocity(state.img, state.temb)[:, : branch.image_tokens]
 
-    def last_hidden(self, branch: Branch, state: BranchState) -> Tensor:
+    def image_tokens(self, branch: Branch, state: BranchState) -> Tensor:
         alone = state.img.shape[1] == branch.image_tokens
         return state.img if alone else state.img[:, : branch.image_tokens].clone()
 

@@ -124,7 +124,7 @@ class QwenImage21Transformer(StreamedTransformer[Branch, BranchState]):
     def finish(self, branch: Branch, state: BranchState) -> Tensor:
         return self.outside.velocity(state.img, state.embedding)
 
-    def last_hidden(self, branch: Branch, state: BranchState) -> Tensor:
+    def image_tokens(self, branch: Branch, state: BranchState) -> Tensor:
         return state.img
 
     def answer_of(self, branch: Branch, hidden: Tensor) -> Tensor:
