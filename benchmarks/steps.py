@@ -5,7 +5,7 @@
 Captions that the miniature was not trained on, one seed each, 128x128, 40 steps, fp32 on the CPU, with the reference's
 schedule and no block resident. `error_mean` and `error_max` are the norm of the difference of the latents over the norm
 of those of all steps, over the captions; `right` is the part of images in which the scorer finds every fact of the
-caption. `blocks_read` are blocks fetched per image, `seconds` sampling's own. `evenly` are as many computed steps at
+caption. `blocks_read` are blocks fetched per image. `evenly` are as many computed steps at
 equal distances, with the first two: what the tables are worth.
 
 **It says nothing about the real models**: a network of 4 blocks is not one of 32 or 60.
@@ -34,7 +34,6 @@ GUIDED = {"cfg 4": 4.0, "cfg 1": 1.0}
 class _Drawn:
     latents: Tensor
     right: bool
-    seconds: float
     fetched_blocks: int
     computed: int
 
@@ -72,7 +71,7 @@ def _draw(
         assert not report.plan.resident
         image = (pipeline.decode(latents)[0] * 255).round().to(torch.uint8).numpy()
         right = score(image, scene).correct
-        yield _Drawn(latents, right, report.seconds, report.fetched_blocks, report.computed_steps or report.passes)
+        yield _Drawn(latents, right, report.fetched_blocks, report.computed_steps or report.passes)
 
 
 def _row(name: str, case: str, drawn: Sequence[_Drawn], exact: Sequence[_Drawn]) -> dict[str, Any]:
@@ -84,7 +83,6 @@ def _row(name: str, case: str, drawn: Sequence[_Drawn], exact: Sequence[_Drawn])
     return {
         "who": name,
         "case": case,
-        "seconds": sum(one.seconds for one in drawn) / count,
         "computed": sum(one.computed for one in drawn) / count,
         "blocks_read": sum(one.fetched_blocks for one in drawn) / count,
         "error_mean": sum(errors) / count,
