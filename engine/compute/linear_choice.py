@@ -64,8 +64,8 @@ def linear_of(computing: Computing, file: Checkpoint, hardware: Sequence[Hardwar
 
 
 def choose_linear(computing: Computing, hardware: Sequence[Hardware], dtype: torch.dtype) -> LinearChoice:
-    """What can be done on all of these devices with activations in that dtype: each is tried with a small product. Imports comfy-kitchen
-    unless nothing is to be computed as stored."""
+    """What can be done on all of these devices with activations in that dtype: each is tried with a small product.
+    Imports comfy-kitchen unless nothing is to be computed as stored."""
     if computing is Computing.EXACT:
         return DECODED
     try:
