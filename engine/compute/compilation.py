@@ -58,6 +58,11 @@ class CompiledBlocks:
         run_block = FunctionType(_run_block.__code__.replace(), globals())
         self._run_block = torch.compile(run_block, backend=self._compile, dynamic=True)
 
+    @property
+    def kind(self) -> str:
+        """As plans have it: whether what it computes is exact; empty where it is not used."""
+        return "" if self.why_not else "exact" if self.settings.exact else "not exact"
+
     def of(self, block: nn.Module) -> Any:
         """What stands for the block in a pass: called, it is computed by compiled code; all else is the block's."""
         return block if self.why_not else _Standing(block, self)

@@ -96,8 +96,7 @@ class StreamedTransformer(ABC, Generic[BranchT, StateT]):
     @property
     def footprint(self) -> TransformerFootprint:
         """What a plan is made from; patches and compiled code count."""
-        compiled = self.compiled is not None and not self.compiled.why_not
-        return replace(self._parts.footprint, compiled=compiled)
+        return replace(self._parts.footprint, compiled=self.compiled.kind if self.compiled else "")
 
     @property
     def outside(self) -> nn.Module:

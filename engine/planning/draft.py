@@ -203,6 +203,7 @@ class Draft:
             kept=kept,
             in_half=footprint.in_half,
             linear=footprint.linear.text,
+            compiled=footprint.compiled,
         )
 
     def _ram_left(self, limits: Limits) -> int:

@@ -24,8 +24,8 @@ class TransformerFootprint(ABC):
     ring_bytes: host memory that file bytes pass through. host: the device is the host, and has no other memory.
     elsewhere: blocks that stay on other devices, and are not among `blocks`. attention: what all devices of the blocks
     can compute attention with. in_half: products are computed in fp16, and activations are wider between them.
-    compiled: blocks are computed by compiled code, which holds all chunks of an MLP at once. linear: layers that
-    compute on stored weights.
+    compiled: "exact" or "not exact" where blocks are computed by compiled code, which holds all of an MLP at once.
+    linear: layers that compute on stored weights.
     """
 
     blocks: int
@@ -51,7 +51,7 @@ class TransformerFootprint(ABC):
     attention: AttentionKernel = FUSED
     in_half: bool = False
     linear: LinearLayers = DECODED_LAYERS
-    compiled: bool = False
+    compiled: str = ""
 
     @property
     def mlp_chunks(self) -> Sequence[int | None]:

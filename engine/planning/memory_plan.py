@@ -33,7 +33,8 @@ class MemoryPlan:
     into ahead.
     mlp_chunk_tokens: None computes the MLP of all tokens at once. attention: by which kernel, and in which chunks.
     linear: numbers that linear layers multiply as they are stored, and by what; empty where all are decoded. in_half:
-    products are in fp16, and activations in fp32. The *_peak_bytes are predictions of everything that the
+    products are in fp16, and activations in fp32. compiled: whether blocks that are compiled compute the same bits
+    (exact, not exact); empty where none are. The *_peak_bytes are predictions of everything that the
     stage holds on the device, ram_peak_bytes of everything in host memory. `blocks` and all that leave out those of
     secondaries.
 
@@ -66,6 +67,7 @@ class MemoryPlan:
     kept: KeptTiers = NOTHING_KEPT
     in_half: bool = False
     linear: str = ""
+    compiled: str = ""
 
     @property
     def limit_bytes(self) -> int:
@@ -91,6 +93,7 @@ class MemoryPlan:
         chunk += f", attention {self.attention}" if self.attention != FUSED.name else ""
         chunk += ", products in fp16 between activations in fp32" if self.in_half else ""
         chunk += f", linear layers in {self.linear} (not exact)" if self.linear else ""
+        chunk += f", blocks compiled ({self.compiled})" if self.compiled else ""
         slots = f"{self.slots} slot{'s' if self.slots != 1 else ''}"
         slots += f" and a ring of {self.ring} pieces" if self.ring_bytes and self.from_file else ""
         ram = "" if self.limits.ram_bytes is None else f" of {size_text(self.limits.ram_bytes)}"

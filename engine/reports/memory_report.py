@@ -22,8 +22,9 @@ class MemoryReport:
     after another, empty where each block was visited once per step. out_of_memory: how many times memory ran
     out and a smaller plan was made. first_step_seconds: from the run's beginning to the end of its first pass.
     attention_notes: why torch's own kernel computed attention in place of the plan's; empty where it did not.
-    compiled: blocks were computed by compiled code, made compiled_times in this run, in compiling_seconds with the
-    blocks that it was made for; not_compiled: why they were not, where that was asked for.
+    compiled: as the plan's; such code was made compiled_times in this run, in compiling_seconds with the blocks that it
+    was made for; compiled_error: the largest of a block that was found, beside its norm. not_compiled: why blocks were
+    not, where that was asked for.
     computed_steps, predicted_steps: of a run with a step_cache; not_measured: why its table tells nothing certain of
     this run.
     """
@@ -52,9 +53,10 @@ class MemoryReport:
     kept_device_bytes: int = 0
     kept_ram_bytes: int = 0
     kept_brought_bytes: int = 0
-    compiled: bool = False
+    compiled: str = ""
     compiled_times: int = 0
     compiling_seconds: float = 0.0
+    compiled_error: float = 0.0
     not_compiled: str = ""
     computed_steps: int = 0
     predicted_steps: int = 0
@@ -108,7 +110,8 @@ class MemoryReport:
             lines.append(f"  attention partly by torch's own kernel: {self.attention_notes}")
         if self.compiled or self.compiled_times:
             times = f"{self.compiled_times} time{'' if self.compiled_times == 1 else 's'}"
-            lines.append(f"  compiled: {times}, {self.compiling_seconds:.0f} s")
+            error = f"; not exact: errors of a block up to {self.compiled_error:.1g}" if self.compiled_error else ""
+            lines.append(f"  compiled: {times}, {self.compiling_seconds:.0f} s{error}")
         if self.not_compiled:
             lines.append(f"  blocks not compiled: {self.not_compiled}")
         if self.one_by_one:

@@ -46,7 +46,10 @@ class RunCounters:
         now, kept = self._now(), self.transformer.store.kept
         counted = {name: value - getattr(self._before, name) for name, value in vars(now).items()}
         compiled = self.transformer.compiled
-        notes = {} if compiled is None else {"compiled": not compiled.why_not, "not_compiled": compiled.why_not}
+        notes = {}
+        if compiled is not None:
+            error = compiled.error
+            notes = {"compiled": compiled.kind, "compiled_error": error, "not_compiled": compiled.why_not}
         return {**counted, **notes, "kept_device_bytes": kept.resident_bytes, "kept_ram_bytes": kept.held_bytes}
 
     def _now(self) -> _Counts:

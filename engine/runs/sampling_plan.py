@@ -34,6 +34,10 @@ def plan_sampling(
     vram = surroundings.device_bytes(
         hardware.device, limit.nbytes, most_bytes(footprint, request), footprint.slot_bytes
     )
+    if footprint.compiled and vram < least_bytes(footprint, request):
+        assert transformer.compiled is not None
+        transformer.compiled.give_up("within this limit MLPs are computed in chunks")
+        footprint = transformer.footprint
     ram: int | None = ram_limit_bytes  # where the device is the host, what is free there is counted already
     if not footprint.host:
         least = least_ram_bytes(footprint, request)

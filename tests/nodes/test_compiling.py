@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from qwenimage_lowvram.engine.planning import footprint
+from qwenimage_lowvram.engine.planning.draft import least_bytes
 from torch import Tensor
 
 from .conftest import cond, empty_latent
@@ -21,8 +23,8 @@ def compiled_by_node(model: Any, backend: str, **options: Any) -> Any:
 
 
 @torch.inference_mode()
-def run(model: Any) -> Tensor:
-    samples: Tensor = ksampler(model, cond(9), cond(5, 2), empty_latent())
+def run(model: Any, **size: int) -> Tensor:
+    samples: Tensor = ksampler(model, cond(9), cond(5, 2), empty_latent(**size))
     return samples
 
 
@@ -31,10 +33,10 @@ def test_a_compile_node_has_the_blocks_compiled_once_for_all_steps_and_prompts(m
     expected, compiled = run(model), compiled_by_node(model, "aot_eager")
     assert torch.equal(run(compiled), expected)
     report = model.model.last_report
-    assert (report.compiled, report.compiled_times, report.not_compiled) == (True, 1, "")
+    assert (report.compiled, report.compiled_times, report.not_compiled) == ("exact", 1, "")
     assert "  compiled: 1 time, " in str(report)
     assert torch.equal(run(compiled.clone()), expected)  # as after another node, and with another seed
-    assert (model.model.last_report.compiled, model.model.last_report.compiled_times) == (True, 0)
+    assert (model.model.last_report.compiled, model.model.last_report.compiled_times) == ("exact", 0)
     assert torch.equal(run(model), expected)
     assert not model.model.last_report.compiled  # nothing of it is left
 
@@ -62,3 +64,13 @@ def test_what_a_compile_node_sets_is_named_where_it_is_not_followed_and_a_failur
     assert not report.compiled
     assert torch.equal(run(model), expected)
     assert model.model.last_report.not_compiled == ""
+
+
+def test_what_fits_in_chunks_alone_is_not_compiled(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(footprint, "MLP_CHUNKS", (None, 64))
+    large = {"height": 512, "width": 512}  # so that activations are the most of it
+    expected, sizes = run(model, **large), model.model.transformer.footprint
+    monkeypatch.setattr(model.model, "limit_bytes", least_bytes(sizes, model.model.last_report.plan.request))
+    assert torch.equal(run(compiled_by_node(model, "aot_eager"), **large), expected)
+    assert "in chunks" in model.model.last_report.not_compiled
+    assert model.model.last_report.plan.mlp_chunk_tokens == 64

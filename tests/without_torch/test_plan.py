@@ -362,6 +362,15 @@ def test_a_refusal_names_every_way_out() -> None:
     )
 
 
+def test_compiled_blocks_are_planned_without_chunks_and_named() -> None:
+    request, compiled = SamplingRequest(1328, 1328, 2, 512), replace(REAL, compiled="exact")
+    assert plan_memory(REAL, request, Limits(least_bytes(REAL, request))).mlp_chunk_tokens
+    least = least_bytes(compiled, request)
+    assert least > least_bytes(REAL, request)
+    plan = plan_memory(compiled, request, Limits(least))
+    assert (plan.mlp_chunk_tokens, plan.compiled) == (None, "exact")
+
+
 def test_a_4_gb_card_streams_through_two_slots_and_a_large_one_keeps_all() -> None:
     request = SamplingRequest(1328, 1328, 2, 512)
     small = plan_memory(REAL, request, Limits(int(1.7 * GIB)))
@@ -547,8 +556,11 @@ def test_a_report_prints_what_was_measured_beside_what_was_planned() -> None:
     assert "memory ran out 2 times" in str(replace(report, out_of_memory=2))
     assert "the device is the host" in str(replace(report, peak_vram_bytes=None))
     assert str(replace(report, one_by_one="EasyCache")).endswith("each block was visited for each: EasyCache")
-    compiled = replace(report, compiled=True, compiled_times=2, compiling_seconds=31.2)
+    compiled = replace(report, compiled="exact", compiled_times=2, compiling_seconds=31.2)
     assert str(compiled).endswith("\n  compiled: 2 times, 31 s")
+    error = str(replace(compiled, compiled_error=0.003))
+    assert error.endswith("compiled: 2 times, 31 s; not exact: errors of a block up to 0.003")
+    assert ", blocks compiled (not exact); peak" in str(replace(report.plan, compiled="not exact"))
     assert str(replace(report, not_compiled="no compiler")).endswith("\n  blocks not compiled: no compiler")
     assert report.as_dict()["plan_text"] == PLAN_TEXT
     assert report.as_dict()["plan"]["request"]["width"] == 1328
