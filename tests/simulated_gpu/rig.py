@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from qwenimage_lowvram.engine.compute.linear_choice import DECODED, LinearChoice
 from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.lora.lora_file import match, open_lora
@@ -48,9 +49,13 @@ class Rig:
         """A second card; none on the CPU."""
         return None if self.gpu is None else self.gpu.hardware(1)
 
-    def transformer(self, kind: str, *, lora: Lora = (), dtype: torch.dtype = torch.bfloat16) -> QwenImageTransformer:
+    def transformer(
+        self, kind: str, *, lora: Lora = (), dtype: torch.dtype = torch.bfloat16, linear: LinearChoice = DECODED
+    ) -> QwenImageTransformer:
         others = [] if self.other is None else [self.other]
-        model = QwenImageTransformer(self.models.open(kind), dtype=dtype, hardware=self.hardware, others=others)
+        model = QwenImageTransformer(
+            self.models.open(kind), dtype=dtype, hardware=self.hardware, others=others, linear=linear
+        )
         if lora:
             self.patch(model, lora)
         return model

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 
 import torch
+from qwenimage_lowvram.engine.compute.linear_choice import Computing, LinearChoice
+from qwenimage_lowvram.engine.compute.stored_products import FOR_ANY_DEVICE
 from qwenimage_lowvram.engine.runs.expected_timesteps import ExpectedTimesteps
 from qwenimage_lowvram.engine.streaming import RING_PIECES
 from torch import Tensor
@@ -31,9 +33,10 @@ def steps(
     chunk: int | None = None,
     prompts: int = 1,
     dtype: torch.dtype = torch.bfloat16,
+    computing: Computing = Computing.EXACT,
 ) -> list[Tensor]:
     """Two steps of one run; `then`: a second run with other LoRAs."""
-    model = rig.transformer(kind, lora=lora, dtype=dtype)
+    model = rig.transformer(kind, lora=lora, dtype=dtype, linear=LinearChoice(computing, FOR_ANY_DEVICE))
     made: list[Tensor] = []
     for turn in range(1 if then is None else 2):
         if turn and then is not None:

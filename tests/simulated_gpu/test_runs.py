@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from qwenimage_lowvram.engine.compute.linear_choice import Computing
 
 from . import beside, kept_prefix, predicted, scenarios, sudden_ends
 
@@ -48,6 +49,8 @@ CASES: list[tuple[Callable[..., Any], dict[str, Any]]] = [
     (scenarios.steps, {"kind": "bf16", "dtype": torch.float16, "resident": (1,), "held": (0,), "residuals": True}),
     (scenarios.steps, {"kind": "nf4", "dtype": torch.float16, "resident": (1,), "prompts": 2}),
     (kept_prefix.prefix_kept, {"remade": 1, "on_device": 1, "then": 0, "dtype": torch.float16}),
+    (scenarios.steps, {"kind": "int8", "computing": Computing.FAST, "resident": (1,), "held": (0,), "prompts": 2}),
+    (scenarios.steps, {"kind": "int8", "computing": Computing.FAST, "resident": (2,), "then": (("lora", 0.7),)}),
 ]
 # the clocks find races under any schedule: they come by turns
 TURNS = list(zip(CASES, cycle(("late", "random", "copies late", "compute late")), strict=False))
