@@ -158,6 +158,7 @@ class LowVRAMModel:
         self.advice = advice
         self.step_cache = step_cache
         self.compiles = compiles  # blocks, whether a node asks for it or not
+        self.exact = True  # compiled blocks are used only where they compute the same bits
 
     # what a network says of a run
 

@@ -74,3 +74,23 @@ def test_what_fits_in_chunks_alone_is_not_compiled(model: Any, monkeypatch: pyte
     assert torch.equal(run(compiled_by_node(model, "aot_eager"), **large), expected)
     assert "in chunks" in model.model.last_report.not_compiled
     assert model.model.last_report.plan.mlp_chunk_tokens == 64
+
+
+def test_where_compute_is_fast_code_may_round_in_another_way_and_that_is_said(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch._dynamo
+
+    def rounding(graph: Any, inputs: Any) -> Any:
+        return lambda *args: [part * (1 + 1e-6) for part in graph(*args)]
+
+    expected, compiled = run(model), compiled_by_node(model, "inductor")
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: rounding)
+    assert torch.equal(run(compiled), expected)
+    assert "not the same bits" in model.model.last_report.not_compiled
+    monkeypatch.setattr(model.model, "exact", False)
+    assert not torch.equal(run(compiled), expected)
+    report = model.model.last_report
+    assert "blocks compiled (not exact)" in str(report.plan)
+    assert "not exact: errors of a block up to 1e-06" in str(report)
+    assert report.not_compiled == ""

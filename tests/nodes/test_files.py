@@ -229,6 +229,12 @@ def test_a_gguf_file_under_another_ending_is_named(split: tuple[SplitFiles, Path
     assert "renamed.gguf is no GGUF file, but a safetensors file. Give it the ending .safetensors." in said
 
 
+def test_code_that_rounds_in_another_way_is_allowed_where_compute_is_fast(split: tuple[SplitFiles, Path]) -> None:
+    files = (split[0].transformer, split[0].text_encoder, split[0].vae)
+    models = [loader()().load(*files, **SETTINGS, compute=compute)[0] for compute in ("auto", "exact", "fast")]
+    assert [model.model.exact for model in models] == [True, True, False]
+
+
 def test_2511_without_its_mark_is_refused_until_it_is_chosen(split: tuple[SplitFiles, Path]) -> None:
     names, root = split
     folder = root / "models" / "diffusion_models"
