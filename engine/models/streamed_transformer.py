@@ -1,21 +1,19 @@
-"""A transformer whose blocks pass through the device: where they lie, and `for block: for branch`. Knows no network."""
+"""A transformer whose blocks pass through the device: where its weights lie, how passes begin. Knows no network."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic
 
 import torch
 from torch import Tensor, nn
 
-from ..compute.attention import Attention, attention_by
+from ..compute.attention import Attention
 from ..compute.attention_kernels import AttentionKernel
 from ..compute.compilation import CompiledBlocks, CompileSettings
-from ..compute.finite import is_finite
-from ..compute.half_products import activations_dtype, half_attention, measure_weights
+from ..compute.half_products import activations_dtype
 from ..compute.stored_products import StoredProduct
-from ..compute.token_chunks import chunk_tokens
 from ..errors import Unsupported
 from ..files.checkpoint import Checkpoint
 from ..hardware import Hardware
@@ -23,13 +21,11 @@ from ..planning.footprint import TransformerFootprint
 from ..planning.kept import NOTHING_KEPT, KeptTiers
 from ..planning.memory_plan import SecondaryDevice
 from ..planning.spread import spread_order
-from ..streaming import RING_PIECES, BlockStreamer, OnBlock, Pace, Waits, WeightPatch, bind
+from ..streaming import RING_PIECES, BlockStreamer, OnBlock, Pace, WeightPatch, bind
 from .layer_rows import OtherNames
-from .network import Branch, Gate, Hooked, NothingBeforehand, State, StepTable
+from .network import NothingBeforehand, StepTable
 from .transformer_parts import TransformerParts
-
-BranchT = TypeVar("BranchT", bound=Branch)
-StateT = TypeVar("StateT", bound=State)
+from .transformer_session import BranchT, StateT, TransformerSession
 
 
 class StreamedTransformer(ABC, Generic[BranchT, StateT]):
@@ -247,7 +243,7 @@ class StreamedTransformer(ABC, Generic[BranchT, StateT]):
         ring: int = RING_PIECES,
         mlp_chunk_tokens: int | None = None,
         secondaries: Sequence[SecondaryDevice] = (),
-    ) -> Iterator["TransformerSession[BranchT, StateT]"]:
+    ) -> Iterator[TransformerSession[BranchT, StateT]]:
         """What a run of several passes needs on the devices, given back on every way out. The arguments are a plan's
         fields."""
         away = min((secondary.blocks.start for secondary in secondaries), default=len(self.store.blocks))
@@ -265,118 +261,3 @@ class StreamedTransformer(ABC, Generic[BranchT, StateT]):
     def _move_outside(self, device: torch.device) -> None:
         with torch.inference_mode(False):
             bind(self._outside, {name: p.data.to(device) for name, p in self._outside.named_parameters()})
-
-
-class TransformerSession(Generic[BranchT, StateT]):
-    """The passes of one run. Made by `StreamedTransformer.session`."""
-
-    def __init__(
-        self,
-        transformer: StreamedTransformer[BranchT, StateT],
-        streamers: Sequence[BlockStreamer],
-        mlp_chunk_tokens: int | None,
-    ) -> None:
-        self._transformer = transformer
-        self._streamers = streamers
-        self._mlp_chunk_tokens = mlp_chunk_tokens
-        self.attention_notes = set[str]()  # what the kernel of attention did not compute, and why
-
-    @property
-    def waits(self) -> Waits:
-        """How long compute has waited for blocks, by where they came from."""
-        return sum((streamer.waits for streamer in self._streamers), Waits())
-
-    @torch.no_grad()
-    def forward(
-        self,
-        branches: Sequence[BranchT],
-        *,
-        hooked: Sequence[Hooked] = (),
-        more: bool = False,
-        on_block: OnBlock | None = None,
-        check: Callable[[], None] | None = None,
-        keep: Callable[[Sequence[Tensor]], None] | None = None,
-        gate: Gate | None = None,
-    ) -> list[Tensor]:
-        """What the model answers to each branch, in one pass over the blocks.
-
-        `hooked`: branches with something around their blocks. `more`: another pass follows. `on_block` is called
-        before each block with its index, `check` within those of huge images (`attention_by`); both may raise, and the
-        session can be used again after that. `keep` is called behind the pass with the tokens of each branch's image
-        behind the last block. `gate`: whether the pass ends behind the first block, and `keep` is not called; none
-        behind it is fetched until it goes on, nor for the pass that follows. Where another package's kernel of
-        attention makes numbers that are not finite, the pass is made again, and those that follow are made, by torch's
-        own; to see that, the host waits for the device behind each pass. Raises what the network's `begin` does.
-        """
-        transformer = self._transformer
-        options: dict[str, Any] = {
-            "more": more,
-            "on_block": on_block,
-            "check": check,
-            "keep": keep is not None,
-            "gate": gate,
-        }
-        answers, hidden = self._forward(branches, hooked, **options)
-        if transformer.attention_on(transformer.hardware).attend is not None and not all(map(is_finite, answers)):
-            self.attention_notes.add(f"{transformer.attention.name} made numbers that are not finite")
-            transformer.attend_by(None)
-            answers, hidden = self._forward(branches, hooked, **options)
-        if keep is not None and hidden:
-            keep(hidden)
-        return answers
-
-    @torch.no_grad()
-    def answers_of(self, branches: Sequence[BranchT], hidden: Sequence[Tensor]) -> list[Tensor]:
-        """What the model answers to each branch where this comes out of the last block; no block is visited."""
-        transformer = self._transformer
-        transformer.return_outside()
-        return [transformer.answer_of(branch, tokens) for branch, tokens in zip(branches, hidden, strict=True)]
-
-    def _forward(
-        self,
-        branches: Sequence[BranchT],
-        hooked: Sequence[Hooked],
-        *,
-        more: bool,
-        on_block: OnBlock | None,
-        check: Callable[[], None] | None,
-        keep: bool,
-        gate: Gate | None,
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        transformer = self._transformer
-        transformer.return_outside()  # it may have been asked to leave since the last pass
-        states = transformer.begin(branches, on_block)
-        in_half = transformer.products_dtype != transformer.dtype
-        alone = set(range(len(states))).difference(*(group.branches for group in hooked))
-        tokens = max((state.tokens for state in states), default=0)
-        before = [] if gate is None else list(map(transformer.image_tokens, branches, states))
-        for streamer in self._streamers:
-            attention = transformer.attention_on(streamer.hardware)
-            for state in states:
-                state.move(streamer.device)
-            for index, block in streamer.visit(more=more, may_end=gate is not None):
-                if on_block is not None:
-                    on_block(index)
-                chunk_tokens(block, self._mlp_chunk_tokens)
-                with ExitStack() as stack:
-                    stack.enter_context(attention_by(attention, tokens, check, told=self.attention_notes.add))
-                    if in_half:
-                        stack.enter_context(half_attention())
-                        measure_weights(block)
-                    elif transformer.compiled is not None:
-                        block = transformer.compiled.of(block)
-                    for i in sorted(alone):
-                        states[i].run(index, block)
-                    for group in hooked:
-                        transformer.run_hooked([states[i] for i in group.branches], group.hook, index, block)
-                for state in states:
-                    state.add_residuals(index)
-                if gate is not None and before:
-                    instead = gate.behind_first(before, list(map(transformer.image_tokens, branches, states)))
-                    before.clear()
-                    if instead is not None:
-                        return list(map(transformer.answer_of, branches, instead)), []
-        for state in states:
-            state.move(transformer.hardware.device)
-        last = list(map(transformer.image_tokens, branches, states)) if keep else []
-        return [transformer.finish(branch, states.pop(0)) for branch in branches], last

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..models.streamed_transformer import TransformerSession
+from ..models.transformer_session import TransformerSession
 from ..planning.memory_plan import MemoryPlan
 from ..planning.stages import Stage, StagePlan, load_stage, modulation_stage, sampling_stage
 from ..streaming import Waits
