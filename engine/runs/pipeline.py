@@ -21,6 +21,8 @@ from ..compute.step_schedules import OFF, StepCache, step_cache_of
 from ..errors import InvalidRequest
 from ..files.checkpoint import Checkpoint
 from ..hardware import FLOATS, Hardware
+from ..lora.lora_file import match_model, open_lora
+from ..lora.weight_patches import lora_patches
 from ..models.qwen_vl.image_prompts import ImagePrompt
 from ..planning.request import GIB
 from ..reports.image_report import ImageReport
@@ -61,6 +63,7 @@ class Pipeline:
         check: Callable[[], None] = lambda: None,
         attention: str = AUTO,
         compute: str = Computing.EXACT.value,
+        loras: Sequence[tuple[Path, float]] = (),
         **of_network: Any,
     ) -> None:
         """Reads headers, the tokenizer, the VAE and the transformer's weights outside of its blocks.
@@ -70,8 +73,8 @@ class Pipeline:
         cache: a folder for encoded prompts and measured speeds; None keeps neither. on_progress: told a few times a
         second while images are sampled. check: called before each block and tile, and may raise, which ends the run.
         attention: the transformer's kernel, of `attention_choice.CHOICES`. compute: on what the transformer's linear
-        layers compute, a value of `linear_choice.Computing`. of_network: what the family's transformer takes beside
-        these. Raises Unsupported for a kernel that does not work here.
+        layers compute, a value of `linear_choice.Computing`. loras: files and their strengths, in order. of_network:
+        what the family's transformer takes beside these. Raises Unsupported for a kernel that does not work here.
         """
         if dtype is not None and dtype not in FLOATS:
             raise InvalidRequest(
@@ -116,6 +119,9 @@ class Pipeline:
             variant=files.variant,
             linear=linear_of(Computing(compute), files.transformer, [hardware], dtypes[1]),
             **of_network,
+        )
+        self._transformer.patch(
+            lora_patches([(match_model(open_lora(file), self._transformer), strength) for file, strength in loras])
         )
         tried = self._trials("attention.json")
         self._transformer.attend_by(choose_attention(attention, [hardware], dtypes[1], tried=tried))

@@ -8,10 +8,15 @@ import pytest
 import torch
 from diffusers import QwenImagePipeline
 from qwenimage_lowvram.engine.errors import DoesNotFit, InvalidRequest
+from qwenimage_lowvram.engine.lora.lora_file import match_model, open_lora
+from qwenimage_lowvram.engine.lora.weight_patches import lora_patches
 from qwenimage_lowvram.engine.models.qwen_image.positions import Positions
 from qwenimage_lowvram.engine.planning.draft import least_bytes
 from qwenimage_lowvram.engine.planning.stages import Stage
+from qwenimage_lowvram.engine.runs.opened_files import OpenedFiles
 from qwenimage_lowvram.engine.runs.pipeline import Pipeline
+from safetensors.torch import save_file
+from split_files import write_split_files
 
 PROMPT, NEGATIVE = 'a sign that says "红色"', "blurry"
 STEPS = 4
@@ -70,6 +75,44 @@ def test_an_image_by_products_in_fp16_is_nearly_that_of_fp32(small_pipeline: Pat
     with opened(small_pipeline, dtype=torch.float16) as pipeline:
         assert (image(pipeline) - expected).abs().max() < 0.02
         assert "products in fp16 between activations in fp32" in str(pipeline.report.sampling.plan)
+
+
+def test_loras_are_those_of_the_files_in_their_order(small_pipeline: Path, tmp_path: Path) -> None:
+    weight = "transformer_blocks.1.attn.to_q"
+    for name in ("first", "second"):
+        generator = torch.Generator().manual_seed(len(name))
+        up, down = torch.randn(64, 4, generator=generator), torch.randn(4, 64, generator=generator)
+        tensors = {f"{weight}.lora_B.weight": up, f"{weight}.lora_A.weight": down}
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    loras = [(tmp_path / "first.safetensors", 0.5), (tmp_path / "second.safetensors", -0.25)]
+    size = {"width": 64, "height": 64, "seed": 1, "steps": 2}
+    with opened(small_pipeline, loras=loras) as pipeline:
+        latents = pipeline.sample(pipeline.encode([PROMPT]), **size, cfg=1.0)
+    with opened(small_pipeline) as plain:
+        prompts = plain.encode([PROMPT])
+        without = plain.sample(prompts, **size, cfg=1.0)
+        matched = [(match_model(open_lora(file), plain._transformer), strength) for file, strength in loras]
+        plain._transformer.patch(lora_patches(matched))
+        assert torch.equal(plain.sample(prompts, **size, cfg=1.0), latents)
+    assert (latents - without).norm() > 0.01 * without.norm()
+
+
+def test_int8_weights_are_computed_with_as_stored_where_that_is_asked_for(small_pipeline: Path, tmp_path: Path) -> None:
+    files = write_split_files(small_pipeline, tmp_path, dtype="int8_convrot", text_dtype="bf16")
+    transformer = tmp_path / "diffusion_models" / files.transformer
+    others = (small_pipeline / name for name in ("text_encoder", "vae", "tokenizer"))
+    opened_files = OpenedFiles.of(transformer, *others)
+    size = {"width": 64, "height": 64, "seed": 1, "steps": 2, "cfg": 1.0}
+    latents = {}
+    for compute in ("exact", "auto", "fast"):
+        with Pipeline(opened_files, device="cpu", compute=compute) as pipeline:
+            latents[compute] = pipeline.sample(pipeline.encode([PROMPT]), **size)
+            assert ("int8 by comfy-kitchen" in str(pipeline.report.sampling.plan)) == (compute == "fast")
+    assert torch.equal(latents["exact"], latents["auto"])  # on a CPU
+    error = (latents["fast"] - latents["exact"]).norm() / latents["exact"].norm()
+    assert 0 < error < 0.05
+    with pytest.raises(InvalidRequest, match="compute is 'quick'"):
+        Pipeline(opened_files, device="cpu", compute="quick")
 
 
 def test_an_image_that_could_not_be_decoded_is_refused_before_it_is_sampled(small_pipeline: Path) -> None:
