@@ -4,7 +4,7 @@ Each is comfy-kitchen's, by its own kernels where it has any for the device. Wha
 that of the decoded weight, within what quantizing x costs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
@@ -21,6 +21,7 @@ _GROUP = 256  # that its functions take for granted where nothing is rotated
 # its forms for any device, made of many operators of torch's, which take more memory than the result
 FOR_ANY_DEVICE = "eager"
 _LEAST_ROWS = 64
+_FP8 = torch.float8_e4m3fn
 
 
 class StoredProduct(Protocol):
@@ -79,6 +80,42 @@ class Int8Product:
         if self.backend != FOR_ANY_DEVICE:
             return 0
         return rows * (columns + 4) + 4 * (self.group or 0) ** 2  # the weight, turned; what turns x
+
+
+@dataclass(frozen=True)
+class Fp8Product:
+    """fp8 (e4m3) with one scale for the whole weight: x is brought to fp8 as it is, or divided by what the file gives
+    as the last part; never by what would depend on how many tokens are multiplied at a time."""
+
+    backend: str
+    name = "fp8"
+
+    def __call__(self, x: Tensor, parts: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+        quantize, multiply = load_fp8()
+        data, scale, *given = (part if part.dtype == _FP8 else part.float().reshape(()) for part in parts)
+        x_scale = given[0] if given else torch.ones((), device=x.device)
+        scales = {"scale_a": x_scale, "scale_b": scale}
+        return multiply(quantize(x, x_scale, _FP8), data.t(), **scales, bias=bias, out_dtype=x.dtype)
+
+    def some_parts(self, rows: int, columns: int, device: torch.device) -> list[Tensor]:
+        one = torch.ones((), device=device)
+        return [torch.ones(rows, columns, device=device).to(_FP8), one, one]
+
+    def row_bytes(self, columns: int, rows: int, element_bytes: int) -> int:
+        temporary = 2 * element_bytes if self.backend == FOR_ANY_DEVICE else 0  # scaled, and within range
+        return columns * (1 + temporary)
+
+    def fixed_bytes(self, columns: int, rows: int) -> int:
+        return 0
+
+
+@cache
+def load_fp8() -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """comfy-kitchen's way to fp8, and its product. Raises ImportError or AttributeError where they are missing."""
+    import comfy_kitchen
+    from comfy_kitchen.scaled_mm_v2 import scaled_mm_v2
+
+    return comfy_kitchen.quantize_per_tensor_fp8, scaled_mm_v2
 
 
 @cache

@@ -3,11 +3,12 @@
 A note is JSON such as `{"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": 256}`: the bytes of the
 tensor `<layer>.comfy_quant`, or an entry of "layers" in the header's `_quantization_metadata` (ComfyUI's comfy/ops.py
 _load_quantized_module and comfy/utils.py convert_old_quants). A layer without a note is stored plainly, so that a file
-may mix formats. Weights alone are read: `input_scale` and `full_precision_matrix_mult` say how ComfyUI would quantize
-what they are multiplied with, which stays as it is here.
+may mix formats. `input_scale` and `full_precision_matrix_mult` say how what they are multiplied with is quantized, or
+that it is not: they matter where layers compute on stored weights.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..errors import DamagedFile, WrongModel
 from ..files.json_texts import parse_json
 from .comfy_notes import Note, NotedFormat
 from .format import Format, Tensors
+from .neighbours import FULL_PRODUCTS
 from .notes import read_notes
 
 _NOTE = ".comfy_quant"
@@ -34,7 +36,10 @@ class ComfyQuant(Format):
         result = {name: entry for name, entry in tensors.items() if not name.endswith(_NOTE)}
         for layer, settings in _notes(tensors, metadata, path).items():
             if f"{layer}.weight" in tensors:
-                result |= self._noted(Note(layer, tensors, settings))
+                note = Note(layer, tensors, settings)
+                result |= self._noted(note)
+                if note.setting("full_precision_matrix_mult", False):
+                    result[f"{layer}.{FULL_PRODUCTS}"] = replace(note.entry, dtype="U8", shape=(0,), nbytes=0)
         dtypes = {entry.dtype for entry in result.values()}
         for member in self.members:
             member.require_packages(dtypes, path)

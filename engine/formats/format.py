@@ -51,7 +51,9 @@ class StoredParam:
     """A parameter as a file stores it: its codec, and its parts, the data first.
 
     read_beside: the parameter whose decoded weight the codec reads as a last part. tile_rows: how many rows are stored
-    so that only together they can be decoded; 1 where each can by itself.
+    so that only together they can be decoded; 1 where each can by itself. For who computes on the weight as stored:
+    operand_scale: what numbers are divided by before they are brought to its dtype, where the file says so;
+    full_products: the file says that products are to be computed on the decoded weight.
     """
 
     name: str
@@ -60,6 +62,8 @@ class StoredParam:
     parts: tuple[TensorEntry, ...]
     read_beside: str | None = None
     tile_rows: int = 1
+    operand_scale: TensorEntry | None = None
+    full_products: bool = False
 
     @property
     def codec(self) -> str:

@@ -1,14 +1,18 @@
 """What stands beside a layer's weight: its scale, what says nothing of it, and what would change its meaning."""
 
+from dataclasses import replace
 from math import prod
 
 from ..files.checkpoint import TensorEntry
-from .format import Tensors
+from .format import StoredParam, Tensors
 
 # what a scale is called beside `<layer>.weight`: older and newer ComfyUI files
 SCALE_NAMES = ("scale_weight", "weight_scale")
 # what may stand beside a quantized weight and says nothing of it: scales of what goes in and out
-_NOT_OF_THE_WEIGHT = ("weight", "bias", "input_scale", "scale_input", "output_scale", "scale_output")
+_OPERAND_SCALES = ("input_scale", "scale_input")
+# no tensor: stands for a note's `full_precision_matrix_mult`
+FULL_PRODUCTS = "full_products"
+_NOT_OF_THE_WEIGHT = ("weight", "bias", *_OPERAND_SCALES, "output_scale", "scale_output", FULL_PRODUCTS)
 _KNOWN = frozenset((*SCALE_NAMES, *_NOT_OF_THE_WEIGHT))
 _WIDE = ("F32", "F16", "BF16")
 
@@ -49,3 +53,12 @@ def stands_alone(name: str, tensors: Tensors) -> bool:
 def is_scale(scale: TensorEntry, data: TensorEntry) -> bool:
     """Whether the scale of a matrix is one number, or one for each row."""
     return scale.dtype in _WIDE and len(data.shape) == 2 and prod(scale.shape) in (1, data.shape[0])
+
+
+def about_products(param: StoredParam, tensors: Tensors) -> StoredParam:
+    """The parameter with what its layer says of products with it."""
+    layer = param.name.removesuffix(".weight")
+    found = [tensors[f"{layer}.{name}"] for name in _OPERAND_SCALES if f"{layer}.{name}" in tensors]
+    scale = found[0] if len(found) == 1 and prod(found[0].shape) == 1 and found[0].dtype in _WIDE else None
+    full = f"{layer}.{FULL_PRODUCTS}" in tensors
+    return replace(param, operand_scale=scale, full_products=full) if scale or full else param

@@ -8,7 +8,7 @@ from ..errors import WrongModel
 from ..files.checkpoint import Checkpoint, TensorEntry
 from ..texts import printable
 from .format import Codec, Encoder, Format, Layout, StoredParam, Tensors
-from .neighbours import scales_beside, strangers_beside
+from .neighbours import about_products, scales_beside, strangers_beside
 
 # of ComfyUI's formats, whose weights say nothing of themselves
 _NOTED_DTYPES = ("I8", "U8")
@@ -55,7 +55,7 @@ class Formats:
         for format_ in self._of_dtype.get(tensors[name].dtype, ()):
             param = format_.recognise(name, tensors)
             if param is not None:
-                return param
+                return about_products(param, tensors)
         beside = strangers_beside(name, tensors) or scales_beside(name, tensors)
         raise _unknown_format(where, name, tensors[name], beside)
 

@@ -1,7 +1,9 @@
 """fp8 weights with an fp32 scale per tensor or per output row: weight = data * scale."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from .chunks import row_chunks
 from .comfy_notes import Note, NotedFormat
 from .file_parts import Part, name_beside
 from .format import StoredParam, Tensors
-from .neighbours import only_scale
+from .neighbours import FULL_PRODUCTS, SCALE_NAMES, only_scale
 from .scaling import scale_rows_into, scaled_rows_bytes
 from .scratch import Scratch
 
@@ -50,6 +52,7 @@ SCALED_FP8 = (
     ScaledFp8Codec("fp8_e5m2_scaled", torch.float8_e5m2),
 )
 _OF_DTYPE = dict(zip(("F8_E4M3", "F8_E5M2"), SCALED_FP8, strict=True))
+_MARKER = "scaled_fp8"
 _OF_NOTE = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
 
 
@@ -64,6 +67,19 @@ class ScaledFp8(NotedFormat):
     def noted(self, note: Note) -> Tensors:
         note.require_scaled(_OF_NOTE[note.kind])
         return {}
+
+    def describe(self, tensors: Tensors, metadata: Mapping[str, str], path: Path) -> Tensors:
+        """In files without notes, a marker of two numbers says that products are computed on decoded weights (ComfyUI's
+        comfy/utils.py convert_old_quants)."""
+        full = [name for name, entry in tensors.items() if name.endswith(_MARKER) and prod(entry.shape) == 2]
+        scaled = [name for name in tensors if name.endswith(f".{SCALE_NAMES[0]}")] if full else []
+        layers = [name.removesuffix(f".{SCALE_NAMES[0]}") for name in scaled]
+        marks = {
+            f"{layer}.{FULL_PRODUCTS}": replace(tensors[f"{layer}.weight"], dtype="U8", shape=(0,), nbytes=0)
+            for layer in layers
+            if f"{layer}.weight" in tensors
+        }
+        return {**tensors, **marks}
 
     def recognise(self, name: str, tensors: Tensors) -> StoredParam | None:
         data = tensors[name]

@@ -259,8 +259,9 @@ def store_block(
             native &= is_native(param, FORMAT_OF_DTYPE[dtype])
             continue
         of_weight.pop(name, None)
-        computed[name] = StoredLayer(product, len(param.parts), tuple(one for one, _, _ in added))
-        parts = (*param.parts, *(part for _, up, down in added for part in (up, down)))
+        stored = param.parts if param.operand_scale is None else (*param.parts, param.operand_scale)
+        computed[name] = StoredLayer(product, len(stored), tuple(one for one, _, _ in added))
+        parts = (*stored, *(part for _, up, down in added for part in (up, down)))
         for index, part in enumerate(parts):
             layout = formats.raw_layout(part)
             codec = PlainCodec(param.codec, layout[0])
