@@ -21,6 +21,7 @@ _GROUP = 256  # that its functions take for granted where nothing is rotated
 # its forms for any device, made of many operators of torch's, which take more memory than the result
 FOR_ANY_DEVICE = "eager"
 _LEAST_ROWS = 64
+_WORKSPACE_BYTES = 32 * 1024**2  # that its CUDA kernels keep for cuBLAS
 _FP8 = torch.float8_e4m3fn
 
 
@@ -60,9 +61,9 @@ class Int8Product:
     name = "int8"
 
     def __call__(self, x: Tensor, parts: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-        data, scale = parts
+        data, scale = parts[0], parts[1].float()
         if self.factor != 1:
-            scale = scale.float() * self.factor
+            scale = scale * self.factor
         return load_int8()(x, data, scale, bias, _DTYPE_CODES[x.dtype], self.group is not None, self.group or _GROUP)
 
     def some_parts(self, rows: int, columns: int, device: torch.device) -> list[Tensor]:
@@ -71,14 +72,14 @@ class Int8Product:
 
     def row_bytes(self, columns: int, rows: int, element_bytes: int) -> int:
         if self.backend != FOR_ANY_DEVICE:
-            return columns + 4
+            return columns + 4 + 4 * rows  # and where no kernel of its own fits, the product in int32
         rotated = columns * element_bytes if self.group else 0
         # x in fp32 while it is quantized; then the product in int32, fp32, its scales, scaled, and rounded twice
         return columns + 4 + rotated + max(2 * 4 * columns, rows * (4 * 4 + 2 * element_bytes))
 
     def fixed_bytes(self, columns: int, rows: int) -> int:
         if self.backend != FOR_ANY_DEVICE:
-            return 0
+            return _WORKSPACE_BYTES
         return rows * (columns + 4) + 4 * (self.group or 0) ** 2  # the weight, turned; what turns x
 
 
