@@ -122,7 +122,9 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = halves(self.gate_up, x) if self._joined else (self.gate_layer(x), self.proj(x))
-        return self.out(F.silu(gate, inplace=True).mul_(up))
+        gated = F.silu(gate, inplace=True).mul_(up)
+        del gate, up  # before there is the result
+        return self.out(gated)
 
 
 class Block(nn.Module):
