@@ -35,7 +35,8 @@ def test_what_a_model_held_goes_with_it(
     image = ksampler(model, cond(), cond(5, 2), empty_latent(), steps=1)
     transformer = model.model.transformer
     store: Any = transformer.store
-    buffers = [weakref.ref(p) for module in store._tiers._ready.values() for p in module.parameters()]
+    slots, blocks = store._tiers._ready, store.blocks
+    buffers = [weakref.ref(p) for i, slot in slots.items() for p in slot.module_of(blocks[i]).parameters()]
     buffers += [weakref.ref(buffer) for buffer in store._tiers._held.values()]
     gone = [*buffers, weakref.ref(transformer), weakref.ref(store)]
     assert len(buffers) > 0
