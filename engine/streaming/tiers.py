@@ -21,15 +21,18 @@ class SlotModules:
     """A buffer on the device, large enough for any block, and modules whose parameters lie in it: one for each form
     that blocks have there, made when the first of them comes."""
 
-    def __init__(self, buffer: Tensor, make: Callable[[Tensor, StoredBlock], nn.Module]) -> None:
+    def __init__(self, buffer: Tensor, make_block: Callable[[], nn.Module]) -> None:
         self.buffer = buffer
-        self._make = make
+        self._make_block = make_block
         self._modules: dict[tuple[object, ...], nn.Module] = {}
 
     def module_of(self, block: StoredBlock) -> nn.Module:
         module = self._modules.get(block.form)
         if module is None:
-            module = self._modules[block.form] = self._make(self.buffer, block)
+            with torch.inference_mode(False):
+                module = compute_as_stored(self._make_block(), dict(block.computed))
+                bind(module, block.slot.views(self.buffer))
+            self._modules[block.form] = module
         return module
 
     def forget(self) -> None:
@@ -117,17 +120,11 @@ class Tiers:
         """As the store has it."""
         slot_bytes = self._transfer.sizes.slot_bytes
         *buffers, _ = self._transfer.new_buffers(*[slot_bytes] * count, max(0, least_bytes - count * slot_bytes))
-        return [SlotModules(buffer, self._module_in) for buffer in buffers]
+        return [SlotModules(buffer, self._make_block) for buffer in buffers]
 
     def module_in(self, slot: "SlotModules", index: int) -> nn.Module:
         """Of block `index`, once its bytes lie in the slot."""
         return slot.module_of(self.blocks[index])
-
-    def _module_in(self, buffer: Tensor, block: StoredBlock) -> nn.Module:
-        with torch.inference_mode(False):
-            module = compute_as_stored(self._make_block(), dict(block.computed))
-            bind(module, block.slot.views(buffer))
-        return module
 
     def set_resident(self, indices: Iterable[int], on_block: Callable[[int], None] | None) -> None:
         wanted = set(indices)

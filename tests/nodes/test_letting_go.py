@@ -35,8 +35,11 @@ def test_what_a_model_held_goes_with_it(
     image = ksampler(model, cond(), cond(5, 2), empty_latent(), steps=1)
     transformer = model.model.transformer
     store: Any = transformer.store
-    slots, blocks = store._tiers._ready, store.blocks
-    buffers = [weakref.ref(p) for i, slot in slots.items() for p in slot.module_of(blocks[i]).parameters()]
+    buffers = [
+        weakref.ref(parameter)
+        for index, slot in store._tiers._ready.items()
+        for parameter in slot.module_of(store.blocks[index]).parameters()
+    ]
     buffers += [weakref.ref(buffer) for buffer in store._tiers._held.values()]
     gone = [*buffers, weakref.ref(transformer), weakref.ref(store)]
     assert len(buffers) > 0
