@@ -5,7 +5,8 @@ inputs, so that neither which module it is nor where its parameters lie matters 
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -77,7 +78,8 @@ class CompiledBlocks:
             return block(*args, **kwargs)
         expected = [part.cpu() for part in _tensors(block(*args, **kwargs))] if new else []
         try:
-            answer = self._call(block, *tree_map_only(Tensor, _rootless, (tuple(args), dict(kwargs))))
+            with _copied(block):
+                answer = self._call(block, *tree_map_only(Tensor, _rootless, (tuple(args), dict(kwargs))))
         except AttentionFailed as failed:
             raise failed.error from None
         except Exception as error:  # compilers fail in any way
@@ -146,6 +148,25 @@ class _Standing:
 
 def _run_block(block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     return block(*args, **kwargs)
+
+
+@contextmanager
+def _copied(block: nn.Module) -> Iterator[None]:
+    """Within it, what the block's modules were handed for this call, beside their parameters, are copies: code is made
+    for the beginning of a tensor and for other places in it apart."""
+    handed = [
+        (module, name, value)
+        for module in block.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor)
+    ]
+    try:
+        for module, name, value in handed:
+            setattr(module, name, value.clone())
+        yield
+    finally:
+        for module, name, value in handed:
+            setattr(module, name, value)
 
 
 def _rootless(tensor: Tensor) -> Tensor:

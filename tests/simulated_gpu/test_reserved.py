@@ -23,7 +23,7 @@ STEPS = 2  # that are taken of them
 # of twice as many, the second half is predicted
 CACHE = StepSchedule("of a test", len(TIMES), (0, 1, 10), Measured("Qwen-Image", 64, 48))
 PIECES = 2 / 3  # of activations, as MemoryPlan says
-ROUNDING_BYTES = 18 * MIB  # many small tensors, each of which takes 512 bytes or more
+ROUNDING_BYTES = 16 * MIB  # many small tensors, each of which takes 512 bytes or more
 
 
 def mib(*sizes: int) -> list[int]:

@@ -76,9 +76,7 @@ class BranchState:
 
     def run(self, index: int, block: nn.Module) -> None:
         device = self.img.device
-        img_mod, txt_mod = self.row.img[index], self.row.txt[index]
-        # copies: code is compiled for the beginning of a tensor and for other places in it apart
-        block.img_mod.value, block.txt_mod.value = img_mod.to(device, copy=True), txt_mod.to(device, copy=True)
+        block.img_mod.value, block.txt_mod.value = self.row.img[index].to(device), self.row.txt[index].to(device)
         try:
             self.txt, self.img = block(
                 hidden_states=self.img,
