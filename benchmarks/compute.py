@@ -8,10 +8,8 @@ there. `error` is relative, against fp32 products with the weights that were qua
 the decoded weight (exact), or as a product beside the stored one (fast).
 """
 
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,6 +20,7 @@ from comfy_files import quantized
 from comfyui_layers import comfyuis_linear
 from devtools.in_process import use_comfyui
 from diffusers_step import DEVICE, DTYPE
+from in_turns import seconds_in_turns
 from live_bytes import LiveBytes
 from qwenimage_lowvram.engine.compute.linear_choice import DECODED, Computing, LinearChoice, choose_linear
 from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
@@ -79,7 +78,7 @@ def _of_layer(
         own = comfyuis_linear(load_file(file), "layer", shape, DTYPE).to(DEVICE)
         contenders.append(("ComfyUI", partial(own, x), plain))
         measured = [(who, *_peak(compute), wanted) for who, compute, wanted in contenders]
-        seconds = _in_turns([compute for _, compute, _ in contenders], rounds)
+        seconds = seconds_in_turns([compute for _, compute, _ in contenders], rounds, DEVICE)
     return [
         {
             "who": who,
@@ -131,15 +130,3 @@ def _peak(compute: Callable[[], Tensor]) -> tuple[Tensor, int]:
     with LiveBytes(DEVICE.type) as live:
         result = compute()
     return result, live.peak
-
-
-def _in_turns(steps: Sequence[Callable[[], Tensor]], rounds: int) -> list[float]:
-    seconds: list[list[float]] = [[] for _ in steps]
-    for _ in range(rounds):
-        for step, taken in zip(steps, seconds, strict=True):
-            start = time.perf_counter()
-            step()
-            if DEVICE.type == "cuda":
-                torch.cuda.synchronize()
-            taken.append(time.perf_counter() - start)
-    return [statistics.median(taken) for taken in seconds]

@@ -8,7 +8,6 @@ per step, at each framework's own point of onload. Ours reads the modulation wei
 `once_bytes`, `once_seconds`. `error` is the largest difference from diffusers with everything resident.
 """
 
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from diffusers import QwenImageTransformer2DModel
 from diffusers.hooks import apply_group_offloading
 from diffusers.hooks.group_offloading import ModuleGroup
 from diffusers_step import DEVICE, DTYPE, StepInputs, guide, guided_step, parameters_of
+from in_turns import seconds_in_turns
 from live_bytes import LiveBytes
 from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
@@ -47,7 +47,7 @@ def rows(quick: bool) -> list[dict[str, Any]]:
         contenders = [resident, _group_offload(folder, inputs, Path(scratch) / "offload", activations)]
         contenders += [_ours(folder, inputs, count, open_sessions) for count in (0, layers // 2, layers)]
         results = [contender.step() for contender in contenders]
-        seconds = _in_turns([contender.step for contender in contenders], rounds)
+        seconds = seconds_in_turns([contender.step for contender in contenders], rounds, DEVICE)
     case = f"{layers} blocks of {heads * 128}, {side * side} tokens"
     return [
         {
@@ -67,19 +67,6 @@ class _Contender:
     case: str
     step: Callable[[], Tensor]
     measured: dict[str, Any]
-
-
-def _in_turns(steps: list[Callable[[], Tensor]], rounds: int) -> list[float]:
-    """Median seconds of each step; all take turns, so that a machine whose speed drifts is fair to all."""
-    seconds: list[list[float]] = [[] for _ in steps]
-    for _ in range(rounds):
-        for step, taken in zip(steps, seconds, strict=True):
-            start = time.perf_counter()
-            step()
-            if DEVICE.type == "cuda":
-                torch.cuda.synchronize()
-            taken.append(time.perf_counter() - start)
-    return [statistics.median(taken) for taken in seconds]
 
 
 def _resident(folder: Path, inputs: StepInputs) -> tuple[_Contender, int]:

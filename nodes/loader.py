@@ -182,9 +182,7 @@ class QwenLowVRAMLoader:
         )
         told = " ".join(text for text in (doubt, asked, _products_text(dtype, products), slower, advice) if text)
         steps = step_cache_of(step_cache)
-        patcher = served.make_model(model, limits.vram_bytes, limits.ram_bytes, timeline, told, steps)
-        patcher.model.exact = compute != Computing.FAST.value
-        return patcher, clip, image_vae
+        return served.make_model(model, limits.vram_bytes, limits.ram_bytes, timeline, told, steps), clip, image_vae
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from ..out_of_memory import shortage
 from .attention import Attention, Operands, kernel_of_all, torchs_own
 from .attention_kernels import FLASH, KITCHEN_INT8, SAGE, SPLIT, XFORMERS
 from .attention_packages import FUNCTIONS, KernelFunction
+from .relative_error import relative_error
 
 AUTO = "auto"
 # what a person can choose, whether it is installed or not
@@ -28,7 +29,6 @@ _QUANTIZING = 0.1
 HEAD_DIM = 128  # of the models' heads, and of a trial's
 TRIAL_BYTES = 32 * 1024**2  # of a trial
 _FAILED = -1.0  # remembered of a kernel that ended in an error
-_BEYOND = 1e6  # of one whose results are no numbers, or of another shape
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def trial_error(function: KernelFunction, device: torch.device, dtype: torch.dty
                 raise  # which tells nothing of the kernel
             logger.debug("Attention kernel %s: %s", function.kernel.name, error)
             return _FAILED
-        worst = max(worst, _relative_error(out, _reference(operands)))
+        worst = max(worst, relative_error(out, _reference(operands)))
     return worst
 
 
@@ -184,10 +184,3 @@ def _reference(operands: Operands) -> Tensor:
     wide = replace(operands, query=operands.query.float(), key=operands.key.float(), value=operands.value.float())
     with sdpa_kernel(SDPBackend.MATH):
         return torchs_own(wide)
-
-
-def _relative_error(out: Tensor, expected: Tensor) -> float:
-    if out.shape != expected.shape:
-        return _BEYOND
-    error = ((out.float() - expected).norm() / expected.norm()).item()
-    return min(error, _BEYOND) if error == error else _BEYOND

@@ -17,6 +17,7 @@ from ..formats.scaled_fp8 import ScaledFp8Codec
 from ..hardware import Hardware
 from ..out_of_memory import shortage
 from .half_products import activations_dtype
+from .relative_error import relative_error
 from .stored_products import FOR_ANY_DEVICE, Fp8Product, Int8Product, StoredProduct, load_fp8, load_int8
 
 _FP8 = "F8_E4M3"  # of the data that products take
@@ -35,13 +36,12 @@ class Computing(Enum):
 @dataclass(frozen=True)
 class LinearChoice:
     """For each parameter that a file stores, how its layer computes. why_not: why nothing is computed as stored though
-    that was asked for. could: whether the file may have weights that could be."""
+    that was asked for."""
 
     computing: Computing
     int8_backend: str = ""
     fp8_backend: str = ""
     why_not: str = ""
-    could: bool = True
 
     def product_of(self, param: StoredParam) -> StoredProduct | None:
         """None: the weight is decoded."""
@@ -77,8 +77,10 @@ def linear_of(computing: Computing, file: Checkpoint, hardware: Sequence[Hardwar
     trials = [trial for kind, trial in (("I8", _INT8), ("F8_E4M3", _FP8_TRIAL)) if kind in stored]
     if computing is Computing.AS_COMFYUI and not all(_comfyui_multiplies_fp8(place.device) for place in hardware):
         trials = [trial for trial in trials if trial is not _FP8_TRIAL]
+    if not trials and computing is Computing.AS_COMFYUI:
+        return DECODED
     if not trials:
-        return LinearChoice(computing, why_not="the file holds no weights in int8 or fp8", could=False)
+        return LinearChoice(computing, why_not="the file holds no weights in int8 or fp8")
     return choose_linear(computing, hardware, activations_dtype(dtype), trials)
 
 
@@ -118,8 +120,8 @@ def _backend(trial: _Trial, hardware: Sequence[Hardware], dtype: torch.dtype) ->
             if shortage(error) is not None:
                 raise  # which tells nothing of the card
             return "", f"comfy-kitchen's {trial.name} products do not work on '{device}' ({error!s:.200})"
-        off = ((result.float() - expected).norm() / expected.norm()).item()
-        if not off < _MOST_ERROR:
+        off = relative_error(result, expected)
+        if off >= _MOST_ERROR:
             return "", f"comfy-kitchen's {trial.name} products are wrong on '{device}': error {off:.2g} when tried"
         backends.add(backend)
     return FOR_ANY_DEVICE if FOR_ANY_DEVICE in backends else min(backends), ""

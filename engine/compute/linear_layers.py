@@ -6,11 +6,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LayerScratch:
-    """Of a layer (columns -> rows): bytes for each token that is multiplied at a time, of which there are `most` at the
-    most (None: all), and beside these."""
+    """Of a layer: bytes for each token that is multiplied at a time, of which there are `most` at the most (None: all),
+    and beside these."""
 
-    columns: int
-    rows: int
     token_bytes: int
     fixed_bytes: int
     most: int | None
@@ -27,11 +25,11 @@ class LinearLayers:
     decoded. scratch: of each kind of those that are not."""
 
     text: str = ""
-    scratch: tuple[LayerScratch, ...] = ()
+    scratch: frozenset[LayerScratch] = frozenset()
 
     @classmethod
     def of(cls, names: Iterable[str], scratch: Iterable[LayerScratch]) -> "LinearLayers":
-        return cls(" and ".join(sorted(set(names))), tuple(sorted(set(scratch), key=repr)))
+        return cls(" and ".join(sorted(set(names))), frozenset(scratch))
 
     def scratch_bytes(self, tokens: int) -> int:
         """The most that any of them takes."""

@@ -138,8 +138,6 @@ def rows_at_once(product: StoredProduct, columns: int, rows: int, element_bytes:
 def layer_scratch(product: StoredProduct, columns: int, rows: int, element_bytes: int) -> LayerScratch:
     """What a layer takes that computes so."""
     return LayerScratch(
-        columns,
-        rows,
         product.row_bytes(columns, rows, element_bytes),
         product.fixed_bytes(columns, rows),
         rows_at_once(product, columns, rows, element_bytes),

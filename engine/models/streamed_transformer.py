@@ -13,6 +13,7 @@ from ..compute.attention import Attention
 from ..compute.attention_kernels import AttentionKernel
 from ..compute.compilation import CompiledBlocks, CompileSettings
 from ..compute.half_products import activations_dtype
+from ..compute.linear_choice import Computing
 from ..compute.stored_products import StoredProduct
 from ..errors import Unsupported
 from ..files.checkpoint import Checkpoint
@@ -161,6 +162,11 @@ class StreamedTransformer(ABC, Generic[BranchT, StateT]):
     def stored_product(self) -> StoredProduct | None:
         """By which most linear layers compute on weights as they are stored; None: on decoded ones."""
         return self._parts.stored_product
+
+    @property
+    def exact(self) -> bool:
+        """Whether nobody has allowed its blocks to compute in another way than exactly."""
+        return self._parts.linear.computing is not Computing.FAST
 
     def attend_by(self, attention: Attention | None) -> None:
         """From the next pass on; None: by what torch has on each device. What blocks made by another kernel and kept is

@@ -3,10 +3,10 @@
 from collections.abc import Callable, MutableMapping
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from ..compute.half_products import half_linear
+from ..compute.relative_error import WRONG, relative_error
 from ..files.checkpoint import Checkpoint
 from ..hardware import Hardware
 from ..log import logger
@@ -15,7 +15,6 @@ from .machine_speeds import MEASURING_BYTES, measure_flops
 
 _MOST_ERROR = 5e-3  # of a product in fp16, relative to fp32: ten times what rounding makes
 _SPEED, _ERROR = "speed of fp16 products, relative to fp32's", "error of fp16 products"
-_FAILED = 1e6  # where nothing, or no number, came of it
 
 
 def half_is_faster(
@@ -77,10 +76,5 @@ def product_error(device: torch.device) -> float:
         if shortage(error) is not None:
             raise  # which tells nothing of the card
         logger.debug("Products in fp16: %s", error)
-        return _FAILED
-    return _relative(made, F.linear(x, weight.float()))
-
-
-def _relative(made: Tensor, expected: Tensor) -> float:
-    error = ((made - expected).norm() / expected.norm()).item()
-    return min(error, _FAILED) if error == error else _FAILED
+        return WRONG
+    return relative_error(made, F.linear(x, weight.float()))

@@ -1,6 +1,6 @@
-"""Where each tensor of a block lies in a flat byte buffer: as stored (raw), and as computed with (slot)."""
+"""A block as its file stores it (raw) and as it is computed with (slot), and how the one is made of the other."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -15,51 +15,9 @@ from ..compute.stored_products import StoredProduct
 from ..errors import WrongModel
 from ..files.checkpoint import TensorEntry
 from ..formats import FORMATS, Formats, PlainCodec, Scratch, StoredParam, is_native, is_plain
-
-# of every tensor's offset; torch's own allocators align to at least 64 bytes, kernels ask for 16
-ALIGNMENT = 256
+from .flat_layout import FlatItem, FlatLayout
 
 FORMAT_OF_DTYPE = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-
-
-@dataclass(frozen=True)
-class FlatItem:
-    """One tensor of a flat buffer: `nbytes` bytes from `offset`."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
-
-    @property
-    def end(self) -> int:
-        return self.offset + self.nbytes
-
-    def view(self, buffer: Tensor, base: int = 0) -> Tensor:
-        """The tensor in `buffer`, which holds the layout's bytes from `base` on."""
-        return buffer[self.offset - base : self.end - base].view(self.dtype).view(self.shape)
-
-
-@dataclass(frozen=True)
-class FlatLayout:
-    """Tensors one after another in one buffer of `nbytes` bytes, each at an aligned offset."""
-
-    items: tuple[FlatItem, ...]
-    nbytes: int
-
-    @classmethod
-    def of(cls, specs: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> "FlatLayout":
-        items: list[FlatItem] = []
-        offset = 0
-        for name, dtype, shape in specs:
-            nbytes = prod(shape) * dtype.itemsize
-            items.append(FlatItem(name, dtype, shape, offset, nbytes))
-            offset += -(-nbytes // ALIGNMENT) * ALIGNMENT
-        return cls(tuple(items), offset)
-
-    def views(self, buffer: Tensor) -> dict[str, Tensor]:
-        return {item.name: item.view(buffer) for item in self.items}
 
 
 class WeightPatch(Protocol):

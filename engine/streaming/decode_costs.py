@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 from ..formats.chunks import LORA_CHUNK_WEIGHTS
 from ..formats.format import StoredParam
 from ..formats.scratch import Scratch
-from .block_layout import FlatItem, StoredBlock
+from .block_layout import StoredBlock
+from .flat_layout import FlatItem
 
 # of a weight that is patched: to fp32 and back, a product added to it; and kernels for as much as is patched at a time
 PATCH_BYTES_PER_WEIGHT = 2 + 4 + 8 + 4 + 2

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..hardware import Hardware
 from ..log import logger
 from ..out_of_memory import reason
-from .block_layout import FlatLayout
+from .flat_layout import FlatLayout
 from .pinned_memory import HostBuffer, PinnedMemory
 from .streams import Mark, StreamOrder
 

@@ -1,4 +1,4 @@
-"""Compiled blocks as ComfyUI asks for them: by its node TorchCompileModel, or by the loader's setting."""
+"""Compiled blocks as ComfyUI asks for them: by its node TorchCompileModel."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,12 +19,12 @@ def is_compiling(wrapper_type: str, key: Any) -> bool:
     return (wrapper_type, key) == (WrappersMP.APPLY_MODEL, COMPILE_KEY)
 
 
-def settings_of_run(model_options: Mapping[str, Any], chosen: bool, exact: bool) -> CompileSettings | None:
-    """What blocks are compiled with: where a node asks for it, else where the loader does (`chosen`). What a node sets
-    beside that is named in the log where it is not followed."""
+def settings_of_run(model_options: Mapping[str, Any], *, exact: bool) -> CompileSettings | None:
+    """What blocks are compiled with; None where no node asks for that. What a node sets beside is named in the log
+    where it is not followed."""
     asked = model_options.get(COMPILE_OPTIONS)
     if asked is None:
-        return CompileSettings(exact) if chosen else None
+        return None
     backend = asked.get("backend", INDUCTOR)
     unfollowed = [f"{name} {asked[name]}" for name in _OTHER_SETTINGS if asked.get(name)]
     if backend not in BACKENDS:

@@ -20,10 +20,7 @@ def linear_of_loader(
     if computing is Computing.AS_COMFYUI and not as_stored:
         return DECODED, ""
     linear = linear_of(computing, file, hardware, dtype)
-    asked = computing is Computing.FAST or (linear.why_not and linear.could)
-    if not linear.why_not or not asked:
-        return linear, ""
-    return linear, _tell(linear.why_not)
+    return linear, _tell(linear.why_not) if linear.why_not else ""
 
 
 def nothing_as_stored(linear: LinearChoice, transformer: StreamedTransformer[Any, Any]) -> str:

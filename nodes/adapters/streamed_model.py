@@ -141,7 +141,6 @@ class LowVRAMModel:
         timeline: Timeline | None = None,
         advice: str = "",
         step_cache: StepCache | None = None,
-        compiles: bool = False,
     ) -> None:
         """`config`: ComfyUI's of the network, with disable_unet_model_creation. A limit of None uses what is free."""
         config.set_inference_dtype(transformer.dtype, None)
@@ -157,8 +156,7 @@ class LowVRAMModel:
         self.timeline = timeline or Timeline(executing_prompt_id)
         self.advice = advice
         self.step_cache = step_cache
-        self.compiles = compiles  # blocks, whether a node asks for it or not
-        self.exact = True  # compiled blocks are used only where they compute the same bits
+        self.exact = transformer.exact  # compiled blocks are then used only where they compute the same bits
 
     # what a network says of a run
 

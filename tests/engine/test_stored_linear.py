@@ -33,6 +33,8 @@ CPU = torch.device("cpu")
 NO_SCALE = " without a scale of x"
 KINDS = ("int8", "int8_row", "int8_convrot", "fp8mixed", "fp8 without a scale of x")
 COMPUTE = [torch.float32, torch.bfloat16, torch.float16]
+# products in fp8 answer in 16 bits
+IN_DTYPES = [(k, d) for k in KINDS for d in COMPUTE if not (k.startswith("fp8") and d is torch.float32)]
 SHAPES = [(5, 256, 96), (150, 512, 96), (1, 256, 64)]  # tokens, columns, rows
 REAL_SHAPE = 17, 3072, 12288
 
@@ -104,8 +106,7 @@ def require_as_comfyui(
             torch.testing.assert_close(part, computed[..., third:], rtol=0.01, atol=0.01)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", COMPUTE, ids=str)
+@pytest.mark.parametrize(("kind", "dtype"), IN_DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_layer_computes_bit_for_bit_what_comfyuis_does(
     kind: str,
@@ -117,8 +118,6 @@ def test_a_layer_computes_bit_for_bit_what_comfyuis_does(
     comfy: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if kind.startswith("fp8") and dtype is torch.float32:
-        return  # products in fp8 answer in 16 bits
     monkeypatch.setattr(stored_products, "SCRATCH_BYTES", 1)  # as few tokens at a time as there ever are
     require_as_comfyui(kind, shape, dtype, tmp_path / "m.safetensors", fast, hardware)
 
