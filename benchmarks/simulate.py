@@ -33,7 +33,7 @@ from streaming_events import first_seconds, job_of, machine_of, step_seconds
 PROMPT_TOKENS = 512
 SIZES = (1024, 1328)
 DISK_GIB = 2
-IN_README = {
+SHOWN = {
     "1328 guided, 20 steps": "fp8",
     "1024 Lightning, 8 steps": "fp8",
     "1024 2.1, 40 steps": "int8_convrot",
@@ -144,14 +144,22 @@ def _twice(transformer: TransformerFootprint, plan: ImagePlan, card: SimulatedCa
     return others + sampling.request.timesteps * step
 
 
-def readme_table(made: list[dict[str, Any]]) -> str:
-    """The rows of README's table: seconds from RAM, and from the disk."""
+def times_of(made: list[dict[str, Any]], card: str, case: str) -> str:
+    """Seconds of README's table: of the first image, and of one with another seed, with blocks in RAM."""
+    weight_format = "int8_convrot" if "2.1" in case else "fp8"
+    wanted = {"who": card, "case": case, "format": weight_format, "from": "RAM"}
+    (found,) = (one for one in made if wanted.items() <= one.items())
+    return f"{found['first']:.0f} s, then {found['seed']:.0f} s"
+
+
+def shown_table(made: list[dict[str, Any]]) -> str:
+    """The table of docs/measurements.md: seconds from RAM, and from the disk."""
     lines = [
         "| card | image | first image | another seed | another prompt | all weights twice a guided step |",
         "|---|---|---|---|---|---|",
     ]
     for card in CARDS:
-        for case, weight_format in IN_README.items():
+        for case, weight_format in SHOWN.items():
             wanted = {"who": card.name, "case": case, "format": weight_format}
             found = {one["from"]: one for one in made if wanted.items() <= one.items()}
             if len(found) < 2:

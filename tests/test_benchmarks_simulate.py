@@ -1,6 +1,7 @@
-"""README's table of cards is what `python dev.py bench simulate` wrote, and what it would write today."""
+"""Tables of cards in README and docs are what `python dev.py bench simulate` wrote, and what it would write today."""
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -21,9 +22,33 @@ def written() -> list[dict[str, Any]]:
     return rows
 
 
-def test_the_readme_shows_what_was_written(simulate: Any, written: list[dict[str, Any]]) -> None:
-    readme = (bench.REPOSITORY / "README.md").read_text()
-    assert f"\n{simulate.readme_table(written)}\n" in readme
+# what the workflows that README's table names make
+CASES = {
+    "01": "1024 guided, 20 steps",
+    "02": "1328 guided, 20 steps",
+    "03": "1328 guided, 20 steps",
+    "04": "1024 Lightning, 8 steps",
+    "05": "1328 Lightning, 8 steps",
+    "06": "1328 Lightning, 8 steps",
+    "13": "1024 2.1-Turbo, 8 steps",
+    "14": "1024 2.1-Turbo edit, 8 steps",
+    "15": "1024 2.1, 40 steps",
+}
+
+
+def test_the_measurements_show_what_was_written(simulate: Any, written: list[dict[str, Any]]) -> None:
+    page = (bench.REPOSITORY / "docs" / "measurements.md").read_text(encoding="utf-8")
+    assert f"\n{simulate.shown_table(written)}\n" in page
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
+def test_a_persons_table_shows_what_was_written(page: str, simulate: Any, written: list[dict[str, Any]]) -> None:
+    text = (bench.REPOSITORY / page).read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) GB \| (\d\d)\D.*\| (\d+) s\D+(\d+) s\W+(RTX [^)）]+)[)）] \|$", text, re.MULTILINE)
+    assert {number for _, number, *_ in rows} == set(CASES)
+    for gigabytes, number, first, again, card in rows:
+        assert card.endswith(f" {gigabytes} GB")
+        assert f"{first} s, then {again} s" == simulate.times_of(written, card, CASES[number])
 
 
 def test_every_case_was_written(simulate: Any, written: list[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""What notes, help and README promise of memory and time is what the planner says at the real size."""
+"""What notes, help and docs promise of memory and time is what the planner says at the real size."""
 
 import json
 from pathlib import Path
@@ -26,9 +26,9 @@ def test_a_workflows_note_says_what_its_settings_plan(file: Path) -> None:
     assert expected in note
 
 
-def test_the_readme_shows_the_plan_for_8_gb() -> None:
-    readme = (stated_plans.ROOT / "README.md").read_text()
-    assert f"    {plan(GUIDED[8])!r}\n" in readme
+def test_the_docs_show_the_plan_for_8_gb() -> None:
+    page = (stated_plans.ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8")
+    assert f"    {plan(GUIDED[8])!r}\n" in page
 
 
 @pytest.mark.parametrize("card_gb", GUIDED)

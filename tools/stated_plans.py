@@ -1,4 +1,4 @@
-"""The plans that notes, help and README state: made by the planner at the real size, from a workflow's own settings.
+"""The plans that notes, help and docs state: made by the planner at the real size, from a workflow's own settings.
 
     PYTHONPATH=tools/alias:tools python tools/stated_plans.py [--write]
 

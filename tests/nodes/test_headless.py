@@ -1,4 +1,4 @@
-"""The image that the engine makes by itself is that of the nodes, and README's ten lines make one."""
+"""The image that the engine makes by itself is that of the nodes, and ten lines of docs/ make one."""
 
 import os
 import re
@@ -67,9 +67,9 @@ def test_without_guidance_it_differs_by_the_rounding_of_a_guidance_of_one(small_
     assert (ours - latents).abs().max() < 1e-5
 
 
-def test_the_ten_lines_of_the_readme_make_an_image(small_pipeline: Path, tmp_path: Path) -> None:
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+def test_the_ten_lines_of_the_docs_make_an_image(small_pipeline: Path, tmp_path: Path) -> None:
+    page = (REPOSITORY / "docs" / "developers.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert len(code.splitlines()) <= 10
     shutil.copytree(small_pipeline, tmp_path / "models" / "Qwen-Image")
     (tmp_path / "image.py").write_text(code.replace("1328", "64").replace("steps=20", "steps=2"), encoding="utf-8")
