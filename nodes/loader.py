@@ -10,17 +10,15 @@ from ..engine.compute.linear_choice import Computing
 from ..engine.compute.step_schedules import OFF, step_cache_of
 from ..engine.errors import QwenLowVRAMError
 from ..engine.files.checkpoint import Checkpoint
-from ..engine.hardware import Hardware
 from ..engine.models.qwen_image.positions import Positions
 from ..engine.models.qwen_image.transformer import TimestepRounding
 from ..engine.models.qwen_vl.vision_files import mmproj_identity
 from ..engine.out_of_memory import in_words
-from ..engine.runs.dtype_choice import auto_dtype, encoder_dtype
+from ..engine.runs.dtype_choice import encoder_dtype
 from ..engine.runs.timeline import Timeline
 from . import devices
 from .adapters import switches
 from .adapters.attention import attention_of_loader
-from .adapters.known_speeds import half_products_are_faster
 from .adapters.limit_names import RAM_LIMIT, VRAM_LIMIT
 from .adapters.linear_layers import linear_of_loader, nothing_as_stored
 from .adapters.networks import served_of
@@ -28,8 +26,9 @@ from .adapters.progress import executing_prompt_id, warn
 from .adapters.vae import make_vae
 from .adapters.value_checks import check_widgets, limit_bytes
 from .display_names import AUTO, CATEGORY
+from .dtypes import compute_dtype, products_text, transformer_dtype, vae_dtype
 from .inputs import at_input, before_the_run
-from .loader_inputs import DTYPES, loader_inputs
+from .loader_inputs import loader_inputs
 from .sources import Sources, chosen_variant, require_transformer, tokenizer_identity
 from .weight_cache import (
     AS_STORED,
@@ -129,7 +128,7 @@ class QwenLowVRAMLoader:
         text_hardware = devices.hardware_of(devices.device_of(text_encoder_device, text_default))
         vae_on = devices.device_of(vae_device, management.vae_device())
         limits = _Limits(limit_bytes(vram_limit_gb), limit_bytes(ram_limit_gb))
-        products = _transformer_dtype(dtype, transformer_file, hardware)
+        products = transformer_dtype(dtype, transformer_file, hardware)
         member = sources.member(transformer_file, variant)
         doubt = sources.doubt_about(transformer_file, member) if chosen_variant(variant) is None else ""
         if doubt:
@@ -158,13 +157,13 @@ class QwenLowVRAMLoader:
         slower = slower or nothing_as_stored(linear, model)
         encoder = family.encoder(
             text_file,
-            dtype=encoder_dtype(_compute_dtype(dtype, text_file, text_hardware.device)),
+            dtype=encoder_dtype(compute_dtype(dtype, text_file, text_hardware.device)),
             hardware=text_hardware,
         )
         timeline = Timeline(executing_prompt_id)
         image_vae = make_vae(
             vae_file,
-            dtype=_vae_dtype(dtype, vae_file, vae_on),
+            dtype=vae_dtype(dtype, vae_file, vae_on),
             limit_bytes=limits.on(vae_on),
             limit_name=limits.name_on(vae_on),
             device=vae_on,
@@ -180,7 +179,7 @@ class QwenLowVRAMLoader:
             member,
             limits.name_on(text_hardware.device),
         )
-        told = " ".join(text for text in (doubt, asked, _products_text(dtype, products), slower, advice) if text)
+        told = " ".join(text for text in (doubt, asked, products_text(dtype, products), slower, advice) if text)
         steps = step_cache_of(step_cache)
         return served.make_model(model, limits.vram_bytes, limits.ram_bytes, timeline, told, steps), clip, image_vae
 
@@ -210,43 +209,3 @@ def _format_of(source: Checkpoint, weight_format: str, parts: Parts, limits: _Li
     if weight_format == FASTEST:
         return fastest_format(source, parts, now), ""
     return AS_STORED, advice_for(source, parts, now)
-
-
-def _compute_dtype(choice: str, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
-    if choice != "auto":
-        return DTYPES[choice]
-    return torch.float32 if checkpoint.full_precision or not _has_bf16(device) else torch.bfloat16
-
-
-def _transformer_dtype(choice: str, checkpoint: Checkpoint, hardware: Hardware) -> torch.dtype:
-    if choice != "auto":
-        return DTYPES[choice]
-    if comfy.model_management.FORCE_FP32:
-        return torch.float32
-    return auto_dtype(
-        checkpoint,
-        has_bf16=_has_bf16(hardware.device),
-        device=hardware.device,
-        half_is_faster=lambda: half_products_are_faster(hardware),
-    )
-
-
-def _has_bf16(device: torch.device) -> bool:
-    """By itself, not step by step through fp32."""
-    return bool(comfy.model_management.should_use_bf16(device, prioritize_performance=False))
-
-
-def _products_text(choice: str, compute: torch.dtype) -> str:
-    """What a person is told of a card without bf16."""
-    if choice != "auto" or compute != torch.float16:
-        return ""
-    return (
-        "This card computes no bf16: products are in fp16 between activations in fp32, which was measured to be faster "
-        "here than fp32. The image is another one than fp32's."
-    )
-
-
-def _vae_dtype(choice: str, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
-    """A dtype that a person chose in the node comes before ComfyUI's switches."""
-    by_switch = switches.vae_dtype() if choice == "auto" else None
-    return by_switch or _compute_dtype(choice, checkpoint, device)

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import torch
-
 from ..engine.compute.attention_choice import CHOICES
 from ..engine.compute.linear_choice import Computing
 from ..engine.compute.step_schedules import OFF, STEP_CACHES
@@ -11,10 +9,9 @@ from ..engine.models.qwen_image.positions import Positions
 from ..engine.models.qwen_image.transformer import TimestepRounding
 from . import devices, model_choices
 from .display_names import AUTO
+from .dtypes import DTYPES
 from .sources import VARIANTS
 from .weight_cache import WEIGHT_FORMATS
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def loader_inputs() -> dict[str, Any]:

@@ -88,12 +88,19 @@ class MemoryPlan:
         """How many of them are read from the file."""
         return self.streamed - len(self.held)
 
+    @property
+    def computing(self) -> tuple[str, ...]:
+        """What a person is told of products and blocks that are not computed as decoded weights in one dtype are."""
+        return (
+            *(["products in fp16 between activations in fp32"] if self.in_half else []),
+            *([f"linear layers in {self.linear} (not exact)"] if self.linear else []),
+            *([f"blocks compiled ({self.compiled})"] if self.compiled else []),
+        )
+
     def __repr__(self) -> str:
         chunk = f", MLP in chunks of {self.mlp_chunk_tokens} tokens" if self.mlp_chunk_tokens else ""
         chunk += f", attention {self.attention}" if self.attention != FUSED.name else ""
-        chunk += ", products in fp16 between activations in fp32" if self.in_half else ""
-        chunk += f", linear layers in {self.linear} (not exact)" if self.linear else ""
-        chunk += f", blocks compiled ({self.compiled})" if self.compiled else ""
+        chunk += "".join(f", {text}" for text in self.computing)
         slots = f"{self.slots} slot{'s' if self.slots != 1 else ''}"
         slots += f" and a ring of {self.ring} pieces" if self.ring_bytes and self.from_file else ""
         ram = "" if self.limits.ram_bytes is None else f" of {size_text(self.limits.ram_bytes)}"

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from typing import Any
 
+from ..compute.step_schedules import StepCache
 from ..errors import InvalidRequest
 from ..texts import size_text
 from .draft import step_bytes
@@ -67,7 +68,8 @@ class ImageRequest:
     """width, height in px. batch: images at a time. guided: with a negative prompt. prompt_tokens: of each prompt,
     without its template. references: images of about a megapixel that an editing model is shown. layers: that each
     image is taken apart into, as Qwen-Image-Layered does; it is shown the image, and makes it once more beside
-    them. 0: whole images. prompts: of the network that makes them."""
+    them. 0: whole images. step_cache: which steps are computed; None: all. prompts: of the network that makes
+    them."""
 
     width: int
     height: int
@@ -77,6 +79,7 @@ class ImageRequest:
     prompt_tokens: int
     references: int = 0
     layers: int = 0
+    step_cache: StepCache | None = None
     prompts: PromptTokens = field(kw_only=True)
 
     def __post_init__(self) -> None:
@@ -114,6 +117,7 @@ class ImageRequest:
             timesteps=self.steps,
             frames=self.frames,
             prompts=2 if self.guided else 1,
+            step_cache=self.step_cache,
         )
         shown = request.frame_tokens if self.layers else self.references * self.prompts.reference
         return replace(request, reference_tokens=shown)

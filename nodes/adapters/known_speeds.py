@@ -31,6 +31,14 @@ def known_speeds(
     )
 
 
+def speeds_stamp() -> str:
+    """Another text where what is known of this machine's card has changed; one without a card has none."""
+    if comfy.model_management.get_torch_device().type == "cpu":
+        return ""
+    files = (_file("speeds.json"), _file("products.json"))
+    return "/".join(str(file.stat().st_mtime_ns) if file.exists() else "" for file in files)
+
+
 def known_trials() -> KnownTrials:
     """How kernels of attention did when they were tried on this machine, in ComfyUI's user folder."""
     return KnownTrials(_file("attention.json"))

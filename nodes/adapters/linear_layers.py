@@ -12,14 +12,21 @@ from ...engine.models.streamed_transformer import StreamedTransformer
 from .progress import warn
 
 
+def linear_for(
+    computing: Computing, file: Checkpoint, hardware: Sequence[Hardware], dtype: torch.dtype, *, as_stored: bool
+) -> LinearChoice:
+    """For weights of `file`; as_stored: whether they are those of the person's own file."""
+    if computing is Computing.AS_COMFYUI and not as_stored:
+        return DECODED
+    return linear_of(computing, file, hardware, dtype)
+
+
 def linear_of_loader(
     computing: Computing, file: Checkpoint, hardware: Sequence[Hardware], dtype: torch.dtype, *, as_stored: bool
 ) -> tuple[LinearChoice, str]:
-    """For weights of `file`; as_stored: whether they are those of the person's own file. And what a person is told:
-    why layers compute exactly though something else was chosen, or though ComfyUI itself does not."""
-    if computing is Computing.AS_COMFYUI and not as_stored:
-        return DECODED, ""
-    linear = linear_of(computing, file, hardware, dtype)
+    """The same, and what a person is told: why layers compute exactly though something else was chosen, or though
+    ComfyUI itself does not."""
+    linear = linear_for(computing, file, hardware, dtype, as_stored=as_stored)
     return linear, _tell(linear.why_not) if linear.why_not else ""
 
 

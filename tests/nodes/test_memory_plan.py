@@ -121,10 +121,10 @@ def formats_of(text: str) -> dict[str, str]:
 
 @pytest.fixture
 def slow_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    from qwenimage_lowvram.nodes import memory_plan
+    from qwenimage_lowvram.nodes import planned_models
 
     slow = replace(TYPICAL, disk_bytes=0.5e9)
-    monkeypatch.setattr(memory_plan, "_speeds", lambda transformer: slow)
+    monkeypatch.setattr(planned_models, "remembered_speeds", lambda *of_machine: slow)
 
 
 def test_auto_is_as_stored_and_says_where_fastest_would_be_much_faster(slow_disk: None) -> None:

@@ -183,12 +183,12 @@ import comfy.model_management as management
 from qwenimage_lowvram.nodes import devices
 from qwenimage_lowvram.nodes.adapters import switches
 from qwenimage_lowvram.nodes.adapters.limits import headroom_bytes
-from qwenimage_lowvram.nodes.loader import _compute_dtype
+from qwenimage_lowvram.nodes.dtypes import compute_dtype
 import torch
 class File: full_precision = False
 print(json.dumps({
     "reserved": headroom_bytes(), "pin": switches.may_pin(), "cache": switches.cache_ram_bytes(),
-    "dtype": str(_compute_dtype("auto", File, torch.device("cuda"))) if "--force-fp32" in sys.argv else "",
+    "dtype": str(compute_dtype("auto", File, torch.device("cuda"))) if "--force-fp32" in sys.argv else "",
     "vae": str(switches.vae_dtype()), "unfollowed": switches.unfollowed(),
     "smart": not management.DISABLE_SMART_MEMORY, "vae_device": str(management.vae_device()),
     "offload": str(management.vae_offload_device()) }))
@@ -273,11 +273,11 @@ def test_the_vae_s_dtype_is_comfyui_s_where_the_node_says_auto(
 
 def test_force_fp32_makes_auto_fp32(load: Any, comfy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import comfy.model_management as management
-    from qwenimage_lowvram.nodes.loader import _compute_dtype
+    from qwenimage_lowvram.nodes.dtypes import compute_dtype
 
     monkeypatch.setattr(management, "FORCE_FP32", True)
     file = SimpleNamespace(full_precision=False)
-    assert _compute_dtype("auto", file, torch.device("cuda")) == torch.float32  # type: ignore[arg-type]
+    assert compute_dtype("auto", file, torch.device("cuda")) == torch.float32  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("faster", "expected"), [(True, torch.float16), (False, torch.float32)])
@@ -285,20 +285,18 @@ def test_auto_on_a_card_without_bf16_is_what_is_faster_there(
     faster: bool, expected: torch.dtype, comfy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import comfy.model_management as management
-    from qwenimage_lowvram.nodes import loader
+    from qwenimage_lowvram.nodes import dtypes
 
     monkeypatch.setattr(management, "should_use_bf16", lambda *_, **__: False)
-    monkeypatch.setattr(loader, "half_products_are_faster", lambda hardware: faster)
+    monkeypatch.setattr(dtypes, "half_products_are_faster", lambda hardware: faster)
     cpu = Hardware.detect(torch.device("cpu"))
     card = replace(cpu, device=torch.device("cuda"))
     file: Any = SimpleNamespace(full_precision=False)
-    assert loader._transformer_dtype("auto", file, card) == expected
-    assert (
-        loader._transformer_dtype("fp32", file, card) == loader._transformer_dtype("auto", file, cpu) == torch.float32
-    )
-    assert ("another one than fp32's" in loader._products_text("auto", expected)) == faster
+    assert dtypes.transformer_dtype("auto", file, card) == expected
+    assert dtypes.transformer_dtype("fp32", file, card) == dtypes.transformer_dtype("auto", file, cpu) == torch.float32
+    assert ("another one than fp32's" in dtypes.products_text("auto", expected)) == faster
     monkeypatch.setattr(management, "FORCE_FP32", True)
-    assert loader._transformer_dtype("auto", file, card) == torch.float32
+    assert dtypes.transformer_dtype("auto", file, card) == torch.float32
 
 
 def test_fp16_is_of_the_transformers_products_and_not_of_the_text_encoder(load: Any) -> None:

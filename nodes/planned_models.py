@@ -1,0 +1,227 @@
+"""What Memory Plan plans with: the sizes of three models as the loader would open them. Reads headers alone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import comfy.model_management
+import torch
+
+from ..engine.caches.requantized_weights import RequantizedWeights
+from ..engine.compute.linear_choice import DECODED, Computing
+from ..engine.compute.stored_products import StoredProduct
+from ..engine.errors import DoesNotFit, InvalidRequest
+from ..engine.files.checkpoint import Checkpoint
+from ..engine.hardware import Hardware
+from ..engine.models.family import Family
+from ..engine.planning.draft import least_ram_bytes
+from ..engine.planning.footprint import TextEncoderFootprint, TransformerFootprint, VAEFootprint
+from ..engine.planning.forecast import TYPICAL, Speeds
+from ..engine.planning.format_choice import choose_format
+from ..engine.planning.request import Limits, PromptTokens
+from ..engine.planning.stages import ImageModels, ImageRequest, plan_image
+from ..engine.reports.charts import Card
+from ..engine.runs.dtype_choice import encoder_dtype
+from . import devices
+from .adapters.known_speeds import known_speeds
+from .adapters.limits import free_ram, headroom_bytes
+from .adapters.linear_layers import linear_for
+from .cache_folder import weight_cache_folder
+from .display_names import AUTO
+from .dtypes import compute_dtype, transformer_dtype, vae_dtype
+from .inputs import at_input
+from .sources import Sources
+from .weight_cache import AS_STORED, FASTEST, check_weight_format
+from .weight_formats import TYPICAL_REQUEST, advice_of, versions_of
+
+# a card with memory of its own, for machines that have none
+CARD = Hardware(torch.device("cpu"), streams=False, pinned=False, prefetch=False, host_device=False)
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """Of the loader's inputs, those that a plan depends on; its values."""
+
+    weight_format: str
+    dtype: str
+    compute: Computing
+
+
+@dataclass(frozen=True)
+class _Version:
+    """A transformer in one format: as it computes, and on decoded weights, by which formats are chosen."""
+
+    footprint: TransformerFootprint
+    decoded: TransformerFootprint
+    speeds: Speeds | None  # of this machine, where they are known
+
+
+@dataclass(frozen=True)
+class PlannedModels:
+    """The sizes of three models, read from headers; the transformer's in each format that may be chosen."""
+
+    text_encoder: TextEncoderFootprint
+    versions: dict[str, _Version]
+    others: dict[str, TransformerFootprint]  # what it could be in, where it stays as stored
+    vae: VAEFootprint
+    prompts: PromptTokens
+    speeds: Speeds | None  # of decoded weights
+    model: str  # what a person calls it
+
+    @classmethod
+    def open(cls, sources: Sources, settings: PlanSettings, layers: int, images: int) -> "PlannedModels":
+        """For images in so many layers, and shown so many. Raises what the loader raises, and InvalidRequest."""
+        transformer_file, text_file, vae_file = sources.open(AUTO)
+        family = sources.family
+        with at_input("weight_format"):
+            check_weight_format(transformer_file, settings.weight_format)
+        with at_input("layers"):
+            _check_layers(transformer_file, sources.member(transformer_file, AUTO).makes_layers, layers)
+        with at_input("reference_pictures"):
+            _check_images(transformer_file, family.most_images, images)
+        card = _card()
+        products = transformer_dtype(_choice(settings.dtype, transformer_file, card), transformer_file, card)
+        text_dtype = compute_dtype(_choice(settings.dtype, text_file, card), text_file, card.device)
+        image_dtype = vae_dtype(_choice(settings.dtype, vae_file, card), vae_file, card.device)
+
+        def decoded(version: Checkpoint) -> TransformerFootprint:
+            return family.parts(version, dtype=products, hardware=card).footprint
+
+        stored = settings.weight_format in (AUTO, AS_STORED)
+        versions = _versions(transformer_file, settings.weight_format)
+        return cls(
+            family.encoder(text_file, dtype=encoder_dtype(text_dtype), hardware=card).footprint,
+            {
+                name: _version(family, transformer_file, version, products, card, settings.compute)
+                for name, version in versions.items()
+            },
+            {name: decoded(version) for name, version in versions_of(transformer_file).items()} if stored else {},
+            family.empty_vae(vae_file, dtype=image_dtype).footprint,
+            family.prompts,
+            remembered_speeds(card, products, transformer_file),
+            family.parts(transformer_file, dtype=products, hardware=card).network.model,
+        )
+
+    @property
+    def speeds_text(self) -> str:
+        known = all(version.speeds for version in self.versions.values())
+        return "speeds of this machine" if known else "typical speeds: no run has told this machine's yet"
+
+    @property
+    def headroom_bytes(self) -> int:
+        """What stays free of a card; as when it runs, that follows the largest block."""
+        blocks = [version.footprint.slot_bytes for version in self.versions.values()]
+        return headroom_bytes(max(*blocks, self.text_encoder.slot_bytes))
+
+    def free_ram_bytes(self, request: ImageRequest) -> int:
+        """What is free now; the least that is needed is granted, as when it runs."""
+        least = max(least_ram_bytes(version.footprint, request.sampling) for version in self.versions.values())
+        return max(free_ram(), least)
+
+    def card(self, request: ImageRequest, name: str, capacity_bytes: int, limit_bytes: int, ram_bytes: int) -> Card:
+        limits = Limits(limit_bytes, ram_bytes)
+        decoded = {name: version.decoded for name, version in self.versions.items()}
+        weight_format = next(iter(decoded))
+        if len(decoded) > 1:
+            weight_format = choose_format(decoded, TYPICAL_REQUEST, limits, self.speeds or TYPICAL).name
+        version = self.versions[weight_format]
+        models = ImageModels(self.text_encoder, version.footprint, self.vae)
+        try:
+            plan = plan_image(models, request, limits, version.speeds or TYPICAL)
+        except DoesNotFit as error:
+            return Card(name, capacity_bytes, limit_bytes, None, weight_format, str(error))
+        return Card(name, capacity_bytes, limit_bytes, plan, weight_format)
+
+    def advice(self, name: str, limit_bytes: int, ram_bytes: int) -> list[str]:
+        """A line for the card where another format would be much faster."""
+        if len(self.others) < 2:
+            return []
+        limits = Limits(limit_bytes, ram_bytes)
+        advice = advice_of(choose_format(self.others, TYPICAL_REQUEST, limits, self.speeds or TYPICAL))
+        return [f"On {name}: {advice}"] if advice else []
+
+    def computed_text(self, request: ImageRequest, cards: Sequence[Card]) -> list[str]:
+        """What is not computed step by step on decoded weights, a line each."""
+        told = [
+            f"{card.weight_format}: {', '.join(card.plan.sampling.computing)}"
+            for card in cards
+            if card.plan is not None and card.plan.sampling.computing
+        ]
+        cache = request.step_cache
+        if cache is not None:
+            told.append(f"not exact: {cache}. {cache.not_measured(self.model, request.sampling)}".strip())
+        return list(dict.fromkeys(told))
+
+
+def remembered_speeds(
+    card: Hardware, dtype: torch.dtype, transformer: Checkpoint, product: StoredProduct | None = None
+) -> Speeds | None:
+    """What this machine is known to do; None where it has no card, or nothing has been measured yet."""
+    if card.device.type == "cpu":
+        return None
+    return known_speeds(card, dtype, transformer.largest_file, product).remembered()
+
+
+def _card() -> Hardware:
+    """This machine's, as far as sizes go: nothing is brought there."""
+    here = devices.hardware_of(comfy.model_management.get_torch_device())
+    return CARD if here.host_device else replace(here, streams=False, pinned=False, prefetch=False)
+
+
+def _choice(dtype: str, file: Checkpoint, card: Hardware) -> str:
+    """Of the loader's dtype: auto is, where there is no card here, that of a card of today."""
+    if dtype != AUTO or card.device.type != "cpu":
+        return dtype
+    return "fp32" if file.full_precision else "bf16"
+
+
+def _version(
+    family: Family,
+    source: Checkpoint,
+    version: Checkpoint,
+    dtype: torch.dtype,
+    card: Hardware,
+    computing: Computing,
+) -> _Version:
+    decoded = family.parts(version, dtype=dtype, hardware=card)
+    linear = linear_for(computing, version, [card], dtype, as_stored=version is source)
+    if linear == DECODED:
+        return _Version(decoded.footprint, decoded.footprint, remembered_speeds(card, dtype, source))
+    parts = family.parts(version, dtype=dtype, hardware=card, linear=linear)
+    speeds = remembered_speeds(card, dtype, source, parts.stored_product)
+    return _Version(parts.footprint, decoded.footprint, speeds)
+
+
+def _check_layers(transformer: Checkpoint, layered: bool, layers: int) -> None:
+    """Raise InvalidRequest where the model makes layers and none are asked for, or the other way round."""
+    if layered != (layers > 0):
+        makes, ask = ("layers", "1 or more") if layered else ("whole images", "0")
+        raise InvalidRequest(
+            "{file} makes {makes}, and {layers} layers are asked for.\n\nWhat to do: set layers to {needed}.",
+            code="plan.wrong_layers",
+            file=transformer.path,
+            makes=makes,
+            layers=layers,
+            needed=ask,
+        )
+
+
+def _check_images(transformer: Checkpoint, most: int, images: int) -> None:
+    """Raise InvalidRequest for more images than the model is shown."""
+    if images > most:
+        raise InvalidRequest(
+            "{file} is shown {most} images at the most, and {images} are asked for.\n\nWhat to do: set "
+            "reference_pictures to {most} or less.",
+            code="plan.too_many_images",
+            file=transformer.path,
+            most=most,
+            images=images,
+        )
+
+
+def _versions(source: Checkpoint, weight_format: str) -> dict[str, Checkpoint]:
+    if weight_format == FASTEST:
+        return versions_of(source)
+    if weight_format in (AUTO, AS_STORED):
+        return {AS_STORED: source}
+    weights = RequantizedWeights.of(source, weight_format, weight_cache_folder())
+    return {weight_format: source if weights is None else weights.checkpoint(data_start=0)}
