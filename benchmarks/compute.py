@@ -42,7 +42,7 @@ def rows(quick: bool) -> list[dict[str, Any]]:
     tokens = 16 if quick else 64 if DEVICE.type == "cpu" else 4096
     rounds = 2 if quick else 5
     fast = choose_linear(Computing.FAST, [Hardware.detect(DEVICE)], DTYPE)
-    if fast.why_not:
+    if "int8" not in fast.backends:
         raise SystemExit(fast.why_not)
     use_comfyui()
     results = []
@@ -82,7 +82,7 @@ def _of_layer(
     return [
         {
             "who": who,
-            "case": f"{kind}, {name} {shape[1]} to {shape[0]}, {tokens} tokens, {fast.int8_backend}",
+            "case": f"{kind}, {name} {shape[1]} to {shape[0]}, {tokens} tokens, {fast.backends['int8']}",
             "seconds": taken,
             "scratch_bytes": peak - result.nbytes,
             "error": float((result.float().cpu() - wanted).norm() / wanted.norm()),

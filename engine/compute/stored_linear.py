@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .half_products import HalfLinear
-from .stored_products import StoredProduct, rows_at_once
+from .stored_products import StoredProduct, at_once
 
 
 @dataclass(frozen=True)
@@ -52,17 +52,17 @@ class StoredLinear(nn.Module):
     def of_rows(self, x: Tensor, start: int, stop: int) -> Tensor:
         """Of the weight's rows `start` to `stop` alone; where scales lie in tiles of rows, whole tiles."""
         layer, parts = self.layer, self._parts()
-        stored = [part[start:stop] if len(part.shape) and len(part) == self.out_features else part for part in parts]
-        bias = None if self.bias is None else self.bias[start:stop]
         flat = x.reshape(-1, self.in_features).contiguous()
-        step = rows_at_once(layer.product, self.in_features, stop - start, x.element_size())
-        if step is None or len(flat) <= step:
-            out = layer.product(flat, stored[: layer.parts], bias)
+        together = at_once(layer.product, self.in_features, stop - start, x.element_size())
+        if together is None or (len(flat) <= together.tokens and stop - start <= together.rows):
+            out = self._product(flat, start, stop)
         else:
             out = flat.new_empty(len(flat), stop - start)
-            for begin in range(0, len(flat), step):
-                rows = slice(begin, begin + step)
-                out[rows] = layer.product(flat[rows], stored[: layer.parts], bias)
+            for first in range(start, stop, together.rows):
+                last = min(first + together.rows, stop)
+                for tokens in range(0, len(flat), together.tokens):
+                    some = slice(tokens, tokens + together.tokens)
+                    out[some, first - start : last - start] = self._product(flat[some], first, last)
         for index, low_rank in enumerate(layer.added):
             first, last = max(start, low_rank.start), min(stop, low_rank.stop)
             if first < last:
@@ -71,6 +71,12 @@ class StoredLinear(nn.Module):
                 place = out[:, first - start : last - start]
                 place.addmm_(F.linear(flat, down), up.T, alpha=low_rank.strength)
         return out.view(*x.shape[:-1], stop - start)
+
+    def _product(self, x: Tensor, start: int, stop: int) -> Tensor:
+        product, stored = self.layer.product, self._parts()[: self.layer.parts]
+        by_row, others = stored[: product.parts_by_row], stored[product.parts_by_row :]
+        of_rows = [part[start:stop] if part.shape[:1] == (self.out_features,) else part for part in by_row]
+        return product(x, [*of_rows, *others], None if self.bias is None else self.bias[start:stop])
 
     def _parts(self) -> Sequence[Tensor]:
         count = self.layer.parts + 2 * len(self.layer.added)

@@ -16,7 +16,7 @@ from ..errors import DamagedFile, WrongModel
 from ..files.json_texts import parse_json
 from .comfy_notes import Note, NotedFormat
 from .format import Format, Tensors
-from .neighbours import FULL_PRODUCTS
+from .neighbours import EIGHT_BIT_OPERANDS, FULL_PRODUCTS
 from .notes import read_notes
 
 _NOTE = ".comfy_quant"
@@ -38,8 +38,11 @@ class ComfyQuant(Format):
             if f"{layer}.weight" in tensors:
                 note = Note(layer, tensors, settings)
                 result |= self._noted(note)
+                mark = replace(note.entry, dtype="U8", shape=(0,), nbytes=0)
                 if note.setting("full_precision_matrix_mult", False):
-                    result[f"{layer}.{FULL_PRODUCTS}"] = replace(note.entry, dtype="U8", shape=(0,), nbytes=0)
+                    result[f"{layer}.{FULL_PRODUCTS}"] = mark
+                if note.setting("linear_dtype", "") == "int8":
+                    result[f"{layer}.{EIGHT_BIT_OPERANDS}"] = mark
         dtypes = {entry.dtype for entry in result.values()}
         for member in self.members:
             member.require_packages(dtypes, path)

@@ -53,7 +53,8 @@ class StoredParam:
     read_beside: the parameter whose decoded weight the codec reads as a last part. tile_rows: how many rows are stored
     so that only together they can be decoded; 1 where each can by itself. For who computes on the weight as stored:
     operand_scale: what numbers are divided by before they are brought to its dtype, where the file says so;
-    full_products: the file says that products are to be computed on the decoded weight.
+    eight_bit_operands: that they are brought to eight bits though the weight has four; full_products: that products
+    are to be computed on the decoded weight.
     """
 
     name: str
@@ -63,6 +64,7 @@ class StoredParam:
     read_beside: str | None = None
     tile_rows: int = 1
     operand_scale: TensorEntry | None = None
+    eight_bit_operands: bool = False
     full_products: bool = False
 
     @property

@@ -10,9 +10,10 @@ from .format import StoredParam, Tensors
 SCALE_NAMES = ("scale_weight", "weight_scale")
 # what may stand beside a quantized weight and says nothing of it: scales of what goes in and out
 _OPERAND_SCALES = ("input_scale", "scale_input")
-# no tensor: stands for a note's `full_precision_matrix_mult`
-FULL_PRODUCTS = "full_products"
-_NOT_OF_THE_WEIGHT = ("weight", "bias", *_OPERAND_SCALES, "output_scale", "scale_output", FULL_PRODUCTS)
+# no tensors: they stand for a note's `full_precision_matrix_mult`, and `linear_dtype` int8
+FULL_PRODUCTS, EIGHT_BIT_OPERANDS = "full_products", "eight_bit_operands"
+_MARKS = (FULL_PRODUCTS, EIGHT_BIT_OPERANDS)
+_NOT_OF_THE_WEIGHT = ("weight", "bias", *_OPERAND_SCALES, "output_scale", "scale_output", *_MARKS)
 _KNOWN = frozenset((*SCALE_NAMES, *_NOT_OF_THE_WEIGHT))
 _WIDE = ("F32", "F16", "BF16")
 
@@ -60,5 +61,7 @@ def about_products(param: StoredParam, tensors: Tensors) -> StoredParam:
     layer = param.name.removesuffix(".weight")
     found = [tensors[f"{layer}.{name}"] for name in _OPERAND_SCALES if f"{layer}.{name}" in tensors]
     scale = found[0] if len(found) == 1 and prod(found[0].shape) == 1 and found[0].dtype in _WIDE else None
-    full = f"{layer}.{FULL_PRODUCTS}" in tensors
-    return replace(param, operand_scale=scale, full_products=full) if scale or full else param
+    full, wide = (f"{layer}.{mark}" in tensors for mark in _MARKS)
+    if not (scale or full or wide):
+        return param
+    return replace(param, operand_scale=scale, full_products=full, eight_bit_operands=wide)

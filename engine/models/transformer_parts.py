@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -117,7 +118,7 @@ class TransformerParts:
     def footprint(self) -> TransformerFootprint:
         """What a plan is made from, the patches included."""
         store, modulation = self.store, self.modulation_store
-        beforehand = {}
+        beforehand: dict[str, Any] = {}
         if modulation is not None:
             beforehand = {
                 "modulation_slot_bytes": modulation.slot_bytes,
@@ -126,6 +127,7 @@ class TransformerParts:
                 "modulation_scratch_bytes": modulation.scratch_bytes,
                 "modulation_decode_bytes": modulation.decode_cost.moved_bytes,
                 "modulation_decode_launches": modulation.decode_cost.launches,
+                "modulation_linear": self._linear_layers(*self._stores_of[1]),
             }
         return self.network.make_footprint(
             blocks=len(self.network.blocks),
@@ -143,7 +145,7 @@ class TransformerParts:
             ring_bytes=store.ring_bytes + (modulation.ring_bytes if modulation else 0),
             host=self._hardware.host_device,
             attention=self.attention,
-            linear=self._linear_layers(),
+            linear=self._linear_layers(*self._stores_of[0]),
             **beforehand,
         )
 
@@ -155,10 +157,10 @@ class TransformerParts:
         layer = dict(block.computed).get(largest)
         return None if layer is None else layer.product
 
-    def _linear_layers(self) -> LinearLayers:
+    def _linear_layers(self, files: BlockFiles, stores: Sequence[BlockStore]) -> LinearLayers:
         """Those of the blocks that compute on stored weights."""
-        shapes, size = self._stores_of[0][0].shapes, activations_dtype(self._dtype).itemsize
-        found = {(layer.product, shapes[name]) for block in self.store.blocks for name, layer in block.computed}
+        shapes, size = files.shapes, activations_dtype(self._dtype).itemsize
+        found = {(layer.product, shapes[name]) for block in stores[0].blocks for name, layer in block.computed}
         return LinearLayers.of(
             (f"{product.name} by comfy-kitchen {product.backend}" for product, _ in found),
             (layer_scratch(product, columns, rows, size) for product, (rows, columns) in found),

@@ -17,6 +17,8 @@ from .spread import spread_order
 SPARE_ROWS = 16
 # rows on the device: that of the step, and that of the next one
 ROWS_ON_DEVICE = 2
+# of a row, where tokens that are not denoised have one of their own
+MODULATION_TOKENS = 2
 
 
 def least_bytes(footprint: TransformerFootprint, request: SamplingRequest) -> int:
@@ -133,6 +135,7 @@ class Draft:
         staging = 0 if resident == footprint.blocks else footprint.staging_bytes
         modulation = footprint.modulation_slot_bytes
         decoding = footprint.modulation_staging_bytes + footprint.modulation_scratch_bytes
+        decoding += footprint.modulation_linear.scratch_bytes(MODULATION_TOKENS)
         run = stays + self._slots(resident) * footprint.slot_bytes + staging + footprint.scratch_bytes
         kept = controls.held_bytes + _kept_bytes(footprint, self.request)
         return (

@@ -25,7 +25,7 @@ class TransformerFootprint(ABC):
     elsewhere: blocks that stay on other devices, and are not among `blocks`. attention: what all devices of the blocks
     can compute attention with. in_half: products are computed in fp16, and activations are wider between them.
     compiled: "exact" or "not exact" where blocks are computed by compiled code, which holds all of an MLP at once.
-    linear: layers that compute on stored weights.
+    linear: layers that compute on stored weights; modulation_linear: those of what is computed beforehand.
     """
 
     blocks: int
@@ -51,6 +51,7 @@ class TransformerFootprint(ABC):
     attention: AttentionKernel = FUSED
     in_half: bool = False
     linear: LinearLayers = DECODED_LAYERS
+    modulation_linear: LinearLayers = DECODED_LAYERS
     compiled: str = ""
 
     @property

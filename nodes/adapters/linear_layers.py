@@ -27,7 +27,7 @@ def linear_of_loader(
     """The same, and what a person is told: why layers compute exactly though something else was chosen, or though
     ComfyUI itself does not."""
     linear = linear_for(computing, file, hardware, dtype, as_stored=as_stored)
-    return linear, _tell(linear.why_not) if linear.why_not else ""
+    return linear, _tell(linear.why_not, some=bool(linear.backends)) if linear.why_not else ""
 
 
 def nothing_as_stored(linear: LinearChoice, transformer: StreamedTransformer[Any, Any]) -> str:
@@ -37,7 +37,7 @@ def nothing_as_stored(linear: LinearChoice, transformer: StreamedTransformer[Any
     return _tell(f"there are no products for weights in {transformer.weight_format}")
 
 
-def _tell(why: str) -> str:
-    told = f"Linear layers compute exactly, on decoded weights: {why}."
+def _tell(why: str, *, some: bool = False) -> str:
+    told = f"{'Some linear' if some else 'Linear'} layers compute exactly, on decoded weights: {why}."
     warn(told)
     return told

@@ -19,6 +19,7 @@ from qwenimage_lowvram.engine.files.checkpoint import Checkpoint, TensorEntry, o
 from qwenimage_lowvram.engine.formats import COMFY_QUANT, decode_alone
 from qwenimage_lowvram.engine.formats.chunks import CHUNK_WEIGHTS
 from qwenimage_lowvram.engine.formats.int8_convrot import INT8_CONVROT, load_operator
+from qwenimage_lowvram.engine.formats.kitchen import CONVROT_W4A4
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.models.qwen25_vl.text_encoder import TextEncoder
 from qwenimage_lowvram.engine.models.qwen_image.branch import Branch
@@ -259,6 +260,15 @@ def full_size_checkpoint(layers: int) -> Checkpoint:
     return replace(checkpoint, tensors=tensors)
 
 
+def in_four_bits(checkpoint: Checkpoint) -> Checkpoint:
+    """The same with these matrices in rotated int4."""
+    tensors = dict(checkpoint.tensors)
+    for name, entry in checkpoint.tensors.items():
+        if entry.dtype == "INT8_CONVROT256":
+            tensors[name] = replace(entry, dtype=CONVROT_W4A4[256].dtype, nbytes=entry.nbytes // 2)
+    return replace(checkpoint, tensors=tensors)
+
+
 @pytest.mark.slow
 def test_the_plan_of_a_full_size_rotated_transformer_is_what_its_run_takes() -> None:
     footprint = require_planned_peaks(full_size_checkpoint(3), 1.5)
@@ -267,10 +277,23 @@ def test_the_plan_of_a_full_size_rotated_transformer_is_what_its_run_takes() -> 
 
 @pytest.mark.slow
 def test_the_plan_of_a_full_size_transformer_on_stored_weights_is_what_its_run_takes() -> None:
-    linear = LinearChoice(Computing.FAST, "cuda")
+    linear = LinearChoice(Computing.FAST, {"int8": "cuda"})
     footprint = require_planned_peaks(full_size_checkpoint(3), 1.0, linear)
     assert footprint.native
     assert footprint.slot_bytes < 0.24e9  # 0.45e9 decoded
+
+
+@pytest.mark.slow
+def test_the_plan_of_a_full_size_transformer_on_stored_codes_of_four_bits_is_what_its_run_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from comfy_kitchen.backends.eager import convrot_w4a4
+
+    monkeypatch.setattr(convrot_w4a4, "_HADAMARD_CACHE", {})  # it would keep what is no tensor outside this test
+    linear = LinearChoice(Computing.FAST, {"w4a4": "eager"})
+    footprint = require_planned_peaks(in_four_bits(full_size_checkpoint(3)), 1.5, linear)
+    assert footprint.native
+    assert footprint.slot_bytes < 0.12e9  # 0.45e9 decoded
 
 
 # whole models

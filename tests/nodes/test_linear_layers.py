@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from qwenimage_lowvram.engine.compute import linear_choice
+from qwenimage_lowvram.engine.compute import product_trials
+from qwenimage_lowvram.engine.compute.eight_bit_products import Int8Product
 from qwenimage_lowvram.engine.compute.linear_choice import DECODED, Computing, LinearChoice
-from qwenimage_lowvram.engine.compute.stored_products import Int8Product
 from qwenimage_lowvram.engine.files.checkpoint import Checkpoint, open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.nodes.adapters.linear_layers import linear_of_loader, nothing_as_stored
@@ -31,18 +31,18 @@ def chosen(
 def test_auto_follows_comfyui_on_a_card_for_a_persons_own_int8_file_alone(tmp_path: Path) -> None:
     file = a_file(tmp_path, torch.int8)
     followed, told = chosen(Computing.AS_COMFYUI, file)
-    assert (followed.int8_backend, told) == ("eager", "")
+    assert (followed.backends, told) == ({"int8": "eager"}, "")
     assert chosen(Computing.AS_COMFYUI, file, CPU) == (DECODED, "")
     assert chosen(Computing.AS_COMFYUI, file, as_stored=False) == (DECODED, "")
     assert chosen(Computing.EXACT, file) == (DECODED, "")
-    assert chosen(Computing.FAST, file, CPU, as_stored=False)[0].int8_backend == "eager"
+    assert chosen(Computing.FAST, file, CPU, as_stored=False)[0].backends == {"int8": "eager"}
 
 
 def test_auto_says_nothing_of_files_without_int8_and_fast_does(tmp_path: Path) -> None:
     file = a_file(tmp_path, torch.bfloat16)
     assert chosen(Computing.AS_COMFYUI, file)[1] == ""
     assert "exactly" in (told := chosen(Computing.FAST, file)[1])
-    assert "no weights in int8 or fp8" in told
+    assert "no weights that there are products for (int8, fp8, w4a4, w4a8" in told
 
 
 @pytest.mark.parametrize("computing", [Computing.AS_COMFYUI, Computing.FAST])
@@ -57,15 +57,15 @@ def test_a_missing_package_and_a_card_that_cannot_are_named(
     with monkeypatch.context() as change:
         change.setattr(Int8Product, "__call__", broken)
         linear, told = chosen(computing, file)
-    assert not linear.int8_backend
+    assert not linear.backends
     assert "do not work on 'cpu' (no kernel image is available)" in told
 
     def missing() -> None:
         raise ImportError("No module named 'comfy_kitchen'")
 
-    monkeypatch.setattr(linear_choice, "load_int8", missing)
+    monkeypatch.setattr(product_trials, "load_int8", missing)
     linear, told = chosen(computing, file)
-    assert not linear.int8_backend
+    assert not linear.backends
     assert "comfy-kitchen is missing or too old" in told
 
 
@@ -73,7 +73,7 @@ def test_a_product_that_computes_wrong_numbers_is_not_used(tmp_path: Path, monke
     right = Int8Product.__call__
     monkeypatch.setattr(Int8Product, "__call__", lambda *args: 1.2 * right(*args))
     linear, told = chosen(Computing.FAST, a_file(tmp_path, torch.int8))
-    assert not linear.int8_backend
+    assert not linear.backends
     assert "int8 products are wrong on 'cpu'" in told
 
 
@@ -82,6 +82,6 @@ def test_fast_names_formats_that_have_no_product() -> None:
         stored_product = None
         weight_format = "q4_k"
 
-    told = nothing_as_stored(LinearChoice(Computing.FAST, "eager"), Transformer())  # type: ignore[arg-type]
+    told = nothing_as_stored(LinearChoice(Computing.FAST, {"int8": "eager"}), Transformer())  # type: ignore[arg-type]
     assert "no products for weights in q4_k" in told
-    assert not nothing_as_stored(LinearChoice(Computing.AS_COMFYUI, "eager"), Transformer())  # type: ignore[arg-type]
+    assert not nothing_as_stored(LinearChoice(Computing.AS_COMFYUI, {"int8": "eager"}), Transformer())  # type: ignore[arg-type]

@@ -133,6 +133,7 @@ def findings(
         except Exception as error:
             error_text = f"{type(error).__name__}: {error}"
         gc.collect()  # what the error's traceback held is given back while the GPU is there
+        seams.forget_rotations()
         gpu.accelerator.synchronize()
     if error_text:
         return [error_text]

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from qwenimage_lowvram.engine.compute.linear_choice import Computing, LinearChoice
+from qwenimage_lowvram.engine.compute.product_trials import TRIALS
 from qwenimage_lowvram.engine.compute.stored_products import FOR_ANY_DEVICE
 from qwenimage_lowvram.engine.runs.expected_timesteps import ExpectedTimesteps
 from qwenimage_lowvram.engine.streaming import RING_PIECES
@@ -12,6 +13,7 @@ from torch import Tensor
 from .rig import TIMES, Lora, Rig, finish, host
 from .tiny_models import LAYERS
 
+BACKENDS = {trial.name: FOR_ANY_DEVICE for trial in TRIALS}
 WORK_OF_WAITING = 5  # marks and waits before a block
 
 
@@ -36,7 +38,7 @@ def steps(
     computing: Computing = Computing.EXACT,
 ) -> list[Tensor]:
     """Two steps of one run; `then`: a second run with other LoRAs."""
-    model = rig.transformer(kind, lora=lora, dtype=dtype, linear=LinearChoice(computing, FOR_ANY_DEVICE))
+    model = rig.transformer(kind, lora=lora, dtype=dtype, linear=LinearChoice(computing, BACKENDS))
     made: list[Tensor] = []
     for turn in range(1 if then is None else 2):
         if turn and then is not None:

@@ -129,3 +129,10 @@ def session(
     model: QwenImageTransformer, slots: int, elsewhere: tuple[SecondaryDevice, ...]
 ) -> AbstractContextManager[Any]:
     return model.session(slots=slots, secondaries=elsewhere)
+
+
+def forget_rotations() -> None:
+    """What comfy-kitchen keeps on each device that it has rotated anything on, some 100 KB, for as long as it lives."""
+    kept = sys.modules.get("comfy_kitchen.backends.eager.convrot_w4a4")
+    if kept is not None:
+        kept._HADAMARD_CACHE.clear()

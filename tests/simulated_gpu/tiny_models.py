@@ -31,6 +31,7 @@ class TinyModels:
         self._make: Mapping[str, Callable[[Path], object]] = {
             "fp8": self._fp8,
             "scaled fp8": self._scaled_fp8,
+            "w4a4": self._w4a4,
             "GGUF": self._gguf,
             "lora": self._lora,
             "dora": self._dora,
@@ -38,7 +39,7 @@ class TinyModels:
         }
 
     def open(self, kind: str) -> Checkpoint:
-        """The transformer in bf16, fp8, scaled fp8, int8, nf4 or GGUF; or its first two blocks in bf16."""
+        """The transformer in bf16, fp8, scaled fp8, int8, nf4, w4a4 or GGUF; or its first two blocks in bf16."""
         if kind in ("bf16", "two blocks"):
             return open_checkpoint(self._saved(kind, LAYERS if kind == "bf16" else 2))
         if kind in REQUANTIZED:
@@ -89,6 +90,17 @@ class TinyModels:
                 scale = weight.abs().max().float() / FP8_MOST
                 stored[name] = (weight.float() / scale).to(torch.float8_e4m3fn)
                 stored[f"{name.removesuffix('.weight')}.scale_weight"] = scale
+        save_file(stored, file)
+
+    def _w4a4(self, file: Path) -> None:
+        """ComfyUI's convrot_w4a4."""
+        from comfy_files import quantized
+
+        stored = dict(self._weights)
+        for name, weight in self._weights.items():
+            if weight.ndim == 2 and "transformer_blocks" in name:
+                layer = name.removesuffix(".weight")
+                stored |= {f"{layer}.{part}": value for part, value in quantized(weight, "convrot_w4a4").items()}
         save_file(stored, file)
 
     def _gguf(self, file: Path) -> None:

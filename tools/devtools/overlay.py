@@ -74,6 +74,7 @@ NEWEST = Overlay(
     (
         "test_comfy_quant",
         "test_w4a8",
+        "test_stored_w4a8",
         "test_transformer_21_against_diffusers",
         "test_vae_21_against_diffusers",
         "test_pipeline_21_against_diffusers",

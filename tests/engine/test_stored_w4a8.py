@@ -1,0 +1,141 @@
+"""Linear layers that compute on asym_w4a8_int8 as stored: bit for bit as ComfyUI's do. This comfy-kitchen may be older
+than the format (0.2.27), and this ComfyUI: what its layers call is compared with, too."""
+
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from comfy_files import note_bytes
+from comfyui_layers import comfyuis_linear
+from one_layer import an_input, streamed
+from qwenimage_lowvram.engine.compute import stored_products
+from qwenimage_lowvram.engine.compute.four_bit_products import W4a8Product
+from qwenimage_lowvram.engine.compute.linear_choice import Computing, LinearChoice, choose_linear
+from qwenimage_lowvram.engine.compute.product_trials import W4A8
+from qwenimage_lowvram.engine.formats.kitchen_w4a8 import load_w4a8
+from qwenimage_lowvram.engine.hardware import Hardware
+from safetensors.torch import save_file
+from torch import Tensor
+
+NAME = "asym_w4a8_int8"
+REAL_SHAPE = 5, 3072, 12288
+SHAPES = [(5, 256, 16), (70, 512, 288), (1, 256, 64)]  # tokens, columns, rows; of 16 as the codebook
+CPU = torch.device("cpu")
+
+
+def is_there() -> bool:
+    try:
+        load_w4a8()
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+with_format = pytest.mark.skipif(not is_there(), reason="this comfy-kitchen is older than the format (0.2.27)")
+
+
+@pytest.fixture(scope="module")
+def fast() -> LinearChoice:
+    return choose_linear(Computing.FAST, [Hardware.detect(CPU)], torch.bfloat16, [W4A8])
+
+
+def a_layer(columns: int, rows: int, dtype: torch.dtype, *, codebook: bool) -> dict[str, Tensor]:
+    from comfy_kitchen.tensor import AsymW4A8Int8Layout
+
+    generator = torch.Generator().manual_seed(rows)
+    weight = torch.randn(rows, columns, generator=generator) * torch.logspace(-2, 0, rows)[:, None] / columns**0.5
+    data, params = AsymW4A8Int8Layout.quantize(weight, codebook=codebook)
+    parts = AsymW4A8Int8Layout.state_dict_tensors(data, params)
+    note = {"format": NAME, "group_size": 16, "convrot_groupsize": 256}
+    bias = torch.randn(rows, generator=generator).to(dtype)
+    return {f"layer.weight{suffix}": part for suffix, part in parts.items()} | {
+        "layer.comfy_quant": note_bytes(note),
+        "layer.bias": bias,
+    }
+
+
+def kitchens_linear(state: dict[str, Tensor], shape: tuple[int, int], dtype: torch.dtype, x: Tensor) -> Tensor:
+    """What ComfyUI's layer calls."""
+    from comfy_kitchen.tensor import AsymW4A8Int8Layout, QuantizedTensor
+
+    rel, channel = state["layer.weight_s_rel"], state["layer.weight_s_channel"]
+    params = AsymW4A8Int8Layout.Params(
+        scale=rel, s_channel=channel, codebook=state.get("layer.weight_codebook"), orig_dtype=dtype, orig_shape=shape
+    )
+    weight = QuantizedTensor(state["layer.weight"], "AsymW4A8Int8Layout", params)
+    return torch.nn.functional.linear(x, weight, state["layer.bias"])
+
+
+def require_as_comfyui(
+    shape: tuple[int, int, int], dtype: torch.dtype, file: Path, choice: LinearChoice, *, codebook: bool = True
+) -> None:
+    tokens, columns, rows = shape
+    state = a_layer(columns, rows, dtype, codebook=codebook)
+    save_file(state, file)
+    x = an_input(tokens, columns, dtype)
+    with torch.no_grad(), streamed(file, columns, rows, dtype, choice, Hardware.detect(CPU)) as ours:
+        computed = ours(x)
+        assert torch.equal(computed, kitchens_linear(state, (rows, columns), dtype, x))
+        if NAME in import_module("comfy.quant_ops").QUANT_ALGOS:
+            assert torch.equal(computed, comfyuis_linear(state, "layer", (rows, columns), dtype)(x.clone()))
+        assert torch.equal(ours.of_rows(x, rows // 2, rows), computed[..., rows // 2 :])
+
+
+@with_format
+@pytest.mark.parametrize("codebook", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_layer_computes_bit_for_bit_what_comfyuis_does(
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    codebook: bool,
+    tmp_path: Path,
+    fast: LinearChoice,
+    comfy: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stored_products, "SCRATCH_BYTES", 1)  # as few tokens and rows at a time as there ever are
+    require_as_comfyui(shape, dtype, tmp_path / "m.safetensors", fast, codebook=codebook)
+
+
+@with_format
+@pytest.mark.slow
+def test_a_layer_of_real_size_computes_bit_for_bit_what_comfyuis_does(
+    tmp_path: Path, fast: LinearChoice, comfy: ModuleType
+) -> None:
+    require_as_comfyui(REAL_SHAPE, torch.bfloat16, tmp_path / "m.safetensors", fast)
+
+
+@with_format
+def test_a_slot_holds_the_stored_bytes(tmp_path: Path, fast: LinearChoice) -> None:
+    state = a_layer(512, 96, torch.bfloat16, codebook=True)
+    save_file(state, tmp_path / "m.safetensors")
+    with streamed(tmp_path / "m.safetensors", 512, 96, torch.bfloat16, fast, Hardware.detect(CPU)) as ours:
+        parts = [part.data for name, part in ours.named_parameters() if name != "bias"]
+        names = ("weight", "weight_s_rel", "weight_s_channel", "weight_codebook")
+        for part, name in zip(parts, names, strict=True):
+            assert torch.equal(part.view(torch.uint8), state[f"layer.{name}"].view(torch.uint8))
+
+
+@with_format
+@pytest.mark.parametrize("shape", [(512, 512, 16), (512, 64, 512), (8, 512, 512)], ids=str)
+def test_what_a_product_takes_is_what_is_planned_for_it(shape: tuple[int, int, int]) -> None:
+    from live_bytes import LiveBytes
+
+    tokens, columns, rows = shape
+    product = W4a8Product("eager", 64)
+    x, parts = an_input(tokens, columns, torch.bfloat16)[0], product.some_parts(rows, columns, CPU)
+    product(x[:1], parts, None)  # what turns x is kept
+    with LiveBytes("cpu") as live:
+        result = product(x, parts, None)
+    of_weight, of_x = product.fixed_bytes(columns, rows), tokens * product.row_bytes(columns, rows, 2)
+    assert 0.6 * max(of_weight, of_x) < live.peak - result.nbytes <= of_weight + of_x
+
+
+@pytest.mark.skipif(is_there(), reason="this comfy-kitchen has the format")
+def test_a_comfy_kitchen_without_it_is_named() -> None:
+    choice = choose_linear(Computing.FAST, [Hardware.detect(CPU)], torch.bfloat16, [W4A8])
+    assert not choice.backends
+    assert "comfy-kitchen is missing or too old for w4a8 products" in choice.why_not
