@@ -1,25 +1,34 @@
 // The panel on the Sample node: stage, memory and plan of a run, fed by the server's events. Changes no value.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { addPanel, nodeAt } from "./shared/panels.js";
+import { openFullView } from "./shared/full_view.js";
+import { addPanel, nodeAt, words } from "./shared/panels.js";
+import { clock, gib, lineOf, paceOf, rowsOf, sentenceOf } from "./shared/run_words.js";
+import { allNodes, isOfThisGraph } from "./shared/runs.js";
 
 const NODE = "QwenLowVRAMSample";
 const EVENT = "qwen_lowvram.progress";
 const REPORT = "qwen_lowvram_report";
+const HINT = "qwenLowVRAM.PreviewHintShown";
+const PREVIEWS = "Comfy.Execution.PreviewMethod";
 const HEIGHT_PX = 104;
 const WIDTH_PX = 320; // of a new node
+const BEFORE = new Set(["opening", "quantizing", "encoding", "encoding_image"]); // what Sample may wait for
 
 const TEXT = "white-space:nowrap;overflow:hidden;text-overflow:ellipsis;";
-const ROW = "display:flex;align-items:center;gap:6px;height:16px;";
+const ROW = "display:flex;align-items:center;gap:6px;min-height:16px;";
 const GRID = "display:grid;grid-template-columns:auto minmax(24px,1fr) auto;align-items:center;column-gap:6px;";
 const TRACK = "position:relative;overflow:hidden;border-radius:2px;background:var(--border-color, #8886);";
 const FILL = "height:100%;width:0;background:var(--p-primary-color, #4a90d9);";
 const MARK = "position:absolute;top:0;width:2px;height:100%;background:currentColor;display:none;";
+const BUTTON =
+  "flex:0 0 auto;padding:0 6px;border:1px solid var(--border-color);border-radius:4px;cursor:pointer;" +
+  "font:11px/14px sans-serif;color:var(--input-text);background:transparent;";
+const UNSEEN = "position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)"; // but read aloud
 
 const panels = new WeakMap(); // node -> Panel: goes when its node goes
 let ramTotalBytes = 0;
 
-const gib = (bytes) => (bytes / 2 ** 30).toFixed(2);
 const percent = (share) => `${(100 * Math.min(1, Math.max(0, share || 0))).toFixed(1)}%`;
 
 function make(part, css, ...children) {
@@ -27,6 +36,16 @@ function make(part, css, ...children) {
   element.dataset.part = part;
   element.style.cssText = css;
   element.append(...children);
+  return element;
+}
+
+function button(part, action) {
+  const element = document.createElement("button");
+  element.type = "button";
+  element.dataset.part = part;
+  element.style.cssText = BUTTON;
+  element.addEventListener("keydown", (event) => event.stopPropagation()); // Enter and space are not the page's then
+  element.addEventListener("click", action);
   return element;
 }
 
@@ -40,112 +59,199 @@ class MemoryRow {
     this.element = make(name.toLowerCase(), "display:contents", make("name", "", name), this.track, this.text);
   }
 
-  show(now, peak, total) {
+  /** A bar up to `total`, with a mark at the peak. */
+  show(text, now, peak, total) {
     const known = typeof now === "number";
-    this.track.style.display = known ? "" : "none";
-    this.mark.style.display = known ? "" : "none";
+    this.track.style.display = this.mark.style.display = known ? "" : "none";
     this.fill.style.width = percent(now / (total || peak));
-    this.text.style.gridColumn = known ? "" : "2 / -1";
     this.mark.style.left = `min(${percent(peak / (total || peak))}, 100% - 2px)`;
-    const numbers = () => `${gib(now)}, peak ${gib(peak)}${total ? ` of ${gib(total)}` : ""} GiB`;
-    this.text.textContent = known ? numbers() : "none of its own: the device uses RAM";
+    this.text.style.gridColumn = known ? "" : "2 / -1";
+    this.text.textContent = text;
   }
 }
 
 class Panel {
   constructor() {
-    this.where = "";
-    this.stage = make("stage", `${TEXT}flex:1 1 auto`, "Waiting for a run");
-    this.pace = make("pace", "flex:0 0 auto");
+    this.words = words();
+    this.stage = make("stage", "flex:1 1 auto;min-width:0", this.words.idle);
+    this.details = button("details", () => this.open());
+    this.details.textContent = this.words.details;
+    this.details.title = this.words.detailsHint;
     this.bar = make("bar", FILL);
+    this.track = make("progress", `${TRACK}flex:1 1 auto;height:4px`, this.bar);
+    this.track.setAttribute("role", "progressbar");
+    this.pace = make("pace", "flex:0 0 auto");
     this.vram = new MemoryRow("VRAM");
     this.ram = new MemoryRow("RAM");
-    this.note = make("note", "height:32px;overflow:hidden;opacity:0.75");
-    const progress = make("progress", `${TRACK}height:4px;margin:3px 0 5px`, this.bar);
-    const head = make("head", ROW, this.stage, this.pace);
+    this.note = make("note", "height:32px;overflow:hidden");
+    this.spoken = make("spoken", UNSEEN);
+    this.spoken.setAttribute("role", "status");
+    const head = make("head", `${ROW}align-items:flex-start`, this.stage, this.details);
+    const progress = make("pace-row", ROW, this.track, this.pace);
     const memory = make("memory", GRID, this.vram.element, this.ram.element);
-    this.live = make("live", "", head, progress, memory, this.note);
-    this.text = make("text", "display:none;height:100%;overflow:auto;white-space:pre-wrap;user-select:text");
     const css =
-      `box-sizing:border-box;width:100%;height:100%;min-height:${HEIGHT_PX}px;padding:6px 8px;overflow:hidden;` +
-      "border-radius:4px;font:11px/16px sans-serif;font-variant-numeric:tabular-nums;cursor:pointer;" +
-      "color:var(--input-text);background:var(--comfy-input-bg)";
-    this.element = make("panel", css, this.live, this.text);
+      `position:relative;box-sizing:border-box;width:100%;height:100%;min-height:${HEIGHT_PX}px;padding:4px 8px;` +
+      "overflow:hidden;border-radius:4px;font:11px/16px sans-serif;font-variant-numeric:tabular-nums;user-select:text;" +
+      "cursor:pointer;color:var(--input-text);background:var(--comfy-input-bg)";
+    this.element = make("panel", css, head, progress, memory, this.note, this.spoken);
     this.element.className = "qwen-lowvram-panel";
-    this.element.addEventListener("click", () => this.toggle());
+    this.element.addEventListener("click", ({ target }) => {
+      if (!target.closest("button") && !String(getSelection())) this.open(); // the end of a selection is a click too
+    });
+    this.before = null; // what was shown before it waits
+    this.begin(null);
   }
 
-  /** Show the plan or the report in full, or the run again. */
-  toggle() {
-    if (!this.text.textContent || String(getSelection())) return; // the end of a selection is a click too
-    const open = this.text.style.display === "none";
-    this.text.style.display = open ? "block" : "none";
-    this.live.style.display = open ? "none" : "block";
-  }
-
-  explain(note, text) {
-    this.note.textContent = note;
-    this.text.textContent = text;
-    this.element.title = `${text}\n\nClick to read this in the panel.`;
-  }
-
-  prepare() {
-    this.where = this.pace.textContent = "";
-    this.stage.textContent = "Preparing";
-    this.bar.style.width = "0";
-  }
-
-  progress(run) {
-    this.where = `step ${run.step}/${run.steps}, block ${run.block}/${run.blocks}`;
-    const [stage, share] = {
-      modulation: [`Timestep table, block ${run.block}/${run.blocks}`, 0],
-      sampling: [`Sampling, ${this.where}`, (run.step - 1 + run.block / run.blocks) / run.steps],
-      done: [`Done: ${run.steps} steps in ${run.seconds.toFixed(1)} s`, 1],
-    }[run.stage];
-    this.stage.textContent = stage;
+  /** What is done now, in a line; said aloud where it is another stage. */
+  say(line, stage, share) {
+    this.stage.textContent = line;
     this.bar.style.width = percent(share);
-    const { seconds_per_step: measured, forecast_seconds_per_step: forecast } = run;
-    const expected = forecast ? `about ${forecast.toFixed(1)} s/step expected` : "";
-    this.pace.textContent = measured ? `${measured.toFixed(2)} s/step` : expected;
-    this.vram.show(run.vram_bytes, run.peak_vram_bytes, run.limit_bytes);
-    this.ram.show(run.ram_bytes, run.peak_ram_bytes, ramTotalBytes);
-    this.explain(run.plan.replace(/^\w+\([^:]*: |\)$/g, ""), run.plan);
+    this.track.setAttribute("aria-valuenow", Math.round(100 * (share || 0)));
+    this.track.setAttribute("aria-valuetext", line);
+    if (this.spoken.dataset.stage === stage) return;
+    this.spoken.dataset.stage = stage;
+    this.spoken.textContent = line;
+  }
+
+  /** Another node works first, for this one too. */
+  wait(event) {
+    if (event.prompt_id === this.prompt || event.done >= (event.total || 1)) return; // one of both has ended
+    this.before ??= { line: this.stage.textContent, width: this.bar.style.width };
+    this.say(this.words.waits(lineOf(this.words, event)), `waits for ${event.stage}`, event.done / event.total || 0);
+  }
+
+  /** The prompt has ended, and this node was not asked for anything. */
+  endWait() {
+    if (!this.before) return;
+    this.stage.textContent = this.before.line;
+    this.bar.style.width = this.before.width;
+    this.before = null;
+  }
+
+  /** A run of another prompt: nothing is known of it yet. */
+  begin(prompt) {
+    this.prompt = prompt;
+    this.run = null; // its last event
+    this.report = null;
+    this.peakHeld = 0;
+    this.pace.textContent = this.note.textContent = "";
+    this.details.style.visibility = "hidden"; // until there is something to read
+  }
+
+  progress(event) {
+    const { words: said } = this;
+    this.before = null;
+    if (event.prompt_id !== this.prompt) this.begin(event.prompt_id);
+    this.say(lineOf(said, event), event.stage, event.share ?? event.done / event.total);
+    if (!event.facts) return; // not planned yet
+    const text = event.plan ?? this.run?.plan;
+    this.run = { ...event, plan: text };
+    this.details.style.visibility = "";
+    const { seconds_per_step: measured, facts } = event;
+    this.pace.textContent = measured ? said.pace(paceOf(measured)) : said.forecast(paceOf(facts.seconds_per_step));
+    this.showMemory(event);
+    if (event.stage === "modulation") this.note.textContent = ""; // the line above has two lines
+    else if (event.stage === "sampling" && event.previews === false && !this.hinted()) this.hint();
+    else if (event.stage !== "done" || !this.hinting) this.note.textContent = sentenceOf(said, facts);
+    if (event.stage === "done" && this.hinting) app.extensionManager.setting.set(HINT, true);
+  }
+
+  showMemory({ vram_bytes: vram, peak_vram_bytes: peak, ram_bytes: ram, peak_ram_bytes: peakRam, ...event }) {
+    const { facts, held_bytes: held } = event;
+    const { limit_bytes: limit, ram_limit_bytes: ramLimit } = facts;
+    const known = typeof vram === "number";
+    this.vram.show(known ? this.words.numbers(gib(vram), gib(peak), gib(limit)) : this.words.noVram, vram, peak, limit);
+    if (ramLimit && typeof held === "number") {
+      this.peakHeld = Math.max(this.peakHeld, held);
+      this.ram.show(this.words.ofLimit(gib(held), gib(ramLimit)), held, this.peakHeld, ramLimit);
+    } else {
+      const total = ramTotalBytes && gib(ramTotalBytes);
+      this.ram.show(this.words.numbers(gib(ram), gib(peakRam), total), ram, peakRam, ramTotalBytes);
+    }
+  }
+
+  hinted() {
+    return this.hinting || app.extensionManager.setting.get(HINT) === true;
+  }
+
+  /** That previews are off, once, with the switch. */
+  hint() {
+    this.hinting = true;
+    const on = button("previews", async () => {
+      await app.extensionManager.setting.set(PREVIEWS, "auto");
+      this.note.textContent = this.words.previewsOn;
+    });
+    on.textContent = this.words.switchPreviews;
+    this.note.replaceChildren(this.words.previewsOff, " ", on);
   }
 
   /** The node's own output: what the run read. After a change of tabs it is all that is left of the run. */
-  report(report) {
-    const { plan, steps, seconds, fetched_blocks: fetched, one_by_one: reason } = report;
-    if (!this.where) {
-      const { blocks, limits } = plan;
-      const end = { stage: "done", step: steps, block: blocks, blocks, limit_bytes: limits.vram_bytes };
+  showReport(report) {
+    const { facts, steps, seconds, passes, pass_seconds: computing } = report;
+    if (!this.run) {
       const memory = { vram_bytes: report.peak_vram_bytes, ram_bytes: report.peak_ram_bytes };
-      this.progress({ ...report, ...end, ...memory, plan: report.plan_text, seconds_per_step: seconds / steps });
+      const pace = { seconds_per_step: passes ? computing / passes : null };
+      const end = { stage: "done", step: steps, steps, seconds, share: 1, plan: report.plan_text, facts };
+      this.progress({ ...report, ...end, ...memory, ...pace, prompt_id: null });
     }
-    const read = `${fetched} blocks read (${gib(report.fetched_bytes)} GiB), ${plan.resident.length} stayed`;
-    this.explain(reason ? `One prompt after another: ${reason}` : read, report.text);
+    this.report = report;
+    const { one_by_one: reason, fetched_bytes: read } = report;
+    const { resident, elsewhere, blocks } = facts;
+    if (this.hinting && !this.note.querySelector("button")) this.hinting = false;
+    const told = reason ? this.words.oneByOne(reason) : this.words.read(gib(read), resident + elsewhere, blocks);
+    if (!this.hinting) this.note.textContent = told;
+    this.hinting = false;
   }
 
   stop(word) {
-    this.stage.textContent = this.where ? `${word} at ${this.where}` : word;
-    this.where = this.pace.textContent = "";
+    this.before = null;
+    const { step, steps, seconds, stage } = this.run ?? {};
+    const done = stage === "stopped" ? step : step - 1;
+    const line = steps ? this.words.after(word, Math.max(0, done || 0), steps, clock(seconds)) : word;
+    this.say(line, "stopped", this.run?.share);
+    this.pace.textContent = "";
+  }
+
+  open() {
+    const { words: said, run, report } = this;
+    if (!run) return;
+    const title = report ? said.title : said.running;
+    openFullView(said, { title, rows: rowsOf(said, run.facts, report), text: report?.text ?? run.plan ?? "" });
   }
 }
 
 const panelOf = (id) => panels.get(nodeAt(id));
 
 function showReport(id, output) {
-  if (output?.[REPORT]) panelOf(id)?.report(output[REPORT][0]);
+  if (output?.[REPORT]) panelOf(id)?.showReport(output[REPORT][0]);
+}
+
+function onProgress(event) {
+  if (!isOfThisGraph(event)) return;
+  const own = panelOf(event.node);
+  if (own) own.progress(event);
+  else if (BEFORE.has(event.stage)) for (const node of allNodes()) panels.get(node)?.wait(event);
+}
+
+function onEnd(event, word) {
+  if (!isOfThisGraph(event)) return;
+  const own = word && panelOf(event.node_id);
+  if (own) own.stop(words().stopped[word]);
+  for (const node of allNodes()) panels.get(node)?.endWait();
 }
 
 app.registerExtension({
   name: "qwenLowVRAM.sample",
+  settings: [{ id: HINT, name: "The hint about previews was shown", type: "hidden", defaultValue: false }],
 
   async setup() {
-    api.addEventListener(EVENT, ({ detail }) => panelOf(detail.node)?.progress(detail));
-    api.addEventListener("executing", ({ detail }) => panelOf(detail)?.prepare());
-    api.addEventListener("executed", ({ detail }) => showReport(detail.display_node ?? detail.node, detail.output));
-    api.addEventListener("execution_interrupted", ({ detail }) => panelOf(detail.node_id)?.stop("Interrupted"));
-    api.addEventListener("execution_error", ({ detail }) => panelOf(detail.node_id)?.stop("Failed"));
+    api.addEventListener(EVENT, ({ detail }) => onProgress(detail));
+    api.addEventListener("executed", ({ detail }) => {
+      if (isOfThisGraph(detail)) showReport(detail.display_node ?? detail.node, detail.output);
+    });
+    api.addEventListener("execution_interrupted", ({ detail }) => onEnd(detail, "interrupted"));
+    api.addEventListener("execution_error", ({ detail }) => onEnd(detail, "failed"));
+    api.addEventListener("execution_success", ({ detail }) => onEnd(detail));
     ramTotalBytes = (await api.getSystemStats()).system.ram_total;
   },
 

@@ -15,6 +15,7 @@ from ..engine.models.qwen_image.transformer import TimestepRounding
 from ..engine.models.qwen_vl.vision_files import mmproj_identity
 from ..engine.out_of_memory import in_words
 from ..engine.runs.dtype_choice import encoder_dtype
+from ..engine.runs.phases import Phase
 from ..engine.runs.timeline import Timeline
 from . import devices
 from .adapters import switches
@@ -22,7 +23,7 @@ from .adapters.attention import attention_of_loader
 from .adapters.limit_names import RAM_LIMIT, VRAM_LIMIT
 from .adapters.linear_layers import linear_of_loader, nothing_as_stored
 from .adapters.networks import served_of
-from .adapters.progress import executing_prompt_id, warn
+from .adapters.progress import executing_prompt_id, progress_sender, warn
 from .adapters.vae import make_vae
 from .adapters.value_checks import check_widgets, limit_bytes
 from .display_names import AUTO, CATEGORY
@@ -116,6 +117,7 @@ class QwenLowVRAMLoader:
             step_cache=step_cache,
             compute=compute,
         )
+        progress_sender()({"stage": Phase.OPENING.value})
         sources = Sources.of(transformer, text_encoder, vae)
         transformer_file, text_file, vae_file = sources.open(variant)
         tokenizer = sources.prompt_tokenizer()

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management
-import comfy.utils
 import torch
 
 from ..engine.caches.prompt_cache import PromptCache
@@ -17,9 +16,11 @@ from ..engine.files.checkpoint import Checkpoint
 from ..engine.hardware import Hardware
 from ..engine.log import logger
 from ..engine.out_of_memory import Short, reason, shortage
+from ..engine.runs.phases import Phase, PhaseProgress
 from ..engine.streaming import require_decodable
 from ..engine.texts import printable, shown
 from . import cache_report
+from .adapters.in_comfyui import InComfyUI
 from .adapters.limits import stage_bytes
 from .adapters.progress import tell
 from .cache_folder import VARIABLE, folder_until_the_end, weight_cache_folder
@@ -112,11 +113,11 @@ def _make(weights: RequantizedWeights, device: torch.device, limit_bytes: int | 
             printable(str(weight_cache_folder())),
             VARIABLE,
         )
-    bar = comfy.utils.ProgressBar(len(weights.blocks))
+    progress = PhaseProgress(InComfyUI(), Phase.QUANTIZING)
 
     def on_block(done: int, total: int) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        bar.update_absolute(done, total)
+        progress(done, total)
 
     try:
         return weights.make(device, on_block)

@@ -6,6 +6,7 @@ from typing import Any
 from ..numerics import NUMERICS_VERSION
 from ..planning.memory_plan import MemoryPlan
 from ..texts import size_text
+from .plan_facts import plan_facts
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class MemoryReport:
     was made for; compiled_error: the largest of a block that was found, beside its norm. not_compiled: why blocks were
     not, where that was asked for.
     computed_steps, predicted_steps: of a run with a step_cache; not_measured: why its table tells nothing certain of
-    this run.
+    this run. done_steps: of `steps`, where the run was ended before its end; None: all.
     """
 
     plan: MemoryPlan
@@ -61,11 +62,13 @@ class MemoryReport:
     computed_steps: int = 0
     predicted_steps: int = 0
     not_measured: str = ""
+    done_steps: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: the fields, the plan's, both as text, and which numbers the engine makes."""
+        """For JSON: the fields, the plan's, both as text, the plan's facts, and which numbers the engine makes."""
         texts = {"plan_text": str(self.plan), "text": str(self)}
-        return {**asdict(self), **texts, "numerics_version": NUMERICS_VERSION}
+        facts = plan_facts(self.plan, host=self.peak_vram_bytes is None, one_by_one=self.one_by_one)
+        return {**asdict(self), **texts, "facts": facts, "numerics_version": NUMERICS_VERSION}
 
     def __repr__(self) -> str:
         vram = (
@@ -77,8 +80,10 @@ class MemoryReport:
             pinned = "page-locked" if self.pinned_bytes else "not page-locked"
             held = f", {len(self.plan.held)} in RAM ({pinned}), {size_text(self.copied_bytes)} copied to the device"
         run = self.plan.run
+        stopped = self.done_steps is not None and self.done_steps < self.steps
+        steps = f"stopped after {self.done_steps} of {self.steps} steps," if stopped else f"{self.steps} steps in"
         lines = [
-            f"MemoryReport: {self.steps} steps in {self.seconds:.1f} s, the first after {self.first_step_seconds:.1f} "
+            f"MemoryReport: {steps} {self.seconds:.1f} s, the first after {self.first_step_seconds:.1f} "
             f"s, {self.passes} passes of {step:.2f} s on {self.device} (forecast {self.plan.forecast.seconds:.2f} s), "
             f"weights {self.weight_format}",
             f"  forecast of the run: {run.first_seconds:.1f} s where its weights are read for the first time, "

@@ -1,6 +1,6 @@
 """Latents to images and back, in one call each: makes room, brings the VAE, works in tiles, and measures."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..planning.stages import Stage, decode_stage
 from ..planning.tiles import TilePlan
 from ..streaming import Pace, StreamOrder
 from .limit import Limit
+from .phases import Phase, PhaseProgress
 from .surroundings import Surroundings
 from .timeline import Timeline
 
@@ -53,14 +54,15 @@ class VaeRun:
         vae = self._vae
         size = (latents.shape[-2] * vae.scale, latents.shape[-1] * vae.scale)
         with (
-            self._ready(vae.plan_decode, size, tile_px) as options,
+            self._ready(Phase.DECODING, vae.plan_decode, size, tile_px) as (progress, options),
             # the weights lie on the device by now, whatever else does
             self._timeline.stage(Stage.DECODE, self._device, own_bytes=self._weights_bytes) as running,
         ):
 
             def on_plan(tiles: TilePlan) -> None:
-                frames = latents.shape[2] if latents.ndim == 5 else 1
-                ram_bytes = latents.shape[0] * frames * tiles.width * tiles.height * vae.pixel_bytes
+                count = latents.shape[0] * (latents.shape[2] if latents.ndim == 5 else 1)
+                progress(0, count * len(tiles))
+                ram_bytes = count * tiles.width * tiles.height * vae.pixel_bytes
                 host = self._device.type == "cpu"
                 running.planned(decode_stage(tiles, weights_bytes=self._weights_bytes, ram_bytes=ram_bytes, host=host))
 
@@ -72,7 +74,7 @@ class VaeRun:
     def encode(self, images: Tensor, *, tile_px: int = 0, out_device: torch.device) -> Tensor:
         """(B, H, W, C), H and W multiples of 8 -> (B, 16, 1, H/8, W/8) in fp32. Errors as `decode`."""
         vae = self._vae
-        with self._ready(vae.plan_encode, (images.shape[1], images.shape[2]), tile_px) as options:
+        with self._ready(Phase.ENCODING_IMAGE, vae.plan_encode, images.shape[1:3], tile_px) as (_, options):
             latents = vae.encode(images, out_device=out_device, **options)
         return _finite(latents)
 
@@ -80,33 +82,35 @@ class VaeRun:
         """Raise DoesNotFit where the limit has no room for decoding images of that many px. Moves nothing."""
         self._planned(self._vae.plan_decode, (height, width), 0)
 
-    def _planned(self, plan: Callable[..., TilePlan], size: tuple[int, int], tile_px: int) -> TilePlan:
+    def _planned(self, plan: Callable[..., TilePlan], size: Sequence[int], tile_px: int) -> TilePlan:
         """Within the limit alone, whatever is free."""
         limit = self._limit
         with limit.naming(self._device, limit.nbytes or 0):
             return plan(*size, None if limit.nbytes is None else limit.nbytes - self._weights_bytes, tile_px)
 
     @contextmanager
-    def _ready(self, plan: Callable[..., TilePlan], size: tuple[int, int], tile_px: int) -> Iterator[dict[str, Any]]:
+    def _ready(
+        self, phase: Phase, plan: Callable[..., TilePlan], size: Sequence[int], tile_px: int
+    ) -> Iterator[tuple[PhaseProgress, dict[str, Any]]]:
         """Make room for the plan and bring the VAE; gives what it works with, progress and interruption after each tile
-        included."""
+        included. size: height and width in px."""
         limit, weights, around = self._limit, self._weights_bytes, self._surroundings
+        progress = PhaseProgress(around, phase)
         # of an image larger than any card, ask for half the card: tiles need no more
         room = min(self._planned(plan, size, tile_px).peak_bytes, around.total_bytes(self._device) // 2)
         # before the weights are brought: what has to leave for the tiles must not be this VAE
         budget = around.device_bytes(self._device, limit.nbytes, weights + room) - weights
         self._bring(room)
-        bar = around.bar()
 
         def on_tile(done: int, total: int) -> None:
             self._pace.keep(self._order)
             around.check()
-            bar(done, total)
+            progress(done, total)
             self._timeline.sample()
 
         long = interruptible(size[0] * size[1] // TOKEN_PX**2, around.check)
         with limit.naming(self._device, budget + weights), long, _current(self._device):
-            yield {"limit_bytes": budget, "tile_px": tile_px, "on_tile": on_tile}
+            yield progress, {"limit_bytes": budget, "tile_px": tile_px, "on_tile": on_tile}
 
 
 def _current(device: torch.device) -> Any:

@@ -18,6 +18,7 @@ from ..planning.stages import Stage, encode_stage
 from ..planning.text_encoder import plan_text_encoder, text_encoder_peak_bytes
 from ..reports.image_report import Moved
 from .limit import Limit
+from .phases import Phase, PhaseProgress
 from .surroundings import Surroundings
 from .timeline import Timeline
 
@@ -100,6 +101,7 @@ class EncodeRun:
     def _visit(self, prompts: Sequence[ImagePrompt], *, most_slots: int = 2) -> list[Tensor]:
         """The hidden states of each prompt, in one visit of the encoder, and before it one of the vision tower."""
         encoder, looking, around = self.encoder, VisionPass(self.encoder, prompts), self.surroundings
+        progress = PhaseProgress(around, Phase.ENCODING)
         device, footprint = encoder.hardware.device, encoder.footprint
         lengths = [prompt.length for prompt in prompts]
         wanted = max(text_encoder_peak_bytes(footprint, lengths, 2), looking.wanted_bytes)
@@ -107,13 +109,13 @@ class EncodeRun:
         with self.limit.naming(device, room):
             slots, looking_slots = plan_text_encoder(footprint, lengths, room), looking.plan(room)
         slots, looking_slots = min(slots, most_slots), min(looking_slots, most_slots)
-        bar, done, total = around.bar(), 0, looking.blocks + footprint.layers
+        done, total = 0, looking.blocks + footprint.layers
 
         def on_block(index: int) -> None:
             nonlocal done
             around.check()
+            progress(done, total)
             done += 1
-            bar(done, total)
             self.timeline.sample()
 
         with self.timeline.stage(Stage.ENCODE, device, moved=lambda: self._moved(looking)) as running:
@@ -121,6 +123,7 @@ class EncodeRun:
             seen = looking.see(looking_slots, on_block)
             ids = [list(prompt.tokens) for prompt in prompts]
             states = encoder.encode(ids, images=seen, slots=slots, on_layer=on_block)
+        progress(total, total)
         for prompt, state in zip(prompts, states, strict=True):  # before any is kept
             _require_embeddings(drop_template(state, self._start(prompt)))
         around.left(device)

@@ -71,10 +71,11 @@ class Pipeline:
         device None: the first card, else the CPU. dtype None: bf16 where the device has it and the file is not in fp32;
         fp16: of the transformer's products, with activations in fp32, and of the VAE. A limit of None: what is free.
         cache: a folder for encoded prompts and measured speeds; None keeps neither. on_progress: told a few times a
-        second while images are sampled. check: called before each block and tile, and may raise, which ends the run.
-        attention: the transformer's kernel, of `attention_choice.CHOICES`. compute: on what the transformer's linear
-        layers compute, a value of `linear_choice.Computing`. loras: files and their strengths, in order. of_network:
-        what the family's transformer takes beside these. Raises Unsupported for a kernel that does not work here.
+        second what is done, as `Surroundings.tell` has it. check: called before each block and tile, and may raise,
+        which ends the run. attention: the transformer's kernel, of `attention_choice.CHOICES`. compute: on what the
+        transformer's linear layers compute, a value of `linear_choice.Computing`. loras: files and their strengths, in
+        order. of_network: what the family's transformer takes beside these. Raises Unsupported for a kernel that does
+        not work here.
         """
         if dtype is not None and dtype not in FLOATS:
             raise InvalidRequest(

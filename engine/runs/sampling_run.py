@@ -14,6 +14,7 @@ from ..planning.forecast import Throughput, corrected
 from ..planning.memory import plan_memory
 from ..planning.memory_plan import MemoryPlan
 from ..reports.memory_report import MemoryReport
+from ..reports.plan_facts import plan_facts
 from ..streaming import OnBlock, Waits
 from . import retry
 from .expected_timesteps import ExpectedTimesteps
@@ -22,7 +23,7 @@ from .known_speeds import KnownSpeeds
 from .memory_watch import MemoryWatch
 from .pass_clock import PassClock
 from .passes import Passes
-from .run_progress import RunProgress, warning_of
+from .run_progress import RunProgress, ShownPlan, warning_of
 from .sampling_plan import Transformer
 from .sampling_session import SamplingSession
 from .spilling import spill_warning
@@ -77,12 +78,12 @@ class SamplingRun:
             surroundings,
             self._watch,
             timeline.sample,
+            lambda: _host_bytes(transformer),
             blocks=transformer.footprint.blocks,
             ahead=int(transformer.hardware.streams),
             steps=steps,
-            limit_bytes=plan.limit_bytes,
+            passes=min(2, plan.request.distinct_prompts) if one_by_one else 1,
             plan=self._shown_plan(),
-            forecast_seconds=plan.forecast.seconds,
         )
 
     @property
@@ -93,7 +94,7 @@ class SamplingRun:
     def load(self) -> None:
         """Bring what stays on the device there."""
         with self._session.measured_load():
-            self.attempt(self._session.load)
+            self.attempt(self._load)
 
     def begin(self, timesteps: Sequence[float]) -> None:
         """The resident weights are on the device: compute what is computed of `timesteps`, then open the slots."""
@@ -104,6 +105,7 @@ class SamplingRun:
         if warning := warning_of(self.plan):
             logger.warning("%s", warning)
         self._timesteps = timesteps
+        self._progress.begins(timesteps)
         self._copied_before, self._read_before = self._transformer.store.copied, self._transformer.store.read
         self._expected = ExpectedTimesteps(self._transformer.store.order, timesteps)
         self._cached = _cached_steps(self.plan.request.step_cache, timesteps)
@@ -145,7 +147,7 @@ class SamplingRun:
         new = timestep not in self._seen
         if new:
             self._seen.add(timestep)
-            self._progress.step = len(self._seen) - 1
+        self._progress.evaluation(timestep)
 
         def begin_block(index: int) -> None:
             self._progress.sampling(index)
@@ -165,14 +167,18 @@ class SamplingRun:
         )
         try:
             if self._cached is None:
-                return passes.compute(branches, hooked, more=timestep > passes.last_timestep)
+                answers = passes.compute(branches, hooked, more=timestep > passes.last_timestep)
+                self._progress.evaluated()
+                return answers
             if hooked:
                 raise Unsupported(
                     "Patches around the model's blocks are called in every step, and step_cache computes only some of "
                     "them.\n\nWhat to do: remove the node that sets the patch, or set step_cache to off.",
                     code="run.patches_of_predicted_steps",
                 )
-            return self._cached.answers(passes, branches, list(keys or range(len(branches))))
+            answers = self._cached.answers(passes, branches, list(keys or range(len(branches))))
+            self._progress.evaluated()
+            return answers
         except BaseException:
             if new:
                 self._seen.discard(timestep)  # it has not been computed
@@ -211,6 +217,7 @@ class SamplingRun:
             computed_steps=0 if cached is None else cached.computed_steps,
             predicted_steps=0 if cached is None else cached.predicted_steps,
             not_measured=self._not_measured,
+            done_steps=self._steps if finished else self._progress.done_steps,
             **session.counters.of_run(),
         )
         if report.attention_notes:
@@ -218,6 +225,8 @@ class SamplingRun:
         if finished:
             self._progress.done()
             self._learn()
+        else:
+            self._progress.stopped()
         logger.info("%s", report)
         return report
 
@@ -230,10 +239,13 @@ class SamplingRun:
 
         def again() -> T:
             if self._session.retries > retries:
-                self._session.load()
+                self._load()
             return action()
 
         return retry.attempt(again, self._plan_smaller, self._give_up)
+
+    def _load(self) -> None:
+        self._session.load(self._progress.loading)
 
     def _open(self) -> None:
         self._session.open(self._timesteps, self._progress.modulation)
@@ -261,11 +273,14 @@ class SamplingRun:
         except DoesNotFit:
             raise retry.no_memory(plan, short, why) from None
         session.retries += 1
-        self._progress.replanned(self._shown_plan(), self.plan.limit_bytes, self.plan.forecast.seconds)
+        self._progress.replanned(self._shown_plan())
         logger.warning("Memory ran out (%s). What was being done is done again with a smaller plan: %s", why, self.plan)
 
-    def _shown_plan(self) -> str:
-        return "\n".join(text for text in (str(self.plan), self._advice, warning_of(self.plan)) if text)
+    def _shown_plan(self) -> ShownPlan:
+        plan, beside = self.plan, " ".join(text for text in (self._advice, warning_of(self.plan)) if text)
+        host = self._transformer.hardware.host_device
+        facts = plan_facts(plan, host=host, advice=beside, one_by_one=self._one_by_one)
+        return ShownPlan("\n".join(text for text in (str(plan), beside) if text), facts, plan.run)
 
     def _learn(self) -> None:
         """Correct what is known of this machine's speeds by what this run took."""
@@ -294,6 +309,12 @@ class SamplingRun:
                 read=transformer.store.read - self._read_before,
             )
         )
+
+
+def _host_bytes(transformer: Transformer) -> int:
+    """What the model's blocks take of host memory now."""
+    on_device = transformer.loaded_bytes if transformer.hardware.host_device else 0
+    return transformer.store.held_bytes + on_device
 
 
 def _cached_steps(cache: StepCache | None, timesteps: Sequence[float]) -> StepPredictions | FirstBlock | None:

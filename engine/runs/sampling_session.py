@@ -44,12 +44,22 @@ class SamplingSession:
         """How long compute has waited for blocks since the run began."""
         return self._waited if self._session is None else self._waited + self._session.waits
 
-    def load(self) -> None:
-        """Bring what stays on the devices there."""
-        plan = self.plan
-        self._transformer.load(
-            plan.resident, plan.held, plan.secondaries, plan.kept, on_block=lambda index: self._surroundings.check()
-        )
+    def load(self, on_block: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Bring what stays on the devices there. `on_block(done, total)`: of the blocks that are not there yet."""
+        plan, transformer, done = self.plan, self._transformer, 0
+        there = {secondary.device: secondary.blocks for secondary in plan.secondaries}
+        total = len(set(plan.resident) - transformer.store.resident)
+        for device, store in transformer.secondaries.items():
+            total += len(set(there.get(device, ())) - store.resident)
+
+        def begin_block(index: int) -> None:
+            nonlocal done
+            self._surroundings.check()
+            on_block(done, total)
+            done += 1
+
+        transformer.load(plan.resident, plan.held, plan.secondaries, plan.kept, on_block=begin_block)
+        on_block(total, total)
 
     @contextmanager
     def measured_load(self) -> Iterator[None]:

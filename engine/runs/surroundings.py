@@ -37,11 +37,11 @@ class Surroundings(Protocol):
         ...
 
     def bar(self) -> Bar:
-        """Where a run tells how far it is."""
+        """Where a phase of a run tells how far it is, at each block, layer or tile."""
         ...
 
     def tell(self, progress: Mapping[str, Any]) -> None:
-        """What sampling does now, a few times a second: as `RunProgress` has it."""
+        """What is done now, a few times a second: as `RunProgress` has it of sampling, `PhaseProgress` of all else."""
         ...
 
     def device_bytes(

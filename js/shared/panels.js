@@ -1,6 +1,7 @@
 // What the nodes' panels share. The page imports this file like every script; alone it does nothing.
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
+import { wordsOf } from "./run_words.js";
 
 const MARGIN_PX = 10; // the page keeps it free on every side
 
@@ -15,12 +16,16 @@ export function nodeAt(id) {
   return node;
 }
 
+/** What a run is told in, in the page's language. */
+export const words = () => wordsOf(app.extensionManager?.setting?.get("Comfy.Locale") ?? "en");
+
 /** Put `element` on a node as a panel of at least that height, or of just that height if `fixed`. */
 export function addPanel(node, element, { name, heightPx, widthPx, fixed = false }) {
   const height = () => heightPx + 2 * MARGIN_PX;
   const limits = { margin: MARGIN_PX, getMinHeight: height, ...(fixed && { getMaxHeight: height }) };
   const widget = node.addDOMWidget(name, name, element, { serialize: false, ...limits });
-  node.setSize([Math.max(node.size[0], widthPx), node.size[1]]); // a saved size comes later and wins
+  const least = node.computeSize()[1]; // the page does not let a node grow by itself
+  node.setSize([Math.max(node.size[0], widthPx), Math.max(node.size[1], least)]); // a saved size comes later and wins
   widget.serialize = false; // neither in the prompt nor in the file, where it would take an input's place
 }
 

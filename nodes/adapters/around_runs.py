@@ -13,6 +13,7 @@ from ...engine.lora.weight_patches import lora_patches
 from ...engine.out_of_memory import in_words
 from ...engine.planning.memory_plan import MemoryPlan
 from ...engine.planning.request import SamplingRequest
+from ...engine.runs.phases import Phase
 from ...engine.runs.sampling_plan import plan_sampling
 from ...engine.runs.sampling_run import SamplingRun
 from .attention import OVERRIDE_KEY, attention_of_run
@@ -27,6 +28,7 @@ from .known_speeds import known_speeds
 from .limit_names import loader_limit
 from .lockstep import KEY
 from .patcher import LowVRAMPatcher
+from .progress import progress_sender
 from .run_conditions import Conds, conditions_of_run, entries_of, size_of
 from .step_caches import check_step_cache
 from .streamed_model import LowVRAMModel
@@ -58,6 +60,7 @@ def _outer_sample(
     **kwargs: Any,
 ) -> Any:
     """Around a whole run of any native sampler: plan and refuse before anything is loaded, report afterwards."""
+    progress_sender()({"stage": Phase.PREPARING.value})
     guider = executor.class_obj
     model: LowVRAMModel = guider.model_patcher.model
     device = model.transformer.hardware.device

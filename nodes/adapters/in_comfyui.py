@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import comfy.model_management
-import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 
@@ -12,7 +11,7 @@ from ...engine.models.streamed_transformer import StreamedTransformer
 from ...engine.runs.surroundings import Bar
 from .limits import free_ram, host_bytes, stage_bytes
 from .patcher import LowVRAMPatcher
-from .progress import progress_sender
+from .progress import node_bar, progress_sender
 
 
 class InComfyUI:
@@ -26,7 +25,7 @@ class InComfyUI:
         comfy.model_management.throw_exception_if_processing_interrupted()
 
     def bar(self) -> Bar:
-        return comfy.utils.ProgressBar(1).update_absolute
+        return node_bar()
 
     def tell(self, progress: Mapping[str, Any]) -> None:
         self._send(progress)

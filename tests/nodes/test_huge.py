@@ -82,16 +82,17 @@ def test_a_run_of_hours_is_warned_of(
     from qwenimage_lowvram.nodes.adapters import progress
 
     shown: list[str] = []
-    monkeypatch.setattr(progress, "send", lambda event, data: shown.append(data["plan"]))
+    monkeypatch.setattr(progress, "listens", lambda: True)
+    monkeypatch.setattr(progress, "send", lambda event, data: shown.append(data.get("plan", "")))
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
         patch.setattr(run_progress, "LONG_SECONDS", 0.0)
         ksampler(model, cond(), cond(5, 2), empty_latent(), steps=2)
-    for text in (caplog.text, shown[0]):
+    for text in (caplog.text, "".join(shown)):
         assert "This run will take about 0.0 hours (96x64 px, 2 steps" in text
     caplog.clear()
     shown.clear()
     ksampler(model, cond(), cond(5, 2), empty_latent(), steps=2)
-    assert "will take about" not in caplog.text + shown[0]
+    assert "will take about" not in caplog.text + "".join(shown)
 
 
 # which limit is short

@@ -176,20 +176,21 @@ def test_a_plan_goes_down_with_what_is_really_free_until_it_fits(
 
 
 def test_the_page_is_told_the_smaller_plan(model: Any, sample: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qwenimage_lowvram.engine.runs import run_progress
+    from qwenimage_lowvram.engine.runs import phases
     from qwenimage_lowvram.nodes.adapters import progress
 
     sent: list[dict[str, Any]] = []
+    monkeypatch.setattr(progress, "listens", lambda: True)
     monkeypatch.setattr(progress, "send", lambda event, data: sent.append(data))
-    monkeypatch.setattr(run_progress, "SECONDS_BETWEEN_EVENTS", 0.0)
+    monkeypatch.setattr(phases, "SECONDS_BETWEEN_EVENTS", 0.0)
     total = count_operations(sample)
     sent.clear()
     with FullMemory(total // 2, 1):
         sample()
-    plans = list(dict.fromkeys(data["plan"] for data in sent))
+    plans = list(dict.fromkeys(data["plan"] for data in sent if "plan" in data))
     assert len(plans) == 2
     assert plans[-1] == str(model.model.last_report.plan)
-    assert sent[-1]["limit_bytes"] == model.model.last_report.plan.limit_bytes
+    assert sent[-1]["facts"]["limit_bytes"] == model.model.last_report.plan.limit_bytes
 
 
 def test_the_least_plan_is_tried_before_giving_up(

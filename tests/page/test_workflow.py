@@ -22,13 +22,20 @@ FILES = {
 GIB = 2**30
 
 # what the server sends while a card with memory of its own works; the keys are compared with a real event's
-EVENT: dict[str, Any] = {
-    "node": "4", "stage": "sampling", "step": 7, "steps": 20, "block": 30, "blocks": 60,
-    "limit_bytes": 4 * GIB, "vram_bytes": 2 * GIB, "peak_vram_bytes": 3 * GIB,
-    "ram_bytes": GIB, "peak_ram_bytes": GIB, "seconds": 90.0, "seconds_per_step": 12.345,
-    "forecast_seconds_per_step": 11.5,
-    "plan": "MemoryPlan(1024x1024, 2 branches: 9 of 60 blocks resident, 51 streamed)",
+FACTS: dict[str, Any] = {
+    "width": 1024, "height": 1024, "branches": 2, "blocks": 60, "resident": 26, "elsewhere": 0, "held": 20,
+    "from_file": 14, "host": False, "bound": "compute", "seconds_per_step": 11.5, "first_seconds": 260.0,
+    "again_seconds": 230.0, "peak_bytes": 3 * GIB, "limit_bytes": 4 * GIB, "weights_bytes": 2 * GIB,
+    "activation_bytes": GIB, "ram_peak_bytes": 8 * GIB, "ram_limit_bytes": None, "streamed_bytes": 5 * GIB,
+    "attention": "", "advice": "", "one_by_one": "",
 }  # fmt: skip
+EVENT: dict[str, Any] = {
+    "node": "4", "prompt_id": "p", "workflow_id": None, "previews": True,
+    "stage": "sampling", "step": 7, "steps": 20, "block": 30, "blocks": 60, "share": 0.325,
+    "vram_bytes": 2 * GIB, "peak_vram_bytes": 3 * GIB, "ram_bytes": GIB, "peak_ram_bytes": GIB, "held_bytes": 6 * GIB,
+    "seconds": 72.0, "seconds_per_step": 12.345, "seconds_left": 130.0, "facts": FACTS,
+}  # fmt: skip
+PLAN = "MemoryPlan(1024x1024, 2 branches: 26 of 60 blocks resident, 34 streamed)"
 
 SEND = "(event) => window.comfyAPI.api.api.dispatchCustomEvent('qwen_lowvram.progress', event)"
 # the text of each panel by node id, wherever its graph is
@@ -38,7 +45,8 @@ PANELS = """() => {
     for (const node of graph.nodes) {
       const widget = node.widgets?.find((widget) => widget.name === 'qwen_lowvram_progress');
       if (widget) found[prefix + node.id] = [...widget.element.querySelectorAll('*')].filter(
-        (part) => !part.children.length && part.textContent).map((part) => part.textContent);
+        (part) => !part.children.length && part.textContent && !part.matches('button, [data-part=spoken]')
+      ).map((part) => part.textContent);
       if (node.subgraph) visit(node.subgraph, `${prefix}${node.id}:`);
     }
   };
@@ -123,20 +131,30 @@ def test_the_4_gb_workflow_runs_in_the_page_to_its_image(page: Any, small: Any, 
     assert page.run()["status"] == "success"
     page.evaluate(PAUSE, 1000)
     seen = page.evaluate("() => document.qwenSeen")
-    assert {event["event"]["stage"] for event in seen} == {"modulation", "sampling", "done"}
-    assert all(set(event["event"]) == set(EVENT) for event in seen)
-    shown = {event["event"]["stage"]: event["panels"]["4"] for event in seen}
-    assert re.fullmatch(r"Timestep table, block \d+/\d+", shown["modulation"][0])
-    assert re.fullmatch(r"Sampling, step \d/4, block \d+/\d+", shown["sampling"][0])
-    assert any("blocks resident" in line for line in shown["sampling"])
+    of_run = [event for event in seen if event["event"]["node"] == "4"]
+    stages = list(dict.fromkeys(event["event"]["stage"] for event in of_run))
+    assert stages == ["preparing", "loading", "modulation", "sampling", "done"]
+    sampled = [event["event"] for event in of_run if event["event"]["stage"] == "sampling"]
+    assert all(set(event) - {"plan"} == set(EVENT) and set(event["facts"]) == set(FACTS) for event in sampled)
+    assert len({event["event"]["prompt_id"] for event in seen}) == 1
+    assert {event["event"]["workflow_id"] for event in seen} == {page.evaluate("() => window.app.rootGraph.id")}
+    shown = {event["event"]["stage"]: event["panels"]["4"] for event in of_run}
+    assert re.fullmatch(r"Loading what stays on the card, block \d+/\d+", shown["loading"][0])
+    assert re.fullmatch(r"Reading weights once \(not for the next seed\): block \d+/\d+", shown["modulation"][0])
+    assert re.fullmatch(r"step \d/4 · \d:\d\d · about \d:\d\d left", shown["sampling"][0])
+    assert re.fullmatch(r"All \d blocks stay in RAM; bound by [a-z ]+\.", shown["sampling"][-1])
+
+    waited = [event for event in seen if event["event"]["stage"] == "encoding" and event["event"]["total"]]
+    assert all(event["panels"]["4"][0].startswith("Waiting: encoding prompts, layer ") for event in waited)
+    assert re.fullmatch(r"Prompts encoded in \d:\d\d", line_of(page, "2"))
+    assert re.fullmatch(r"Decoded in \d:\d\d", line_of(page, "5"))
 
     lines = lines_of(page)
-    assert re.fullmatch(r"Done: 4 steps in \d+\.\d s", lines[0])
-    assert re.fullmatch(r"\d+\.\d\d s/step", lines[1])
+    assert re.fullmatch(r"Done: 4 steps in \d:\d\d", lines[0])
+    assert re.fullmatch(r"[\d.]+ s/step", lines[1])
     assert lines[2:4] == ["VRAM", "none of its own: the device uses RAM"]
-    assert re.fullmatch(r"\d+\.\d\d, peak \d+\.\d\d of \d+\.\d\d GiB", lines[5])
-    assert re.match(r"\d+ blocks read", lines[6])
-    assert lines[7].startswith("MemoryReport")
+    assert re.fullmatch(r"\d\.\d\d of 8\.00 GiB for the model", lines[5])
+    assert re.fullmatch(r"\d\.\d\d GiB read from the file\. \d of \d blocks stay for the next run\.", lines[6])
 
     image = page.evaluate("() => window.app.nodeOutputs['6'].images[0]")
     assert client.image(image).startswith(b"\x89PNG")
@@ -144,29 +162,160 @@ def test_the_4_gb_workflow_runs_in_the_page_to_its_image(page: Any, small: Any, 
     assert page.unexpected_messages() == []
 
 
+LINE = """(id) => window.app.graph.getNodeById(id).widgets.find((w) => w.name === 'qwen_lowvram_line')
+  .element.innerText"""
+
+
+def line_of(page: Any, node: str) -> str:
+    """What the line on a node without a panel says."""
+    return page.evaluate(LINE, node)
+
+
 def test_the_panel_shows_memory_against_its_limit(page: Any, small: Any, vue: bool) -> None:
     page.load(small())
     page.evaluate(SEND, EVENT)
     lines = lines_of(page)
-    assert lines[:2] == ["Sampling, step 7/20, block 30/60", "12.35 s/step"]
+    assert lines[:2] == ["step 7/20 · 1:12 · about 2:10 left", "12 s/step"]
     assert lines[2:4] == ["VRAM", "2.00, peak 3.00 of 4.00 GiB"]
     parts = "document.querySelectorAll('.qwen-lowvram-panel :is([data-part=bar], [data-part=fill])')"
     widths = page.evaluate(f"() => Array.from({parts}, (part) => part.style.width)")
     assert widths[:2] == ["32.5%", "50%"]
+    sentence = "26 of 60 blocks stay on the card, the rest pass through once per step; bound by computing."
+    assert lines[-1] == sentence
     page.screenshot(f"panel-{'vue' if vue else 'classic'}")
 
+    page.evaluate(SEND, EVENT | {"facts": FACTS | {"ram_limit_bytes": 8 * GIB}})
+    assert lines_of(page)[5] == "6.00 of 8.00 GiB for the model"
 
-def test_a_click_on_the_panel_shows_the_plan_and_another_the_run(page: Any, small: Any) -> None:
+
+# of each element of a panel or line that holds text: is all of it seen?
+CUT = """() => [...document.querySelectorAll('.qwen-lowvram-panel [data-part], .qwen-lowvram-line')].filter((part) =>
+  part.dataset.part !== 'spoken' && part.offsetParent && part.textContent && !part.querySelector('[data-part]') &&
+  (part.scrollWidth > part.clientWidth + 1 || part.scrollHeight > part.clientHeight + 1)
+).map((part) => part.textContent)"""
+
+
+@pytest.mark.parametrize("locale", ["en", "zh"])
+def test_nothing_in_the_panel_is_cut_off_in_any_stage(
+    open_page: Any, client: ComfyClient, vue: bool, locale: str
+) -> None:
+    page = open_page({VUE_NODES: vue, "Comfy.Locale": locale})
+    try:
+        page.evaluate("""() => {
+          window.app.graph.clear();
+          const node = window.LiteGraph.createNode('QwenLowVRAMSample');
+          node.pos = [100, 100];
+          window.app.graph.add(node);
+          node.id = 4;
+          window.app.graph._nodes_by_id[4] = node;
+        }""")
+        page.evaluate(PAUSE, 500)
+        long = {"step": 117, "steps": 200, "seconds": 5025.0, "seconds_left": 12345.0, "seconds_per_step": 123.0}
+        counted = {"done": 28, "total": 60, "share": 0.5}
+        told = [
+            EVENT,
+            EVENT | long,
+            EVENT | {"stage": "loading", **counted},
+            EVENT | {"stage": "modulation", **counted},
+            EVENT | {"stage": "done"},
+            EVENT | {"facts": FACTS | {"bound": "decoding", "ram_limit_bytes": 12 * GIB}},
+            {**EVENT, "node": "1", "prompt_id": "q", "stage": "encoding", "done": 4, "total": 28},
+        ]
+        for number, event in enumerate(told):
+            page.evaluate(SEND, event)
+            page.evaluate(PAUSE, 100)
+            assert page.evaluate(CUT) == [], event["stage"]
+            if locale == "zh":
+                text = page.evaluate("() => document.querySelector('.qwen-lowvram-panel').innerText")
+                words = text.replace("VRAM", "").replace("RAM", "").replace("GiB", "")
+                assert not re.search("[A-Za-z]{2,}", words), text
+            page.screenshot(f"stage-{number}-{locale}-{'vue' if vue else 'classic'}")
+    finally:
+        client.post("/settings", {"Comfy.Locale": "en"})
+
+
+def test_the_whole_plan_is_read_in_a_view_of_its_own_by_keyboard(page: Any, small: Any, vue: bool) -> None:
     page.load(small())
-    click = "() => document.querySelector('.qwen-lowvram-panel').click()"
-    visible = "() => document.querySelector('.qwen-lowvram-panel').innerText"
-    page.evaluate(click)
-    assert "Waiting for a run" in page.evaluate(visible)
+    button = "document.querySelector('.qwen-lowvram-panel [data-part=details]')"
+    assert page.evaluate(f"() => getComputedStyle({button}).visibility") == "hidden"
+    assert "Nothing has run yet" in lines_of(page)
+    page.evaluate(SEND, EVENT | {"plan": PLAN})
+    page.evaluate(f"() => {{ {button}.focus(); }}")
+    page.evaluate(f"() => document.activeElement === {button} && document.activeElement.click()")
+    view = page.evaluate("() => document.querySelector('dialog.qwen-lowvram-view[open]').innerText")
+    assert "Plan of this run" in view
+    assert re.search(r"Blocks that stay on the card\s+26 of 60", view)
+    assert re.search(r"A step\s+12 s \(forecast\)", view)
+    assert PLAN in view
+    assert page.evaluate("() => document.querySelector('dialog').clientWidth") >= 900
+    page.screenshot(f"view-{'vue' if vue else 'classic'}")
+    page.evaluate("() => document.activeElement.click()")  # the button that closes it has the focus
+    assert page.evaluate("() => document.querySelector('dialog.qwen-lowvram-view')") is None
+
+
+def test_the_panel_can_be_read_by_everybody(page: Any, small: Any) -> None:
+    page.load(small())
     page.evaluate(SEND, EVENT)
-    page.evaluate(click)
-    assert page.evaluate(visible) == EVENT["plan"]
-    page.evaluate(click)
-    assert "step 7/20" in page.evaluate(visible)
+    bar = page.evaluate("""() => {
+      const bar = document.querySelector('.qwen-lowvram-panel [role=progressbar]');
+      return [bar.getAttribute('aria-valuenow'), bar.getAttribute('aria-valuetext')];
+    }""")
+    assert bar == ["33", "step 7/20 · 1:12 · about 2:10 left"]
+    spoken = "() => document.querySelector('.qwen-lowvram-panel [role=status]').textContent"
+    assert page.evaluate(spoken) == "step 7/20 · 1:12 · about 2:10 left"
+    page.evaluate(SEND, EVENT | {"step": 8})
+    assert page.evaluate(spoken).startswith("step 7/20")  # a stage is said once, not four times a second
+    contrast = page.evaluate(CONTRAST)
+    assert min(contrast) >= 4.5, contrast
+
+
+CONTRAST = """() => {
+  const light = (rgb) => rgb.map((c) => c / 255).map((c) => c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+  const parse = (css) => css.match(/[\\d.]+/g).map(Number);
+  const panel = document.querySelector('.qwen-lowvram-panel');
+  const back = light(parse(getComputedStyle(panel).backgroundColor).slice(0, 3));
+  return ['stage', 'pace', 'note', 'details', 'name', 'text'].map((part) => {
+    const css = getComputedStyle(panel.querySelector(`[data-part=${part}]`));
+    const front = light(parse(css.color).slice(0, 3));
+    return (Math.max(front, back) + 0.05) / (Math.min(front, back) + 0.05);
+  });
+}"""
+
+
+def test_that_previews_are_off_is_hinted_at_once_with_the_switch(page: Any, small: Any, client: ComfyClient) -> None:
+    hint, method = "qwenLowVRAM.PreviewHintShown", "Comfy.Execution.PreviewMethod"
+    setting = "(id) => window.app.extensionManager.setting.get(id)"
+    page.load(small())
+    page.evaluate("(id) => window.app.extensionManager.setting.set(id, false)", hint)
+    page.evaluate(SEND, EVENT | {"previews": False})
+    assert "Live previews are off." in page.evaluate("() => document.querySelector('[data-part=note]').innerText")
+    page.screenshot("previews")
+    page.evaluate("() => document.querySelector('[data-part=previews]').click()")
+    page.evaluate(PAUSE, 300)
+    assert page.evaluate(setting, method) == "auto"
+    page.evaluate(SEND, EVENT | {"previews": False, "stage": "done"})
+    page.evaluate(PAUSE, 300)
+    assert page.evaluate(setting, hint) is True
+    page.evaluate(SEND, EVENT | {"previews": False, "prompt_id": "q"})
+    assert lines_of(page)[-1].startswith("26 of 60 blocks")
+    client.post("/settings", {method: "default", hint: True})
+    page.evaluate("(id) => window.app.extensionManager.setting.set(id, 'default')", method)
+
+
+def test_a_run_of_another_tab_with_the_same_nodes_is_not_shown(page: Any, small: Any) -> None:
+    page.load(small(), "first")
+    graph = page.evaluate("() => window.app.rootGraph.id")
+    page.evaluate(SEND, EVENT | {"prompt_id": "mine", "workflow_id": graph})
+    other = {"prompt_id": "theirs", "workflow_id": "00000000-0000-4000-8000-000000000000", "step": 19}
+    page.evaluate(SEND, EVENT | other)
+    page.evaluate(SEND, EVENT | other | {"node": "2", "stage": "encoding", "done": 1, "total": 28})
+    stop = "(detail) => window.comfyAPI.api.api.dispatchCustomEvent('execution_interrupted', detail)"
+    page.evaluate(stop, {"prompt_id": "theirs", "node_id": "4"})
+    assert lines_of(page)[0].startswith("step 7/20")
+    assert page.evaluate("() => document.querySelector('.qwen-lowvram-line')") is None
+    page.evaluate(stop, {"prompt_id": "mine", "node_id": "4"})
+    assert lines_of(page)[0] == "Interrupted after 6 of 20 steps · 1:12"
 
 
 def test_an_event_reaches_its_own_panel_only(page: Any, small: Any) -> None:
@@ -183,7 +332,7 @@ def test_an_event_reaches_its_own_panel_only(page: Any, small: Any) -> None:
         page.evaluate(SEND, EVENT | {"node": stranger, "step": 1})
     panels = page.evaluate(PANELS)
     assert "step 7/20" in panels["4"][0]
-    assert panels["40"][0] == "Waiting for a run"
+    assert panels["40"][0] == "Nothing has run yet"
     page.evaluate("() => window.app.graph.remove(window.app.graph.getNodeById(4))")
     page.evaluate(SEND, EVENT)
     assert page.unexpected_messages() == []
@@ -216,7 +365,8 @@ def test_an_interrupted_run_is_called_so(page: Any, small: Any, vue: bool) -> No
       api.addEventListener('qwen_lowvram.progress', stop);
     }""")
     assert page.run()["status"] == "interrupted"
-    assert re.fullmatch(r"Interrupted at step \d+/1000, block \d+/\d+", lines_of(page)[0])
+    page.evaluate(PAUSE, 300)
+    assert re.fullmatch(r"Interrupted after \d+ of 1000 steps · \d:\d\d", lines_of(page)[0])
 
 
 def test_a_failed_run_is_called_so(page: Any, small: Any) -> None:
@@ -229,7 +379,7 @@ def test_the_panel_still_tells_of_its_run_after_a_change_of_tabs(page: Any, smal
     page.load(small(seed=16 + vue), "first")
     assert page.run()["status"] == "success"
     page.load(small(), "second")
-    assert lines_of(page)[0] == "Waiting for a run"
+    assert lines_of(page)[0] == "Nothing has run yet"
     page.evaluate("() => window.app.extensionManager.command.execute('Workspace.PreviousOpenedWorkflow')")
     page.evaluate(PAUSE, 1000)
     assert lines_of(page)[0].startswith("Done: 4 steps")

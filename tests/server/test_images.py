@@ -268,12 +268,15 @@ def test_progress_names_step_and_block(client: ComfyClient, base_prompt: dict[st
     sampling = [event for event in events if event["stage"] == "sampling"]
     assert sampling
     assert all(event["node"] == "4" and 1 <= event["block"] <= event["blocks"] for event in sampling)
-    assert all(event["ram_bytes"] > 0 and "MemoryPlan(" in event["plan"] for event in events)
+    of_run = [event for event in events if "ram_bytes" in event]
+    assert all(event["ram_bytes"] > 0 and event["facts"]["blocks"] == event["blocks"] for event in of_run[1:])
+    assert "MemoryPlan(" in of_run[0]["plan"]
+    assert len({event["prompt_id"] for event in events}) == 1
 
 
 def test_an_interruption_stops_the_run_and_the_next_one_works(client: ComfyClient, base_prompt: dict[str, Any]) -> None:
     def on_event(kind: str, data: dict[str, Any]) -> None:
-        if kind == "qwen_lowvram.progress":
+        if kind == "qwen_lowvram.progress" and data["stage"] == "sampling":
             client.interrupt()
 
     with pytest.raises(RunInterrupted):

@@ -1,0 +1,193 @@
+// What a run does in the words of a person, in the page's language: of the server's events and reports. Touches no page.
+
+const EN = {
+  idle: "Nothing has run yet",
+  details: "Details",
+  detailsHint: "The whole plan and report",
+  opening: "Opening the model's files",
+  quantizing: "Quantizing",
+  encoding: "Encoding prompts",
+  encoding_image: "Encoding an image",
+  decoding: "Decoding",
+  preparing: "Preparing",
+  loading: "Loading what stays on the card",
+  modulation: "Reading weights once (not for the next seed)",
+  parts: {
+    quantizing: "block", encoding: "layer", encoding_image: "tile", decoding: "tile", loading: "block",
+    modulation: "block",
+  },
+  counted: (what, part, at, of) => `${what}${part === "block" && what.endsWith(")") ? ":" : ","} ${part} ${at}/${of}`,
+  ended: {
+    quantizing: (time) => `Quantized in ${time}`,
+    encoding: (time) => `Prompts encoded in ${time}`,
+    encoding_image: (time) => `Image encoded in ${time}`,
+    decoding: (time) => `Decoded in ${time}`,
+  },
+  step: (step, steps, time, left) => `step ${step}/${steps} · ${time} · about ${left} left`,
+  done: (steps, time) => `Done: ${steps} steps in ${time}`,
+  stopped: { interrupted: "Interrupted", failed: "Failed" },
+  after: (word, step, steps, time) => `${word} after ${step} of ${steps} steps · ${time}`,
+  waits: (what) => `Waiting: ${what[0].toLowerCase()}${what.slice(1)}`,
+  pace: (seconds) => `${seconds} s/step`,
+  forecast: (seconds) => `about ${seconds} s/step`,
+  numbers: (now, peak, of) => `${now}, peak ${peak}${of ? ` of ${of}` : ""} GiB`,
+  ofLimit: (now, limit) => `${now} of ${limit} GiB for the model`,
+  noVram: "none of its own: the device uses RAM",
+  bound: { compute: "computing", bus: "the bus", disk: "the disk", decoding: "decoding" },
+  boundBy: (bound) => `bound by ${bound}`,
+  all: (blocks, host) => `All ${blocks} blocks stay ${host ? "in RAM" : "on the card"}`,
+  some: (resident, blocks, host) =>
+    `${resident || "None"} of ${blocks} blocks ${resident === 1 ? "stays" : "stay"} ${host ? "in RAM" : "on the card"}`,
+  others: (resident) => `${resident ? "the rest" : "they"} pass through once per step`,
+  oneByOne: (reason) => `One prompt after another: ${reason}`,
+  read: (gib, resident, blocks) => `${gib} GiB read from the file. ${resident} of ${blocks} blocks stay for the next run.`,
+  previewsOff: "Live previews are off.",
+  switchPreviews: "Switch on from the next run",
+  previewsOn: "On from the next run.",
+  title: "Plan and report of the last run",
+  running: "Plan of this run",
+  copy: "Copy text",
+  copied: "Copied",
+  close: "Close",
+  asLogged: "As in the log",
+  rows: {
+    image: "Image", computed: "Computed per step", resident: "Blocks that stay on the card",
+    residentHost: "Blocks that stay in RAM", held: "Blocks held in RAM", file: "Blocks read from the file in every step",
+    streamed: "Passes through the card per step", planned: "Card memory, planned", measured: "Card memory, measured",
+    ram: "RAM for the model, planned", process: "RAM of ComfyUI, at most", step: "A step", bound: "Bound by",
+    first: "The whole run, first time", again: "The whole run, another seed", attention: "Attention", note: "Note",
+    reason: "One prompt after another",
+  },
+  branches: (count) => `${count} (prompts times images)`,
+  ofLimitLong: (value, limit) => `${value} of ${limit}`,
+  parted: (total, weights, rest) => `${total}: weights ${weights}, computing ${rest}`,
+  forecastOnly: (forecast) => `${forecast} s (forecast)`,
+  measuredToo: (measured, forecast) => `${measured} s (forecast ${forecast} s)`,
+};
+
+const ZH = {
+  idle: "尚未运行",
+  details: "详情",
+  detailsHint: "完整的计划和报告",
+  opening: "正在打开模型文件",
+  quantizing: "正在量化",
+  encoding: "正在编码提示词",
+  encoding_image: "正在编码图片",
+  decoding: "正在解码",
+  preparing: "正在准备",
+  loading: "正在载入常驻显卡的块",
+  modulation: "正在读取一次性权重（换种子时不再读取）",
+  parts: { quantizing: "块", encoding: "层", encoding_image: "分块", decoding: "分块", loading: "块", modulation: "块" },
+  counted: (what, part, at, of) => `${what}：第 ${at}/${of} ${part}`,
+  ended: {
+    quantizing: (time) => `量化完成，用时 ${time}`,
+    encoding: (time) => `提示词编码完成，用时 ${time}`,
+    encoding_image: (time) => `图片编码完成，用时 ${time}`,
+    decoding: (time) => `解码完成，用时 ${time}`,
+  },
+  step: (step, steps, time, left) => `第 ${step}/${steps} 步 · ${time} · 约剩 ${left}`,
+  done: (steps, time) => `完成：${steps} 步，用时 ${time}`,
+  stopped: { interrupted: "已中断", failed: "失败" },
+  after: (word, step, steps, time) => `${word}：完成了 ${steps} 步中的 ${step} 步 · ${time}`,
+  waits: (what) => `等待中：${what}`,
+  pace: (seconds) => `${seconds} 秒/步`,
+  forecast: (seconds) => `约 ${seconds} 秒/步`,
+  numbers: (now, peak, of) => `${now}，峰值 ${peak}${of ? ` / ${of}` : ""} GiB`,
+  ofLimit: (now, limit) => `模型占用 ${now} / ${limit} GiB`,
+  noVram: "没有独立显存：设备使用内存",
+  bound: { compute: "计算", bus: "总线", disk: "硬盘", decoding: "解码" },
+  boundBy: (bound) => `瓶颈：${bound}`,
+  all: (blocks, host) => `全部 ${blocks} 个块常驻${host ? "内存" : "显卡"}`,
+  some: (resident, blocks, host) => `${blocks} 个块中 ${resident} 个常驻${host ? "内存" : "显卡"}`,
+  others: (resident) => `${resident ? "其余块" : "所有块"}每步经过一次`,
+  oneByOne: (reason) => `提示词逐个计算：${reason}`,
+  read: (gib, resident, blocks) => `从文件读取了 ${gib} GiB。${blocks} 个块中 ${resident} 个留给下次运行。`,
+  previewsOff: "实时预览已关闭。",
+  switchPreviews: "从下次运行起打开",
+  previewsOn: "下次运行起生效。",
+  title: "上次运行的计划和报告",
+  running: "本次运行的计划",
+  copy: "复制文本",
+  copied: "已复制",
+  close: "关闭",
+  asLogged: "与日志相同的文本",
+  rows: {
+    image: "图片", computed: "每步计算", resident: "常驻显卡的块", residentHost: "常驻内存的块", held: "保留在内存中的块",
+    file: "每步从文件读取的块", streamed: "每步经过显卡的数据", planned: "显存（计划）", measured: "显存（实测）",
+    ram: "模型占用内存（计划）", process: "ComfyUI 占用内存（最高）", step: "每步", bound: "瓶颈", first: "整个运行（首次）",
+    again: "整个运行（换种子）", attention: "注意力", note: "说明", reason: "提示词逐个计算",
+  },
+  branches: (count) => `${count}（提示词数 × 图片数）`,
+  ofLimitLong: (value, limit) => `${value} / ${limit}`,
+  parted: (total, weights, rest) => `${total}：权重 ${weights}，计算 ${rest}`,
+  forecastOnly: (forecast) => `${forecast} 秒（预测）`,
+  measuredToo: (measured, forecast) => `${measured} 秒（预测 ${forecast} 秒）`,
+};
+
+/** The words of a locale, as the page names it. */
+export const wordsOf = (locale) => (String(locale).startsWith("zh") ? ZH : EN);
+
+export const gib = (bytes) => (bytes / 2 ** 30).toFixed(2);
+
+/** 1:12, or 2:03:45. */
+export function clock(seconds) {
+  const whole = Math.max(0, Math.round(seconds));
+  const [hours, minutes, rest] = [Math.floor(whole / 3600), Math.floor(whole / 60) % 60, whole % 60];
+  const two = (number) => String(number).padStart(2, "0");
+  return hours ? `${hours}:${two(minutes)}:${two(rest)}` : `${minutes}:${two(rest)}`;
+}
+
+/** Seconds of a step: two digits that count. */
+export const paceOf = (seconds) => (seconds < 10 ? seconds.toFixed(seconds < 1 ? 2 : 1) : seconds.toFixed(0));
+
+/** What an event says, in a line. */
+export function lineOf(words, event) {
+  const { stage, step, steps, seconds, done, total } = event;
+  if (stage === "sampling") return words.step(step, steps, clock(seconds), clock(event.seconds_left));
+  if (stage === "done") return words.done(steps, clock(seconds));
+  if (stage === "stopped") return words.after(words.stopped.interrupted, step, steps, clock(seconds));
+  if (total && done >= total && words.ended[stage]) return words.ended[stage](clock(seconds));
+  if (!total || !words.parts[stage]) return words[stage] ?? "";
+  return words.counted(words[stage], words.parts[stage], Math.min(done + 1, total), total);
+}
+
+/** Where the blocks are and what a step waits for, in a sentence. */
+export function sentenceOf(words, facts) {
+  if (facts.one_by_one) return words.oneByOne(facts.one_by_one);
+  const { resident, elsewhere, blocks, host } = facts;
+  const bound = words.boundBy(words.bound[facts.bound] ?? facts.bound);
+  const there = resident + elsewhere;
+  const where = there === blocks ? [words.all(blocks, host)] : [words.some(there, blocks, host), words.others(there)];
+  const [comma, semicolon, end] = words === ZH ? ["，", "；", "。"] : [", ", "; ", "."];
+  return `${where.join(comma)}${semicolon}${bound}${end}`;
+}
+
+/** [name, value] of what a plan says, and a report where there is one. */
+export function rowsOf(words, facts, report) {
+  const { rows } = words;
+  const size = (bytes) => `${gib(bytes)} GiB`;
+  const limited = (bytes, limit) => (limit ? words.ofLimitLong(size(bytes), size(limit)) : size(bytes));
+  const of = (count) => words.ofLimitLong(count, facts.blocks);
+  const passes = report?.passes;
+  const forecast = paceOf(facts.seconds_per_step);
+  const planned = words.parted(
+    limited(facts.peak_bytes, facts.limit_bytes), size(facts.weights_bytes), size(facts.activation_bytes));
+  return [
+    [rows.image, `${facts.width}x${facts.height} px`],
+    [rows.computed, words.branches(facts.branches)],
+    [facts.host ? rows.residentHost : rows.resident, of(facts.resident + facts.elsewhere)],
+    ...(facts.held ? [[rows.held, of(facts.held)]] : []),
+    ...(facts.from_file ? [[rows.file, of(facts.from_file)], [rows.streamed, size(facts.streamed_bytes)]] : []),
+    [rows.planned, planned],
+    ...(report?.peak_vram_bytes ? [[rows.measured, size(report.peak_vram_bytes)]] : []),
+    [rows.ram, limited(facts.ram_peak_bytes, facts.ram_limit_bytes)],
+    ...(report ? [[rows.process, size(report.peak_ram_bytes)]] : []),
+    [rows.step, passes ? words.measuredToo(paceOf(report.pass_seconds / passes), forecast) : words.forecastOnly(forecast)],
+    [rows.bound, words.bound[facts.bound] ?? facts.bound],
+    [rows.first, words.forecastOnly(facts.first_seconds.toFixed(0))],
+    [rows.again, words.forecastOnly(facts.again_seconds.toFixed(0))],
+    ...(facts.attention ? [[rows.attention, facts.attention]] : []),
+    ...(facts.one_by_one ? [[rows.reason, facts.one_by_one]] : []),
+    ...(facts.advice ? [[rows.note, facts.advice]] : []),
+  ];
+}
