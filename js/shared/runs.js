@@ -1,17 +1,39 @@
-// Which of the server's events belong to the graph that the page shows: each prompt knows the id of its graph.
+// Which of the server's events belong to the graph that the page shows: each prompt knows the id of its graph, and of
+// several tabs with the same graph the one that queued it.
 import { app } from "../../../scripts/app.js";
+import { api } from "../../../scripts/api.js";
 
-const MOST_PROMPTS = 200;
-const graphs = new Map(); // a prompt's id -> its graph's
+const MOST = 200; // prompts that are remembered
+const prompts = new Map(); // a prompt's id -> {graph, tab}
+const queued = []; // {graph, tab} of prompts that no event was seen of, in their order
+let remaining = 0; // prompts that the server has yet to run
+
+const tabs = () => app.extensionManager?.workflow;
+const shownTab = () => tabs()?.activeWorkflow?.path;
+const isOpen = (tab) => (tabs()?.openWorkflows ?? []).some((workflow) => workflow.path === tab);
+
+api.addEventListener("status", ({ detail }) => {
+  remaining = detail?.exec_info?.queue_remaining ?? remaining;
+});
+api.addEventListener("promptQueueing", ({ detail }) => {
+  if (!remaining) queued.length = 0; // what is left was refused, or had nothing of ours to run
+  const each = { graph: app.rootGraph.id, tab: shownTab() };
+  for (let count = Math.min(MOST, detail?.batchCount ?? 1); count > 0; count--) queued.push(each);
+});
+
+function remember(prompt, graph) {
+  const place = queued.findIndex((each) => each.graph === graph);
+  const [{ tab } = {}] = place < 0 ? [] : queued.splice(place, 1);
+  if (prompts.size >= MOST) prompts.delete(prompts.keys().next().value);
+  prompts.set(prompt, { graph, tab });
+}
 
 /** Whether the graph that is shown is the event's. One of a prompt that nothing is known of may be. */
 export function isOfThisGraph({ prompt_id: prompt, workflow_id: graph }) {
-  if (prompt && graph && !graphs.has(prompt)) {
-    if (graphs.size >= MOST_PROMPTS) graphs.delete(graphs.keys().next().value);
-    graphs.set(prompt, graph);
-  }
-  const known = graph ?? graphs.get(prompt);
-  return !known || known === app.rootGraph.id;
+  if (prompt && graph && !prompts.has(prompt)) remember(prompt, graph);
+  const known = prompts.get(prompt);
+  if (!known) return true;
+  return known.graph === app.rootGraph.id && (!known.tab || known.tab === shownTab() || !isOpen(known.tab));
 }
 
 /** Every node of the graph, those inside of subgraphs too. */

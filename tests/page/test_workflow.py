@@ -318,6 +318,20 @@ def test_a_run_of_another_tab_with_the_same_nodes_is_not_shown(page: Any, small:
     assert lines_of(page)[0] == "Interrupted after 6 of 20 steps · 1:12"
 
 
+def test_of_two_tabs_with_the_same_graph_the_one_that_queued_it_shows_the_run(page: Any, small: Any) -> None:
+    page.load(small(), "first")
+    graph = page.evaluate("() => window.app.rootGraph.id")
+    page.evaluate("(d) => window.comfyAPI.api.api.dispatchCustomEvent('promptQueueing', d)", {"batchCount": 1})
+    page.load(small(), "second")
+    assert page.evaluate("() => window.app.rootGraph.id") == graph
+    page.evaluate(SEND, EVENT | {"prompt_id": "of first", "workflow_id": graph})
+    assert lines_of(page)[0] == "Nothing has run yet"
+    page.evaluate("() => window.app.extensionManager.command.execute('Workspace.PreviousOpenedWorkflow')")
+    page.evaluate(PAUSE, 1000)
+    page.evaluate(SEND, EVENT | {"prompt_id": "of first", "workflow_id": graph})
+    assert lines_of(page)[0].startswith("step 7/20")
+
+
 def test_an_event_reaches_its_own_panel_only(page: Any, small: Any) -> None:
     page.load(small())
     page.evaluate("""() => {
