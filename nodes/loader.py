@@ -102,6 +102,7 @@ class QwenLowVRAMLoader:
         attention: str = AUTO,
         step_cache: str = OFF,
         compute: str = Computing.AS_COMFYUI.value,
+        compile: bool = False,
     ) -> tuple[Any, Any, Any]:
         check_widgets(
             self.INPUT_TYPES(),
@@ -116,6 +117,7 @@ class QwenLowVRAMLoader:
             attention=attention,
             step_cache=step_cache,
             compute=compute,
+            compile=compile,
         )
         progress_sender()({"stage": Phase.OPENING.value})
         sources = Sources.of(transformer, text_encoder, vae)
@@ -182,8 +184,8 @@ class QwenLowVRAMLoader:
             limits.name_on(text_hardware.device),
         )
         told = " ".join(text for text in (doubt, asked, products_text(dtype, products), slower, advice) if text)
-        steps = step_cache_of(step_cache)
-        return served.make_model(model, limits.vram_bytes, limits.ram_bytes, timeline, told, steps), clip, image_vae
+        settings = (limits.vram_bytes, limits.ram_bytes, timeline, told, step_cache_of(step_cache), compile)
+        return served.make_model(model, *settings), clip, image_vae
 
 
 @dataclass(frozen=True)

@@ -171,5 +171,15 @@ def loader_inputs() -> dict[str, Any]:
                     "weights are in those formats, with weight_format too; plan and report say 'not exact'.",
                 },
             ),
+            "compile": (
+                "BOOLEAN",
+                {
+                    "default": False,
+                    "advanced": True,
+                    "tooltip": "The transformer's blocks by code that torch.compile makes once for all of them, steps "
+                    "and seeds; the first run takes longer. Used where it computes the same bits, with compute fast "
+                    "also where it rounds a little differently; where it cannot be, log and report say why.",
+                },
+            ),
         },
     }

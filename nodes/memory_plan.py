@@ -139,6 +139,10 @@ class QwenLowVRAMMemoryPlan:
                         "tooltip": "As in the loader: on what linear layers compute, by this machine's comfy-kitchen.",
                     },
                 ),
+                "compile": (
+                    "BOOLEAN",
+                    {"default": False, "tooltip": "As in the loader: compiled blocks hold all of an MLP at once."},
+                ),
             },
         }
 
@@ -177,6 +181,7 @@ class QwenLowVRAMMemoryPlan:
         dtype: str = AUTO,
         step_cache: str = OFF,
         compute: str = Computing.AS_COMFYUI.value,
+        compile: bool = False,
     ) -> dict[str, Any]:
         check_widgets(
             self.INPUT_TYPES(),
@@ -193,8 +198,9 @@ class QwenLowVRAMMemoryPlan:
             dtype=dtype,
             step_cache=step_cache,
             compute=compute,
+            compile=compile,
         )
-        settings = PlanSettings(weight_format, dtype, Computing(compute))
+        settings = PlanSettings(weight_format, dtype, Computing(compute), compile)
         models = PlannedModels.open(Sources.of(transformer, text_encoder, vae), settings, layers, reference_pictures)
         cache = step_cache_of(step_cache)
         if cache is not None:

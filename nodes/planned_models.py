@@ -7,13 +7,14 @@ import comfy.model_management
 import torch
 
 from ..engine.caches.requantized_weights import RequantizedWeights
+from ..engine.compute.compilation import CompileSettings
 from ..engine.compute.linear_choice import DECODED, Computing
 from ..engine.compute.stored_products import StoredProduct
 from ..engine.errors import DoesNotFit, InvalidRequest
 from ..engine.files.checkpoint import Checkpoint
 from ..engine.hardware import Hardware
 from ..engine.models.family import Family
-from ..engine.planning.draft import least_ram_bytes
+from ..engine.planning.draft import least_bytes, least_ram_bytes
 from ..engine.planning.footprint import TextEncoderFootprint, TransformerFootprint, VAEFootprint
 from ..engine.planning.forecast import TYPICAL, Speeds
 from ..engine.planning.format_choice import choose_format
@@ -44,6 +45,7 @@ class PlanSettings:
     weight_format: str
     dtype: str
     compute: Computing
+    compile: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class PlannedModels:
         return cls(
             family.encoder(text_file, dtype=encoder_dtype(text_dtype), hardware=card).footprint,
             {
-                name: _version(family, transformer_file, version, products, card, settings.compute)
+                name: _version(family, transformer_file, version, products, card, settings)
                 for name, version in versions.items()
             },
             {name: decoded(version) for name, version in versions_of(transformer_file).items()} if stored else {},
@@ -124,7 +126,10 @@ class PlannedModels:
         if len(decoded) > 1:
             weight_format = choose_format(decoded, TYPICAL_REQUEST, limits, self.speeds or TYPICAL).name
         version = self.versions[weight_format]
-        models = ImageModels(self.text_encoder, version.footprint, self.vae)
+        footprint = version.footprint
+        if footprint.compiled and limit_bytes < least_bytes(footprint, request.sampling):
+            footprint = replace(footprint, compiled="")  # MLPs are then computed in chunks, as when it runs
+        models = ImageModels(self.text_encoder, footprint, self.vae)
         try:
             plan = plan_image(models, request, limits, version.speeds or TYPICAL)
         except DoesNotFit as error:
@@ -180,15 +185,17 @@ def _version(
     version: Checkpoint,
     dtype: torch.dtype,
     card: Hardware,
-    computing: Computing,
+    settings: PlanSettings,
 ) -> _Version:
-    decoded = family.parts(version, dtype=dtype, hardware=card)
-    linear = linear_for(computing, version, [card], dtype, as_stored=version is source)
-    if linear == DECODED:
-        return _Version(decoded.footprint, decoded.footprint, remembered_speeds(card, dtype, source))
-    parts = family.parts(version, dtype=dtype, hardware=card, linear=linear)
-    speeds = remembered_speeds(card, dtype, source, parts.stored_product)
-    return _Version(parts.footprint, decoded.footprint, speeds)
+    decoded = parts = family.parts(version, dtype=dtype, hardware=card)
+    linear = linear_for(settings.compute, version, [card], dtype, as_stored=version is source)
+    if linear != DECODED:
+        parts = family.parts(version, dtype=dtype, hardware=card, linear=linear)
+    compiled = CompileSettings(exact=settings.compute is not Computing.FAST).kind if settings.compile else ""
+    footprint = parts.footprint
+    if not footprint.in_half:  # which is not compiled
+        footprint = replace(footprint, compiled=compiled)
+    return _Version(footprint, decoded.footprint, remembered_speeds(card, dtype, source, parts.stored_product))
 
 
 def _check_layers(transformer: Checkpoint, layered: bool, layers: int) -> None:

@@ -39,6 +39,11 @@ class CompileSettings:
     exact: bool = True
     backend: str = INDUCTOR
 
+    @property
+    def kind(self) -> str:
+        """As plans have it."""
+        return "exact" if self.exact else "not exact"
+
 
 class CompiledBlocks:
     """The compiled code of one model's blocks, and what is known of it.
@@ -62,7 +67,7 @@ class CompiledBlocks:
     @property
     def kind(self) -> str:
         """As plans have it: whether what it computes is exact; empty where it is not used."""
-        return "" if self.why_not else "exact" if self.settings.exact else "not exact"
+        return "" if self.why_not else self.settings.kind
 
     def of(self, block: nn.Module) -> Any:
         """What stands for the block in a pass: called, it is computed by compiled code; all else is the block's."""

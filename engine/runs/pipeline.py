@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..caches.prompt_cache import PromptCache
 from ..compute.attention_choice import AUTO, CHOICES, choose_attention
+from ..compute.compilation import CompileSettings
 from ..compute.linear_choice import Computing, linear_of
 from ..compute.step_schedules import OFF, StepCache, step_cache_of
 from ..errors import InvalidRequest
@@ -63,6 +64,7 @@ class Pipeline:
         check: Callable[[], None] = lambda: None,
         attention: str = AUTO,
         compute: str = Computing.EXACT.value,
+        compile: bool = False,
         loras: Sequence[tuple[Path, float]] = (),
         **of_network: Any,
     ) -> None:
@@ -73,9 +75,10 @@ class Pipeline:
         cache: a folder for encoded prompts and measured speeds; None keeps neither. on_progress: told a few times a
         second what is done, as `Surroundings.tell` has it. check: called before each block and tile, and may raise,
         which ends the run. attention: the transformer's kernel, of `attention_choice.CHOICES`. compute: on what the
-        transformer's linear layers compute, a value of `linear_choice.Computing`. loras: files and their strengths, in
-        order. of_network: what the family's transformer takes beside these. Raises Unsupported for a kernel that does
-        not work here.
+        transformer's linear layers compute, a value of `linear_choice.Computing`. compile: blocks by code that
+        torch.compile makes once, which has to compute the same bits unless compute is "fast". loras: files and their
+        strengths, in order. of_network: what the family's transformer takes beside these. Raises Unsupported for a
+        kernel that does not work here.
         """
         if dtype is not None and dtype not in FLOATS:
             raise InvalidRequest(
@@ -124,6 +127,8 @@ class Pipeline:
         self._transformer.patch(
             lora_patches([(match_model(open_lora(file), self._transformer), strength) for file, strength in loras])
         )
+        if compile:
+            self._transformer.compile_by(CompileSettings(exact=self._transformer.exact))
         tried = self._trials("attention.json")
         self._transformer.attend_by(choose_attention(attention, [hardware], dtypes[1], tried=tried))
         self._vae = family.read_vae(files.vae, dtypes[2])

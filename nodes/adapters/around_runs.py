@@ -124,7 +124,7 @@ def _planned_run(
     options = guider.model_options.get("transformer_options", {})
     calls.override = options.get(OVERRIDE_KEY)
     transformer.attend_by(attention_of_run(transformer, model.attention, calls.override))
-    transformer.compile_by(settings_of_run(guider.model_options, exact=model.exact))
+    transformer.compile_by(settings_of_run(guider.model_options, exact=model.exact, of_loader=model.compiling))
     model.model_loaded_weight_memory = transformer.loaded_bytes  # blocks that the LoRAs change have left
     speeds = known_speeds(
         transformer.hardware, transformer.products_dtype, transformer.file, transformer.stored_product

@@ -1,4 +1,4 @@
-"""Compiled blocks as ComfyUI asks for them: by its node TorchCompileModel."""
+"""Compiled blocks as a person asks for them: in the loader, or by ComfyUI's node TorchCompileModel."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,12 +19,12 @@ def is_compiling(wrapper_type: str, key: Any) -> bool:
     return (wrapper_type, key) == (WrappersMP.APPLY_MODEL, COMPILE_KEY)
 
 
-def settings_of_run(model_options: Mapping[str, Any], *, exact: bool) -> CompileSettings | None:
-    """What blocks are compiled with; None where no node asks for that. What a node sets beside is named in the log
-    where it is not followed."""
+def settings_of_run(model_options: Mapping[str, Any], *, exact: bool, of_loader: bool) -> CompileSettings | None:
+    """What blocks are compiled with; None where neither the loader (of_loader) nor a node asks for that. What a node
+    sets beside is named in the log where it is not followed."""
     asked = model_options.get(COMPILE_OPTIONS)
     if asked is None:
-        return None
+        return CompileSettings(exact) if of_loader else None
     backend = asked.get("backend", INDUCTOR)
     unfollowed = [f"{name} {asked[name]}" for name in _OTHER_SETTINGS if asked.get(name)]
     if backend not in BACKENDS:

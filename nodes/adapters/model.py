@@ -39,11 +39,13 @@ def make_model(
     timeline: Timeline | None = None,
     advice: str = "",
     step_cache: StepCache | None = None,
+    compiling: bool = False,
 ) -> LowVRAMPatcher:
     """A MODEL around `transformer`; a limit of None uses what is free. `timeline`: where its stages are measured,
     shared with the CLIP and VAE of the same loader. `advice`: what a person is told beside each plan.
-    `step_cache`: which steps are computed; None: all."""
-    return as_patcher(QwenImageModel(transformer, limit_bytes, ram_limit_bytes, timeline, advice, step_cache))
+    `step_cache`: which steps are computed; None: all. `compiling`: blocks by code of torch.compile's."""
+    settings = (limit_bytes, ram_limit_bytes, timeline, advice, step_cache, compiling)
+    return as_patcher(QwenImageModel(transformer, *settings))
 
 
 def own_sigmas(model: Any, latents: Tensor, steps: int, denoise: float) -> Tensor:

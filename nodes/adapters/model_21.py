@@ -63,9 +63,11 @@ def make_model_21(
     timeline: Timeline | None = None,
     advice: str = "",
     step_cache: StepCache | None = None,
+    compiling: bool = False,
 ) -> LowVRAMPatcher:
     """As `model.make_model`."""
-    return as_patcher(QwenImage21Model(transformer, limit_bytes, ram_limit_bytes, timeline, advice, step_cache))
+    settings = (limit_bytes, ram_limit_bytes, timeline, advice, step_cache, compiling)
+    return as_patcher(QwenImage21Model(transformer, *settings))
 
 
 def own_sigmas_21(model: Any, latents: Tensor, steps: int, denoise: float) -> Tensor:

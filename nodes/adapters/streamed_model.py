@@ -141,6 +141,7 @@ class LowVRAMModel:
         timeline: Timeline | None = None,
         advice: str = "",
         step_cache: StepCache | None = None,
+        compiling: bool = False,
     ) -> None:
         """`config`: ComfyUI's of the network, with disable_unet_model_creation. A limit of None uses what is free."""
         config.set_inference_dtype(transformer.dtype, None)
@@ -156,6 +157,7 @@ class LowVRAMModel:
         self.timeline = timeline or Timeline(executing_prompt_id)
         self.advice = advice
         self.step_cache = step_cache
+        self.compiling = compiling
         self.exact = transformer.exact  # compiled blocks are then used only where they compute the same bits
 
     # what a network says of a run

@@ -115,6 +115,19 @@ def test_int8_weights_are_computed_with_as_stored_where_that_is_asked_for(small_
         Pipeline(opened_files, device="cpu", compute="quick")
 
 
+def test_compiled_blocks_make_the_same_image_and_the_report_says_so(
+    small_pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch._dynamo
+
+    find = torch._dynamo.lookup_backend
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: find("aot_eager"))  # inductor's needs a compiler
+    with opened(small_pipeline) as plain, opened(small_pipeline, compile=True) as compiled:
+        assert torch.equal(image(compiled), image(plain))
+        reports = [pipeline.report.sampling for pipeline in (plain, compiled)]
+    assert [report is not None and report.plan.compiled for report in reports] == ["", "exact"]
+
+
 def test_an_image_that_could_not_be_decoded_is_refused_before_it_is_sampled(small_pipeline: Path) -> None:
     pipeline = opened(small_pipeline, vram_limit_bytes=2 * MIB)
     with pytest.raises(DoesNotFit, match=r"(?s)VAE decode of 1600x1600 needs .*The limit is vram_limit_bytes\.$"):

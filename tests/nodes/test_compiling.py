@@ -1,6 +1,7 @@
 """ComfyUI's TorchCompileModel on our models: their blocks are compiled in its place, and what fails is no loss."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from qwenimage_lowvram.engine.planning import footprint
 from qwenimage_lowvram.engine.planning.draft import least_bytes
 from torch import Tensor
 
-from .conftest import cond, empty_latent
+from .conftest import NAME_21, cond, empty_latent
 from .test_model import ksampler
 
 
@@ -64,6 +65,38 @@ def test_what_a_compile_node_sets_is_named_where_it_is_not_followed_and_a_failur
     assert not report.compiled
     assert torch.equal(run(model), expected)
     assert model.model.last_report.not_compiled == ""
+
+
+@pytest.fixture
+def aot_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the place of inductor, which needs a C++ compiler."""
+    import torch._dynamo
+
+    find = torch._dynamo.lookup_backend
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: find("aot_eager"))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("aot_eager")
+def test_the_loaders_compile_does_what_the_node_does(diffusers_21: Path, models: Any) -> None:
+    from qwenimage_lowvram.nodes.loader import QwenLowVRAMLoader
+
+    models("diffusers", str(diffusers_21))
+    files = {"transformer": f"{NAME_21} (folder)", "text_encoder": "from the folder", "vae": "from the folder"}
+    settings = {"dtype": "fp32", "weight_format": "auto", "vram_limit_gb": 0.0, "timesteps": "fp32"}
+    latents, reports = [], []
+    for compile in (False, True):
+        model, clip, _ = QwenLowVRAMLoader().load(**files, **settings, compile=compile)
+        prompt = clip.encode_from_tokens_scheduled(clip.tokenize("a cat"))
+        latents.append(ksampler(model, prompt, prompt, {"samples": torch.zeros(1, 64, 4, 4)}))
+        reports.append(model.model.last_report)
+    assert torch.equal(*latents)
+    assert (reports[0].compiled, reports[0].plan.compiled) == ("", "")
+    assert (reports[1].compiled, reports[1].plan.compiled, reports[1].not_compiled) == ("exact", "exact", "")
+    assert reports[1].compiled_times == 1
+    node = compiled_by_node(model, "eager")
+    ksampler(node, prompt, prompt, {"samples": torch.zeros(1, 64, 4, 4)})
+    assert node.model.transformer.compiled.settings.backend == "eager"  # what a node says comes first
 
 
 def test_what_fits_in_chunks_alone_is_not_compiled(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

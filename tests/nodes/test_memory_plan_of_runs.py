@@ -50,6 +50,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "bf16 as int8, fast": {"stored": "bf16", "weight_format": "int8", "compute": "fast"},
     "step cache": {"stored": "bf16", "step_cache": "planned_20", "steps": 40},
     "first block": {"stored": "bf16", "step_cache": "first_block"},
+    "compiled": {"stored": "bf16", "compile": True},
+    "fp16 products, not compiled": {"stored": "bf16", "dtype": "fp16", "compile": True},
     "fp16 products": {"stored": "bf16", "dtype": "fp16"},
     "fp16 products of int8": {"stored": "int8_row", "dtype": "fp16"},
 }
@@ -73,7 +75,8 @@ def test_a_plan_is_that_of_the_run(case: str, files: Callable[[str], SplitFiles]
     sample(model, positive=cond(), negative=cond(), latent_image=empty_latent(**SIZE), steps=steps, cfg=4.0)
     made = model.model.plan
 
-    settings = PlanSettings(asked["weight_format"], asked["dtype"], Computing(asked["compute"]))
+    compiled = asked.get("compile", False)
+    settings = PlanSettings(asked["weight_format"], asked["dtype"], Computing(asked["compute"]), compiled)
     planned = PlannedModels.open(Sources.of(**chosen), settings, layers=0, images=0)
     tokens = 9 - QWEN_IMAGE.prompts.behind
     cache = step_cache_of(asked["step_cache"])
@@ -90,6 +93,7 @@ def test_a_plan_is_that_of_the_run(case: str, files: Callable[[str], SplitFiles]
         case in ("int8, auto", "bf16 as int8, fast", "fp16 products of int8")
     )
     assert made.in_half == case.startswith("fp16")
+    assert made.compiled == ("exact" if case == "compiled" else "")
 
 
 @pytest.mark.slow
