@@ -5,6 +5,8 @@ from typing import Any
 from ..engine.compute.linear_choice import Computing
 from ..engine.compute.step_schedules import OFF, STEP_CACHES, step_cache_of
 from ..engine.errors import QwenLowVRAMError
+from ..engine.planning.cards import CARDS_GB
+from ..engine.planning.cards import limit_bytes as card_limit_bytes
 from ..engine.planning.request import GIB
 from ..engine.planning.stages import ImageRequest
 from ..engine.reports.charts import draw_cards
@@ -23,9 +25,6 @@ from .sources import Sources, require_transformer
 from .weight_cache import WEIGHT_FORMATS
 
 MOST_IMAGES = max(served.family.most_images for served in SERVED)
-CARDS_GB = (4, 6, 8, 12, 16, 24)
-# of a card, before the first tensor: the CUDA context with its kernels, and the image on the screen
-CONTEXT_BYTES = 600_000_000
 
 
 class QwenLowVRAMMemoryPlan:
@@ -219,7 +218,8 @@ class QwenLowVRAMMemoryPlan:
             step_cache=cache,
         )
         ram_bytes = limit_bytes(ram_limit_gb) or models.free_ram_bytes(request)
-        capacities = [(f"{gb} GB", gb * GIB, gb * GIB - CONTEXT_BYTES - models.headroom_bytes) for gb in CARDS_GB]
+        headroom = models.headroom_bytes
+        capacities = [(f"{gb} GB", gb * GIB, card_limit_bytes(gb, headroom)) for gb in CARDS_GB]
         if vram_limit_gb > 0:
             limit = max(1, round(vram_limit_gb * GIB))
             capacities.append((f"limit {vram_limit_gb:g} GB", limit, limit))

@@ -1,14 +1,12 @@
 """The plans that notes, help and docs state: made by the planner at the real size, from a workflow's own settings.
 
-    PYTHONPATH=tools/alias:tools python tools/stated_plans.py [--write]
+    PYTHONPATH=tools/alias:tools python tools/stated_plans.py
 
-prints them, or writes them into the notes of the workflows.
+prints them. `workflow_maker` writes them into the workflows' notes.
 """
 
-import argparse
 import json
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -24,30 +22,143 @@ from qwenimage_lowvram.engine.models.families import QWEN_IMAGE, QWEN_IMAGE_21
 from qwenimage_lowvram.engine.models.family import Family
 from qwenimage_lowvram.engine.models.qwen_image_21.sizes import plan_sizes_21
 from qwenimage_lowvram.engine.models.transformer_parts import TransformerParts
-from qwenimage_lowvram.engine.planning.forecast import TYPICAL, Bound
+from qwenimage_lowvram.engine.planning.cards import CARDS_GB, typical_limit_bytes
+from qwenimage_lowvram.engine.planning.forecast import TYPICAL, Speeds
 from qwenimage_lowvram.engine.planning.memory import plan_memory
 from qwenimage_lowvram.engine.planning.memory_plan import MemoryPlan
 from qwenimage_lowvram.engine.planning.request import GIB, TOKEN_PX, Limits, SamplingRequest
 from qwenimage_lowvram.engine.texts import size_text
+from simulated_cards import CARDS, SimulatedCard
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 PROMPT_TOKENS = 512
+GGUF_Q4_K_M = "GGUF Q5_K"  # a mixture with 5.1 bits a weight: planned with 5.5
+LONGEST_IN_SECONDS = 120
 HEADING = f"**What to expect** (planned for these settings and prompts of {PROMPT_TOKENS} tokens, not measured)\n\n"
-SPEEDS_TEXT = (
-    f"On a card of {TYPICAL.flops / 1e12:g} TFLOP/s, with {TYPICAL.bus_bytes / 1e9:g} GB/s on the bus and "
-    f"{TYPICAL.disk_bytes / 1e9:g} GB/s from the disk"
-)
 WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 SIDE_PX = 1024  # of an edited image, and of a megapixel as ComfyUI scales to it
+# beside the cards that are simulated: those of the sizes that they leave out
+MORE_CARDS = (
+    SimulatedCard("RTX 3060 laptop 6 GB", 6, 26.0, 336, 12, 3.5, ram_gib=24),
+    SimulatedCard("RTX 3080 10 GB", 10, 59.5, 760, 24, 3.5, ram_gib=24),
+    SimulatedCard("RTX 4070 12 GB", 12, 58.3, 504, 24, 3.5, ram_gib=24),
+    SimulatedCard("RTX 4080 16 GB", 16, 97.5, 717, 24, 3.5, ram_gib=24),
+)
+FREE_RAM_GIB = (8, 24)
+MOST_TIMES = 2  # a graph's forecasts are those of cards with as much memory as it is for, up to so many times as much
 
 
-def plan_of(graph: Mapping[str, Any], **changed: Any) -> MemoryPlan:
-    """What the planner makes of a workflow's loader (with settings `changed`), LoRA, size, steps, guidance and
-    images."""
-    loader = _widgets(graph, "QwenLowVRAMLoader") | changed
-    sample = _widgets(graph, "QwenLowVRAMSample")
-    types = [node["type"] for node in graph["nodes"]]
+def plan_of(
+    graph: Mapping[str, Any], *, speeds: Speeds = TYPICAL, ram_bytes: int | None = None, **changed: Any
+) -> MemoryPlan:
+    """What the planner makes of a workflow's loader (with settings `changed`), LoRA, size, steps, guidance and images.
+
+    ram_bytes: what is free where the loader sets no limit; None: as much as there are weights.
+    """
+    loader = widgets(graph, "QwenLowVRAMLoader") | changed
+    limit = round(loader["ram_limit_gb"] * GIB) or ram_bytes
+    footprint = _model(graph, loader).footprint
+    return plan_memory(footprint, _request(graph, loader), Limits(round(loader["vram_limit_gb"] * GIB), limit), speeds)
+
+
+def cards_of(card_gb: int) -> list[SimulatedCard]:
+    """Those that a graph for cards of that size gives forecasts for, the slowest first."""
+    known = (card for card in (*CARDS, *MORE_CARDS) if card_gb <= card.vram_gib <= MOST_TIMES * card_gb)
+    return sorted((card for card in known if card.dtype is torch.bfloat16), key=lambda card: card.tflops)
+
+
+def lines(graph: Mapping[str, Any]) -> list[str]:
+    """The plan as notes state it, and the range of its forecasts."""
+    plan = plan_of(graph)
+    request = plan.request
+    megapixels = request.reference_tokens * TOKEN_PX**2 / 1e6
+    shown = f", {megapixels:.1f} megapixels to change" if megapixels else ""
+    if request.frames > 1:
+        shown = f", {request.frames - 1} layers and the image itself"
+    guided = "guided" if request.branches > 1 else "no guidance: the negative prompt is not used"
+    return [
+        f"- {request.width}x{request.height}{shown}, {request.timesteps} steps, {guided}.",
+        f"- {_blocks_line(plan)}",
+        *([f"- {_kept_line(plan)}"] if plan.kept.block_bytes else []),
+        f"- Peak on the card: {size_text(plan.peak_bytes)} of the {size_text(plan.limit_bytes)} that "
+        f"*vram_limit_gb* allows. The rest of {card_gb(graph)} GB is for the desktop, the driver and fragments.",
+        f"- {_seconds_line(graph)}",
+    ]
+
+
+def card_gb(graph: Mapping[str, Any]) -> int:
+    """The card that a workflow is for, by the limit in its loader."""
+    limit = round(widgets(graph, "QwenLowVRAMLoader")["vram_limit_gb"] * GIB)
+    return min(CARDS_GB, key=lambda gb: abs(typical_limit_bytes(gb) - limit))
+
+
+def _blocks_line(plan: MemoryPlan) -> str:
+    if not plan.streamed:
+        return f"All {plan.blocks} blocks stay on the card."
+    return (
+        f"Of {plan.blocks} blocks {len(plan.resident)} stay on the card. {plan.streamed} pass through it once per "
+        f"step, for all prompts together: {size_text(plan.streamed_bytes_per_step)}. RAM holds as many of them as "
+        f"there is room for ({size_text(plan.ram_peak_bytes)} for all and the buffers; *ram_limit_gb* 0: what is "
+        "free), the others are read from the file at every step."
+    )
+
+
+def _kept_line(plan: MemoryPlan) -> str:
+    return f"Computed once: {plan.kept}."
+
+
+def _seconds_line(graph: Mapping[str, Any]) -> str:
+    cards = cards_of(card_gb(graph))
+    runs = [plan_of(graph, speeds=card.speeds, ram_bytes=ram * GIB).run for card in cards for ram in FREE_RAM_GIB]
+    steps = f"{runs[0].steps} steps"
+    first = duration_range(run.first_seconds for run in runs)
+    again = duration_range(run.again_seconds for run in runs)
+    again = "about as long" if again == first else again
+    return (
+        f"{steps} take {first}, with another seed {again}: forecasts from the data sheets of {cards[0].name} to "
+        f"{cards[-1].name}, with {FREE_RAM_GIB[0]} to {FREE_RAM_GIB[-1]} GiB of RAM free. Nobody has measured them."
+    )
+
+
+def duration_range(seconds: Iterable[float]) -> str:
+    """The shortest and the longest of durations, as a person says them: 40 to 90 s, 2 to 11 minutes."""
+    found = sorted(seconds)
+    least, most = found[0], found[-1]
+    if most < LONGEST_IN_SECONDS:
+        return _range(_rounded(least), _rounded(most), "s")
+    if least < LONGEST_IN_SECONDS / 2:
+        return f"{_rounded(least)} s to {_minutes(most)} minutes"
+    return _range(_minutes(least), _minutes(most), "minutes")
+
+
+def _range(least: int, most: int, unit: str) -> str:
+    return f"{least} to {most} {unit}" if most > least else f"about {most} {unit}"
+
+
+def _minutes(seconds: float) -> int:
+    return max(1, round(seconds / 60))
+
+
+def _rounded(seconds: float) -> int:
+    """To 5 s, short ones to 1."""
+    return max(1, round(seconds)) if seconds < 20 else 5 * round(seconds / 5)
+
+
+def all_nodes(graph: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The graph's nodes, and those inside its subgraphs."""
+    yield from graph["nodes"]
+    for subgraph in (graph.get("definitions") or {}).get("subgraphs", ()):
+        yield from subgraph["nodes"]
+
+
+def note_of(graph: Mapping[str, Any]) -> dict[str, Any]:
+    return next(node for node in graph["nodes"] if node["type"] == "MarkdownNote")
+
+
+def _request(graph: Mapping[str, Any], loader: Mapping[str, Any]) -> SamplingRequest:
+    sample = widgets(graph, "QwenLowVRAMSample")
+    types = [node["type"] for node in all_nodes(graph)]
     family = _family(loader["transformer"])
     width, height, layers = _size(graph)
     references = types.count("LoadImage") if "QwenLowVRAMEncodeEditPrompt" in types else 0
@@ -63,49 +174,18 @@ def plan_of(graph: Mapping[str, Any], **changed: Any) -> MemoryPlan:
         sizes = plan_sizes_21([(width, height)] * references)  # as Encode Edit Prompt makes them of square images
         (width, height), shown = sizes.output, sum(w * h for w, h in sizes.references)
         request = replace(request, width=width, height=height, reference_tokens=shown // TOKEN_PX**2)
-    if layers:
-        request = replace(request, frames=layers + 1, reference_tokens=request.frame_tokens)
+    return replace(request, frames=layers + 1, reference_tokens=request.frame_tokens) if layers else request
+
+
+def _model(graph: Mapping[str, Any], loader: Mapping[str, Any]) -> TransformerParts:
     weight_format = _weight_format(loader["transformer"], loader["weight_format"])
-    parts = _parts(family, weight_format, lora="QwenLowVRAMLoadLora" in types, layered=layers > 0)
-    limits = Limits(round(loader["vram_limit_gb"] * GIB), round(loader["ram_limit_gb"] * GIB))
-    return plan_memory(parts.footprint, request, limits)
-
-
-def lines(plan: MemoryPlan) -> list[str]:
-    """The plan as notes state it."""
-    request, bound = plan.request, {Bound.COMPUTE: "computing"}.get(plan.forecast.bound, plan.forecast.bound.value)
-    megapixels = request.reference_tokens * TOKEN_PX**2 / 1e6
-    shown = f", {megapixels:.1f} megapixels to change" if megapixels else ""
-    if request.frames > 1:
-        shown = f", {request.frames - 1} layers and the image itself"
-    guided = "guided" if request.branches > 1 else "no guidance: the negative prompt is not used"
-    stay = [f"{len(plan.resident)} stay on the card", f"{len(plan.held)} in RAM"]
-    stay += [f"{plan.from_file} are read from the file"] * (plan.from_file > 0)
-    kept = str(plan.kept)
-    blocks = (
-        f"Of {plan.blocks} blocks {', '.join(stay)}. {plan.streamed} pass through the card once per step, for all "
-        f"prompts together: {size_text(plan.streamed_bytes_per_step)}."
+    types = {node["type"] for node in all_nodes(graph)}
+    return _parts(
+        _family(loader["transformer"]),
+        weight_format,
+        lora="QwenLowVRAMLoadLora" in types,
+        layered="EmptyQwenImageLayeredLatentImage" in types,
     )
-    return [
-        f"- {request.width}x{request.height}{shown}, {request.timesteps} steps, {guided}.",
-        f"- {blocks if plan.streamed else f'All {plan.blocks} blocks stay on the card.'}",
-        *([f"- Computed once: {kept}."] if kept else []),
-        f"- Peak on the card: {size_text(plan.peak_bytes)} of {size_text(plan.limit_bytes)} (*vram_limit_gb*), which "
-        f"leaves the rest to the desktop. RAM for blocks and buffers: {size_text(plan.ram_peak_bytes)} of "
-        f"{size_text(plan.limits.ram_bytes or 0)} (*ram_limit_gb*).",
-        f"- {SPEEDS_TEXT}: about {plan.forecast.seconds:.1f} s per step, bound by {bound}; {plan.run}.",
-    ]
-
-
-def stated(note: str, plan: MemoryPlan) -> str:
-    """The note with what to expect of the plan."""
-    return re.sub(
-        r"\*\*What to expect\*\*[^\n]*\n\n(- [^\n]*\n)+", lambda _: HEADING + "\n".join(lines(plan)) + "\n", note
-    )
-
-
-def note_of(graph: Mapping[str, Any]) -> dict[str, Any]:
-    return next(node for node in graph["nodes"] if node["type"] == "MarkdownNote")
 
 
 def _family(transformer: str) -> Family:
@@ -117,12 +197,13 @@ def _weight_format(transformer: str, chosen: str) -> str:
     """As the file is stored, by its name, unless another one was chosen."""
     if chosen not in ("auto", "as stored"):
         return chosen
-    return next((known for known in ("int8_convrot", "fp8") if known in transformer), "bf16")
+    known = {"int8_convrot": "int8_convrot", "fp8": "fp8", "Q4_K_M": GGUF_Q4_K_M}
+    return next((stored for name, stored in known.items() if name in transformer), "bf16")
 
 
 def _size(graph: Mapping[str, Any]) -> tuple[int, int, int]:
     """Width and height of the output, and layers: an empty latent's, a square one of a scaled or an edited image."""
-    by_type = {node["type"]: node.get("widgets_values") for node in graph["nodes"]}
+    by_type: dict[str, Any] = {node["type"]: node.get("widgets_values") for node in all_nodes(graph)}
     if "EmptyQwenImageLayeredLatentImage" in by_type:
         width, height, layers, _ = by_type["EmptyQwenImageLayeredLatentImage"]
         return width, height, layers
@@ -151,7 +232,7 @@ def _parts(family: Family, weight_format: str, *, lora: bool, layered: bool) -> 
     return parts
 
 
-def _widgets(graph: Mapping[str, Any], class_type: str) -> dict[str, Any]:
+def widgets(graph: Mapping[str, Any], class_type: str) -> dict[str, Any]:
     """Values by name. A seed has one more, what happens to it after a run."""
     inputs = json.loads((ROOT / "tests" / "data" / "object_info.json").read_text())[class_type]["inputs"]
     node = next(node for node in graph["nodes"] if node["type"] == class_type)
@@ -162,16 +243,9 @@ def _widgets(graph: Mapping[str, Any], class_type: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="into the notes of the workflows")
-    arguments = parser.parse_args()
     for file in WORKFLOWS:
-        graph = json.loads(file.read_text())
-        plan, note = plan_of(graph), note_of(graph)
-        print(file.stem, *lines(plan), plan, sep="\n", end="\n\n")
-        if arguments.write:
-            note["widgets_values"][0] = stated(note["widgets_values"][0], plan)
-            file.write_text(json.dumps(graph, ensure_ascii=False, indent=2) + "\n")
+        graph = json.loads(file.read_text(encoding="utf-8"))
+        print(file.stem, *lines(graph), plan_of(graph), sep="\n", end="\n\n")
 
 
 if __name__ == "__main__":

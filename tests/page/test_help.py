@@ -27,7 +27,7 @@ HEADINGS = {
     "en": ["Inputs", "Output", "What to expect", "Troubleshooting"],
     "zh": ["输入", "输出", "预期", "疑难解答"],
 }
-WORKFLOW = min((REPOSITORY / "workflows").glob("*4 GB.json"))
+WORKFLOW = min((REPOSITORY / "workflows").glob("*4 GB - Qwen-Image.json"))
 
 
 def help_path(node: str, language: str) -> str:

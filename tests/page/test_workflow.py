@@ -13,6 +13,7 @@ from devtools.workflow import set_widgets, to_prompt
 
 WORKFLOWS = sorted((Path(__file__).resolve().parents[2] / "workflows").glob("*.json"))
 VUE_NODES = "Comfy.VueNodes.Enabled"
+LOOKED_AT = [path for path in WORKFLOWS if path.name[:2] in ("01", "13", "20", "27")]  # by a person, as pictures
 SAMPLE, LATENT = "QwenLowVRAMSample", "EmptySD3LatentImage"
 FILES = {
     "transformer": "qwen_image_fp8_e4m3fn.safetensors",
@@ -61,6 +62,30 @@ RECORD = f"""() => {{
 }}"""
 BOXES = """() => window.app.graph.nodes.map(
   (node) => [node.id, node.type, [...node.pos], [...node.size], node.computeSize()[1]])"""
+FRAMES = "() => window.app.graph.groups.map((group) => [group.title, [...group.pos, ...group.size]])"
+# what a run leaves on nodes: a sentence on each, a preview on Sample and images where images are shown
+TOLD = "A sentence that a node tells while it runs, with what was done, what was not, and what to do about it. " * 4
+AS_AFTER_A_RUN = """(text) => {
+  const api = window.comfyAPI.api.api;
+  const canvas = document.createElement('canvas');
+  [canvas.width, canvas.height] = [512, 512];
+  const shown = { images: [{ filename: 'example.png', subfolder: '', type: 'input' }] };
+  return new Promise((done) => canvas.toBlob((blob) => {
+    for (const node of window.app.graph.nodes) {
+      if (node.type === 'MarkdownNote') continue;
+      const id = String(node.id);
+      api.dispatchCustomEvent('progress_text', { nodeId: id, text });
+      if (node.type === 'SaveImage') {
+        api.dispatchCustomEvent('executed', { node: id, display_node: id, prompt_id: 'x', output: shown });
+      }
+      if (node.type === 'QwenLowVRAMSample') {
+        const ids = { nodeId: id, displayNodeId: id, parentNodeId: id, realNodeId: id };
+        api.dispatchCustomEvent('b_preview_with_metadata', { blob, jobId: 'x', ...ids });
+      }
+    }
+    done(blob.size);
+  }));
+}"""
 PAUSE = "(ms) => new Promise((done) => setTimeout(done, ms))"
 
 
@@ -91,10 +116,20 @@ def small(object_info: dict[str, Any], split_files: dict[str, Any]) -> Any:
 
 
 def as_saved(graph: dict[str, Any], vue: bool) -> dict[str, Any]:
-    """The graph without the view; Vue nodes also measure their own sizes."""
+    """The graph without the view, and without what the page works out inside subgraphs: counters, the order, where
+    their ends stand, names in its language. Vue nodes also measure their own sizes."""
     saved = copy.deepcopy({key: value for key, value in graph.items() if key != "extra"})
     for node in saved["nodes"] if vue else ():
         del node["size"]
+    for inside in (saved.get("definitions") or {}).get("subgraphs", ()):
+        del inside["state"]
+        ends = [*inside["inputs"], *inside["outputs"]]
+        for node in inside["nodes"]:
+            del node["order"]
+            ends += [*node["inputs"], *node["outputs"]]
+        for entry in ends:
+            entry.pop("pos", None)
+            entry.pop("localized_name", None)
     return saved
 
 
@@ -112,21 +147,30 @@ def test_the_page_shows_saves_and_sends_a_shipped_graph_as_it_is(
     prompt = {key: {name: node[name] for name in ("class_type", "inputs")} for key, node in page.prompt().items()}
     assert prompt == to_prompt(graph, object_info)
     assert_apart(page)
+    for _, kind, _, (_, height), needed in page.evaluate(BOXES):
+        assert height >= needed, f"{kind} is cut off."
+    page.evaluate(AS_AFTER_A_RUN, TOLD)
+    page.evaluate(PAUSE, 1200)
+    assert_apart(page)
+    if file in LOOKED_AT:
+        page.screenshot(f"after-a-run-{'vue' if vue else 'classic'}-{file.stem[:2]}")
 
 
 def assert_apart(page: Any) -> None:
-    """No node is cut off, and none lies over another."""
-    boxes = page.evaluate(BOXES)
-    for node, kind, (left, top), (width, height), needed in boxes:
-        assert height >= needed, f"{kind} is cut off."
+    """No node lies over another, and each stands in the frame of one step."""
+    boxes, frames = page.evaluate(BOXES), page.evaluate(FRAMES)
+    for node, kind, (left, top), (width, height), _ in boxes:
         for other, of, (x, y), (w, h), _ in boxes:
             apart = left + width <= x or x + w <= left or top + height <= y - 30 or y + h <= top - 30  # 30: the title
             assert apart or node == other, f"{kind} lies over {of}."
+        around = [title for title, (x, y, w, h) in frames if x <= left and left + width <= x + w
+                  and y <= top - 30 and top + height <= y + h]  # fmt: skip
+        assert len(around) == (kind != "MarkdownNote"), f"{kind} stands in {around}."
 
 
 def test_the_4_gb_workflow_runs_in_the_page_to_its_image(page: Any, small: Any, client: ComfyClient, vue: bool) -> None:
     # a size of its own for each: the second run would know the first one's timestep table
-    page.load(small(width=160 if vue else 128, seed=11), "Qwen-Image on 4 GB")
+    page.load(small(width=160 if vue else 128, seed=11), "Low VRAM 4 GB - Qwen-Image")
     page.evaluate(RECORD)
     assert page.run()["status"] == "success"
     page.evaluate(PAUSE, 1000)

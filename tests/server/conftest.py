@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from small_checkpoint import SplitFiles, write_split_files
 from small_pipeline_21 import make_pipeline_21
 
-from .graphs import LIGHTNING, Prompt, with_our_loader
+from .graphs import EDITING, LIGHTNING, Prompt, with_our_loader
 
 SHARED = ("model", "clip", "vae")  # what our loader may stand for in a graph
 TOLERANCE = 1e-4  # of fp32 latents whose standard deviation is about 1
@@ -123,14 +123,28 @@ def folders_21(models_dir: Path, comfyui_path: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def lora(full_pipeline: Path, models_dir: Path) -> str:
-    """A LoRA for the small checkpoint, under the name that the graphs ask for."""
-    (name,) = {
-        node["widgets_values"][0]
-        for path in LIGHTNING
-        for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]
-        if node["type"] == "QwenLowVRAMLoadLora"
-    }
-    weights = load_file(next((full_pipeline / "transformer").glob("*.safetensors")))
+    """A LoRA for the small checkpoint, under the name that the graphs from text ask for."""
+    (name,) = lora_names(LIGHTNING)
+    _write_lora(full_pipeline, models_dir, name)
+    return name
+
+
+@pytest.fixture(scope="session")
+def edit_loras(full_pipeline: Path, models_dir: Path) -> set[str]:
+    """The same under the names that the edit graphs ask for."""
+    names = lora_names(EDITING)
+    for name in names:
+        _write_lora(full_pipeline, models_dir, name)
+    return names
+
+
+def lora_names(paths: Sequence[Path]) -> set[str]:
+    nodes = (node for path in paths for node in json.loads(path.read_text(encoding="utf-8"))["nodes"])
+    return {node["widgets_values"][0] for node in nodes if node["type"] == "QwenLowVRAMLoadLora"}
+
+
+def _write_lora(pipeline: Path, models_dir: Path, name: str) -> None:
+    weights = load_file(next((pipeline / "transformer").glob("*.safetensors")))
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for key, weight in weights.items():
@@ -140,7 +154,6 @@ def lora(full_pipeline: Path, models_dir: Path) -> str:
             tensors[f"{layer}.lora_down.weight"] = torch.randn(4, weight.shape[1], generator=generator) / 8
     (models_dir / "loras").mkdir(exist_ok=True)
     save_file(tensors, models_dir / "loras" / name)
-    return name
 
 
 def _mark(file: Path, name: str) -> None:

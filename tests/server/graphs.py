@@ -8,15 +8,22 @@ from typing import Any
 from devtools.workflow import set_widgets, to_prompt
 
 _ALL = sorted((Path(__file__).parents[2] / "workflows").glob("*.json"))
-LIGHTNING = [path for path in _ALL if "Lightning" in path.stem]  # with a LoRA
-QWEN_IMAGE_21 = [path for path in _ALL if "qwen_image_2.1" in path.read_text(encoding="utf-8")]
-EDITING = [path for path in _ALL if "Edit" in path.stem and path not in QWEN_IMAGE_21]
-LAYERED = [path for path in _ALL if "layers" in path.stem]
+
+
+def _with(*texts: str) -> list[Path]:
+    return [path for path in _ALL if all(text in path.read_text(encoding="utf-8") for text in texts)]
+
+
+QWEN_IMAGE_21 = _with("qwen_image_2.1")
+EDITING = [path for path in _with("QwenLowVRAMEncodeEditPrompt") if path not in QWEN_IMAGE_21]
+ONE_IMAGE, SEVERAL_IMAGES = (next(path for path in EDITING if name in path.stem) for name in ("an image", "three"))
+LIGHTNING = [path for path in _with("QwenLowVRAMLoadLora") if path not in EDITING]  # with a LoRA, from text
+LAYERED = _with("EmptyQwenImageLayeredLatentImage")
 IMAGE_TO_IMAGE, INPAINT, OUTPAINT = (
     next(path for path in _ALL if name in path.stem) for name in ("Image to image", "Inpaint", "Outpaint")
 )
 _OTHERS = (*QWEN_IMAGE_21, *LIGHTNING, *EDITING, *LAYERED, IMAGE_TO_IMAGE, INPAINT, OUTPAINT)
-WORKFLOWS = [path for path in _ALL if path not in _OTHERS]
+WORKFLOWS = [path for path in _ALL if path not in _OTHERS]  # guided, from text
 FOLDER = "from the folder"
 
 Prompt = dict[str, Any]

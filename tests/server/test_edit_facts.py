@@ -18,10 +18,11 @@ from miniature.scorer import score_edit
 from PIL import Image
 from split_files import write_split_files
 
-from .graphs import EDITING, FOLDER, Prompt, changed, with_inputs
+from .graphs import FOLDER, ONE_IMAGE, SEVERAL_IMAGES, Prompt, changed, with_inputs
 
 MINIATURE = Path(__file__).parents[2] / "miniature-edit"
-ONE, SEVERAL = (next(path for path in EDITING if path.stem.startswith(number)) for number in ("07", "08"))
+ONE, SEVERAL = ONE_IMAGE, SEVERAL_IMAGES
+GUIDED = {"preset": "as set", "scheduler": "qwen_image", "steps": 20, "cfg": 4.0}
 # combinations that the miniature has been trained on: this asks whether the pack edits as the weights know to
 CIRCLE = Scene("yellow", (Item("circle", "red", "large"),), "left")
 PAIR = Scene("white", (Item("square", "green", "large"), Item("triangle", "red", "small")), "above")
@@ -77,7 +78,11 @@ def graph(object_info: Any, loader: dict[str, Any], comfy_server: ComfyServer) -
         made = set_widgets(
             made, object_info, "QwenLowVRAMEncodeEditPrompt", positive=text, negative=" ", megapixels=0.0
         )
-        made = set_widgets(made, object_info, "QwenLowVRAMSample", seed=seed, steps=20, cfg=4.0)
+        # as the note says of guided steps: the editing miniature has no Lightning
+        made = set_widgets(made, object_info, "QwenLowVRAMSample", **GUIDED, seed=seed)
+        for node in made["nodes"]:
+            if node["type"] == "QwenLowVRAMLoadLora":
+                node["mode"] = 4  # bypassed
         return to_prompt(made, object_info)
 
     return make

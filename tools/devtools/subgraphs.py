@@ -50,16 +50,22 @@ class FlatGraph:
         entrance = f"{prefix}{inside['inputNode']['id']}"
         self.nodes[entrance] = _boundary(entrance, (outside.get(entry["name"]) for entry in inside["inputs"]))
         self.add(inside, definitions, prefix)
-        for (owner, name), value in zip(
-            node["properties"].get("proxyWidgets") or (), node.get("widgets_values") or (), strict=False
-        ):
+        shown = node["properties"].get("proxyWidgets") or [("-1", name) for name in shown_widgets(inside)]
+        for (owner, name), value in zip(shown, node.get("widgets_values") or (), strict=False):
             if value is None:
                 continue
-            for place in _fed(inside, name) if owner == "-1" else [(owner, name)]:
+            for place in fed_inputs(inside, name) if owner == "-1" else [(owner, name)]:
                 self.values[f"{prefix}{place[0]}", place[1]] = value
 
 
-def _fed(inside: Mapping[str, Any], name: str) -> list[tuple[Any, str]]:
+def shown_widgets(inside: Mapping[str, Any]) -> list[str]:
+    """The inputs of a subgraph that its node shows as widgets, in their order: those that feed widgets."""
+    widgets = {(node["id"], entry["name"]) for node in inside["nodes"] for entry in node["inputs"] if "widget" in entry}
+    names = [entry["name"] for entry in inside["inputs"]]
+    return [name for name in names if widgets & set(fed_inputs(inside, name))]
+
+
+def fed_inputs(inside: Mapping[str, Any], name: str) -> list[tuple[Any, str]]:
     """Nodes and inputs that a subgraph's input of that name feeds."""
     links = {link for entry in inside["inputs"] if entry["name"] == name for link in entry["linkIds"]}
     return [

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .subgraphs import BOUNDARY, FlatGraph, Link
+from .subgraphs import BOUNDARY, FlatGraph, Link, fed_inputs, shown_widgets
 
 Graph = Mapping[str, Any]
 ObjectInfo = Mapping[str, Any]
@@ -43,8 +43,9 @@ def to_prompt(graph: Graph, object_info: ObjectInfo) -> dict[str, dict[str, Any]
 
 
 def set_widgets(graph: Graph, object_info: ObjectInfo, class_type: str, **values: Any) -> dict[str, Any]:
-    """A copy of the graph in which every node of `class_type` has these widget values. One that was saved before the
-    node had all of its widgets gets the others' defaults, as in the page."""
+    """A copy of the graph in which every node of `class_type` has these widget values, those inside subgraphs too; a
+    value that a subgraph's own node shows is set there. One that was saved before the node had all of its widgets gets
+    the others' defaults, as in the page."""
     changed: dict[str, Any] = copy.deepcopy(dict(graph))
     names = list(widget_names(object_info[class_type]))
     unknown = [name for name in values if name not in names]
@@ -52,13 +53,26 @@ def set_widgets(graph: Graph, object_info: ObjectInfo, class_type: str, **values
         raise CannotConvert(
             f"{class_type} has no widget {', '.join(unknown)}; it has {', '.join(filter(None, names))}."
         )
-    for node in changed["nodes"]:
+    definitions = {each["id"]: each for each in (changed.get("definitions") or {}).get("subgraphs") or ()}
+    for node in [*changed["nodes"], *(node for inside in definitions.values() for node in inside["nodes"])]:
         if node["type"] == class_type:
             saved = node["widgets_values"]
             saved += [_default(object_info[class_type], name) for name in names[len(saved) :]]
             for name, value in values.items():
                 node["widgets_values"][names.index(name)] = value
+    for node in changed["nodes"]:
+        if node["type"] in definitions:
+            _set_shown(node, definitions[node["type"]], class_type, values)
     return changed
+
+
+def _set_shown(node: dict[str, Any], inside: Mapping[str, Any], class_type: str, values: Mapping[str, Any]) -> None:
+    """Set what a subgraph's node shows of the widgets of `class_type` inside of it."""
+    kinds = {each["id"]: each["type"] for each in inside["nodes"]}
+    for position, name in enumerate(shown_widgets(inside)):
+        fed = {kinds[place]: inner for place, inner in fed_inputs(inside, name)}
+        if fed.get(class_type) in values:
+            node["widgets_values"][position] = values[fed[class_type]]
 
 
 def widget_names(node_info: Mapping[str, Any]) -> Iterator[str | None]:
