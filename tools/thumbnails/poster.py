@@ -29,7 +29,7 @@ def poster(
         draw.text((SIDE_PX - MARGIN_PX, 36 + 30 * line), text, font=_font(24), fill=INK, anchor="ra")
     _pictures(image, draw, given, made, accent)
     for line, text in enumerate(_wrapped(words, 58)[:2]):
-        draw.text((SIDE_PX / 2, BOTTOM_PX + 12 + 24 * line), text, font=_font(19), fill=INK, anchor="ma")
+        draw.text((SIDE_PX / 2, BOTTOM_PX + 8 + 24 * line), text, font=_font(19), fill=INK, anchor="ma")
     draw.text((SIDE_PX / 2, SIDE_PX - 14), foot, font=_font(13), fill=FAINT, anchor="ms")
     return image
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from miniature.data import Item, Scene, caption, draw_scene, is_held_out, paint
+from miniature.data import COLOURS, Item, Scene, caption, draw_scene, is_held_out, paint
 from miniature.edits import draw_edit, instruction, order_of, paint_edit
 from miniature.scorer import score, score_edit
 from PIL import Image
@@ -76,9 +76,8 @@ def drawn_layers(chance: random.Random) -> tuple[Image.Image, list[Image.Image]]
     """An image and its layers, painted: no miniature takes images apart."""
     items = (Item("circle", "red", "large"), Item("square", "blue", "large"))
     whole = paint(Scene("yellow", items, "above"), chance, side_px=256)
-    ground = paint(Scene("yellow", (), None), chance, side_px=256)
-    layers = [Image.fromarray(ground).convert("RGBA")]
-    for colour in ((220, 30, 35), (35, 75, 215)):
+    layers = [Image.new("RGBA", (256, 256), COLOURS["yellow"])]
+    for colour in (COLOURS["red"], COLOURS["blue"]):
         near = np.abs(whole.astype(int) - colour).sum(2)
         alpha = np.clip(255 - 3 * near, 0, 255).astype(np.uint8)
         layers.append(Image.fromarray(np.dstack([np.broadcast_to(np.array(colour, np.uint8), whole.shape), alpha])))
