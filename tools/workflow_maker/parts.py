@@ -7,7 +7,7 @@ from .canvas import Canvas, Node, column
 from .files import ModelFile
 
 # pixels below a node that stay free for the texts of a run; and for the sampler's preview as well
-TEXTS_PX, PREVIEW_PX = 130, 360
+TEXTS_PX, PREVIEW_PX = 170, 400
 NOTE_LEFT, GAP = -500, 60
 FILES_WIDTH, PROMPT_WIDTH, SAMPLE_WIDTH, IMAGE_WIDTH, SOURCE_WIDTH = 400, 420, 340, 480, 320
 SCALE, OFFSET = 0.6, (610, 200)  # how a graph is seen first
