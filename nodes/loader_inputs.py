@@ -166,9 +166,10 @@ def loader_inputs() -> dict[str, Any]:
                     "default": Computing.AS_COMFYUI.value,
                     "advanced": True,
                     "tooltip": "On what the transformer's linear layers compute. auto: on a card, ComfyUI's int8, "
-                    "w4a4 and w4a8 files, and from RTX 40 on its scaled fp8 files, as ComfyUI itself computes them; "
-                    "everything else exact. exact: on decoded weights, another image for those files. fast: wherever "
-                    "weights are in those formats, with weight_format too; plan and report say 'not exact'.",
+                    "w4a4 and w4a8 files, from RTX 40 on its scaled fp8 files, and from RTX 50 on its nvfp4 and mxfp8 "
+                    "files, as ComfyUI itself computes them; everything else exact. exact: on decoded weights, "
+                    "another image for those files. fast: wherever weights are in those formats, with weight_format "
+                    "too; plan and report say 'not exact'.",
                 },
             ),
             "compile": (

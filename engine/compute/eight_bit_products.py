@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .stored_products import FOR_ANY_DEVICE, WORKSPACE_BYTES
+from .stored_products import FOR_ANY_DEVICE, WORKSPACE_BYTES, OfAnyRows
 
 # comfy-kitchen's codes of the dtypes that it answers in (backends/eager/quantization.py: DTYPE_CODE_TO_DTYPE)
 _DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -17,7 +17,7 @@ _FP8 = torch.float8_e4m3fn
 
 
 @dataclass(frozen=True)
-class Int8Product:
+class Int8Product(OfAnyRows):
     """int8 with a scale of one number or of one per row: rows of x are quantized to int8. `group`: neighbours of a row
     that were rotated together, as those of x are then; None where none were. factor: what scales are multiplied with.
     """
@@ -52,7 +52,7 @@ class Int8Product:
 
 
 @dataclass(frozen=True)
-class Fp8Product:
+class Fp8Product(OfAnyRows):
     """fp8 (e4m3) with one scale for the whole weight: x is brought to fp8 as it is, or divided by what the file gives
     as the last part; never by what would depend on how many tokens are multiplied at a time."""
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from .eight_bit_products import Int8Product
-from .stored_products import FOR_ANY_DEVICE, WORKSPACE_BYTES
+from .stored_products import FOR_ANY_DEVICE, WORKSPACE_BYTES, OfAnyRows
 
 _WEIGHTS_OF_A_SCALE = 16  # in comfy-kitchen's files
 
 
 @dataclass(frozen=True)
-class W4a4Product:
+class W4a4Product(OfAnyRows):
     """convrot_w4a4, int4 with a scale for each row: rows of x are rotated in the same groups and quantized to int4, on
     cards without products of int4 to int8. eight_bits: to int8 on any card, as the file says."""
 
@@ -47,7 +47,7 @@ class W4a4Product:
 
 
 @dataclass(frozen=True)
-class W4a8Product:
+class W4a8Product(OfAnyRows):
     """asym_w4a8_int8: codes of a codebook (evenly spaced where there is none), with scales by group and row, which are
     brought to int8; rows of x are rotated in groups of `group` and quantized to int8."""
 

@@ -11,10 +11,11 @@ from ..files.checkpoint import Checkpoint
 from ..formats import FORMATS, StoredParam
 from ..formats.int8 import Int8Codec
 from ..formats.int8_convrot import Int8ConvrotCodec
-from ..formats.kitchen import CONVROT_W4A4
+from ..formats.kitchen import CONVROT_W4A4, MXFP8, NVFP4
 from ..formats.kitchen_w4a8 import W4a8Codec
 from ..formats.scaled_fp8 import ScaledFp8Codec
 from ..hardware import Hardware
+from .block_scaled_products import Mxfp8Product, Nvfp4Product
 from .eight_bit_products import Fp8Product, Int8Product
 from .four_bit_products import W4a4Product, W4a8Product
 from .half_products import activations_dtype
@@ -91,7 +92,10 @@ def choose_linear(
     return LinearChoice(computing, backends, "; ".join(dict.fromkeys(reasons)))
 
 
-def _product_of(param: StoredParam, *, as_comfyui: bool) -> Int8Product | Fp8Product | W4a4Product | W4a8Product | None:
+_Product = Int8Product | Fp8Product | W4a4Product | W4a8Product | Nvfp4Product | Mxfp8Product
+
+
+def _product_of(param: StoredParam, *, as_comfyui: bool) -> _Product | None:
     """By a backend that is not known yet. as_comfyui: of ComfyUI's formats alone."""
     codec = param.decoder
     if isinstance(codec, ScaledFp8Codec):
@@ -103,6 +107,10 @@ def _product_of(param: StoredParam, *, as_comfyui: bool) -> Int8Product | Fp8Pro
         return Int8Product("", factor=codec.factor)
     if isinstance(codec, W4a8Codec):
         return W4a8Product("", codec.group)
+    if codec is NVFP4:
+        return Nvfp4Product("", scaled=param.operand_scale is not None)
+    if codec is MXFP8:
+        return Mxfp8Product("")
     for group, rotated in CONVROT_W4A4.items():
         if codec is rotated:
             return W4a4Product("", group, eight_bits=param.eight_bit_operands)

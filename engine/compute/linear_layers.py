@@ -22,14 +22,18 @@ class LayerScratch:
 @dataclass(frozen=True)
 class LinearLayers:
     """Those of a model's blocks. text: the numbers that are multiplied, and by whom; empty where all weights are
-    decoded. scratch: of each kind of those that are not."""
+    decoded. scratch: of each kind of those that are not. of_all_tokens: some of them are to be given all tokens, so
+    that no MLP may take a few at a time."""
 
     text: str = ""
     scratch: frozenset[LayerScratch] = frozenset()
+    of_all_tokens: bool = False
 
     @classmethod
-    def of(cls, names: Iterable[str], scratch: Iterable[LayerScratch]) -> "LinearLayers":
-        return cls(" and ".join(sorted(set(names))), frozenset(scratch))
+    def of(
+        cls, names: Iterable[str], scratch: Iterable[LayerScratch], *, of_all_tokens: bool = False
+    ) -> "LinearLayers":
+        return cls(" and ".join(sorted(set(names))), frozenset(scratch), of_all_tokens)
 
     def scratch_bytes(self, tokens: int) -> int:
         """The most that any of them takes."""

@@ -12,6 +12,7 @@ from ..formats.rotation import hadamard_bytes, take_hadamard
 from ..formats.scratch import Scratch
 from ..hardware import Hardware
 from ..out_of_memory import shortage
+from .block_scaled_products import Mxfp8Product, Nvfp4Product, load_mxfp8, load_nvfp4
 from .eight_bit_products import Fp8Product, Int8Product, load_fp8, load_int8
 from .four_bit_products import W4a4Product, W4a8Product, load_w4a4, load_w4a8
 from .relative_error import relative_error
@@ -106,6 +107,35 @@ def _try_w4a8(device: torch.device, dtype: torch.dtype) -> Tried:
     return result, rotated @ weight.T, backend
 
 
+@torch.no_grad()
+def _try_nvfp4(device: torch.device, dtype: torch.dtype) -> Tried:
+    load_nvfp4()
+    _require_16_bits(dtype)
+    # numbers that it holds, up to the largest; the scale of x is one
+    numbers = torch.tensor([0.5, 1, 1.5, 2, 3, 4, 6, 0], device=device).repeat(128, 16)
+    arguments = {"x": numbers.to(dtype), "per_tensor_scale": torch.ones((), device=device)}
+    backend = _implementation("quantize_nvfp4", arguments | {"epsilon": 0.0, "pad_16x": False, "hi_first": True})
+    product = Nvfp4Product(backend, scaled=True)
+    data, scales, one, x_scale = product.some_parts(128, 128, device)
+    data[::2] = 0x4A  # 2 and -1
+    weight = torch.ones(128, 128, device=device)
+    weight[::2, ::2], weight[::2, 1::2] = 2, -1
+    result = product(numbers.to(dtype), (data, scales, one, x_scale), None)
+    return result, numbers @ weight.T, backend
+
+
+@torch.no_grad()
+def _try_mxfp8(device: torch.device, dtype: torch.dtype) -> Tried:
+    load_mxfp8()
+    _require_16_bits(dtype)
+    x = torch.linspace(-1, 1, 128, device=device).to(dtype).repeat(128, 1)
+    backend = _implementation("quantize_mxfp8", {"x": x, "pad_32x": False})
+    product = Mxfp8Product(backend)
+    data, scales = product.some_parts(128, 128, device)
+    weight = torch.linspace(-64, 64, 128, device=device).to(data.dtype).repeat(128, 1)
+    return product(x, (weight, scales), None), x.float() @ weight.float().T, backend
+
+
 def _whole_numbers(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Rows of numbers that four bits hold, in fp32, and what these are once they have been rotated."""
     rotated = (torch.arange(32 * _GROUP, device=device).view(32, -1) * 5 % 15 - 7).float()
@@ -131,8 +161,23 @@ def _comfyui_multiplies_fp8(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
+def _has_block_scales(device: torch.device) -> bool:
+    """As ComfyUI asks for nvfp4 (comfy/model_management.py supports_nvfp4_compute): NVIDIA's cards from 10.0 on."""
+    if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability(device) >= (10, 0)
+
+
+def _comfyui_multiplies_mxfp8(device: torch.device) -> bool:
+    """The same, with torch 2.10 or newer."""
+    version = tuple(int(number) for number in torch.__version__.split(".")[:2])
+    return version >= (2, 10) and _has_block_scales(device)
+
+
 INT8 = Trial("int8", ("I8", "INT8"), _try_int8)
 FP8 = Trial("fp8", ("F8_E4M3",), _try_fp8, _comfyui_multiplies_fp8)
 W4A4 = Trial("w4a4", ("CONVROT_W4A4",), _try_w4a4)
 W4A8 = Trial("w4a8", ("ASYM_W4A8",), _try_w4a8)
-TRIALS = (INT8, FP8, W4A4, W4A8)
+NVFP4 = Trial("nvfp4", ("NVFP4",), _try_nvfp4, _has_block_scales)
+MXFP8 = Trial("mxfp8", ("MXFP8",), _try_mxfp8, _comfyui_multiplies_mxfp8)
+TRIALS = (INT8, FP8, W4A4, W4A8, NVFP4, MXFP8)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .half_products import HalfLinear
-from .stored_products import StoredProduct, at_once
+from .stored_products import StoredProduct, at_once, rows_of
 
 
 @dataclass(frozen=True)
@@ -50,19 +50,20 @@ class StoredLinear(nn.Module):
         return self.of_rows(x, 0, self.out_features)
 
     def of_rows(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """Of the weight's rows `start` to `stop` alone; where scales lie in tiles of rows, whole tiles."""
+        """Of the weight's rows `start` to `stop` alone."""
         layer, parts = self.layer, self._parts()
         flat = x.reshape(-1, self.in_features).contiguous()
         together = at_once(layer.product, self.in_features, stop - start, x.element_size())
+        stored = [*parts[: layer.parts], *layer.product.measured(flat)]
         if together is None or (len(flat) <= together.tokens and stop - start <= together.rows):
-            out = self._product(flat, start, stop)
+            out = self._product(flat, stored, start, stop)
         else:
             out = flat.new_empty(len(flat), stop - start)
             for first in range(start, stop, together.rows):
                 last = min(first + together.rows, stop)
                 for tokens in range(0, len(flat), together.tokens):
                     some = slice(tokens, tokens + together.tokens)
-                    out[some, first - start : last - start] = self._product(flat[some], first, last)
+                    out[some, first - start : last - start] = self._product(flat[some], stored, first, last)
         for index, low_rank in enumerate(layer.added):
             first, last = max(start, low_rank.start), min(stop, low_rank.stop)
             if first < last:
@@ -70,13 +71,14 @@ class StoredLinear(nn.Module):
                 up = up[first - low_rank.start : last - low_rank.start]
                 place = out[:, first - start : last - start]
                 place.addmm_(F.linear(flat, down), up.T, alpha=low_rank.strength)
-        return out.view(*x.shape[:-1], stop - start)
+        return out.reshape(*x.shape[:-1], stop - start)
 
-    def _product(self, x: Tensor, start: int, stop: int) -> Tensor:
-        product, stored = self.layer.product, self._parts()[: self.layer.parts]
-        by_row, others = stored[: product.parts_by_row], stored[product.parts_by_row :]
-        of_rows = [part[start:stop] if part.shape[:1] == (self.out_features,) else part for part in by_row]
-        return product(x, [*of_rows, *others], None if self.bias is None else self.bias[start:stop])
+    def _product(self, x: Tensor, stored: Sequence[Tensor], start: int, stop: int) -> Tensor:
+        product, rows = self.layer.product, self.out_features
+        first = start // product.tile_rows * product.tile_rows
+        last = min(-(-stop // product.tile_rows) * product.tile_rows, rows)
+        bias = None if self.bias is None else self.bias[first:last]
+        return product(x, rows_of(product, stored, rows, first, last), bias)[:, start - first : stop - first]
 
     def _parts(self) -> Sequence[Tensor]:
         count = self.layer.parts + 2 * len(self.layer.added)

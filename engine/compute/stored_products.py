@@ -36,6 +36,17 @@ class StoredProduct(Protocol):
     def parts_by_row(self) -> int:
         """How many of the parts, the first ones, have something for each row of the weight, where they have as many."""
 
+    @property
+    def tile_rows(self) -> int:
+        """How many rows of the weight have the part behind these in common; 1: none."""
+
+    @property
+    def of_all_tokens(self) -> bool:
+        """Whether what one token makes depends on the others, so that no layer before it may be given some of them."""
+
+    def measured(self, x: Tensor) -> list[Tensor]:
+        """Further parts, of all rows of x."""
+
     def __call__(self, x: Tensor, parts: Sequence[Tensor], bias: Tensor | None) -> Tensor:
         """(M, N) in the dtype of x, (M, K) contiguous."""
 
@@ -47,6 +58,26 @@ class StoredProduct(Protocol):
 
     def fixed_bytes(self, columns: int, rows: int) -> int:
         """What it takes however many rows x has."""
+
+
+class OfAnyRows:
+    """Of products that multiply each row of x, and of the weight, as if there were no others."""
+
+    tile_rows = 1
+    of_all_tokens = False
+
+    def measured(self, x: Tensor) -> list[Tensor]:
+        return []
+
+
+def rows_of(product: StoredProduct, parts: Sequence[Tensor], rows: int, start: int, stop: int) -> list[Tensor]:
+    """The parts of the weight's rows `start` to `stop`, of so many rows: whole tiles, or to the end."""
+    count, tile = product.parts_by_row, product.tile_rows
+    found = [part[start:stop] if part.shape[:1] == (rows,) else part for part in parts[:count]]
+    if tile > 1:
+        tiles = parts[count].reshape(-(-rows // tile), -1)
+        found.append(tiles[start // tile : -(-stop // tile)])
+    return [*found, *parts[len(found) :]]
 
 
 @dataclass(frozen=True)

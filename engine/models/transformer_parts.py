@@ -164,6 +164,7 @@ class TransformerParts:
         return LinearLayers.of(
             (f"{product.name} by comfy-kitchen {product.backend}" for product, _ in found),
             (layer_scratch(product, columns, rows, size) for product, (rows, columns) in found),
+            of_all_tokens=any(product.of_all_tokens for product, _ in found),
         )
 
     def read_outside(self, patches: Mapping[str, WeightPatch] | None = None) -> dict[str, Tensor]:

@@ -57,7 +57,7 @@ class TransformerFootprint(ABC):
     @property
     def mlp_chunks(self) -> Sequence[int | None]:
         """Of which a plan chooses one: tokens of an MLP at a time, None for all at once."""
-        return (None,) if self.compiled else MLP_CHUNKS
+        return (None,) if self.compiled or self.linear.of_all_tokens else MLP_CHUNKS
 
     @property
     def all_blocks(self) -> int:

@@ -30,7 +30,7 @@ def measure_flops(hardware: Hardware, dtype: torch.dtype, product: StoredProduct
     operations = 2.0 * tokens * width * hidden
     if product is not None:
         parts = product.some_parts(hidden, width, hardware.device)
-        return _rate(operations, lambda: product(a, parts, None), hardware)
+        return _rate(operations, lambda: product(a, [*parts, *product.measured(a)], None), hardware)
     b = torch.ones(hidden, width, dtype=dtype, device=hardware.device)
     if a.dtype != b.dtype:
         largest = largest_row(b)

@@ -19,7 +19,7 @@ from qwenimage_lowvram.engine.files.checkpoint import Checkpoint, TensorEntry, o
 from qwenimage_lowvram.engine.formats import COMFY_QUANT, decode_alone
 from qwenimage_lowvram.engine.formats.chunks import CHUNK_WEIGHTS
 from qwenimage_lowvram.engine.formats.int8_convrot import INT8_CONVROT, load_operator
-from qwenimage_lowvram.engine.formats.kitchen import CONVROT_W4A4
+from qwenimage_lowvram.engine.formats.kitchen import CONVROT_W4A4, NVFP4
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.models.qwen25_vl.text_encoder import TextEncoder
 from qwenimage_lowvram.engine.models.qwen_image.branch import Branch
@@ -269,6 +269,19 @@ def in_four_bits(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, tensors=tensors)
 
 
+def in_nvfp4(checkpoint: Checkpoint) -> Checkpoint:
+    """The same with these matrices in nvfp4."""
+    tensors = dict(checkpoint.tensors)
+    for name, entry in checkpoint.tensors.items():
+        if entry.dtype == "INT8_CONVROT256":
+            rows, columns = entry.shape
+            tensors[name] = replace(entry, dtype=NVFP4.dtype, nbytes=entry.nbytes // 2)
+            shape = (rows, columns // 16)
+            tensors[f"{name}_scale"] = replace(entry, dtype="F8_E4M3", shape=shape, nbytes=rows * columns // 16)
+            tensors[f"{name}_scale_2"] = replace(entry, dtype="F32", shape=(), nbytes=4)
+    return replace(checkpoint, tensors=tensors)
+
+
 @pytest.mark.slow
 def test_the_plan_of_a_full_size_rotated_transformer_is_what_its_run_takes() -> None:
     footprint = require_planned_peaks(full_size_checkpoint(3), 1.5)
@@ -294,6 +307,15 @@ def test_the_plan_of_a_full_size_transformer_on_stored_codes_of_four_bits_is_wha
     footprint = require_planned_peaks(in_four_bits(full_size_checkpoint(3)), 1.5, linear)
     assert footprint.native
     assert footprint.slot_bytes < 0.12e9  # 0.45e9 decoded
+
+
+@pytest.mark.slow
+def test_the_plan_of_a_full_size_transformer_on_stored_nvfp4_is_what_its_run_takes() -> None:
+    linear = LinearChoice(Computing.FAST, {"nvfp4": "cuda"})
+    footprint = require_planned_peaks(in_nvfp4(full_size_checkpoint(3)), 1.5, linear)
+    assert footprint.native
+    assert footprint.slot_bytes < 0.13e9  # 0.45e9 decoded
+    assert footprint.mlp_chunks == (None,)  # all tokens share a scale
 
 
 # whole models

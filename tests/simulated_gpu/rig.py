@@ -133,7 +133,7 @@ def findings(
         except Exception as error:
             error_text = f"{type(error).__name__}: {error}"
         gc.collect()  # what the error's traceback held is given back while the GPU is there
-        seams.forget_rotations()
+        seams.forget_tables()
         gpu.accelerator.synchronize()
     if error_text:
         return [error_text]

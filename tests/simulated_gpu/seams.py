@@ -131,8 +131,9 @@ def session(
     return model.session(slots=slots, secondaries=elsewhere)
 
 
-def forget_rotations() -> None:
-    """What comfy-kitchen keeps on each device that it has rotated anything on, some 100 KB, for as long as it lives."""
-    kept = sys.modules.get("comfy_kitchen.backends.eager.convrot_w4a4")
-    if kept is not None:
-        kept._HADAMARD_CACHE.clear()
+def forget_tables() -> None:
+    """What comfy-kitchen keeps on each device, some 100 KB, for as long as it lives."""
+    for name, table in (("convrot_w4a4", "_HADAMARD_CACHE"), ("quantization", "E2M1_LUT_CACHE")):
+        kept = sys.modules.get(f"comfy_kitchen.backends.eager.{name}")
+        if kept is not None:
+            getattr(kept, table).clear()

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from block_scaled_stand_ins import stand_in
 from qwenimage_lowvram.engine.compute.linear_choice import Computing
 
 from . import beside, kept_prefix, predicted, scenarios, sudden_ends
@@ -62,6 +63,14 @@ TURNS = list(zip(CASES, cycle(("late", "random", "copies late", "compute late"))
 def test_results_are_the_cpus_and_no_access_is_a_race(number: int, check: Callable[..., Any]) -> None:
     (scenario, options), schedule = TURNS[number]
     assert not check(scenario, schedule, seed=number, **options), (scenario.__name__, options, schedule)
+
+
+def test_layers_on_nvfp4_are_the_cpus_and_no_access_is_a_race(
+    check: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(monkeypatch)
+    options = {"kind": "nvfp4", "computing": Computing.FAST, "resident": (1,), "held": (0,)}
+    assert not check(scenarios.steps, "late", **options, lora=(("lora", 0.7),))
 
 
 @pytest.mark.parametrize("fail_at", [3, 40, 100, 190])

@@ -1,7 +1,7 @@
 """Transformers of five tiny blocks in every kind of format, with LoRAs, and a text encoder with its vision tower."""
 
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -31,7 +31,8 @@ class TinyModels:
         self._make: Mapping[str, Callable[[Path], object]] = {
             "fp8": self._fp8,
             "scaled fp8": self._scaled_fp8,
-            "w4a4": self._w4a4,
+            "w4a4": partial(self._quantized, "convrot_w4a4"),
+            "nvfp4": partial(self._quantized, "nvfp4"),
             "GGUF": self._gguf,
             "lora": self._lora,
             "dora": self._dora,
@@ -39,7 +40,7 @@ class TinyModels:
         }
 
     def open(self, kind: str) -> Checkpoint:
-        """The transformer in bf16, fp8, scaled fp8, int8, nf4, w4a4 or GGUF; or its first two blocks in bf16."""
+        """The transformer in bf16, fp8, scaled fp8, int8, nf4, w4a4, nvfp4 or GGUF; or its first two blocks in bf16."""
         if kind in ("bf16", "two blocks"):
             return open_checkpoint(self._saved(kind, LAYERS if kind == "bf16" else 2))
         if kind in REQUANTIZED:
@@ -92,15 +93,15 @@ class TinyModels:
                 stored[f"{name.removesuffix('.weight')}.scale_weight"] = scale
         save_file(stored, file)
 
-    def _w4a4(self, file: Path) -> None:
-        """ComfyUI's convrot_w4a4."""
+    def _quantized(self, kind: str, file: Path) -> None:
+        """In one of ComfyUI's formats."""
         from comfy_files import quantized
 
         stored = dict(self._weights)
         for name, weight in self._weights.items():
             if weight.ndim == 2 and "transformer_blocks" in name:
                 layer = name.removesuffix(".weight")
-                stored |= {f"{layer}.{part}": value for part, value in quantized(weight, "convrot_w4a4").items()}
+                stored |= {f"{layer}.{part}": value for part, value in quantized(weight, kind).items()}
         save_file(stored, file)
 
     def _gguf(self, file: Path) -> None:
