@@ -10,10 +10,10 @@ ten prompts, found by dynamic programming. It measured LPIPS against the same ru
 images: 0.008 in the mean and 0.035 at worst for 20 steps, 0.085 and 0.22 for 12 (counts of things and lettering
 change); nothing for 28.
 
-By the first block's rule, each step runs block 0. Where what that block adds to each branch's image differs, in the
-mean of absolute numbers, by less than a threshold of what it added in the last computed step, the other blocks are
-taken to add what they added then. (The rule of First Block Cache, ParaAttention; as the comparison is always with a
-computed step, small changes add up.)
+By the first block's rule, each step runs block 0. Where what that block adds to a branch's image differs, in the mean
+of absolute numbers, by less than a threshold of what it added when that was computed last, the other blocks are taken
+to add what they added then; of the branches of one image, all or none. (The rule of First Block Cache, ParaAttention;
+as the comparison is always with a computed step, small changes add up.)
 """
 
 from abc import ABC, abstractmethod

@@ -127,11 +127,11 @@ class NothingBeforehand:
 
 
 class Gate(Protocol):
-    """Decides behind the first block whether a pass goes on."""
+    """Decides behind the first block which branches go on."""
 
-    def behind_first(self, before: Sequence[Tensor], behind: Sequence[Tensor]) -> list[Tensor] | None:
+    def behind_first(self, before: Sequence[Tensor], behind: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """Of the tokens of each branch's image before and behind the first block: what is taken for those behind the
-        last one; None where the pass goes on."""
+        last one; None for a branch that goes on."""
 
 
 @dataclass(frozen=True)

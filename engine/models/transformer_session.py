@@ -56,9 +56,10 @@ class TransformerSession(Generic[BranchT, StateT]):
 
         `hooked`: branches with something around their blocks. `more`: another pass follows. `on_block` is called
         before each block with its index, `check` within those of huge images (`attention_by`); both may raise, and the
-        session can be used again after that. `keep` is called behind the pass with the tokens of each branch's image
-        behind the last block. `gate`: whether the pass ends behind the first block, and `keep` is not called; none
-        behind it is fetched until it goes on, nor for the pass that follows. Where another package's kernel of
+        session can be used again after that. `keep` is called behind the pass with the tokens of the image of each
+        branch that came there, behind the last block. `gate`: which branches end behind the first block; where all do,
+        the pass ends there, and `keep` is not called. No block behind it is fetched until one goes on, nor for the pass
+        that follows. Where another package's kernel of
         attention makes numbers that are not finite, the pass is made again, and those that follow are made, by torch's
         own; to see that, the host waits for the device behind each pass. Raises what the network's `begin` does.
         """
@@ -99,14 +100,19 @@ class TransformerSession(Generic[BranchT, StateT]):
     ) -> tuple[list[Tensor], list[Tensor]]:
         transformer = self._transformer
         transformer.return_outside()  # it may have been asked to leave since the last pass
-        states = transformer.begin(branches, on_block)
+        states = dict(enumerate(transformer.begin(branches, on_block)))
+        answers: dict[int, Tensor] = {}
         in_half = transformer.products_dtype != transformer.dtype
         alone = set(range(len(states))).difference(*(group.branches for group in hooked))
-        tokens = max((state.tokens for state in states), default=0)
-        before = [] if gate is None else list(map(transformer.image_tokens, branches, states))
+        tokens = max((state.tokens for state in states.values()), default=0)
+
+        def images() -> list[Tensor]:
+            return [transformer.image_tokens(branches[i], state) for i, state in states.items()]
+
+        before = [] if gate is None else images()
         for streamer in self._streamers:
             attention = transformer.attention_on(streamer.hardware)
-            for state in states:
+            for state in states.values():
                 state.move(streamer.device)
             for index, block in streamer.visit(more=more, may_end=gate is not None):
                 if on_block is not None:
@@ -123,14 +129,22 @@ class TransformerSession(Generic[BranchT, StateT]):
                         states[i].run(index, block)
                     for group in hooked:
                         transformer.run_hooked([states[i] for i in group.branches], group.hook, index, block)
-                for state in states:
+                for state in states.values():
                     state.add_residuals(index)
                 if gate is not None and before:
-                    instead = gate.behind_first(before, list(map(transformer.image_tokens, branches, states)))
+                    instead = gate.behind_first(before, images())
                     before.clear()
-                    if instead is not None:
-                        return list(map(transformer.answer_of, branches, instead)), []
-        for state in states:
+                    ended = {i: tokens for i, tokens in enumerate(instead) if tokens is not None}
+                    answers |= {i: transformer.answer_of(branches[i], tokens) for i, tokens in ended.items()}
+                    for i in ended:
+                        del states[i]
+                    alone &= states.keys()
+                    if not states:
+                        break
+            if not states:
+                break
+        for state in states.values():
             state.move(transformer.hardware.device)
-        last = list(map(transformer.image_tokens, branches, states)) if keep else []
-        return [transformer.finish(branch, states.pop(0)) for branch in branches], last
+        last = images() if keep else []
+        answers |= {i: transformer.finish(branches[i], states.pop(i)) for i in list(states)}
+        return [answers[i] for i in range(len(branches))], last

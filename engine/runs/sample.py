@@ -13,6 +13,7 @@ from ..models.streamed_transformer import StreamedTransformer
 from ..out_of_memory import in_words
 from ..planning.memory_plan import MemoryPlan
 from ..reports.memory_report import MemoryReport
+from .branch_keys import BranchKey
 from .euler import euler
 from .known_speeds import KnownSpeeds
 from .limit import Limit
@@ -76,7 +77,8 @@ class EulerSampler:
 
         def denoised(x: Tensor, sigma: Tensor, timestep: float) -> Tensor:
             branches = [images.branch(image, prompt, timestep) for prompt in embeds for image in x.to(dtype).split(1)]
-            velocities = images.velocity(run.forward(branches), x).split(len(x))
+            keys = [BranchKey(image, prompt) for prompt in range(len(embeds)) for image in range(len(x))]
+            velocities = images.velocity(run.forward(branches, keys=keys), x).split(len(x))
             # rounded in the order of ComfyUI's samplers, which hand denoised images on
             guesses = [x - velocity * sigma for velocity in velocities]
             if len(guesses) == 1:

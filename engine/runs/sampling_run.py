@@ -1,7 +1,7 @@
 """One sampling run: its passes within its plan, and the report of it. Any sampler may drive it."""
 
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -17,6 +17,7 @@ from ..reports.memory_report import MemoryReport
 from ..reports.plan_facts import plan_facts
 from ..streaming import OnBlock, Waits
 from . import retry
+from .branch_keys import BranchKey
 from .expected_timesteps import ExpectedTimesteps
 from .first_block import FirstBlock
 from .known_speeds import KnownSpeeds
@@ -118,7 +119,7 @@ class SamplingRun:
         hooked: Sequence[Any] = (),
         *,
         ahead: bool,
-        keys: Sequence[Hashable] = (),
+        keys: Sequence[BranchKey] = (),
     ) -> list[Tensor]:
         """As `forward`, of `branches(values)`, the values of timesteps that may lie on the device. `ahead`: the pass
         may begin with those that are expected, and be made again if they were others."""
@@ -134,12 +135,13 @@ class SamplingRun:
         hooked: Sequence[Any] = (),
         *,
         on_block: OnBlock | None = None,
-        keys: Sequence[Hashable] = (),
+        keys: Sequence[BranchKey] = (),
     ) -> list[Tensor]:
         """One pass over the blocks for all branches; `hooked` are those with something around their blocks. `on_block`
         is called before each block with its index, and may raise.
 
-        `keys`: tell the branches from each other, the same in every step; not given: their order does. A step that is
+        `keys`: tell the branches from each other, the same in every step; not given: their order does, and they are of
+        one image. A step that is
         predicted visits no block, or only the first; raises Unsupported as `StepPredictions.predict`, and for hooked
         branches.
         """
@@ -176,7 +178,8 @@ class SamplingRun:
                     "them.\n\nWhat to do: remove the node that sets the patch, or set step_cache to off.",
                     code="run.patches_of_predicted_steps",
                 )
-            answers = self._cached.answers(passes, branches, list(keys or range(len(branches))))
+            keys = keys or [BranchKey(0, index) for index in range(len(branches))]
+            answers = self._cached.answers(passes, branches, keys)
             self._progress.evaluated()
             return answers
         except BaseException:

@@ -1,6 +1,6 @@
 """One call of the diffusion model by ComfyUI, translated to branches."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from math import prod
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...engine.models.qwen_image.branch import Branch
 from ...engine.models.qwen_image.latents import PATCH, pack, shape_in_patches, unpack
+from ...engine.runs.branch_keys import BranchKey
 from .block_patches import BlockPatches
 from .controlnets import Residuals, sample_of
 from .graph_checks import refuse, seen_of_call
@@ -50,7 +51,7 @@ class Call:
         self._at_zero = at_zero(method)
         self._residuals = residuals
         self.patches: BlockPatches | None = None
-        self.identities: Sequence[Hashable] = ()
+        self.identities: Sequence[BranchKey] = ()
 
     @property
     def batch(self) -> int:

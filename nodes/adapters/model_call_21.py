@@ -1,6 +1,6 @@
 """One call of Qwen-Image-2.1's diffusion model by ComfyUI, translated to branches."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -8,6 +8,7 @@ from torch import Tensor
 from ...engine.models.qwen_image_21.branch import Branch
 from ...engine.models.qwen_image_21.latents import pack, shape_in_tokens, unpack
 from ...engine.models.qwen_image_21.prefix import Prefix
+from ...engine.runs.branch_keys import BranchKey
 from .block_patches import BlockPatches
 from .graph_checks import seen_of_call
 from .model_call import row_of
@@ -17,7 +18,7 @@ class Call21:
     """One call of the diffusion model by ComfyUI: a batch of images, each a branch."""
 
     patches: BlockPatches | None = None
-    identities: Sequence[Hashable] = ()
+    identities: Sequence[BranchKey] = ()
 
     def __init__(
         self,

@@ -2,10 +2,11 @@
 step."""
 
 from collections import Counter
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from ...engine.compute.step_schedules import StepCache, StepSchedule
+from ...engine.runs.branch_keys import BranchKey
 from .block_patches import has_patches
 from .graph_checks import refuse
 
@@ -49,20 +50,20 @@ def check_step_cache(cache: StepCache, sampler: Any, options: dict[str, Any], co
         )
 
 
-def identities(options: dict[str, Any], batch: int) -> list[Hashable]:
+def identities(options: dict[str, Any], batch: int) -> list[BranchKey]:
     """Of each image of a call's batch: which condition it is made for, and which image it is. `options`: the call's
     transformer_options, in which ComfyUI says what it has put together."""
     kinds, numbers = options.get("cond_or_uncond") or [0], options.get("uuids") or ()
     conditions = list(zip(kinds, numbers, strict=False)) or list(enumerate(kinds))
     images = batch // len(conditions)
-    return [(condition, image) for condition in conditions for image in range(images)]
+    return [BranchKey(image, condition) for condition in conditions for image in range(images)]
 
 
-def numbered(keys: Iterable[Hashable]) -> list[Hashable]:
+def numbered(keys: Iterable[BranchKey]) -> list[BranchKey]:
     """Those of one evaluation, told from each other where they are the same."""
-    seen = Counter[Hashable]()
-    made: list[Hashable] = []
+    seen = Counter[BranchKey]()
+    made: list[BranchKey] = []
     for key in keys:
-        made.append((key, seen[key]))
+        made.append(BranchKey(key.image, (key.which, seen[key])))
         seen[key] += 1
     return made

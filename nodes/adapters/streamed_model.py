@@ -4,7 +4,7 @@ A network adds two small classes: what is its own of ComfyUI's model (`LowVRAMMo
 the diffusion model to branches (`DiffusionModel`).
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import Any, ClassVar, Protocol
 
@@ -21,6 +21,7 @@ from ...engine.models.streamed_transformer import StreamedTransformer
 from ...engine.planning.memory_plan import MemoryPlan
 from ...engine.planning.request import Controls, SamplingRequest
 from ...engine.reports.memory_report import MemoryReport
+from ...engine.runs.branch_keys import BranchKey
 from ...engine.runs.sampling_run import SamplingRun
 from ...engine.runs.timeline import Timeline
 from .attention import check_override
@@ -39,7 +40,7 @@ class ModelCall(Protocol):
     """One call of the diffusion model by ComfyUI: a batch of images, each a branch of the network's."""
 
     patches: BlockPatches | None
-    identities: Sequence[Hashable]  # of each image of the batch, the same in every step
+    identities: Sequence[BranchKey]  # of each image of the batch, the same in every step
 
     @property
     def batch(self) -> int: ...

@@ -22,8 +22,12 @@ from qwenimage_lowvram.engine.planning.draft import least_bytes
 from qwenimage_lowvram.engine.planning.request import SamplingRequest
 from qwenimage_lowvram.engine.reports.memory_report import MemoryReport
 from qwenimage_lowvram.engine.runs.euler import euler
+from qwenimage_lowvram.engine.runs.limit import Limit
 from qwenimage_lowvram.engine.runs.pipeline import Pipeline
+from qwenimage_lowvram.engine.runs.sample import EulerSampler
 from qwenimage_lowvram.engine.runs.step_predictions import StepPredictions
+from qwenimage_lowvram.engine.runs.surroundings import Alone
+from qwenimage_lowvram.engine.runs.timeline import Timeline
 from torch import Tensor
 
 SIZE = {"width": 64, "height": 48, "seed": 3, "steps": 40}
@@ -148,6 +152,33 @@ def test_a_step_ends_behind_the_first_block_where_that_has_hardly_changed(small_
     assert report.computed_steps + report.predicted_steps == 40
     assert report.passes == report.computed_steps
     assert "not exact: steps end behind block 0" in str(report.plan)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2])
+def test_each_image_of_a_batch_ends_by_itself_and_blocks_are_fetched_once_for_those_that_go_on(
+    small_pipeline: Path, count: int
+) -> None:
+    """Beside another whose noise is less, and whose first block changes in other steps."""
+    cfg = 4.0 if count > 1 else 1.0
+    with Pipeline.open(small_pipeline, device="cpu") as pipeline:
+        transformer, images = pipeline._transformer, pipeline._images_of
+        request = SamplingRequest(64, 48, 2 * count, 9, timesteps=40, step_cache=OFTEN)
+        limit = least_bytes(transformer.footprint, request) + 40_000
+        noise = torch.randn(images.noise_shape(2, 64, 48), generator=torch.Generator().manual_seed(3))
+        noise[1] *= 0.1
+        around = (Timeline(), Alone(transformer), Limit(limit))
+        sampler = EulerSampler(transformer, images, pipeline._speeds, *around, step_cache=OFTEN)
+
+        def run(noise: Tensor) -> Any:
+            return sampler.sample(prompts(count), noise, images.sigmas(transformer, 40, noise), cfg=cfg)
+
+        both, first, second = run(noise), run(noise[:1]), run(noise[1:])
+    assert torch.equal(both.latents, torch.cat([first.latents, second.latents]))
+    report, alone = both.report, (first.report, second.report)
+    assert not report.plan.resident
+    assert max(one.computed_steps for one in alone) < report.computed_steps < sum(one.computed_steps for one in alone)
+    assert report.fetched_blocks == report.computed_steps * report.plan.blocks + report.predicted_steps
 
 
 @pytest.mark.slow

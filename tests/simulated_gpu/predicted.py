@@ -10,6 +10,7 @@ from qwenimage_lowvram.engine.planning.draft import least_bytes
 from qwenimage_lowvram.engine.planning.forecast import TYPICAL
 from qwenimage_lowvram.engine.planning.memory import plan_memory
 from qwenimage_lowvram.engine.planning.request import Limits, SamplingRequest
+from qwenimage_lowvram.engine.runs.branch_keys import BranchKey
 from qwenimage_lowvram.engine.runs.sampling_run import SamplingRun
 from qwenimage_lowvram.engine.runs.surroundings import Alone
 from qwenimage_lowvram.engine.runs.timeline import Timeline
@@ -19,9 +20,11 @@ from .rig import PROMPT_TOKENS, Rig, finish, host, known
 
 SCHEDULE = StepSchedule("of a test", 8, (0, 1, 3, 6), Measured("Qwen-Image", 64, 48))
 ANNOUNCED = tuple(1 - step / 8 for step in range(8))
-
+ALONE = (BranchKey("a", 0), BranchKey("b", 0))  # of two images
 
 RULE = FirstBlockRule(1.07)
+# one image is computed in every other step, the other one in all
+MIXED = FirstBlockRule(1.07, name="mixed")
 
 
 def predicted(
@@ -47,20 +50,24 @@ def predicted(
         before = model.store.fetched_blocks
         for timestep in ANNOUNCED:
             asked = torch.full((2,), timestep, device=rig.hardware.device)
-            made += run.forward_at(asked, lambda values: _branches(rig, values[0]), ahead=True, keys=("a", "b"))
+            made += run.forward_at(asked, lambda values: _branches(rig, values[0], cache), ahead=True, keys=ALONE)
         made = host(made)
         fetched = model.store.fetched_blocks - before
     finally:
         report = run.end(finished=False)
     finish(model)
-    assert (report.computed_steps, report.predicted_steps, report.passes) == (4, 4, 4)
+    computed = 8 if cache is MIXED else 4
+    assert (report.computed_steps, report.predicted_steps, report.passes) == (computed, 8 - computed, computed)
     if rig.gpu is not None and fail_at is None:
         ended = report.predicted_steps if cache is RULE else 0
         assert fetched <= report.computed_steps * plan.streamed + ended
     return made
 
 
-def _branches(rig: Rig, timestep: float) -> list[Branch]:
-    """Two steps after one another have the same image, so that the second one's first block adds nearly the same."""
+def _branches(rig: Rig, timestep: float, cache: StepCache) -> list[Branch]:
+    """Two steps after one another have the same image, so that the second one's first block adds nearly the same; of
+    MIXED the second branch has another in each."""
     step = ANNOUNCED.index(timestep)
-    return [replace(branch, timestep=timestep) for branch in rig.branches(ANNOUNCED[step - step % 2], prompts=2)]
+    same, other = ANNOUNCED[step - step % 2], timestep if cache is MIXED else ANNOUNCED[step - step % 2]
+    branches = [rig.branches(same, prompts=2)[0], rig.branches(other, prompts=2)[1]]
+    return [replace(branch, timestep=timestep) for branch in branches]

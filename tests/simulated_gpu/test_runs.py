@@ -46,6 +46,8 @@ CASES: list[tuple[Callable[..., Any], dict[str, Any]]] = [
     (predicted.predicted, {"kind": "bf16", "cache": predicted.RULE}),
     (predicted.predicted, {"kind": "int8", "cache": predicted.RULE, "more_blocks": 2.5}),
     (predicted.predicted, {"kind": "nf4", "cache": predicted.RULE, "more_blocks": 4, "fail_at": 400}),
+    (predicted.predicted, {"kind": "bf16", "cache": predicted.MIXED}),
+    (predicted.predicted, {"kind": "int8", "cache": predicted.MIXED, "more_blocks": 2.5}),
     (predicted.predicted, {"kind": "nf4", "more_blocks": 4, "fail_at": 400}),
     (scenarios.steps, {"kind": "bf16", "dtype": torch.float16, "resident": (1,), "held": (0,), "residuals": True}),
     (scenarios.steps, {"kind": "nf4", "dtype": torch.float16, "resident": (1,), "prompts": 2}),
