@@ -153,8 +153,10 @@ def test_a_quantized_file_computes_what_its_decoded_weights_do(kind: str, tmp_pa
     assert is_same(run(transformer, branches), expected)
 
 
-@pytest.mark.parametrize("kind", ["int8_row", "int8_convrot"])
-def test_layers_compute_on_stored_weights_wherever_their_blocks_live(kind: str, tmp_path: Path, cpu: Hardware) -> None:
+@pytest.mark.parametrize(("kind", "most"), [("int8_row", 0.1), ("int8_convrot", 0.1), ("convrot_w4a4", 0.5)])
+def test_layers_compute_on_stored_weights_wherever_their_blocks_live(
+    kind: str, most: float, tmp_path: Path, cpu: Hardware
+) -> None:
     file = tmp_path / f"{kind}.safetensors"
     write_quantized(file, kind)
     linear = choose_linear(Computing.FAST, [cpu], torch.bfloat16)
@@ -164,7 +166,7 @@ def test_layers_compute_on_stored_weights_wherever_their_blocks_live(kind: str, 
         for choice, where in ((DECODED, ()), (linear, ()), (linear, (1, 3)))
     )
     assert is_same(streamed, resident)
-    assert 1e-4 < ((streamed[0] - exact[0]).norm() / exact[0].norm()).item() < 0.1
+    assert 1e-4 < ((streamed[0] - exact[0]).norm() / exact[0].norm()).item() < most
 
 
 def write_quantized(file: Path, kind: str) -> None:
