@@ -1,13 +1,15 @@
 """Which linear layers compute on their weights as stored: what a person chose, what the format and the device can."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from math import prod
 
 import torch
 
-from ..files.checkpoint import Checkpoint
+from ..errors import WrongModel
+from ..files.checkpoint import Checkpoint, TensorEntry
 from ..formats import FORMATS, StoredParam
 from ..formats.int8 import Int8Codec
 from ..formats.int8_convrot import Int8ConvrotCodec
@@ -23,6 +25,7 @@ from .product_trials import TRIALS, Trial, backend_of
 from .stored_products import StoredProduct
 
 _FP8 = "F8_E4M3"  # of the data that products take
+_Product = Int8Product | Fp8Product | W4a4Product | W4a8Product | Nvfp4Product | Mxfp8Product
 
 
 class Computing(Enum):
@@ -45,10 +48,7 @@ class LinearChoice:
 
     def product_of(self, param: StoredParam) -> StoredProduct | None:
         """None: the weight is decoded."""
-        fast = self.computing is Computing.FAST
-        if self.computing is Computing.EXACT or len(param.shape) != 2 or (param.full_products and not fast):
-            return None
-        product = _product_of(param, as_comfyui=not fast)
+        product = _wished(param, self.computing)
         backend = self.backends.get(product.name) if product is not None else None
         return replace(product, backend=backend) if product is not None and backend else None
 
@@ -58,16 +58,15 @@ DECODED = LinearChoice(Computing.EXACT)
 
 def linear_of(computing: Computing, file: Checkpoint, hardware: Sequence[Hardware], dtype: torch.dtype) -> LinearChoice:
     """What can be done for a file on all of these devices. On a CPU, where decoded weights are faster, nothing but FAST
-    computes on stored ones. Each kind of numbers that the file holds is tried with a small product on each device;
-    comfy-kitchen is imported where there is any. Raises what FORMATS.described_tensors does."""
+    computes on stored ones. Each kind of numbers that weights of the file would be multiplied in is tried with a small
+    product on each device; comfy-kitchen is imported where there is any. Raises what FORMATS.described_tensors does."""
     if computing is Computing.EXACT:
         return DECODED
     as_comfyui = computing is Computing.AS_COMFYUI
     if as_comfyui and any(place.host_device for place in hardware):
         return DECODED
     tensors = FORMATS.described_tensors(file)
-    stored = {entry.dtype for name, entry in tensors.items() if name.endswith(".weight")}
-    trials = [trial for trial in TRIALS if any(dtype.startswith(trial.dtypes) for dtype in stored)]
+    trials = [trial for trial in TRIALS if _is_wished(trial, tensors, computing)]
     if as_comfyui:
         trials = [trial for trial in trials if all(trial.comfyui_does(place.device) for place in hardware)]
     if not trials and as_comfyui:
@@ -92,7 +91,24 @@ def choose_linear(
     return LinearChoice(computing, backends, "; ".join(dict.fromkeys(reasons)))
 
 
-_Product = Int8Product | Fp8Product | W4a4Product | W4a8Product | Nvfp4Product | Mxfp8Product
+def _is_wished(trial: Trial, tensors: Mapping[str, TensorEntry], computing: Computing) -> bool:
+    """Whether a weight of a file's would be multiplied so; there may be other models beside it."""
+    for name, entry in tensors.items():
+        if not name.endswith(".weight") or not entry.dtype.startswith(trial.dtypes):
+            continue
+        with suppress(WrongModel):  # of a weight that nothing here reads
+            product = _wished(FORMATS.stored_param(name, tensors, ""), computing)
+            if product is not None and product.name == trial.name:
+                return True
+    return False
+
+
+def _wished(param: StoredParam, computing: Computing) -> _Product | None:
+    """By a backend that is not known yet; None for a weight that is decoded in any case."""
+    fast = computing is Computing.FAST
+    if computing is Computing.EXACT or len(param.shape) != 2 or (param.full_products and not fast):
+        return None
+    return _product_of(param, as_comfyui=not fast)
 
 
 def _product_of(param: StoredParam, *, as_comfyui: bool) -> _Product | None:

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from qwenimage_lowvram.engine.compute import product_trials
+from comfy_files import note_bytes
+from qwenimage_lowvram.engine.compute import linear_choice, product_trials
 from qwenimage_lowvram.engine.compute.eight_bit_products import Int8Product
 from qwenimage_lowvram.engine.compute.linear_choice import DECODED, Computing, LinearChoice
+from qwenimage_lowvram.engine.compute.product_trials import TRIALS
 from qwenimage_lowvram.engine.files.checkpoint import Checkpoint, open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.nodes.adapters.linear_layers import linear_of_loader, nothing_as_stored
@@ -15,10 +17,17 @@ from safetensors.torch import save_file
 
 CPU = Hardware.detect(torch.device("cpu"))
 CARD = replace(CPU, host_device=False)
+INT8_NOTE = "int8_tensorwise"
 
 
-def a_file(folder: Path, dtype: torch.dtype) -> Checkpoint:
-    save_file({"layer.weight": torch.zeros(4, 4, dtype=dtype)}, folder / "m.safetensors")
+def a_file(folder: Path, dtype: torch.dtype, *, scaled: bool = True) -> Checkpoint:
+    """As ComfyUI has it; unscaled: a plain cast."""
+    tensors = {"layer.weight": torch.zeros(4, 4, dtype=dtype)}
+    if dtype is torch.int8:
+        tensors |= {"layer.weight_scale": torch.ones(4, 1), "layer.comfy_quant": note_bytes({"format": INT8_NOTE})}
+    elif scaled and dtype is torch.float8_e4m3fn:
+        tensors["layer.scale_weight"] = torch.ones(())
+    save_file(tensors, folder / "m.safetensors")
     return open_checkpoint(folder / "m.safetensors")
 
 
@@ -43,6 +52,22 @@ def test_auto_says_nothing_of_files_without_int8_and_fast_does(tmp_path: Path) -
     assert chosen(Computing.AS_COMFYUI, file)[1] == ""
     assert "exactly" in (told := chosen(Computing.FAST, file)[1])
     assert "no weights that there are products for (int8, fp8, w4a4, w4a8" in told
+
+
+@pytest.mark.parametrize("computing", [Computing.AS_COMFYUI, Computing.FAST])
+def test_what_a_file_has_no_use_for_is_neither_tried_nor_told(
+    computing: Computing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing() -> None:
+        raise ImportError("No module named 'comfy_kitchen'")
+
+    monkeypatch.setattr(product_trials, "load_fp8", missing)
+    monkeypatch.setattr(linear_choice, "TRIALS", tuple(replace(t, comfyui_does=lambda _: True) for t in TRIALS))
+    assert "comfy-kitchen" in chosen(computing, a_file(tmp_path, torch.float8_e4m3fn))[1]
+    plain, told = chosen(computing, a_file(tmp_path, torch.float8_e4m3fn, scaled=False))
+    assert not plain.backends
+    assert "comfy-kitchen" not in told
+    assert bool(told) == (computing is Computing.FAST)  # who asked for products is told that there are none
 
 
 @pytest.mark.parametrize("computing", [Computing.AS_COMFYUI, Computing.FAST])
