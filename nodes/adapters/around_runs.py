@@ -21,6 +21,7 @@ from .block_patches import PatchImages, check_patches, sees_each_call
 from .compiling import settings_of_run
 from .content_checks import check_computed, check_result, check_values
 from .controlnets import ControlNets, check_devices, other_models
+from .easycache import state_of
 from .error_events import errors_sent
 from .graph_checks import check_device, check_graph, why_one_by_one
 from .in_comfyui import InComfyUI
@@ -170,4 +171,8 @@ def _calc_cond_batch(
         conds = calls.controls.once(conds, lambda: alone or calls.lockstep.recording, calls.run.attempt)
     if alone:
         return executor(model, conds, x_in, timestep, model_options)
-    return calls.lockstep.together(lambda: executor(model, conds, x_in, timestep, model_options), calls.run_together)
+    return calls.lockstep.together(
+        lambda: executor(model, conds, x_in, timestep, model_options),
+        calls.run_together,
+        recorded_once=state_of(model_options),
+    )

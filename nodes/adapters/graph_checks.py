@@ -14,6 +14,7 @@ from ...engine.models.qwen_image.latents import LATENT_PX, PATCH
 from ...engine.models.qwen_image.variants import Variant
 from ...engine.texts import printable
 from ..display_names import ENCODE_EDIT, LOADER
+from .easycache import is_easycache
 from .error_events import errors_sent
 from .progress import warn
 
@@ -219,13 +220,17 @@ def check_hooks(hooks: comfy.hooks.HookGroup) -> None:
 def why_one_by_one(model_options: dict[str, Any], own_key: str) -> str:
     """Why prompts must run one after another in this graph; empty where they can share each visit of a block.
 
-    Recording the calls shows a wrapper zeros first; one that keeps state, such as EasyCache, would believe them.
+    Recording the calls shows a wrapper zeros first; one that keeps state would believe them. EasyCache's is given back.
     """
     if "model_function_wrapper" in model_options:
         return "a node set a model function wrapper"
     wrappers = model_options.get("transformer_options", {}).get("wrappers", {})
     for kind in (WrappersMP.CALC_COND_BATCH, WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL):
-        foreign = [key for key, functions in wrappers.get(kind, {}).items() if functions and key != own_key]
+        foreign = [
+            key
+            for key, functions in wrappers.get(kind, {}).items()
+            if functions and key != own_key and not is_easycache(key, functions)
+        ]
         if foreign:
             return f"the wrapper {printable(str(foreign[0] or 'of a node'))} ({kind}) sees each call"
     return ""

@@ -39,11 +39,19 @@ class Lockstep:
             return self._results.pop(0)
         return run([arguments])[0]
 
-    def together(self, execute: Callable[[], Any], run: Callable[[list[Any]], list[Tensor]]) -> Any:
-        """Run `execute` with its calls of the model made together by `run`."""
+    def together(
+        self,
+        execute: Callable[[], Any],
+        run: Callable[[list[Any]], list[Tensor]],
+        *,
+        recorded_once: Callable[[], None] = lambda: None,
+    ) -> Any:
+        """Run `execute` with its calls of the model made together by `run`. `recorded_once`: called behind the
+        recording; takes back what that has changed elsewhere."""
         try:
             self._recorded = []
             execute()
+            recorded_once()
             recorded, self._recorded = self._recorded, None
             self.running = True
             self._results = run(recorded) if recorded else []  # none where no prompt is active at this step

@@ -274,13 +274,33 @@ def test_changing_or_saving_weights_is_refused(model: Any, ask: Any) -> None:
         ask(model)
 
 
-def test_a_foreign_wrapper_is_named_in_the_report(model: Any) -> None:
+@pytest.mark.parametrize("key", ["counter", "easycache"])  # the second one by a name that is not its own
+def test_a_foreign_wrapper_is_named_in_the_report(model: Any, key: str) -> None:
+    from comfy.patcher_extension import WrappersMP
+
+    watched = model.clone()
+    watched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, key, lambda run, *args, **kwargs: run(*args, **kwargs))
+    out = ksampler(watched, cond(), cond(5, 2), empty_latent(), steps=2)
+    assert key in model.model.last_report.one_by_one
+    assert torch.isfinite(out).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["two prompts of different length", "two prompts of one length"])
+def test_easycache_skips_the_same_steps_in_calls_together_as_one_by_one(case: str, model: Any) -> None:
     from comfy_extras.nodes_easycache import EasyCacheNode
 
-    cached = EasyCacheNode.execute(model, 0.2, 0.15, 0.95, False)[0]
-    out = ksampler(cached, cond(), cond(5, 2), empty_latent(), steps=6)
-    assert "easycache" in model.model.last_report.one_by_one
-    assert torch.isfinite(out).all()
+    conds = {"two prompts of different length": (cond(), cond(5, 2)), "two prompts of one length": (cond(), cond())}[
+        case
+    ]
+    made, passes = [], []
+    for watched in (model, one_by_one(model)):
+        cached = EasyCacheNode.execute(watched, 3.0, 0.0, 1.0, False)[0]
+        made.append(ksampler(cached, *conds, empty_latent(), steps=8))
+        passes.append(model.model.last_report.passes)
+    assert torch.equal(*made)
+    assert passes[0] < 8
+    assert not torch.equal(made[0], ksampler(model, *conds, empty_latent(), steps=8))
 
 
 # interruption and books
