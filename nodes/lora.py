@@ -124,4 +124,4 @@ def _listed(lora: LoraMatch) -> list[str]:
     if not lora.unmatched:
         return []
     more = "" if len(lora.unmatched) <= 5 else f" and {len(lora.unmatched) - 5} more"
-    return [f"not used: {', '.join(printable(key)[:LONGEST] for key in lora.unmatched[:5])}{more}"]
+    return [f"Not used: {', '.join(printable(key)[:LONGEST] for key in lora.unmatched[:5])}{more}."]

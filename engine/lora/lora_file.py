@@ -73,9 +73,15 @@ class LoraMatch:
         return sum(delta.nbytes for delta in self.deltas.values())
 
     def __str__(self) -> str:
-        counts = f"{self.matched_keys} keys matched, {self.unmatched_keys} not; {len(self.deltas)} weights changed"
-        empty = f"; {self.empty_layers} layers of rank 0 change nothing" if self.empty_layers else ""
-        return f"LoraMatch({printable(self.lora.path.name)}: {counts}{empty})"
+        """As the node shows it, a sentence or two."""
+        used = f"{self.matched_keys} of {len(self.lora.tensors)} keys of {printable(self.lora.path.name)} are used"
+        changing = "changes" if self.empty_layers == 1 else "change"
+        empty = f" {_counted(self.empty_layers, 'layer')} of rank 0 {changing} nothing." if self.empty_layers else ""
+        return f"{used}; they change {_counted(len(self.deltas), 'weight')}.{empty}"
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def open_lora(path: Path) -> LoraFile:

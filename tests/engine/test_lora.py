@@ -230,7 +230,7 @@ def test_a_layer_of_rank_0_changes_nothing_and_is_counted(shapes: dict[str, tupl
     save_file(tensors, file)
     found = match(open_lora(file), shapes)
     assert (list(found.deltas), found.unmatched, found.empty_layers) == ([f"{TO_Q}.weight"], (), 1)
-    assert "1 layers of rank 0 change nothing" in str(found)
+    assert "1 layer of rank 0 changes nothing" in str(found)
 
 
 # kinds
@@ -614,7 +614,7 @@ def test_unmatched_keys_are_counted_and_named(shapes: dict[str, tuple[int, ...]]
     save_file(tensors | others, tmp_path / "l.safetensors")
     found = match(open_lora(tmp_path / "l.safetensors"), shapes)
     assert (found.matched_keys, found.unmatched_keys, set(found.unmatched)) == (2, 5, set(others))
-    assert str(found) == "LoraMatch(l.safetensors: 2 keys matched, 5 not; 1 weights changed)"
+    assert str(found) == "2 of 7 keys of l.safetensors are used; they change 1 weight."
     assert found.nbytes == 4 * 2 * sum(shapes[f"{TO_Q}.weight"])
 
 

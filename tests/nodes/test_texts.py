@@ -130,7 +130,7 @@ def test_keys_are_shown_as_they_are_and_change_no_log_and_no_page(
     with caplog.at_level(logging.INFO):
         text = QwenLowVRAMLoadLora().load(model, "odd.safetensors", 1.0)["result"][1]
     shown = "<img src=x onerror=alert(1)>\\n\\x1b[31m.lora_A.weight"
-    assert f"not used: {shown}" in text
+    assert f"Not used: {shown}" in text
     assert "\x1b" not in caplog.text
     assert "&lt;img src=x onerror=alert(1)&gt;\\n\\x1b[31m.lora_A.weight" in sent[0]
     assert "<" not in sent[0]
