@@ -1,0 +1,210 @@
+"""Read from a graph what it is about to make, before anything of it runs: as far as its widgets and files tell.
+
+A prompt is what the page sends to /prompt: node id -> {"class_type", "inputs"}, whose values are widgets' values or
+links [node id, output]. It comes from anybody: whatever does not fit is not known, and never an error.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .sample import PRESETS
+
+LOADER, SAMPLE, ENCODE_EDIT = "QwenLowVRAMLoader", "QwenLowVRAMSample", "QwenLowVRAMEncodeEditPrompt"
+PIXELS = 1024 * 1024  # of an image that nobody has chosen yet
+_STEP_PX = 16
+_TOKEN_BYTES = 3  # of UTF-8 to a token of a prompt, about
+_TEMPLATE_TOKENS = 40
+
+Prompt = Mapping[str, Mapping[str, Any]]
+Size = tuple[int, int]  # (width, height) in px
+
+
+@dataclass(frozen=True)
+class GraphRun:
+    """A sampler and the loader that its model comes from, by their ids, and what is asked of them.
+
+    size: (width, height) in px, None where nothing tells. loras: file names of models/loras. uncounted: what the graph
+    adds whose memory is not known here.
+    """
+
+    loader: str
+    sampler: str
+    settings: Mapping[str, Any] = field(hash=False)
+    size: Size | None
+    batch: int
+    steps: int
+    guided: bool
+    images: int
+    layers: int
+    prompt_tokens: int
+    loras: tuple[str, ...] = ()
+    uncounted: tuple[str, ...] = ()
+
+
+def runs_of(prompt: Prompt, image_size: Callable[[str], Size | None]) -> list[GraphRun]:
+    """Every sampler whose model is one of our loaders'. `image_size`: of what LoadImage names."""
+    graph = _Graph(prompt, image_size)
+    return [run for node in prompt if (run := graph.run_of(node)) is not None]
+
+
+class _Graph:
+    def __init__(self, prompt: Prompt, image_size: Callable[[str], Size | None]) -> None:
+        self._prompt, self._image_size = prompt, image_size
+
+    def run_of(self, sampler: str) -> GraphRun | None:
+        if "latent_image" not in self._inputs(sampler):
+            return None
+        guider = self.behind(sampler, "guider") or sampler
+        models = list(self._models(guider))
+        if not models or self._kind(models[-1]) != LOADER:
+            return None
+        latent = self._latent(sampler, "latent_image")
+        positive = self.behind(guider, "positive") or self.behind(guider, "conditioning")
+        before = list(self._before(positive)) if positive else []
+        edits = [node for node in before if self._kind(node) == ENCODE_EDIT]
+        steps, guided = self._steps(sampler, guider)
+        return GraphRun(
+            models[-1],
+            sampler,
+            self._inputs(models[-1]),
+            latent.size,
+            latent.batch,
+            steps,
+            guided,
+            max((self._images(node) for node in edits), default=0),
+            latent.layers,
+            _TEMPLATE_TOKENS + max(map(self._text_tokens, before), default=0),
+            tuple(name for node in models if isinstance(name := self._value(node, "lora_name"), str)),
+            tuple(
+                name
+                for name, seen in (
+                    ("ControlNet", any("control_net" in self._inputs(node) for node in before)),
+                    ("model patch", any("model_patch" in self._inputs(node) for node in models)),
+                )
+                if seen
+            ),
+        )
+
+    def behind(self, node: str, name: str) -> str | None:
+        """The node that an input is linked to."""
+        value = self._inputs(node).get(name)
+        if isinstance(value, list) and len(value) == 2 and str(value[0]) in self._prompt:
+            return str(value[0])
+        return None
+
+    def _kind(self, node: str) -> str:
+        return str(self._prompt[node].get("class_type"))
+
+    def _inputs(self, node: str) -> Mapping[str, Any]:
+        inputs = self._prompt[node].get("inputs")
+        return inputs if isinstance(inputs, Mapping) else {}
+
+    def _value(self, node: str, name: str, depth: int = 8) -> Any:
+        """Of a widget, or of the primitive that is linked to it."""
+        value = self._inputs(node).get(name)
+        if not isinstance(value, list):
+            return value
+        source = self.behind(node, name)
+        return self._value(source, "value", depth - 1) if source and depth else None
+
+    def _number(self, node: str, name: str) -> int:
+        """0 where it is not known."""
+        value = self._value(node, name)
+        return int(value) if isinstance(value, int | float) and math.isfinite(value) else 0
+
+    def _models(self, node: str) -> Iterator[str]:
+        """Nodes that a model passes through, to the one that it comes from."""
+        seen: set[str] = set()
+        source = self.behind(node, "model")
+        while source is not None and source not in seen:
+            yield source
+            seen.add(source)
+            source = self.behind(source, "model")
+
+    def _before(self, node: str) -> Iterator[str]:
+        """A node, and all nodes that it needs."""
+        seen, waiting = set(), [node]
+        while waiting:
+            if (here := waiting.pop()) in seen:
+                continue
+            seen.add(here)
+            yield here
+            waiting += [found for name in self._inputs(here) if (found := self.behind(here, name)) is not None]
+
+    def _steps(self, sampler: str, guider: str) -> tuple[int, bool]:
+        preset = self._value(sampler, "preset")
+        chosen = PRESETS.get(preset) if isinstance(preset, str) else None
+        if chosen is not None:
+            return chosen[0], False
+        sigmas = self.behind(sampler, "sigmas")
+        counted = self._number(sigmas or sampler, "steps")
+        written = self._value(sigmas, "sigmas") if sigmas else None
+        if isinstance(written, str):
+            counted = len(written.replace(",", " ").split()) - 1
+        cfg = self._value(guider, "cfg")
+        return max(1, counted), isinstance(cfg, int | float) and cfg > 1
+
+    def _text_tokens(self, node: str) -> int:
+        """Of the longest text on a node, which is not read as the text encoder reads it."""
+        texts = [value for value in self._inputs(node).values() if isinstance(value, str)]
+        return max((len(text.encode("utf-8", "replace")) // _TOKEN_BYTES for text in texts), default=0)
+
+    def _images(self, node: str) -> int:
+        return sum(name.startswith("image") and self.behind(node, name) is not None for name in self._inputs(node))
+
+    def _latent(self, node: str, name: str, depth: int = 32) -> "_Latent":
+        source = self.behind(node, name)
+        if source is None or not depth:
+            return _Latent(None, 1, 0)
+        if self._kind(source) == ENCODE_EDIT:
+            asked = self._size_on(source)
+            return _Latent(asked or self._edited(source), max(1, self._number(source, "batch_size")), 0)
+        if self._size_on(source):
+            batch, layers = self._number(source, "batch_size"), self._number(source, "layers")
+            return _Latent(self._size_on(source), max(1, batch), layers)
+        if self.behind(source, "pixels"):
+            return _Latent(self._image(source, "pixels"), 1, 0)
+        found = self._latent(source, "samples", depth - 1)
+        repeated = self._number(source, "amount")
+        return found if repeated < 2 else _Latent(found.size, found.batch * repeated, found.layers)
+
+    def _size_on(self, node: str) -> Size | None:
+        size = self._number(node, "width"), self._number(node, "height")
+        return size if min(size) > 0 else None
+
+    def _edited(self, node: str) -> Size | None:
+        size = self._image(node, "image1")
+        pixels = self._value(node, "megapixels")
+        return _of_area(size, pixels) if size and isinstance(pixels, int | float) else size
+
+    def _image(self, node: str, name: str, depth: int = 32) -> Size | None:
+        source = self.behind(node, name)
+        if source is None or not depth:
+            return None
+        if self._kind(source) == "LoadImage":
+            file = self._value(source, "image")
+            return self._image_size(file) if isinstance(file, str) else None
+        inner = self._image(source, "image", depth - 1)
+        pixels = self._value(source, "megapixels")
+        if isinstance(pixels, int | float):
+            return _of_area(inner, pixels) if inner else None
+        if "width" in self._inputs(source):
+            return self._size_on(source)
+        padded = [self._number(source, side) for side in ("left", "top", "right", "bottom")]
+        return (inner[0] + padded[0] + padded[2], inner[1] + padded[1] + padded[3]) if inner else None
+
+
+@dataclass(frozen=True)
+class _Latent:
+    size: Size | None
+    batch: int
+    layers: int
+
+
+def _of_area(size: Size, megapixels: float) -> Size:
+    """The size that an image is brought to, about; 0 keeps its own."""
+    scale = math.sqrt(megapixels * PIXELS / (size[0] * size[1])) if megapixels > 0 else 1.0
+    width, height = (max(_STEP_PX, round(side * scale / _STEP_PX) * _STEP_PX) for side in size)
+    return width, height
