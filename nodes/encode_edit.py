@@ -12,6 +12,7 @@ from .adapters.edit_prompts import Edit
 from .adapters.networks import SERVED, ServedFamily, served_member
 from .adapters.value_checks import check_image, check_widgets
 from .display_names import AUTO, CATEGORY
+from .live_plan import refuse_what_cannot_fit
 
 INPUTS = 12  # the most that any model is shown
 DEFAULT = Variant.QWEN_IMAGE  # where neither variant nor CLIP tells
@@ -84,6 +85,7 @@ class QwenLowVRAMEncodeEditPrompt:
                 )
                 for i in range(INPUTS)
             },
+            "hidden": {"prompt": "PROMPT"},
         }
 
     def encode(
@@ -97,6 +99,7 @@ class QwenLowVRAMEncodeEditPrompt:
         height: int,
         batch_size: int,
         variant: str,
+        prompt: Any = None,
         **images: Any,
     ) -> dict[str, Any]:
         check_widgets(
@@ -111,6 +114,7 @@ class QwenLowVRAMEncodeEditPrompt:
             batch_size=batch_size,
             variant=variant,
         )
+        refuse_what_cannot_fit(prompt)
         names = [f"image{i + 1}" for i in range(INPUTS)]
         for name, image in images.items():
             if name not in names:

@@ -6,7 +6,7 @@ links [node id, output]. It comes from anybody: whatever does not fit is not kno
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .sample import PRESETS
@@ -25,7 +25,8 @@ Size = tuple[int, int]  # (width, height) in px
 class GraphRun:
     """A sampler and the loader that its model comes from, by their ids, and what is asked of them.
 
-    size: (width, height) in px, None where nothing tells. loras: file names of models/loras. uncounted: what the graph
+    size: (width, height) in px, None where nothing tells; exact: to the pixel. prompts: ids of all nodes that the
+    prompts need. loras: file names of models/loras. uncounted: what the graph
     adds whose memory is not known here.
     """
 
@@ -33,12 +34,14 @@ class GraphRun:
     sampler: str
     settings: Mapping[str, Any] = field(hash=False)
     size: Size | None
+    exact: bool
     batch: int
     steps: int
     guided: bool
     images: int
     layers: int
     prompt_tokens: int
+    prompts: frozenset[str] = frozenset()
     loras: tuple[str, ...] = ()
     uncounted: tuple[str, ...] = ()
 
@@ -61,8 +64,8 @@ class _Graph:
         if not models or self._kind(models[-1]) != LOADER:
             return None
         latent = self._latent(sampler, "latent_image")
-        positive = self.behind(guider, "positive") or self.behind(guider, "conditioning")
-        before = list(self._before(positive)) if positive else []
+        ends = [self.behind(guider, name) for name in ("positive", "conditioning", "negative")]
+        before = list(dict.fromkeys(node for end in ends if end is not None for node in self._before(end)))
         edits = [node for node in before if self._kind(node) == ENCODE_EDIT]
         steps, guided = self._steps(sampler, guider)
         return GraphRun(
@@ -70,12 +73,14 @@ class _Graph:
             sampler,
             self._inputs(models[-1]),
             latent.size,
+            latent.exact,
             latent.batch,
             steps,
             guided,
             max((self._images(node) for node in edits), default=0),
             latent.layers,
             _TEMPLATE_TOKENS + max(map(self._text_tokens, before), default=0),
+            frozenset(before),
             tuple(name for node in models if isinstance(name := self._value(node, "lora_name"), str)),
             tuple(
                 name
@@ -157,22 +162,30 @@ class _Graph:
     def _latent(self, node: str, name: str, depth: int = 32) -> "_Latent":
         source = self.behind(node, name)
         if source is None or not depth:
-            return _Latent(None, 1, 0)
+            return _Latent(None, False, 1, 0)
         if self._kind(source) == ENCODE_EDIT:
-            asked = self._size_on(source)
-            return _Latent(asked or self._edited(source), max(1, self._number(source, "batch_size")), 0)
+            asked, batch = self._size_on(source), max(1, self._number(source, "batch_size"))
+            return _Latent(asked or self._edited(source), asked is not None, batch, 0)
         if self._size_on(source):
             batch, layers = self._number(source, "batch_size"), self._number(source, "layers")
-            return _Latent(self._size_on(source), max(1, batch), layers)
+            return _Latent(self._size_on(source), True, max(1, batch), layers)
         if self.behind(source, "pixels"):
-            return _Latent(self._image(source, "pixels"), 1, 0)
+            return _Latent(self._image(source, "pixels"), False, 1, 0)
         found = self._latent(source, "samples", depth - 1)
         repeated = self._number(source, "amount")
-        return found if repeated < 2 else _Latent(found.size, found.batch * repeated, found.layers)
+        return found if repeated < 2 else replace(found, batch=found.batch * repeated)
 
     def _size_on(self, node: str) -> Size | None:
-        size = self._number(node, "width"), self._number(node, "height")
+        size = self._side(node, "width"), self._side(node, "height")
         return size if min(size) > 0 else None
+
+    def _side(self, node: str, name: str) -> int:
+        """Of a widget, or measured of an image by GetImageSize; 0 where it is not known."""
+        source = self.behind(node, name)
+        if source is None or self._kind(source) != "GetImageSize":
+            return self._number(node, name)
+        size, output = self._image(source, "image"), self._inputs(node)[name][1]
+        return size[output] if size and output in (0, 1) else 0
 
     def _edited(self, node: str) -> Size | None:
         size = self._image(node, "image1")
@@ -199,6 +212,7 @@ class _Graph:
 @dataclass(frozen=True)
 class _Latent:
     size: Size | None
+    exact: bool
     batch: int
     layers: int
 

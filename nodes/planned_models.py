@@ -52,6 +52,7 @@ class PlanSettings:
 class _Version:
     """A transformer in one format: as it computes, and on decoded weights, by which formats are chosen."""
 
+    weight_format: str
     footprint: TransformerFootprint
     decoded: TransformerFootprint
     speeds: Speeds | None  # of this machine, where they are known
@@ -104,9 +105,13 @@ class PlannedModels:
         )
 
     @property
+    def measured(self) -> bool:
+        """Whether forecasts are by this machine's speeds."""
+        return all(version.speeds for version in self.versions.values())
+
+    @property
     def speeds_text(self) -> str:
-        known = all(version.speeds for version in self.versions.values())
-        return "speeds of this machine" if known else "typical speeds: no run has told this machine's yet"
+        return "speeds of this machine" if self.measured else "typical speeds: no run has told this machine's yet"
 
     @property
     def headroom_bytes(self) -> int:
@@ -119,7 +124,9 @@ class PlannedModels:
         least = max(least_ram_bytes(version.footprint, request.sampling) for version in self.versions.values())
         return max(free_ram(), least)
 
-    def card(self, request: ImageRequest, name: str, capacity_bytes: int, limit_bytes: int, ram_bytes: int) -> Card:
+    def card(
+        self, request: ImageRequest, name: str, capacity_bytes: int, limit_bytes: int, ram_bytes: int | None
+    ) -> Card:
         limits = Limits(limit_bytes, ram_bytes)
         decoded = {name: version.decoded for name, version in self.versions.items()}
         weight_format = next(iter(decoded))
@@ -135,6 +142,10 @@ class PlannedModels:
         except DoesNotFit as error:
             return Card(name, capacity_bytes, limit_bytes, None, weight_format, str(error))
         return Card(name, capacity_bytes, limit_bytes, plan, weight_format)
+
+    def held_in(self, weight_format: str) -> str:
+        """The numbers that blocks are held in, of a card's weight_format."""
+        return self.versions[weight_format].weight_format
 
     def advice(self, name: str, limit_bytes: int, ram_bytes: int) -> list[str]:
         """A line for the card where another format would be much faster."""
@@ -195,7 +206,8 @@ def _version(
     footprint = parts.footprint
     if not footprint.in_half:  # which is not compiled
         footprint = replace(footprint, compiled=compiled)
-    return _Version(footprint, decoded.footprint, remembered_speeds(card, dtype, source, parts.stored_product))
+    speeds = remembered_speeds(card, dtype, source, parts.stored_product)
+    return _Version(decoded.weight_format, footprint, decoded.footprint, speeds)
 
 
 def _check_layers(transformer: Checkpoint, layered: bool, layers: int) -> None:

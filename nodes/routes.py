@@ -1,6 +1,8 @@
-"""Clearing the cache folder from the page or a program: a request, so that no graph holds it and does it again.
+"""What the page asks for outside of a run. ComfyUI refuses requests of other sites.
 
-POST /qwen_lowvram/clear {"clear": "unused" | "all" | "prompts"}  ->  {"text": the list, and what was removed}
+POST /qwen_lowvram/clear {"clear": "unused" | "all" | "prompts"}  ->  {"text": the list, and what was removed}: a
+request, so that no graph holds it and does it again.
+POST /qwen_lowvram/plan {"prompt": what the page would send to /prompt}  ->  {"lines": [PlanLine, ...]}
 """
 
 import asyncio
@@ -12,48 +14,61 @@ from server import PromptServer
 
 from .cache_folder import weight_cache_folder
 from .cache_report import CLEARABLE, cleared
+from .live_plan import lines_of
 from .weight_cache import prompt_cache
 
-PATH = "/qwen_lowvram/clear"
-_LONGEST_BODY = 1000
+CLEAR, PLAN = "/qwen_lowvram/clear", "/qwen_lowvram/plan"
+_LONGEST_CLEAR, _LONGEST_PROMPT = 1000, 4_000_000
 
 
 def register() -> None:
-    """Once, while ComfyUI loads the pack; nothing where no server runs. ComfyUI refuses requests of other sites."""
+    """Once, while ComfyUI loads the pack; nothing where no server runs."""
     server = getattr(PromptServer, "instance", None)
     if server is not None:
-        server.routes.post(PATH)(clear)
+        server.routes.post(CLEAR)(clear)
+        server.routes.post(PLAN)(plan)
 
 
 async def clear(request: web.Request) -> web.Response:
-    """The folder is ComfyUI's own: nothing of the request is ever a path. Forms of other pages cannot send JSON."""
-    if request.content_type != "application/json":
-        return _refused(415, "Send JSON, with the header Content-Type: application/json.")
-    what = _wanted(await _body(request))
-    if what is None:
+    """The folder is ComfyUI's own: nothing of the request is ever a path."""
+    given = await _given(request, _LONGEST_CLEAR)
+    if isinstance(given, web.Response):
+        return given
+    what = given.get("clear")
+    if not isinstance(what, str) or what not in CLEARABLE:
         return _refused(400, f'Send {{"clear": X}}, with X one of: {", ".join(CLEARABLE)}.')
-    loop = asyncio.get_running_loop()
-    text = await loop.run_in_executor(None, cleared, weight_cache_folder(), prompt_cache(), what)
+    text = await asyncio.to_thread(cleared, weight_cache_folder(), prompt_cache(), what)
     return web.json_response({"text": text})
 
 
-async def _body(request: web.Request) -> bytes:
-    """In however many pieces it comes; cut off where it is longer than any that is answered."""
+async def plan(request: web.Request) -> web.Response:
+    """Headers are read in a thread: this loop serves all pages."""
+    given = await _given(request, _LONGEST_PROMPT)
+    if isinstance(given, web.Response):
+        return given
+    prompt = given.get("prompt")
+    if not isinstance(prompt, dict) or not all(isinstance(node, dict) for node in prompt.values()):
+        return _refused(
+            400, 'Send {"prompt": X}, with X as /prompt takes it: {node id: {"class_type": ..., "inputs": ...}}.'
+        )
+    lines = await asyncio.to_thread(lines_of, prompt)
+    return web.json_response({"lines": [line.as_dict() for line in lines]})
+
+
+async def _given(request: web.Request, longest: int) -> dict[str, Any] | web.Response:
+    """The JSON that was sent, or the refusal of what is none. Forms of other pages cannot send JSON."""
+    if request.content_type != "application/json":
+        return _refused(415, "Send JSON, with the header Content-Type: application/json.")
     body = b""
     async for piece in request.content.iter_any():
         body += piece
-        if len(body) > _LONGEST_BODY:
-            break
-    return body
-
-
-def _wanted(body: bytes) -> str | None:
+        if len(body) > longest:
+            return _refused(413, f"Send no more than {longest} bytes.")
     try:
-        given: Any = json.loads(body) if len(body) <= _LONGEST_BODY else None
+        given = json.loads(body)
     except (ValueError, RecursionError):
-        return None
-    what = given.get("clear") if isinstance(given, dict) else None
-    return what if isinstance(what, str) and what in CLEARABLE else None
+        given = None
+    return given if isinstance(given, dict) else _refused(400, "Send a JSON object.")
 
 
 def _refused(status: int, words: str) -> web.Response:

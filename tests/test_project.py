@@ -130,8 +130,8 @@ def test_every_node_explains_itself(ours: dict[str, Any]) -> None:
         assert info["search_aliases"], name
         assert len(info["output_tooltips"]) == len(info["output"]), name
         assert all(info["output_tooltips"]), name
-        for group in info["input"].values():
-            for input_name, spec in group.items():
+        for group in ("required", "optional"):
+            for input_name, spec in info["input"].get(group, {}).items():
                 assert spec[1].get("tooltip"), f"{name}.{input_name} has no tooltip."
 
 
@@ -159,7 +159,7 @@ def interface(info: dict[str, Any]) -> dict[str, Any]:
     """Inputs in their order and outputs, without the choices: those depend on the user's files and on ComfyUI."""
     inputs = []
     for group, names in info["input_order"].items():
-        for name in names:
+        for name in names if group != "hidden" else ():  # which graphs do not hold
             kind, options = (*info["input"][group][name], {})[:2]
             entry = {"name": name, "group": group, "type": "COMBO" if isinstance(kind, list) else kind}
             inputs.append(entry | ({"default": options["default"]} if "default" in options else {}))

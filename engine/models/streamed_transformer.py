@@ -233,8 +233,8 @@ class StreamedTransformer(ABC, Generic[BranchT, StateT]):
 
     @property
     def weight_format(self) -> str:
-        """The format of the blocks' largest weights, as a name of `formats.CODECS`."""
-        return max(self.store.blocks[0].params, key=lambda param: param.nbytes).codec
+        """As of its parts."""
+        return self._parts.weight_format
 
     @property
     def loaded_bytes(self) -> int:

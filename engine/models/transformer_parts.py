@@ -85,6 +85,11 @@ class TransformerParts:
         return self._outside_shapes | names
 
     @property
+    def weight_format(self) -> str:
+        """The format of the blocks' largest weights, as a name of `formats.CODECS`."""
+        return max(self.store.blocks[0].params, key=lambda param: param.nbytes).codec
+
+    @property
     def other_names(self) -> OtherNames:
         """Of layers that the file holds joined or apart, and other files in the other way."""
         return other_names(self.weights, self.network.joined_layers)

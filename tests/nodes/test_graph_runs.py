@@ -96,6 +96,16 @@ def test_the_latent_of_an_image_that_is_scaled_and_repeated() -> None:
     assert (run.size, run.batch) == ((512, 512), 3)
 
 
+def test_the_latent_of_an_images_size() -> None:
+    nodes = graph(
+        n8=("LoadImage", {"image": "cat.png"}),
+        n9=("GetImageSize", {"image": ["8", 0]}),
+        n3=("EmptyQwenImageLayeredLatentImage", {"width": ["9", 0], "height": ["9", 1], "layers": 3, "batch_size": 1}),
+    )
+    (run,) = of(nodes, (640, 480))
+    assert (run.size, run.layers) == ((640, 480), 3)
+
+
 def test_another_loaders_sampler_is_none_of_ours() -> None:
     assert of(graph(n1=("UNETLoader", {"unet_name": "a.safetensors"}))) == []
 

@@ -1,0 +1,118 @@
+"""The line that a graph is told before it runs: the planner's own numbers, and its refusal."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from qwenimage_lowvram.engine.errors import DoesNotFit
+from qwenimage_lowvram.nodes import live_plan
+from qwenimage_lowvram.nodes.graph_runs import runs_of
+from qwenimage_lowvram.nodes.live_plan import PlanLine, line_of, lines_of, refusal_of, refuse_what_cannot_fit
+
+FOLDER = "from the folder"
+
+
+@pytest.fixture
+def graph(models: Callable[[str, Path], None], small_pipeline: Path) -> Callable[..., dict[str, Any]]:
+    """`graph(width=64, **loader's widgets)`: a prompt of a small pipeline folder."""
+    models("diffusers", small_pipeline.parent)
+
+    def make(width: int = 64, **settings: Any) -> dict[str, Any]:
+        loader = {
+            "transformer": f"{small_pipeline.name} (folder)",
+            "text_encoder": FOLDER,
+            "vae": FOLDER,
+            "dtype": "fp32",
+        }
+        sample = {"model": ["1", 0], "positive": ["2", 0], "negative": ["2", 1], "latent_image": ["3", 0]}
+        nodes = {
+            "1": ("QwenLowVRAMLoader", loader | settings),
+            "2": ("QwenLowVRAMEncodePrompts", {"clip": ["1", 1], "positive": "a cat", "negative": " "}),
+            "3": ("EmptySD3LatentImage", {"width": width, "height": 64, "batch_size": 1}),
+            "4": ("QwenLowVRAMSample", {**sample, "steps": 4, "cfg": 4.0}),
+        }
+        return {node: {"class_type": kind, "inputs": inputs} for node, (kind, inputs) in nodes.items()}
+
+    return make
+
+
+def test_the_line_has_the_numbers_of_the_plan_and_both_nodes(graph: Callable[..., dict[str, Any]]) -> None:
+    (line,) = lines_of(graph(vram_limit_gb=1.0, ram_limit_gb=4.0))
+    assert line.nodes == ("1", "4")
+    assert line.fits
+    assert line.values["limit_bytes"] == 2**30
+    assert 0 < line.values["peak_bytes"] <= 2**30
+    assert line.values["resident"] == line.values["blocks"]
+    assert "blocks on the card" in line.text
+    assert "of 1.00 GiB" in line.text
+    assert "on a typical card" in line.text
+
+
+def test_a_run_that_does_not_fit_is_told_with_the_way_out(graph: Callable[..., dict[str, Any]]) -> None:
+    (line,) = lines_of(graph(width=4096, vram_limit_gb=0.001, ram_limit_gb=4.0))
+    assert not line.fits
+    assert "vram_limit_gb" in line.text or "limit" in line.text
+
+
+def test_a_file_that_is_not_there_is_told_by_its_code(graph: Callable[..., dict[str, Any]]) -> None:
+    (line,) = lines_of(graph(transformer="gone.safetensors"))
+    assert not line.fits
+    assert "gone.safetensors" in line.text
+    assert line.values["code"]
+
+
+def test_what_is_not_known_is_said(graph: Callable[..., dict[str, Any]]) -> None:
+    prompt = graph(ram_limit_gb=4.0, vram_limit_gb=2.0)
+    prompt["3"] = {"class_type": "SomebodysLatent", "inputs": {}}
+    prompt["5"] = {"class_type": "LoraLoaderModelOnly", "inputs": {"model": ["1", 0], "lora_name": "a.safetensors"}}
+    prompt["4"]["inputs"]["model"] = ["5", 0]
+    (line,) = lines_of(prompt)
+    assert "LoRA not counted" in line.text
+    assert "for 1328x1328" in line.text
+
+
+def test_another_size_or_limit_opens_no_file_again(
+    graph: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Any] = []
+    plan = live_plan.PlannedModels.open
+    monkeypatch.setattr(live_plan.PlannedModels, "open", lambda *given: opened.append(given) or plan(*given))
+    live_plan._opened.cache_clear()
+    small, large = lines_of(graph(vram_limit_gb=1.25)), lines_of(graph(width=128, vram_limit_gb=1.5))
+    assert small != large
+    assert len(opened) == 1
+    lines_of(graph(weight_format="int8"))
+    assert len(opened) == 2
+
+
+def test_only_a_limit_that_a_person_set_refuses_before_the_run(graph: Callable[..., dict[str, Any]]) -> None:
+    def refusal(**settings: Any) -> str:
+        (run,) = runs_of(graph(**settings), live_plan.image_size)
+        return refusal_of(run)
+
+    assert refusal(vram_limit_gb=1.0) == ""
+    assert refusal(vram_limit_gb=0.0, width=4096) == ""
+    assert refusal(vram_limit_gb=0.001, width=4096)
+
+
+@pytest.mark.parametrize("node", ["2", "3"])
+def test_encoding_for_a_run_that_cannot_fit_is_refused_at_that_node_alone(
+    graph: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, node: str
+) -> None:
+    monkeypatch.setattr(live_plan, "executing_node_id", lambda: node)
+    refuse_what_cannot_fit(graph(vram_limit_gb=1.0))
+    too_large = graph(vram_limit_gb=0.001, width=4096)
+    if node == "2":
+        with pytest.raises(DoesNotFit, match="nothing is encoded"):
+            refuse_what_cannot_fit(too_large)
+        too_large["5"] = {"class_type": "EmptySD3LatentImage", "inputs": {"width": 16, "height": 16, "batch_size": 1}}
+        too_large["6"] = {**too_large["4"], "inputs": too_large["4"]["inputs"] | {"latent_image": ["7", 0]}}
+    refuse_what_cannot_fit(too_large)  # another sampler behind it may fit, or the node encodes nothing
+    refuse_what_cannot_fit(None)
+
+
+def test_settings_that_are_none_are_told(graph: Callable[..., dict[str, Any]]) -> None:
+    (run,) = runs_of(graph(compute="quickly"), live_plan.image_size)
+    line: PlanLine = line_of(run)
+    assert not line.fits

@@ -1,0 +1,54 @@
+"""The loader says what the next run would take, while the graph is being changed; in both renderers."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from devtools.client import ComfyClient
+from devtools.workflow import set_widgets
+from small_checkpoint import SplitFiles
+
+WORKFLOW = sorted((Path(__file__).resolve().parents[2] / "workflows").glob("*.json"))[0]
+VUE_NODES = "Comfy.VueNodes.Enabled"
+LINE = """async (wanted) => {
+  const of = (name) => window.app.graph.nodes.find((node) => node.type === 'QwenLowVRAMLoader').widgets.find(
+    (widget) => widget.name === name);
+  const panel = of('qwen_lowvram_plan_line').element;
+  for (let waited = 0; waited < 60000 && panel.dataset.fits !== wanted; waited += 100)
+    await new Promise((done) => setTimeout(done, 100));
+  return [panel.dataset.fits, panel.textContent];
+}"""
+SET = """([kind, name, value]) => {
+  const node = window.app.graph.nodes.find((node) => node.type === kind);
+  node.widgets.find((widget) => widget.name === name).value = value;
+  window.comfyAPI.api.api.dispatchCustomEvent('graphChanged');
+}"""
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["classic-nodes", "vue-nodes"])
+def page(request: pytest.FixtureRequest, open_page: Any, client: ComfyClient) -> Iterator[Any]:
+    yield open_page({VUE_NODES: request.param})
+    client.post("/settings", {VUE_NODES: False})  # the server keeps settings for the next page
+
+
+def test_the_line_follows_the_graph_and_turns_red_where_it_does_not_fit(
+    page: Any, object_info: dict[str, Any], split_files: dict[str, SplitFiles]
+) -> None:
+    names = split_files["fp8"]
+    graph = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+    files = {"transformer": names.transformer, "text_encoder": names.text_encoder, "vae": names.vae}
+    graph = set_widgets(graph, object_info, "QwenLowVRAMLoader", **files)
+    page.evaluate("(graph) => window.app.loadGraphData(graph)", graph)
+    fits, text = page.evaluate(LINE, "true")
+    assert fits == "true"
+    assert "blocks on the card" in text
+    page.screenshot("plan-line")
+    page.evaluate(SET, ["EmptySD3LatentImage", "width", 16384])
+    page.evaluate(SET, ["QwenLowVRAMLoader", "vram_limit_gb", 0.1])
+    fits, text = page.evaluate(LINE, "false")
+    assert fits == "false"
+    assert "the limit is 102.4 MiB" in text
+    page.screenshot("plan-line-red")
+    assert page.unexpected_messages() == []
