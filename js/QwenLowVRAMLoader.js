@@ -1,11 +1,10 @@
 // The line on the loader that says what the next run would take, before it is started. Changes no value.
 import { app } from "../../scripts/app.js";
 import { addPanel, nodeAt } from "./shared/panels.js";
-import { onPlanLine } from "./shared/plan_lines.js";
+import { onPlanLine, TOO_LARGE } from "./shared/plan_lines.js";
 
 const HEIGHT_PX = 48; // three lines at the width of a new node
 const WIDTH_PX = 360;
-const TOO_LARGE = "var(--error-text, #e05252)";
 
 const panels = new WeakMap(); // node -> its element: goes when its node goes
 

@@ -4,6 +4,7 @@ import { api } from "../../scripts/api.js";
 import { openFullView } from "./shared/full_view.js";
 import { addPanel, nodeAt, words } from "./shared/panels.js";
 import { clock, gib, lineOf, paceOf, rowsOf, sentenceOf } from "./shared/run_words.js";
+import { onPlanLine, TOO_LARGE } from "./shared/plan_lines.js";
 import { allNodes, isOfThisGraph } from "./shared/runs.js";
 
 const NODE = "QwenLowVRAMSample";
@@ -138,9 +139,17 @@ class Panel {
     this.details.style.visibility = "hidden"; // until there is something to read
   }
 
+  /** What the next run would take: until one has run, and where it would be refused. */
+  expect({ text, fits }) {
+    if (this.run && fits) return;
+    this.note.textContent = this.note.title = text;
+    this.note.style.color = fits ? "" : TOO_LARGE;
+  }
+
   progress(event) {
     const { words: said } = this;
     this.before = null;
+    this.note.style.color = this.note.title = "";
     if (event.prompt_id !== this.prompt) this.begin(event.prompt_id);
     this.say(lineOf(said, event), event.stage, event.share ?? event.done / event.total);
     if (!event.facts) return; // not planned yet
@@ -225,6 +234,8 @@ const panelOf = (id) => panels.get(nodeAt(id));
 function showReport(id, output) {
   if (output?.[REPORT]) panelOf(id)?.showReport(output[REPORT][0]);
 }
+
+onPlanLine((id, line) => panelOf(id)?.expect(line));
 
 function onProgress(event) {
   if (!isOfThisGraph(event)) return;

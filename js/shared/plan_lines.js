@@ -3,6 +3,7 @@ import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
 
 const LOADER = "QwenLowVRAMLoader";
+export const TOO_LARGE = "var(--error-text, #e05252)"; // the colour of a line that says so
 const WAIT_MS = 400; // after the last change
 const GIB = 2 ** 30;
 

@@ -18,7 +18,9 @@ LINE = """async (wanted) => {
   const panel = of('qwen_lowvram_plan_line').element;
   for (let waited = 0; waited < 60000 && panel.dataset.fits !== wanted; waited += 100)
     await new Promise((done) => setTimeout(done, 100));
-  return [panel.dataset.fits, panel.textContent];
+  const sample = window.app.graph.nodes.find((node) => node.type === 'QwenLowVRAMSample');
+  const shown = sample.widgets.find((widget) => widget.name === 'qwen_lowvram_progress').element.textContent;
+  return [panel.dataset.fits, panel.textContent, shown];
 }"""
 SET = """([kind, name, value]) => {
   const node = window.app.graph.nodes.find((node) => node.type === kind);
@@ -41,14 +43,16 @@ def test_the_line_follows_the_graph_and_turns_red_where_it_does_not_fit(
     files = {"transformer": names.transformer, "text_encoder": names.text_encoder, "vae": names.vae}
     graph = set_widgets(graph, object_info, "QwenLowVRAMLoader", **files)
     page.evaluate("(graph) => window.app.loadGraphData(graph)", graph)
-    fits, text = page.evaluate(LINE, "true")
+    fits, text, sample = page.evaluate(LINE, "true")
     assert fits == "true"
     assert "blocks on the card" in text
+    assert text in sample
     page.screenshot("plan-line")
     page.evaluate(SET, ["EmptySD3LatentImage", "width", 16384])
     page.evaluate(SET, ["QwenLowVRAMLoader", "vram_limit_gb", 0.1])
-    fits, text = page.evaluate(LINE, "false")
+    fits, text, sample = page.evaluate(LINE, "false")
     assert fits == "false"
+    assert text in sample
     assert "the limit is 102.4 MiB" in text
     page.screenshot("plan-line-red")
     assert page.unexpected_messages() == []
