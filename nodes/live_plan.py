@@ -31,7 +31,8 @@ from .planned_models import PlannedModels, PlanSettings
 from .sources import Sources
 
 SIZE = (1328, 1328)  # where nothing tells: the model's own
-_PLANNED_BY = ("dtype", "weight_format", "vram_limit_gb", "ram_limit_gb", "step_cache", "compute")  # of the loader
+# of the loader
+_PLANNED_BY = ("dtype", "weight_format", "vram_limit_gb", "ram_limit_gb", "step_cache", "compute", "compile")
 _one_at_a_time = Lock()  # a page that types quickly shall not fill the threads
 
 
@@ -129,6 +130,7 @@ def _models_of(run: GraphRun) -> PlannedModels:
         run.settings.get("weight_format", AUTO),
         run.settings.get("dtype", AUTO),
         Computing(run.settings.get("compute", Computing.AS_COMFYUI.value)),
+        run.settings.get("compile", False),
     )
     return _opened(sources, settings, run.layers, run.images, (_stamps(sources), speeds_stamp()))
 

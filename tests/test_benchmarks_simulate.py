@@ -25,14 +25,14 @@ def written() -> list[dict[str, Any]]:
 # what the workflows that README's table names make
 CASES = {
     "01": "1024 guided, 20 steps",
-    "02": "1328 guided, 20 steps",
     "03": "1328 guided, 20 steps",
-    "04": "1024 Lightning, 8 steps",
-    "05": "1328 Lightning, 8 steps",
-    "06": "1328 Lightning, 8 steps",
-    "13": "1024 2.1-Turbo, 8 steps",
-    "14": "1024 2.1-Turbo edit, 8 steps",
-    "15": "1024 2.1, 40 steps",
+    "06": "1328 guided, 20 steps",
+    "07": "1024 Lightning, 8 steps",
+    "08": "1328 Lightning, 8 steps",
+    "09": "1328 Lightning, 8 steps",
+    "23": "1024 2.1-Turbo, 8 steps",
+    "24": "1024 2.1-Turbo edit, 8 steps",
+    "25": "1024 2.1, 40 steps",
 }
 
 
