@@ -1,10 +1,10 @@
 // A line on each node that works for this pack, ComfyUI's own too: how far encoding, sampling and decoding are. Comes
 // with the first event of a node. Changes no value.
-import { app } from "../../scripts/app.js";
-import { api } from "../../scripts/api.js";
-import { addPanel, nodeAt, words } from "./shared/panels.js";
-import { clock, lineOf } from "./shared/run_words.js";
-import { isOfThisGraph } from "./shared/runs.js";
+import { app } from "../../../scripts/app.js";
+import { api } from "../../../scripts/api.js";
+import { addPanel, nodeAt, words } from "./panels.js";
+import { clock, lineOf } from "./run_words.js";
+import { isOfThisGraph } from "./runs.js";
 
 const EVENT = "qwen_lowvram.progress";
 const PANEL = "QwenLowVRAMSample"; // has a panel of its own
