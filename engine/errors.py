@@ -5,12 +5,15 @@ their texts, stand in locales/en/errors.json.
 """
 
 import copy
+from importlib import import_module
 from math import isfinite
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from .texts import printable, size_text
 
 _Same = TypeVar("_Same", bound="QwenLowVRAMError")
+# of classes, in the details of an error that ComfyUI shows: theirs would hold the folder that the pack lies in
+_SHOWN_MODULE = "qwen_lowvram"
 _LONGEST_VALUE = 4096  # characters: as many as a path may have
 _MOST_ITEMS = 100  # of a list
 
@@ -27,8 +30,14 @@ class QwenLowVRAMError(Exception):
     Messages hold names and keys of files: what cannot be printed in them is escaped, but for line breaks.
     """
 
+    __module__ = _SHOWN_MODULE
     code: str
     values: dict[str, Any]
+    _defined_in: ClassVar[str] = __name__
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls._defined_in, cls.__module__ = cls.__module__, _SHOWN_MODULE
 
     def __init__(self, text: str, /, *, code: str, **values: Any) -> None:
         self.code = code
@@ -48,11 +57,12 @@ class QwenLowVRAMError(Exception):
         return {"code": self.code, "values": self.values, "text": str(self)}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _again, (type(self), str(self)), self.__dict__
+        return _again, (self._defined_in, type(self).__name__, str(self)), self.__dict__
 
 
-def _again(kind: type[_Same], text: str) -> _Same:
+def _again(module: str, name: str, text: str) -> QwenLowVRAMError:
     """Of pickles and copies, which then set the code and the values."""
+    kind: type[QwenLowVRAMError] = getattr(import_module(module), name)
     return kind("{text}", code="", text=text)
 
 

@@ -1,11 +1,12 @@
 // The panel on the Sample node: stage, memory and plan of a run, fed by the server's events. Changes no value.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { messageOf } from "./shared/error_words.js";
 import { openFullView } from "./shared/full_view.js";
 import { addPanel, nodeAt, words } from "./shared/panels.js";
-import { clock, gib, lineOf, paceOf, rowsOf, sentenceOf } from "./shared/run_words.js";
+import { clock, gib, isChinese, lineOf, paceOf, rowsOf, sentenceOf } from "./shared/run_words.js";
 import { onPlanLine, TOO_LARGE } from "./shared/plan_lines.js";
-import { allNodes, isOfThisGraph } from "./shared/runs.js";
+import { allNodes, errorOf, isOfThisGraph } from "./shared/runs.js";
 
 const NODE = "QwenLowVRAMSample";
 const EVENT = "qwen_lowvram.progress";
@@ -74,7 +75,7 @@ class MemoryRow {
 class Panel {
   constructor() {
     this.words = words();
-    this.stage = make("stage", "flex:1 1 auto;min-width:0", this.words.idle);
+    this.stage = make("stage", "min-height:16px", this.words.idle);
     this.details = button("details", () => this.open());
     this.details.textContent = this.words.details;
     this.details.title = this.words.detailsHint;
@@ -84,17 +85,16 @@ class Panel {
     this.pace = make("pace", "flex:0 0 auto");
     this.vram = new MemoryRow("VRAM");
     this.ram = new MemoryRow("RAM");
-    this.note = make("note", "height:32px;overflow:hidden");
+    this.note = make("note", "");
     this.spoken = make("spoken", UNSEEN);
     this.spoken.setAttribute("role", "status");
-    const head = make("head", `${ROW}align-items:flex-start`, this.stage, this.details);
-    const progress = make("pace-row", ROW, this.track, this.pace);
-    const memory = make("memory", GRID, this.vram.element, this.ram.element);
+    const progress = make("pace-row", ROW, this.track, this.pace, this.details);
+    this.memory = make("memory", GRID, this.vram.element, this.ram.element);
     const css =
       `position:relative;box-sizing:border-box;width:100%;height:100%;min-height:${HEIGHT_PX}px;padding:4px 8px;` +
       "overflow:hidden;border-radius:4px;font:11px/16px sans-serif;font-variant-numeric:tabular-nums;user-select:text;" +
       "cursor:pointer;color:var(--input-text);background:var(--comfy-input-bg)";
-    this.element = make("panel", css, head, progress, memory, this.note, this.spoken);
+    this.element = make("panel", css, this.stage, progress, this.memory, this.note, this.spoken);
     this.element.className = "qwen-lowvram-panel";
     this.element.addEventListener("click", ({ target }) => {
       if (!target.closest("button") && !String(getSelection())) this.open(); // the end of a selection is a click too
@@ -134,6 +134,9 @@ class Panel {
     this.prompt = prompt;
     this.run = null; // its last event
     this.report = null;
+    this.error = "";
+    this.memory.style.display = "grid";
+    this.note.style.cssText = "max-height:32px;overflow:hidden";
     this.peakHeld = 0;
     this.pace.textContent = this.note.textContent = "";
     this.details.style.visibility = "hidden"; // until there is something to read
@@ -141,6 +144,7 @@ class Panel {
 
   /** What the next run would take: until one has run, and where it would be refused. */
   expect({ text, fits }) {
+    if (this.error) return; // it stays until the next run
     if (this.run && fits) return;
     this.note.textContent = this.note.title = text;
     this.note.style.color = fits ? "" : TOO_LARGE;
@@ -221,11 +225,24 @@ class Panel {
     this.pace.textContent = "";
   }
 
+  /** The message itself, in the place of the memory: it says what to do. */
+  fail(error) {
+    this.stop(this.words.stopped.failed);
+    this.error = messageOf(isChinese(this.words), error);
+    this.memory.style.display = "none";
+    this.note.style.cssText = "height:64px;overflow:auto;white-space:pre-line;overflow-wrap:anywhere";
+    this.note.textContent = this.error.replace(/\n\n+/g, "\n");
+    this.note.scrollTop = 0;
+    this.details.style.visibility = "";
+    this.spoken.textContent = this.error;
+  }
+
   open() {
-    const { words: said, run, report } = this;
-    if (!run) return;
-    const title = report ? said.title : said.running;
-    openFullView(said, { title, rows: rowsOf(said, run.facts, report), text: report?.text ?? run.plan ?? "" });
+    const { words: said, run, report, error } = this;
+    if (!run && !error) return;
+    const title = error ? said.error : report ? said.title : said.running;
+    const rows = run ? rowsOf(said, run.facts, report) : [];
+    openFullView(said, { title, error, rows, text: report?.text ?? run?.plan ?? "" });
   }
 }
 
@@ -247,7 +264,9 @@ function onProgress(event) {
 function onEnd(event, word) {
   if (!isOfThisGraph(event)) return;
   const own = word && panelOf(event.node_id);
-  if (own) own.stop(words().stopped[word]);
+  if (own && event.prompt_id !== own.prompt) own.begin(event.prompt_id); // it came to nothing that was told of
+  if (own && word === "failed") own.fail(errorOf(event));
+  else if (own) own.stop(words().stopped[word]);
   for (const node of allNodes()) panels.get(node)?.endWait();
 }
 

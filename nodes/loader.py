@@ -15,15 +15,16 @@ from ..engine.models.qwen_image.transformer import TimestepRounding
 from ..engine.models.qwen_vl.vision_files import mmproj_identity
 from ..engine.out_of_memory import in_words
 from ..engine.runs.dtype_choice import encoder_dtype
-from ..engine.runs.phases import Phase
+from ..engine.runs.phases import Phase, PhaseProgress
 from ..engine.runs.timeline import Timeline
 from . import devices
 from .adapters import switches
 from .adapters.attention import attention_of_loader
+from .adapters.in_comfyui import InComfyUI
 from .adapters.limit_names import RAM_LIMIT, VRAM_LIMIT
 from .adapters.linear_layers import linear_of_loader, nothing_as_stored
 from .adapters.networks import served_of
-from .adapters.progress import executing_prompt_id, progress_sender, warn
+from .adapters.progress import executing_prompt_id, warn
 from .adapters.vae import make_vae
 from .adapters.value_checks import check_widgets, limit_bytes
 from .display_names import AUTO, CATEGORY
@@ -119,7 +120,7 @@ class QwenLowVRAMLoader:
             compute=compute,
             compile=compile,
         )
-        progress_sender()({"stage": Phase.OPENING.value})
+        opening = PhaseProgress(InComfyUI(), Phase.OPENING)
         sources = Sources.of(transformer, text_encoder, vae)
         transformer_file, text_file, vae_file = sources.open(variant)
         tokenizer = sources.prompt_tokenizer()
@@ -185,6 +186,7 @@ class QwenLowVRAMLoader:
         )
         told = " ".join(text for text in (doubt, asked, products_text(dtype, products), slower, advice) if text)
         settings = (limits.vram_bytes, limits.ram_bytes, timeline, told, step_cache_of(step_cache), compile)
+        opening(1, 1)
         return served.make_model(model, *settings), clip, image_vae
 
 

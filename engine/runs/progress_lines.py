@@ -28,6 +28,8 @@ def progress_line(progress: Mapping[str, Any]) -> str:
         left = f"about {clock(progress['seconds_left'])} left"
         return f"Sampling: step {progress['step']}/{progress['steps']}, {seconds}, {left}"
     words, done, total = _WORDS[Phase(stage)], progress.get("done", 0), progress.get("total", 0)
+    if stage == Phase.OPENING.value and total:
+        return f"Opened the model's files in {seconds}"
     if not total:
         return words.partition(":")[0]
     return (

@@ -19,8 +19,8 @@ function table(rows) {
   return list;
 }
 
-/** Open it with `rows` of [name, value] and a text below; goes when it is closed. */
-export function openFullView(words, { title, rows, text }) {
+/** Open it with an error, `rows` of [name, value] and a text below, as far as there are any; goes when it is closed. */
+export function openFullView(words, { title, error = "", rows, text }) {
   const view = make(
     "dialog",
     "width:min(960px,92vw);max-height:86vh;padding:16px 20px;overflow:auto;border-radius:8px;" +
@@ -33,7 +33,8 @@ export function openFullView(words, { title, rows, text }) {
   const close = make("button", `${BUTTON};margin-left:8px`, words.close);
   const head = make("div", "display:flex;align-items:center;margin:0 0 12px");
   head.append(make("h2", "flex:1;margin:0;font:600 16px/24px sans-serif", title), copy, close);
-  const whole = [...rows.map(([name, value]) => `${name}: ${value}`), "", text].join("\n");
+  const listed = rows.map(([name, value]) => `${name}: ${value}`).join("\n");
+  const whole = [error, listed, text].filter(Boolean).join("\n\n");
   copy.addEventListener("click", async () => {
     await navigator.clipboard?.writeText(whole);
     copy.textContent = words.copied;
@@ -41,8 +42,13 @@ export function openFullView(words, { title, rows, text }) {
   close.addEventListener("click", () => view.close());
   view.addEventListener("close", () => view.remove());
   view.addEventListener("keydown", (event) => event.stopPropagation()); // the page's own keys are not meant
-  const raw = make("pre", "margin:0;white-space:pre-wrap;overflow-wrap:anywhere;user-select:text;font:12px/18px monospace", text);
-  view.append(head, table(rows), make("h3", "margin:0 0 4px;font:600 13px/20px sans-serif", words.asLogged), raw);
+  view.append(head);
+  if (error) view.append(make("p", "margin:0 0 16px;white-space:pre-line;overflow-wrap:anywhere;user-select:text", error));
+  if (rows.length) view.append(table(rows));
+  if (text) {
+    const css = "margin:0;white-space:pre-wrap;overflow-wrap:anywhere;user-select:text;font:12px/18px monospace";
+    view.append(make("h3", "margin:0 0 4px;font:600 13px/20px sans-serif", words.asLogged), make("pre", css, text));
+  }
   document.body.append(view);
   view.showModal();
   close.focus();

@@ -19,14 +19,22 @@ export function nodeAt(id) {
 /** What a run is told in, in the page's language. */
 export const words = () => wordsOf(app.extensionManager?.setting?.get("Comfy.Locale") ?? "en");
 
-/** Put `element` on a node as a panel of at least that height, or of just that height if `fixed`. */
+/** Put `element` on a node as a panel of at least that height, or of just that height if `fixed`. Returns a function that
+ *  gives it another height. */
 export function addPanel(node, element, { name, heightPx, widthPx, fixed = false }) {
-  const height = () => heightPx + 2 * MARGIN_PX;
+  let present = heightPx;
+  const height = () => present + 2 * MARGIN_PX;
   const limits = { margin: MARGIN_PX, getMinHeight: height, ...(fixed && { getMaxHeight: height }) };
   const widget = node.addDOMWidget(name, name, element, { serialize: false, ...limits });
   const least = node.computeSize()[1]; // the page does not let a node grow by itself
   node.setSize([Math.max(node.size[0], widthPx), Math.max(node.size[1], least)]); // a saved size comes later and wins
   widget.serialize = false; // neither in the prompt nor in the file, where it would take an input's place
+  return (px) => {
+    if (px === present) return;
+    node.setSize([node.size[0], node.size[1] + px - present]);
+    present = px;
+    node.setDirtyCanvas?.(true, true);
+  };
 }
 
 /**

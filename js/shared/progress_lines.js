@@ -1,33 +1,45 @@
-// A line on each node that works for this pack, ComfyUI's own too: how far encoding, sampling and decoding are. Comes
-// with the first event of a node. Changes no value.
+// A line on each node that works for this pack, ComfyUI's own too: how far encoding, sampling and decoding are, and what
+// went wrong there. Comes with the first event of a node. Changes no value.
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
+import { messageOf } from "./error_words.js";
 import { addPanel, nodeAt, words } from "./panels.js";
-import { clock, lineOf } from "./run_words.js";
-import { isOfThisGraph } from "./runs.js";
+import { clock, isChinese, lineOf } from "./run_words.js";
+import { errorOf, isOfThisGraph } from "./runs.js";
 
 const EVENT = "qwen_lowvram.progress";
 const PANEL = "QwenLowVRAMSample"; // has a panel of its own
-const HEIGHT_PX = 16;
+const OURS = "QwenLowVRAM"; // what the classes of this pack's nodes begin with
+const LINE_PX = 16;
+const ERROR_PX = 80; // five lines; the rest is scrolled to
 
-const lines = new WeakMap(); // node -> {element, event}: goes when its node goes
+const lines = new WeakMap(); // node -> its line: goes when its node goes
 
 function lineOn(node) {
   let line = lines.get(node);
   if (!line) {
     const element = document.createElement("div");
     element.className = "qwen-lowvram-line";
-    element.setAttribute("role", "status");
     element.setAttribute("aria-live", "off"); // a screen reader would say nothing else
-    element.style.cssText =
-      `box-sizing:border-box;width:100%;height:${HEIGHT_PX}px;padding:0 8px;overflow:hidden;white-space:nowrap;` +
-      "text-overflow:ellipsis;border-radius:4px;font:11px/16px sans-serif;font-variant-numeric:tabular-nums;" +
-      "color:var(--input-text);background:var(--comfy-input-bg)";
-    line = { element, event: null };
+    const name = "qwen_lowvram_line";
+    const resize = addPanel(node, element, { name, heightPx: LINE_PX, widthPx: node.size[0], fixed: true });
+    line = { element, resize, event: null };
     lines.set(node, line);
-    addPanel(node, element, { name: "qwen_lowvram_line", heightPx: HEIGHT_PX, widthPx: node.size[0], fixed: true });
   }
   return line;
+}
+
+function write({ element, resize }, text, heightPx) {
+  const many = heightPx > LINE_PX;
+  element.style.cssText =
+    `box-sizing:border-box;width:100%;height:${heightPx}px;max-height:${heightPx}px;padding:0 8px;border-radius:4px;font:11px/16px sans-serif;` +
+    "font-variant-numeric:tabular-nums;color:var(--input-text);background:var(--comfy-input-bg);user-select:text;" +
+    (many
+      ? "overflow:auto;white-space:pre-line;overflow-wrap:anywhere"
+      : "overflow:hidden;white-space:nowrap;text-overflow:ellipsis");
+  element.setAttribute("role", many ? "alert" : "status");
+  if (element.textContent !== text) element.textContent = text;
+  resize(heightPx);
 }
 
 function show(event) {
@@ -35,16 +47,27 @@ function show(event) {
   if (!node || node.comfyClass === PANEL) return;
   const line = lineOn(node);
   line.event = event;
-  line.element.textContent = lineOf(words(), event);
+  write(line, lineOf(words(), event), LINE_PX);
 }
 
-function stop(event, word) {
+function interrupted(event) {
   const line = isOfThisGraph(event) && lines.get(nodeAt(event.node_id));
   if (!line) return;
-  const { step, steps, seconds, stage } = line.event;
+  const { step, steps, seconds, stage } = line.event ?? {};
   const done = stage === "stopped" ? step : step - 1;
   const said = words();
-  line.element.textContent = steps ? said.after(said.stopped[word], Math.max(0, done), steps, clock(seconds)) : said.stopped[word];
+  const word = said.stopped.interrupted;
+  write(line, steps ? said.after(word, Math.max(0, done), steps, clock(seconds)) : word, LINE_PX);
+}
+
+/** The message itself, on the node. Errors of other nodes that are not about our models are ComfyUI's alone. */
+function failed(event) {
+  const node = isOfThisGraph(event) && nodeAt(event.node_id);
+  if (!node || node.comfyClass === PANEL) return;
+  const error = errorOf(event);
+  if (!error.code && !node.comfyClass?.startsWith(OURS) && !lines.has(node)) return;
+  const said = words();
+  write(lineOn(node), messageOf(isChinese(said), error).replace(/\n\n+/g, "\n"), ERROR_PX);
 }
 
 app.registerExtension({
@@ -52,7 +75,7 @@ app.registerExtension({
 
   setup() {
     api.addEventListener(EVENT, ({ detail }) => show(detail));
-    api.addEventListener("execution_interrupted", ({ detail }) => stop(detail, "interrupted"));
-    api.addEventListener("execution_error", ({ detail }) => stop(detail, "failed"));
+    api.addEventListener("execution_interrupted", ({ detail }) => interrupted(detail));
+    api.addEventListener("execution_error", ({ detail }) => failed(detail));
   },
 });

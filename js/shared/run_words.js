@@ -18,6 +18,7 @@ const EN = {
   },
   counted: (what, part, at, of) => `${what}${part === "block" && what.endsWith(")") ? ":" : ","} ${part} ${at}/${of}`,
   ended: {
+    opening: (time) => `Model opened in ${time}`,
     quantizing: (time) => `Quantized in ${time}`,
     encoding: (time) => `Prompts encoded in ${time}`,
     encoding_image: (time) => `Image encoded in ${time}`,
@@ -44,6 +45,7 @@ const EN = {
   previewsOff: "Live previews are off.",
   switchPreviews: "Switch on from the next run",
   previewsOn: "On from the next run.",
+  error: "What went wrong",
   title: "Plan and report of the last run",
   running: "Plan of this run",
   copy: "Copy text",
@@ -80,6 +82,7 @@ const ZH = {
   parts: { quantizing: "块", encoding: "层", encoding_image: "分块", decoding: "分块", loading: "块", modulation: "块" },
   counted: (what, part, at, of) => `${what}：第 ${at}/${of} ${part}`,
   ended: {
+    opening: (time) => `模型已打开，用时 ${time}`,
     quantizing: (time) => `量化完成，用时 ${time}`,
     encoding: (time) => `提示词编码完成，用时 ${time}`,
     encoding_image: (time) => `图片编码完成，用时 ${time}`,
@@ -105,6 +108,7 @@ const ZH = {
   previewsOff: "实时预览已关闭。",
   switchPreviews: "从下次运行起打开",
   previewsOn: "下次运行起生效。",
+  error: "出错原因",
   title: "上次运行的计划和报告",
   running: "本次运行的计划",
   copy: "复制文本",
@@ -123,6 +127,8 @@ const ZH = {
   forecastOnly: (forecast) => `${forecast} 秒（预测）`,
   measuredToo: (measured, forecast) => `${measured} 秒（预测 ${forecast} 秒）`,
 };
+
+export const isChinese = (words) => words === ZH;
 
 /** The words of a locale, as the page names it. */
 export const wordsOf = (locale) => (String(locale).startsWith("zh") ? ZH : EN);

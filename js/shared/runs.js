@@ -43,3 +43,15 @@ export function* allNodes(graph = app.rootGraph) {
     if (node.subgraph) yield* allNodes(node.subgraph);
   }
 }
+
+const errors = new Map(); // a prompt's id -> the last error of ours that the server told of, with its node
+api.addEventListener("qwen_lowvram.error", ({ detail }) => {
+  if (errors.size >= MOST) errors.delete(errors.keys().next().value);
+  errors.set(detail.prompt_id, detail);
+});
+
+/** Of an execution_error: as the server told it with a code and values; else with ComfyUI's own text alone. */
+export function errorOf({ prompt_id: prompt, node_id: node, exception_message: text }) {
+  const told = errors.get(prompt);
+  return told && String(told.node) === String(node) ? told : { code: "", values: {}, text: (text ?? "").trim() };
+}

@@ -192,12 +192,13 @@ def test_the_4_gb_workflow_runs_in_the_page_to_its_image(page: Any, small: Any, 
     assert all(event["panels"]["4"][0].startswith("Waiting: encoding prompts, layer ") for event in waited)
     assert re.fullmatch(r"Prompts encoded in \d:\d\d", line_of(page, "2"))
     assert re.fullmatch(r"Decoded in \d:\d\d", line_of(page, "5"))
+    assert re.fullmatch(r"Model opened in \d:\d\d", line_of(page, "1"))
 
     lines = lines_of(page)
     assert re.fullmatch(r"Done: 4 steps in \d:\d\d", lines[0])
     assert re.fullmatch(r"[\d.]+ s/step", lines[1])
     assert lines[2:4] == ["VRAM", "none of its own: the device uses RAM"]
-    assert re.fullmatch(r"\d\.\d\d of 8\.00 GiB for the model", lines[5])
+    assert re.fullmatch(r"\d+\.\d\d, peak \d+\.\d\d of \d+\.\d\d GiB", lines[5])
     assert re.fullmatch(r"\d\.\d\d GiB read from the file\. \d of \d blocks stay for the next run\.", lines[6])
 
     image = page.evaluate("() => window.app.nodeOutputs['6'].images[0]")
@@ -233,8 +234,11 @@ def test_the_panel_shows_memory_against_its_limit(page: Any, small: Any, vue: bo
 
 
 # of each element of a panel or line that holds text: is all of it seen?
-CUT = """() => [...document.querySelectorAll('.qwen-lowvram-panel [data-part], .qwen-lowvram-line')].filter((part) =>
-  part.dataset.part !== 'spoken' && part.offsetParent && part.textContent && !part.querySelector('[data-part]') &&
+CUT = """() => [
+  ...document.querySelectorAll('.qwen-lowvram-panel, .qwen-lowvram-panel *, .qwen-lowvram-line')
+].filter((part) =>
+  part.dataset.part !== 'spoken' && part.offsetParent && part.textContent &&
+  (part.matches('.qwen-lowvram-panel') || !part.querySelector('[data-part]')) &&
   (part.scrollWidth > part.clientWidth + 1 || part.scrollHeight > part.clientHeight + 1)
 ).map((part) => part.textContent)"""
 
@@ -309,8 +313,12 @@ def test_the_panel_can_be_read_by_everybody(page: Any, small: Any) -> None:
     assert page.evaluate(spoken) == "step 7/20 · 1:12 · about 2:10 left"
     page.evaluate(SEND, EVENT | {"step": 8})
     assert page.evaluate(spoken).startswith("step 7/20")  # a stage is said once, not four times a second
-    contrast = page.evaluate(CONTRAST)
-    assert min(contrast) >= 4.5, contrast
+    for palette in ("light", "dark"):
+        page.evaluate("(id) => window.app.extensionManager.setting.set('Comfy.ColorPalette', id)", palette)
+        page.evaluate(PAUSE, 500)
+        contrast = page.evaluate(CONTRAST)
+        assert min(contrast) >= 4.5, (palette, contrast)
+        page.screenshot(f"palette-{palette}")
 
 
 CONTRAST = """() => {
@@ -427,10 +435,54 @@ def test_an_interrupted_run_is_called_so(page: Any, small: Any, vue: bool) -> No
     assert re.fullmatch(r"Interrupted after \d+ of 1000 steps · \d:\d\d", lines_of(page)[0])
 
 
-def test_a_failed_run_is_called_so(page: Any, small: Any) -> None:
-    page.load(small(width=16384, height=16384))  # for which 4 GB are too few
+def test_a_failed_run_says_what_went_wrong_and_what_to_do(page: Any, small: Any, vue: bool) -> None:
+    page.load(small(width=16384, height=16384))  # which no schedule is made for
     assert page.run()["status"] == "error"
-    assert lines_of(page)[0] == "Failed"
+    page.evaluate(PAUSE, 300)
+    lines = lines_of(page)
+    assert lines[0] == "Failed"
+    assert "What to do: " in lines[-1]
+    page.screenshot(f"failed-{'vue' if vue else 'classic'}")
+    page.evaluate("() => document.querySelector('.qwen-lowvram-panel [data-part=details]').click()")
+    view = page.evaluate("() => document.querySelector('dialog.qwen-lowvram-view').innerText")
+    assert "What went wrong" in view
+    assert "What to do: " in view
+    page.evaluate("() => document.querySelector('dialog.qwen-lowvram-view').close()")
+
+
+ERRORS = {
+    "plan.sampling_does_not_fit": (
+        {"need_bytes": 4 * GIB, "limit_bytes": 3 * GIB, "beside": "", "request": "r", "ways": "w"},
+        ("4.00 GiB", "3.00 GiB", "4.01 GB"),
+    ),
+    "vae.other_models_latents": ({"found": 64, "channels": 16}, ("64", "16")),
+    "memory.ram_ran_out": ({"when": "x", "why": "y", "bound": "b", "free_gib": 1.5, "total_gib": 8.0}, ("8.0", "1.5")),
+}
+
+
+@pytest.mark.parametrize("code", ERRORS)
+def test_an_error_is_said_on_its_node_in_the_language_of_the_page(
+    open_page: Any, client: ComfyClient, small: Any, vue: bool, code: str
+) -> None:
+    values, numbers = ERRORS[code]
+    page = open_page({VUE_NODES: vue, "Comfy.Locale": "zh"})
+    try:
+        page.load(small())
+        error = {"prompt_id": "p", "code": code, "values": values, "text": "English"}
+        end = {"prompt_id": "p", "exception_message": "English", "exception_type": "x", "traceback": []}
+        for node in ("4", "5"):
+            page.evaluate(SEND.replace("progress", "error"), error | {"node": node})
+            page.evaluate(
+                "(detail) => window.comfyAPI.api.api.dispatchCustomEvent('execution_error', detail)",
+                end | {"node_id": node, "node_type": "x", "executed": [], "current_inputs": {}, "current_outputs": []},
+            )
+        page.evaluate(PAUSE, 500)
+        for text in (lines_of(page)[-1], line_of(page, "5")):
+            assert "可行的办法" in text
+            assert all(number in text for number in numbers), text
+        page.screenshot(f"error-{code}-{'vue' if vue else 'classic'}")
+    finally:
+        client.post("/settings", {"Comfy.Locale": "en"})
 
 
 def test_the_panel_still_tells_of_its_run_after_a_change_of_tabs(page: Any, small: Any, vue: bool) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import error_texts
 import pytest
 from error_texts import Site
-from qwenimage_lowvram.engine.errors import DamagedFile, DoesNotFit, MissingFile
+from qwenimage_lowvram.engine.errors import DamagedFile, DoesNotFit, MissingFile, QwenLowVRAMError
 from qwenimage_lowvram.engine.files.model_files import model_files
 
 SITES = error_texts.sites()
@@ -100,6 +100,11 @@ def test_copies_keep_code_and_values() -> None:
     for again in (copy.copy(error), copy.deepcopy(error), pickle.loads(pickle.dumps(error))):
         assert type(again) is type(error)
         assert again.as_dict() == error.as_dict()
+
+
+def test_the_name_of_a_class_holds_no_folder_of_the_machine() -> None:
+    for kind in (QwenLowVRAMError, MissingFile, DamagedFile):
+        assert kind.__module__ == "qwen_lowvram"
 
 
 def test_other_words_keep_code_and_values() -> None:
