@@ -147,7 +147,7 @@ def reference_by_first_block(folder: Path, embeds: Sequence[Tensor], threshold: 
 def test_a_step_ends_behind_the_first_block_where_that_has_hardly_changed(small_pipeline: Path, count: int) -> None:
     made, report = sampled(small_pipeline, prompts(count), OFTEN)
     wanted, ended = reference_by_first_block(small_pipeline, prompts(count), OFTEN.threshold)
-    assert torch.equal(made, wanted)
+    assert (made - wanted).abs().max() < 1e-4 * wanted.abs().max()  # some CPUs round in another order
     assert 5 < report.predicted_steps == ended < 35
     assert report.computed_steps + report.predicted_steps == 40
     assert report.passes == report.computed_steps
