@@ -78,6 +78,13 @@ def test_captions_and_edits_that_are_asked() -> None:
     assert paint(captions[0][2], random.Random(0)).shape == (SIDE_PX, SIDE_PX, 4)
 
 
+def test_every_image_shows_one_large_shape() -> None:
+    rng = random.Random(0)
+    scenes = [scene for _, _, scene in asked_captions(40)] + [edit.target for _, _, edit in asked_edits(40)]
+    scenes += [draw(rng) for _ in range(50)] + [draw_rgba_edit(rng).target for _ in range(50)]
+    assert {tuple(item.size for item in scene.items) for scene in scenes} == {("large",)}
+
+
 def test_training_never_shows_a_held_out_combination() -> None:
     rng = random.Random(0)
     edits = [draw_rgba_edit(rng) for _ in range(500)]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from miniature.copies_21 import predict
 from miniature.evaluate_21 import LEAST_PX, make
 from miniature.flow_21 import build_transformer, flow_errors
 from miniature.rgba import SIDE_PX, asked_captions, asked_edits, draw, paint, paint_edit
@@ -109,6 +110,34 @@ def test_the_score_is_told_of_captions_edits_and_transparent_backgrounds(folder:
     groups = {" ".join(line.split(" {")[0].split()) for line in told.splitlines() if " {" in line}
     assert {"draw held out", "draw transparent", "edit held out", "edit transparent"} <= groups
     assert Image.open(sheet).width == 16 * SIDE_PX
+
+
+@pytest.mark.parametrize("shown", [False, True], ids=["drawing", "editing"])
+def test_images_that_share_a_prefix_are_predicted_as_the_model_itself_predicts_each(shown: bool) -> None:
+    torch.manual_seed(0)
+    model = build_transformer()
+    torch.nn.init.normal_(model.proj_out.weight, std=0.1)
+    batch, copies, tokens = 3, 2, 16
+    noisy, sigmas = torch.randn(batch, copies, tokens, 64), torch.rand(batch)
+    latents, embeds = torch.randn(batch, tokens if shown else 0, 64), torch.randn(batch, 14, 128)
+    mask, slots = torch.ones(batch, 14, dtype=torch.bool), torch.zeros(14, dtype=torch.bool)
+    mask[1, -3:], slots[2:6] = False, shown
+    with torch.no_grad():
+        each = [
+            model(
+                hidden_states=torch.cat([latents, noisy[:, i]], dim=1),
+                encoder_hidden_states=embeds,
+                timestep=sigmas,
+                img_shapes=[[(1, 4, 4)] * (2 if shown else 1)] * batch,
+                img_mask=torch.cat([slots, torch.ones(4, dtype=torch.bool)]).expand(batch, -1),
+                encoder_hidden_states_mask=mask,
+                return_dict=False,
+            )[0][:, -tokens:]
+            for i in range(copies)
+        ]
+        made = predict(model, noisy, sigmas, shown=latents, embeds=embeds, mask=mask, slots=slots)
+    assert made.std() > 0.1
+    assert (made - torch.stack(each, dim=1)).abs().max() < 1e-5
 
 
 def test_steps_of_training_lower_the_error_of_a_batch(tmp_path: Path) -> None:

@@ -11,24 +11,23 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKLQwenImage21, QwenImage21Transformer2DModel
-from diffusers.models.transformers import transformer_qwenimage21
 from torch import Tensor, nn
 
+from .copies_21 import predict
 from .data import LANGUAGES, Scene, caption, forget_some_facts
 from .edits import Edit, order_of
-from .flow import attend
 from .models import SCHEDULER
 from .rgba import SIDE_PX, draw, draw_rgba_edit, paint, paint_edit, word
-from .run import TimedRun, log
+from .run import TimedRun, log, lower_precision
 from .text_21 import HIDDEN, Embeddings
 from .vae_21 import encode
 
-BATCH = 48
+BATCH, COPIES = 16, 4  # texts, and noises of each one's image
 POOL = 6000  # images and edits of each; they are worded anew each time
 ENCODED_AT_ONCE = 64
 DROPPED = 0.1  # of the texts are one space
 GRID = SIDE_PX // 16
-LAYERS, HEADS, HEAD_DIM = 5, 8, 32
+LAYERS, HEADS, HEAD_DIM = 4, 8, 32
 
 
 @dataclass(frozen=True)
@@ -96,16 +95,12 @@ def train_transformer(
     run = TimedRun(model, path, seconds=seconds, lr=1.5e-3, decay=0.99, matrices=matrices)
     torch.manual_seed(seed + run.step)
     rng = random.Random(f"flow 2.1 {seed} {run.step}")
-    fused, transformer_qwenimage21.dispatch_attention_fn = transformer_qwenimage21.dispatch_attention_fn, attend
-    try:
-        for step in run.steps():
-            editing = step % 2 == 1
-            texts, latents = (_edits if editing else _captions)(pool, rng)
-            texts = [" " if rng.random() < DROPPED else text for text in texts]
-            errors = flow_errors(model, latents, *embed(texts, shown=editing))
-            run.update(errors.mean(), **{"edits" if editing else "captions": errors.mean()})
-    finally:
-        transformer_qwenimage21.dispatch_attention_fn = fused
+    for step in run.steps():
+        editing = step % 2 == 1
+        texts, latents = (_edits if editing else _captions)(pool, rng)
+        texts = [" " if rng.random() < DROPPED else text for text in texts]
+        errors = flow_errors(model, latents, *embed(texts, shown=editing))
+        run.update(errors.mean(), **{"edits" if editing else "captions": errors.mean()})
     run.use_average()
     return model
 
@@ -126,22 +121,21 @@ def _edits(pool: Pool, rng: random.Random) -> tuple[list[str], Tensor]:
 
 
 def flow_errors(
-    model: QwenImage21Transformer2DModel, latents: Tensor, embeds: Tensor, mask: Tensor, slots: Tensor
+    model: QwenImage21Transformer2DModel,
+    latents: Tensor,
+    embeds: Tensor,
+    mask: Tensor,
+    slots: Tensor,
+    *,
+    copies: int = COPIES,
 ) -> Tensor:
-    """Return the squared error of the predicted velocity by image and token, (B, tokens); the noisiest come last."""
+    """Return the squared error of the predicted velocity by image, noise and token, (B, copies, tokens); the noisiest
+    come last."""
     wanted, shown = latents[:, 0], latents[:, 1:].flatten(1, 2)
-    noise = torch.randn_like(wanted)
+    noise = torch.randn(len(wanted), copies, *wanted.shape[1:])
     sigmas = draw_sigmas(len(wanted))
-    noisy = wanted + sigmas[:, None, None] * (noise - wanted)
-    target_slots = torch.ones(GRID * GRID // 4, dtype=torch.bool)
-    with torch.autocast("cpu", torch.bfloat16):
-        velocity = model(
-            hidden_states=torch.cat([shown, noisy], dim=1),
-            encoder_hidden_states=embeds,
-            timestep=sigmas,
-            img_shapes=[[(1, GRID, GRID)] * latents.shape[1]] * len(latents),
-            img_mask=torch.cat([slots, target_slots]).expand(len(latents), -1),
-            encoder_hidden_states_mask=mask,
-            return_dict=False,
-        )[0][:, -GRID * GRID :]
-    return (velocity.float() - (noise - wanted)).square().mean(-1)
+    velocity = noise - wanted[:, None]
+    noisy = wanted[:, None] + sigmas[:, None, None, None] * velocity
+    with lower_precision():
+        predicted = predict(model, noisy, sigmas, shown=shown, embeds=embeds, mask=mask, slots=slots)
+    return (predicted.float() - velocity).square().mean(-1)

@@ -1,4 +1,4 @@
-"""Own what 2.1's miniature adds to the world of shapes: transparent backgrounds, in images of four channels."""
+"""Own the world of 2.1's miniature: one large shape in an image, whose background may be transparent."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from .data import COLOURS, DIAMETERS, LANGUAGES, SIZES, Scene, cover, draw_scene, held_out_captions, locate
+from .data import COLOURS, DIAMETERS, LANGUAGES, Scene, cover, draw_scene, locate
 from .data import caption as wording
-from .edits import Edit, Order, draw_edit, held_out_edits, instruction, order_of
+from .edits import Edit, Order, draw_edit, instruction, order_of
 from .scorer import Verdict, score, score_edit
 
 SIDE_PX = 64
+SIZE = "large"  # of the one shape: sixteen tokens of 16 px have no more to say
 TRANSPARENT = "transparent"
 UNDERNEATH = (255, 255, 255)  # of pixels that nothing covers
 SEEN_THROUGH = (0, 255, 255)  # the scorer lays images on this: as far from every colour as they are from one another
@@ -24,16 +25,32 @@ ENGLISH_REMOVALS = ("remove the background", "Remove the background", "make the 
 CHINESE_REMOVALS = ("去掉背景", "把背景变成透明", "把背景去掉")
 
 
+def _fits(scene: Scene) -> bool:
+    return [item.size for item in scene.items] == [SIZE]
+
+
+def _draw(rng: random.Random, *, held_out: bool) -> Scene:
+    while not _fits(scene := draw_scene(rng, held_out=held_out)):
+        pass
+    return scene
+
+
 def draw(rng: random.Random) -> Scene:
     """Return a scene to train on."""
-    scene = draw_scene(rng, held_out=False)
+    scene = _draw(rng, held_out=False)
     return replace(scene, background=TRANSPARENT) if rng.random() < TRANSPARENT_PART else scene
+
+
+def _draw_edit(rng: random.Random, kind: str, *, held_out: bool) -> Edit:
+    while not _fits((edit := draw_edit(rng, kind, held_out=held_out)).target):
+        pass
+    return edit
 
 
 def draw_rgba_edit(rng: random.Random) -> Edit:
     """Return an edit of one image to train on: of a shape's colour or of the background, which may be, and become,
     transparent."""
-    edit = draw_edit(rng, rng.choice(KINDS), held_out=False)
+    edit = _draw_edit(rng, rng.choice(KINDS), held_out=False)
     if rng.random() >= (2 if edit.kind == "background" else 1) * TRANSPARENT_PART:
         return edit
     clear = _clear(edit)
@@ -63,7 +80,7 @@ def paint(scene: Scene, rng: random.Random, *, side_px: int = SIDE_PX) -> np.nda
     image[:] = (*UNDERNEATH, 0) if clear else (*COLOURS[scene.background], 255)
     for item, (x, y) in zip(scene.items, centres, strict=True):
         x, y = (v + rng.uniform(-jitter, jitter) for v in (x, y))
-        diameter = rng.uniform(*DIAMETERS[item.size or rng.choice(SIZES)])
+        diameter = rng.uniform(*DIAMETERS[item.size or SIZE])
         coverage = cover(item.shape, x * side_px, y * side_px, diameter * side_px, (side_px, side_px))[..., None]
         if clear:  # an edge has the shape's whole colour, and is half transparent
             image[coverage[..., 0] > 0, :3] = COLOURS[item.colour]
@@ -95,24 +112,22 @@ def score_rgba_edit(image: np.ndarray, target: Scene, shown: np.ndarray) -> Verd
 
 
 def asked_captions(count: int) -> list[tuple[str, str, Scene]]:
-    """(language, caption, facts): those that the other miniatures are asked, and a quarter more about transparent
-    backgrounds."""
+    """(language, caption, facts): of held-out combinations, and a quarter more about transparent backgrounds. No scene
+    twice but for those on nothing; there are about a hundred."""
     rng = random.Random("transparent captions")
-    cases = held_out_captions(count)
-    for i in range(count // 4):
-        scene = replace(draw_scene(rng, held_out=False), background=TRANSPARENT)
-        language = LANGUAGES[i % len(LANGUAGES)]
-        cases.append((language, wording(scene, language, rng), scene))
-    return cases
+    scenes: dict[Scene, None] = {}
+    while len(scenes) < count:
+        scenes[_draw(rng, held_out=True)] = None
+    clear = [replace(_draw(rng, held_out=False), background=TRANSPARENT) for _ in range(count // 4)]
+    asked = enumerate([*scenes, *clear])
+    return [(language := LANGUAGES[i % len(LANGUAGES)], wording(scene, language, rng), scene) for i, scene in asked]
 
 
 def asked_edits(count: int) -> list[tuple[str, str, Edit]]:
     """(language, instruction, edit): of one image, to held-out combinations, and a quarter more that remove the
     background."""
     rng = random.Random("transparent edits")
-    cases = [case for case in held_out_edits(2 * count) if case[2].kind in KINDS][:count]
-    for i in range(count // 4):
-        edit = _clear(draw_edit(rng, "background", held_out=False))
-        language = LANGUAGES[i % len(LANGUAGES)]
-        cases.append((language, word(order_of(edit, rng), language, rng), edit))
-    return cases
+    edits = [_draw_edit(rng, KINDS[i % len(KINDS)], held_out=True) for i in range(count)]
+    edits += [_clear(_draw_edit(rng, "background", held_out=False)) for _ in range(count // 4)]
+    languages = [LANGUAGES[i // 2 % len(LANGUAGES)] for i in range(len(edits))]
+    return [(language, word(order_of(e, rng), language, rng), e) for language, e in zip(languages, edits, strict=True)]

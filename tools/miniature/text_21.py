@@ -13,11 +13,11 @@ from small_qwen3_vl import Size, make_qwen3_vl
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Qwen3VLForConditionalGeneration
 
-from .data import COLOURS, LANGUAGES, SHAPES, SIZES, Scene, caption, forget_some_facts
+from .data import COLOURS, LANGUAGES, PLACES, SHAPES, Scene, caption, forget_some_facts
 from .edits import Order, order_of
 from .rgba import KINDS, SIDE_PX, TRANSPARENT, draw, draw_rgba_edit, word
 from .run import TimedRun, log
-from .text import LAYOUTS, SUFFIX_TOKENS
+from .text import SUFFIX_TOKENS
 
 BATCH = 96
 HIDDEN = 128
@@ -29,13 +29,9 @@ IMAGE = "<image1><|vision_start|><|image_pad|><|vision_end|>"
 _BACKGROUNDS = (*COLOURS, TRANSPARENT)
 FACTS = {
     "background": _BACKGROUNDS,
-    "layout": LAYOUTS,
-    "first shape": SHAPES,
-    "first colour": tuple(COLOURS),
-    "first size": SIZES,
-    "second shape": SHAPES,
-    "second colour": tuple(COLOURS),
-    "second size": SIZES,
+    "place": PLACES,
+    "shape": SHAPES,
+    "colour": tuple(COLOURS),
     "kind": KINDS,
     "meant shape": SHAPES,
     "meant colour": tuple(COLOURS),
@@ -92,15 +88,10 @@ def read(encoder: Qwen3VLForConditionalGeneration, prompts: Prompts) -> Tensor:
 
 
 def facts_of_scene(scene: Scene) -> dict[str, str]:
-    """What a caption says; `first` is the shape further left, or further up."""
-    items, layout = scene.items, scene.place or "centre"
-    if len(items) == 2:
-        layout = "beside" if scene.place in ("left", "right") else "stacked"
-        items = items[::-1] if scene.place in ("right", "below") else items
-    said: dict[str, str | None] = {"background": scene.background, "layout": layout}
-    for name, item in zip(("first", "second"), items, strict=False):
-        said |= {f"{name} shape": item.shape, f"{name} colour": item.colour, f"{name} size": item.size}
-    return {name: value for name, value in said.items() if value is not None}
+    """What a caption says, but for the size, which is always the same."""
+    (item,) = scene.items
+    place = scene.place or "centre"
+    return {"background": scene.background, "place": place, "shape": item.shape, "colour": item.colour}
 
 
 def facts_of_order(order: Order) -> dict[str, str]:

@@ -12,7 +12,7 @@ from qwenimage_lowvram.engine.models.qwen_image_21_vae.latent_statistics import 
 from torch import Tensor, nn
 
 from .rgba import SIDE_PX, draw, paint
-from .run import TimedRun
+from .run import TimedRun, lower_precision
 from .vae import LATENT_NOISE
 
 BATCH = 8
@@ -66,11 +66,11 @@ def train_vae(path: Path, *, seconds: float, seed: int) -> AutoencoderKLQwenImag
         rng = random.Random(f"vae 2.1 {seed} {run.step}")
         for _ in run.steps():
             images = to_tensor(np.stack([paint(draw(rng), rng, side_px=SIDE_PX) for _ in range(BATCH)]))
-            with torch.autocast("cpu", torch.bfloat16):
+            with lower_precision():
                 moments = vae.quant_conv(vae.encoder(images)).float()
             latents, log_variance = _normalise(moments[:, :CHANNELS]), moments[:, CHANNELS:]
             noisy = latents + LATENT_NOISE * torch.rand(BATCH, 1, 1, 1, 1) * torch.randn_like(latents)
-            with torch.autocast("cpu", torch.bfloat16):
+            with lower_precision():
                 made = _decoder(vae, noisy).float()
             error = made - images
             l1, mse = error.abs().mean(), error.square().mean()
@@ -122,7 +122,7 @@ def _decoder(vae: AutoencoderKLQwenImage21, latents: Tensor) -> Tensor:
 @torch.no_grad()
 def encode(vae: AutoencoderKLQwenImage21, images: np.ndarray) -> Tensor:
     """(N, H, W, 4) uint8 to normalised latents as tokens, (N, H * W / 256, 64)."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with lower_precision():
         latents = vae.quant_conv(vae.encoder(to_tensor(images)))[:, :CHANNELS].float()
     return _normalise(latents).flatten(2).transpose(1, 2)
 
