@@ -18,7 +18,7 @@ from .data import LANGUAGES, Scene, caption, forget_some_facts
 from .edits import Edit, order_of
 from .models import SCHEDULER
 from .rgba import SIDE_PX, draw, draw_rgba_edit, paint, paint_edit, word
-from .run import TimedRun, log, lower_precision
+from .run import TimedRun, has_bf16, log, lower_precision
 from .text_21 import HIDDEN, Embeddings
 from .vae_21 import encode
 
@@ -91,7 +91,9 @@ def train_transformer(
     """Return the trained transformer in float32, its weights the moving average."""
     torch.manual_seed(seed)
     model = build_transformer()
-    matrices = [p for name, p in model.named_parameters() if name.startswith("transformer_blocks") and p.ndim == 2]
+    # Muon multiplies in bf16, which takes longer than the step itself where a CPU has none
+    named = model.named_parameters() if has_bf16() else ()
+    matrices = [p for name, p in named if name.startswith("transformer_blocks") and p.ndim == 2]
     run = TimedRun(model, path, seconds=seconds, lr=1.5e-3, decay=0.99, matrices=matrices)
     torch.manual_seed(seed + run.step)
     rng = random.Random(f"flow 2.1 {seed} {run.step}")
