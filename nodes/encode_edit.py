@@ -62,7 +62,7 @@ class QwenLowVRAMEncodeEditPrompt:
                         "step": 0.05,
                         "tooltip": "Of each image as the model is shown it, and of the output. 1: as it was trained "
                         "(Qwen-Image-2.1: 1056x1056 of a square image, whose edits at 1024x1024 are near-copies). "
-                        "0: the image's own size, to the nearest multiple of 16.",
+                        "0: the image's own size, to the nearest multiple of 16 (Qwen-Image-2.1: 32).",
                     },
                 ),
                 "width": ("INT", {**side, "tooltip": "Of the output. 0: as picture 1."}),

@@ -76,21 +76,21 @@ class LowVRAMCLIP21(LowVRAMCLIP):
 
 
 def encode_edit_21(edit: Edit, member: Variant21) -> EncodedEdit:
-    """As Qwen-Image-2.1 is shown images: each scaled to one area, the same for encoder and VAE, alpha included. Raises
-    InvalidRequest."""
+    """As Qwen-Image-2.1 is shown images: each scaled to one area, the same for encoder and VAE, alpha included; or each
+    in its own size, of which the encoder sees one below LEAST_PIXELS enlarged. Raises InvalidRequest."""
     for i, image in enumerate(edit.images, start=1):
         require_image(image, f"Image {i}")
-    sizes = plan_sizes_21(edit.sizes, pixels=edit.megapixels * PIXELS or PIXELS, output=edit.output)
+    sizes = plan_sizes_21(edit.sizes, pixels=edit.megapixels * PIXELS or None, output=edit.output)
     for number, (wide, high) in enumerate(sizes.references, start=1):
-        if not edit.megapixels or wide * high < LEAST_PIXELS:
+        if edit.megapixels and wide * high < LEAST_PIXELS:
             raise InvalidRequest(
                 "Image {number} would be shown to Qwen-Image-2.1 in {width}x{height} px; all images are shown in one "
-                "area, of {least} px at least.\n\nWhat to do: set megapixels to 1, which it was trained for, or to 0.1 "
-                "at least.",
+                "area, of {least} px at least.\n\nWhat to do: set megapixels to 1, which it was trained for, to 0.1 "
+                "at least, or to 0 for each image's own size.",
                 code="edit_21.too_small_area",
                 number=number,
-                width=wide if edit.megapixels else 0,
-                height=high if edit.megapixels else 0,
+                width=wide,
+                height=high,
                 least=LEAST_PIXELS,
             )
     _tell_doubts(len(edit.images), sizes.one_grid)

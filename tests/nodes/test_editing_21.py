@@ -155,10 +155,24 @@ def test_the_parts_of_other_models_are_named_at_their_inputs(
         load(variant="Qwen-Image-Edit")
 
 
+@pytest.mark.parametrize(("size", "edited"), [((64, 64), (64, 64)), ((100, 70), (96, 64)), ((384, 256), (384, 256))])
+def test_an_image_keeps_its_own_size_where_a_person_asks_for_it_however_small(
+    load: Any, size: tuple[int, int], edited: tuple[int, int]
+) -> None:
+    from qwenimage_lowvram.nodes.encode_edit import QwenLowVRAMEncodeEditPrompt
+
+    _, clip, vae = load()
+    settings = {"positive": "", "negative": "", "width": 0, "height": 0, "batch_size": 1, "variant": "auto"}
+    image = torch.rand(1, *size[::-1], 3)
+    made = QwenLowVRAMEncodeEditPrompt().encode(clip, vae, **settings, megapixels=0.0, image1=image)
+    positive, _, latent = made["result"]
+    (reference,) = positive[0][1]["reference_latents"]
+    assert [16 * side for side in reference.shape[-2:]] == list(edited[::-1])
+    assert latent["samples"].shape[-2:] == reference.shape[-2:]
+
+
 def test_more_than_twelve_images_and_other_requests_are_refused(load: Any) -> None:
     _, clip, vae = load()
-    with pytest.raises(InvalidRequest, match=r"set megapixels to 1"):
-        encode(clip, vae, CASES["one image"], megapixels=0.0)
     with pytest.raises(InvalidRequest, match=r"Image 1 would be shown to Qwen-Image-2.1 in 160x96 px"):
         encode(clip, vae, CASES["one image"], megapixels=0.015)
     with pytest.raises(InvalidRequest, match=r"sides must be multiples of 32 px. Use 96x"):

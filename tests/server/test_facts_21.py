@@ -33,7 +33,7 @@ SCENES = {
     ),
 }
 CIRCLE = Scene("yellow", (Item("circle", "red", "large"),), "left")
-SQUARE = Scene("white", (Item("square", "green", "large"),), "top")
+SQUARE = Scene("white", (Item("square", "orange", "large"),), "top")
 EDITS = {
     "make the circle blue": Edit(
         "shape", (CIRCLE,), Scene("yellow", (Item("circle", "blue", "large"),), "left"), item=0

@@ -41,8 +41,8 @@ class EditSizes21:
         return not self.references or self.references[0] == self.output
 
 
-def plan_sizes_21(images: Sequence[Size], *, pixels: float = PIXELS, output: Size | None = None) -> EditSizes21:
-    """`pixels`: area of each reference, and of the output unless `output` says otherwise; PIXELS is the default.
+def plan_sizes_21(images: Sequence[Size], *, pixels: float | None = PIXELS, output: Size | None = None) -> EditSizes21:
+    """`pixels`: area of each reference, and of the output unless `output` says otherwise; None: each image's own.
 
     Raises InvalidRequest for more than MOST_IMAGES, one that is none, or an output that the model cannot make.
     """
@@ -78,11 +78,13 @@ def plan_sizes_21(images: Sequence[Size], *, pixels: float = PIXELS, output: Siz
             near_width=near[0],
             near_height=near[1],
         )
-    references = tuple(by_area(size, pixels) for size in images)
+    references = tuple(by_area(size, pixels or size[0] * size[1]) for size in images)
     aside = output is None and pixels == PIXELS and references[:1] == (HALOED,)
     if aside:
         references = tuple(BESIDE_IT if size == HALOED else size for size in references)
-    return EditSizes21(output or (references[0] if references else by_area((1, 1), pixels)), references, aside)
+    return EditSizes21(
+        output or (references[0] if references else by_area((1, 1), pixels or PIXELS)), references, aside
+    )
 
 
 def by_area(size: Size, pixels: float) -> Size:
