@@ -27,10 +27,6 @@ def diffusers_transformer() -> ModuleType:
     return _imported("diffusers.models.transformers.transformer_qwenimage", "diffusers", purpose)
 
 
-def accelerate() -> ModuleType:
-    return _imported("accelerate", "accelerate", "models are made without weights with it")
-
-
 def bitsandbytes() -> ModuleType:
     """Its functions; importing them registers its operators with torch."""
     return _imported("bitsandbytes.functional", "bitsandbytes", "weights in nf4 and fp4 are read and written with it")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import full_size
@@ -16,6 +17,7 @@ from qwenimage_lowvram.engine.errors import InvalidRequest
 from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.models.network import Hooked
+from qwenimage_lowvram.engine.models.qwen_image import network
 from qwenimage_lowvram.engine.models.qwen_image.branch import Branch
 from qwenimage_lowvram.engine.models.qwen_image.positions import MAX_POSITIONS
 from qwenimage_lowvram.engine.models.qwen_image.schedule import qwen_sigmas
@@ -482,3 +484,29 @@ def test_nothing_stays_on_the_device_after_unloading(stored: torch.dtype, stoppe
             assert transformer.store.resident_bytes == 0
             assert live.now == 0
             assert all(ref() is None for ref in refs)
+
+
+def test_modules_that_another_thread_makes_meanwhile_have_weights(
+    small_pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan is made while a model runs: neither may change what the other makes."""
+    made: list[str] = []
+    diffusers_transformer = network.diffusers_transformer
+
+    class Beside:
+        QwenImageTransformerBlock = diffusers_transformer().QwenImageTransformerBlock
+
+        @staticmethod
+        def QwenImageTransformer2DModel(**config: Any) -> Any:
+            other = Thread(target=lambda: made.append(torch.nn.LayerNorm(4).weight.device.type))
+            other.start()
+            other.join()
+            return diffusers_transformer().QwenImageTransformer2DModel(**config)
+
+    monkeypatch.setattr(network, "diffusers_transformer", lambda: Beside)
+    QwenImageTransformer(
+        open_checkpoint(small_pipeline / "transformer"),
+        dtype=torch.float32,
+        hardware=Hardware.detect(torch.device("cpu")),
+    )
+    assert set(made) == {"cpu"}

@@ -12,7 +12,7 @@ from ...compute.linear_choice import DECODED, LinearChoice
 from ...compute.token_chunks import ChunkedTokens
 from ...files.checkpoint import Checkpoint
 from ...hardware import Hardware
-from ...packages import ATTENTION, accelerate, diffusers_transformer
+from ...packages import ATTENTION, diffusers_transformer
 from ...streaming import BlockSource, FileSource, StoredBlock
 from ..network import Network
 from ..transformer_parts import TransformerParts
@@ -70,7 +70,7 @@ class QwenImageParts(TransformerParts):
 
 def _empty_outside(config: TransformerConfig, dtype: torch.dtype) -> "QwenImageTransformer2DModel":
     """diffusers' model without its blocks, to be computed with in `dtype`."""
-    with accelerate().init_empty_weights():  # unlike the meta device, it makes the rotary tables
+    with torch.device("meta"):  # of this thread alone: while one plans, another may make modules with weights
         model = (
             diffusers_transformer()
             .QwenImageTransformer2DModel(
@@ -87,6 +87,8 @@ def _empty_outside(config: TransformerConfig, dtype: torch.dtype) -> "QwenImageT
             )
             .eval()
         )
+    rope = model.pos_embed
+    model.pos_embed = type(rope)(theta=rope.theta, axes_dim=rope.axes_dim, scale_rope=rope.scale_rope)  # its tables
     if dtype == torch.float16:
         model.txt_norm = _WideNorm(model.txt_norm)
     return model
