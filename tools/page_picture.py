@@ -28,10 +28,10 @@ FIT = """() => {
   const [left, top] = [0, 1].map((axis) => Math.min(...shown.map((node) => node.pos[axis])));
   const [right, bottom] = [0, 1].map((axis) => Math.max(...shown.map((node) => node.pos[axis] + node.size[axis])));
   const { ds, canvas } = window.app.canvas;
-  const [wide, high] = [canvas.clientWidth - 120, canvas.clientHeight - 140];
+  const [wide, high] = [canvas.clientWidth - 120, canvas.clientHeight - 190];
   ds.scale = Math.min(wide / (right - left), high / (bottom - top));
   ds.offset[0] = 80 / ds.scale - left;
-  ds.offset[1] = 110 / ds.scale - top;
+  ds.offset[1] = 150 / ds.scale - top;
   window.app.canvas.setDirty(true, true);
 }"""
 PAUSE = "(ms) => new Promise((done) => setTimeout(done, ms))"
