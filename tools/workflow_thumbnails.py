@@ -2,8 +2,8 @@
 
     PYTHONPATH=tools/alias:tools python tools/workflow_thumbnails.py [PART ...]
 
-those with one of the parts in their names, or all. Workflows of Qwen-Image-2.1 are left out: the miniature of it, where
-one is in the repository, is not asked yet.
+those with one of the parts in their names, or all. What no miniature can do keeps its thumbnail: three images with
+Qwen-Image-2.1.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from devtools.client import ComfyClient
 from devtools.comfyui import require_comfyui
 from devtools.server import ComfyServer
 from devtools.workflow import set_widgets, to_prompt
+from miniature.rgba import SIDE_PX as SIDE_21_PX
 from PIL import Image
 from thumbnails import scenes
 from thumbnails.poster import checkered, poster, veiled
@@ -35,7 +36,9 @@ GUIDED = {"preset": "as set", "scheduler": "qwen_image", "steps": 20, "cfg": 4.0
 LORA = "lightning-4steps.safetensors"
 MEGAPIXELS = scenes.SIDE_PX**2 / 1024**2
 BYPASSED = 4
+SAVED = "6"  # the node whose image is the model's
 FOOT = "made by the miniature, a tiny model that only draws shapes"
+FOOT_21 = "made by 2.1's miniature, which only knows shapes · Qwen-Image-2.1: non-commercial use only"
 EDITING_FOOT = "made by the editing miniature, a tiny model that only knows shapes"
 DRAWN_FOOT = "a drawing: no tiny model takes images apart"
 
@@ -48,8 +51,9 @@ def main() -> None:
     with serving() as (server, client):
         studio = Studio(server, client)
         for stem, workflow in wanted:
-            if not workflow.licence:  # those of 2.1 have one
-                thumbnail = studio.thumbnail(stem, workflow)
+            make = studio.thumbnail_21 if workflow.licence else studio.thumbnail  # those of 2.1 have one
+            thumbnail = make(stem, workflow)
+            if thumbnail is not None:
                 thumbnail.save(FOLDER / f"{stem}.jpg", quality=88, optimize=True)
                 print(stem, flush=True)
 
@@ -59,7 +63,7 @@ def serving() -> Iterator[tuple[ComfyServer, ComfyClient]]:
     """A server with the miniatures, in a folder that goes afterwards."""
     with tempfile.TemporaryDirectory() as folder:
         server = ComfyServer(require_comfyui(), Path(folder), cpu=True)
-        for name in ("miniature", "miniature-edit"):
+        for name in ("miniature", "miniature-edit", "miniature-2.1"):
             shutil.copytree(REPOSITORY / name, server.base / "models" / "diffusers" / name)
         shutil.copy(REPOSITORY / "miniature" / LORA, server.base / "models" / "loras")
         with server:
@@ -95,6 +99,16 @@ class Studio:
             given = [veiled(given[0], 0.5, 0, 1, 1)] if workflow.title == "Inpaint" else given
         return poster(card, kind, given, [made], task.words, FOOT)
 
+    def thumbnail_21(self, stem: str, workflow: Workflow) -> Image.Image | None:
+        if "three" in workflow.title:
+            return None
+        clear, changes = "Turbo" not in stem, "Edit" in workflow.title or "Remove" in workflow.title
+        draw = partial(scenes.edit_21 if changes else scenes.from_text_21, clear=clear)
+        task, made = self._right(stem, draw, "miniature-2.1", **GUIDED)
+        kind = "\n".join(part.strip() for part in workflow.title.split(","))
+        given = [Image.fromarray(image) for image in task.given]
+        return poster(workflow.card_gb, kind, given, [checkered(made)], task.words, FOOT_21)
+
     def _right(self, stem: str, draw: Any, model: str, **sample: Any) -> tuple[scenes.Task, Image.Image]:
         """The first task that is done right. Raises RuntimeError after TRIES."""
         for chance in range(TRIES):
@@ -108,6 +122,7 @@ class Studio:
         graph = json.loads((FOLDER / f"{stem}.json").read_text(encoding="utf-8"))
         self._show(graph, task.files)
         folder = "from the folder"
+        side_px = SIDE_21_PX if model == "miniature-2.1" else scenes.SIDE_PX
         changes: dict[str, dict[str, Any]] = {
             "QwenLowVRAMLoader": {
                 "transformer": f"{model} (folder)", "text_encoder": folder, "vae": folder, "variant": "auto",
@@ -115,7 +130,7 @@ class Studio:
             "QwenLowVRAMLoadLora": {"lora_name": LORA},
             "QwenLowVRAMEncodePrompts": scenes.asked(task),
             "QwenLowVRAMEncodeEditPrompt": {**scenes.asked(task), "megapixels": 0.0},
-            "EmptySD3LatentImage": {"width": scenes.SIDE_PX, "height": scenes.SIDE_PX},
+            "EmptySD3LatentImage": {"width": side_px, "height": side_px},
             "ImageScaleToTotalPixels": {"megapixels": MEGAPIXELS},
             "GrowMask": {"expand": 4},
             "ImageBlur": {"blur_radius": 2},
@@ -128,7 +143,8 @@ class Studio:
             if node["type"] == "QwenLowVRAMLoadLora" and model != "miniature":
                 node["mode"] = BYPASSED  # it is the drawing miniature's
         run = self._client.run(to_prompt(graph, self._object_info))
-        return Image.open(io.BytesIO(self._client.image(run.images()[0]))).convert("RGB")
+        image = Image.open(io.BytesIO(self._client.image(run.outputs[SAVED]["images"][0])))
+        return image.convert("RGBA" if model == "miniature-2.1" else "RGB")
 
     def _show(self, graph: dict[str, Any], files: list[np.ndarray]) -> None:
         """Put the images into the input folder, and what is left of the graph's loaders aside."""

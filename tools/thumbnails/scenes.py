@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 from miniature.data import COLOURS, Item, Scene, caption, draw_scene, is_held_out, paint
 from miniature.edits import draw_edit, instruction, order_of, paint_edit
+from miniature.rgba import TRANSPARENT, draw_rgba_edit, score_rgba, score_rgba_edit, word
+from miniature.rgba import draw as draw_rgba
+from miniature.rgba import paint_edit as paint_rgba_edit
 from miniature.scorer import score, score_edit
 from PIL import Image
 
@@ -36,6 +39,25 @@ def edit(chance: random.Random, *, several: bool) -> Task:
     words = instruction(order_of(made, chance), "en", chance)
     shown, _ = paint_edit(made, words)
     return Task(words, lambda image: score_edit(image, made.target, shown[made.kept]).correct, shown, shown)
+
+
+def from_text_21(chance: random.Random, *, clear: bool) -> Task:
+    """`clear`: on a transparent background."""
+    while ((scene := draw_rgba(chance)).background == TRANSPARENT) != clear:
+        pass
+    return Task(caption(scene, "en", chance), lambda image: score_rgba(image, scene).correct)
+
+
+def edit_21(chance: random.Random, *, clear: bool) -> Task:
+    """`clear`: the background is removed."""
+    while True:
+        made = draw_rgba_edit(chance)
+        before, after = made.sources[0].background, made.target.background
+        if before != TRANSPARENT and (after == TRANSPARENT) == clear:
+            break
+    words = word(order_of(made, chance), "en", chance)
+    shown, _ = paint_rgba_edit(made, words)
+    return Task(words, lambda image: score_rgba_edit(image, made.target, shown).correct, [shown[..., :3]], [shown])
 
 
 def image_to_image(chance: random.Random) -> Task:
