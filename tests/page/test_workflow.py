@@ -177,13 +177,15 @@ def test_the_4_gb_workflow_runs_in_the_page_to_its_image(page: Any, small: Any, 
     seen = page.evaluate("() => document.qwenSeen")
     of_run = [event for event in seen if event["event"]["node"] == "4"]
     stages = list(dict.fromkeys(event["event"]["stage"] for event in of_run))
-    assert stages == ["preparing", "loading", "modulation", "sampling", "done"]
+    # a run of another page may have left the blocks on the card
+    assert [stage for stage in stages if stage != "loading"] == ["preparing", "modulation", "sampling", "done"]
     sampled = [event["event"] for event in of_run if event["event"]["stage"] == "sampling"]
     assert all(set(event) - {"plan"} == set(EVENT) and set(event["facts"]) == set(FACTS) for event in sampled)
     assert len({event["event"]["prompt_id"] for event in seen}) == 1
     assert {event["event"]["workflow_id"] for event in seen} == {page.evaluate("() => window.app.rootGraph.id")}
     shown = {event["event"]["stage"]: event["panels"]["4"] for event in of_run}
-    assert re.fullmatch(r"Loading what stays on the card, block \d+/\d+", shown["loading"][0])
+    if "loading" in stages:
+        assert re.fullmatch(r"Loading what stays on the card, block \d+/\d+", shown["loading"][0])
     assert re.fullmatch(r"Reading weights once \(not for the next seed\): block \d+/\d+", shown["modulation"][0])
     assert re.fullmatch(r"step \d/4 · \d:\d\d · about \d:\d\d left", shown["sampling"][0])
     assert re.fullmatch(r"All \d blocks stay in RAM; bound by [a-z ]+\.", shown["sampling"][-1])
