@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..engine.models.qwen_image_21.sizes import PIXELS, by_area
 from .sample import PRESETS
 
-LOADER, SAMPLE, ENCODE_EDIT = "QwenLowVRAMLoader", "QwenLowVRAMSample", "QwenLowVRAMEncodeEditPrompt"
-PIXELS = 1024 * 1024  # of an image that nobody has chosen yet
-_STEP_PX = 16
+LOADER, ENCODE_EDIT = "QwenLowVRAMLoader", "QwenLowVRAMEncodeEditPrompt"
+_SAME_LATENT = ("SetLatentNoiseMask", "RepeatLatentBatch")  # nodes that keep its size
 _TOKEN_BYTES = 3  # of UTF-8 to a token of a prompt, about
 _TEMPLATE_TOKENS = 40
 
@@ -25,7 +25,8 @@ Size = tuple[int, int]  # (width, height) in px
 class GraphRun:
     """A sampler and the loader that its model comes from, by their ids, and what is asked of them.
 
-    size: (width, height) in px, None where nothing tells; exact: to the pixel. prompts: ids of all nodes that the
+    settings: the loader's values, None for what nothing tells. size: (width, height) in px, None where nothing tells;
+    exact: to the pixel, and the batch. prompts: ids of all nodes that the
     prompts need. loras: file names of models/loras. uncounted: what the graph
     adds whose memory is not known here.
     """
@@ -71,7 +72,7 @@ class _Graph:
         return GraphRun(
             models[-1],
             sampler,
-            self._inputs(models[-1]),
+            {name: self._value(models[-1], name) for name in self._inputs(models[-1])},
             latent.size,
             latent.exact,
             latent.batch,
@@ -173,7 +174,8 @@ class _Graph:
             return _Latent(self._image(source, "pixels"), False, 1, 0)
         found = self._latent(source, "samples", depth - 1)
         repeated = self._number(source, "amount")
-        return found if repeated < 2 else replace(found, batch=found.batch * repeated)
+        exact = found.exact and self._kind(source) in _SAME_LATENT
+        return replace(found, exact=exact, batch=found.batch * max(1, repeated))
 
     def _size_on(self, node: str) -> Size | None:
         size = self._side(node, "width"), self._side(node, "height")
@@ -219,6 +221,4 @@ class _Latent:
 
 def _of_area(size: Size, megapixels: float) -> Size:
     """The size that an image is brought to, about; 0 keeps its own."""
-    scale = math.sqrt(megapixels * PIXELS / (size[0] * size[1])) if megapixels > 0 else 1.0
-    width, height = (max(_STEP_PX, round(side * scale / _STEP_PX) * _STEP_PX) for side in size)
-    return width, height
+    return by_area(size, megapixels * PIXELS if megapixels > 0 else size[0] * size[1])

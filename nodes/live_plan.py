@@ -18,7 +18,8 @@ from PIL import Image
 from ..engine.compute.linear_choice import Computing
 from ..engine.compute.step_schedules import OFF, step_cache_of
 from ..engine.errors import DoesNotFit, QwenLowVRAMError
-from ..engine.planning.stages import ImageRequest
+from ..engine.planning.stages import ImagePlan, ImageRequest
+from ..engine.reports.plan_facts import plan_facts
 from ..engine.texts import size_text
 from .adapters.known_speeds import speeds_stamp
 from .adapters.limits import could_be_free
@@ -32,7 +33,10 @@ from .sources import Sources
 
 SIZE = (1328, 1328)  # where nothing tells: the model's own
 # of the loader
-_PLANNED_BY = ("dtype", "weight_format", "vram_limit_gb", "ram_limit_gb", "step_cache", "compute", "compile")
+_FILES = ("transformer", "text_encoder", "vae")
+_PLANNED_BY = (
+    "dtype", "weight_format", "vram_limit_gb", "ram_limit_gb", "variant", "step_cache", "compute", "compile",
+)  # fmt: skip
 _one_at_a_time = Lock()  # a page that types quickly shall not fill the threads
 
 
@@ -40,7 +44,8 @@ _one_at_a_time = Lock()  # a page that types quickly shall not fill the threads
 class PlanLine:
     """For the nodes of `nodes`, by their ids. fits: False where the run would be refused, or a file is wrong.
 
-    text: one English sentence. values: its numbers and names, for another language; of a refusal, its code and values.
+    text: one English sentence, for programs and refusals. values: what a page says it with, in another language: facts
+    of the plan; of an error its code and values.
     """
 
     nodes: tuple[str, ...]
@@ -48,48 +53,35 @@ class PlanLine:
     text: str
     values: dict[str, Any]
 
-    def as_dict(self) -> dict[str, Any]:
-        return {"nodes": list(self.nodes), "fits": self.fits, "text": self.text, "values": self.values}
-
 
 def lines_of(prompt: Prompt) -> list[PlanLine]:
-    """One for each sampler that our loaders' models reach. Reads headers; not for the server's event loop."""
+    """One for each sampler that our loaders' models reach, where the graph names its files. Reads headers; not for the
+    server's event loop."""
     with _one_at_a_time:
-        return [line_of(run) for run in runs_of(prompt, image_size)]
+        return [line_of(run) for run in runs_of(prompt, image_size) if all(run.settings.get(name) for name in _FILES)]
 
 
 def line_of(run: GraphRun) -> PlanLine:
     """By the limits that a person set, or by what could be free."""
     nodes = (run.loader, run.sampler)
-    free_vram, free_ram = could_be_free(comfy.model_management.get_torch_device())
-    vram_bytes, ram_bytes = (
-        limit_bytes(run.settings.get(name) or 0.0) or free
-        for name, free in (("vram_limit_gb", free_vram), ("ram_limit_gb", free_ram))
-    )
     try:
         models = _models_of(run)
         request = _request_of(run, models)
+        free_vram, free_ram = could_be_free(comfy.model_management.get_torch_device())
+        vram_bytes, ram_bytes = _limit(run, "vram_limit_gb") or free_vram, _limit(run, "ram_limit_gb") or free_ram
         card = models.card(request, "", vram_bytes, vram_bytes, ram_bytes)
     except QwenLowVRAMError as error:
         return PlanLine(nodes, False, str(error), error.as_dict())
     if card.plan is None:
         return PlanLine(nodes, False, card.refusal, {})
-    plan = card.plan.sampling
-    values = {
+    values = plan_facts(card.plan.sampling, host=False) | {
+        "peak_bytes": card.plan.peak_bytes,  # of all stages
         "format": models.held_in(card.weight_format),
-        "resident": len(plan.resident),
-        "blocks": plan.blocks,
-        "peak_bytes": card.plan.peak_bytes,
-        "limit_bytes": vram_bytes,
-        "seconds": plan.forecast.seconds,
         "measured": models.measured,
-        "bound": plan.forecast.bound.value,
-        "width": request.width,
-        "height": request.height,
         "size_known": run.size is not None,
         "uncounted": [*run.uncounted, *(["LoRA"] if run.loras else [])],
     }
-    return PlanLine(nodes, True, _sentence(values), values)
+    return PlanLine(nodes, True, _sentence(card.plan, values), values)
 
 
 def refusal_of(run: GraphRun) -> str:
@@ -97,13 +89,15 @@ def refusal_of(run: GraphRun) -> str:
 
     Only a VRAM limit that a person set and a size that the graph tells to the pixel refuse: both hold when it runs.
     """
-    limit = limit_bytes(run.settings.get("vram_limit_gb") or 0.0)
-    if limit is None or not run.exact:
+    if not run.exact or run.images:  # whose sizes count, too
         return ""
     try:
         models = _models_of(run)
+        limit = _limit(run, "vram_limit_gb")
+        if limit is None:
+            return ""
         request = _request_of(replace(run, prompt_tokens=1), models)
-        return models.card(request, "", limit, limit, limit_bytes(run.settings.get("ram_limit_gb") or 0.0)).refusal
+        return models.card(request, "", limit, limit, _limit(run, "ram_limit_gb")).refusal
     except QwenLowVRAMError:
         return ""  # who runs into it says it
 
@@ -124,15 +118,22 @@ def refuse_what_cannot_fit(prompt: Prompt | None) -> None:
 
 def _models_of(run: GraphRun) -> PlannedModels:
     """Raises what the loader raises."""
-    check_widgets(loader_inputs(), **{name: run.settings[name] for name in _PLANNED_BY if name in run.settings})
-    sources = Sources.of(*(str(run.settings.get(name)) for name in ("transformer", "text_encoder", "vae")))
+    given = {name: run.settings[name] for name in _PLANNED_BY if run.settings.get(name) is not None}
+    check_widgets(loader_inputs(), **given)
+    sources = Sources.of(*(str(run.settings.get(name)) for name in _FILES))
     settings = PlanSettings(
-        run.settings.get("weight_format", AUTO),
-        run.settings.get("dtype", AUTO),
-        Computing(run.settings.get("compute", Computing.AS_COMFYUI.value)),
-        run.settings.get("compile", False),
+        given.get("weight_format", AUTO),
+        given.get("dtype", AUTO),
+        Computing(given.get("compute", Computing.AS_COMFYUI.value)),
+        given.get("compile", False),
+        given.get("variant", AUTO),
     )
     return _opened(sources, settings, run.layers, run.images, (_stamps(sources), speeds_stamp()))
+
+
+def _limit(run: GraphRun, name: str) -> int | None:
+    """In bytes, of a value that has been checked; None where a person set none."""
+    return limit_bytes(run.settings.get(name) or 0.0)
 
 
 @lru_cache(maxsize=8)
@@ -142,7 +143,11 @@ def _opened(sources: Sources, settings: PlanSettings, layers: int, images: int, 
 
 
 def _request_of(run: GraphRun, models: PlannedModels) -> ImageRequest:
+    """Raises InvalidRequest for steps that the step cache knows nothing of."""
     width, height = run.size or SIZE
+    cache = step_cache_of(run.settings.get("step_cache") or OFF)
+    if cache is not None:
+        cache.require_steps(run.steps)
     return ImageRequest(
         width,
         height,
@@ -152,22 +157,21 @@ def _request_of(run: GraphRun, models: PlannedModels) -> ImageRequest:
         run.prompt_tokens,
         references=run.images,
         layers=run.layers,
-        step_cache=step_cache_of(run.settings.get("step_cache", OFF)),
+        step_cache=cache,
         prompts=models.prompts,
     )
 
 
-def _sentence(values: Mapping[str, Any]) -> str:
-    machine = "on this machine" if values["measured"] else "on a typical card"
-    uncounted = f"; {', '.join(values['uncounted'])} not counted" if values["uncounted"] else ""
-    unknown = (
-        "" if values["size_known"] else f"; for {values['width']}x{values['height']}, as the size is not known yet"
-    )
+def _sentence(plan: ImagePlan, values: Mapping[str, Any]) -> str:
+    blocks = f"{values['format']}, {values['resident']} of {values['blocks']} blocks on the card"
     memory = f"{size_text(values['peak_bytes'])} of {size_text(values['limit_bytes'])}"
-    return (
-        f"{values['format']}, {values['resident']} of {values['blocks']} blocks on the card, {memory}, about "
-        f"{values['seconds']:.2g} s/step {machine}, limited by {values['bound']}{uncounted}{unknown}"
-    )
+    machine = "on this machine" if values["measured"] else "on a typical card"
+    parts = [f"{blocks}, {memory}, about {plan.sampling.forecast} {machine}"]
+    if values["uncounted"]:
+        parts.append(f"{', '.join(values['uncounted'])} not counted")
+    if not values["size_known"]:
+        parts.append(f"for {values['width']}x{values['height']}, as the size is not known yet")
+    return "; ".join(parts)
 
 
 def _stamps(sources: Sources) -> tuple[tuple[str, int], ...]:
@@ -189,5 +193,5 @@ def image_size(name: str) -> Size | None:
             return None
         with Image.open(folder_paths.get_annotated_filepath(name)) as image:
             return image.size
-    except (OSError, ValueError):
+    except (OSError, ValueError, Image.DecompressionBombError):
         return None

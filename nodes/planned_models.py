@@ -46,6 +46,7 @@ class PlanSettings:
     dtype: str
     compute: Computing
     compile: bool = False
+    variant: str = AUTO
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,12 @@ class PlannedModels:
     @classmethod
     def open(cls, sources: Sources, settings: PlanSettings, layers: int, images: int) -> "PlannedModels":
         """For images in so many layers, and shown so many. Raises what the loader raises, and InvalidRequest."""
-        transformer_file, text_file, vae_file = sources.open(AUTO)
+        transformer_file, text_file, vae_file = sources.open(settings.variant)
         family = sources.family
         with at_input("weight_format"):
             check_weight_format(transformer_file, settings.weight_format)
         with at_input("layers"):
-            _check_layers(transformer_file, sources.member(transformer_file, AUTO).makes_layers, layers)
+            _check_layers(transformer_file, sources.member(transformer_file, settings.variant).makes_layers, layers)
         with at_input("reference_pictures"):
             _check_images(transformer_file, family.most_images, images)
         card = _card()

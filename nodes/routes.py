@@ -7,6 +7,7 @@ POST /qwen_lowvram/plan {"prompt": what the page would send to /prompt}  ->  {"l
 
 import asyncio
 import json
+from dataclasses import asdict
 from typing import Any
 
 from aiohttp import web
@@ -52,7 +53,7 @@ async def plan(request: web.Request) -> web.Response:
             400, 'Send {"prompt": X}, with X as /prompt takes it: {node id: {"class_type": ..., "inputs": ...}}.'
         )
     lines = await asyncio.to_thread(lines_of, prompt)
-    return web.json_response({"lines": [line.as_dict() for line in lines]})
+    return web.json_response({"lines": [asdict(line) for line in lines]})
 
 
 async def _given(request: web.Request, longest: int) -> dict[str, Any] | web.Response:

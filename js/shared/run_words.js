@@ -36,6 +36,11 @@ const EN = {
   noVram: "none of its own: the device uses RAM",
   bound: { compute: "computing", bus: "the bus", disk: "the disk", decoding: "decoding" },
   boundBy: (bound) => `bound by ${bound}`,
+  expected: (format, at, of, memory, limit, pace, measured) =>
+    `${format}, ${at} of ${of} blocks on the card, ${memory} of ${limit} GiB, about ${pace} s/step ` +
+    (measured ? "on this machine" : "on a typical card"),
+  notCounted: (names) => `${names.join(", ")} not counted`,
+  sizeUnknown: (width, height) => `planned for ${width}x${height}: the size is not known before the run`,
   all: (blocks, host) => `All ${blocks} blocks stay ${host ? "in RAM" : "on the card"}`,
   some: (resident, blocks, host) =>
     `${resident || "None"} of ${blocks} blocks ${resident === 1 ? "stays" : "stay"} ${host ? "in RAM" : "on the card"}`,
@@ -100,6 +105,10 @@ const ZH = {
   noVram: "没有独立显存：设备使用内存",
   bound: { compute: "计算", bus: "总线", disk: "硬盘", decoding: "解码" },
   boundBy: (bound) => `瓶颈：${bound}`,
+  expected: (format, at, of, memory, limit, pace, measured) =>
+    `${format}，显卡上常驻 ${at}/${of} 块，显存 ${memory}/${limit} GiB，${measured ? "本机" : "典型显卡"}每步约 ${pace} 秒`,
+  notCounted: (names) => `未计入 ${names.join("、")}`,
+  sizeUnknown: (width, height) => `按 ${width}x${height} 计划：运行前无法得知尺寸`,
   all: (blocks, host) => `全部 ${blocks} 个块常驻${host ? "内存" : "显卡"}`,
   some: (resident, blocks, host) => `${blocks} 个块中 ${resident} 个常驻${host ? "内存" : "显卡"}`,
   others: (resident) => `${resident ? "其余块" : "所有块"}每步经过一次`,
@@ -166,6 +175,18 @@ export function sentenceOf(words, facts) {
   const where = there === blocks ? [words.all(blocks, host)] : [words.some(there, blocks, host), words.others(there)];
   const [comma, semicolon, end] = words === ZH ? ["，", "；", "。"] : [", ", "; ", "."];
   return `${where.join(comma)}${semicolon}${bound}${end}`;
+}
+
+/** What a run would take that has not begun, in a line: a plan's facts, and what is not known of it yet. */
+export function expectationOf(words, facts) {
+  const { format, resident, elsewhere, blocks, peak_bytes: peak, limit_bytes: limit } = facts;
+  const pace = paceOf(facts.seconds_per_step);
+  const [comma, semicolon] = words === ZH ? ["，", "；"] : [", ", "; "];
+  const line = words.expected(format, resident + elsewhere, blocks, gib(peak), gib(limit), pace, facts.measured);
+  const parts = [line + comma + words.boundBy(words.bound[facts.bound] ?? facts.bound)];
+  if (facts.uncounted.length) parts.push(words.notCounted(facts.uncounted));
+  if (!facts.size_known) parts.push(words.sizeUnknown(facts.width, facts.height));
+  return parts.join(semicolon);
 }
 
 /** [name, value] of what a plan says, and a report where there is one. */

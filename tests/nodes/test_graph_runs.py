@@ -106,6 +106,14 @@ def test_the_latent_of_an_images_size() -> None:
     assert (run.size, run.layers) == ((640, 480), 3)
 
 
+def test_a_batch_that_another_node_may_change_is_not_known_for_sure() -> None:
+    cut = ("LatentFromBatch", {"samples": ["3", 0], "batch_index": 0, "length": 1})
+    kind, inputs = graph()["4"]
+    (run,) = of(graph(n9=cut, n4=(kind, {**inputs, "latent_image": ["9", 0]})))
+    assert (run.size, run.exact) == ((1328, 800), False)
+    assert of(graph())[0].exact
+
+
 def test_another_loaders_sampler_is_none_of_ours() -> None:
     assert of(graph(n1=("UNETLoader", {"unet_name": "a.safetensors"}))) == []
 

@@ -112,6 +112,24 @@ def test_encoding_for_a_run_that_cannot_fit_is_refused_at_that_node_alone(
     refuse_what_cannot_fit(None)
 
 
+def test_a_widget_that_is_linked_has_the_value_of_its_primitive(graph: Callable[..., dict[str, Any]]) -> None:
+    prompt = graph(vram_limit_gb=["9", 0], ram_limit_gb=["8", 0])
+    prompt["9"] = {"class_type": "PrimitiveFloat", "inputs": {"value": 1.5}}
+    (line,) = lines_of(prompt)  # and what nothing tells is as if it were not set
+    assert line.values["limit_bytes"] == 3 * 2**29
+    assert lines_of(graph(transformer=["9", 0])) == []
+
+
+def test_the_loaders_variant_is_planned_with(graph: Callable[..., dict[str, Any]]) -> None:
+    (line,) = lines_of(graph(variant="Qwen-Image-2.1"))
+    assert line.values["code"] == "choice.variant_of_another_family"
+
+
+def test_a_step_cache_for_other_steps_is_told(graph: Callable[..., dict[str, Any]]) -> None:
+    (line,) = lines_of(graph(step_cache="planned_20"))
+    assert line.values["code"] == "plan.steps_of_other_table"
+
+
 def test_settings_that_are_none_are_told(graph: Callable[..., dict[str, Any]]) -> None:
     (run,) = runs_of(graph(compute="quickly"), live_plan.image_size)
     line: PlanLine = line_of(run)

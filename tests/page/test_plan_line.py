@@ -42,7 +42,7 @@ def test_the_line_follows_the_graph_and_turns_red_where_it_does_not_fit(
     graph = json.loads(WORKFLOW.read_text(encoding="utf-8"))
     files = {"transformer": names.transformer, "text_encoder": names.text_encoder, "vae": names.vae}
     graph = set_widgets(graph, object_info, "QwenLowVRAMLoader", **files)
-    page.evaluate("(graph) => window.app.loadGraphData(graph)", graph)
+    page.load(graph)
     fits, text, sample = page.evaluate(LINE, "true")
     assert fits == "true"
     assert "blocks on the card" in text

@@ -14,33 +14,30 @@ from diffusers import QwenImage21Transformer2DModel
 from diffusers.models.transformers.transformer_qwenimage21 import apply_rotary_emb_qwen
 from torch import Tensor
 
+from .flow import attend
+
 TOKENS_OF_SLOT = 4
 
 
 class Attention:
-    """Plain attention of blocks over one sequence: for so few tokens faster to train on a CPU than a fused kernel.
+    """Of blocks over one sequence. seen: (B, 1, S, S) bool, True where a token sees another."""
 
-    hidden: (B, 1, S, S) bool, True where a token does not see another.
-    """
-
-    def __init__(self, hidden: Tensor) -> None:
-        self._hidden = hidden
+    def __init__(self, seen: Tensor) -> None:
+        self._seen = seen
 
     def __call__(self, attn: Any, hidden_states: Tensor, *, rotary_emb: Tensor, **_: object) -> Tensor:
         query, key, value = (
             layer(hidden_states).unflatten(-1, (attn.heads, -1)) for layer in (attn.to_q, attn.to_k, attn.to_v)
         )
         query, key = (
-            apply_rotary_emb_qwen(norm(states).to(value.dtype), rotary_emb, use_real=False).transpose(1, 2)
+            apply_rotary_emb_qwen(norm(states).to(value.dtype), rotary_emb, use_real=False)
             for norm, states in ((attn.norm_q, query), (attn.norm_k, key))
         )
-        scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
-        weights = scores.masked_fill(self._hidden, -math.inf).softmax(-1).to(value.dtype)
-        return attn.to_out[0]((weights @ value.transpose(1, 2)).transpose(1, 2).flatten(2))
+        return attn.to_out[0](attend(query, key, value, self._seen).flatten(2))
 
 
-def hide(mask: Tensor, image: Tensor, copies: int, tokens: int) -> Tensor:
-    """Return what does not see what, (B, 1, S, S) bool, of a prefix and `copies` images of `tokens` each behind it.
+def sight(mask: Tensor, image: Tensor, copies: int, tokens: int) -> Tensor:
+    """Return what sees what, (B, 1, S, S) bool, of a prefix and `copies` images of `tokens` each behind it.
 
     mask: (B, P) bool, False for padding; image: (P) bool, True for the tokens of the one image shown. Text sees what
     stands before it, images themselves too, and each copy the prefix and itself.
@@ -56,7 +53,7 @@ def hide(mask: Tensor, image: Tensor, copies: int, tokens: int) -> Tensor:
         torch.eye(copies, dtype=torch.bool).repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
     )
     known = torch.cat([mask, mask.new_ones(len(mask), copies * tokens)], dim=1)
-    return ~(seen & known[:, None, None])
+    return seen & known[:, None, None]
 
 
 def predict(
@@ -86,7 +83,7 @@ def predict(
     shapes = [(1, side, side)] * (2 if image.any() else 1)
     places = model.pos_embed(shapes, torch.cat([image, image.new_ones(tokens)]), device=states.device)
     places = torch.cat([places[:-tokens], *[places[-tokens:]] * copies])
-    attention = Attention(hide(mask.repeat_interleave(repeats, dim=1) | image, image, copies, tokens))
+    attention = Attention(sight(mask.repeat_interleave(repeats, dim=1) | image, image, copies, tokens))
     made = torch.arange(states.shape[1]) >= len(image)
     embedded = model.time_text_embed(torch.cat([sigmas, sigmas.new_zeros(1)]), states)
     modulation = model.modulation(embedded)

@@ -1,6 +1,6 @@
 """Make the image of README that shows the page in use: a bundled workflow, run on the miniature in a real page.
 
-    PYTHONPATH=tools/alias:tools python tools/page_picture.py
+    PYTHONPATH=tools/alias:tools python tools/page_image.py
 
 writes docs/page.jpg. Needs the browser that `python dev.py test` sets up.
 """
@@ -53,7 +53,7 @@ def main() -> None:
             if ended["status"] != "success":
                 raise SystemExit(f"The run ended with {ended}.")
             page.evaluate(PAUSE, 3000)  # for the image to come
-            save(page.screenshot("page-picture"))
+            save(page.screenshot("page-image"))
         finally:
             page.close()
 
