@@ -18,15 +18,8 @@ from devtools.comfyui import comfyui_version, require_comfyui
 from devtools.environment import venv_folder
 from devtools.page import Page
 from devtools.server import ComfyServer
+from run_facts import FACTS, GIB
 
-GIB = 2**30
-FACTS = {
-    "width": 1024, "height": 1024, "branches": 2, "blocks": 60, "resident": 26, "elsewhere": 0, "held": 20,
-    "from_file": 14, "host": False, "bound": "compute", "seconds_per_step": 11.5, "first_seconds": 260.0,
-    "again_seconds": 230.0, "peak_bytes": 3 * GIB, "limit_bytes": 4 * GIB, "weights_bytes": 2 * GIB,
-    "activation_bytes": GIB, "ram_peak_bytes": 8 * GIB, "ram_limit_bytes": None, "streamed_bytes": 5 * GIB,
-    "attention": "", "advice": "", "one_by_one": "",
-}  # fmt: skip
 RUN = {
     "prompt_id": "p", "steps": 20, "block": 30, "blocks": 60, "share": 0.3, "done": 20, "total": 60,
     "vram_bytes": 2 * GIB, "peak_vram_bytes": 3 * GIB, "ram_bytes": GIB, "peak_ram_bytes": GIB, "held_bytes": GIB,

@@ -9,12 +9,12 @@ import pytest
 import torch
 from comfy_files import note_bytes
 from comfyui_layers import comfyuis_linear
+from kitchen_w4a8 import has_w4a8
 from one_layer import an_input, streamed
 from qwenimage_lowvram.engine.compute import stored_products
 from qwenimage_lowvram.engine.compute.four_bit_products import W4a8Product
 from qwenimage_lowvram.engine.compute.linear_choice import Computing, LinearChoice, choose_linear
 from qwenimage_lowvram.engine.compute.product_trials import W4A8
-from qwenimage_lowvram.engine.formats.kitchen_w4a8 import load_w4a8
 from qwenimage_lowvram.engine.hardware import Hardware
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,15 +25,7 @@ SHAPES = [(5, 256, 16), (70, 512, 288), (1, 256, 64)]  # tokens, columns, rows; 
 CPU = torch.device("cpu")
 
 
-def is_there() -> bool:
-    try:
-        load_w4a8()
-    except (ImportError, AttributeError):
-        return False
-    return True
-
-
-with_format = pytest.mark.skipif(not is_there(), reason="this comfy-kitchen is older than the format (0.2.27)")
+with_format = pytest.mark.skipif(not has_w4a8(), reason="this comfy-kitchen is older than the format (0.2.27)")
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +126,7 @@ def test_what_a_product_takes_is_what_is_planned_for_it(shape: tuple[int, int, i
     assert 0.6 * max(of_weight, of_x) < live.peak - result.nbytes <= of_weight + of_x
 
 
-@pytest.mark.skipif(is_there(), reason="this comfy-kitchen has the format")
+@pytest.mark.skipif(has_w4a8(), reason="this comfy-kitchen has the format")
 def test_a_comfy_kitchen_without_it_is_named() -> None:
     choice = choose_linear(Computing.FAST, [Hardware.detect(CPU)], torch.bfloat16, [W4A8])
     assert not choice.backends

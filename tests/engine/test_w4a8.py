@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from comfy_files import note_bytes
+from kitchen_w4a8 import has_w4a8
 from qwenimage_lowvram.engine.errors import CheckpointError, DamagedFile, MissingPackage, WrongModel
 from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.formats import COMFY_QUANT, FORMATS, StoredParam, stored_param
-from qwenimage_lowvram.engine.formats.kitchen_w4a8 import load_w4a8
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.models.qwen3_vl.text_encoder import TextEncoder
 from qwenimage_lowvram.engine.streaming import read_params
@@ -22,15 +22,7 @@ from small_qwen3_vl import Size, make_qwen3_vl, write_comfyui_file
 NOTE = {"format": "asym_w4a8_int8", "group_size": 16, "convrot": True, "convrot_groupsize": 256}
 
 
-def is_there() -> bool:
-    try:
-        load_w4a8()
-    except (ImportError, AttributeError):
-        return False
-    return True
-
-
-with_format = pytest.mark.skipif(not is_there(), reason="this comfy-kitchen is older than the format (0.2.27)")
+with_format = pytest.mark.skipif(not has_w4a8(), reason="this comfy-kitchen is older than the format (0.2.27)")
 
 
 def parts_of(rows: int, columns: int) -> dict[str, torch.Tensor]:

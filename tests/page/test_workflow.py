@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from devtools.client import ComfyClient
 from devtools.workflow import set_widgets, to_prompt
+from run_facts import FACTS, GIB
 
 WORKFLOWS = sorted((Path(__file__).resolve().parents[2] / "workflows").glob("*.json"))
 VUE_NODES = "Comfy.VueNodes.Enabled"
+HINT = "qwenLowVRAM.PreviewHintShown"
 LOOKED_AT = [path for path in WORKFLOWS if path.name[:2] in ("01", "13", "20", "27")]  # by a person, as pictures
 SAMPLE, LATENT = "QwenLowVRAMSample", "EmptySD3LatentImage"
 FILES = {
@@ -20,16 +22,7 @@ FILES = {
     "text_encoder": "qwen_2.5_vl_7b_fp8_scaled.safetensors",
     "vae": "qwen_image_vae.safetensors",
 }
-GIB = 2**30
-
 # what the server sends while a card with memory of its own works; the keys are compared with a real event's
-FACTS: dict[str, Any] = {
-    "width": 1024, "height": 1024, "branches": 2, "blocks": 60, "resident": 26, "elsewhere": 0, "held": 20,
-    "from_file": 14, "host": False, "bound": "compute", "seconds_per_step": 11.5, "first_seconds": 260.0,
-    "again_seconds": 230.0, "peak_bytes": 3 * GIB, "limit_bytes": 4 * GIB, "weights_bytes": 2 * GIB,
-    "activation_bytes": GIB, "ram_peak_bytes": 8 * GIB, "ram_limit_bytes": None, "streamed_bytes": 5 * GIB,
-    "attention": "", "advice": "", "one_by_one": "",
-}  # fmt: skip
 EVENT: dict[str, Any] = {
     "node": "4", "prompt_id": "p", "workflow_id": None, "previews": True,
     "stage": "sampling", "step": 7, "steps": 20, "block": 30, "blocks": 60, "share": 0.325,
@@ -96,7 +89,7 @@ def vue(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture(scope="module")
 def page(open_page: Any, client: ComfyClient, vue: bool) -> Iterator[Any]:
-    yield open_page({VUE_NODES: vue})
+    yield open_page({VUE_NODES: vue, HINT: True})  # which a test asks for by itself
     client.post("/settings", {VUE_NODES: False})  # the server keeps settings for the next page
 
 
@@ -169,6 +162,8 @@ def assert_apart(page: Any) -> None:
 
 
 def test_the_4_gb_workflow_runs_in_the_page_to_its_image(page: Any, small: Any, client: ComfyClient, vue: bool) -> None:
+    client.free()  # of what the first page has loaded, and encoded
+    client.post("/qwen_lowvram/clear", {"clear": "prompts"})
     # a size of its own for each: the second run would know the first one's timestep table
     page.load(small(width=160 if vue else 128, seed=11), "Low VRAM 4 GB - Qwen-Image")
     page.evaluate(RECORD)
@@ -177,15 +172,13 @@ def test_the_4_gb_workflow_runs_in_the_page_to_its_image(page: Any, small: Any, 
     seen = page.evaluate("() => document.qwenSeen")
     of_run = [event for event in seen if event["event"]["node"] == "4"]
     stages = list(dict.fromkeys(event["event"]["stage"] for event in of_run))
-    # a run of another page may have left the blocks on the card
-    assert [stage for stage in stages if stage != "loading"] == ["preparing", "modulation", "sampling", "done"]
+    assert stages == ["preparing", "loading", "modulation", "sampling", "done"]
     sampled = [event["event"] for event in of_run if event["event"]["stage"] == "sampling"]
     assert all(set(event) - {"plan"} == set(EVENT) and set(event["facts"]) == set(FACTS) for event in sampled)
     assert len({event["event"]["prompt_id"] for event in seen}) == 1
     assert {event["event"]["workflow_id"] for event in seen} == {page.evaluate("() => window.app.rootGraph.id")}
     shown = {event["event"]["stage"]: event["panels"]["4"] for event in of_run}
-    if "loading" in stages:
-        assert re.fullmatch(r"Loading what stays on the card, block \d+/\d+", shown["loading"][0])
+    assert re.fullmatch(r"Loading what stays on the card, block \d+/\d+", shown["loading"][0])
     assert re.fullmatch(r"Reading weights once \(not for the next seed\): block \d+/\d+", shown["modulation"][0])
     assert re.fullmatch(r"step \d/4 · \d:\d\d · about \d:\d\d left", shown["sampling"][0])
     assert re.fullmatch(r"All \d blocks stay in RAM; bound by [a-z ]+\.", shown["sampling"][-1])
@@ -338,7 +331,7 @@ CONTRAST = """() => {
 
 
 def test_that_previews_are_off_is_hinted_at_once_with_the_switch(page: Any, small: Any, client: ComfyClient) -> None:
-    hint, method = "qwenLowVRAM.PreviewHintShown", "Comfy.Execution.PreviewMethod"
+    hint, method = HINT, "Comfy.Execution.PreviewMethod"
     setting = "(id) => window.app.extensionManager.setting.get(id)"
     page.load(small())
     page.evaluate("(id) => window.app.extensionManager.setting.set(id, false)", hint)
