@@ -5,4 +5,5 @@
 # 1: 0.1.0 before its release. 2: ComfyUI's positions, and weights as stored, unless a person chooses otherwise.
 # 3: LoRA scales that stand in the metadata alone are left out, as ComfyUI leaves them.
 # 4: layers on a card compute on weights that ComfyUI quantized as it does, unless a person chooses otherwise.
-NUMERICS_VERSION = 4
+# 5: those outside the blocks as well.
+NUMERICS_VERSION = 5

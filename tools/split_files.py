@@ -32,6 +32,7 @@ def write_split_files(
     vae_dtype: str | None = None,
     prefix: str = "",
     name: str = "small_qwen_image",
+    outside: bool = False,
 ) -> SplitFiles:
     """Write the three components below `models` (diffusion_models, text_encoders, vae) and return the file names.
 
@@ -51,18 +52,19 @@ def write_split_files(
         text_encoder=f"{name}_text_encoder_{text_dtype}.{_suffix(text_dtype)}",
         vae=f"{name}_vae_{vae_dtype}.safetensors",
     )
-    _save(models / "diffusion_models" / names.transformer, pipeline / "transformer", dtype, prefix)
+    _save(models / "diffusion_models" / names.transformer, pipeline / "transformer", dtype, prefix, outside=outside)
     _save(models / "text_encoders" / names.text_encoder, pipeline / "text_encoder", text_dtype)
     vae = {wan_vae_name(key): value for key, value in _load_weights(pipeline / "vae").items()}
     _save_safetensors(models / "vae" / names.vae, _store(vae, vae_dtype), _config(pipeline / "vae"))
     return names
 
 
-def _store(weights: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
-    """The weights in a storage format; matrices of blocks and layers quantized, where the format does that."""
+def _store(weights: Mapping[str, Tensor], dtype: str, *, outside: bool = False) -> dict[str, Tensor]:
+    """The weights in a storage format; matrices of blocks and layers quantized, where the format does that, and those
+    outside them."""
     if dtype in _DTYPES:
         return {key: value.to(_DTYPES[dtype]) for key, value in weights.items()}
-    places = (*_QUANTIZED, *(_EMBEDDINGS if dtype.startswith("int8") else ()))
+    places = (*_QUANTIZED, *(_EMBEDDINGS if dtype.startswith("int8") else ()), *(OUTSIDE if outside else ()))
     stored: dict[str, Tensor] = {}
     for key, value in weights.items():
         matrix = key.endswith(".weight") and value.ndim == 2 and key.startswith(places)
@@ -108,6 +110,7 @@ def _comfy_quant() -> Tensor:
 
 # where matrices are stored in the format; the rest stays in bf16
 _QUANTIZED = ("transformer_blocks.", "model.layers.", "visual.blocks.")
+OUTSIDE = ("img_in.", "txt_in.", "time_text_embed.timestep_embedder.", "norm_out.", "proj_out.")
 _EMBEDDINGS = ("model.embed_tokens.",)
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _PARTS: dict[str, Callable[[Tensor], dict[str, Tensor]]] = {
@@ -124,7 +127,7 @@ def _load_weights(folder: Path) -> dict[str, Tensor]:
     return {key: value for file in sorted(folder.glob("*.safetensors")) for key, value in load_file(file).items()}
 
 
-def _save(file: Path, component: Path, dtype: str, prefix: str = "") -> None:
+def _save(file: Path, component: Path, dtype: str, prefix: str = "", *, outside: bool = False) -> None:
     """The weights of a transformer's or text encoder's folder as one file."""
     weights = _load_weights(component)
     if dtype.startswith("gguf_"):
@@ -132,7 +135,7 @@ def _save(file: Path, component: Path, dtype: str, prefix: str = "") -> None:
         write = write_gguf_transformer if component.name == "transformer" else write_gguf_text_encoder
         write(file, weights, _config(component), dtype.removeprefix("gguf_").upper())
     else:
-        stored = _store(weights, dtype)
+        stored = _store(weights, dtype, outside=outside)
         _save_safetensors(file, {prefix + key: value for key, value in stored.items()}, _config(component))
 
 

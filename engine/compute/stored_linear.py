@@ -29,6 +29,11 @@ class StoredLayer:
     parts: int
     added: tuple[LowRank, ...] = ()
 
+    @property
+    def tensors(self) -> int:
+        """What it is computed with: parts, and each up and down."""
+        return self.parts + 2 * len(self.added)
+
 
 def part_name(weight: str, index: int) -> str:
     """Of a parameter that holds a part of that weight: the first has the weight's name."""
@@ -43,7 +48,7 @@ class StoredLinear(nn.Module):
         self.in_features, self.out_features = like.in_features, like.out_features
         self.layer = layer
         self.bias = like.bias
-        for index in range(layer.parts + 2 * len(layer.added)):
+        for index in range(layer.tensors):
             self.register_parameter(part_name("weight", index), None)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -81,8 +86,7 @@ class StoredLinear(nn.Module):
         return product(x, rows_of(product, stored, rows, first, last), bias)[:, start - first : stop - first]
 
     def _parts(self) -> Sequence[Tensor]:
-        count = self.layer.parts + 2 * len(self.layer.added)
-        return [self._parameters[part_name("weight", index)] for index in range(count)]
+        return [self._parameters[part_name("weight", index)] for index in range(self.layer.tensors)]
 
 
 def halves(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -52,7 +52,7 @@ class StreamedTransformer(ABC, Generic[BranchT, StateT]):
         self.compiled: CompiledBlocks | None = None  # what computes the blocks; None: they themselves
         self._loaded = False
         self._outside = parts.network.make_outside()
-        self._outside.load_state_dict(parts.read_outside(), assign=True)
+        parts.read_outside().put_into(self._outside, parts.network.make_outside)
         checkpoint.require_unchanged()  # what was read of it belongs together
         self._parts = parts
         self._patches: dict[str, WeightPatch] = {}
@@ -133,7 +133,7 @@ class StreamedTransformer(ABC, Generic[BranchT, StateT]):
         self.store.kept.forget()
         if outside is not None:
             with torch.inference_mode(False):
-                self._outside.load_state_dict(outside, assign=True)
+                outside.put_into(self._outside, self._parts.network.make_outside)
             self._loaded = False
         if any(map(self.changes_modulation, changed)):
             self.modulation.forget()

@@ -1,6 +1,7 @@
 """A transformer's file part by part: what stays on the device, the blocks, what is computed beforehand. No weight."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -12,7 +13,9 @@ from ..compute.attention_kernels import AttentionKernel
 from ..compute.half_products import activations_dtype
 from ..compute.linear_choice import DECODED, LinearChoice
 from ..compute.linear_layers import LinearLayers
+from ..compute.stored_linear import StoredLinear, compute_as_stored, part_name
 from ..compute.stored_products import StoredProduct, layer_scratch
+from ..formats import StoredParam
 from ..hardware import Hardware
 from ..planning.footprint import TransformerFootprint
 from ..streaming import (
@@ -23,10 +26,31 @@ from ..streaming import (
     PinnedMemory,
     StoredBlock,
     WeightPatch,
-    read_params,
+    bind,
+    read_block,
+    require_decodable,
+    store_block,
 )
 from .layer_rows import OtherNames, other_names
 from .network import Network
+
+
+@dataclass(frozen=True)
+class OutsideWeights:
+    """Those outside the blocks, by their names in the network's `make_outside`, on the host: decoded, but for layers
+    that compute on them as they are stored."""
+
+    block: StoredBlock
+    tensors: Mapping[str, Tensor]
+
+    def put_into(self, outside: nn.Module, make_outside: Callable[[], nn.Module]) -> None:
+        """In the place of those it has, and of their layers."""
+        stored = [name for name, layer in outside.named_modules() if isinstance(layer, StoredLinear)]
+        anew = make_outside() if stored else outside
+        for name in stored:
+            owner, _, attribute = name.rpartition(".")
+            outside.get_submodule(owner)._modules[attribute] = anew.get_submodule(name)
+        bind(compute_as_stored(outside, dict(self.block.computed)), self.tensors)
 
 
 class TransformerParts:
@@ -46,8 +70,8 @@ class TransformerParts:
         linear: LinearChoice = DECODED,
     ) -> None:
         """`dtype`: of weights and products; where it is fp16, activations are in fp32 (`compute.half_products`).
-        `others`: further devices that blocks may stay on. `source` makes the blocks' source. linear: what the blocks'
-        linear layers compute on.
+        `others`: further devices that blocks may stay on. `source` makes the blocks' source. linear: what linear
+        layers compute on.
 
         Raises WrongModel, DamagedFile or MissingFile.
         """
@@ -56,7 +80,10 @@ class TransformerParts:
         self._devices = (hardware, *others)
         self.attending: Attention | None = None  # None: by what torch has on each device
         with torch.device("meta"):
-            self._outside_shapes = _shapes(network.make_outside())
+            outside = network.make_outside()
+        self._outside_shapes = {name: tuple(p.shape) for name, p in outside.named_parameters()}
+        layers = (name for name, layer in outside.named_modules() if isinstance(layer, nn.Linear))
+        self._outside_layers = frozenset(f"{name}.weight" for name in layers)
         host = PinnedMemory(hardware)
         self.linear = linear
         block_files = self._files(network.make_block, linear)
@@ -68,6 +95,7 @@ class TransformerParts:
             modulation_files = self._files(network.make_modulation, linear)
             self.modulation_store = modulation_files.open(hardware, host)
             self._stores_of.append((modulation_files, [self.modulation_store]))
+        self._outside = self._stored_outside({})
 
     def _files(self, make_part: Callable[[], nn.Module], linear: LinearChoice) -> BlockFiles:
         network, where = self.network, f"{self.network.where}, block"
@@ -95,7 +123,9 @@ class TransformerParts:
         return other_names(self.weights, self.network.joined_layers)
 
     def patch(self, patches: Mapping[str, WeightPatch]) -> None:
-        """From now on apply these to the weights of those names, and no others; between two runs."""
+        """From now on apply these to the weights of those names, and no others; between two runs. Those outside the
+        blocks are as `read_outside` makes them."""
+        self._outside = self._stored_outside(patches)
         for files, stores in self._stores_of:
             in_blocks = {
                 (i, name): patches[full].named(name)
@@ -132,7 +162,7 @@ class TransformerParts:
                 "modulation_scratch_bytes": modulation.scratch_bytes,
                 "modulation_decode_bytes": modulation.decode_cost.moved_bytes,
                 "modulation_decode_launches": modulation.decode_cost.launches,
-                "modulation_linear": self._linear_layers(*self._stores_of[1]),
+                "modulation_linear": self._linear_layers(self._stores_of[1][0].shapes, modulation.blocks),
             }
         return self.network.make_footprint(
             blocks=len(self.network.blocks),
@@ -140,7 +170,7 @@ class TransformerParts:
             stored_bytes=store.raw_bytes,
             staging_bytes=store.staging_bytes,
             native=all(block.native for block in store.blocks),
-            outside_bytes=sum(prod(shape) for shape in self._outside_shapes.values()) * self._dtype.itemsize,
+            outside_bytes=sum(item.nbytes for item in self._outside.slot.items),
             inner_dim=self.network.inner_dim,
             element_bytes=activations_dtype(self._dtype).itemsize,
             in_half=activations_dtype(self._dtype) != self._dtype,
@@ -150,7 +180,7 @@ class TransformerParts:
             ring_bytes=store.ring_bytes + (modulation.ring_bytes if modulation else 0),
             host=self._hardware.host_device,
             attention=self.attention,
-            linear=self._linear_layers(*self._stores_of[0]),
+            linear=self._linear_layers(self._stores_of[0][0].shapes, store.blocks),
             **beforehand,
         )
 
@@ -162,23 +192,31 @@ class TransformerParts:
         layer = dict(block.computed).get(largest)
         return None if layer is None else layer.product
 
-    def _linear_layers(self, files: BlockFiles, stores: Sequence[BlockStore]) -> LinearLayers:
-        """Those of the blocks that compute on stored weights."""
-        shapes, size = files.shapes, activations_dtype(self._dtype).itemsize
-        found = {(layer.product, shapes[name]) for block in stores[0].blocks for name, layer in block.computed}
+    def _linear_layers(self, shapes: Mapping[str, tuple[int, ...]], blocks: Sequence[StoredBlock]) -> LinearLayers:
+        """Those of blocks, and outside of them, that compute on stored weights."""
+        size = activations_dtype(self._dtype).itemsize
+        inside = {(layer.product, shapes[name]) for block in blocks for name, layer in block.computed}
+        outside = {(layer.product, self._outside_shapes[name]) for name, layer in self._outside.computed}
         return LinearLayers.of(
-            (f"{product.name} by comfy-kitchen {product.backend}" for product, _ in found),
-            (layer_scratch(product, columns, rows, size) for product, (rows, columns) in found),
-            of_all_tokens=any(product.of_all_tokens for product, _ in found),
+            (f"{product.name} by comfy-kitchen {product.backend}" for product, _ in inside | outside),
+            (layer_scratch(product, columns, rows, size) for product, (rows, columns) in inside | outside),
+            of_all_tokens=any(product.of_all_tokens for product, _ in inside),
         )
 
-    def read_outside(self, patches: Mapping[str, WeightPatch] | None = None) -> dict[str, Tensor]:
-        """The weights outside the blocks, patched, on the host, by their names in the network's `make_outside`."""
-        own = [patch for name, patch in (patches or {}).items() if name in self._outside_shapes]
-        return read_params(
-            self.network.outside, self._outside_shapes, self._dtype, self.network.where, self._source, own
+    def read_outside(self, patches: Mapping[str, WeightPatch] | None = None) -> OutsideWeights:
+        """With these patches, or none."""
+        block = self._stored_outside(patches or {})
+        return OutsideWeights(block, read_block(block, self._source))
+
+    def _stored_outside(self, patches: Mapping[str, WeightPatch]) -> StoredBlock:
+        network, shapes = self.network, self._outside_shapes
+        own = [patch for name, patch in patches.items() if name in shapes]
+        block = store_block(shapes, network.outside, self._dtype, network.where, own, product_of=self._product_outside)
+        undecoded = {part_name(name, i) for name, layer in block.computed for i in range(layer.tensors)}
+        require_decodable(
+            (part for param in block.params if param.name in undecoded for part in param.parts), self._hardware
         )
+        return block
 
-
-def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(p.shape) for name, p in module.named_parameters()}
+    def _product_outside(self, param: StoredParam) -> StoredProduct | None:
+        return self.linear.product_of(param) if param.name in self._outside_layers else None

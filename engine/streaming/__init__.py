@@ -5,7 +5,7 @@ Knows how a block is stored and where it is to lie, and nothing of what a block 
 
 from ..planning.overlap import PIECE_BYTES, RING_PIECES
 from .block_layout import StoredBlock, WeightPatch, bind, store_block
-from .block_source import BlockSource, FileSource, TensorReader, read_params
+from .block_source import BlockSource, FileSource, TensorReader, read_block, read_params
 from .kept_tensors import KeptTensors
 from .pinned_memory import HostBuffer, PinnedMemory
 from .row_slots import RowSlots
@@ -36,6 +36,7 @@ __all__ = [
     "Waits",
     "WeightPatch",
     "bind",
+    "read_block",
     "read_params",
     "require_decodable",
     "store_block",

@@ -132,11 +132,17 @@ def read_params(
 
     Raises WrongModel for a parameter that is missing or has another shape; `where` names the file.
     """
-    block = store_block(shapes, tensors, dtype, where, patches)
+    return read_block(store_block(shapes, tensors, dtype, where, patches), make_source)
+
+
+def read_block(
+    block: StoredBlock, make_source: Callable[[Sequence[StoredBlock]], BlockSource] = FileSource
+) -> dict[str, Tensor]:
+    """The same of a block: its parameters by name, decoded but for those that layers compute on as they are stored."""
     source = make_source([block])
     with torch.inference_mode(False):
         raw = torch.empty(block.raw.nbytes, dtype=torch.uint8)
-        slot = raw if block.native and not patches else torch.empty(block.slot.nbytes, dtype=torch.uint8)
+        slot = raw if block.native and not block.patches else torch.empty(block.slot.nbytes, dtype=torch.uint8)
     try:
         source.read(0, raw)
     finally:

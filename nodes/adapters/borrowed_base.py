@@ -8,12 +8,15 @@ import comfy.ldm.qwen_image.model
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ...engine.compute.stored_linear import StoredLinear
+
 if TYPE_CHECKING:
     from diffusers import QwenImageTransformer2DModel
 
 
 class BorrowedBase:
-    """Computes in the dtype of what it is given, as ComfyUI's own layers do: ControlNets may have another than ours."""
+    """Computes in the dtype of what it is given, as ComfyUI's own layers do: ControlNets may have another than ours.
+    Layers that compute on their weights as stored are given these as they are."""
 
     patch_size = 2
     process_img = comfy.ldm.qwen_image.model.QwenImageTransformer2DModel.process_img
@@ -25,8 +28,19 @@ class BorrowedBase:
 
 
 def _casting(module: nn.Module) -> Callable[..., Tensor]:
+    stored = {
+        f"{name}.{part}" if name else part
+        for name, layer in module.named_modules()
+        if isinstance(layer, StoredLinear)
+        for part, _ in layer.named_parameters()
+        if part != "bias"
+    }
+
     def call(*inputs: Tensor) -> Tensor:
-        weights = {name: weight.to(inputs[-1].dtype) for name, weight in module.named_parameters()}
+        weights = {
+            name: weight if name in stored else weight.to(inputs[-1].dtype)
+            for name, weight in module.named_parameters()
+        }
         result: Tensor = functional_call(module, weights, inputs)
         return result
 

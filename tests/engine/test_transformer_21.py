@@ -10,6 +10,7 @@ from branches_21 import BRANCHES, make_branch, make_prefix
 from comfy_files import quantized, read_dequantized
 from gguf_files import read_gguf, write_gguf_transformer
 from qwenimage_lowvram.engine.compute.linear_choice import DECODED, Computing, choose_linear
+from qwenimage_lowvram.engine.compute.stored_linear import StoredLinear
 from qwenimage_lowvram.engine.errors import InvalidRequest, WrongModel
 from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
@@ -166,6 +167,8 @@ def test_layers_compute_on_stored_weights_wherever_their_blocks_live(
         for choice, where in ((DECODED, ()), (linear, ()), (linear, (1, 3)))
     )
     assert is_same(streamed, resident)
+    whole = opened(file, torch.bfloat16, cpu, linear=linear)
+    assert isinstance(whole.outside.modulation[1], StoredLinear) == kind.startswith("int8")
     assert 1e-4 < ((streamed[0] - exact[0]).norm() / exact[0].norm()).item() < most
 
 
@@ -173,7 +176,7 @@ def write_quantized(file: Path, kind: str) -> None:
     tensors = {}
     for name, weight in joined(random_weights()).items():
         layer = name.removesuffix(".weight")
-        if "transformer_blocks" in name and weight.ndim > 1:
+        if weight.ndim > 1 and ("transformer_blocks" in name or kind.startswith("int8")):
             tensors |= {f"{layer}.{part}": value for part, value in quantized(weight.bfloat16(), kind).items()}
         else:
             tensors[name] = weight.bfloat16()

@@ -14,8 +14,11 @@ from control_files import write_fun, write_instantx
 from diffusers import QwenImageTransformer2DModel
 from live_bytes import LiveBytes
 from native_sizes import teach_transformer
+from qwenimage_lowvram.engine.compute.linear_choice import Computing, choose_linear
+from qwenimage_lowvram.engine.compute.stored_linear import StoredLinear
 from qwenimage_lowvram.engine.errors import DoesNotFit, Unsupported
 from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
+from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.models.qwen_image.positions import Positions
 from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
 from qwenimage_lowvram.engine.models.qwen_image.variants import Variant
@@ -24,6 +27,7 @@ from qwenimage_lowvram.engine.planning.draft import least_bytes
 from qwenimage_lowvram.engine.planning.request import Controls, SamplingRequest
 from qwenimage_lowvram.engine.texts import size_text
 from safetensors.torch import load_file, save_file
+from split_files import write_split_files
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .conftest import cond, empty_latent
@@ -407,6 +411,30 @@ def test_a_pass_of_a_controlnet_of_the_real_size_takes_what_is_planned(
     assert 0.8 * planned < held <= planned
     planned += working_bytes(net, tokens + batch * 512)
     assert 0.7 * planned < peak <= planned
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_fun_net_borrows_layers_that_compute_on_stored_weights(
+    dtype: torch.dtype, small_pipeline: Path, tmp_path: Path, comfy: Any
+) -> None:
+    from qwenimage_lowvram.nodes.adapters.borrowed_base import BorrowedBase
+
+    hardware = Hardware.detect(torch.device("cpu"))
+    names = write_split_files(small_pipeline, tmp_path, dtype="int8_convrot", outside=True)
+    transformer = QwenImageTransformer(
+        open_checkpoint(tmp_path / "diffusion_models" / names.transformer),
+        dtype=torch.bfloat16,
+        hardware=hardware,
+        linear=choose_linear(Computing.FAST, [hardware], torch.bfloat16),
+    )
+    outside, x = transformer.outside, torch.randn(1, 5, 64)
+    base = BorrowedBase(16, (4, 6, 6), outside)
+    with torch.no_grad():
+        made, wanted = base.img_in(x.to(dtype)), outside.img_in(x.bfloat16())
+        moment = base.time_text_embed(torch.full((1,), 0.7), x.to(dtype))
+    assert isinstance(outside.img_in, StoredLinear)
+    assert made.dtype == moment.dtype == dtype
+    assert ((made - wanted).norm() / wanted.norm()).item() < (0.02 if dtype != torch.bfloat16 else 1e-9)
 
 
 def test_conditions_that_comfyui_adds_for_areas_are_planned(model: Any, apply: Apply) -> None:

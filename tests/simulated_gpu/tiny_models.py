@@ -94,12 +94,12 @@ class TinyModels:
         save_file(stored, file)
 
     def _quantized(self, kind: str, file: Path) -> None:
-        """In one of ComfyUI's formats."""
+        """In one of ComfyUI's formats, outside the blocks as well."""
         from comfy_files import quantized
 
         stored = dict(self._weights)
         for name, weight in self._weights.items():
-            if weight.ndim == 2 and "transformer_blocks" in name:
+            if weight.ndim == 2:
                 layer = name.removesuffix(".weight")
                 stored |= {f"{layer}.{part}": value for part, value in quantized(weight, kind).items()}
         save_file(stored, file)
@@ -122,6 +122,7 @@ class TinyModels:
             for i in range(LAYERS)
             for name, shape in CHANGED.items()
         }
+        layers["txt_in"] = make_parts("lora", (DIM, TEXT_DIM), seed=LAYERS)
         write_lora(file, layers)
 
     def _dora(self, file: Path) -> None:

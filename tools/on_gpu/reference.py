@@ -66,7 +66,7 @@ def _opened(checkpoint: Checkpoint, device: torch.device) -> tuple[nn.Module, We
     hardware = Hardware.detect(device)
     parts = QwenImageParts(checkpoint, dtype=torch.bfloat16, hardware=hardware)
     model = parts.network.make_outside()
-    model.load_state_dict(parts.read_outside(), assign=True)
+    parts.read_outside().put_into(model, parts.network.make_outside)
     weights: Weights = [{} for _ in parts.store.blocks]
     assert parts.modulation_store is not None
     for store in (parts.store, parts.modulation_store):
