@@ -99,6 +99,8 @@ def test_the_server_serves_the_translations(client: ComfyClient) -> None:
         for node, texts in node_defs(language).items():
             assert served[language]["nodeDefs"][node] == texts
     assert "Qwen-Image (low VRAM)" in served["zh"]["nodeCategories"]
+    for command, texts in served["en"]["commands"].items():  # the page's menu asks for them by their English labels
+        assert served["zh"]["menuLabels"][texts["label"]] == served["zh"]["commands"][command]["label"]
 
 
 def test_the_server_lists_the_workflows_with_their_thumbnails(client: ComfyClient) -> None:
