@@ -24,8 +24,8 @@ class QwenLowVRAMError(Exception):
     text: with {name} where a value stands, and format specifications as in str.format. Whole numbers whose name ends
     in _bytes are shown as sizes (1.58 GiB), lists of texts with commas between.
     code: one for each text. It stays when the text is improved.
-    values: what the text names. Numbers, texts and lists of them stay what they are, up to a length; of all else its
-    text is kept.
+    values: what the text names. Numbers, texts and lists of them stay what they are, up to a length; of another error
+    its code, values and text are kept, of all else its text.
 
     Messages hold names and keys of files: what cannot be printed in them is escaped, but for line breaks.
     """
@@ -79,7 +79,9 @@ def _shown(name: str, value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON has: numbers, texts, and lists of them."""
+    """What JSON has: numbers, texts, and lists of them; an error with its own code and values."""
+    if isinstance(value, QwenLowVRAMError):
+        return value.as_dict()
     if isinstance(value, list | tuple):
         return [_plain_item(item) for item in value[:_MOST_ITEMS]]
     return _plain_item(value)

@@ -69,8 +69,8 @@ def ran_out(when: str, short: Short, why: str) -> OutOfMemory | OutOfRam:
     bound = HostRam.now().tightest
     return OutOfRam(
         "RAM ran out {when}: {why}; {bound} leaves {free_gib:.1f} of {total_gib:.1f} GiB now.\n\nWhat to do: close "
-        "other programs, raise the limit that is named, or set ram_limit_gb to less than is free, and queue the "
-        "prompt again.",
+        "other programs, raise the limit named above, or set ram_limit_gb to less than is free, and queue the prompt "
+        "again.",
         code="memory.ram_ran_out",
         when=when,
         why=why,

@@ -69,9 +69,9 @@ def _broken(package: str, purpose: str, error: Exception) -> MissingPackage:
     culprit = _importing(error) or package
     through = "" if culprit == package else f", which {package} imports,"
     return MissingPackage(
-        "The package {package}{through} fails while it is imported ({kind}: {error!s:.500}); {purpose}.\n\nWhat to "
-        "do: install it again into ComfyUI's Python with `pip install --force-reinstall --no-deps {pip_name}`, in a "
-        "version that fits, then start ComfyUI again.",
+        "The package {package}{through} fails to import ({kind}: {error!s:.500}); {purpose}.\n\nWhat to do: install "
+        "it again into ComfyUI's Python with `pip install --force-reinstall --no-deps {pip_name}`, in a version that "
+        "fits, then start ComfyUI again.",
         code="package.fails",
         package=culprit,
         through=through,

@@ -14,14 +14,14 @@ class QwenLowVRAMDecode:
 
     CATEGORY = CATEGORY
     DESCRIPTION = (
-        "Turns latents into images within the memory limit. With the VAE of this pack, tiles are exact: "
-        "the image is the same for every tile size, without seams or shifts in tone."
+        "Turns latents into images within the memory limit. With this pack's VAE, tiles are exact: the image is the "
+        "same for every tile size, without seams or shifts in tone."
     )
     SEARCH_ALIASES = ("vae decode", "decode latent", "latent to image", "tiled decode", "qwen decode")
     RETURN_TYPES = ("IMAGE", "MASK")
     OUTPUT_TOOLTIPS = (
-        "The decoded images; with alpha from models that draw it (Layered, 2.1).",
-        "Where the images are transparent, as Load Image has it: 1 minus alpha; 0 for images without alpha.",
+        "The decoded images, with an alpha channel from models that draw one (Layered, 2.1).",
+        "Where the images are transparent, as in Load Image: 1 minus alpha, and 0 for images without alpha.",
     )
     FUNCTION = "decode"
 
@@ -31,9 +31,9 @@ class QwenLowVRAMDecode:
             "required": {
                 "samples": (
                     "LATENT",
-                    {"tooltip": "From Sample (low VRAM), KSampler, or any other sampler."},
+                    {"tooltip": "The latents, from Sample (low VRAM), KSampler, or any other sampler."},
                 ),
-                "vae": ("VAE", {"tooltip": "The VAE. Tiles are exact with the one that this pack's loader gives."}),
+                "vae": ("VAE", {"tooltip": "The VAE. Tiles are exact with the one from this pack's loader."}),
                 "tile_size": (
                     "INT",
                     {
@@ -41,9 +41,9 @@ class QwenLowVRAMDecode:
                         "min": 0,
                         "max": 8192,
                         "step": 64,
-                        "tooltip": "Pixels that a tile writes along each side, at most. "
-                        "0 picks the largest tiles that fit the memory, or the whole image. "
-                        "Smaller tiles need less memory and more time; the image stays the same.",
+                        "tooltip": "Maximum tile size: the most pixels that a tile writes along each side. 0 picks "
+                        "the largest tiles that fit into memory, or the whole image. Smaller tiles need less memory "
+                        "and more time; the image stays the same.",
                     },
                 ),
             }

@@ -12,10 +12,10 @@ class QwenLowVRAMEncodePrompts:
     """Encode Prompts."""
 
     CATEGORY = CATEGORY
-    DESCRIPTION = "Encodes both prompts while each layer of the text encoder passes through the card, once."
+    DESCRIPTION = "Encodes both prompts together: each layer of the text encoder passes through the card only once."
     RETURN_TYPES = ("CONDITIONING", "CONDITIONING")
     RETURN_NAMES = ("positive", "negative")
-    OUTPUT_TOOLTIPS = ("What the image should show.", "What it should not; used only where cfg is above 1.")
+    OUTPUT_TOOLTIPS = ("What the image should show.", "What the image should not show; used only where cfg is above 1.")
     SEARCH_ALIASES = ("prompt", "text encode", "clip text encode", "qwen")
     FUNCTION = "encode"
 
@@ -27,11 +27,19 @@ class QwenLowVRAMEncodePrompts:
                 "clip": ("CLIP", {"tooltip": "The text encoder: this pack's, or ComfyUI's own."}),
                 "positive": (
                     "STRING",
-                    {**text, "default": "", "tooltip": "What the image should show. Text to be written: in quotes."},
+                    {
+                        **text,
+                        "default": "",
+                        "tooltip": "What the image should show. Put text that should appear in it in quotes.",
+                    },
                 ),
                 "negative": (
                     "STRING",
-                    {**text, "default": " ", "tooltip": "What it should not show. A space is the model's own default."},
+                    {
+                        **text,
+                        "default": " ",
+                        "tooltip": "What the image should not show. A space is the model's own default.",
+                    },
                 ),
             },
             "hidden": {"prompt": "PROMPT"},

@@ -26,16 +26,16 @@ class QwenLowVRAMEncodeEditPrompt:
 
     CATEGORY = CATEGORY
     DESCRIPTION = (
-        "Shows one to three images to Qwen-Image-Edit, up to twelve to Qwen-Image-2.1. Both prompts and all images "
-        "take one visit of the text encoder; image and output lie on one pixel grid, so that what is kept stays where "
-        "it is."
+        "Shows one to three images to Qwen-Image-Edit, or up to twelve to Qwen-Image-2.1. Both prompts and all "
+        "images are encoded in one visit of the text encoder; image and output share one pixel grid, so what is kept "
+        "stays where it is."
     )
     RETURN_TYPES = ("CONDITIONING", "CONDITIONING", "LATENT")
     RETURN_NAMES = ("positive", "negative", "latent")
     OUTPUT_TOOLTIPS = (
-        "What should change, with the images.",
-        "What should not be there, with the same images; used only where cfg is above 1.",
-        "Empty, of the output's size: for the sampler.",
+        "What should change, together with the images.",
+        "What should not be there, together with the same images; used only where cfg is above 1.",
+        "An empty latent of the output's size, for the sampler.",
     )
     SEARCH_ALIASES = ("edit", "image edit", "TextEncodeQwenImageEditPlus", "reference", "qwen", "kontext")
     FUNCTION = "encode"
@@ -47,11 +47,21 @@ class QwenLowVRAMEncodeEditPrompt:
         return {
             "required": {
                 "clip": ("CLIP", {"tooltip": "The text encoder: this pack's, or ComfyUI's own."}),
-                "vae": ("VAE", {"tooltip": "Encodes the images for the model: this pack's, or ComfyUI's own."}),
-                "positive": ("STRING", {**text, "default": "", "tooltip": "What to change in the image, in words."}),
+                "vae": (
+                    "VAE",
+                    {"tooltip": "The VAE that encodes the images for the model: this pack's, or ComfyUI's own."},
+                ),
+                "positive": (
+                    "STRING",
+                    {**text, "default": "", "tooltip": "What to change in the image, described in words."},
+                ),
                 "negative": (
                     "STRING",
-                    {**text, "default": " ", "tooltip": "What it should not show. A space is the model's own default."},
+                    {
+                        **text,
+                        "default": " ",
+                        "tooltip": "What the image should not show. A space is the model's own default.",
+                    },
                 ),
                 "megapixels": (
                     "FLOAT",
@@ -60,21 +70,25 @@ class QwenLowVRAMEncodeEditPrompt:
                         "min": 0.0,
                         "max": 16.0,
                         "step": 0.05,
-                        "tooltip": "Of each image as the model is shown it, and of the output. 1: as it was trained "
-                        "(Qwen-Image-2.1: 1056x1056 of a square image, whose edits at 1024x1024 are near-copies). "
-                        "0: the image's own size, to the nearest multiple of 16 (Qwen-Image-2.1: 32).",
+                        "tooltip": "The size in megapixels of each image as the model sees it, and of the output. 1 "
+                        "is what the model was trained with (for a square image, Qwen-Image-2.1 uses 1056x1056, "
+                        "because edits at 1024x1024 come out as near-copies). 0 keeps each image's own size, to the "
+                        "nearest multiple of 16 (Qwen-Image-2.1: 32).",
                     },
                 ),
-                "width": ("INT", {**side, "tooltip": "Of the output. 0: as picture 1."}),
-                "height": ("INT", {**side, "tooltip": "Of the output. 0: as picture 1."}),
-                "batch_size": ("INT", {"default": 1, "min": 1, "max": 64, "tooltip": "Images made at a time."}),
+                "width": ("INT", {**side, "tooltip": "Width of the output in pixels. 0 takes that of image 1."}),
+                "height": ("INT", {**side, "tooltip": "Height of the output in pixels. 0 takes that of image 1."}),
+                "batch_size": (
+                    "INT",
+                    {"default": 1, "min": 1, "max": 64, "tooltip": "How many images are made at a time."},
+                ),
                 "variant": (
                     list(VARIANTS),
                     {
                         "default": AUTO,
                         "advanced": True,
-                        "tooltip": "Which model the prompt is for; Edit shows its one image in another way than the "
-                        "later ones. auto: the loader's, else Edit-2509.",
+                        "tooltip": "Which model the prompt is for; Edit is shown its one image in another way than "
+                        "later versions. auto takes the loader's model, or else Edit-2509.",
                     },
                 ),
             },
@@ -119,8 +133,8 @@ class QwenLowVRAMEncodeEditPrompt:
         for name, image in images.items():
             if name not in names:
                 raise InvalidRequest(
-                    "There is no input {name} here: {most} images are the most that any model is shown, as image1 to "
-                    "image{most}.\n\nWhat to do: show fewer images.",
+                    "There is no input {name} here: a model can be shown at most {most} images, as image1 to "
+                    "image{most}.\n\nWhat to do: use fewer images.",
                     code="edit.no_such_input",
                     name=shown(name),
                     most=INPUTS,
@@ -141,8 +155,8 @@ def _require_own(served: ServedFamily, member: Enum, edit: Edit) -> None:
     family, clip = served.family, edit.clip
     if isinstance(clip, LowVRAMCLIP) and type(clip) is not served.clip:
         raise WrongModel(
-            "clip is the text encoder of another model than {member}, which needs {needed}, such as {example}.\n\n"
-            "What to do: set variant to auto, or connect the clip of a loader that has loaded {member}.",
+            "clip is the text encoder of another model; {member} needs {needed}, such as {example}.\n\nWhat to do: "
+            "set variant to auto, or connect the clip of a loader that has loaded {member}.",
             code="edit.other_clip",
             member=member.value,
             needed=family.text_encoder.value,
@@ -151,8 +165,8 @@ def _require_own(served: ServedFamily, member: Enum, edit: Edit) -> None:
     found = getattr(edit.vae, "latent_channels", family.latent_channels)
     if edit.images and found != family.latent_channels:
         raise WrongModel(
-            "vae is another model's: it has {found} latent channels, {member}'s has {needed}.\n\nWhat to do: connect "
-            "the vae of a loader that has loaded {member}, or load {example}.",
+            "vae belongs to another model: it has {found} latent channels, but {member} needs {needed}.\n\nWhat to "
+            "do: connect the vae of a loader that has loaded {member}, or load {example}.",
             code="edit.other_vae",
             member=member.value,
             found=found,
@@ -163,17 +177,19 @@ def _require_own(served: ServedFamily, member: Enum, edit: Edit) -> None:
 
 def _image_tooltip(number: int) -> str:
     if number == 1:
-        return "The image to change; the output has its size."
+        return "The image to edit; the output has its size."
     if number > MOST_IMAGES:
-        return f"For Qwen-Image-2.1: call it <image{number}> in the prompt. Inputs that are left free are not counted."
-    called = f"Call it Picture {number} in the prompt, for Qwen-Image-2.1 <image{number}>."
-    return f"{called} Inputs that are left free are not counted."
+        return (
+            f"For Qwen-Image-2.1: call it <image{number}> in the prompt. Inputs that are not connected are not counted."
+        )
+    called = f"Call it Picture {number} in the prompt, or <image{number}> for Qwen-Image-2.1."
+    return f"{called} Inputs that are not connected are not counted."
 
 
 def _output(width: int, height: int) -> tuple[int, int] | None:
     if bool(width) != bool(height):
         raise InvalidRequest(
-            "The output is {width}x{height} px. Give both width and height, or leave both 0 for the size of picture 1.",
+            "The output is {width}x{height} px. Set both width and height, or leave both at 0 for the size of image 1.",
             code="edit.one_side_given",
             width=width,
             height=height,

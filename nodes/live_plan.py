@@ -73,7 +73,7 @@ def line_of(run: GraphRun) -> PlanLine:
     except QwenLowVRAMError as error:
         return PlanLine(nodes, False, str(error), error.as_dict())
     if card.plan is None:
-        return PlanLine(nodes, False, card.refusal, {})
+        return PlanLine(nodes, False, card.refusal, card.error.as_dict() if card.error else {})
     values = plan_facts(card.plan.sampling, host=False) | {
         "peak_bytes": card.plan.peak_bytes,  # of all stages
         "format": models.held_in(card.weight_format),
@@ -84,22 +84,22 @@ def line_of(run: GraphRun) -> PlanLine:
     return PlanLine(nodes, True, _sentence(card.plan, values), values)
 
 
-def refusal_of(run: GraphRun) -> str:
-    """Why the run cannot fit, whatever its prompts' lengths and whatever is free; empty where it may.
+def refusal_of(run: GraphRun) -> DoesNotFit | None:
+    """Why the run cannot fit, whatever its prompts' lengths and whatever is free; None where it may.
 
     Only a VRAM limit that a person set and a size that the graph tells to the pixel refuse: both hold when it runs.
     """
     if not run.exact or run.images:  # whose sizes count, too
-        return ""
+        return None
     try:
         models = _models_of(run)
         limit = _limit(run, "vram_limit_gb")
         if limit is None:
-            return ""
+            return None
         request = _request_of(replace(run, prompt_tokens=1), models)
-        return models.card(request, "", limit, limit, _limit(run, "ram_limit_gb")).refusal
+        return models.card(request, "", limit, limit, _limit(run, "ram_limit_gb")).error
     except QwenLowVRAMError:
-        return ""  # who runs into it says it
+        return None  # who runs into it says it
 
 
 def refuse_what_cannot_fit(prompt: Prompt | None) -> None:
@@ -110,7 +110,7 @@ def refuse_what_cannot_fit(prompt: Prompt | None) -> None:
     refusals = [refusal_of(run) for run in runs_of(prompt, image_size) if node in run.prompts]
     if refusals and all(refusals):
         raise DoesNotFit(
-            "This graph's image will not fit, so that nothing is encoded for it. {reason}",
+            "This graph's image will not fit, so its prompt is not encoded. {reason}",
             code="graph.will_not_fit",
             reason=refusals[0],
         )

@@ -53,8 +53,8 @@ class QwenLowVRAMLoader:
     )
     RETURN_TYPES = ("MODEL", "CLIP", "VAE")
     OUTPUT_TOOLTIPS = (
-        "The transformer. Works with this pack's Sample and with ComfyUI's own samplers.",
-        "The text encoder. Reads its layers from the file for each prompt and leaves the card at once.",
+        "The transformer. It works with this pack's Sample and with ComfyUI's own samplers.",
+        "The text encoder. Its layers are read from the file for each prompt and leave the card at once.",
         "The image decoder and encoder.",
     )
     SEARCH_ALIASES = ("qwen image", "low vram", "load diffusion model", "offload")

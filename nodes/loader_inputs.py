@@ -21,44 +21,45 @@ def loader_inputs() -> dict[str, Any]:
             "transformer": (
                 model_choices.transformer_choices(),
                 {
-                    "tooltip": "A file of models/diffusion_models (bf16, fp16, fp32, fp8, fp8 scaled, GGUF), a "
-                    "pipeline folder of models/diffusers (bitsandbytes nf4, fp4 and int8 too), or an all-in-one "
-                    "file of models/checkpoints. Qwen-Image-2.1 and 2.1-Turbo are for non-commercial use (Qwen "
-                    "Research License)."
+                    "tooltip": "The diffusion model: a file from models/diffusion_models (bf16, fp16, fp32, fp8, fp8 "
+                    "scaled, GGUF), a pipeline folder from models/diffusers (bitsandbytes nf4, fp4 and int8 too), or "
+                    "an all-in-one file from models/checkpoints. Qwen-Image-2.1 and 2.1-Turbo are for non-commercial "
+                    "use (Qwen Research License)."
                 },
             ),
             "text_encoder": (
                 model_choices.component_choices("text_encoders"),
                 {
-                    "tooltip": "From models/text_encoders: Qwen2.5-VL-7B, for Qwen-Image-2.1 Qwen3-VL-8B; 'from "
-                    "the folder': that of the pipeline folder, or of the all-in-one file, that is chosen above."
+                    "tooltip": "The text encoder, from models/text_encoders: Qwen2.5-VL-7B, or Qwen3-VL-8B for "
+                    "Qwen-Image-2.1. 'from the folder' takes the one in the pipeline folder or all-in-one file that "
+                    "is chosen above."
                 },
             ),
             "vae": (
                 model_choices.component_choices("vae"),
                 {
-                    "tooltip": "From models/vae: qwen_image_vae (qwen_image_layered_vae for Qwen-Image-Layered, "
-                    "qwen_image_2.1_vae for Qwen-Image-2.1); 'from the folder' as above."
+                    "tooltip": "The VAE, from models/vae: qwen_image_vae (qwen_image_layered_vae for "
+                    "Qwen-Image-Layered, qwen_image_2.1_vae for Qwen-Image-2.1). 'from the folder' works as above."
                 },
             ),
             "dtype": (
                 ["auto", *DTYPES],
                 {
                     "default": "auto",
-                    "tooltip": "What is computed in. auto: bf16; on cards without it (GTX 16, RTX 20) fp16 or fp32, "
-                    "whichever is faster there; fp32 for fp32 files. fp16: products alone, scaled so that they do not "
-                    "overflow, between activations in fp32; the text encoder in fp32.",
+                    "tooltip": "Compute precision. auto uses bf16; on cards without it (GTX 16, RTX 20) fp16 or "
+                    "fp32, whichever is faster there; and fp32 for fp32 files. fp16 is used only for products, "
+                    "scaled so that they do not overflow; activations and the text encoder stay in fp32.",
                 },
             ),
             "weight_format": (
                 list(WEIGHT_FORMATS),
                 {
                     "default": AUTO,
-                    "tooltip": "How weights are held and streamed. auto: as stored. fp8, int8, nf4 and fp4 "
-                    "quantize the blocks of a bf16, fp16 or fp32 file at the first load and keep them on the disk "
-                    "(27.2 GB become 13.6 in fp8 or int8, 7.6 in nf4 or fp4). fastest: int8 or nf4 where that "
-                    "makes a step over 10 % faster on this machine, so the image depends on the machine. Chosen "
-                    "when this node runs, and kept until an input or a file of it changes.",
+                    "tooltip": "How weights are held and streamed. auto keeps them as stored. fp8, int8, nf4 and fp4 "
+                    "quantize the blocks of a bf16, fp16 or fp32 file when it is first loaded, and keep the result "
+                    "on disk (27.2 GB become 13.6 GB in fp8 or int8, 7.6 GB in nf4 or fp4). fastest picks int8 or "
+                    "nf4 where that makes a step more than 10 % faster on this machine, so the image depends on the "
+                    "machine; it is chosen when this node runs, and kept until one of its inputs or files changes.",
                 },
             ),
             "vram_limit_gb": (
@@ -68,8 +69,8 @@ def loader_inputs() -> dict[str, Any]:
                     "min": 0.0,
                     "max": 1024.0,
                     "step": 0.1,
-                    "tooltip": "The most memory on the card that encoding, sampling and decoding may use, in "
-                    "GB as cards are sold (GiB). 0: what is free when it runs.",
+                    "tooltip": "The most memory on the card that encoding, sampling and decoding may use, in GB as "
+                    "cards are sold (GiB). 0 uses what is free when the node runs.",
                 },
             ),
             "timesteps": (
@@ -77,8 +78,8 @@ def loader_inputs() -> dict[str, Any]:
                 {
                     "default": TimestepRounding.FP32.value,
                     "advanced": True,
-                    "tooltip": "fp32: exact timesteps, as ComfyUI has them. diffusers: rounded as the diffusers "
-                    "pipeline rounds them in bf16, to compare images with it.",
+                    "tooltip": "How timesteps are rounded. fp32 keeps them exact, as ComfyUI does. diffusers rounds "
+                    "them as the diffusers pipeline does in bf16, so that images can be compared with it.",
                 },
             ),
         },
@@ -88,8 +89,8 @@ def loader_inputs() -> dict[str, Any]:
                 {
                     "default": AUTO,
                     "advanced": True,
-                    "tooltip": "Which member of the family the transformer is. auto: by its mark, its folder or "
-                    "its name. Choose it for a renamed file, and for Edit-2511 in GGUF files without its mark.",
+                    "tooltip": "Which member of the family the transformer is. auto tells by its mark, its folder or "
+                    "its name. Choose it for a renamed file, and for Edit-2511 GGUF files that lack the mark.",
                 },
             ),
             "ram_limit_gb": (
@@ -100,7 +101,7 @@ def loader_inputs() -> dict[str, Any]:
                     "max": 4096.0,
                     "step": 0.1,
                     "tooltip": "The most RAM that the model's blocks and buffers may take, in GB (GiB); the other "
-                    "blocks are read from the file at every step. 0: what is free, but for a reserve.",
+                    "blocks are read from the file at every step. 0 uses what is free, minus a reserve.",
                 },
             ),
             "transformer_device": (
@@ -108,8 +109,8 @@ def loader_inputs() -> dict[str, Any]:
                 {
                     "default": AUTO,
                     "advanced": True,
-                    "tooltip": "Where images are sampled. auto: ComfyUI's device. all cards: blocks stay on all "
-                    "of them, within the VRAM limit of each, and activations are handed on.",
+                    "tooltip": "Where images are sampled. auto is ComfyUI's device. all cards keeps blocks on all of "
+                    "them, within the VRAM limit of each, and hands the activations on.",
                 },
             ),
             "text_encoder_device": (
@@ -117,7 +118,7 @@ def loader_inputs() -> dict[str, Any]:
                 {
                     "default": AUTO,
                     "advanced": True,
-                    "tooltip": "Where prompts are encoded. auto: ComfyUI's device for text encoders.",
+                    "tooltip": "Where prompts are encoded. auto is ComfyUI's device for text encoders.",
                 },
             ),
             "vae_device": (
@@ -125,7 +126,7 @@ def loader_inputs() -> dict[str, Any]:
                 {
                     "default": AUTO,
                     "advanced": True,
-                    "tooltip": "Where images are decoded. auto: ComfyUI's device for VAEs.",
+                    "tooltip": "Where images are decoded. auto is ComfyUI's device for VAEs.",
                 },
             ),
             "positions": (
@@ -134,8 +135,8 @@ def loader_inputs() -> dict[str, Any]:
                     "default": Positions.COMFYUI.value,
                     "advanced": True,
                     "tooltip": "How image positions are counted where a side has an odd number of 16 px patches "
-                    "(1328 has 83) or a reference is longer than the image. comfyui: the same image as ComfyUI's "
-                    "own loader makes. diffusers: the same as the diffusers pipeline.",
+                    "(1328 has 83) or a reference is longer than the image. comfyui gives the same image as "
+                    "ComfyUI's own loader, diffusers the same as the diffusers pipeline.",
                 },
             ),
             "attention": (
@@ -143,9 +144,9 @@ def loader_inputs() -> dict[str, Any]:
                 {
                     "default": AUTO,
                     "advanced": True,
-                    "tooltip": "The kernel that computes attention in the transformer. auto: PyTorch's, or what "
-                    "ComfyUI was started with (--use-flash-attention and the like). sage and comfy_kitchen_int8 "
-                    "quantize: faster, and another image. A kernel that does not work here is refused.",
+                    "tooltip": "The attention kernel of the transformer. auto uses PyTorch's, or the one that "
+                    "ComfyUI was started with (such as --use-flash-attention). sage and comfy_kitchen_int8 quantize: "
+                    "they are faster and give a different image. A kernel that does not work here is refused.",
                 },
             ),
             "step_cache": (
@@ -153,11 +154,10 @@ def loader_inputs() -> dict[str, Any]:
                 {
                     "default": OFF,
                     "advanced": True,
-                    "tooltip": "Steps that are not computed, which makes another image. planned: 28, 20 (twice as "
-                    "fast) or 12 of 40 are computed, the others predicted from them, and nothing is fetched for "
-                    "those; measured on Qwen-Image-2.1 at 1024x1024 without guidance, where 20 are close to "
-                    "all and 12 change things. first_block: a step ends behind block 0 where that has hardly "
-                    "changed.",
+                    "tooltip": "Skips computing some steps, which gives a different image. planned computes 28, 20 "
+                    "(twice as fast) or 12 of 40 steps and predicts the others, for which nothing is read; measured "
+                    "on Qwen-Image-2.1 at 1024x1024 without guidance, where 20 come close to all 40 and 12 change "
+                    "things. first_block ends a step after block 0 where that has hardly changed.",
                 },
             ),
             "compute": (
@@ -165,11 +165,11 @@ def loader_inputs() -> dict[str, Any]:
                 {
                     "default": Computing.AS_COMFYUI.value,
                     "advanced": True,
-                    "tooltip": "On what the transformer's linear layers compute. auto: on a card, ComfyUI's int8, "
-                    "w4a4 and w4a8 files, from RTX 40 on its scaled fp8 files, and from RTX 50 on its nvfp4 and mxfp8 "
-                    "files, as ComfyUI itself computes them; everything else exact. exact: on decoded weights, "
-                    "another image for those files. fast: wherever weights are in those formats, with weight_format "
-                    "too; plan and report say 'not exact'.",
+                    "tooltip": "What the transformer's linear layers compute on. auto, on a card, computes ComfyUI's "
+                    "int8, w4a4 and w4a8 files, scaled fp8 files from RTX 40 on, and nvfp4 and mxfp8 files from RTX "
+                    "50 on, as ComfyUI itself does; everything else is exact. exact uses decoded weights, which "
+                    "gives a different image for those files. fast computes on these formats wherever weights are in "
+                    "them, also through weight_format; plan and report then say 'not exact'.",
                 },
             ),
             "compile": (
@@ -177,9 +177,10 @@ def loader_inputs() -> dict[str, Any]:
                 {
                     "default": False,
                     "advanced": True,
-                    "tooltip": "The transformer's blocks by code that torch.compile makes once for all of them, steps "
-                    "and seeds; the first run takes longer. Used where it computes the same bits, with compute fast "
-                    "also where it rounds a little differently; where it cannot be, log and report say why.",
+                    "tooltip": "Compiles the transformer's blocks with torch.compile, once for all blocks, steps and "
+                    "seeds; the first run takes longer. The code is used where it computes the same bits, and with "
+                    "compute fast also where it rounds a little differently; where it cannot be used, log and report "
+                    "say why.",
                 },
             ),
         },

@@ -26,8 +26,8 @@ class QwenLowVRAMLoadLora:
 
     CATEGORY = CATEGORY
     DESCRIPTION = (
-        "Adds a LoRA to the model, whatever format its weights are in. The LoRA is added to each block when it passes "
-        "through the card, in fp32; several can follow each other, and taking one away leaves no trace."
+        "Adds a LoRA to the model, whatever format its weights are in. The LoRA is added in fp32 to each block as it "
+        "passes through the card; several can follow each other, and removing one leaves no trace."
     )
     RETURN_TYPES = ("MODEL", "STRING")
     RETURN_NAMES = ("model", "report")
@@ -39,8 +39,8 @@ class QwenLowVRAMLoadLora:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
-                "model": ("MODEL", {"tooltip": "From Load Qwen-Image (low VRAM), or another Load LoRA."}),
-                "lora_name": (folder_paths.get_filename_list("loras"), {"tooltip": "A file of models/loras."}),
+                "model": ("MODEL", {"tooltip": "The model, from Load Qwen-Image (low VRAM) or another Load LoRA."}),
+                "lora_name": (folder_paths.get_filename_list("loras"), {"tooltip": "A LoRA file from models/loras."}),
                 "strength": (
                     "FLOAT",
                     {
@@ -48,7 +48,8 @@ class QwenLowVRAMLoadLora:
                         "min": -MAX_STRENGTH,
                         "max": MAX_STRENGTH,
                         "step": 0.01,
-                        "tooltip": "How much of the LoRA is added. Negative takes it away from the weights, 0 is off.",
+                        "tooltip": "LoRA strength: how much of it is added. Negative values subtract it from the "
+                        "weights, 0 turns it off.",
                     },
                 ),
             }
@@ -73,8 +74,8 @@ class QwenLowVRAMLoadLora:
         check_widgets(self.INPUT_TYPES(), strength=strength)
         if not isinstance(model, LowVRAMPatcher):
             raise Unsupported(
-                "This node adds LoRAs to models of Load Qwen-Image (low VRAM).\n\nWhat to do: use LoraLoaderModelOnly "
-                "for models of ComfyUI's own loaders.",
+                "This node adds LoRAs only to models from Load Qwen-Image (low VRAM).\n\nWhat to do: use "
+                "LoraLoaderModelOnly for models from ComfyUI's own loaders.",
                 code="graph.lora_of_another_loader",
             )
         transformer = model.model.transformer

@@ -32,8 +32,8 @@ class QwenLowVRAMMemoryPlan:
 
     CATEGORY = CATEGORY
     DESCRIPTION = (
-        "Shows what an image would take on cards of 4 to 24 GB, stage by stage, and how long a step would be. Reads "
-        "the headers of the files and loads nothing."
+        "Shows what an image would take on cards of 4 to 24 GB, stage by stage, and how long a step would take. It "
+        "reads only the headers of the files and loads nothing."
     )
     RETURN_TYPES = ("STRING", "IMAGE")
     RETURN_NAMES = ("plan", "chart")
@@ -61,21 +61,28 @@ class QwenLowVRAMMemoryPlan:
                 ),
                 "weight_format": (
                     list(WEIGHT_FORMATS),
-                    {"default": AUTO, "tooltip": "As in the loader. fastest: what it would choose on each card."},
+                    {
+                        "default": AUTO,
+                        "tooltip": "How weights are held, as in the loader. fastest shows what it "
+                        "would choose on each card.",
+                    },
                 ),
                 "width": (
                     "INT",
-                    {"default": 1328, "min": 16, "max": 16384, "step": 16, "tooltip": "Of the image, in pixels."},
+                    {"default": 1328, "min": 16, "max": 16384, "step": 16, "tooltip": "Width of the image in pixels."},
                 ),
                 "height": (
                     "INT",
-                    {"default": 1328, "min": 16, "max": 16384, "step": 16, "tooltip": "Of the image, in pixels."},
+                    {"default": 1328, "min": 16, "max": 16384, "step": 16, "tooltip": "Height of the image in pixels."},
                 ),
                 "batch_size": (
                     "INT",
-                    {"default": 1, "min": 1, "max": 64, "tooltip": "Images made at a time."},
+                    {"default": 1, "min": 1, "max": 64, "tooltip": "How many images are made at a time."},
                 ),
-                "steps": ("INT", {"default": 20, "min": 1, "max": 1000, "tooltip": "As in the sampler."}),
+                "steps": (
+                    "INT",
+                    {"default": 20, "min": 1, "max": 1000, "tooltip": "Number of sampling steps, as in the sampler."},
+                ),
                 "cfg": (
                     "FLOAT",
                     {
@@ -83,20 +90,32 @@ class QwenLowVRAMMemoryPlan:
                         "min": 1.0,
                         "max": 30.0,
                         "step": 0.1,
-                        "tooltip": "As in the sampler: 1 leaves the negative prompt out.",
+                        "tooltip": "Guidance strength, as in the sampler. 1 leaves the negative prompt out.",
                     },
                 ),
                 "prompt_tokens": (
                     "INT",
-                    {"default": 60, "min": 1, "max": 4000, "tooltip": "Of each prompt; a word has one or two."},
+                    {
+                        "default": 60,
+                        "min": 1,
+                        "max": 4000,
+                        "tooltip": "Number of tokens in each prompt; a word has one or two.",
+                    },
                 ),
                 "vram_limit_gb": (
                     "FLOAT",
-                    {**limit, "tooltip": "A limit to show beside the cards, as in the loader. 0: the cards alone."},
+                    {
+                        **limit,
+                        "tooltip": "A VRAM limit to show beside the cards, as in the loader. 0 shows only the cards.",
+                    },
                 ),
                 "ram_limit_gb": (
                     "FLOAT",
-                    {**limit, "tooltip": "What all weights may hold in RAM, in GiB. 0: what is free on this machine."},
+                    {
+                        **limit,
+                        "tooltip": "The most RAM that all weights may take, in GB (GiB). 0 uses what is free "
+                        "on this machine.",
+                    },
                 ),
             },
             "optional": {
@@ -106,8 +125,8 @@ class QwenLowVRAMMemoryPlan:
                         "default": 0,
                         "min": 0,
                         "max": MOST_IMAGES,
-                        "tooltip": "Editing models and Qwen-Image-2.1: how many images of a megapixel they are shown, "
-                        "up to three and up to twelve.",
+                        "tooltip": "For editing models and Qwen-Image-2.1: how many images of one megapixel they are "
+                        "shown, up to three and up to twelve.",
                     },
                 ),
                 "layers": (
@@ -116,31 +135,36 @@ class QwenLowVRAMMemoryPlan:
                         "default": 0,
                         "min": 0,
                         "max": 64,
-                        "tooltip": "That Qwen-Image-Layered takes an image apart into. 0 for the other models.",
+                        "tooltip": "How many layers Qwen-Image-Layered takes an image apart into. 0 for the other "
+                        "models.",
                     },
                 ),
                 "dtype": (
                     [AUTO, *DTYPES],
                     {
                         "default": AUTO,
-                        "tooltip": "As in the loader. auto: what it computes in on this machine's card; fp16 shows "
-                        "cards without bf16 (GTX 16, RTX 20).",
+                        "tooltip": "Compute precision, as in the loader. auto shows what this machine's card "
+                        "computes in; fp16 shows cards without bf16 (GTX 16, RTX 20).",
                     },
                 ),
                 "step_cache": (
                     list(STEP_CACHES),
-                    {"default": OFF, "tooltip": "As in the loader: steps that are not computed."},
+                    {"default": OFF, "tooltip": "Skips computing some steps, as in the loader."},
                 ),
                 "compute": (
                     [computing.value for computing in Computing],
                     {
                         "default": Computing.AS_COMFYUI.value,
-                        "tooltip": "As in the loader: on what linear layers compute, by this machine's comfy-kitchen.",
+                        "tooltip": "What linear layers compute on, as in the loader, with this machine's "
+                        "comfy-kitchen.",
                     },
                 ),
                 "compile": (
                     "BOOLEAN",
-                    {"default": False, "tooltip": "As in the loader: compiled blocks hold all of an MLP at once."},
+                    {
+                        "default": False,
+                        "tooltip": "Compiles the blocks, as in the loader; compiled blocks hold a whole MLP at once.",
+                    },
                 ),
             },
         }

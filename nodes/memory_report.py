@@ -8,12 +8,11 @@ import comfy.model_management
 import comfyui_version
 import torch
 
-from ..engine.errors import InvalidRequest
+from ..engine.errors import InvalidRequest, Unsupported
 from ..engine.reports.charts import draw_timeline
 from ..engine.reports.image_report import ImageReport
-from .adapters.graph_checks import refuse
 from .adapters.streamed_model import LowVRAMModel
-from .display_names import CATEGORY
+from .display_names import CATEGORY, LOADER
 from .previews import as_image, preview
 
 JSON_VERSION = 1
@@ -24,15 +23,15 @@ class QwenLowVRAMMemoryReport:
 
     CATEGORY = CATEGORY
     DESCRIPTION = (
-        "Shows what encoding, sampling and decoding took, beside what was planned: peaks, bytes moved, seconds waited "
-        "for disk and bus, and memory over time."
+        "Shows what encoding, sampling and decoding took, beside what was planned: peaks, bytes moved, seconds spent "
+        "waiting for disk and bus, and memory over time."
     )
     RETURN_TYPES = ("STRING", "IMAGE", "STRING")
     RETURN_NAMES = ("report", "timeline", "json")
     OUTPUT_TOOLTIPS = (
         "The report as text.",
         "Memory over time, with the stages and the limits.",
-        "All numbers as JSON, for bug reports. It names the card and the versions, and no file.",
+        "All numbers as JSON, for bug reports. It names the card and the versions, but no files.",
     )
     SEARCH_ALIASES = ("vram", "memory", "report", "profile", "benchmark", "low vram")
     FUNCTION = "report"
@@ -42,12 +41,15 @@ class QwenLowVRAMMemoryReport:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
-                "model": ("MODEL", {"tooltip": "From Load Qwen-Image (low VRAM), the one that was sampled with."}),
+                "model": ("MODEL", {"tooltip": "The model that was sampled with, from Load Qwen-Image (low VRAM)."}),
             },
             "optional": {
                 "after": (
                     "*",
-                    {"tooltip": "What to wait for: the image from Decode (tiled), so that decoding is in the report."},
+                    {
+                        "tooltip": "What to wait for: connect the image from Decode (tiled), so that decoding is "
+                        "in the report."
+                    },
                 ),
             },
         }
@@ -59,10 +61,10 @@ class QwenLowVRAMMemoryReport:
     def report(self, model: Any, after: Any = None) -> dict[str, Any]:
         inner: Any = getattr(model, "model", None)
         if not isinstance(inner, LowVRAMModel):
-            refuse(
-                "Memory Report with a model of another loader",
-                "use it with '{loader}'.",
+            raise Unsupported(
+                "Memory Report works only with models from '{loader}'.\n\nWhat to do: connect the model of that node.",
                 code="graph.report_of_another_loader",
+                loader=LOADER,
             )
         if not inner.timeline.reports:
             raise InvalidRequest(

@@ -68,7 +68,7 @@ def _not_there(kind: str, name: str, choice: str) -> MissingFile:
         and name in folder_paths.get_filename_list(kind)
     ):
         return MissingFile(
-            "{name} in models/{kind} is a file of PyTorch's, which could run code when it is opened, and is not "
+            "{name} in models/{kind} is a PyTorch file, which could run code when it is opened, so it is not "
             "read.\n\nWhat to do: use the model's .safetensors file.",
             code="choice.pickle",
             name=shown(name),
@@ -76,8 +76,9 @@ def _not_there(kind: str, name: str, choice: str) -> MissingFile:
         )
     if isinstance(name, str) and name.lower().endswith(GGUF_SUFFIX) and name in _gguf_files(kind):
         return MissingFile(
-            "{name} is in models/{kind}, where no GGUF files are read.\n\nWhat to do: put a transformer into "
-            "models/diffusion_models, a text encoder into models/text_encoders; of a VAE use the .safetensors file.",
+            "{name} is in models/{kind}, and GGUF files are not read from there.\n\nWhat to do: put a transformer "
+            "into models/diffusion_models, a text encoder into models/text_encoders; for a VAE, use the .safetensors "
+            "file.",
             code="choice.gguf_elsewhere",
             name=shown(name),
             kind=kind,
@@ -86,8 +87,8 @@ def _not_there(kind: str, name: str, choice: str) -> MissingFile:
         os.path.islink(Path(root, name)) for root in folder_paths.get_folder_paths(kind)
     ):
         return MissingFile(
-            "{choice} in models/{kind} is a link, and what it leads to is gone.\n\nWhat to do: put the file itself "
-            "there, or make the link anew.",
+            "{choice} in models/{kind} is a link whose target no longer exists.\n\nWhat to do: put the file itself "
+            "there, or create the link again.",
             code="choice.broken_link",
             choice=shown(choice),
             kind=kind,

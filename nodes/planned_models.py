@@ -141,7 +141,7 @@ class PlannedModels:
         try:
             plan = plan_image(models, request, limits, version.speeds or TYPICAL)
         except DoesNotFit as error:
-            return Card(name, capacity_bytes, limit_bytes, None, weight_format, str(error))
+            return Card(name, capacity_bytes, limit_bytes, None, weight_format, error)
         return Card(name, capacity_bytes, limit_bytes, plan, weight_format)
 
     def held_in(self, weight_format: str) -> str:
@@ -216,7 +216,7 @@ def _check_layers(transformer: Checkpoint, layered: bool, layers: int) -> None:
     if layered != (layers > 0):
         makes, ask = ("layers", "1 or more") if layered else ("whole images", "0")
         raise InvalidRequest(
-            "{file} makes {makes}, and {layers} layers are asked for.\n\nWhat to do: set layers to {needed}.",
+            "{file} makes {makes}, but {layers} layers are asked for.\n\nWhat to do: set layers to {needed}.",
             code="plan.wrong_layers",
             file=transformer.path,
             makes=makes,
@@ -229,7 +229,7 @@ def _check_images(transformer: Checkpoint, most: int, images: int) -> None:
     """Raise InvalidRequest for more images than the model is shown."""
     if images > most:
         raise InvalidRequest(
-            "{file} is shown {most} images at the most, and {images} are asked for.\n\nWhat to do: set "
+            "{file} can be shown at most {most} images, but {images} are asked for.\n\nWhat to do: set "
             "reference_pictures to {most} or less.",
             code="plan.too_many_images",
             file=transformer.path,

@@ -40,8 +40,8 @@ class QwenLowVRAMSample:
 
     CATEGORY = CATEGORY
     DESCRIPTION = (
-        "Makes the latent image: Qwen-Image's own noise schedule for the image's size, and true guidance with "
-        "both prompts in one visit of each block. Shows step, block and memory while it runs."
+        "Makes the latent image with Qwen-Image's own noise schedule for the image's size and with true guidance: "
+        "both prompts share each visit of a block. Shows the step, the block and memory while it runs."
     )
     RETURN_TYPES = ("LATENT",)
     OUTPUT_TOOLTIPS = ("The latent image, for Decode (tiled) or ComfyUI's VAE Decode.",)
@@ -52,10 +52,16 @@ class QwenLowVRAMSample:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
-                "model": ("MODEL", {"tooltip": "From Load Qwen-Image (low VRAM)."}),
+                "model": ("MODEL", {"tooltip": "The model, from Load Qwen-Image (low VRAM)."}),
                 "positive": ("CONDITIONING", {"tooltip": "What the image should show."}),
-                "negative": ("CONDITIONING", {"tooltip": "What it should not; not computed where cfg is 1."}),
-                "latent_image": ("LATENT", {"tooltip": "Size and batch: from EmptySD3LatentImage, or a VAE Encode."}),
+                "negative": (
+                    "CONDITIONING",
+                    {"tooltip": "What the image should not show; not computed where cfg is 1."},
+                ),
+                "latent_image": (
+                    "LATENT",
+                    {"tooltip": "Size and batch of the image: connect EmptySD3LatentImage, or VAE Encode."},
+                ),
                 "seed": (
                     "INT",
                     {
@@ -63,7 +69,7 @@ class QwenLowVRAMSample:
                         "min": 0,
                         "max": 0xFFFFFFFFFFFFFFFF,
                         "control_after_generate": True,
-                        "tooltip": "The noise that the image grows from.",
+                        "tooltip": "The seed of the noise that the image grows from.",
                     },
                 ),
                 "steps": (
@@ -72,8 +78,8 @@ class QwenLowVRAMSample:
                         "default": 20,
                         "min": 1,
                         "max": 1000,
-                        "tooltip": "The reference takes 50, of Qwen-Image-2.1 40; 20 are good; 8 or 4 need a Lightning "
-                        "model, 2.1-Turbo takes 8.",
+                        "tooltip": "Number of sampling steps. The reference takes 50, for Qwen-Image-2.1 40; 20 give "
+                        "good images. 8 or 4 need a Lightning model, and 2.1-Turbo takes 8.",
                     },
                 ),
                 "cfg": (
@@ -83,20 +89,23 @@ class QwenLowVRAMSample:
                         "min": 1.0,
                         "max": 30.0,
                         "step": 0.1,
-                        "tooltip": "How far from the negative prompt. 1 leaves that out and halves the computing: the "
-                        "reference of Qwen-Image-2.1 has 1.",
+                        "tooltip": "Guidance strength: how far the image moves away from the negative prompt. 1 "
+                        "leaves that prompt out and halves the computing; the reference of Qwen-Image-2.1 uses 1.",
                     },
                 ),
                 "sampler": (
                     list(comfy.samplers.SAMPLER_NAMES),
-                    {"default": "euler", "tooltip": "euler is the reference; all of ComfyUI's samplers work."},
+                    {
+                        "default": "euler",
+                        "tooltip": "The sampling method. euler is the reference; all of ComfyUI's samplers work.",
+                    },
                 ),
                 "scheduler": (
                     [QWEN_SCHEDULER, LIGHTNING_SCHEDULER, *comfy.samplers.SCHEDULER_NAMES],
                     {
                         "default": QWEN_SCHEDULER,
-                        "tooltip": "qwen_image: the reference schedule, shifted by image size. lightning: that of "
-                        "Lightning models, shift 3. Others are ComfyUI's.",
+                        "tooltip": "The noise schedule. qwen_image is the reference, shifted by image size; "
+                        "lightning is that of the Lightning models, with shift 3. The others are ComfyUI's.",
                     },
                 ),
                 "denoise": (
@@ -106,7 +115,8 @@ class QwenLowVRAMSample:
                         "min": 0.01,
                         "max": 1.0,
                         "step": 0.01,
-                        "tooltip": "Below 1 starts from the latent image instead of pure noise (image to image).",
+                        "tooltip": "Denoising strength. Below 1, sampling starts from the latent image instead of "
+                        "pure noise (image to image).",
                     },
                 ),
                 "norm_rescale": (
@@ -114,8 +124,8 @@ class QwenLowVRAMSample:
                     {
                         "default": True,
                         "advanced": True,
-                        "tooltip": "Give the guided prediction the norm of the positive one, as the reference does. "
-                        "That of Qwen-Image-2.1 does not, and there it changes nothing.",
+                        "tooltip": "Gives the guided prediction the norm of the positive one, as the reference does. "
+                        "It changes nothing for Qwen-Image-2.1, whose reference does not do this.",
                     },
                 ),
             },
@@ -124,9 +134,9 @@ class QwenLowVRAMSample:
                     list(PRESETS),
                     {
                         "default": next(iter(PRESETS)),
-                        "tooltip": "Lightning: 8 or 4 steps, cfg 1, euler and the lightning schedule, instead of what "
-                        "is set above. Needs a Lightning LoRA (Load LoRA), or a model that has it inside. 2.1-Turbo: "
-                        "that model's own 8 steps.",
+                        "tooltip": "Lightning uses 8 or 4 steps, cfg 1, euler and the lightning schedule instead of "
+                        "what is set above. It needs a Lightning LoRA (Load LoRA), or a model that has it built in. "
+                        "2.1-Turbo uses that model's own 8 steps.",
                     },
                 )
             },
@@ -183,7 +193,7 @@ class QwenLowVRAMSample:
         rescale = served.rescaled_guidance if norm_rescale else None
         if rescale is not None and "sampler_cfg_function" in guided.model_options:
             raise Unsupported(
-                "Another node sets its own guidance on this model (RescaleCFG, for one); norm_rescale would replace "
+                "Another node sets its own guidance on this model (such as RescaleCFG); norm_rescale would replace "
                 "it.\n\nWhat to do: switch norm_rescale off, or remove that node.",
                 code="graph.own_guidance",
             )
@@ -251,8 +261,8 @@ def _check_batch_index(index: Any) -> None:
     numbers = list(index) if isinstance(index, list | tuple) else []
     if not numbers or not all(isinstance(i, Integral) and 0 <= int(i) <= MOST_INDEX for i in numbers):
         raise InvalidRequest(
-            "latent_image: its batch_index is no list of whole numbers from 0 to {most}.\n\nWhat to do: use ComfyUI's "
-            "nodes for batches (LatentFromBatch, RepeatLatentBatch).",
+            "latent_image: its batch_index is not a list of whole numbers from 0 to {most}.\n\nWhat to do: use "
+            "ComfyUI's batch nodes (LatentFromBatch, RepeatLatentBatch).",
             code="sampling.wrong_batch_index",
             most=MOST_INDEX,
         )
@@ -269,17 +279,17 @@ def _noise_mask(mask: Tensor | None, latents: Tensor) -> Tensor | None:
     masks = mask if mask.ndim == latents.ndim else mask.reshape(-1, 1, 1, *mask.shape[-2:])
     if len(masks) > len(latents):
         raise InvalidRequest(
-            "There are {masks} masks for a batch of {count}.\n\nWhat to do: join the masks (MaskComposite), or make "
-            "as many images (RepeatLatentBatch).",
+            "There are {masks} masks for a batch of {count} images.\n\nWhat to do: combine the masks (MaskComposite), "
+            "or make as many images (RepeatLatentBatch).",
             code="sampling.wrong_number_of_masks",
             masks=len(masks),
             count=len(latents),
         )
     if not comfy.sampler_helpers.prepare_mask(masks, latents.shape, latents.device).any():
         raise InvalidRequest(
-            "The noise mask is empty: nothing of the image would change.\n\nWhat to do: right-click the image in "
-            "Load Image, choose 'Open in Mask Editor' and paint over what is to change. Or leave out the node that "
-            "sets the mask.",
+            "The noise mask is empty: nothing in the image would change.\n\nWhat to do: right-click the image in Load "
+            "Image, choose 'Open in Mask Editor' and paint over what is to change. Or remove the node that sets the "
+            "mask.",
             code="sampling.empty_mask",
         )
     return masks

@@ -96,7 +96,7 @@ class Sources:
         chosen = chosen_variant(variant)
         if chosen is not None and chosen not in self.family.members:
             raise InvalidRequest(
-                "The variant {variant} was chosen, and {file} is {found}.\n\nWhat to do: choose auto, or another file.",
+                "The variant {variant} was chosen, but {file} is {found}.\n\nWhat to do: choose auto, or another file.",
                 code="choice.variant_of_another_family",
                 variant=chosen.value,
                 file=self.transformer.name,

@@ -174,8 +174,8 @@ class QwenLowVRAMWeightCache:
                     [SHOW, *OLD_ACTIONS],
                     {
                         "default": SHOW,
-                        "tooltip": "show: list the files. The values that clear, of older graphs, list them too: "
-                        "to clear, use the buttons on the node.",
+                        "tooltip": "show lists the files. The clearing values of older graphs only list them too; to "
+                        "clear, use the buttons on the node.",
                     },
                 )
             }

@@ -105,7 +105,7 @@ except MissingPackage as error:
     print(error)
 """
     done = run_python(MISSING % ([], code))
-    assert "bitsandbytes, which diffusers imports, fails while it is imported (RuntimeError: CUDA" in done.stdout
+    assert "bitsandbytes, which diffusers imports, fails to import (RuntimeError: CUDA" in done.stdout
     assert "--no-deps bitsandbytes`" in done.stdout
 
 

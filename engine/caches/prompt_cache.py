@@ -114,7 +114,7 @@ class PromptCache:
             return [entry for entry in self._files() if entry.is_whole]
         except OSError as error:
             raise CacheError(
-                "{file} cannot be read ({error}). Check that this user may read it.",
+                "{file} cannot be read ({error}). Check that your user account may read it.",
                 code="file.unreadable",
                 file=self.folder,
                 error=error,
@@ -137,7 +137,7 @@ class PromptCache:
             entries = {entry.path: entry for entry in self._files_of_the_living() if entry.is_whole}
         except OSError as error:
             raise CacheError(
-                "{folder} cannot be cleared ({error}).\n\nWhat to do: check that this user may read it.",
+                "{folder} cannot be cleared ({error}).\n\nWhat to do: check that your user account may read it.",
                 code="prompt_cache.not_cleared",
                 folder=self.folder,
                 error=error,
@@ -199,7 +199,7 @@ def _read(path: Path, key: PromptKey) -> Tensor:
     file = open_checkpoint(path)
     if file.metadata.get("key") != key.text or set(file.tensors) != {NAME}:
         raise DamagedFile(
-            "{file} holds something else than its name says.", code="prompt_cache.other_contents", file=path
+            "{file} holds something other than its name says.", code="prompt_cache.other_contents", file=path
         )
     held = _data(file)
     given = file.metadata.get("dtype", "")

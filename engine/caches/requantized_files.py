@@ -163,7 +163,7 @@ def _listed(folder: Path, suffix: str) -> list[Path]:
         return []
     except OSError as error:
         raise CacheError(
-            "{file} cannot be read ({error}). Check that this user may read it.",
+            "{file} cannot be read ({error}). Check that your user account may read it.",
             code="file.unreadable",
             file=folder,
             error=error,
@@ -172,9 +172,10 @@ def _listed(folder: Path, suffix: str) -> list[Path]:
 
 def _is_held(path: Path, error: OSError) -> CacheError:
     return CacheError(
-        "{file} was written whole, but another program holds it, as virus scanners do ({error}). Nothing is left of "
-        "it.\n\nWhat to do: except that folder from the scanner, end the other programs that use it, or check that "
-        "this user may replace files there; then run it again, or choose weight_format auto.",
+        "{file} was written completely, but another program is using it, as virus scanners do ({error}). Nothing is "
+        "left of it.\n\nWhat to do: exclude that folder from the scanner, close the other programs that use it, or "
+        "check that your user account may replace files there; then queue the prompt again, or choose weight_format "
+        "auto.",
         code="weight_cache.held",
         file=path,
         error=error,
@@ -183,8 +184,8 @@ def _is_held(path: Path, error: OSError) -> CacheError:
 
 def _is_in_the_way(path: Path) -> CacheError:
     return CacheError(
-        "{file} is a folder, a link or something else that is no plain file, where quantized weights are to be "
-        "written. It is left alone.\n\nWhat to do: move it away, or choose weight_format auto.",
+        "{file} is a folder, a link or something else that is not a plain file, but quantized weights are to be "
+        "written there. It is left as it is.\n\nWhat to do: move it away, or choose weight_format auto.",
         code="weight_cache.in_the_way",
         file=path,
     )
@@ -193,7 +194,7 @@ def _is_in_the_way(path: Path) -> CacheError:
 def _cannot_write(path: Path, error: OSError) -> CacheError:
     return CacheError(
         "{file} cannot be written ({error}). Nothing is left of it.\n\nWhat to do: free space on that disk, or check "
-        "that this user may write there; or choose weight_format auto.",
+        "that your user account may write there, or choose weight_format auto.",
         code="weight_cache.not_written",
         file=path,
         error=error,

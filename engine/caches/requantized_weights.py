@@ -80,7 +80,7 @@ class RequantizedWeights:
             return None
         if found:
             raise InvalidRequest(
-                "{where} is quantized already ({found}); brought to {weight_format} it would have the errors of "
+                "{where} is quantized already ({found}); converted to {weight_format}, it would have the errors of "
                 "both.\n\nWhat to do: choose weight_format auto, or a bf16, fp16 or fp32 file.",
                 code="weight_cache.quantized_already",
                 where=where,
@@ -126,7 +126,7 @@ class RequantizedWeights:
             free = shutil.disk_usage(folder).free
         except OSError as error:
             raise CacheError(
-                "{folder} cannot be used ({error}). Check that this user may write there.",
+                "{folder} cannot be used ({error}). Check that your user account may write there.",
                 code="weight_cache.folder_unusable",
                 folder=folder,
                 error=error,
@@ -134,8 +134,8 @@ class RequantizedWeights:
         needed = self.nbytes + _FREE_BYTES
         if free < needed:
             raise CacheError(
-                "Quantizing {file} to {weight_format} writes {writes_gb:.1f} GB to {folder}; that takes "
-                "{needed_gb:.1f} GB on its disk, {free_gb:.1f} GB are free.\n\nWhat to do: free {lacking_gb:.1f} GB "
+                "Quantizing {file} to {weight_format} writes {writes_gb:.1f} GB to {folder}; that disk needs "
+                "{needed_gb:.1f} GB of free space and has {free_gb:.1f} GB.\n\nWhat to do: free {lacking_gb:.1f} GB "
                 "there (quantized weights that are no longer used can be cleared), or choose weight_format auto.",
                 code="weight_cache.disk_full",
                 file=self.source.path.name,
@@ -192,7 +192,7 @@ class RequantizedWeights:
         opened = self.open()
         if opened is None:
             raise CacheError(
-                "{file} is gone or changed right after it was written. Run it again.",
+                "{file} is gone or changed right after it was written. Queue the prompt again.",
                 code="weight_cache.gone_at_once",
                 file=self.path,
             )
@@ -258,13 +258,13 @@ class RequantizedWeights:
                     on_block(len(self.blocks), len(self.blocks))
                 if self._source_stats() != before:
                     raise MissingFile(
-                        "{file} was changed while it was quantized. Run it again.",
+                        "{file} was changed while it was being quantized. Queue the prompt again.",
                         code="weight_cache.source_changed",
                         file=self.source.path,
                     )
                 if self.open() is not None:  # and read by that process's model, under whose reads it must not change
                     raise CacheError(
-                        "{file} was made by another process meanwhile.",
+                        "{file} was made by another process in the meantime.",
                         code="weight_cache.made_by_another",
                         file=self.path,
                     )
@@ -290,7 +290,7 @@ class RequantizedWeights:
             stats = [file.stat() for file in files]
         except OSError as error:
             raise MissingFile(
-                "{file} cannot be read any more ({error}).", code="file.gone", file=self.source.path, error=error
+                "{file} can no longer be read ({error}).", code="file.gone", file=self.source.path, error=error
             ) from error
         return [(stat.st_size, stat.st_mtime_ns) for stat in stats]
 

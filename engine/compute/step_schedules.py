@@ -163,7 +163,7 @@ def step_cache_of(name: str | StepCache) -> StepCache | None:
         return name
     if name not in STEP_CACHES:
         raise InvalidRequest(
-            "step_cache is {name!r}; it is one of {choices}.",
+            "step_cache is {name!r}; it must be one of {choices}.",
             code="run.wrong_step_cache",
             name=str(name),
             choices=list(STEP_CACHES),

@@ -129,8 +129,8 @@ def _entries(headers: Mapping[Path, Header]) -> dict[str, TensorEntry]:
         for name, tensor in header.tensors.items():
             if name in found:
                 raise DamagedFile(
-                    "{folder}: tensor {name!r} stands in two files, {first} and {second}. Remove the one that does "
-                    "not belong there, or use parts that were made together.",
+                    "{folder}: tensor {name!r} is in two files, {first} and {second}. Remove the one that does not "
+                    "belong there, or use parts that were made together.",
                     code="file.tensor_in_two_files",
                     folder=file.parent,
                     name=name,
@@ -155,8 +155,8 @@ def _settings(headers: Mapping[Path, Header], tensor_count: int) -> dict[str, st
         settings = {**header.metadata, **settings}
     if settings.get(_SPLIT_TENSORS, str(tensor_count)) != str(tensor_count):
         raise DamagedFile(
-            "{file}: its {parts} parts hold {tensor_count} tensors, the first one's header says {stated_count:.20}. "
-            "Use parts of one model, made together.",
+            "{file}: its {parts} parts hold {tensor_count} tensors, but the first part's header says "
+            "{stated_count:.20}. Use parts of one model that were made together.",
             code="file.parts_of_different_models",
             file=next(iter(headers)),
             parts=len(headers),
@@ -176,8 +176,8 @@ def _require_part(file: Path, settings: Mapping[str, str], number: int, count: i
     if count == 1:
         example = f"{stem_of(file)}-00001-of-{stated:0>5.20}.gguf"
         raise MissingFile(
-            "{file} is {which}, which its name does not say: the others cannot be found. Give all of them, in one "
-            "folder, the names that they were made with, such as {example}.",
+            "{file} is {which}, but its name does not say so, and the other parts cannot be found. Put all parts into "
+            "one folder under their original names, such as {example}.",
             code="file.part_without_name",
             file=file,
             which=which,
@@ -185,7 +185,7 @@ def _require_part(file: Path, settings: Mapping[str, str], number: int, count: i
         )
     if (of, stated) != (str(number), str(count)):
         raise DamagedFile(
-            "{file} is {which}. Give the parts the names that they were made with.",
+            "{file} is {which}. Give the parts their original names.",
             code="file.part_misnamed",
             file=file,
             which=which,
@@ -197,7 +197,7 @@ def _require_indexed(path: Path, weight_map: Mapping[str, str], tensors: Mapping
     for name, file in weight_map.items():
         if name not in tensors or tensors[name].file.name != file:
             raise DamagedFile(
-                "{folder}: its index says that {name!r:.199} is in {file}, and it is not. The files do not belong "
+                "{folder}: its index says that {name!r:.199} is in {file}, but it is not. The files do not belong "
                 "together: download them again.",
                 code="file.index_names_another_file",
                 folder=path,

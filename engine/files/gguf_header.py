@@ -57,7 +57,8 @@ def read_gguf_header(file: Path, stream: BinaryIO) -> Header:
     tensor_count, setting_count = reader.number("<Q"), reader.number("<Q")
     if max(tensor_count, setting_count) > MAX_ENTRIES:
         raise DamagedFile(
-            "{file} is damaged: it announces {tensor_count} tensors and {setting_count} settings. Download it again.",
+            "{file} is damaged: its header claims {tensor_count} tensors and {setting_count} settings. Download it "
+            "again.",
             code="gguf.too_many_entries",
             file=file,
             tensor_count=tensor_count,
@@ -71,7 +72,7 @@ def read_gguf_header(file: Path, stream: BinaryIO) -> Header:
     for name, type_number, shape, offset in infos:
         if name in tensors:
             raise DamagedFile(
-                "{file}: tensor {name!r} stands twice in its header. Download it again.",
+                "{file}: tensor {name!r} appears twice in its header. Download it again.",
                 code="gguf.tensor_twice",
                 file=file,
                 name=name,
@@ -86,12 +87,12 @@ def _require_gguf(file: Path, reader: "_Reader") -> None:
         # a safetensors file begins with the length of a JSON object, in eight bytes
         if reader.peek(5)[4:] == b"{":
             raise DamagedFile(
-                "{file} is no GGUF file, but a safetensors file. Give it the ending .safetensors.",
+                "{file} is not a GGUF file, but a safetensors file. Rename it so that it ends in .safetensors.",
                 code="gguf.is_safetensors",
                 file=file,
             )
         raise DamagedFile(
-            "{file} is no GGUF file: it begins with {begins_with!r}. Download it again.",
+            "{file} is not a GGUF file: it begins with {begins_with!r}. Download it again.",
             code="gguf.not_gguf",
             file=file,
             begins_with=magic,
@@ -113,7 +114,7 @@ def _settings(file: Path, reader: "_Reader", count: int) -> dict[str, str]:
         key = reader.name()
         if key in names:
             raise DamagedFile(
-                "{file}: setting {key!r:.199} stands twice in its header. Download it again.",
+                "{file}: setting {key!r:.199} appears twice in its header. Download it again.",
                 code="gguf.setting_twice",
                 file=file,
                 key=key,
@@ -170,7 +171,9 @@ class _Reader:
             return raw.decode("utf-8")
         except UnicodeDecodeError as error:
             raise DamagedFile(
-                "{file}: a name in its header is no text. Download it again.", code="gguf.name_no_text", file=self._file
+                "{file}: a name in its header is not text. Download it again.",
+                code="gguf.name_no_text",
+                file=self._file,
             ) from error
 
     def value(self, kind: int) -> str | None:
@@ -195,7 +198,7 @@ class _Reader:
         name, dimensions = self.name(), self.number("<I")
         if dimensions > MAX_DIMENSIONS:
             raise DamagedFile(
-                "{file}: {name!r:.99} has {dimensions} dimensions. Download it again.",
+                "{file}: {name!r:.99} has {dimensions} dimensions, which is too many. Download it again.",
                 code="gguf.too_many_dimensions",
                 file=self._file,
                 name=name,
@@ -213,7 +216,7 @@ class _Reader:
         self._texts += count
         if self._texts > MAX_TEXTS:
             raise DamagedFile(
-                "{file} is damaged: lists in its header announce {texts} texts. Download it again.",
+                "{file} is damaged: lists in its header claim {texts} strings. Download it again.",
                 code="gguf.too_many_texts",
                 file=self._file,
                 texts=self._texts,
@@ -247,8 +250,8 @@ class _Reader:
 
     def _cut_off(self, end: int) -> DamagedFile:
         return DamagedFile(
-            "{file} is cut off, or is no GGUF file: its header goes on to byte {header_end}, {readable_end} can be "
-            "read. Download it again.",
+            "{file} is cut off, or is not a GGUF file: its header extends to byte {header_end}, but only "
+            "{readable_end} can be read. Download it again.",
             code="gguf.cut_off",
             file=self._file,
             header_end=end,
@@ -285,7 +288,7 @@ def _alignment(file: Path, settings: Mapping[str, str]) -> int:
     value = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0
     if value < 1 or value & (value - 1):
         raise DamagedFile(
-            "{file}: its alignment is {alignment:.99}, no power of two. Download it again.",
+            "{file}: its alignment is {alignment:.99}, which is not a power of two. Download it again.",
             code="gguf.wrong_alignment",
             file=file,
             alignment=text,
@@ -301,7 +304,7 @@ def _tensor(
         kind = types.GGMLQuantizationType(type_number)
     except ValueError as error:
         raise DamagedFile(
-            "{file}: {name!r} has the unknown ggml type {type_number}. Update the gguf package, or use another.",
+            "{file}: {name!r} has the unknown ggml type {type_number}. Update the gguf package, or use another file.",
             code="gguf.unknown_tensor_type",
             file=file,
             name=name,
@@ -312,7 +315,7 @@ def _tensor(
     nbytes = prod(shape) // block * block_bytes
     if row % block or offset + nbytes > file_size:
         raise DamagedFile(
-            "{file} is cut off or damaged: {name!r} {kind}{shape} of {nbytes} bytes at {offset} is not in its "
+            "{file} is cut off or damaged: {name!r} {kind}{shape} of {nbytes} bytes at {offset} is not within its "
             "{file_size} bytes. Download it again.",
             code="gguf.tensor_beyond_end",
             file=file,

@@ -42,7 +42,7 @@ def parse_json(raw: str | bytes, what: str, *, max_values: int = MAX_JSON_VALUES
     to be held, or too deep to be printed."""
     if len(raw) > MAX_JSON_BYTES:
         raise DamagedFile(
-            "{what} has {size} bytes; no model's has more than {most}. Download it again.",
+            "{what} has {size} bytes; no model has more than {most}. Download it again.",
             code="json.too_long",
             what=what,
             size=len(raw),
@@ -52,7 +52,7 @@ def parse_json(raw: str | bytes, what: str, *, max_values: int = MAX_JSON_VALUES
     values = sum(text.count(mark) for mark in (b",", b"[", b"{"))  # or more, where texts have such characters
     if values > max_values:
         raise DamagedFile(
-            "{what} has {values_count} values; no model's has more than {most}. Download it again.",
+            "{what} has {values_count} values; no model has more than {most}. Download it again.",
             code="json.too_many_values",
             what=what,
             values_count=values,
@@ -83,7 +83,7 @@ def parse_json(raw: str | bytes, what: str, *, max_values: int = MAX_JSON_VALUES
         level = [child for item in level for child in _children(item) if isinstance(child, _CONTAINERS)]
     if level:
         raise DamagedFile(
-            "{what} is JSON of more than {most} levels. Download it again.",
+            "{what} is JSON nested more than {most} levels deep. Download it again.",
             code="json.too_deep",
             what=what,
             most=MAX_JSON_DEPTH,
@@ -93,7 +93,7 @@ def parse_json(raw: str | bytes, what: str, *, max_values: int = MAX_JSON_VALUES
 
 def unreadable(path: Path, error: Exception) -> CheckpointError:
     return MissingFile(
-        "{file} cannot be read ({error}). Check that this user may read it.",
+        "{file} cannot be read ({error}). Check that your user account may read it.",
         code="file.unreadable",
         file=path,
         error=error,

@@ -76,7 +76,7 @@ def _of_index(folder: Path, index: Path, config: Path | None) -> ModelFiles:
     missing = [name for name in names if not _exists(folder / name)]
     if missing or not names:
         raise MissingFile(
-            "{folder}: {index} names {names_count} files, {missing_count} of them are not there ({missing:.200}). "
+            "{folder}: {index} names {names_count} files, of which {missing_count} cannot be found ({missing:.200}). "
             "Put them there: the files are read together.",
             code="file.shards_missing",
             folder=folder,
@@ -92,7 +92,7 @@ def _no_model(folder: Path, listed: Sequence[Path], count: int) -> MissingFile:
     pickled = [file.name for file in listed if file.suffix.lower() in PICKLE_SUFFIXES]
     if not count and pickled:
         return MissingFile(
-            "{folder} holds its weights as {file!r:.99}, a file of PyTorch's that could run code and is not read. Use "
+            "{folder} holds its weights as {file!r:.99}, a PyTorch file, which could run code and is not read. Use "
             "the model's .safetensors files (in diffusers: save_pretrained, with safe_serialization).",
             code="file.pickle",
             folder=folder,
@@ -101,8 +101,8 @@ def _no_model(folder: Path, listed: Sequence[Path], count: int) -> MissingFile:
     ggufs = [file.name for file in listed if is_gguf(file)]
     if not count and ggufs:
         return MissingFile(
-            "{folder} holds its weights as {file!r:.99}; of a folder .safetensors files are read. Move the GGUF file "
-            "to models/diffusion_models (a text encoder to models/text_encoders) and choose it there.",
+            "{folder} holds its weights as {file!r:.99}; from a folder, only .safetensors files are read. Move the "
+            "GGUF file to models/diffusion_models (a text encoder to models/text_encoders) and choose it there.",
             code="file.gguf_in_folder",
             folder=folder,
             file=ggufs[0],
@@ -140,7 +140,7 @@ def _weight_map(index: Path) -> tuple[dict[str, str], Stamp]:
     weight_map = stated.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise DamagedFile(
-            "{file} has no 'weight_map' of tensors to file names. Download it again.",
+            "{file} has no 'weight_map' from tensors to file names. Download it again.",
             code="file.no_weight_map",
             file=index,
         )
@@ -160,7 +160,7 @@ def _weight_map(index: Path) -> tuple[dict[str, str], Stamp]:
         # a path, in any system's way of writing one, would lead out of the folder
         if PureWindowsPath(name).name != name or not name.isprintable() or not name.endswith(".safetensors"):
             raise DamagedFile(
-                "{file} names {name!r:.99}, which is no .safetensors file of its own folder. Download it again.",
+                "{file} names {name!r:.99}, which is not a .safetensors file in the same folder. Download it again.",
                 code="file.index_leads_out",
                 file=index,
                 name=name,

@@ -51,16 +51,14 @@ def parts_of(path: Path) -> list[Path]:
     files = [path.with_name(part.name(first + i)) for i in range(part.count)]
     missing = [file.name for file in files if not file.exists()]
     if missing:
-        which = "the others are" if len(missing) == part.count - 1 else f"{len(missing)} of the others are"
         more = f" and {len(missing) - _NAMES_SHOWN} more" if len(missing) > _NAMES_SHOWN else ""
         raise MissingFile(
-            "{file} is part {number} of {count}, {which} missing: {missing}{more}. Put them beside it, in {folder}: "
+            "{file} is part {number} of {count}; missing: {missing}{more}. Put them beside it, in {folder}: "
             "they are read together.",
             code="file.parts_missing",
             file=path,
             number=part.number + 1 - first,
             count=part.count,
-            which=which,
             missing=missing[:_NAMES_SHOWN],
             more=more,
             folder=path.parent,

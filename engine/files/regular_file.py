@@ -72,7 +72,7 @@ def require_all_unchanged(stamps: Mapping[Path, Stamp]) -> None:
             now = _stamp(path.stat())
         except OSError as error:
             raise MissingFile(
-                "{file} cannot be read any more ({error}).", code="file.gone", file=path, error=error
+                "{file} can no longer be read ({error}).", code="file.gone", file=path, error=error
             ) from error
         _require_same(path, stamp, now)
 
@@ -90,7 +90,7 @@ def _require(path: Path, mode: int) -> None:
     if not stat.S_ISREG(mode):
         kind = next((words for is_kind, words in _KINDS if is_kind(mode)), "something else")
         raise DamagedFile(
-            "{file} is {kind}, where a file is needed. Put the model's file there.",
+            "{file} is {kind}, but a file is needed. Put the model's file there.",
             code="file.not_regular",
             file=path,
             kind=kind,
@@ -104,9 +104,9 @@ def _stamp(found: os.stat_result) -> Stamp:
 def _require_same(path: Path, stamp: Stamp, now: Stamp) -> None:
     if now != stamp:
         raise DamagedFile(
-            "{file} was changed after it was opened ({size_before} bytes then, {size_now} now): what was read of it "
-            "would not fit together.\n\nWhat to do: queue the prompt again when the file is whole; the loader opens "
-            "it anew.",
+            "{file} was changed after it was opened ({size_before} bytes then, {size_now} now): what was read before "
+            "and after would not match.\n\nWhat to do: queue the prompt again once the file is complete; the loader "
+            "then opens it again.",
             code="file.changed",
             file=path,
             size_before=stamp[0],

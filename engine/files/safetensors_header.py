@@ -20,10 +20,10 @@ BITS_PER_ELEMENT = {
 
 # what else people have under a model's name, by its first bytes, and what to do about it
 _OTHER_FILES = (
-    (b"GGUF", "a GGUF file. Give it the ending .gguf"),
-    (b"PK\x03\x04", "a zip archive, as PyTorch's .pt files are. Use the model's .safetensors file"),
+    (b"GGUF", "a GGUF file. Rename it so that it ends in .gguf"),
+    (b"PK\x03\x04", "a zip archive, like PyTorch's .pt files. Use the model's .safetensors file"),
     (b"\x80\x02", "a pickle file. Use the model's .safetensors file"),
-    (b"version ", "a pointer to a file of git-lfs. Download the file itself"),
+    (b"version ", "only a git-lfs pointer. Download the file itself"),
     (b"<", "a web page. Download the file itself, not the page that shows it"),
 )
 
@@ -37,7 +37,7 @@ def read_safetensors_header(file: Path, stream: BinaryIO) -> Header:
     metadata = stated.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise DamagedFile(
-            "{file}: '__metadata__' in its header is no table of texts. Download it again.",
+            "{file}: '__metadata__' in its header is not a table of strings. Download it again.",
             code="safetensors.metadata_no_texts",
             file=file,
         )
@@ -65,8 +65,8 @@ def _raw(file: Path, stream: BinaryIO, size: int) -> bytes:
                 "{file} is not a safetensors file, but {other}.", code="safetensors.other_file", file=file, other=other
             )
         raise DamagedFile(
-            "{file} is not a safetensors file, or is cut off: it has {size} bytes, its first 8 announce a header of "
-            "{length}. Download it again.",
+            "{file} is not a safetensors file, or is cut off: it has {size} bytes, and its first 8 announce a header "
+            "of {length}. Download it again.",
             code="safetensors.not_safetensors",
             file=file,
             size=size,
@@ -94,7 +94,7 @@ def _tensor(file: Path, name: str, info: Any, data_start: int, size: int) -> Sto
         ) from error
     if data_start + end > size:
         raise DamagedFile(
-            "{file} is cut off: {name!r} ends at byte {tensor_end}, the file has {size}. Download it again.",
+            "{file} is cut off: {name!r} ends at byte {tensor_end}, but the file has {size}. Download it again.",
             code="safetensors.cut_off",
             file=file,
             name=name,
@@ -120,7 +120,7 @@ def _require_whole_spans(file: Path, tensors: list[StoredTensor], data_start: in
     end, before = data_start, "the header"
     for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.nbytes)):
         if tensor.offset != end:
-            how = "overlaps" if tensor.offset < end else "leaves a gap behind"
+            how = "overlaps" if tensor.offset < end else "leaves a gap after"
             raise DamagedFile(
                 "{file} is damaged: a tensor at byte {offset} {how} {before}, which ends at {end}. Download it again.",
                 code="safetensors.gap_or_overlap",
@@ -133,8 +133,8 @@ def _require_whole_spans(file: Path, tensors: list[StoredTensor], data_start: in
         end, before = tensor.offset + tensor.nbytes, "the tensor before it"
     if end != size:
         raise DamagedFile(
-            "{file} is damaged: {nbytes} bytes behind its last tensor, which ends at {end}, belong to none. Download "
-            "it again.",
+            "{file} is damaged: {nbytes} bytes after its last tensor, which ends at {end}, belong to no tensor. "
+            "Download it again.",
             code="safetensors.bytes_left_over",
             file=file,
             nbytes=size - end,

@@ -195,7 +195,7 @@ def _described(tensors: Tensors, name: str, kind: str, note: Mapping[str, Any]) 
     if note.get("quant_type") != kind or blocks != (BLOCK, NESTED_BLOCK):
         raise WrongModel(
             "{file}: {name!r} is stored in bitsandbytes' {kind!r:.20} with blocks of {blocks!s:.40}, which is not "
-            "supported. Use one with blocks of ({block}, {nested_block}), bitsandbytes' defaults.",
+            "supported. Use a file with blocks of ({block}, {nested_block}), bitsandbytes' defaults.",
             code="bnb4.unsupported_blocks",
             file=file,
             name=name,
@@ -213,8 +213,8 @@ def _described(tensors: Tensors, name: str, kind: str, note: Mapping[str, Any]) 
     stated = not nested or (isinstance(offset, int | float) and abs(offset) < MAX_OFFSET)
     if not fits or not stated or entry.nbytes != (prod(shape) + 1) // 2:
         raise DamagedFile(
-            "{file}: {name!r} and its scales are not what its quant state promises, {shape!s:.99} in {kind}. Download "
-            "it again.",
+            "{file}: {name!r} and its scales do not match its quant state ({shape!s:.99} in {kind}). Download it "
+            "again.",
             code="bnb4.broken_state",
             file=file,
             name=name,

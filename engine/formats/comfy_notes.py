@@ -63,7 +63,7 @@ class Note:
         """The error for tensors that are not what the note promises."""
         entry = self.entry
         return DamagedFile(
-            "{where}, {dtype}{shape}, and its {scales} are not what its note promises, {kind}. Download it again.",
+            "{where} ({dtype}{shape}) and its {scales} do not match its quantization note ({kind}). Download it again.",
             code="comfy_quant.broken",
             where=self.where,
             dtype=entry.dtype,
@@ -86,7 +86,7 @@ class Note:
         group = self.setting("convrot_groupsize", GROUP)
         if type(group) is not int:
             raise DamagedFile(
-                "{where} is rotated in groups of {group!r:.99}. Download it again.",
+                "{where} is rotated in groups of {group!r:.99}, which is not a number. Download it again.",
                 code="comfy_quant.group_no_number",
                 where=self.where,
                 group=group,
@@ -140,9 +140,9 @@ def require_comfy_kitchen(path: Path, what: str, version: str, load: Callable[[]
         load()
     except (ImportError, AttributeError) as error:
         raise MissingPackage(
-            "{file} holds {what}, which are read with the package comfy-kitchen, {version} or newer ({error}). "
-            "Install it with `pip install comfy-kitchen`, update ComfyUI, which brings it, or use a file in bf16, fp8 "
-            "or int8 without convrot.",
+            "{file} holds {what}, which need the package comfy-kitchen, {version} or newer ({error}). Install it with "
+            "`pip install comfy-kitchen`, update ComfyUI, which brings it, or use a file in bf16, fp8 or int8 without "
+            "convrot.",
             code="package.comfy_kitchen",
             file=path,
             what=what,

@@ -58,7 +58,7 @@ class ComfyQuant(Format):
         known = dict.fromkeys(kind for member in self.members for kind in member.notes)
         raise WrongModel(
             "{where} is stored in ComfyUI's {kind!r:.99}, which is not supported. Use a file in bf16, fp8 or int8 "
-            "(formats of ComfyUI's that are read: {known}).",
+            "(ComfyUI formats that are read: {known}).",
             code="comfy_quant.unsupported",
             where=note.where,
             kind=kind,
@@ -74,7 +74,7 @@ def _notes(tensors: Tensors, metadata: Mapping[str, str], path: Path) -> dict[st
         layers = parse_json(metadata[_HEADER], f"{path}: {_HEADER!r}").get("layers")
         if not isinstance(layers, dict) or not all(isinstance(note, dict) for note in layers.values()):
             raise DamagedFile(
-                "{file}: {key!r} has no table of 'layers'. Download it again.",
+                "{file}: {key!r} has no 'layers' table. Download it again.",
                 code="comfy_quant.no_layers",
                 file=path,
                 key=_HEADER,

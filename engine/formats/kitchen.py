@@ -137,8 +137,8 @@ class Kitchen(NotedFormat):
         shape = (*entry.shape[:-1], entry.shape[-1] * codec.packed) if entry.shape else ()
         if note.part("pre_quant_scale") is not None:
             raise WrongModel(
-                "{where} has scales for what it is multiplied with (pre_quant_scale), which is not supported. Use a "
-                "file in bf16, fp8 or int8.",
+                "{where} has scales for its inputs (pre_quant_scale), which are not supported. Use a file in bf16, "
+                "fp8 or int8.",
                 code="comfy_quant.pre_quant_scale",
                 where=note.where,
             )
@@ -154,8 +154,8 @@ class Kitchen(NotedFormat):
             require_comfy_kitchen(path, f"weights in {', '.join(found)}", "0.2.26", load_kitchen)
         if MXFP8.dtype in dtypes and not hasattr(torch, "float8_e8m0fnu"):
             raise MissingPackage(
-                "{file} holds weights in mxfp8, whose scales torch reads from 2.7 on; this is {version}.\n\nWhat to "
-                "do: update torch with ComfyUI, or use a file in bf16, fp8 or int8.",
+                "{file} holds weights in mxfp8, whose scales need torch 2.7 or newer; this is torch "
+                "{version}.\n\nWhat to do: update torch with ComfyUI, or use a file in bf16, fp8 or int8.",
                 code="package.torch_too_old",
                 file=path,
                 version=torch.__version__,

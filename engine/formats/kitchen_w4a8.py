@@ -111,8 +111,8 @@ class W4a8(NotedFormat):
         rotation = note.group()
         if note.part("weight_correction") is not None:
             raise WrongModel(
-                "{where} has a weight_correction, which neither ComfyUI reads nor this pack. Use a file in {kind} "
-                "without, or in bf16, fp8 or int8.",
+                "{where} has a weight_correction, which neither ComfyUI nor this pack reads. Use a {kind} file "
+                "without one, or a file in bf16, fp8 or int8.",
                 code="comfy_quant.weight_correction",
                 where=note.where,
                 kind=_NAME,
@@ -122,7 +122,7 @@ class W4a8(NotedFormat):
         rows, columns = entry.shape[0] if entry.shape else 0, groups * size if type(size) is int else 0
         if len(entry.shape) == 2 and columns and entry.shape == (rows, columns * 3 // 4):
             raise WrongModel(
-                "{where} is {kind} with codes of 6 bits, which is not supported. Use one with 4 bits.",
+                "{where} is {kind} with 6-bit codes, which are not supported. Use a file with 4-bit codes.",
                 code="comfy_quant.codes_of_6_bits",
                 where=note.where,
                 kind=_NAME,

@@ -22,7 +22,7 @@ def read_notes(entries: Mapping[str, TensorEntry]) -> dict[str, dict[str, Any]]:
     for name, entry in sorted(entries.items(), key=lambda item: item[1].offset):
         if entry.nbytes > MAX_NOTE_BYTES:
             raise DamagedFile(
-                "{file}: {name!r} has {size} bytes, too many. Download it again.",
+                "{file}: {name!r} has {size} bytes, which is too many. Download it again.",
                 code="comfy_quant.note_too_long",
                 file=entry.file,
                 name=name,
@@ -38,7 +38,7 @@ def read_notes(entries: Mapping[str, TensorEntry]) -> dict[str, dict[str, Any]]:
                 require_unchanged(stream, file, entries[names[0]].stamp)
         except OSError as error:
             raise MissingFile(
-                "{file} cannot be read ({error}). Check that this user may read it.",
+                "{file} cannot be read ({error}). Check that your user account may read it.",
                 code="file.unreadable",
                 file=file,
                 error=error,

@@ -91,7 +91,7 @@ def _svdq(layer: str, parts: Tensors) -> Tensors:
     if rank % RANK_STEP or not 0 < rank <= MAX_RANK:
         raise WrongModel(
             "{file}: {layer!r} is stored in nunchaku's SVDQuant with a low-rank part of rank {rank}, which is not "
-            "supported: ranks that are read are {step} to {most} in steps of {step}. Use the file of rank 32 or 128.",
+            "supported: supported ranks are {step} to {most} in steps of {step}. Use the file of rank 32 or 128.",
             code="nunchaku.unsupported_rank",
             file=data.file,
             layer=layer,
@@ -117,8 +117,8 @@ def _awq(layer: str, parts: Tensors) -> Tensors:
     rows, columns = data.shape[0] * 4, data.shape[-1] * 2
     if not _MODULATION.fullmatch(layer):
         raise WrongModel(
-            "{file}: {layer!r} is stored in AWQ's 4 bits, which is read in nunchaku's modulation (img_mod.1, "
-            "txt_mod.1) only. Use a file in bf16, fp8, int8 or GGUF.",
+            "{file}: {layer!r} is stored in 4-bit AWQ, which is read only in nunchaku's modulation layers (img_mod.1, "
+            "txt_mod.1). Use a file in bf16, fp8, int8 or GGUF.",
             code="nunchaku.awq_elsewhere",
             file=data.file,
             layer=layer,
@@ -136,7 +136,7 @@ def _awq(layer: str, parts: Tensors) -> Tensors:
             layer,
             parts,
             "AWQ",
-            "{rows} rows of {columns} and {groups} groups do not belong together",
+            "{rows} rows of {columns} and {groups} groups do not match",
             code="nunchaku.wrong_groups",
             rows=rows,
             columns=columns,
@@ -187,7 +187,7 @@ def _require_parts(layer: str, parts: Tensors, expected: _Expected, what: str) -
                 layer,
                 parts,
                 what,
-                "{part} is {found}, {dtypes}{shape} is needed",
+                "{part} is {found}, but {dtypes}{shape} is needed",
                 code="nunchaku.wrong_part",
                 part=part,
                 found=_told(entry),
@@ -200,7 +200,7 @@ def _require_parts(layer: str, parts: Tensors, expected: _Expected, what: str) -
             layer,
             parts,
             what,
-            "wtscale is {found}, one number is needed",
+            "wtscale is {found}, but one number is needed",
             code="nunchaku.wrong_scale",
             found=_told(whole),
         )
@@ -212,7 +212,7 @@ def _told(entry: TensorEntry | None) -> str:
 
 def _damaged(layer: str, parts: Tensors, kind: str, why: str, *, code: str, **values: Any) -> DamagedFile:
     return DamagedFile(
-        f"{{file}}: {{layer!r}} is no whole layer of nunchaku's {{kind}}: {why}. Download it again.",
+        f"{{file}}: {{layer!r}} is not a complete layer of nunchaku's {{kind}}: {why}. Download it again.",
         code=code,
         file=parts["qweight"].file,
         layer=layer,

@@ -69,7 +69,7 @@ class Formats:
             if layout is not None:
                 return layout
         raise WrongModel(
-            "{file} holds numbers in {dtype}, which is not read.",
+            "{file} holds numbers in {dtype}, which is not supported.",
             code="format.unread_dtype",
             file=part.file,
             dtype=part.dtype,
@@ -84,7 +84,8 @@ def _unknown_format(where: str, name: str, data: TensorEntry, beside: Sequence[s
     """The error for a parameter that no format has; `beside`: what its layer holds that says so."""
     if data.dtype == "F64":
         return WrongModel(
-            "{where}: {name} is stored as {dtype}{shape}, which is not read. Save the model in fp32, bf16 or fp16.",
+            "{where}: {name} is stored as {dtype}{shape}, which is not supported. Save the model in fp32, bf16 or "
+            "fp16.",
             code="format.fp64",
             where=where,
             name=name,

@@ -234,7 +234,7 @@ def _changed(rows: Tensor, start: int, delta: Delta, parts: Sequence[Tensor], wo
 def _by_rows(delta: Delta) -> Change:
     if isinstance(delta.change, WholeChange):
         raise InvalidRequest(
-            "{kind} of {weight} takes the whole weight, not rows of it.",
+            "{kind} of {weight} needs the whole weight, not some of its rows.",
             code="lora.needs_whole_weight",
             kind=delta.kind,
             weight=delta.weight,
@@ -255,7 +255,7 @@ def _check(weight: Tensor, stack: Stack, scratch: Tensor) -> None:
     for delta, parts, strength in stack:
         if tuple(weight.shape) != delta.shape or len(parts) != len(delta.parts) or not isfinite(strength):
             raise InvalidRequest(
-                "{kind} of {weight} takes a weight of {shape}, {parts_count} parts and a finite strength; got "
+                "{kind} of {weight} needs a weight of {shape}, {parts_count} parts and a finite strength; got "
                 "{given_shape}, {given_parts_count} and {strength}.",
                 code="lora.wrong_weight",
                 kind=delta.kind,
@@ -269,7 +269,7 @@ def _check(weight: Tensor, stack: Stack, scratch: Tensor) -> None:
     needed = scratch_elements(weight.shape, [delta for delta, _, _ in stack])
     if scratch.dtype is not torch.float32 or scratch.device != weight.device or scratch.numel() < needed:
         raise InvalidRequest(
-            "Changing a weight of {shape} takes {needed} numbers of fp32 as scratch on {device}; got {given} of "
+            "Changing a weight of {shape} needs scratch space for {needed} fp32 numbers on {device}; got {given} in "
             "{given_dtype} on {given_device}.",
             code="lora.wrong_scratch",
             shape=list(weight.shape),

@@ -111,7 +111,7 @@ class LoraLayer:
             if first.shape != second.shape:
                 raise self._damaged(
                     "hada_w1_a",
-                    "makes {shape}, and its second product {second_shape}",
+                    "makes {shape}, but its second product makes {second_shape}",
                     code="lora.products_differ",
                     shape=first.shape,
                     second_shape=second.shape,
@@ -134,7 +134,7 @@ class LoraLayer:
             shapes = [list(entry.shape) for entry in matrix.entries]
             raise self._damaged(
                 left,
-                "is {shape} and {second_key!r} {second_shape}, which are no product",
+                "is {shape} and {second_key!r} {second_shape}, which cannot be multiplied",
                 code="lora.no_product",
                 shape=shapes[0],
                 second_key=self.keys[right],
@@ -180,7 +180,7 @@ class LoraLayer:
             shape = list(self.entries[part].shape)
             raise self._damaged(
                 part,
-                "has shape {shape}, which is neither rows nor columns of {rows}x{columns}",
+                "has shape {shape}, which fits neither the rows nor the columns of {rows}x{columns}",
                 code="lora.wrong_dora_scale",
                 shape=shape,
                 rows=rows,

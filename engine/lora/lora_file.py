@@ -176,8 +176,8 @@ def _sort_keys(lora: LoraFile, weights: Mapping[str, tuple[int, ...]]) -> tuple[
         unsupported = unsupported_kind(key)
         if unsupported is not None and names.find(unsupported[0]) is not None:
             raise Unsupported(
-                "{file} holds {kind} ({key!r:.199}), which is not supported. Use a LoRA, LoHa, LoKr or DoRA, or one "
-                "that is extracted as a LoRA.",
+                "{file} holds {kind} ({key!r:.199}), which is not supported. Use a LoRA, LoHa, LoKr or DoRA, or a "
+                "file that was extracted as a LoRA.",
                 code="lora.unsupported_kind",
                 file=lora.path,
                 kind=unsupported[1],
@@ -191,7 +191,7 @@ def _sort_keys(lora: LoraFile, weights: Mapping[str, tuple[int, ...]]) -> tuple[
         parts = layers.setdefault(name, {})
         if split[1] in parts:
             raise DamagedFile(
-                "{file} holds one part twice, as {first!r:.199} and as {second!r:.199}. Remove one.",
+                "{file} holds the same part twice, as {first!r:.199} and as {second!r:.199}. Remove one.",
                 code="lora.part_twice",
                 file=lora.path,
                 first=parts[split[1]][0],
@@ -236,7 +236,7 @@ def _read_alphas(entries: Mapping[str, tuple[str, TensorEntry]]) -> dict[str, fl
                 result[name] = value
     except OSError as error:
         raise MissingFile(
-            "{file} cannot be read ({error}). Check that this user may read it.",
+            "{file} cannot be read ({error}). Check that your user account may read it.",
             code="file.unreadable",
             file=file,
             error=error,
@@ -255,7 +255,7 @@ def _wrong_model(
     if not any(split_key(key) or unsupported_kind(key) for key in lora.tensors):
         example = f", such as {next(iter(lora.tensors))!r:.199}" if lora.tensors else ""
         return WrongModel(
-            "{file} is no LoRA: none of its {total} keys is a part of one{example}.",
+            "{file} is not a LoRA: none of its {total} keys is part of one{example}.",
             code="lora.is_none",
             file=lora.path,
             total=total,

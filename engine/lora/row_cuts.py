@@ -55,7 +55,7 @@ def placed(delta: Delta, weights: Mapping[str, tuple[int, ...]], others: OtherNa
             return {delta.weight: delta}
         raise Unsupported(
             "{file} changes {weight} by {kind} of the whole layer, which this model's file holds as {parts}. Use a "
-            "file that holds it as one, such as ComfyUI's.",
+            "model file that holds it in one piece, such as ComfyUI's.",
             code="lora.whole_of_apart",
             file=file,
             weight=delta.weight,

@@ -95,8 +95,8 @@ def _require_all_kinds(checkpoint: Checkpoint, wanted: Component) -> None:
     ]
     if missing:
         raise WrongModel(
-            "{file} holds a part of {wanted} ({tensor_count} tensors; none is called {missing}), such as layers that "
-            "were trained or saved by themselves. Use the whole model, such as {example}; changes of some layers "
+            "{file} holds only part of {wanted} ({tensor_count} tensors; none is called {missing}), such as layers "
+            "that were trained or saved separately. Use the whole model, such as {example}; changes to some layers "
             "belong in a LoRA.",
             code="model.part_of_one",
             file=checkpoint.path,
@@ -114,7 +114,7 @@ def _require_one(checkpoint: Checkpoint, wanted: Component) -> None:
     models = [prefix for prefix in prefixes if not is_average(prefix)]
     if len(models) > 1:
         raise WrongModel(
-            "{file} holds {count} {several}, whose tensors' names begin with {prefixes}, and nothing tells which one "
+            "{file} holds {count} {several}, whose tensors' names begin with {prefixes}, and nothing says which one "
             "is meant. Use a file that holds one.",
             code="model.several_in_file",
             file=checkpoint.path,

@@ -17,7 +17,7 @@ def sort_blocks(
             index, _, rest = name.removeprefix(prefix).partition(".")
             if not (index.isascii() and index.isdigit() and len(index) < 9 and rest):
                 raise WrongModel(
-                    "{file}: {name!r} is no tensor of a numbered block. Download the file again.",
+                    "{file}: {name!r} is not a tensor of a numbered block. Download the file again.",
                     code="model.no_block_tensor",
                     file=checkpoint.path,
                     name=name,
@@ -27,7 +27,7 @@ def sort_blocks(
             outside[name] = entry
     if sorted(blocks) != list(range(len(blocks))):
         raise WrongModel(
-            "{file}: of blocks 0..{last} only {count} are in the file. Download it again.",
+            "{file}: only {count} of the blocks 0 to {last} are in the file. Download it again.",
             code="model.blocks_missing",
             file=checkpoint.path,
             last=max(blocks),
@@ -40,7 +40,7 @@ def shape_of(checkpoint: Checkpoint, tensors: Mapping[str, TensorEntry], name: s
     """Of a tensor that has to be there, with that many dimensions, none of them empty."""
     if name not in tensors:
         raise WrongModel(
-            "{file} lacks {name}: the model is not whole. Download it again.",
+            "{file} lacks {name}: the model is incomplete. Download it again.",
             code="model.lacks_tensor",
             file=checkpoint.path,
             name=name,
@@ -48,7 +48,7 @@ def shape_of(checkpoint: Checkpoint, tensors: Mapping[str, TensorEntry], name: s
     shape = tensors[name].shape
     if len(shape) != dimensions or 0 in shape:
         raise WrongModel(
-            "{file}: {name} has shape {shape}, which is none that it can have. Download it again.",
+            "{file}: {name} has shape {shape}, which it cannot have. Download it again.",
             code="model.wrong_shape",
             file=checkpoint.path,
             name=name,

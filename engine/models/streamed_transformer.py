@@ -82,7 +82,7 @@ class StreamedTransformer(ABC, Generic[BranchT, StateT]):
         """Run one block on branches of the same sizes, through their hook. Raises Unsupported where a network has
         none."""
         raise Unsupported(
-            "This model takes no patches around its blocks.\n\nWhat to do: remove the node that sets them.",
+            "This model does not accept patches around its blocks.\n\nWhat to do: remove the node that sets them.",
             code="graph.takes_no_patches",
         )
 

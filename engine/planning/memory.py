@@ -94,7 +94,7 @@ def _refusal(footprint: TransformerFootprint, request: SamplingRequest, limits: 
     ways.append(" and ".join(raised))
     if not short_of_ram:
         return DoesNotFit(
-            "Sampling needs {need_bytes} at least{beside}, the limit is {limit_bytes} ({request}).\nUse {ways}.",
+            "Sampling needs at least {need_bytes}{beside}, but the limit is {limit_bytes} ({request}).\nUse {ways}.",
             code="plan.sampling_does_not_fit",
             need_bytes=need,
             beside=beside,
@@ -103,7 +103,7 @@ def _refusal(footprint: TransformerFootprint, request: SamplingRequest, limits: 
             ways=", or ".join(ways),
         )
     return DoesNotFit(
-        "Sampling needs {need_bytes} and {need_ram_bytes} of RAM at least{beside}, the limit is {limit_bytes} and "
+        "Sampling needs at least {need_bytes} and {need_ram_bytes} of RAM{beside}, but the limit is {limit_bytes} and "
         "{limit_ram_bytes} of RAM ({request}).\nUse {ways}.",
         code="plan.sampling_does_not_fit_in_ram",
         need_bytes=need,

@@ -91,7 +91,7 @@ class ImageRequest:
             )
         if self.layers and self.references:
             raise InvalidRequest(
-                "{request} cannot be made: no model changes images and takes them apart. Ask for one.",
+                "{request} cannot be made: no model both edits images and takes them apart. Ask for one of the two.",
                 code="plan.edits_and_layers",
                 request=self,
             )

@@ -28,8 +28,8 @@ def plan_text_encoder(footprint: TextEncoderFootprint, prompt_tokens: Sequence[i
             return slots
     need = text_encoder_peak_bytes(footprint, prompt_tokens, 1)
     raise DoesNotFit(
-        "Encoding prompts of {tokens} tokens needs {need_bytes}, the limit is {limit_bytes}.\nUse shorter prompts, or "
-        "a VRAM limit of {need_gb:.2f} GB or more.",
+        "Encoding prompts of {tokens} tokens needs {need_bytes}, but the limit is {limit_bytes}.\nUse shorter "
+        "prompts, or a VRAM limit of {need_gb:.2f} GB or more.",
         code="plan.prompts_do_not_fit",
         tokens=[*map(str, prompt_tokens)],
         need_bytes=need,

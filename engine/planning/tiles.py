@@ -96,8 +96,8 @@ def plan_tiles(
     if best is None:
         least = peak((_extent(_choices(size[0], halo, 1)[-1]), _extent(column_choices[-1])))
         raise DoesNotFit(
-            "VAE {task} of {width}x{height} needs {need_bytes} beside its weights, even in its smallest tiles; "
-            "{limit_bytes} are there.\nUse a smaller image, or a VRAM limit that is {lacking_bytes} higher.",
+            "VAE {task} of {width}x{height} needs {need_bytes} besides its weights, even in the smallest tiles; "
+            "{limit_bytes} are available.\nUse a smaller image, or a VRAM limit that is {lacking_bytes} higher.",
             code="plan.vae_does_not_fit",
             task=task,
             width=width,

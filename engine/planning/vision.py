@@ -63,7 +63,7 @@ def plan_vision(footprint: VisionFootprint, patches: Sequence[int], limit_bytes:
     need = vision_peak_bytes(footprint, patches, 1)
     tokens = " + ".join(str(count // footprint.merge**2) for count in patches)
     raise DoesNotFit(
-        "Looking at {count} image{plural} ({tokens} tokens) needs {need_bytes}, the limit is {limit_bytes}.\nUse "
+        "Looking at {count} image{plural} ({tokens} tokens) needs {need_bytes}, but the limit is {limit_bytes}.\nUse "
         "fewer or smaller images, or a VRAM limit of {need_gb:.2f} GB or more.",
         code="plan.images_do_not_fit",
         count=len(patches),

@@ -8,6 +8,7 @@ from math import floor, log10
 
 from PIL import Image, ImageDraw, ImageFont
 
+from ..errors import DoesNotFit
 from ..planning.request import GIB
 from ..planning.stages import ImagePlan, Stage
 from .image_report import ImageReport, Sample
@@ -36,14 +37,19 @@ LABELS = {
 
 @dataclass(frozen=True)
 class Card:
-    """A plan for a card of `capacity_bytes`; no plan, but a reason, where the image does not fit."""
+    """A plan for a card of `capacity_bytes`; no plan, but an error, where the image does not fit."""
 
     name: str
     capacity_bytes: int
     limit_bytes: int
     plan: ImagePlan | None
     weight_format: str = ""
-    refusal: str = ""
+    error: DoesNotFit | None = None
+
+    @property
+    def refusal(self) -> str:
+        """Why there is no plan; empty where there is one."""
+        return "" if self.error is None else str(self.error)
 
 
 def draw_cards(title: str, subtitle: str, cards: Sequence[Card]) -> Image.Image:

@@ -121,8 +121,8 @@ def _current(device: torch.device) -> Any:
 def _finite(result: Tensor) -> Tensor:
     if not is_finite(result):
         raise InvalidRequest(
-            "What the VAE made holds numbers that are not finite (NaN or infinity): it was given huge "
-            "numbers.\n\nWhat to do: look at what made them; a model that overflows in fp16 does such.",
+            "The VAE's output holds numbers that are not finite (NaN or infinity): it was given huge numbers.\n\nWhat "
+            "to do: check the nodes that made them; a model that overflows in fp16 does this.",
             code="vae.made_not_finite",
         )
     return result

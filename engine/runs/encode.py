@@ -62,8 +62,8 @@ class EncodeRun:
         states = [next(encoded) if state is None else state for state in found]
         if others and self._keys(prompts) != keys:
             raise DamagedFile(
-                "The vision part beside the text encoder was changed while images were encoded: what was read of it "
-                "would be kept for another file.\n\nWhat to do: queue the prompt again.",
+                "The vision part beside the text encoder was changed while images were being encoded, so the result "
+                "would be kept for the wrong file.\n\nWhat to do: queue the prompt again.",
                 code="vision.changed",
             )
         for i in others:
@@ -148,13 +148,13 @@ def _require_embeddings(states: Tensor) -> None:
     """(1, length, dim): of at least one token, and numbers that are finite."""
     if not states.shape[1]:
         raise InvalidRequest(
-            "The prompt ends where its template does: it has no token of its own.\n\nWhat to do: write something "
-            "behind the template, or leave the template out.",
+            "The prompt consists only of its template: it has no tokens of its own.\n\nWhat to do: write something "
+            "after the template, or leave the template out.",
             code="prompt.ends_with_template",
         )
     if not is_finite(states):
         raise InvalidRequest(
-            "What the text encoder made holds numbers that are not finite (NaN or infinity).\n\nWhat to do: check the "
-            "images of the prompt; fp16 overflows in some models, bf16 or fp32 do not.",
+            "The text encoder's output holds numbers that are not finite (NaN or infinity).\n\nWhat to do: check the "
+            "prompt's images; fp16 overflows in some models, bf16 and fp32 do not.",
             code="text_encoder.made_not_finite",
         )

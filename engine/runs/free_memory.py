@@ -54,7 +54,7 @@ def check_room(nbytes: int, what: str, instead: str) -> None:
     free = HostRam.now().available_bytes
     if nbytes > free:
         raise DoesNotFit(
-            "{what} needs {need_bytes} of RAM, {free_bytes} are free.\n{instead}",
+            "{what} needs {need_bytes} of RAM, but {free_bytes} are free.\n{instead}",
             code="memory.lacks_ram",
             what=what,
             need_bytes=nbytes,

@@ -33,7 +33,7 @@ class OpenedFiles:
         variant = family.member_of(model, None)
         if variant.needs_images:
             raise InvalidRequest(
-                "{file} is {variant}, which begins with an image; here images are made of prompts alone. Use "
+                "{file} is {variant}, which starts from an image, but here images are made from prompts alone. Use "
                 "Qwen-Image or Qwen-Image-2512, or the nodes in ComfyUI.",
                 code="run.needs_an_image",
                 file=transformer,

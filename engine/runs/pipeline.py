@@ -88,14 +88,14 @@ class Pipeline:
             )
         if attention not in CHOICES:
             raise InvalidRequest(
-                "attention is {attention!r}; it is one of {choices}.",
+                "attention is {attention!r}; it must be one of {choices}.",
                 code="run.wrong_attention",
                 attention=str(attention),
                 choices=list(CHOICES),
             )
         if compute not in {computing.value for computing in Computing}:
             raise InvalidRequest(
-                "compute is {compute!r}; it is one of {choices}.",
+                "compute is {compute!r}; it must be one of {choices}.",
                 code="run.wrong_compute",
                 compute=str(compute),
                 choices=[computing.value for computing in Computing],

@@ -100,8 +100,8 @@ def _require_prompts(prompts: Sequence[Tensor], cfg: float) -> None:
     """Raise InvalidRequest for more or fewer than guidance needs."""
     if len(prompts) != (2 if cfg > 1 else 1):
         raise InvalidRequest(
-            "{count} prompts were given with cfg {cfg}. Give two, the positive and the negative one, where cfg is "
-            "above 1, and else one.",
+            "{count} prompts were given with cfg {cfg}. Give two, a positive and a negative one, where cfg is above "
+            "1, and otherwise one.",
             code="run.wrong_number_of_prompts",
             count=len(prompts),
             cfg=cfg,

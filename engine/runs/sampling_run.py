@@ -174,7 +174,7 @@ class SamplingRun:
                 return answers
             if hooked:
                 raise Unsupported(
-                    "Patches around the model's blocks are called in every step, and step_cache computes only some of "
+                    "Patches around the model's blocks are called in every step, but step_cache computes only some of "
                     "them.\n\nWhat to do: remove the node that sets the patch, or set step_cache to off.",
                     code="run.patches_of_predicted_steps",
                 )

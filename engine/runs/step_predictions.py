@@ -74,9 +74,9 @@ class StepPredictions:
         step, pasts = self._step_of(timestep), [self._past.get(key, _Past()) for key in keys]
         if step is None or any(step <= past.step for past in pasts):
             raise Unsupported(
-                "step_cache {name} needs a sampler that takes each step of the schedule once, one after another; this "
-                "one asked for timestep {timestep} out of turn.\n\nWhat to do: use a sampler of one evaluation a step "
-                "(euler, dpmpp_2m, res_multistep), or set step_cache to off.",
+                "step_cache {name} needs a sampler that takes each step of the schedule once and in order; this one "
+                "asked for timestep {timestep} out of order.\n\nWhat to do: use a sampler with one evaluation per "
+                "step (euler, dpmpp_2m, res_multistep), or set step_cache to off.",
                 code="run.step_out_of_turn",
                 name=self._schedule.name,
                 timestep=timestep,

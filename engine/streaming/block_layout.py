@@ -234,7 +234,7 @@ def _stored_param(
 ) -> StoredParam:
     if name not in tensors:
         raise WrongModel(
-            "{where} lacks {name}. The file is not whole: download it again.",
+            "{where} lacks {name}. The file is incomplete: download it again.",
             code="model.block_lacks_tensor",
             where=where,
             name=name,
@@ -242,7 +242,7 @@ def _stored_param(
     param = formats.stored_param(name, tensors, where)
     if param.shape != shape:
         raise WrongModel(
-            "{where}: {name} has shape {shape}, {needed_shape} is needed.",
+            "{where}: {name} has shape {shape}, but {needed_shape} is needed.",
             code="model.block_wrong_shape",
             where=where,
             name=name,

@@ -51,7 +51,7 @@ class TensorReader:
                     count = handle.readinto(out[done:])  # type: ignore[attr-defined]
                     if not count:
                         raise DamagedFile(
-                            "{file} ends {lacking} bytes early: it was changed or cut off after it was opened. Load "
+                            "{file} ends {lacking} bytes early: it was changed or truncated after it was opened. Load "
                             "the model again, or download it again.",
                             code="file.ends_early",
                             file=entry.file,
@@ -61,7 +61,7 @@ class TensorReader:
                 require_unchanged(handle, entry.file, entry.stamp)  # behind the read: what was read is the file's
         except OSError as error:
             raise MissingFile(
-                "{file} cannot be read any more ({error}).", code="file.gone", file=entry.file, error=error
+                "{file} can no longer be read ({error}).", code="file.gone", file=entry.file, error=error
             ) from error
 
     def close(self) -> None:

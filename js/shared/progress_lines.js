@@ -2,7 +2,7 @@
 // went wrong there. Comes with the first event of a node. Changes no value.
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
-import { messageOf } from "./error_words.js";
+import { fetchChinese, messageOf } from "./error_words.js";
 import { addPanel, nodeAt, words } from "./panels.js";
 import { clock, isChinese, lineOf } from "./run_words.js";
 import { errorOf, isOfThisGraph } from "./runs.js";
@@ -74,6 +74,7 @@ app.registerExtension({
   name: "qwenLowVRAM.progress",
 
   setup() {
+    if (isChinese(words())) fetchChinese();
     api.addEventListener(EVENT, ({ detail }) => show(detail));
     api.addEventListener("execution_interrupted", ({ detail }) => interrupted(detail));
     api.addEventListener("execution_error", ({ detail }) => failed(detail));

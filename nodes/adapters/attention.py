@@ -104,7 +104,7 @@ def check_override(options: dict[str, Any], of_run: Any) -> None:
     """Raise Unsupported where a call asks for another override than the run's."""
     if options.get(OVERRIDE_KEY) is not of_run:
         refuse(
-            "An attention override on a part of the run",
+            "An attention override for part of the run",
             "set it on the model, without a hook.",
             code="graph.attention_override",
         )

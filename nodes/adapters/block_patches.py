@@ -38,7 +38,7 @@ def check_patches(options: dict[str, Any]) -> None:
         for place in patches:
             if kind != "dit" or not isinstance(place, tuple) or place[0] not in KINDS_OF_BLOCKS:
                 refuse(
-                    "A node that replaces '{kind}' at {place} of the model",
+                    "A node that replaces '{kind}' at {place} in the model",
                     "remove it: {others}.",
                     code="graph.replaced_part",
                     kind=kind,

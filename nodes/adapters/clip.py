@@ -89,7 +89,9 @@ class LowVRAMCLIP(comfy.sd.CLIP):
         return other
 
     def clip_layer(self, layer_idx: int) -> None:
-        refuse("Another layer of the text encoder (CLIPSetLastLayer)", "remove that node.", code="clip.other_layer")
+        refuse(
+            "Using another layer of the text encoder (CLIPSetLastLayer)", "remove that node.", code="clip.other_layer"
+        )
 
     def tokenize(
         self,
@@ -173,8 +175,8 @@ class LowVRAMCLIP(comfy.sd.CLIP):
         pairs = batches[0] if isinstance(batches, list | tuple) and batches else None
         if not isinstance(pairs, list | tuple) or not all(isinstance(pair, list | tuple) and pair for pair in pairs):
             raise InvalidRequest(
-                "These tokens are not of Qwen-Image's text encoder: there are none for {key}.\n\nWhat to do: cut the "
-                "prompt into tokens with the CLIP that encodes it.",
+                "These tokens are not from Qwen-Image's text encoder: there are none for {key}.\n\nWhat to do: "
+                "tokenize the prompt with the CLIP that encodes it.",
                 code="clip.other_tokens",
                 key=self.tokens_key,
             )

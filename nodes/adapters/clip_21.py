@@ -48,7 +48,7 @@ class LowVRAMCLIP21(LowVRAMCLIP):
         if not prevent_empty_text and not text:
             refuse(
                 "A prompt without any text (prevent_empty_text off)",
-                "write a blank.",
+                "enter a space.",
                 code="clip_21.empty_text",
             )
         entries = [{"type": "image", "data": image, KEEP_KEY: keep_vision} for image in images or ()]
@@ -84,9 +84,9 @@ def encode_edit_21(edit: Edit, member: Variant21) -> EncodedEdit:
     for number, (wide, high) in enumerate(sizes.references, start=1):
         if edit.megapixels and wide * high < LEAST_PIXELS:
             raise InvalidRequest(
-                "Image {number} would be shown to Qwen-Image-2.1 in {width}x{height} px; all images are shown in one "
-                "area, of {least} px at least.\n\nWhat to do: set megapixels to 1, which it was trained for, to 0.1 "
-                "at least, or to 0 for each image's own size.",
+                "Image {number} would be shown to Qwen-Image-2.1 at {width}x{height} px; all images are scaled to the "
+                "same area, which must be at least {least} pixels.\n\nWhat to do: set megapixels to 1, which it was "
+                "trained for, to at least 0.1, or to 0 for each image's own size.",
                 code="edit_21.too_small_area",
                 number=number,
                 width=wide,

@@ -35,7 +35,7 @@ def check_values(
     if sigmas.ndim != 1 or not 2 <= len(sigmas) <= most or not torch.isfinite(sigmas).all():
         raise InvalidRequest(
             "The schedule has shape {shape}, or numbers that are not finite; 2 to {most} sigmas are needed.\n\nWhat "
-            "to do: check steps and denoise of the scheduler.",
+            "to do: check the scheduler's steps and denoise.",
             code="sampling.wrong_sigmas",
             shape=list(sigmas.shape),
             most=most,
@@ -56,8 +56,8 @@ def check_computed(conds: Conds, shape: Sequence[int]) -> None:
             area = entry.get("area") or ()
             if min(size_of(entry, shape)) < 1 or any(side < 0 for side in area):
                 raise InvalidRequest(
-                    "The {name} conditioning has an area without pixels, or outside of the image: {area} in latents "
-                    "(height, width, from the top, from the left).\n\nWhat to do: give it an area within the image.",
+                    "The {name} conditioning has an area without pixels, or outside the image: {area} in latent "
+                    "pixels (height, width, from the top, from the left).\n\nWhat to do: set an area inside the image.",
                     code="conditioning.area_without_pixels",
                     name=name,
                     area=list(area),
@@ -69,8 +69,8 @@ def check_result(latents: Tensor) -> None:
     if not torch.isfinite(latents).all():
         raise InvalidRequest(
             "The sampled latents hold numbers that are not finite (NaN or infinity): the image would be "
-            "black.\n\nWhat to do: check the numbers of the nodes that change guidance, sampler or model, and the "
-            "strengths of LoRAs.",
+            "black.\n\nWhat to do: check the values in the nodes that change guidance, sampler or model, and the "
+            "strength of each LoRA.",
             code="sampling.latents_not_finite",
         )
 
@@ -81,8 +81,8 @@ def _check_entry(name: str, entry: dict[str, Any], channels: int) -> None:
     if mask is not None and (not isinstance(mask, Tensor) or mask.shape[-1:] != (tokens,)):
         given = list(mask.shape) if isinstance(mask, Tensor) else shown(mask)
         raise InvalidRequest(
-            "{name}: the attention mask is {given}, the prompt has {tokens} tokens.\n\nWhat to do: use the "
-            "conditioning of a text encode node as it is.",
+            "{name}: the attention mask is {given}, but the prompt has {tokens} tokens.\n\nWhat to do: connect the "
+            "conditioning from a text encode node directly.",
             code="conditioning.wrong_mask",
             name=name,
             given=given,
@@ -93,8 +93,8 @@ def _check_entry(name: str, entry: dict[str, Any], channels: int) -> None:
         check_mask(f"The mask of {of}", entry["mask"])
     if not _is_area(entry.get("area")):
         raise InvalidRequest(
-            "{name}: its area is {area}, not whole numbers of latents or percentages (height, width, from the top, "
-            "from the left).\n\nWhat to do: use ComfyUI's nodes for areas.",
+            "{name}: its area is {area}, not in whole latent pixels or percentages (height, width, from the top, from "
+            "the left).\n\nWhat to do: use ComfyUI's area nodes.",
             code="conditioning.wrong_area",
             name=name,
             area=shown(entry["area"]),

@@ -44,7 +44,7 @@ def check_controls(conds: Conds, inner_dim: int, frames: int) -> None:
     for net in _nets(entries_of(conds)):
         if frames > 1:
             refuse(
-                "A ControlNet beside layers",
+                "A ControlNet together with layers",
                 "remove the ControlNet, or use a Qwen-Image or Edit model.",
                 code="graph.control_beside_layers",
             )
@@ -76,7 +76,7 @@ def check_devices(models: Iterable[comfy.model_patcher.ModelPatcher], device: to
     for other in models:
         if other.load_device != device:
             refuse(
-                "A {kind} on {other_device} beside a transformer on {device}",
+                "A {kind} on {other_device} together with a transformer on {device}",
                 "set transformer_device to auto in '{loader}'.",
                 code="graph.model_on_another_device",
                 kind=type(other.model).__name__,

@@ -59,7 +59,7 @@ def encode_edit(edit: Edit, member: Variant) -> EncodedEdit:
     them as Edit-2509 does."""
     member = member.when_shown_images
     for i, image in enumerate(edit.images, start=1):
-        require_rgb(image, f"Picture {i}")
+        require_rgb(image, f"Image {i}")
     sizes = plan_sizes(edit.sizes, member, megapixels=edit.megapixels, output=edit.output)
     prompts = (edit.positive, edit.negative)
     texts = [with_places(text, len(edit.images), labelled=member.labels_images) for text in prompts]

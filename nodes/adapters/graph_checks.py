@@ -26,7 +26,7 @@ NO_IMAGES_KEY = "qwen_lowvram_no_pictures"
 def refuse(what: str, instead: str, *, code: str, **values: Any) -> NoReturn:
     """Raise Unsupported in the pack's standard words, in which {loader} may stand as well as the values."""
     raise Unsupported(
-        f"{what} does not work with the models of '{{loader}}' yet.\n\nWhat to do: {instead}",
+        f"{what} does not work with models from '{{loader}}' yet.\n\nWhat to do: {instead}",
         code=code,
         loader=LOADER,
         **values,
@@ -79,7 +79,7 @@ def check_references(variant: Variant, conds: dict[str, list[dict[str, Any]]]) -
     shown = bool(sizes)
     if variant.edits and not shown and not any(entry.get(NO_IMAGES_KEY) for entry in entries):
         raise InvalidRequest(
-            "{variant} changes images, and this graph shows it none: no condition has reference latents.\n\nWhat to "
+            "{variant} edits images, but this graph gives it none: no conditioning has reference latents.\n\nWhat to "
             "do: encode the prompt with '{encode_edit}' or another node that takes the image and the VAE "
             "(TextEncodeQwenImageEditPlus), or add ReferenceLatent. For images from text alone, choose a Qwen-Image "
             "file, or set variant to {qwen_image} in '{loader}'.",
@@ -114,7 +114,7 @@ def _check_images(variant: Variant, references: Sequence[Sequence[Tensor]]) -> N
         for latent in latents:
             if latent.ndim != 5:
                 raise InvalidRequest(
-                    "A reference latent has the shape {shape}; an image's has five numbers, [1, 16, 1, height / 8, "
+                    "A reference latent has the shape {shape}; an image's has five dimensions, [1, 16, 1, height / 8, "
                     "width / 8].\n\nWhat to do: encode the image with VAE Encode and this model's VAE.",
                     code="graph.wrong_reference_shape",
                     shape=list(latent.shape),
@@ -122,14 +122,14 @@ def _check_images(variant: Variant, references: Sequence[Sequence[Tensor]]) -> N
         frames = max((latent.shape[2] for latent in latents), default=1)
         if frames != 1:
             raise InvalidRequest(
-                "A reference latent has {frames} frames; an image has one.\n\nWhat to do: encode one image at a "
-                "time, and show an image instead of its layers.",
+                "A reference latent has {frames} frames; an image has one.\n\nWhat to do: encode one image at a time, "
+                "and use an image instead of its layers.",
                 code="graph.reference_of_frames",
                 frames=frames,
             )
         if variant.makes_layers and len(latents) > 1:
             raise InvalidRequest(
-                "{variant} takes one image apart, and a prompt of this graph shows it {count}.\n\nWhat to do: keep "
+                "{variant} takes one image apart, but a prompt in this graph gives it {count}.\n\nWhat to do: keep "
                 "one ReferenceLatent per prompt.",
                 code="graph.several_images_to_layer",
                 variant=variant.value,
@@ -155,7 +155,7 @@ def seen_of_call(mask: Tensor | None) -> Tensor | None:
     if mask.is_floating_point():
         refuse(
             "A fractional or additive attention mask",
-            "use the conditioning of a text encode node as it is.",
+            "connect the conditioning from a text encode node directly.",
             code="graph.fractional_mask",
         )
     return mask.bool()
@@ -165,7 +165,8 @@ def check_latents(latents: Tensor) -> None:
     """Raise Unsupported for latents of other models."""
     if latents.ndim != 5:
         raise Unsupported(
-            "A latent of shape {shape} is no image's. Use EmptySD3LatentImage, or encode images with this pack's VAE.",
+            "A latent of shape {shape} does not belong to an image. Use EmptySD3LatentImage, or encode images with "
+            "this pack's VAE.",
             code="graph.latent_of_no_image",
             shape=list(latents.shape),
         )
@@ -191,7 +192,7 @@ def check_layers(variant: Variant, frames: int) -> None:
     """Raise InvalidRequest where the latent has no layers and the model makes them, or the other way round."""
     if variant.makes_layers and frames == 1:
         raise InvalidRequest(
-            "{variant} makes layers, and this graph's latent has none.\n\nWhat to do: use "
+            "{variant} makes layers, but this graph's latent has none.\n\nWhat to do: use "
             "EmptyQwenImageLayeredLatentImage with 1 layer or more, and show the model the image with "
             "ReferenceLatent; for a whole image, choose a {qwen_image} file in '{loader}'.",
             code="graph.latent_without_layers",
@@ -201,8 +202,9 @@ def check_layers(variant: Variant, frames: int) -> None:
         )
     if not variant.makes_layers and frames != 1:
         raise InvalidRequest(
-            "The latent has {frames} frames, and {variant} makes one image.\n\nWhat to do: use EmptySD3LatentImage, "
-            "or encode images with this pack's VAE; for layers, choose a {layered} file in '{loader}'.",
+            "The latent has {frames} frames, but {variant} makes a single image.\n\nWhat to do: use "
+            "EmptySD3LatentImage, or encode images with this pack's VAE; for layers, choose a {layered} file in "
+            "'{loader}'.",
             code="graph.latent_with_layers",
             frames=frames,
             variant=variant.value,

@@ -44,7 +44,7 @@ def check_references_21(entry: dict[str, Any], noise: Tensor) -> None:
     for latent in references:
         if latent.ndim != 4 or latent.shape[1] != CHANNELS:
             raise InvalidRequest(
-                "A reference latent has the shape {shape}; of Qwen-Image-2.1 it is [1, {channels}, height / {px}, "
+                "A reference latent has the shape {shape}; for Qwen-Image-2.1 it is [1, {channels}, height / {px}, "
                 "width / {px}].\n\nWhat to do: encode the image with VAE Encode and this model's VAE.",
                 code="graph_21.wrong_reference_shape",
                 shape=list(latent.shape),
@@ -53,8 +53,8 @@ def check_references_21(entry: dict[str, Any], noise: Tensor) -> None:
             )
         if any((side - own) % 2 for side, own in zip(latent.shape[-2:], noise.shape[-2:], strict=True)):
             raise Unsupported(
-                "An image of {width}x{height} px beside a reference of {ref_width}x{ref_height} px is half a token "
-                "aside.\n\nWhat to do: use sides in multiples of {step} px for both.",
+                "An image of {width}x{height} px and a reference of {ref_width}x{ref_height} px are half a token out "
+                "of line.\n\nWhat to do: use sides in multiples of {step} px for both.",
                 code="graph_21.half_a_token",
                 width=noise.shape[-1] * TOKEN_PX,
                 height=noise.shape[-2] * TOKEN_PX,
@@ -66,9 +66,9 @@ def check_references_21(entry: dict[str, Any], noise: Tensor) -> None:
     in_order = slots == sorted(slots) and all(0 <= slot <= tokens for slot in slots)
     if len(slots) != len(references) or not in_order:
         raise InvalidRequest(
-            "A prompt shows {count} images and says of {slots} where they stand in it.\n\nWhat to do: encode prompt "
-            "and images with one node that knows Qwen-Image-2.1, such as '{encode_edit}'; ReferenceLatent does not say "
-            "it.",
+            "A prompt's images ({count}) and the places it has for them ({slots}) do not match.\n\nWhat "
+            "to do: encode prompt and images with one node that knows Qwen-Image-2.1, such as '{encode_edit}'; "
+            "ReferenceLatent does not record this.",
             code="graph_21.places_of_references",
             count=len(references),
             slots=len(slots),

@@ -165,9 +165,9 @@ class QwenImage21Model(LowVRAMModel, _QwenImage21):
     def check_run(self, conds: dict[str, list[dict[str, Any]]], noise: Tensor) -> None:
         if noise.ndim != 4:
             raise InvalidRequest(
-                "A latent of shape {shape} is none of Qwen-Image-2.1's; an image's has four numbers, [batch, "
-                "{channels}, height / {px}, width / {px}].\n\nWhat to do: use EmptyLatentImage, or encode images with "
-                "this model's VAE.",
+                "A latent of shape {shape} does not belong to Qwen-Image-2.1, whose latents have four dimensions, "
+                "[batch, {channels}, height / {px}, width / {px}].\n\nWhat to do: use EmptyLatentImage, or encode "
+                "images with this model's VAE.",
                 code="graph_21.wrong_latent",
                 shape=list(noise.shape),
                 channels=CHANNELS,
@@ -195,8 +195,8 @@ class QwenImage21Model(LowVRAMModel, _QwenImage21):
             found = entry["cross_attn"].shape[-1]
             if found != needed:
                 raise InvalidRequest(
-                    "The prompt's embeddings have {dimensions} dimensions, {needed} are needed.\n\nWhat to do: encode "
-                    "the prompt with Qwen-Image-2.1's own text encoder, Qwen3-VL-8B.",
+                    "The prompt's embeddings have {dimensions} dimensions, but {needed} are needed.\n\nWhat to do: "
+                    "encode the prompt with Qwen-Image-2.1's own text encoder, Qwen3-VL-8B.",
                     code="conditioning_21.other_dimensions",
                     dimensions=found,
                     needed=needed,

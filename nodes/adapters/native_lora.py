@@ -48,7 +48,7 @@ def by_layers(patches: Mapping[Any, Any], others: OtherNames) -> dict[str, Any]:
             layer = None if dim else layers.get((key[0], start, start + count))
         if layer is None:
             refuse(
-                "A LoRA that changes a part of a weight ({key})",
+                "A LoRA that changes only part of a weight ({key})",
                 "use another file.",
                 code="graph.lora_of_a_part",
                 key=key[0],

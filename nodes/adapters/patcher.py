@@ -101,7 +101,7 @@ class LowVRAMPatcher(comfy.model_patcher.ModelPatcher):
             )
         if not patches:
             raise InvalidRequest(
-                "No key of the LoRA fits this model: it is a LoRA of another model.", code="lora.no_key_fits"
+                "None of the LoRA's keys fits this model: it is a LoRA for another model.", code="lora.no_key_fits"
             )
         names = {key: patches[key] for key in patches if weight_of(key).startswith(PREFIX)}
         if names:

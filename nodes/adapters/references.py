@@ -32,8 +32,8 @@ def check_methods(conds: dict[str, list[dict[str, Any]]], config: TransformerCon
             )
         if method == INDEX_AT_ZERO and not config.zero_cond_t:
             refuse(
-                "The reference method '{method}' of {variant} with another model",
-                "set the method to '{index}', or, if the file is that model, set variant to it in '{loader}'.",
+                "Using {variant}'s reference method '{method}' with another model",
+                "set the method to '{index}', or, if the file is that model, choose it as variant in '{loader}'.",
                 code="graph.index_at_zero",
                 method=INDEX_AT_ZERO,
                 variant=Variant.EDIT_2511.value,

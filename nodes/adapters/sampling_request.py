@@ -23,8 +23,8 @@ def request_of(conds: Conds, noise_shape: torch.Size, sigmas: Tensor, joint_atte
     for prompt in prompts:
         if prompt.shape[-1] != joint_attention_dim:
             raise InvalidRequest(
-                "The prompt's embeddings have {dimensions} dimensions, {needed} are needed.\n\nWhat to do: encode the "
-                "prompt with Qwen-Image's own text encoder, Qwen2.5-VL-7B.",
+                "The prompt's embeddings have {dimensions} dimensions, but {needed} are needed.\n\nWhat to do: encode "
+                "the prompt with Qwen-Image's own text encoder, Qwen2.5-VL-7B.",
                 code="conditioning.other_dimensions",
                 dimensions=prompt.shape[-1],
                 needed=joint_attention_dim,

@@ -168,7 +168,7 @@ class WithoutLayers(nn.Module):
 def refuse_reaching(path: str) -> Any:
     refuse(
         "A node that reaches into the model (diffusion_model.{path})",
-        "remove that node. The weights lie outside of modules; nothing that is done to a module changes the image.",
+        "remove that node. The weights are kept outside of modules, so nothing done to a module changes the image.",
         code="graph.reaches_into_model",
         path=path,
     )
@@ -176,7 +176,7 @@ def refuse_reaching(path: str) -> Any:
 
 def refuse_compiling() -> Any:
     refuse(
-        "Compiling parts of the model, or in another way than TorchCompileModel does",
-        "use TorchCompileModel in the place of that node.",
+        "Compiling the model only in part, or in another way than TorchCompileModel does,",
+        "use TorchCompileModel instead of that node.",
         code="graph.compiled_model",
     )

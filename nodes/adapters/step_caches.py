@@ -28,23 +28,24 @@ def check_step_cache(cache: StepCache, sampler: Any, options: dict[str, Any], co
     taken = function.removeprefix("sample_").removesuffix("_function")
     if taken in OTHER_STEPS and isinstance(cache, StepSchedule):
         refuse(
-            "The sampler {sampler}, which takes other steps than the schedule's, with step_cache {name}",
-            "use euler, dpmpp_2m or another one that asks once a step, or set step_cache to off in the loader.",
+            "Combining step_cache {name} with the sampler {sampler} (it takes other steps than the schedule's)",
+            "use euler, dpmpp_2m or another sampler that calls the model once per step, or set step_cache to off in "
+            "the loader.",
             code="graph.sampler_of_other_steps",
             sampler=taken,
             name=name,
         )
     if has_patches(options):
         refuse(
-            "A patch around the model's blocks, which is called in every step, with step_cache {name}",
+            "Combining step_cache {name} with a patch that is called around the model's blocks in every step",
             "remove the node that sets it, or set step_cache to off in the loader.",
             code="graph.patch_of_predicted_steps",
             name=name,
         )
     if context_windows:
         refuse(
-            "Context windows with step_cache {name}",
-            "remove the node that sets it, or set step_cache to off in the loader.",
+            "Combining context windows with step_cache {name}",
+            "remove the node that sets them, or set step_cache to off in the loader.",
             code="graph.windows_of_predicted_steps",
             name=name,
         )

@@ -73,7 +73,7 @@ class ModelCalls:
         """The answers to several calls in one visit of the blocks."""
         if self.run is None:
             raise Unsupported(
-                "The model was called outside of a sampler. Use a sampler node.", code="graph.called_outside_of_sampler"
+                "The model was called outside a sampler. Use a sampler node.", code="graph.called_outside_of_sampler"
             )
         hooked = []
         bounds = list(pairwise(accumulate((call.batch for call in calls), initial=0)))
@@ -176,7 +176,7 @@ class LowVRAMModel:
         """Raise Unsupported for ControlNets and patches around blocks, whose results the network would not see: all of
         them, but where it has its own way with them."""
         if any(entry.get("control") is not None for entries in conds.values() for entry in entries or ()):
-            refuse("A ControlNet beside this model", "remove the ControlNet.", code="graph.no_controlnets")
+            refuse("A ControlNet for this kind of model", "remove the ControlNet.", code="graph.no_controlnets")
         if has_patches(options):
             refuse("A patch around this model's blocks", "remove the node that sets it.", code="graph.no_block_patches")
 

@@ -132,7 +132,7 @@ class LowVRAMVAE(comfy.sd.VAE):
         check_image("The image", pixel_samples)
         if min(pixel_samples.shape[1:3]) < vae.scale:
             raise InvalidRequest(
-                "The VAE encodes images (B, H, W, C) of at least {least_px}x{least_px} pixels, got {shape}.",
+                "The VAE encodes images (B, H, W, C) of at least {least_px}x{least_px} pixels; got {shape}.",
                 code="vae.image_too_small",
                 least_px=vae.scale,
                 shape=tuple(pixel_samples.shape),

@@ -31,7 +31,7 @@ def check_widgets(inputs: Mapping[str, Mapping[str, Any]], **values: Any) -> Non
         needed = _CHECKS["CHOICE" if isinstance(kind, list) else kind](value, kind, options)
         if needed:
             raise InvalidRequest(
-                "{name} is {value}; {needed} is needed.\n\nWhat to do: set {name}, or change what is linked to it.",
+                "{name} is {value}; it must be {needed}.\n\nWhat to do: set {name}, or change what is connected to it.",
                 code="value.wrong",
                 name=name,
                 value=shown(value),
@@ -49,7 +49,7 @@ def latent_of(name: str, value: Any) -> Tensor:
     samples = value.get("samples") if isinstance(value, Mapping) else None
     if not isinstance(samples, Tensor):
         raise InvalidRequest(
-            "{name} is no latent: it has no 'samples'.\n\nWhat to do: connect EmptySD3LatentImage, or a VAE Encode.",
+            "{name} is not a latent: it has no 'samples'.\n\nWhat to do: connect EmptySD3LatentImage, or VAE Encode.",
             code="value.no_samples",
             name=name,
         )
@@ -61,7 +61,7 @@ def check_latent(name: str, samples: Any) -> None:
     """Raise InvalidRequest for what is no latent of an image."""
     if not isinstance(samples, Tensor):
         raise InvalidRequest(
-            "{name} is {value}, no latent.\n\nWhat to do: check the node that makes it.",
+            "{name} is {value}, not a latent.\n\nWhat to do: check the node that makes it.",
             code="value.no_latent",
             name=name,
             value=shown(samples),
@@ -82,8 +82,8 @@ def check_channels(name: str, latent: Tensor, channels: int) -> None:
     """Raise InvalidRequest for another model's latent."""
     if latent.shape[1] != channels:
         raise InvalidRequest(
-            "{name} is a latent of {channels} channels, {needed} are needed: it is another model's.\n\nWhat to do: "
-            "use EmptySD3LatentImage, or encode images with this model's VAE.",
+            "{name} is a latent of {channels} channels, but {needed} are needed: it belongs to another model.\n\nWhat "
+            "to do: use EmptySD3LatentImage, or encode images with this model's VAE.",
             code="value.other_latent_channels",
             name=name,
             channels=latent.shape[1],
@@ -150,7 +150,7 @@ def check_image(name: str, image: Any) -> None:
     if not isinstance(image, Tensor) or image.ndim != 4 or 0 in image.shape or not _is_wide(image):
         shape = f"{list(image.shape)} in {image.dtype}" if isinstance(image, Tensor) else type(image).__name__
         raise InvalidRequest(
-            "{name} is {shape}, not images (B, H, W, C).\n\nWhat to do: connect a Load Image.",
+            "{name} is {shape}, not images (B, H, W, C).\n\nWhat to do: connect a Load Image node.",
             code="value.no_images",
             name=name,
             shape=shape,
@@ -199,7 +199,7 @@ def _check_finite(name: str, tensor: Tensor) -> None:
     if not is_finite(tensor):
         raise InvalidRequest(
             "{name} holds numbers that are not finite (NaN or infinity).\n\nWhat to do: check the node that makes it; "
-            "fp16 overflows in some models, bf16 or fp32 do not.",
+            "fp16 overflows in some models, bf16 and fp32 do not.",
             code="value.not_finite",
             name=name,
         )
@@ -224,9 +224,9 @@ def _wrong_switch(value: Any, kind: str, options: Mapping[str, Any]) -> str:
 
 def _wrong_text(value: Any, kind: str, options: Mapping[str, Any]) -> str:
     if not isinstance(value, str):
-        return "a text"
+        return "text"
     half = half_character(value)
-    return "" if half is None else f"a text of whole characters (number {half + 1} is one half of one)"
+    return "" if half is None else f"text of whole characters (number {half + 1} is one half of one)"
 
 
 def _wrong_choice(value: Any, kind: Sequence[str], options: Mapping[str, Any]) -> str:

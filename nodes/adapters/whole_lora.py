@@ -57,7 +57,7 @@ class AdapterChange(WholeChange):
         values = tuple(next(given) if isinstance(value, TensorEntry) else value for value in self.values)
         if not _calculate(self.adapter, weight, values, strength):
             raise Unsupported(
-                "ComfyUI's {kind} adapter failed, as its log says. Take the LoRA out.",
+                "ComfyUI's {kind} adapter failed; ComfyUI's log says why. Remove the LoRA.",
                 code="lora.adapter_failed",
                 kind=self.kind,
             )
@@ -115,7 +115,7 @@ def _delta(name: str, adapter: Any, weights: Mapping[str, tuple[int, ...]], mode
     shape = weights.get(name, ())
     if len(shape) != 2:
         raise WrongModel(
-            "A LoRA changes {name}, which is no matrix of this model. Choose a LoRA for {model}.",
+            "A LoRA changes {name}, which is not a matrix of this model. Choose a LoRA for {model}.",
             code="lora.changes_no_matrix",
             name=name,
             model=model,
@@ -128,8 +128,8 @@ def _delta(name: str, adapter: Any, weights: Mapping[str, tuple[int, ...]], mode
     shapes = tuple(value.shape if isinstance(value, TensorEntry) else value for value in values)
     if not _fits(kind, shape, shapes):
         raise WrongModel(
-            "ComfyUI's {kind} adapter does not fit {name} {shape}; its parts are {shapes:.199}, its log says why. "
-            "Choose a LoRA for {model}.",
+            "ComfyUI's {kind} adapter does not fit {name} {shape}; its parts are {shapes:.199}. ComfyUI's log says "
+            "why. Choose a LoRA for {model}.",
             code="lora.adapter_does_not_fit",
             kind=_KINDS[type(adapter)],
             name=name,

@@ -48,7 +48,7 @@ def tell_patched_process() -> None:
     names = patched_in_process()
     if names:
         text = (
-            f"Another pack has replaced {', '.join(names)} of ComfyUI for all models. The models of '{LOADER}' do not "
-            "use that code: they run as without."
+            f"Another pack has replaced {', '.join(names)} of ComfyUI for all models. Models from '{LOADER}' do not "
+            "use that code: they run without it."
         )
         warn(text)

@@ -204,14 +204,14 @@ DAMAGES: dict[str, tuple[Callable[[Any, Any], Any], type[CheckpointError], str]]
     "no shape": (lambda t, n: n.pop("shape"), DamagedFile, "has the shape None"),
     "a shape of texts": (lambda t, n: n.update(shape=["a", 2]), DamagedFile, "has the shape"),
     "an empty shape": (lambda t, n: n.update(shape=[0, 64]), DamagedFile, "has the shape"),
-    "another shape": (lambda t, n: n.update(shape=[640, 64]), DamagedFile, "are not what"),
+    "another shape": (lambda t, n: n.update(shape=[640, 64]), DamagedFile, "do not match"),
     "another block size": (lambda t, n: n.update(blocksize=128), WrongModel, r"blocks of \(128, 256\)"),
     "another type": (lambda t, n: n.update(quant_type="nf3"), WrongModel, "'nf3'"),
-    "no offset": (lambda t, n: n.pop("nested_offset"), DamagedFile, "are not what"),
-    "an offset that is no number": (lambda t, n: n.update(nested_offset=float("nan")), DamagedFile, "are not what"),
-    "no scales": (lambda t, n: t.pop(f"{WEIGHT}.absmax"), DamagedFile, "are not what"),
-    "no nested scales": (lambda t, n: t.pop(f"{WEIGHT}.nested_absmax"), DamagedFile, "are not what"),
-    "too few codes": (lambda t, n: t.update({WEIGHT: t[WEIGHT][:-1]}), DamagedFile, "are not what"),
+    "no offset": (lambda t, n: n.pop("nested_offset"), DamagedFile, "do not match"),
+    "an offset that is no number": (lambda t, n: n.update(nested_offset=float("nan")), DamagedFile, "do not match"),
+    "no scales": (lambda t, n: t.pop(f"{WEIGHT}.absmax"), DamagedFile, "do not match"),
+    "no nested scales": (lambda t, n: t.pop(f"{WEIGHT}.nested_absmax"), DamagedFile, "do not match"),
+    "too few codes": (lambda t, n: t.update({WEIGHT: t[WEIGHT][:-1]}), DamagedFile, "do not match"),
 }
 
 

@@ -65,7 +65,7 @@ def test_a_checkpoint_knows_whether_each_of_its_files_is_as_it_was(
     with pytest.raises(DamagedFile, match=rf"(?s){name} was changed after it was opened .*What to do: queue"):
         checkpoint.require_unchanged()
     (folder / name).unlink()
-    with pytest.raises(MissingFile, match=rf"{name} cannot be read any more"):
+    with pytest.raises(MissingFile, match=rf"{name} can no longer be read"):
         checkpoint.require_unchanged()
 
 
@@ -115,7 +115,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_a_missing_shard_is_named(tmp_path: Path, write_model: Callable[..., Path]) -> None:
     folder = _shards(tmp_path / "sharded", write_model)
     (folder / "m-2.safetensors").unlink()
-    with pytest.raises(MissingFile, match=r"names 2 files, 1 of them are not there \(m-2\.safetensors\)"):
+    with pytest.raises(MissingFile, match=r"names 2 files, of which 1 cannot be found \(m-2\.safetensors\)"):
         open_checkpoint(folder)
 
 
@@ -139,7 +139,7 @@ def test_a_damaged_index_is_a_checkpoint_error(index: Any, tmp_path: Path, write
 def test_a_tensor_may_not_stand_in_two_shards(tmp_path: Path, write_model: Callable[..., Path]) -> None:
     folder = _shards(tmp_path / "sharded", write_model)
     write_model(folder / "m-2.safetensors", SHAPES)
-    with pytest.raises(DamagedFile, match=r"'a\.weight' stands in two files, m-1\.safetensors and m-2\.safetensors"):
+    with pytest.raises(DamagedFile, match=r"'a\.weight' is in two files, m-1\.safetensors and m-2\.safetensors"):
         open_checkpoint(folder)
 
 
@@ -162,17 +162,19 @@ def test_a_file_cut_in_its_header_is_damaged(kept: int, tmp_path: Path, write_mo
 def test_a_file_cut_in_its_data_is_damaged(tmp_path: Path, write_model: Callable[..., Path]) -> None:
     file = write_model(tmp_path / "m.safetensors", SHAPES)
     os.truncate(file, file.stat().st_size - 1)
-    with pytest.raises(DamagedFile, match=r"m\.safetensors is cut off: 'a\.bias' ends at byte \d+, the file has \d+"):
+    with pytest.raises(
+        DamagedFile, match=r"m\.safetensors is cut off: 'a\.bias' ends at byte \d+, but the file has \d+"
+    ):
         open_checkpoint(file)
 
 
 @pytest.mark.parametrize(
     ("contents", "words"),
     [
-        (b"GGUF\x03\0\0\0" + bytes(100), r"a GGUF file\. Give it the ending \.gguf"),
-        (b"PK\x03\x04" + bytes(100), r"a zip archive, as PyTorch's \.pt files are"),
+        (b"GGUF\x03\0\0\0" + bytes(100), r"a GGUF file\. Rename it so that it ends in \.gguf"),
+        (b"PK\x03\x04" + bytes(100), r"a zip archive, like PyTorch's \.pt files"),
         (b"\x80\x02\x8a\x0al\xfc\x9cF\xf9", "a pickle file"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n", "a pointer to a file of git-lfs"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n", "only a git-lfs pointer"),
         (b"<!DOCTYPE html><html>" * 9, r"a web page\. Download the file itself"),
     ],
 )
@@ -192,7 +194,7 @@ def test_an_index_leads_to_no_file_outside_its_folder(
 ) -> None:
     write_model(tmp_path / "secret.safetensors", SHAPES)
     folder = _shards(tmp_path / "sharded", write_model, index={"weight_map": {"a.weight": name}})
-    with pytest.raises(DamagedFile, match=r"which is no \.safetensors file of its own folder"):
+    with pytest.raises(DamagedFile, match=r"which is not a \.safetensors file in the same folder"):
         open_checkpoint(folder)
 
 
@@ -316,4 +318,4 @@ def test_without_permission_the_message_says_so(
     if done.returncode == 77:
         pytest.skip("this root may not become another user")
     assert "cannot be read" in done.stdout, done.stderr
-    assert "Check that this user may read it." in done.stdout
+    assert "Check that your user account may read it." in done.stdout

@@ -86,7 +86,7 @@ def test_an_output_of_another_shape_leaves_the_image_its_own_and_says_so() -> No
     sizes = plan_sizes([(1000, 700)], PLUS, output=(1024, 1024))
     assert not sizes.one_grid
     assert sizes.images[0].reference == (1216, 864)
-    assert "output 1024x1024, not on the grid of picture 1: what is kept may shift or zoom" in str(sizes)
+    assert "output 1024x1024, not on the grid of image 1: what is kept may shift or zoom" in str(sizes)
 
 
 @pytest.mark.parametrize(("megapixels", "output"), [(1.0, (1024, 1024)), (0.25, (512, 512)), (0.0, (1024, 1024))])
@@ -98,8 +98,8 @@ def test_without_an_image_the_output_is_square(megapixels: float, output: tuple[
 def test_sizes_are_told_in_words() -> None:
     assert str(plan_sizes([(1000, 700), (1216, 864)], PLUS)) == (
         "output 1216x864\n"
-        "picture 1: 1000x700 to 1216x864, 1.5% higher, seen at 448x308\n"
-        "picture 2: 1216x864 taken as it is, seen at 448x308"
+        "image 1: 1000x700 to 1216x864, 1.5% higher, seen at 448x308\n"
+        "image 2: 1216x864 taken as it is, seen at 448x308"
     )
     assert str(ImageSizes((500, 400), (1250, 1000), (28, 28))) == "500x400 to 1250x1000, seen at 28x28"
 
@@ -108,23 +108,23 @@ def test_sizes_are_told_in_words() -> None:
 
 
 def test_more_images_than_the_model_knows_are_refused() -> None:
-    with pytest.raises(InvalidRequest, match=r"Edit-2509 changes 3 images at a time, 4 are shown\.$"):
+    with pytest.raises(InvalidRequest, match=r"Edit-2509 edits at most 3 images at a time, but 4 are connected\.$"):
         plan_sizes([(64, 64)] * 4, PLUS)
-    with pytest.raises(InvalidRequest, match=r"Qwen-Image-Edit changes 1 image at a time, 2 are shown\. Use Qwen-Im"):
+    with pytest.raises(
+        InvalidRequest, match=r"Qwen-Image-Edit edits at most 1 image at a time, but 2 are connected\. Use Qwen-Im"
+    ):
         plan_sizes([(64, 64)] * 2, EDIT)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (15, 400), (400, 15)])
 def test_a_placeholder_is_no_image(size: tuple[int, int]) -> None:
-    with pytest.raises(InvalidRequest, match=rf"Picture 2 is {size[0]}x{size[1]} px; 16 px are the least"):
+    with pytest.raises(InvalidRequest, match=rf"Image 2 is {size[0]}x{size[1]} px; each side needs at least 16 px"):
         plan_sizes([(64, 64), size], PLUS)
 
 
 @pytest.mark.parametrize("size", [(20, 2001), (3300, 32)])
 def test_a_strip_is_no_image(size: tuple[int, int]) -> None:
-    with pytest.raises(
-        InvalidRequest, match=rf"Picture 1 is {size[0]}x{size[1]} px, too long to be seen: .* 100 times"
-    ):
+    with pytest.raises(InvalidRequest, match=rf"Image 1 is {size[0]}x{size[1]} px, too long and narrow .* 100 times"):
         plan_sizes([size], PLUS)
 
 

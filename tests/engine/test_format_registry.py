@@ -147,5 +147,5 @@ def test_the_first_that_recognises_a_parameter_has_it() -> None:
 
 
 def test_a_part_that_no_format_lays_out_is_refused_by_its_dtype() -> None:
-    with pytest.raises(WrongModel, match="holds numbers in F4, which is not read"):
+    with pytest.raises(WrongModel, match="holds numbers in F4, which is not supported"):
         FORMATS.raw_layout(TensorEntry(Path("m"), 0, 1, "F4", (2,)))

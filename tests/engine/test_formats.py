@@ -161,7 +161,7 @@ def test_lost_notes_and_numbers_that_are_no_quantization_are_called_so() -> None
     scale = {"attn.to_q.weight_scale": _entry("F32", 8, 1)}
     with pytest.raises(WrongModel, match=r"beside it: weight_scale\)\. If ComfyUI quantized it, its notes"):
         stored_param(WEIGHT, {WEIGHT: _entry("I8", 8, 64), **scale}, "m.safetensors")
-    with pytest.raises(WrongModel, match=r"is stored as F64\[8, 64\], which is not read\. Save the model in fp32"):
+    with pytest.raises(WrongModel, match=r"is stored as F64\[8, 64\], which is not supported\. Save the model in fp32"):
         stored_param(WEIGHT, {WEIGHT: _entry("F64", 8, 64)}, "m.safetensors")
 
 

@@ -90,13 +90,13 @@ def test_opening_twenty_gigabytes_reads_the_header_only(tmp_path: Path) -> None:
 
 def test_another_file_under_the_name_is_no_gguf_file(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"PK\x03\x04" + bytes(100))
-    with pytest.raises(DamagedFile, match="is no GGUF file: it begins with b'PK"):
+    with pytest.raises(DamagedFile, match="is not a GGUF file: it begins with b'PK"):
         open_checkpoint(tmp_path / "m.gguf")
 
 
 def test_a_safetensors_file_with_the_ending_of_a_gguf_file_is_named(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(3)}, tmp_path / "m.gguf")
-    with pytest.raises(DamagedFile, match=r"m\.gguf is no GGUF file, but a safetensors file\. Give it the ending"):
+    with pytest.raises(DamagedFile, match=r"m\.gguf is not a GGUF file, but a safetensors file\. Rename it"):
         open_checkpoint(tmp_path / "m.gguf")
 
 
@@ -109,13 +109,13 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_a_file_cut_off_anywhere_is_damaged(share: float, two_tensors: Path) -> None:
     raw = two_tensors.read_bytes()
     two_tensors.write_bytes(raw[: int(len(raw) * share)])
-    with pytest.raises(DamagedFile, match=r"cut off|no GGUF file"):
+    with pytest.raises(DamagedFile, match=r"cut off|not a GGUF file"):
         open_checkpoint(two_tensors)
 
 
 DAMAGES: dict[str, tuple[int, bytes, str]] = {
     "version": (4, struct.pack("<I", 9), "version 9"),
-    "as many tensors as there can be": (8, struct.pack("<Q", 2**63), f"announces {2**63} tensors"),
+    "as many tensors as there can be": (8, struct.pack("<Q", 2**63), f"claims {2**63} tensors"),
     "as many settings as there can be": (16, struct.pack("<Q", 2**63), f"and {2**63} settings"),
     "more tensors than there are": (8, struct.pack("<Q", 40_000), "cut off|dimensions|a name in its header"),
     "a name of all memory": (24, struct.pack("<Q", 2**62), f"a name in its header has {2**62} bytes"),

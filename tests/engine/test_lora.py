@@ -653,14 +653,14 @@ def test_a_flux_lora_is_refused_although_half_of_its_layers_fit(
 
 def test_a_whole_model_is_no_lora(tiny: Callable[..., tuple[Any, Path]], shapes: dict[str, tuple[int, ...]]) -> None:
     (file,) = tiny()[1].glob("*.safetensors")
-    with pytest.raises(WrongModel, match="is no LoRA: none of its"):
+    with pytest.raises(WrongModel, match="is not a LoRA: none of its"):
         match(open_lora(file), shapes)
 
 
 def test_a_file_without_tensors_is_no_lora(
     shapes: dict[str, tuple[int, ...]], write_header: Callable[..., Path], tmp_path: Path
 ) -> None:
-    with pytest.raises(WrongModel, match="is no LoRA: none of its 0 keys"):
+    with pytest.raises(WrongModel, match="is not a LoRA: none of its 0 keys"):
         match(open_lora(write_header(tmp_path / "l.safetensors", {}, 0)), shapes)
 
 
@@ -680,17 +680,17 @@ BAD_FILES: dict[str, tuple[dict[str, torch.Tensor], type[Exception], str]] = {
     "two ranks": (
         {".lora_A.weight": torch.zeros(2, WIDTH), ".lora_B.weight": torch.zeros(WIDTH, 3)},
         DamagedFile,
-        "no product",
+        "cannot be multiplied",
     ),
     "int8": (
         {".lora_A.weight": torch.zeros(2, WIDTH, dtype=torch.int8), ".lora_B.weight": torch.zeros(WIDTH, 2)},
         Unsupported,
         "stored as I8",
     ),
-    "one part twice": (
+    "the same part twice": (
         {".lora_A.weight": torch.zeros(2, WIDTH), ".lora_down.weight": torch.zeros(2, WIDTH)},
         DamagedFile,
-        "one part twice",
+        "the same part twice",
     ),
     "two changes at once": (
         {
@@ -726,7 +726,7 @@ BAD_FILES: dict[str, tuple[dict[str, torch.Tensor], type[Exception], str]] = {
             ".dora_scale": torch.zeros(1, 63),
         },
         DamagedFile,
-        r"\[1, 63\], which is neither rows nor columns of 64x64",
+        r"\[1, 63\], which fits neither the rows nor the columns of 64x64",
     ),
     "LoHa of two shapes": (
         {

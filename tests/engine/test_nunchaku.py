@@ -340,7 +340,7 @@ def test_parts_that_do_not_belong_together_are_named(
     why: str, written: Callable[[str, int], tuple[Any, Path]], tmp_path: Path
 ) -> None:
     checkpoint = changed(written("int4", 32)[1], tmp_path, DAMAGES[why])
-    with pytest.raises(DamagedFile, match=rf"is no whole layer of nunchaku's .*{why}.* Download it again\."):
+    with pytest.raises(DamagedFile, match=rf"is not a complete layer of nunchaku's .*{why}.* Download it again\."):
         sort_transformer(checkpoint)
 
 
@@ -358,7 +358,7 @@ def test_another_rank_and_awq_elsewhere_are_refused(
     file = written("int4", 32)[1]
     with pytest.raises(WrongModel, match="low-rank part of rank 24, which is not supported"):
         sort_transformer(changed(file, tmp_path, other_rank))
-    with pytest.raises(WrongModel, match=r"read in nunchaku's modulation \(img_mod.1, txt_mod.1\) only"):
+    with pytest.raises(WrongModel, match=r"read only in nunchaku's modulation layers \(img_mod.1, txt_mod.1\)"):
         sort_transformer(changed(file, tmp_path, awq_elsewhere))
 
 

@@ -88,12 +88,12 @@ def test_parts_that_are_missing_are_named(shards: Path) -> None:
         with pytest.raises(MissingFile) as missing:
             open_checkpoint(path)
         number = 1 if path == shards else files.index(path) + 1
-        assert f"is part {number} of {len(files)}, 1 of the others are missing: " in str(missing.value)
+        assert f"is part {number} of {len(files)}; missing: " in str(missing.value)
         assert files[1].name in str(missing.value)
         assert "ownload" not in str(missing.value)
     for file in files[2:]:
         file.unlink()
-    with pytest.raises(MissingFile, match=rf"is part 1 of {len(files)}, the others are missing: {files[1].name}, "):
+    with pytest.raises(MissingFile, match=rf"is part 1 of {len(files)}; missing: {files[1].name}, "):
         open_checkpoint(files[0])
 
 
@@ -131,15 +131,15 @@ def test_gguf_parts_that_are_missing_renamed_or_exchanged_are_named(split_gguf: 
     files = listed(split_gguf)
     count = len(files)
     files[-1].rename(split_gguf / "last.gguf")
-    with pytest.raises(
-        MissingFile, match=rf"is part 2 of {count}, 1 of the others are missing: {files[-1].name}\. Put"
-    ):
+    with pytest.raises(MissingFile, match=rf"is part 2 of {count}; missing: {files[-1].name}\. Put"):
         open_checkpoint(files[1])
-    with pytest.raises(MissingFile, match=rf"last\.gguf is part {count} of {count} by its header, which its name does"):
+    with pytest.raises(MissingFile, match=rf"last\.gguf is part {count} of {count} by its header, but its name does"):
         open_checkpoint(split_gguf / "last.gguf")
     files[1].rename(files[-1])
     (split_gguf / "last.gguf").rename(files[1])
-    with pytest.raises(DamagedFile, match=rf"part {count} of {count} by its header\. Give the parts the names"):
+    with pytest.raises(
+        DamagedFile, match=rf"part {count} of {count} by its header\. Give the parts their original names"
+    ):
         open_checkpoint(files[0])
 
 
@@ -211,7 +211,7 @@ def test_parts_that_are_counted_from_zero_are_found(tmp_path: Path) -> None:
         file.touch()
     assert parts_of(files[1]) == files
     files[2].unlink()
-    with pytest.raises(MissingFile, match=r"is part 2 of 3, 1 of the others are missing: m-00002-of-00003"):
+    with pytest.raises(MissingFile, match=r"is part 2 of 3; missing: m-00002-of-00003"):
         parts_of(files[1])
 
 

@@ -201,7 +201,7 @@ def test_what_is_no_request_is_refused(
 
 
 def test_models_that_begin_with_an_image_are_refused(layered_pipeline: Path) -> None:
-    with pytest.raises(InvalidRequest, match="Qwen-Image-Layered, which begins with an image"):
+    with pytest.raises(InvalidRequest, match="Qwen-Image-Layered, which starts from an image"):
         Pipeline.open(layered_pipeline)
 
 
@@ -210,7 +210,7 @@ def test_models_that_begin_with_an_image_are_refused(layered_pipeline: Path) -> 
     [
         ({"dtype": "fp32"}, "dtype is 'fp32'; torch.bfloat16"),
         ({"dtype": torch.float64}, "dtype is 'torch.float64'"),
-        ({"attention": "sage2"}, "attention is 'sage2'; it is one of auto, pytorch"),
+        ({"attention": "sage2"}, "attention is 'sage2'; it must be one of auto, pytorch"),
     ],
 )
 def test_settings_that_are_none_are_refused(small_pipeline: Path, settings: dict[str, Any], words: str) -> None:

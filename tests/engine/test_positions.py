@@ -29,6 +29,6 @@ def test_a_place_moves_every_position_by_its_frame_and_offsets(rope: QwenEmbedRo
 
 @pytest.mark.parametrize("place", [(0, MAX_POSITIONS, 0), (0, 0, MAX_POSITIONS - 3), (MAX_POSITIONS, 0, 0)])
 def test_a_place_beyond_the_tables_is_refused(rope: QwenEmbedRope, place: tuple[int, int, int]) -> None:
-    with pytest.raises(InvalidRequest, match="show fewer or smaller images"):
+    with pytest.raises(InvalidRequest, match="use fewer or smaller images"):
         place_images(rope, SHAPES[:1], [place])
     place_images(rope, SHAPES[:1], [(MAX_POSITIONS - 1, MAX_POSITIONS - 3, MAX_POSITIONS - 4)])

@@ -162,5 +162,5 @@ def test_a_deepstack_that_does_not_fit_is_named(indexes: Any, folder: Path, tmp_
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["vision_config"]["deepstack_visual_indexes"] = indexes
     (tmp_path / "m" / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    with pytest.raises(WrongModel, match=r"3 mergers behind the blocks .* do not fit together"):
+    with pytest.raises(WrongModel, match=r"3 mergers after the blocks .* do not fit together"):
         sort_vision(open_checkpoint(tmp_path / "m"))

@@ -141,7 +141,7 @@ def test_a_missing_block_is_counted(
     transformer_shapes: Shapes, tmp_path: Path, write_model: Callable[..., Path]
 ) -> None:
     shapes = {n.replace("blocks.1.", "blocks.3."): s for n, s in transformer_shapes.items()}
-    with pytest.raises(WrongModel, match=r"m.safetensors: of blocks 0\.\.3 only 2 are in the file"):
+    with pytest.raises(WrongModel, match=r"m.safetensors: only 2 of the blocks 0 to 3 are in the file"):
         sort_transformer(open_checkpoint(write_model(tmp_path / "m.safetensors", shapes)))
 
 
@@ -254,7 +254,7 @@ def test_a_file_of_some_layers_is_said_to_be_a_part(
     shapes = {name: shape for name, shape in transformer_shapes.items() if re.search(kept, name)}
     checkpoint = open_checkpoint(write_model(tmp_path / "m.safetensors", shapes))
     with pytest.raises(
-        WrongModel, match=rf"m\.safetensors holds a part of a Qwen-Image transformer \({len(shapes)} "
+        WrongModel, match=rf"m\.safetensors holds only part of a Qwen-Image transformer \({len(shapes)} "
     ) as e:
         require(checkpoint, TRANSFORMER)
     assert "ownload" not in str(e.value)

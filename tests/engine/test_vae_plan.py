@@ -142,9 +142,11 @@ def test_without_a_limit_no_tensor_needs_64_bit_indices(vae: ImageVAE) -> None:
 
 
 def test_what_cannot_fit_is_refused_with_the_numbers(vae: ImageVAE) -> None:
-    with pytest.raises(DoesNotFit, match=r"4096x4096 needs 0\.70 GiB .*; 0\.20 GiB are there\.\n.* 0\.50 GiB higher"):
+    with pytest.raises(
+        DoesNotFit, match=r"4096x4096 needs 0\.70 GiB .*; 0\.20 GiB are available\.\n.* 0\.50 GiB higher"
+    ):
         vae.plan_decode(4096, 4096, 200 * 2**20)
-    with pytest.raises(InvalidRequest, match="multiples of 8 pixels, got 100x64"):
+    with pytest.raises(InvalidRequest, match="multiples of 8 pixels; got 100x64"):
         vae.plan_decode(64, 100)
 
 

@@ -277,7 +277,7 @@ def test_an_image_of_any_size_is_patched_as_by_comfyui(height: int, width: int, 
 
     pixels = random_image(height, width, seed)
     if max(height, width) > 200 * min(height, width):
-        with pytest.raises(InvalidRequest, match=f"{width}x{height} px is too long to be seen"):
+        with pytest.raises(InvalidRequest, match=f"{width}x{height} px is too long and narrow"):
             patch_image(pixels)
         return
     wanted, grid = process_qwen2vl_images(pixels)

@@ -192,7 +192,9 @@ def test_a_gguf_encoder_without_mmproj_says_which_file_belongs_there(copied: Pat
 
 def test_several_vision_parts_are_named(copied: Path) -> None:
     shutil.copy(copied / MMPROJ, copied / MMPROJ.replace("F16", "BF16"))
-    with pytest.raises(MissingFile, match=r"2 files beside it .*mmproj-BF16\.gguf, .*mmproj-F16\.gguf\)\. Keep one"):
+    with pytest.raises(
+        MissingFile, match=r"2 files beside it .*mmproj-BF16\.gguf, .*mmproj-F16\.gguf\)\. Keep only one"
+    ):
         sort_vision(open_checkpoint(copied / ENCODER))
 
 
@@ -226,7 +228,7 @@ def test_pieces_of_different_types_are_refused(copied: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(WrongModel, match=r"'v\.blk\.0\.attn_k\.weight' is F16\[32, 32\] .*belong in one tensor"):
+    with pytest.raises(WrongModel, match=r"'v\.blk\.0\.attn_k\.weight' is F16\[32, 32\] .*they form one tensor"):
         sort_vision(open_checkpoint(copied / ENCODER))
 
 

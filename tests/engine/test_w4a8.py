@@ -123,13 +123,13 @@ def test_a_text_encoder_in_it_encodes_within_the_formats_error(tmp_path: Path, c
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"weight_s_channel": None}, DamagedFile, "not what its note promises, asym_w4a8_int8"),
-        ({"weight_s_rel": None}, DamagedFile, "not what its note promises"),
-        ({"weight_codebook": torch.zeros(15)}, DamagedFile, "not what its note promises"),
-        ({"weight": torch.zeros(8, 384, dtype=torch.int8)}, WrongModel, "6 bits, which is not supported"),
+        ({"weight_s_channel": None}, DamagedFile, r"do not match its quantization note \(asym_w4a8_int8\)"),
+        ({"weight_s_rel": None}, DamagedFile, "do not match its quantization note"),
+        ({"weight_codebook": torch.zeros(15)}, DamagedFile, "do not match its quantization note"),
+        ({"weight": torch.zeros(8, 384, dtype=torch.int8)}, WrongModel, "6-bit codes, which are not supported"),
         ({"weight_correction": torch.zeros(32, 8)}, WrongModel, "has a weight_correction"),
         ({"convrot_groupsize": 128}, WrongModel, "rotated in groups of 128, which is not supported"),
-        ({"group_size": "x"}, DamagedFile, "not what its note promises"),
+        ({"group_size": "x"}, DamagedFile, "do not match its quantization note"),
     ],
 )
 def test_what_is_no_whole_layer_is_named(

@@ -92,7 +92,7 @@ def test_what_does_not_fit_and_what_it_cannot_do_is_refused(toy: Any) -> None:
 
 def test_a_controlnet_or_a_patch_that_it_would_not_see_is_refused(toy: Any) -> None:
     model = toy.toy_model(toy.ToyTransformer(toy.file, hardware=HOST), None)
-    with pytest.raises(Unsupported, match="A ControlNet beside this model"):
+    with pytest.raises(Unsupported, match="A ControlNet for this kind of model"):
         model.model.check_beside({"positive": [{"control": SimpleNamespace()}]}, {})
     model.set_model_patch(lambda args: args, "double_block")
     with pytest.raises(Unsupported, match="A patch around this model's blocks"):

@@ -102,7 +102,7 @@ def test_our_vae_refuses_what_is_no_image(vae: Any, image: Any) -> None:
 def test_encode_edit_prompt_refuses_what_is_no_image(clip: Any, vae: Any, image: Any) -> None:
     from qwenimage_lowvram.nodes.encode_edit import QwenLowVRAMEncodeEditPrompt
 
-    with pytest.raises(InvalidRequest, match=r"image1|Picture 1"):
+    with pytest.raises(InvalidRequest, match=r"image1|Image 1"):
         QwenLowVRAMEncodeEditPrompt().encode(clip, vae, **EDIT, image1=image)
 
 
@@ -294,11 +294,11 @@ def test_what_is_no_model_clip_or_vae_is_refused_by_name(clip: Any, vae: Any, ot
 
 @pytest.mark.parametrize("number", [3e38, -3e38])
 def test_what_overflows_in_the_vae_or_the_text_encoder_is_an_error(clip: Any, vae: Any, number: float) -> None:
-    with pytest.raises(InvalidRequest, match="the VAE made"):
+    with pytest.raises(InvalidRequest, match="The VAE's output"):
         vae.encode(torch.full((1, 64, 64, 3), number))
-    with pytest.raises(InvalidRequest, match="the VAE made"):
+    with pytest.raises(InvalidRequest, match="The VAE's output"):
         decode(vae, {"samples": torch.full((1, 16, 1, 8, 12), number)})
-    with pytest.raises(InvalidRequest, match="the text encoder made"):
+    with pytest.raises(InvalidRequest, match="The text encoder's output"):
         clip.encode_from_tokens(clip.tokenize("a cat", images=[torch.full((1, 64, 64, 3), number)]))
 
 

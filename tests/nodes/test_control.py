@@ -569,7 +569,7 @@ def test_a_controlnet_beside_layers_is_refused(apply: Apply) -> None:
     positive, _ = apply(cond(), cond(5, 2))
     entries = {"positive": [positive[0][1]], "negative": None}
     check_controls(entries, 64, 1)
-    with pytest.raises(Unsupported, match="A ControlNet beside layers"):
+    with pytest.raises(Unsupported, match="A ControlNet together with layers"):
         check_controls(entries, 64, 3)
 
 
@@ -577,7 +577,7 @@ def test_a_controlnet_on_another_device_is_refused(model: Any, apply: Apply, loa
     conds = apply(cond(), cond(5, 2))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(load("union").control_model_wrapped, "load_device", torch.device("meta"))
-        with pytest.raises(Unsupported, match="QwenImageControlNetModel on meta beside a transformer on cpu"):
+        with pytest.raises(Unsupported, match="QwenImageControlNetModel on meta together with a transformer on cpu"):
             ksampler(model, *conds, empty_latent())
 
 

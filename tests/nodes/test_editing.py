@@ -33,7 +33,7 @@ def test_an_edit_model_in_a_text_to_image_graph_is_refused_before_anything_is_lo
     model = make_model(variant)
     with pytest.raises(InvalidRequest) as caught:
         ksampler(model, cond(), cond(5, 2), empty_latent())
-    assert str(caught.value).startswith(f"{variant.value} changes images, and this graph shows it none")
+    assert str(caught.value).startswith(f"{variant.value} edits images, but this graph gives it none")
     assert "set variant to Qwen-Image in 'Load Qwen-Image (low VRAM)'" in str(caught.value)
     assert model.model.transformer.store.fetched_blocks == 0
 
@@ -71,6 +71,6 @@ def test_a_text_to_image_model_that_is_shown_an_image_samples_with_a_warning(
 
 def test_a_reference_without_frames_is_refused_before_anything_is_loaded(make_model: Callable[[Variant], Any]) -> None:
     model = make_model(Variant.EDIT_2509)
-    with pytest.raises(InvalidRequest, match=r"A reference latent has the shape \[.*five numbers(.|\n)*VAE Encode"):
+    with pytest.raises(InvalidRequest, match=r"A reference latent has the shape \[.*five dimensions(.|\n)*VAE Encode"):
         ksampler(model, cond(reference_latents=[torch.zeros(1, 16, 6, 8)]), cond(5, 2), empty_latent())
     assert model.model.last_report is None

@@ -173,7 +173,7 @@ def test_an_image_keeps_its_own_size_where_a_person_asks_for_it_however_small(
 
 def test_more_than_twelve_images_and_other_requests_are_refused(load: Any) -> None:
     _, clip, vae = load()
-    with pytest.raises(InvalidRequest, match=r"Image 1 would be shown to Qwen-Image-2.1 in 160x96 px"):
+    with pytest.raises(InvalidRequest, match=r"Image 1 would be shown to Qwen-Image-2.1 at 160x96 px"):
         encode(clip, vae, CASES["one image"], megapixels=0.015)
     with pytest.raises(InvalidRequest, match=r"sides must be multiples of 32 px. Use 96x"):
         encode(clip, vae, {**CASES["one image"], "width": 104, "height": 96})

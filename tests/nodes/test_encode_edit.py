@@ -80,8 +80,8 @@ def test_both_conditions_have_the_references_and_the_latent_lies_on_their_grid(
     result = encode(make_clip(), vae, made_image(1000, 700), made_image(64, 96, 1), batch_size=2)
     positive, negative, latent = result["result"]
     assert result["ui"]["text"] == [
-        "output 160x128\npicture 1: 1000x700 to 160x128, 12.5% higher, seen at 448x308\n"
-        "picture 2: 64x96 to 128x192, seen at 308x476"
+        "output 160x128\nimage 1: 1000x700 to 160x128, 12.5% higher, seen at 448x308\n"
+        "image 2: 64x96 to 128x192, seen at 308x476"
     ]
     assert latent["samples"].shape == (2, 16, 1, 16, 20)
     assert not latent["samples"].any()
@@ -148,7 +148,7 @@ def test_the_model_decides_how_an_image_stands_in_the_prompt(
 def test_an_output_of_another_shape_is_said_to_leave_the_grid(make_clip: Callable[..., Any], vae: Any) -> None:
     result = encode(make_clip(), vae, made_image(100, 70), width=64, height=192)
     assert result["result"][2]["samples"].shape[-2:] == (24, 8)
-    assert "output 64x192, not on the grid of picture 1" in result["ui"]["text"][0]
+    assert "output 64x192, not on the grid of image 1" in result["ui"]["text"][0]
 
 
 # no image
@@ -177,15 +177,19 @@ def test_without_an_image_an_editing_model_draws_from_text(
         (
             [made_image(64, 48, channels=4)],
             {},
-            r"Picture 1 \(64x48 px\) has 4 channels, with transparency \(RGBA\); red",
+            r"Image 1 \(64x48 px\) has 4 channels, with transparency \(RGBA\); red",
         ),
-        ([made_image(64, 48), made_image(64, 48, channels=1)], {}, r"Picture 2 \(64x48 px\) has 1 channel, greyscale"),
-        ([made_image(1, 1)], {}, r"Picture 1 is 1x1 px; 16 px are the least for each side"),
-        ([made_image(64, 48).repeat(4, 1, 1, 1)], {}, r"Picture 1 is a batch of 4 images; one is needed\. Choose one"),
-        ([made_image(64, 48)] * 2, {"variant": Variant.EDIT.value}, "Qwen-Image-Edit changes 1 image at a time, 2 are"),
-        ([made_image(64, 48)] * 4, {}, "Edit-2509 changes 3 images at a time, 4 are shown"),
-        ([made_image(16, 4000)], {}, "Picture 1 is 16x4000 px, too long to be seen"),
-        ([made_image(64, 48)], {"width": 512}, "512x0 px. Give both width and height, or leave both 0"),
+        ([made_image(64, 48), made_image(64, 48, channels=1)], {}, r"Image 2 \(64x48 px\) has 1 channel, greyscale"),
+        ([made_image(1, 1)], {}, r"Image 1 is 1x1 px; each side needs at least 16 px"),
+        ([made_image(64, 48).repeat(4, 1, 1, 1)], {}, r"Image 1 is a batch of 4 images; one is needed\. Choose one"),
+        (
+            [made_image(64, 48)] * 2,
+            {"variant": Variant.EDIT.value},
+            "Qwen-Image-Edit edits at most 1 image at a time, but 2 are",
+        ),
+        ([made_image(64, 48)] * 4, {}, "Edit-2509 edits at most 3 images at a time, but 4 are connected"),
+        ([made_image(16, 4000)], {}, "Image 1 is 16x4000 px, too long and narrow"),
+        ([made_image(64, 48)], {"width": 512}, "512x0 px. Set both width and height, or leave both at 0"),
         ([made_image(64, 48)], {"width": 500, "height": 512}, r"500x512 px; .* multiples of 16\.\nUse 496x512"),
     ],
 )

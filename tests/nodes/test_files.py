@@ -143,7 +143,7 @@ def test_a_file_of_pytorchs_is_said_to_be_there_and_not_read(name: str, split: t
     torch.save({"decoder.conv1.weight": torch.zeros(3)}, root / "models" / "vae" / name)
     assert name not in choices("vae")
     said = says(names.transformer, names.text_encoder, name)
-    assert said.startswith(f"vae: {name!r} in models/vae is a file of PyTorch's, which could run code")
+    assert said.startswith(f"vae: {name!r} in models/vae is a PyTorch file, which could run code")
     assert "use the model's .safetensors file" in said
 
 
@@ -151,14 +151,14 @@ def test_a_link_whose_file_is_gone_is_called_so(split: tuple[SplitFiles, Path]) 
     names, root = split
     (root / "models" / "vae" / "linked.safetensors").symlink_to(root / "blobs" / "gone")
     said = says(names.transformer, names.text_encoder, "linked.safetensors")
-    assert said.startswith("vae: 'linked.safetensors' in models/vae is a link, and what it leads to is gone.")
+    assert said.startswith("vae: 'linked.safetensors' in models/vae is a link whose target no longer exists.")
 
 
 def test_a_gguf_file_in_a_folder_without_such_is_said_to_be_there(split: tuple[SplitFiles, Path]) -> None:
     names, root = split
     (root / "models" / "vae" / "qwen_image_vae.GGUF").write_bytes(b"GGUF")
     said = says(names.transformer, names.text_encoder, "qwen_image_vae.GGUF")
-    assert said.startswith("vae: 'qwen_image_vae.GGUF' is in models/vae, where no GGUF files are read.")
+    assert said.startswith("vae: 'qwen_image_vae.GGUF' is in models/vae, and GGUF files are not read from there.")
 
 
 @pytest.mark.parametrize("name", ["transformer", "text_encoder", "vae"])
@@ -183,7 +183,7 @@ def test_a_pipelines_index_leads_nowhere_else(split: tuple[SplitFiles, Path]) ->
         '{"weight_map": {"a": "../../../../outside_diffusion_models.safetensors"}}'
     )
     said = says(SMALL, "from the folder", "from the folder")
-    assert "no .safetensors file of its own folder" in said
+    assert "not a .safetensors file in the same folder" in said
 
 
 # what is wrong with a file, said before the run
@@ -202,7 +202,7 @@ def test_a_text_encoder_of_another_size_is_named_before_the_run(gguf: bool, spli
         name = "qwen_3b.gguf"
     said = says(names.transformer, name, names.vae)
     assert said.startswith("text_encoder: ")
-    assert f"makes embeddings of 128 numbers, the transformer {names.transformer} takes 64" in said
+    assert f"makes embeddings of 128 numbers, but the transformer {names.transformer} takes 64" in said
 
 
 def test_a_vae_of_another_kind_is_named_before_the_run(split: tuple[SplitFiles, Path]) -> None:
@@ -214,7 +214,7 @@ def test_a_vae_of_another_kind_is_named_before_the_run(split: tuple[SplitFiles, 
     save_file(flux, root / "models" / "vae" / "ae.safetensors")
     said = says(names.transformer, names.text_encoder, "ae.safetensors")
     assert said.startswith("vae: ")
-    assert "ae.safetensors is a VAE of the Stable Diffusion or Flux kind. Use qwen_image_vae.safetensors." in said
+    assert "ae.safetensors is a Stable Diffusion or Flux VAE. Use qwen_image_vae.safetensors." in said
 
 
 def test_a_gguf_file_under_another_ending_is_named(split: tuple[SplitFiles, Path], full_pipeline: Path) -> None:
@@ -224,9 +224,9 @@ def test_a_gguf_file_under_another_ending_is_named(split: tuple[SplitFiles, Path
     shutil.copy(root / "quantized" / "diffusion_models" / quantized.transformer, folder / "renamed.safetensors")
     shutil.copy(folder / names.transformer, folder / "renamed.gguf")
     said = says("renamed.safetensors", names.text_encoder, names.vae)
-    assert "renamed.safetensors is not a safetensors file, but a GGUF file. Give it the ending .gguf." in said
+    assert "renamed.safetensors is not a safetensors file, but a GGUF file. Rename it so that it ends in .gguf." in said
     said = says("renamed.gguf", names.text_encoder, names.vae)
-    assert "renamed.gguf is no GGUF file, but a safetensors file. Give it the ending .safetensors." in said
+    assert "renamed.gguf is not a GGUF file, but a safetensors file. Rename it so that it ends in .safetensors." in said
 
 
 def test_code_that_rounds_in_another_way_is_allowed_where_compute_is_fast(split: tuple[SplitFiles, Path]) -> None:

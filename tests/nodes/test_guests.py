@@ -154,7 +154,7 @@ REFUSED: dict[str, Callable[[Any], Any]] = {
     "adding a module": lambda model: model.model.diffusion_model.add_module("norm_out", nn.Identity()),
     "a dtype by a method": lambda model: model.add_object_patch("get_dtype_inference", lambda: torch.float16),
     "a dtype behind the back": lambda model: setattr(model.model, "manual_cast_dtype", torch.float16),
-    "a part of a weight": lambda model: model.add_patches({(QUERY, (0, 0, 2)): ("diff", (torch.ones(2, 64),))}),
+    "only part of a weight": lambda model: model.add_patches({(QUERY, (0, 0, 2)): ("diff", (torch.ones(2, 64),))}),
     "a weight by a function": lambda model: model.add_patches({(QUERY, None, torch.neg): ("diff", (torch.ones(1),))}),
 }
 

@@ -153,7 +153,7 @@ def refused(model: Any, positive: Any, negative: Any, latent: Any) -> str:
 
 def test_a_layered_model_in_a_graph_for_whole_images_is_refused(model: Any) -> None:
     said = refused(model, cond(), cond(5, 2), empty_latent())
-    assert said.startswith("Qwen-Image-Layered makes layers, and this graph's latent has none.")
+    assert said.startswith("Qwen-Image-Layered makes layers, but this graph's latent has none.")
     assert "EmptyQwenImageLayeredLatentImage" in said
 
 
@@ -162,13 +162,13 @@ def test_layers_for_another_model_are_refused(variant: Variant, make_transformer
     from qwenimage_lowvram.nodes.adapters.model import make_model
 
     said = refused(make_model(make_transformer(variant=variant), None), *shown(), layers(2))
-    assert said.startswith(f"The latent has 3 frames, and {variant.value} makes one image.")
+    assert said.startswith(f"The latent has 3 frames, but {variant.value} makes a single image.")
     assert "choose a Qwen-Image-Layered file in 'Load Qwen-Image (low VRAM)'" in said
 
 
 def test_two_images_and_layers_as_an_image_are_refused(model: Any) -> None:
     two = cond(reference_latents=references((12, 20), (12, 16)))
-    assert "takes one image apart, and a prompt of this graph shows it 2" in refused(model, two, two, layers(2))
+    assert "takes one image apart, but a prompt in this graph gives it 2" in refused(model, two, two, layers(2))
     several = cond(reference_latents=[torch.zeros(1, 16, 3, 12, 20)])
     assert "A reference latent has 3 frames" in refused(model, several, several, layers(2))
 

@@ -53,6 +53,8 @@ def test_a_run_that_does_not_fit_is_told_with_the_way_out(graph: Callable[..., d
     (line,) = lines_of(graph(width=4096, vram_limit_gb=0.001, ram_limit_gb=4.0))
     assert not line.fits
     assert "vram_limit_gb" in line.text or "limit" in line.text
+    assert line.values["code"] == "plan.sampling_does_not_fit"  # what a page in another language says it by
+    assert line.values["text"] == line.text
 
 
 def test_a_file_that_is_not_there_is_told_by_its_code(graph: Callable[..., dict[str, Any]]) -> None:
@@ -87,12 +89,12 @@ def test_another_size_or_limit_opens_no_file_again(
 
 
 def test_only_a_limit_that_a_person_set_refuses_before_the_run(graph: Callable[..., dict[str, Any]]) -> None:
-    def refusal(**settings: Any) -> str:
+    def refusal(**settings: Any) -> DoesNotFit | None:
         (run,) = runs_of(graph(**settings), live_plan.image_size)
         return refusal_of(run)
 
-    assert refusal(vram_limit_gb=1.0) == ""
-    assert refusal(vram_limit_gb=0.0, width=4096) == ""
+    assert refusal(vram_limit_gb=1.0) is None
+    assert refusal(vram_limit_gb=0.0, width=4096) is None
     assert refusal(vram_limit_gb=0.001, width=4096)
 
 
@@ -104,7 +106,7 @@ def test_encoding_for_a_run_that_cannot_fit_is_refused_at_that_node_alone(
     refuse_what_cannot_fit(graph(vram_limit_gb=1.0))
     too_large = graph(vram_limit_gb=0.001, width=4096)
     if node == "2":
-        with pytest.raises(DoesNotFit, match="nothing is encoded"):
+        with pytest.raises(DoesNotFit, match="its prompt is not encoded"):
             refuse_what_cannot_fit(too_large)
         too_large["5"] = {"class_type": "EmptySD3LatentImage", "inputs": {"width": 16, "height": 16, "batch_size": 1}}
         too_large["6"] = {**too_large["4"], "inputs": too_large["4"]["inputs"] | {"latent_image": ["7", 0]}}

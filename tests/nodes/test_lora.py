@@ -165,7 +165,7 @@ def test_a_lora_of_another_model_is_an_error(model: Any, tmp_path: Path) -> None
         "lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": torch.zeros(8, 2),
         "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": torch.zeros(2, 8),
     }
-    with pytest.raises(InvalidRequest, match="No key of the LoRA fits"):
+    with pytest.raises(InvalidRequest, match="None of the LoRA's keys fits"):
         comfy.sd.load_lora_for_models(model, None, foreign, 1.0, 0.0)
     save_file(foreign, tmp_path / "flux.safetensors")
     with pytest.raises(WrongModel, match="Flux"):

@@ -247,7 +247,7 @@ def test_layers_are_counted_and_asked_for_of_the_right_model() -> None:
         assert set(tables(four)[0]) == set(CARDS)
         assert 1.4 < seconds[1] / seconds[0] < 2.0  # 6 images' tokens instead of 4, whose attention is quadratic
         for wrong, words in (
-            (files, "^layers: .*makes layers, and 0 layers are asked for"),
+            (files, "^layers: .*makes layers, but 0 layers are asked for"),
             ({"layers": 1}, "^layers: .*(.|\n)*set layers to 0"),
             (files | {"vae": FILES["vae"], "layers": 4}, "^vae: .*Use qwen_image_layered_vae"),
         ):
@@ -309,7 +309,7 @@ def test_each_model_is_planned_for_as_many_images_as_it_is_shown(files_21: dict[
         for count in (0, 12)
     ]
     assert seconds[1] > 2 * seconds[0]
-    with pytest.raises(InvalidRequest, match=r"^reference_pictures: .*is shown 3 images at the most(.|\n)*set "):
+    with pytest.raises(InvalidRequest, match=r"^reference_pictures: .*can be shown at most 3 images(.|\n)*set "):
         plan(reference_pictures=4)
     with pytest.raises(InvalidRequest, match="reference_pictures"):
         plan(**files_21, reference_pictures=13)

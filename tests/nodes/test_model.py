@@ -187,7 +187,7 @@ def test_an_odd_reference_is_wrapped_round_with_a_warning(model: Any, caplog: py
 
 def test_a_limit_that_nothing_fits_in_is_refused_before_loading(model: Any, transformer: QwenImageTransformer) -> None:
     model.model.limit_bytes = 100_000
-    with pytest.raises(DoesNotFit, match=r"needs .* at least, the limit is .*\nUse .*VRAM limit of"):
+    with pytest.raises(DoesNotFit, match=r"needs at least .*, but the limit is .*\nUse .*VRAM limit of"):
         ksampler(model, cond(), cond(5, 2), empty_latent())
     assert transformer.store.fetched_blocks == 0
 

@@ -184,18 +184,18 @@ def test_what_is_of_another_model_is_named_before_anything_is_loaded(comfy: Any,
     positive, image, match = prompt(1, 1), latent(), ""
     values = positive[0][1]
     if other == "latents":
-        image, match = {"samples": torch.zeros(1, 64, 1, 4, 4)}, "has four numbers"
+        image, match = {"samples": torch.zeros(1, 64, 1, 4, 4)}, "have four dimensions"
     elif other == "channels":
         image, match = {"samples": torch.ones(1, 16, 4, 4)}, "channels"
     elif other == "prompt":
-        positive, match = [[random(1, 4, 7, seed=1), {}]], "have 7 dimensions, 48 are needed"
+        positive, match = [[random(1, 4, 7, seed=1), {}]], "have 7 dimensions, but 48 are needed"
     elif other == "reference":
-        values["reference_latents"], match = [torch.zeros(1, 16, 1, 4, 4)], "of 16 channels, 64 are needed"
+        values["reference_latents"], match = [torch.zeros(1, 16, 1, 4, 4)], "of 16 channels, but 64 are needed"
     elif other == "slots":
-        match = r"shows 1 images and says of 0 where they stand"
+        match = r"images \(1\) and the places it has for them \(0\) do not match"
         del values["image_slots"]
     else:
-        values["reference_latents"], match = [torch.zeros(1, 64, 5, 4)], "half a token aside"
+        values["reference_latents"], match = [torch.zeros(1, 64, 5, 4)], "half a token out of line"
     model = model_of(file)
     with pytest.raises((InvalidRequest, Unsupported), match=match):
         ksampler(model, positive, positive if other != "prompt" else prompt(2), image)

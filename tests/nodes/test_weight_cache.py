@@ -165,7 +165,7 @@ def test_a_format_that_cannot_be_made_is_refused_before_anything_is_loaded(
         load("nf5")
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 0}))
     monkeypatch.setattr("qwenimage_lowvram.nodes.loader.served_of", None)
-    with pytest.raises(CacheError, match=r"^weight_format: .*0.0 GB are free"):
+    with pytest.raises(CacheError, match=r"^weight_format: .*and has 0.0 GB"):
         load("nf4")
 
 

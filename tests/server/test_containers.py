@@ -131,7 +131,7 @@ def test_a_missing_shard_is_named_before_the_run(mixing: Mixing, shards: dict[st
     )
     second.rename(second.with_suffix(".away"))
     try:
-        with pytest.raises(PromptRefused, match=rf"is part 1 of \d+, 1 of the others are missing: {second.name}\. Put"):
+        with pytest.raises(PromptRefused, match=rf"is part 1 of \d+; missing: {second.name}\. Put"):
             mixing.client.run(ours(mixing, transformer=shards["transformer"]))
     finally:
         second.with_suffix(".away").rename(second)

@@ -162,7 +162,7 @@ def test_an_image_of_any_size_comes_out_on_the_grid_that_the_node_tells(
     client: ComfyClient, graph: Callable[..., Prompt]
 ) -> None:
     run = client.run(graph(EDIT_2509, 3, megapixels=0.05))
-    assert run.ui("text") == ["output 288x192\npicture 1: 1000x700 to 288x192, 5.0% wider, seen at 448x308"]
+    assert run.ui("text") == ["output 288x192\nimage 1: 1000x700 to 288x192, 5.0% wider, seen at 448x308"]
     (saved,) = run.outputs["6"]["images"]
     assert Image.open(io.BytesIO(client.image(saved))).size == (288, 192)
 
@@ -230,12 +230,12 @@ def test_an_edit_model_without_an_image_in_a_text_graph_names_the_node_to_use(
         n2=("QwenLowVRAMEncodePrompts", texts),
         n3=("EmptySD3LatentImage", {"width": 64, "height": 64, "batch_size": 1}),
     )
-    with pytest.raises(ExecutionFailed, match=r"shows it none(.|\n)*'Encode Edit Prompt \(low VRAM\)'"):
+    with pytest.raises(ExecutionFailed, match=r"gives it none(.|\n)*'Encode Edit Prompt \(low VRAM\)'"):
         client.run(with_inputs(prompt, "4", latent_image=["3", 0]))
 
 
 def test_comfyuis_text_node_without_an_image_is_refused_too(client: ComfyClient, graph: Callable[..., Prompt]) -> None:
-    with pytest.raises(ExecutionFailed, match=r"shows it none(.|\n)*'Encode Edit Prompt \(low VRAM\)'"):
+    with pytest.raises(ExecutionFailed, match=r"gives it none(.|\n)*'Encode Edit Prompt \(low VRAM\)'"):
         client.run(native(graph(EDIT_2509), "TextEncodeQwenImageEditPlus"))
 
 
@@ -273,16 +273,16 @@ def test_a_transparent_image_and_a_batch_of_four_are_named(client: ComfyClient, 
     mask = ("SolidMask", {"value": 1.0, "width": 1000, "height": 700})
     joined = ("JoinImageWithAlpha", {"image": ["10", 0], "alpha": ["30", 0]})
     clear = changed(graph(EDIT_2509, 3, image1=["31", 0]), n30=mask, n31=joined)
-    with pytest.raises(ExecutionFailed, match=r"Picture 1 \(1000x700 px\) has 4 channels, with transparency"):
+    with pytest.raises(ExecutionFailed, match=r"Image 1 \(1000x700 px\) has 4 channels, with transparency"):
         client.run(clear)
     four = changed(graph(EDIT_2509, 3, image1=["31", 0]), n31=("RepeatImageBatch", {"image": ["10", 0], "amount": 4}))
-    with pytest.raises(ExecutionFailed, match="Picture 1 is a batch of 4 images; one is needed"):
+    with pytest.raises(ExecutionFailed, match="Image 1 is a batch of 4 images; one is needed"):
         client.run(four)
     tiny = changed(
         graph(EDIT_2509, image1=["31", 0]),
         n31=("EmptyImage", {"width": 1, "height": 1, "batch_size": 1, "color": 0}),
     )
-    with pytest.raises(ExecutionFailed, match="Picture 1 is 1x1 px; 16 px are the least"):
+    with pytest.raises(ExecutionFailed, match="Image 1 is 1x1 px; each side needs at least 16 px"):
         client.run(tiny)
 
 

@@ -334,6 +334,6 @@ def test_a_lora_of_another_model_is_refused_in_words(
         base_prompt,
         n7=("LoraLoaderModelOnly", {"model": ["1", 0], "lora_name": "some.safetensors", "strength_model": 1.0}),
     )
-    with pytest.raises(ExecutionFailed, match="No key of the LoRA fits this model") as failure:
+    with pytest.raises(ExecutionFailed, match="None of the LoRA's keys fits this model") as failure:
         client.run(with_inputs(lora, "4", model=["7", 0]))
     assert failure.value.node_type == "LoraLoaderModelOnly"

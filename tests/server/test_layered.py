@@ -213,8 +213,10 @@ def test_graphs_for_the_other_kind_of_model_are_refused(
     client: ComfyClient, graph: Callable[..., Prompt], split_files: dict[str, SplitFiles]
 ) -> None:
     size = {"width": WIDTH, "height": HEIGHT, "batch_size": 1}
-    with pytest.raises(ExecutionFailed, match="makes layers, and this graph's latent has none"):
+    with pytest.raises(ExecutionFailed, match="makes layers, but this graph's latent has none"):
         client.run(changed(graph(), n83=("EmptySD3LatentImage", size)))
     plain = split_files["bf16"]
-    with pytest.raises(ExecutionFailed, match=rf"The latent has {LAYERS + 1} frames, and Qwen-Image makes one image"):
+    with pytest.raises(
+        ExecutionFailed, match=rf"The latent has {LAYERS + 1} frames, but Qwen-Image makes a single image"
+    ):
         client.run(changed(graph(), n1=loader(plain.transformer, plain.text_encoder, plain.vae)))

@@ -77,6 +77,6 @@ def test_an_image_that_cannot_fit_is_refused_before_its_prompt_is_read(
     prompt = to_prompt(graph, object_info)
     (latent,) = (name for name, node in prompt.items() if node["class_type"] == "EmptySD3LatentImage")
     (encode,) = (name for name, node in prompt.items() if node["class_type"] == "QwenLowVRAMEncodePrompts")
-    with pytest.raises(ExecutionFailed, match="nothing is encoded") as refused:
+    with pytest.raises(ExecutionFailed, match="its prompt is not encoded") as refused:
         client.run(with_inputs(prompt, latent, width=8192, height=8192))
     assert refused.value.node_id == encode

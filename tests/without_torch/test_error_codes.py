@@ -95,6 +95,14 @@ def test_values_are_json_of_a_bounded_length(value: object) -> None:
     assert json.loads(written) == error.as_dict()
 
 
+def test_an_error_among_the_values_keeps_its_code() -> None:
+    inner = MissingFile("There is no {file}.", code="test.none", file="a")
+    error = DoesNotFit("Not done. {reason}", code="test.not_done", reason=inner)
+    assert str(error) == "Not done. There is no a."
+    assert error.values == {"reason": {"code": "test.none", "values": {"file": "a"}, "text": "There is no a."}}
+    assert copy.deepcopy(error).as_dict() == error.as_dict()
+
+
 def test_copies_keep_code_and_values() -> None:
     error = MissingFile("There is no {file}.", code="test.none", file="{a}")
     for again in (copy.copy(error), copy.deepcopy(error), pickle.loads(pickle.dumps(error))):

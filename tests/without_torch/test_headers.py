@@ -191,7 +191,7 @@ def test_lists_of_more_texts_than_any_vocabulary_are_refused_before_they_are_cou
     a_third = struct.pack("<IIQ", 9, 8, MAX_TEXTS // 3 + 1) + bytes(8 * (MAX_TEXTS // 3 + 1))
     open_checkpoint(write_gguf(tmp_path / "m.gguf", (b"a", a_third), (b"b", a_third)))
     file = write_gguf(tmp_path / "m.gguf", (b"a", a_third), (b"b", a_third), (b"c", a_third))
-    with pytest.raises(DamagedFile, match=r"lists in its header announce \d+ texts"):
+    with pytest.raises(DamagedFile, match=r"lists in its header claim \d+ strings"):
         open_checkpoint(file)
 
 
@@ -230,7 +230,7 @@ def test_a_gguf_setting_that_stands_twice_is_refused(tmp_path: Path) -> None:
     listed = struct.pack("<IIQ", 9, 8, 0)  # a list, which is left out of the settings
     for first, second in ((NUMBER, NUMBER), (listed, NUMBER), (NUMBER, listed)):
         file = write_gguf(tmp_path / "m.gguf", (b"some.number", first), (b"other", NUMBER), (b"some.number", second))
-        with pytest.raises(DamagedFile, match=r"setting 'some\.number' stands twice"):
+        with pytest.raises(DamagedFile, match=r"setting 'some\.number' appears twice"):
             open_checkpoint(file)
 
 
@@ -239,5 +239,5 @@ def test_bytes_behind_the_last_tensor_are_refused(behind: bytes, tmp_path: Path)
     file = write(tmp_path / "m.safetensors", "a")
     with file.open("ab") as stream:
         stream.write(behind)
-    with pytest.raises(DamagedFile, match=rf"{len(behind)} bytes behind its last tensor, which ends at"):
+    with pytest.raises(DamagedFile, match=rf"{len(behind)} bytes after its last tensor, which ends at"):
         open_checkpoint(file)

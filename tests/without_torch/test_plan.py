@@ -303,7 +303,7 @@ def test_controls_are_counted_and_named() -> None:
     assert "ControlNet" not in str(alone)
     with pytest.raises(DoesNotFit) as caught:
         plan_memory(REAL, controlled, Limits(2 * GIB))
-    assert "at least, ControlNets and model patches 3.25 GiB (weights 3.00 GiB) of it, the limit" in str(caught.value)
+    assert ", ControlNets and model patches 3.25 GiB (weights 3.00 GiB) of it, but the limit" in str(caught.value)
     assert "Use no ControlNet and no model patch, or" in str(caught.value)
 
 
@@ -329,8 +329,8 @@ def test_a_refusal_for_want_of_ram_says_so() -> None:
     with pytest.raises(DoesNotFit) as caught:
         plan_memory(REAL, SamplingRequest(1328, 1328, 2, 512), Limits(4 * GIB, GIB // 4))
     assert str(caught.value) == (
-        "Sampling needs 1.03 GiB and 0.52 GiB of RAM at least, the limit is 4.00 GiB and 0.25 GiB of RAM (1328x1328, "
-        "2 branches).\nUse a RAM limit of 0.53 GB or more."
+        "Sampling needs at least 1.03 GiB and 0.52 GiB of RAM, but the limit is 4.00 GiB and 0.25 GiB of RAM "
+        "(1328x1328, 2 branches).\nUse a RAM limit of 0.53 GB or more."
     )
 
 
@@ -356,7 +356,7 @@ def test_a_refusal_names_every_way_out() -> None:
     with pytest.raises(DoesNotFit) as caught:
         plan_memory(REAL, request, Limits(int(1.8 * GIB)))
     assert str(caught.value) == (
-        "Sampling needs 2.35 GiB at least, the limit is 1.80 GiB (2048x2048, 8 branches).\n"
+        "Sampling needs at least 2.35 GiB, but the limit is 1.80 GiB (2048x2048, 8 branches).\n"
         "Use a smaller batch or no guidance (2 instead of 8 branches), or 1328x1328 (1.33 GiB), or a VRAM limit of "
         "2.36 GB or more."
     )

@@ -32,7 +32,8 @@ def patch_image(pixels: Tensor) -> PatchedImage:
         size = smart_resize(height, width, TOKEN_PX, LEAST_PIXELS, MOST_PIXELS)
     except ValueError as error:
         raise InvalidRequest(
-            "An image of {width}x{height} px is too long to be seen: one side may be 200 times the other. Crop it.",
+            "An image of {width}x{height} px is too long and narrow for the model to see: one side may be at most 200 "
+            "times the other. Crop it.",
             code="image.too_long_to_be_seen",
             width=width,
             height=height,
@@ -66,7 +67,7 @@ def require_rgb(pixels: Tensor, what: str) -> None:
         kind = _KINDS.get(channels, "unknown")
         raise InvalidRequest(
             "{image} ({width}x{height} px) has {channels} channel{plural}, {kind}; red, green and blue are needed. "
-            "Convert it to RGB first: a Load Image node does, and Split Image with Alpha takes transparency away.",
+            "Convert it to RGB first: the Load Image node does this, and Split Image with Alpha removes transparency.",
             code="image.not_rgb",
             image=what,
             width=width,

@@ -43,7 +43,8 @@ def _vision_config(vision: VisionTensors) -> dict[str, Any]:
         full = [i for i in range(len(blocks)) if (i + 1) % _FULL_ATTENTION_EVERY == 0]
     if not isinstance(full, list) or not all(type(i) is int and 0 <= i < len(blocks) for i in full):
         raise WrongModel(
-            "{file}: blocks {full!s:.99} of {block_count} cannot see the whole image.",
+            "{file}: blocks {full!s:.99} are said to see the whole image, which is not possible with {block_count} "
+            "blocks.",
             code="vision.wrong_blocks",
             file=vision.checkpoint.path,
             full=full,

@@ -65,7 +65,7 @@ class PromptTokenizer:
         if positions >= MAX_POSITIONS:
             raise InvalidRequest(
                 "The prompt takes {positions} positions, {tokens} of them for its text; the model has {most}.\n\nWhat "
-                "to do: shorten it, or show fewer images.",
+                "to do: shorten it, or use fewer images.",
                 code="prompt.21_too_many_positions",
                 positions=positions,
                 tokens=texts,

@@ -43,7 +43,8 @@ def patch_image(pixels: Tensor) -> PatchedImage:
         size = smart_resize(height, width, TOKEN_PX, LEAST_PIXELS, MOST_PIXELS)
     except ValueError as error:
         raise InvalidRequest(
-            "An image of {width}x{height} px is too long to be seen: one side may be 200 times the other. Crop it.",
+            "An image of {width}x{height} px is too long and narrow for the model to see: one side may be at most 200 "
+            "times the other. Crop it.",
             code="image.too_long_to_be_seen",
             width=width,
             height=height,
@@ -63,7 +64,7 @@ def require_image(pixels: Tensor, what: str) -> None:
     if pixels.ndim != 4 or pixels.shape[0] != 1 or pixels.shape[-1] not in _MODES or 0 in pixels.shape:
         raise InvalidRequest(
             "{image} has the shape {shape}; (1, height, width, 3), or 4 with transparency, is needed: one image. "
-            "Choose one of a batch (ImageFromBatch), or give each its own input.",
+            "Choose one from a batch (ImageFromBatch), or give each its own input.",
             code="image.21_wrong_shape",
             image=what,
             shape=list(pixels.shape),

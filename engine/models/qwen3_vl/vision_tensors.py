@@ -47,7 +47,7 @@ def _vision_config(vision: VisionTensors) -> dict[str, Any]:
     known = isinstance(deepstack, list | tuple) and all(type(i) is int and 0 <= i < common["depth"] for i in deepstack)
     if not known or len(mergers) != len(deepstack) or isqrt(positions) ** 2 != positions:
         raise WrongModel(
-            "{file}: its vision part has {mergers} mergers behind the blocks {deepstack!s:.99} of {depth}, and "
+            "{file}: its vision part has {mergers} mergers after the blocks {deepstack!s:.99} of {depth}, and "
             "{positions} positions, which do not fit together. Download it again.",
             code="vision.deepstack_does_not_fit",
             file=vision.checkpoint.path,

@@ -66,9 +66,9 @@ class EditSizes:
         return not self.images or self.images[0].reference == self.output
 
     def __str__(self) -> str:
-        own = "" if self.one_grid else ", not on the grid of picture 1: what is kept may shift or zoom"
+        own = "" if self.one_grid else ", not on the grid of image 1: what is kept may shift or zoom"
         lines = [f"output {_text(self.output)}{own}"]
-        lines += [f"picture {i}: {sizes}" for i, sizes in enumerate(self.images, start=1)]
+        lines += [f"image {i}: {sizes}" for i, sizes in enumerate(self.images, start=1)]
         return "\n".join(lines)
 
 
@@ -85,7 +85,7 @@ def plan_sizes(
     if len(images) > most:
         newer = f" Use {Variant.EDIT_2509.value} or {Variant.EDIT_2511.value} for several." if most == 1 else ""
         raise InvalidRequest(
-            "{variant} changes {most} image{plural} at a time, {count} are shown.{newer}",
+            "{variant} edits at most {most} image{plural} at a time, but {count} are connected.{newer}",
             code="edit.too_many_images",
             variant=variant.value,
             most=most,
@@ -96,8 +96,8 @@ def plan_sizes(
     for i, (width, height) in enumerate(images, start=1):
         if min(width, height) < LEAST_SIDE_PX:
             raise InvalidRequest(
-                "Picture {number} is {width}x{height} px; {least_px} px are the least for each side. Show the image "
-                "itself, not a placeholder.",
+                "Image {number} is {width}x{height} px; each side needs at least {least_px} px. Use the image itself, "
+                "not a placeholder.",
                 code="edit.image_too_small",
                 number=i,
                 width=width,
@@ -106,8 +106,8 @@ def plan_sizes(
             )
         if max(width, height) > MOST_LENGTH * min(width, height):
             raise InvalidRequest(
-                "Picture {number} is {width}x{height} px, too long to be seen: one side may be {most_length} times "
-                "the other. Crop it.",
+                "Image {number} is {width}x{height} px, too long and narrow for the model to see: one side may be at "
+                "most {most_length} times the other. Crop it.",
                 code="edit.image_too_long",
                 number=i,
                 width=width,

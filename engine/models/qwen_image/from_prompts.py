@@ -29,8 +29,8 @@ class QwenImageFromPrompts:
     def require_noise(self, noise: Tensor) -> None:
         if noise.ndim != 5 or noise.shape[2] != 1 or 0 in noise.shape or noise.shape[-1] % 2 or noise.shape[-2] % 2:
             raise InvalidRequest(
-                "The noise has the shape {shape}; (B, 16, 1, h, w) is needed, h and w even: the image's sides are "
-                "multiples of 16 px.",
+                "The noise has the shape {shape}; (B, 16, 1, h, w) is needed, with even h and w: the image's sides "
+                "must be multiples of 16 px.",
                 code="run.wrong_noise",
                 shape=list(noise.shape),
             )

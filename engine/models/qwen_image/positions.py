@@ -74,7 +74,7 @@ def rotary_tables(embed: nn.Module, shapes: Sequence[Shape], length: int, *, lay
 def _require_one_reference(shapes: Sequence[Shape]) -> None:
     if len(shapes) > 2:
         raise InvalidRequest(
-            "One image is taken apart at a time, {count} are shown. Show one.",
+            "Only one image can be taken apart at a time, but {count} are given. Use one.",
             code="layered.several_images",
             count=len(shapes) - 1,
         )
@@ -89,8 +89,8 @@ def require_text_positions(shapes: Sequence[Shape], length: int, positions: Posi
         reach = max(reach, frames) if layered else reach
     if reach + length > MAX_POSITIONS:
         raise InvalidRequest(
-            "The prompt has {tokens} tokens; beside images of up to {image_px} px the model has positions for "
-            "{most}. Shorten the prompt.",
+            "The prompt has {tokens} tokens; with images of up to {image_px} px the model has positions for {most}. "
+            "Shorten the prompt.",
             code="prompt.too_many_tokens_beside_images",
             tokens=length,
             image_px=reach * 32,
@@ -114,8 +114,8 @@ def place_images(
         starts = frame, down - positions.before_centre(shape[1]), right - positions.before_centre(shape[2])
         if any(not -MAX_POSITIONS <= s <= MAX_POSITIONS - n for s, n in zip(starts, shape, strict=True)):
             raise InvalidRequest(
-                "A reference image begins {distance_px} px beside the centre of the others, and the model has "
-                "{positions} positions of 16 px.\n\nWhat to do: show fewer or smaller images.",
+                "A reference image begins {distance_px} px away from the centre of the others, but the model has only "
+                "{positions} positions of 16 px.\n\nWhat to do: use fewer or smaller images.",
                 code="edit.reference_too_far",
                 distance_px=max(down, right) * 16,
                 positions=MAX_POSITIONS,

@@ -35,9 +35,9 @@ class PromptTokenizer:
             ids = self._ids(text.split("{}")[0])
             if len(ids) != count:
                 raise WrongModel(
-                    "{folder} holds another model's tokenizer: Qwen-Image's makes {count} tokens of the prompt "
-                    "template's beginning, this one {given_count}. Use the tokenizer folder of Qwen-Image, or a text "
-                    "encoder from models/text_encoders.",
+                    "{folder} holds another model's tokenizer: Qwen-Image's makes {count} tokens from the beginning "
+                    "of the prompt template, this one {given_count}. Use the tokenizer folder of Qwen-Image, or a "
+                    "text encoder from models/text_encoders.",
                     code="tokenizer.other_template_tokens",
                     folder=folder,
                     count=count,
@@ -92,8 +92,8 @@ class PromptTokenizer:
         tokens = prompt.length - prompt.place(self.start(prompt.tokens))
         if tokens >= MAX_POSITIONS:
             raise InvalidRequest(
-                "The prompt has {tokens} tokens; the model has positions for {most}, and has seen {most_seen}.\n\nWhat "
-                "to do: shorten it.",
+                "The prompt has {tokens} tokens; the model has positions for {most}, and was made for up to "
+                "{most_seen}.\n\nWhat to do: shorten it.",
                 code="prompt.too_many_tokens",
                 tokens=tokens,
                 most=MAX_POSITIONS - 1,
@@ -109,8 +109,8 @@ def require_text(prompt: object) -> None:
     text = whole_text(prompt)
     if len(text) > MAX_PROMPT_CHARACTERS:
         raise InvalidRequest(
-            "The prompt has {count} characters, more than the {most} that the model's positions have room for; it has "
-            "seen {most_tokens} tokens.\n\nWhat to do: shorten it.",
+            "The prompt has {count} characters, more than the {most} that the model's positions have room for; it was "
+            "made for up to {most_tokens} tokens.\n\nWhat to do: shorten it.",
             code="prompt.too_many_characters",
             count=len(text),
             most=MAX_PROMPT_CHARACTERS,

@@ -60,7 +60,7 @@ def _times(steps: int, denoise: float) -> Tensor:
     """Evenly from 1 to above 0, before any shift."""
     if not (1 <= steps <= MOST_STEPS and denoise >= LEAST_DENOISE):  # nor NaN, which is neither more nor less
         raise InvalidRequest(
-            "{steps} steps at denoise {denoise} cannot be taken. Use 1 to {most_steps} steps, and denoise from "
+            "{steps} steps at denoise {denoise} are not possible. Use 1 to {most_steps} steps, and denoise from "
             "{least_denoise} to 1.",
             code="sampling.wrong_steps",
             steps=steps,

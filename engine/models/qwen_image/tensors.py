@@ -71,8 +71,8 @@ def _transformer_config(
     drawn_channels = shape("proj_out.weight", 2)[0]
     if (heads.channels, drawn_channels) != (_CHANNELS, _CHANNELS):
         raise WrongModel(
-            "{file} takes {in_channels} channels and makes {drawn_channels}; Qwen-Image has {channels}. Choose a file "
-            "such as {example}.",
+            "{file} takes {in_channels} channels and makes {drawn_channels}; Qwen-Image has {channels}. Use the "
+            "model's own file, such as {example}.",
             code="transformer.other_channels",
             file=checkpoint.path,
             in_channels=heads.channels,

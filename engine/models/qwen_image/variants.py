@@ -68,7 +68,8 @@ def variant_of(checkpoint: Checkpoint, chosen: Variant | None = None) -> Variant
     if chosen is not None and layered != (chosen is Variant.LAYERED):
         is_it = "is" if layered else "is not"
         raise WrongModel(
-            "{file} {is_it} {found}, by its tensors; the variant {chosen} was chosen. Choose auto, or another file.",
+            "By its tensors, {file} {is_it} {found}, but the variant {chosen} was chosen. Choose auto, or another "
+            "file.",
             code="variant.layered_by_its_tensors",
             file=checkpoint.path,
             is_it=is_it,
@@ -80,7 +81,7 @@ def variant_of(checkpoint: Checkpoint, chosen: Variant | None = None) -> Variant
     if chosen is not None:
         if marked and chosen in (Variant.EDIT, Variant.EDIT_2509):
             raise WrongModel(
-                "{file} is marked as {found}; the variant {chosen} was chosen. Choose auto or {found}, or another "
+                "{file} is marked as {found}, but the variant {chosen} was chosen. Choose auto or {found}, or another "
                 "file.",
                 code="variant.marked_2511",
                 file=checkpoint.path,
@@ -94,7 +95,7 @@ def variant_of(checkpoint: Checkpoint, chosen: Variant | None = None) -> Variant
     if Variant.EDIT_2511 in named:
         raise WrongModel(
             "{file} is {variant} by its name, but has lost that model's mark (the setting zero_cond_t, or the tensor "
-            "{mark}), as many GGUF files have; images come out wrong without it. Choose the variant {variant} if "
+            "{mark}), as many GGUF files have; the images come out wrong without it. Choose the variant {variant} if "
             "that is what it is, another variant if it is not, or a file with the mark.",
             code="variant.lost_mark",
             file=checkpoint.path,

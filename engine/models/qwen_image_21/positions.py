@@ -29,8 +29,8 @@ def pieces_of(tokens: int, slots: Sequence[int], shapes: Sequence[Shape]) -> lis
     """
     if len(slots) != len(shapes) or list(slots) != sorted(slots) or any(not 0 <= slot <= tokens for slot in slots):
         raise InvalidRequest(
-            "{images} reference images have the places {slots} in a prompt of {tokens} tokens; each needs one, in "
-            "their order. Encode the prompt together with its images.",
+            "{images} reference images have the places {slots} in a prompt of {tokens} tokens; each needs its own, in "
+            "order. Encode the prompt together with its images.",
             code="prompt_21.wrong_slots",
             images=len(shapes),
             slots=list(slots),
@@ -85,8 +85,8 @@ class RotaryTables:
         longest = max((max(piece) for piece in pieces if not isinstance(piece, int)), default=0)
         if end > POSITIONS or longest > 2 * _BELOW:
             raise InvalidRequest(
-                "Prompt and reference images reach to position {end}, and their longest side is {longest_px} px; the "
-                "model has {positions} positions of 16 px, and images of up to {most_px} px. Show fewer or smaller "
+                "Prompt and reference images reach position {end}, and their longest side is {longest_px} px; the "
+                "model has {positions} positions of 16 px, and images of up to {most_px} px. Use fewer or smaller "
                 "images, or shorten the prompt.",
                 code="prompt_21.too_long",
                 end=end,

@@ -26,7 +26,7 @@ def turbo_sigmas(*, denoise: float = 1.0) -> Tensor:
     from the end. Raises InvalidRequest for denoise beyond LEAST_DENOISE to 1."""
     if not LEAST_DENOISE <= denoise <= 1:
         raise InvalidRequest(
-            "Denoise {denoise} cannot be taken. Use {least_denoise} to 1.",
+            "Denoise {denoise} is not possible. Use {least_denoise} to 1.",
             code="sampling_21.wrong_denoise",
             denoise=denoise,
             least_denoise=LEAST_DENOISE,
@@ -42,8 +42,8 @@ def reference_sigmas(variant: Variant21, steps: int, image_tokens: int, *, denoi
     sigmas = turbo_sigmas(denoise=denoise)
     if steps != len(sigmas) - 1:
         raise InvalidRequest(
-            "{variant} was made for {turbo_steps} steps with sigmas of its own; {steps} are asked for at denoise "
-            "{denoise}.\n\nWhat to do: set steps to {turbo_steps}; for other numbers of steps use {base}.",
+            "{variant} was made for {turbo_steps} steps with its own sigmas; this run has {steps} at denoise "
+            "{denoise}.\n\nWhat to do: set steps to {turbo_steps}; for another number of steps, use {base}.",
             code="sampling_21.turbo_steps",
             variant=variant.value,
             turbo_steps=len(sigmas) - 1,

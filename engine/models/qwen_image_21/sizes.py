@@ -48,7 +48,8 @@ def plan_sizes_21(images: Sequence[Size], *, pixels: float | None = PIXELS, outp
     """
     if len(images) > MOST_IMAGES:
         raise InvalidRequest(
-            "Qwen-Image-2.1 is shown {count} images; {most} are the most, and it was made for {usual}. Show fewer.",
+            "{count} images are connected. Qwen-Image-2.1 takes at most {most}, and was made for up to {usual}. Use "
+            "fewer.",
             code="edit_21.too_many_images",
             count=len(images),
             most=MOST_IMAGES,
@@ -57,8 +58,8 @@ def plan_sizes_21(images: Sequence[Size], *, pixels: float | None = PIXELS, outp
     for number, (width, height) in enumerate(images, start=1):
         if min(width, height) < LEAST_SIDE_PX or max(width, height) > MOST_LENGTH * min(width, height):
             raise InvalidRequest(
-                "Image {number} is {width}x{height} px; sides of {least_px} px and more, one at most {most_length} "
-                "times the other, can be shown. Crop or enlarge it.",
+                "Image {number} is {width}x{height} px; each side needs at least {least_px} px, and one side may be "
+                "at most {most_length} times the other. Crop or enlarge it.",
                 code="edit_21.wrong_image",
                 number=number,
                 width=width,

@@ -63,8 +63,8 @@ def _config(checkpoint: Checkpoint, tensors: Mapping[str, TensorEntry], layers: 
     drawn = shape("proj_out.weight", 2)[0]
     if (heads.channels, drawn) != (CHANNELS, CHANNELS):
         raise WrongModel(
-            "{file} takes {in_channels} channels and makes {drawn_channels}; Qwen-Image-2.1 has {channels}. Choose a "
-            "file such as {example}.",
+            "{file} takes {in_channels} channels and makes {drawn_channels}; Qwen-Image-2.1 has {channels}. Use the "
+            "model's own file, such as {example}.",
             code="transformer_21.other_channels",
             file=checkpoint.path,
             in_channels=heads.channels,

@@ -56,8 +56,8 @@ def check_is_image_vae_21(shapes: Mapping[str, Sequence[int]], where: str) -> di
     widths = first[0], last[1]
     if channels != (LATENT_CHANNELS, IMAGE_CHANNELS, IMAGE_CHANNELS) or max(widths) > MAX_WIDTH:
         raise WrongModel(
-            "{file} is another model's VAE: it has {latents} latent channels, reads {read} and draws {drawn} channels; "
-            "Qwen-Image-2.1's has {needed} latent channels and RGBA images. Use {example}.",
+            "{file} is another model's VAE: it has {latents} latent channels, reads {read} and draws {drawn} "
+            "channels; Qwen-Image-2.1's has {needed} latent channels and makes RGBA images. Use {example}.",
             code="vae_21.other_channels",
             file=where,
             latents=channels[0],

@@ -134,8 +134,8 @@ class ImageVAE(nn.Module):
             latents = latents.movedim(2, 1).flatten(0, 1)
         if latents.ndim in (4, 5) and latents.shape[1] != self.latent_channels:
             raise InvalidRequest(
-                "These latents have {found} channels, and this VAE decodes {channels}: they are another model's. Use "
-                "the VAE of the model that made them (16 channels: qwen_image_vae.safetensors, 64: "
+                "These latents have {found} channels, but this VAE decodes {channels}: they belong to another model. "
+                "Use the VAE of the model that made them (16 channels: qwen_image_vae.safetensors, 64: "
                 "qwen_image_2.1_vae_bf16.safetensors).",
                 code="vae.other_models_latents",
                 found=latents.shape[1],
@@ -143,7 +143,7 @@ class ImageVAE(nn.Module):
             )
         if latents.ndim != 4 or 0 in latents.shape:
             raise InvalidRequest(
-                "The VAE decodes latents (B, {channels}, 1, h, w) of still images, got {shape}.",
+                "The VAE decodes latents (B, {channels}, 1, h, w) of still images; got {shape}.",
                 code="vae.wrong_latents",
                 channels=self.latent_channels,
                 shape=tuple(latents.shape),
@@ -180,7 +180,7 @@ class ImageVAE(nn.Module):
         """
         if images.ndim != 4 or images.shape[-1] != self.image_channels or 0 in images.shape:
             raise InvalidRequest(
-                "The VAE encodes images (B, H, W, {channels}), got {shape}.",
+                "The VAE encodes images (B, H, W, {channels}); got {shape}.",
                 code="vae.wrong_images",
                 channels=self.image_channels,
                 shape=tuple(images.shape),
@@ -275,8 +275,8 @@ class ImageVAE(nn.Module):
                 logger.warning("Memory ran out (%s) in %r: again with %d MiB.", why, plan, limit_bytes // 2**20)
             elif dtype == torch.float32:
                 raise InvalidRequest(
-                    "The VAE's {task} overflows in float32: what it is given holds NaN, infinity or huge "
-                    "numbers.\n\nWhat to do: look at what made it; a model that overflows in fp16 does such.",
+                    "VAE {task} overflows in float32: the input holds NaN, infinity or huge numbers.\n\nWhat to "
+                    "do: check the nodes that made it; a model that overflows in fp16 does this.",
                     code="vae.overflow",
                     task=task,
                 )
@@ -308,7 +308,7 @@ class ImageVAE(nn.Module):
     def _check_size(self, height: int, width: int) -> None:
         if height < self.scale or width < self.scale or height % self.scale or width % self.scale:
             raise InvalidRequest(
-                "The VAE works on multiples of {multiple} pixels, got {width}x{height}. Crop or resize the image.",
+                "The VAE works on multiples of {multiple} pixels; got {width}x{height}. Crop or resize the image.",
                 code="vae.wrong_size",
                 multiple=self.scale,
                 width=width,

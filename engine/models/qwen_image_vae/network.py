@@ -75,7 +75,7 @@ class Parts:
     def tensor(self, name: str) -> torch.Tensor:
         if name not in self.tensors:
             raise DamagedFile(
-                "The VAE has no tensor {name}: the file is cut or mixed up. Download it again.",
+                "The VAE has no tensor {name}: the file is incomplete or mixed up. Download it again.",
                 code="vae.tensor_missing",
                 name=name,
             )

@@ -88,7 +88,7 @@ def check_is_image_vae(shapes: Mapping[str, Sequence[int]], where: str) -> int:
         )
     if "decoder.conv_norm_out.weight" in shapes or "decoder.norm_out.weight" in shapes:
         raise WrongModel(
-            "{file} is a VAE of the Stable Diffusion or Flux kind. {use}",
+            "{file} is a Stable Diffusion or Flux VAE. {use}",
             code="vae.stable_diffusion_or_flux",
             file=where,
             use=use,
@@ -111,7 +111,7 @@ def check_is_image_vae(shapes: Mapping[str, Sequence[int]], where: str) -> int:
     drawn_channels, width = ends["decoder.conv_out.weight"][:2]
     if latent_channels != LATENT_CHANNELS:
         raise WrongModel(
-            "{file} has {channels} latent channels; Qwen-Image's has {needed}. {use}",
+            "{file} has {channels} latent channels; Qwen-Image's VAE has {needed}. {use}",
             code="vae.other_latent_channels",
             file=where,
             channels=latent_channels,
@@ -129,8 +129,8 @@ def check_is_image_vae(shapes: Mapping[str, Sequence[int]], where: str) -> int:
         )
     if image_channels != drawn_channels or image_channels not in NAMES or width > MAX_WIDTH:
         raise WrongModel(
-            "{file} reads {image_channels} channels, draws {drawn_channels} and is {width} wide, as none of "
-            "Qwen-Image's. {use}",
+            "{file} reads {image_channels} channels, draws {drawn_channels} and is {width} wide, unlike any of "
+            "Qwen-Image's VAEs. {use}",
             code="vae.other_channels",
             file=where,
             image_channels=image_channels,
@@ -155,7 +155,7 @@ def require_shapes(
     for name, shape in needed.items():
         if name not in shapes:
             raise DamagedFile(
-                "{file} has no tensor {name}: the file is cut or mixed up. Download it again.",
+                "{file} has no tensor {name}: the file is incomplete or mixed up. Download it again.",
                 code="vae.lacks_tensor",
                 file=where,
                 name=name,
@@ -180,7 +180,7 @@ def require_image_vae(checkpoint: Checkpoint, *, channels: int | None = None) ->
     if channels not in (None, found):
         which = {RGB: "of the models that make whole images (RGB)", RGBA: "of Qwen-Image-Layered (RGBA)"}
         raise WrongModel(
-            "{file} is the VAE {found}; the transformer needs that {needed}. Use {example}.",
+            "{file} is the VAE {found}; the transformer needs the one {needed}. Use {example}.",
             code="vae.other_variant",
             file=checkpoint.path,
             found=which[found],

@@ -15,8 +15,8 @@ def require_single_rows(matrix: StoredParam) -> None:
     """Raise WrongModel for a matrix whose rows cannot be decoded one by one."""
     if matrix.tile_rows > 1:
         raise WrongModel(
-            "{file}: the embeddings are stored in {codec}, whose scales belong to {rows} rows together. Use a text "
-            "encoder whose embeddings are in bf16, fp8 or int8.",
+            "{file}: the embeddings are stored in {codec}, whose scales are shared by {rows} rows. Use a text encoder "
+            "whose embeddings are in bf16, fp8 or int8.",
             code="text_encoder.embeddings_by_tiles",
             file=matrix.parts[0].file,
             codec=matrix.codec,

@@ -56,7 +56,7 @@ def whole_kernel(tensors: Mapping[str, TensorEntry]) -> TensorEntry:
     element_bits = BITS_PER_ELEMENT.get(entry.dtype)
     if len(entry.shape) != 4 or element_bits is None:
         raise WrongModel(
-            "{file}: {name!r} is no kernel, but {dtype}{shape}.",
+            "{file}: {name!r} is not a kernel for patches, but {dtype}{shape}.",
             code="text_encoder.no_kernel",
             file=entry.file,
             name=KERNEL[0],
@@ -72,7 +72,7 @@ def pieces_of(tensors: Mapping[str, TensorEntry], *names: str) -> tuple[TensorEn
     missing = [name for name in names if name not in tensors]
     if missing:
         raise WrongModel(
-            "{file} lacks {name!r}: the vision part is not whole. Download it again.",
+            "{file} lacks {name!r}: the vision part is incomplete. Download it again.",
             code="vision.not_whole",
             file=first.file,
             name=missing[0],
@@ -81,7 +81,7 @@ def pieces_of(tensors: Mapping[str, TensorEntry], *names: str) -> tuple[TensorEn
     for name, piece in zip(names, pieces, strict=True):
         if (piece.dtype, piece.shape) != (first.dtype, first.shape):
             raise WrongModel(
-                "{file}: {name!r} is {dtype}{shape} and {other!r} {other_dtype}{other_shape}; they belong in one "
+                "{file}: {name!r} is {dtype}{shape} and {other!r} {other_dtype}{other_shape}; together they form one "
                 "tensor. Use a vision part of one type, such as F16.",
                 code="vision.mixed_types",
                 file=first.file,

@@ -78,8 +78,8 @@ def require_places(tokens: Sequence[int], images: int) -> None:
     places = sum(token == IMAGE for token in tokens)
     if places != images:
         raise InvalidRequest(
-            "A prompt is given {images} image{plural} and has {places} place{places_plural} for them "
-            "(<|vision_start|><|image_pad|><|vision_end|>). Give it as many as it shows.",
+            "A prompt comes with {images} image{plural}, but has {places} place{places_plural} for them "
+            "(<|vision_start|><|image_pad|><|vision_end|>). Give it as many images as it has places.",
             code="prompt.other_number_of_images",
             images=images,
             plural="s" if images != 1 else "",

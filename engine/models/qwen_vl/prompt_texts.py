@@ -25,15 +25,15 @@ def whole_text(prompt: object) -> str:
     """The prompt. Raises InvalidRequest for what is no text of whole characters."""
     if not isinstance(prompt, str):
         raise InvalidRequest(
-            "The prompt is {prompt}; a text is needed.\n\nWhat to do: check what is linked.",
+            "The prompt is {prompt}; text is needed.\n\nWhat to do: check what is connected.",
             code="prompt.no_text",
             prompt=shown(prompt),
         )
     half = half_character(prompt)
     if half is not None:
         raise InvalidRequest(
-            "The prompt's character {position} is one half of a character ({character!a}), which no encoding "
-            "has.\n\nWhat to do: type it again, or remove it.",
+            "The prompt's character {position} is one half of a character ({character!a}), which cannot be "
+            "encoded.\n\nWhat to do: type it again, or remove it.",
             code="prompt.half_character",
             position=half + 1,
             character=prompt[half],
@@ -48,7 +48,7 @@ def filled(template: str, prompt: str) -> str:
     except (KeyError, IndexError, ValueError, AttributeError) as error:
         raise InvalidRequest(
             "The template of the prompt cannot be filled in ({error}).\n\nWhat to do: mark the prompt's place in it "
-            "with {{}}, and write other braces twice.",
+            "with {{}}, and double any other braces.",
             code="prompt.template_not_filled",
             error=error,
         ) from error
@@ -60,8 +60,8 @@ def require_known(folder: Path, tokenizer: "Tokenizer") -> None:
     full = tokenizer.get_vocab_size(with_added_tokens=False) >= FULL_VOCABULARY
     if full and hashlib.sha256(ids.encode()).hexdigest()[:16] != PROBE_DIGEST:
         raise WrongModel(
-            "{folder} holds another model's tokenizer: it makes other tokens than Qwen2.5's of the same text. Use the "
-            "tokenizer folder of Qwen-Image, or a text encoder from models/text_encoders.",
+            "{folder} holds another model's tokenizer: from the same text, it makes other tokens than Qwen2.5's does. "
+            "Use the tokenizer folder of Qwen-Image, or a text encoder from models/text_encoders.",
             code="tokenizer.other_tokens",
             folder=folder,
         )

@@ -49,7 +49,7 @@ def sort_language_model(checkpoint: Checkpoint, component: Component, usual: Usu
     missing = [n for n in ("embed_tokens.weight", "norm.weight") if n not in outside]
     if missing:
         raise WrongModel(
-            "{file} lacks {missing}: not a whole text encoder. Download it again.",
+            "{file} lacks {missing}: the text encoder is incomplete. Download it again.",
             code="text_encoder.not_whole",
             file=checkpoint.path,
             missing=missing,
@@ -63,8 +63,8 @@ def require_width(transformer: Checkpoint, norm: str, encoder: Checkpoint, compo
     takes, makes = _length(transformer, norm), _length(encoder, *_FIRST_NORMS)
     if None not in (takes, makes) and takes != makes:
         raise WrongModel(
-            "{file} makes embeddings of {makes} numbers, the transformer {transformer} takes {takes}: it is another "
-            "size of {series} than the one that belongs to it ({size}). Use {example}.",
+            "{file} makes embeddings of {makes} numbers, but the transformer {transformer} takes {takes}: it is "
+            "another size of {series} than this transformer needs ({size}). Use {example}.",
             code="text_encoder.other_size",
             file=encoder.path,
             makes=makes,
@@ -93,7 +93,7 @@ def _text_config(
         number = isinstance(value, int | float) and type(value) is not bool and 0 < value < _LARGEST
         if value is not None and not (number if kind is float else type(value) is kind):
             raise WrongModel(
-                "{file}: {key} of its configuration is {value!r:.99}. Download it again.",
+                "{file}: {key} in its configuration is {value!r:.99}. Download it again.",
                 code="text_encoder.wrong_setting",
                 file=checkpoint.path,
                 key=key,

@@ -75,7 +75,7 @@ def _whole(file: Path) -> "Tokenizer":
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or any(map(model.get, _UNUSED)):
         raise WrongModel(
             "{file} is another model's tokenizer: Qwen-Image's is of type BPE, without {unused}. Use Qwen-Image's "
-            "folder.",
+            "tokenizer folder.",
             code="tokenizer.other_model",
             file=file,
             unused=_UNUSED,
@@ -86,7 +86,7 @@ def _whole(file: Path) -> "Tokenizer":
         return Tokenizer.from_str(raw.decode("utf-8"))
     except Exception as error:  # the package has no class for it
         raise DamagedFile(
-            "{file} is no tokenizer ({error!s:.199}). Download it again.",
+            "{file} is not a tokenizer ({error!s:.199}). Download it again.",
             code="tokenizer.is_none",
             file=file,
             error=error,
@@ -103,7 +103,7 @@ def _assembled(folder: Path) -> "Tokenizer":
         tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[(first, second) for first, second in merges]))
     except Exception as error:  # the package has no class for it
         raise DamagedFile(
-            "{file} and {vocabulary} do not fit ({error!s:.199}). Download them again.",
+            "{file} and {vocabulary} do not fit together ({error!s:.199}). Download them again.",
             code="tokenizer.files_do_not_fit",
             file=file,
             vocabulary=VOCABULARY,
@@ -127,15 +127,15 @@ def _require_whole_merges(file: Path, vocabulary: Mapping[str, int], merges: Seq
         made = ["".join((first, second)) for first, second in merges]
     except (TypeError, ValueError) as error:
         raise DamagedFile(
-            "{file}: one of its merges is no pair of tokens. Download it again.",
+            "{file}: one of its merges is not a pair of tokens. Download it again.",
             code="tokenizer.merge_no_pair",
             file=file,
         ) from error
     unmade = {token for token in vocabulary if len(token) > 1}.difference(made)
     if unmade:
         raise DamagedFile(
-            "{file} is cut off, or does not belong to its vocabulary: {unmade_count} of {token_count} tokens are "
-            "never made. Download it again.",
+            "{file} is cut off, or does not belong to its vocabulary: {unmade_count} of {token_count} tokens can "
+            "never be made. Download it again.",
             code="tokenizer.cut_off",
             file=file,
             unmade_count=len(unmade),
@@ -144,7 +144,7 @@ def _require_whole_merges(file: Path, vocabulary: Mapping[str, int], merges: Seq
     numbers = [vocabulary.get(token, -1) for token in made]
     if any(later <= earlier for earlier, later in pairwise(numbers)):
         raise DamagedFile(
-            "{file}: its merges are not in the order of their tokens' numbers. Download it again.",
+            "{file}: its merges are not in the order of their token numbers. Download it again.",
             code="tokenizer.merges_out_of_order",
             file=file,
         )
@@ -168,7 +168,7 @@ def _add_tokens(tokenizer: "Tokenizer", folder: Path, given: Mapping[str, Any]) 
         for number, token in tokens.items():
             if (found := tokenizer.token_to_id(token["content"])) != number:
                 raise DamagedFile(
-                    "{file} says that {token!r:.99} is token {number}, and it is {found}: the folder's files do not "
+                    "{file} says that {token!r:.99} is token {number}, but it is {found}: the folder's files do not "
                     "belong together. Download them again.",
                     code="tokenizer.token_has_two_numbers",
                     file=file,
@@ -190,17 +190,17 @@ def _vocabulary(file: Path, given: Any) -> dict[str, int]:
 
     if not isinstance(given, dict) or not given or not all(type(number) is int for number in given.values()):
         raise DamagedFile(
-            "{file} has no table of tokens to numbers. Download it again.", code="tokenizer.no_table", file=file
+            "{file} has no table from tokens to numbers. Download it again.", code="tokenizer.no_table", file=file
         )
     if len(set(given.values())) < len(given) or not all(0 <= number < 2**31 for number in given.values()):
         raise DamagedFile(
-            "{file} gives two tokens one number, or none that can be. Download it again.",
+            "{file} gives two tokens the same number, or a number that is not possible. Download it again.",
             code="tokenizer.number_twice",
             file=file,
         )
     if missing := set(pre_tokenizers.ByteLevel.alphabet()).difference(given):
         raise DamagedFile(
-            "{file} lacks {missing_count} of the 256 bytes that every text is made of. Download it again.",
+            "{file} lacks {missing_count} of the 256 bytes that all text is made of. Download it again.",
             code="tokenizer.bytes_missing",
             file=file,
             missing_count=len(missing),
@@ -219,7 +219,7 @@ def _merges(file: Path) -> list[list[str]]:
         lines = _raw(file).decode("utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise DamagedFile(
-            "{file} is no text ({error}). Download it again.", code="tokenizer.no_text", file=file, error=error
+            "{file} is not text ({error}). Download it again.", code="tokenizer.no_text", file=file, error=error
         ) from error
     return [line.split(" ") for line in lines if line and not line.startswith("#version")]
 
@@ -236,20 +236,20 @@ def _raw(file: Path) -> bytes:
     raw, _ = read_text(file)
     if not raw.strip() or len(raw) > MAX_JSON_BYTES:
         raise DamagedFile(
-            "{file} has {size} bytes or more, as no tokenizer's has. Download it again.",
+            "{file} has {size} bytes or more, which is too many for a tokenizer. Download it again.",
             code="tokenizer.too_long",
             file=file,
             size=len(raw),
         )
     if raw.startswith(b"version https://git-lfs"):
         raise DamagedFile(
-            "{file} is a pointer to a file of git-lfs. Download the file itself.",
+            "{file} is only a git-lfs pointer. Download the file itself.",
             code="tokenizer.git_lfs_pointer",
             file=file,
         )
     if raw.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise DamagedFile(
-            "{file} begins with a byte order mark, as an editor writes it. Download it again.",
+            "{file} begins with a byte order mark, which some editors add. Download it again.",
             code="tokenizer.byte_order_mark",
             file=file,
         )

@@ -130,8 +130,8 @@ def require_width(vision: VisionTensors, encoder: Checkpoint, text_width: int) -
     makes = vision.config["out_hidden_size"]
     if makes != text_width:
         raise WrongModel(
-            "{file} makes {makes} numbers of each part of an image, the text encoder {text_encoder} takes {takes}: "
-            "models of different sizes. Use the vision part of the same one.",
+            "{file} makes {makes} numbers for each part of an image, but the text encoder {text_encoder} takes "
+            "{takes}: they are models of different sizes. Use the vision part of the same model.",
             code="vision.other_size",
             file=vision.checkpoint.path,
             makes=makes,
@@ -165,9 +165,9 @@ def find_mmproj(encoder: Path, example: str, projector: str = "") -> Path:
     fitting = same or nameless or found
     if not fitting:
         raise MissingFile(
-            "{file} holds the language model only; its vision part, which sees images, is not beside it. Put the "
-            "mmproj file of the same model (such as {example}) into {folder}, or use a "
-            ".safetensors text encoder, which holds both.",
+            "{file} holds only the language model; its vision part, which sees images, is not beside it. Put the "
+            "mmproj file of the same model (such as {example}) into {folder}, or use a .safetensors text encoder, "
+            "which holds both.",
             code="vision.missing_beside",
             file=encoder,
             example=example,
@@ -176,8 +176,8 @@ def find_mmproj(encoder: Path, example: str, projector: str = "") -> Path:
     if len(fitting) > 1:
         names = ", ".join(file.name for file in fitting)
         raise MissingFile(
-            "{file}: {count} files beside it could be its vision part ({names}). Keep one of them there, with the "
-            "name of the encoder.",
+            "{file}: {count} files beside it could be its vision part ({names}). Keep only one of them there, named "
+            "like the encoder.",
             code="vision.several_beside",
             file=encoder,
             count=len(fitting),
@@ -191,7 +191,7 @@ def _mmprojs(encoder: Path) -> list[Path]:
         listed = sorted(encoder.parent.iterdir())
     except OSError as error:
         raise MissingFile(
-            "{file} cannot be read ({error}). Check that this user may read it.",
+            "{file} cannot be read ({error}). Check that your user account may read it.",
             code="file.unreadable",
             file=encoder.parent,
             error=error,
@@ -236,8 +236,8 @@ def _require_mmproj(checkpoint: Checkpoint, kind: VisionKind) -> None:
     if (found, architecture, projector) != (VISION, _ARCHITECTURE, kind.projector):
         raise WrongModel(
             "{file} is {found} (architecture {architecture!r:.99}, projector {projector!r:.99}); the vision part of "
-            "{model} ({wanted_architecture!r}, {wanted_projector!r}) is needed beside the text encoder. Put it "
-            "there, and this file elsewhere.",
+            "{model} ({wanted_architecture!r}, {wanted_projector!r}) is needed beside the text encoder. Put that one "
+            "there, and move this file elsewhere.",
             code="vision.other_kind",
             file=checkpoint.path,
             found=found.value,

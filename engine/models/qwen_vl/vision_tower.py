@@ -104,7 +104,7 @@ class VisionTower(VisitsBlocks, ABC):
         stated, known = tuple(self._settings[name] for name in names), (CHANNELS, FRAMES, modules.patch_px, MERGE)
         if stated != known:
             raise WrongModel(
-                "{where}: the vision part has {names} of {stated}, {model} has {known}. Use the text encoder that "
+                "{where}: the vision part has {names} of {stated}, but {model} has {known}. Use the text encoder that "
                 "belongs to the transformer.",
                 code="vision.other_settings",
                 where=self._where,
