@@ -127,3 +127,11 @@ class Unsupported(QwenLowVRAMError):
 
 class DoesNotFit(QwenLowVRAMError):
     """The request needs more memory than the limit allows; the message says what would fit."""
+
+
+class DownloadError(QwenLowVRAMError):
+    """A file could not be fetched; the message says why, and what was fetched stays for the next try."""
+
+
+class NoNetwork(DownloadError):
+    """The hub cannot be reached: an ordinary state of many machines."""

@@ -10,10 +10,12 @@ from functools import partial
 from typing import Any
 
 import stated_plans
+from qwenimage_lowvram.engine.files import known_files as files
 from qwenimage_lowvram.engine.planning.cards import typical_limit_bytes
 from qwenimage_lowvram.engine.planning.request import GIB
 
-from . import files, graphs, texts
+from . import graphs, texts
+from .files import line, link
 from .parts import GUIDED, LIGHTNING_4, LIGHTNING_8, Files, Steps
 
 COFFEE = (
@@ -81,15 +83,15 @@ class Workflow:
         return round(typical_limit_bytes(self.card_gb) / GIB, 1)
 
     def note(self, graph: Graph) -> str:
-        listed = "\n".join(file.line for file in self.files.all)
+        listed = "\n".join(line(file) for file in self.files.all)
         shown = [f"## {self.title}, {self.card_gb} GB", f"**Files**\n\n{listed}"]
         if self.how:
-            shown.append("**How**\n\n" + "\n".join(f"- {line}" for line in self.how))
+            shown.append("**How**\n\n" + "\n".join(f"- {each}" for each in self.how))
         shown.append(stated_plans.HEADING + "\n".join(stated_plans.lines(graph)))
         shown += [texts.PANEL, *self.more]
         if self.bf16:
             plan = stated_plans.plan_of(graph, transformer=files.BF16.name)
-            shown.append(self.bf16.format(file=files.BF16.link, stay=len(plan.resident), streamed=plan.streamed))
+            shown.append(self.bf16.format(file=link(files.BF16), stay=len(plan.resident), streamed=plan.streamed))
         return "\n\n".join([*([self.licence] if self.licence else []), *shown])
 
 

@@ -3,8 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from qwenimage_lowvram.engine.files.known_files import KnownFile
+
 from .canvas import Canvas, Node, column
-from .files import ModelFile
+from .files import entry
 
 # pixels below a node that stay free for the texts of a run; and for the sampler's preview as well
 TEXTS_PX, PREVIEW_PX = 170, 400
@@ -17,14 +19,14 @@ SCALE, OFFSET = 0.6, (610, 200)  # how a graph is seen first
 class Files:
     """What the loader reads, and a LoRA for it."""
 
-    transformer: ModelFile
-    text_encoder: ModelFile
-    vae: ModelFile
-    lora: ModelFile | None = None
+    transformer: KnownFile
+    text_encoder: KnownFile
+    vae: KnownFile
+    lora: KnownFile | None = None
     variant: str = "auto"
 
     @property
-    def all(self) -> list[ModelFile]:
+    def all(self) -> list[KnownFile]:
         return [self.transformer, *([self.lora] if self.lora else []), self.text_encoder, self.vae]
 
 
@@ -68,13 +70,13 @@ def loader(canvas: Canvas, files: Files, vram_limit_gb: float) -> list[Node]:
         "QwenLowVRAMLoader", 1, (FILES_WIDTH, 560), room=TEXTS_PX, dtype="auto", weight_format="auto",
         vram_limit_gb=vram_limit_gb, variant=files.variant, **names,
     )  # fmt: skip
-    node.properties["models"] = [file.entry for file in (files.transformer, files.text_encoder, files.vae)]
+    node.properties["models"] = [entry(file) for file in (files.transformer, files.text_encoder, files.vae)]
     if files.lora is None:
         return [node]
     lora = canvas.add(
         "QwenLowVRAMLoadLora", 8, (FILES_WIDTH, 160), room=TEXTS_PX, lora_name=files.lora.name, strength=1
     )
-    lora.properties["models"] = [files.lora.entry]
+    lora.properties["models"] = [entry(files.lora)]
     canvas.link(node, "MODEL", lora, "model")
     return [node, lora]
 
