@@ -169,7 +169,8 @@ def loader_inputs() -> dict[str, Any]:
                     "int8, w4a4 and w4a8 files, scaled fp8 files from RTX 40 on, and nvfp4 and mxfp8 files from RTX "
                     "50 on, as ComfyUI itself does; everything else is exact. exact uses decoded weights, which "
                     "gives a different image for those files. fast computes on these formats wherever weights are in "
-                    "them, also through weight_format; plan and report then say 'not exact'.",
+                    "them, also through weight_format, and on nunchaku's int4 from RTX 30 on; plan and report then "
+                    "say 'not exact'.",
                 },
             ),
             "compile": (

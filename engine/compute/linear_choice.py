@@ -15,6 +15,7 @@ from ..formats.int8 import Int8Codec
 from ..formats.int8_convrot import Int8ConvrotCodec
 from ..formats.kitchen import CONVROT_W4A4, MXFP8, NVFP4
 from ..formats.kitchen_w4a8 import W4a8Codec
+from ..formats.nunchaku_codecs import SvdqCodec
 from ..formats.scaled_fp8 import ScaledFp8Codec
 from ..hardware import Hardware
 from .block_scaled_products import Mxfp8Product, Nvfp4Product
@@ -23,9 +24,10 @@ from .four_bit_products import W4a4Product, W4a8Product
 from .half_products import activations_dtype
 from .product_trials import TRIALS, Trial, backend_of
 from .stored_products import StoredProduct
+from .svdquant_products import SvdquantProduct
 
 _FP8 = "F8_E4M3"  # of the data that products take
-_Product = Int8Product | Fp8Product | W4a4Product | W4a8Product | Nvfp4Product | Mxfp8Product
+_Product = Int8Product | Fp8Product | W4a4Product | W4a8Product | Nvfp4Product | Mxfp8Product | SvdquantProduct
 
 
 class Computing(Enum):
@@ -123,6 +125,8 @@ def _product_of(param: StoredParam, *, as_comfyui: bool) -> _Product | None:
         return Int8Product("", factor=codec.factor)
     if isinstance(codec, W4a8Codec):
         return W4a8Product("", codec.group)
+    if isinstance(codec, SvdqCodec) and param.held and not as_comfyui:
+        return SvdquantProduct("", codec.rank, param.shifted_operands)
     if codec is NVFP4:
         return Nvfp4Product("", scaled=param.operand_scale is not None)
     if codec is MXFP8:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..formats.nunchaku_codecs import SHIFT
 from ..formats.rotation import hadamard_bytes, take_hadamard
 from ..formats.scratch import Scratch
 from ..hardware import Hardware
@@ -17,6 +18,7 @@ from .eight_bit_products import Fp8Product, Int8Product, load_fp8, load_int8
 from .four_bit_products import W4a4Product, W4a8Product, load_w4a4, load_w4a8
 from .relative_error import relative_error
 from .stored_products import FOR_ANY_DEVICE
+from .svdquant_products import SvdquantProduct, load_svdquant
 
 _MOST_ERROR = 0.05  # of a small product, relative to the decoded weight's
 _GROUP = 256  # that ComfyUI's files are rotated in
@@ -136,6 +138,36 @@ def _try_mxfp8(device: torch.device, dtype: torch.dtype) -> Tried:
     return product(x, (weight, scales), None), x.float() @ weight.float().T, backend
 
 
+@torch.no_grad()
+def _try_svdquant(device: torch.device, dtype: torch.dtype) -> Tried:
+    load_svdquant()
+    if device.type != "cpu":
+        _require_16_bits(dtype)
+    # numbers that four bits hold, with the largest in each group; shifted, eighths from 0 to 15
+    signed = (torch.arange(128 * 128, device=device).view(128, -1) * 5 % 15 - 7).to(dtype)
+    positive = ((torch.arange(128 * 128, device=device).view(128, -1) * 5 % 16) / 8 - SHIFT).to(dtype)
+    backend = FOR_ANY_DEVICE
+    results, expected = [], []
+    for x, shift in ((signed, 0.0), (positive, SHIFT)):
+        codes, scales, up, down, smooth = (
+            part if part.dtype == torch.int8 else part.to(dtype)
+            for part in SvdquantProduct("", 16).some_parts(128, 128, device)
+        )
+        codes.copy_((torch.arange(128 * 64, device=device) * 7).view(128, 64))
+        up, scales, smooth = up / 256, scales / 64, 2 * smooth
+        arguments = {"x": x, "smooth": smooth, "lora_down": down, "pad_size": 256, "act_unsigned": shift > 0}
+        backend = _implementation("quantize_svdquant_w4a4", arguments | {"lora_x": x})
+        results.append(SvdquantProduct(backend, 16, shift > 0)(x, (codes, scales, up, down, smooth), None).float())
+        weight = torch.stack([codes << 4 >> 4, codes >> 4], 2).view(128, 128).float() / 64
+        thin = (x.float() @ down.float()) @ up.float().T
+        expected.append((x.float() + shift) / 2 @ weight.T + thin)
+    if backend == FOR_ANY_DEVICE and device.type != "cpu":
+        raise RuntimeError(
+            "it has no kernel for them there: they need an NVIDIA card from RTX 30 on, and a PyTorch for CUDA 13"
+        )
+    return torch.cat(results), torch.cat(expected), backend
+
+
 def _whole_numbers(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Rows of numbers that four bits hold, in fp32, and what these are once they have been rotated."""
     rotated = (torch.arange(32 * _GROUP, device=device).view(32, -1) * 5 % 15 - 7).float()
@@ -180,4 +212,6 @@ W4A4 = Trial("w4a4", ("CONVROT_W4A4",), _try_w4a4)
 W4A8 = Trial("w4a8", ("ASYM_W4A8",), _try_w4a8)
 NVFP4 = Trial("nvfp4", ("NVFP4",), _try_nvfp4, _has_block_scales)
 MXFP8 = Trial("mxfp8", ("MXFP8",), _try_mxfp8, _comfyui_multiplies_mxfp8)
-TRIALS = (INT8, FP8, W4A4, W4A8, NVFP4, MXFP8)
+# files that ComfyUI does not read
+SVDQUANT = Trial("svdquant", ("SVDQ_INT4",), _try_svdquant, lambda device: False)
+TRIALS = (INT8, FP8, W4A4, W4A8, NVFP4, MXFP8, SVDQUANT)

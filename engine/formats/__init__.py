@@ -6,7 +6,7 @@ devices, and never compute with a weight.
 
 from .bnb4 import Bnb4
 from .comfy_quant import ComfyQuant
-from .format import Codec, Encoder, Format, Layout, StoredParam, decode_alone
+from .format import Codec, Encoder, Format, HeldPart, Layout, StoredParam, decode_alone
 from .gguf import Gguf
 from .int8 import BnbInt8, Int8
 from .int8_convrot import Int8Convrot
@@ -28,6 +28,7 @@ __all__ = [
     "Encoder",
     "Format",
     "Formats",
+    "HeldPart",
     "Layout",
     "Scratch",
     "StoredParam",

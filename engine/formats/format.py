@@ -47,6 +47,16 @@ def decode_alone(codec: Codec, out: Tensor, parts: Sequence[Tensor]) -> None:
 
 
 @dataclass(frozen=True)
+class HeldPart:
+    """A part as products with the stored weight want it: which it is, the codec that puts its numbers in their order,
+    and how they lie then."""
+
+    part: TensorEntry
+    codec: Codec
+    layout: Layout
+
+
+@dataclass(frozen=True)
 class StoredParam:
     """A parameter as a file stores it: its codec, and its parts, the data first.
 
@@ -54,7 +64,9 @@ class StoredParam:
     so that only together they can be decoded; 1 where each can by itself. For who computes on the weight as stored:
     operand_scale: what numbers are divided by before they are brought to its dtype, where the file says so;
     eight_bit_operands: that they are brought to eight bits though the weight has four; full_products: that products
-    are to be computed on the decoded weight.
+    are to be computed on the decoded weight; held: its parts in another order than the file's, empty where that is
+    theirs; shifted_operands: that numbers are shifted until none is negative. beside_stored: of a bias whose codec
+    reads the decoded weight, its codec where the layer computes on the stored one, of the first part alone.
     """
 
     name: str
@@ -66,6 +78,9 @@ class StoredParam:
     operand_scale: TensorEntry | None = None
     eight_bit_operands: bool = False
     full_products: bool = False
+    held: tuple[HeldPart, ...] = ()
+    shifted_operands: bool = False
+    beside_stored: Codec | None = None
 
     @property
     def codec(self) -> str:

@@ -9,7 +9,7 @@ In int4 nunchaku adds SHIFT to what the MLP's second layer multiplies with C, be
 numbers there; the bias in the file makes up for it. Here the bias takes it back: bias + SHIFT * (sums of C's rows).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from .chunks import CHUNK_WEIGHTS, chunk_rows, row_chunks
 from .nunchaku_packing import (
     RANK_STEP,
     TILE_ROWS,
+    ordered_codes,
     unpack_awq,
     unpack_codes,
     unpacked_down,
@@ -99,6 +100,27 @@ class SvdqCodec:
         """Rows of a chunk: whole tiles."""
         row_bytes, kept = self._row_bytes(shape[1]), self._kept_bytes(shape[1])
         return chunk_rows(shape, row_bytes, on_host=on_host, kept=kept, tile=TILE_ROWS)
+
+
+@dataclass(frozen=True)
+class SvdqOrderCodec:
+    """One part of a layer in int4, in rows and columns: "codes" (N, K / 2), two neighbours of a row in a byte, the
+    first one lower; "scales" (N, K / 64); "smooth" (K,); "down" (K, rank); "up" (N, rank). `name`: of the layer's
+    codec."""
+
+    name: str
+    part: str
+
+    def decode_into(self, out: Tensor, parts: Sequence[Tensor], scratch: Scratch) -> None:
+        if self.part == "codes":
+            words = ordered_codes(parts[0])
+            out.view(torch.int32).view(words.shape).copy_(words)
+            return
+        ordered = _ORDERS[self.part](parts[0])
+        out.view(ordered.shape).copy_(ordered)
+
+    def scratch_bytes(self, shape: Sequence[int], *, on_host: bool) -> int:
+        return 0
 
 
 @dataclass(frozen=True)
@@ -189,6 +211,12 @@ class AwqBiasCodec:
         return padded(shape[0] * 4) + padded(shape[0] * 2)
 
 
+_ORDERS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "scales": unpacked_scales,
+    "smooth": unpacked_scales,
+    "down": lambda packed: unpacked_down(packed).permute(3, 4, 5, 6, 0, 1, 2),
+    "up": unpacked_up,
+}
 SVDQ_GROUPS: Mapping[str, int] = {"int4": 64, "fp4": 16}
 SVDQ: Mapping[str, SvdqCodec] = {
     f"SVDQ_{kind.upper()}_R{rank}": SvdqCodec(kind, group, rank)

@@ -18,14 +18,20 @@ AWQ_ROWS = 4  # interleaved with each other
 AWQ_COLUMNS = 64
 
 
+def ordered_codes(packed: Tensor) -> Tensor:
+    """(rows, columns / 2) bytes -> a view of them as words of eight neighbours of a row, in the order of rows and
+    columns; in a byte the first one is lower."""
+    rows, width = packed.shape
+    # (tile, column tile, 8 packs, 8 lanes, 4 lanes, 2 rows, 2 columns)
+    words = packed.view(torch.int32).view(rows // TILE_ROWS, width * 2 // TILE_COLUMNS, 8, 8, 4, 2, 2)
+    return words.permute(0, 2, 5, 3, 1, 6, 4)
+
+
 def unpack_codes(packed: Tensor, scratch: Scratch) -> Tensor:
     """(rows, columns / 2) bytes -> the same as bytes of two neighbours of a row each, the first one lower; in
     scratch."""
-    rows, width = packed.shape
-    # a word is eight neighbours of a row: (tile, column tile, 8 packs, 8 lanes, 4 lanes, 2 rows, 2 columns)
-    words = packed.view(torch.int32).view(rows // TILE_ROWS, width * 2 // TILE_COLUMNS, 8, 8, 4, 2, 2)
-    whole = words.permute(0, 2, 5, 3, 1, 6, 4)
-    return scratch.take(*whole.shape, dtype=torch.int32).copy_(whole).view(torch.uint8).view(rows, width)
+    whole = ordered_codes(packed)
+    return scratch.take(*whole.shape, dtype=torch.int32).copy_(whole).view(torch.uint8).view(packed.shape)
 
 
 def unpacked_scales(packed: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from ..compute.stored_linear import LowRank, StoredLayer, part_name
 from ..compute.stored_products import StoredProduct
 from ..errors import WrongModel
 from ..files.checkpoint import TensorEntry
-from ..formats import FORMATS, Formats, PlainCodec, Scratch, StoredParam, is_native, is_plain
+from ..formats import FORMATS, Formats, HeldPart, PlainCodec, Scratch, StoredParam, is_native, is_plain
 from .flat_layout import FlatItem, FlatLayout
 
 FORMAT_OF_DTYPE = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -209,6 +209,8 @@ def store_block(
     of_weight = {patch.name: patch for patch in patches}
     for name, shape in names.items():
         param = _stored_param(name, shape, tensors, where, formats)
+        if param.beside_stored is not None and param.read_beside in computed:
+            param = replace(param, decoder=param.beside_stored, parts=param.parts[:1], read_beside=None)
         product, patch = product_of(param), of_weight.get(name)
         added = patch.low_rank() if product is not None and patch is not None else ()
         if product is None or added is None:
@@ -217,16 +219,28 @@ def store_block(
             native &= is_native(param, FORMAT_OF_DTYPE[dtype])
             continue
         of_weight.pop(name, None)
-        stored = param.parts if param.operand_scale is None else (*param.parts, param.operand_scale)
-        computed[name] = StoredLayer(product, len(stored), tuple(one for one, _, _ in added))
-        parts = (*stored, *(part for _, up, down in added for part in (up, down)))
-        for index, part in enumerate(parts):
-            layout = formats.raw_layout(part)
-            codec = PlainCodec(param.codec, layout[0])
-            params.append(StoredParam(part_name(name, index), layout[1], codec, (part,)))
-            specs.append((part_name(name, index), *layout))
+        held = _held(param, formats)
+        computed[name] = StoredLayer(product, len(held), tuple(one for one, _, _ in added))
+        held += [_as_it_is(part, param.codec, formats) for _, up, down in added for part in (up, down)]
+        native &= not param.held
+        for index, one in enumerate(held):
+            params.append(StoredParam(part_name(name, index), one.layout[1], one.codec, (one.part,)))
+            specs.append((part_name(name, index), *one.layout))
     left = tuple(patch for patch in patches if patch.name in of_weight)
     return StoredBlock(tuple(params), left, FlatLayout.of(specs), native, formats, tuple(computed.items()))
+
+
+def _held(param: StoredParam, formats: Formats) -> list[HeldPart]:
+    """What a layer that computes on the stored weight has of it in a slot."""
+    if param.held:
+        return list(param.held)
+    scales = [] if param.operand_scale is None else [param.operand_scale]
+    return [_as_it_is(part, param.codec, formats) for part in (*param.parts, *scales)]
+
+
+def _as_it_is(part: TensorEntry, codec: str, formats: Formats) -> HeldPart:
+    layout = formats.raw_layout(part)
+    return HeldPart(part, PlainCodec(codec, layout[0]), layout)
 
 
 def _stored_param(

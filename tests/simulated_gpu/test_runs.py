@@ -56,6 +56,7 @@ CASES: list[tuple[Callable[..., Any], dict[str, Any]]] = [
     (scenarios.steps, {"kind": "int8", "computing": Computing.FAST, "resident": (2,), "then": (("lora", 0.7),)}),
     (scenarios.steps, {"kind": "w4a4", "computing": Computing.FAST, "resident": (1,), "held": (0,), "chunk": 5}),
     (scenarios.steps, {"kind": "w4a4", "computing": Computing.FAST, "held": (0, 2), "lora": (("lora", 0.7),)}),
+    (scenarios.steps, {"kind": "nunchaku", "computing": Computing.FAST, "resident": (1,), "held": (0,)}),
 ]
 # the clocks find races under any schedule: they come by turns
 TURNS = list(zip(CASES, cycle(("late", "random", "copies late", "compute late")), strict=False))

@@ -34,13 +34,15 @@ class TinyModels:
             "w4a4": partial(self._quantized, "convrot_w4a4"),
             "nvfp4": partial(self._quantized, "nvfp4"),
             "GGUF": self._gguf,
+            "nunchaku": self._nunchaku,
             "lora": self._lora,
             "dora": self._dora,
             "2.1": self._of_2_1,
         }
 
     def open(self, kind: str) -> Checkpoint:
-        """The transformer in bf16, fp8, scaled fp8, int8, nf4, w4a4, nvfp4 or GGUF; or its first two blocks in bf16."""
+        """The transformer in bf16, fp8, scaled fp8, int8, nf4, w4a4, nvfp4, GGUF or nunchaku's int4; or its first two
+        blocks in bf16."""
         if kind in ("bf16", "two blocks"):
             return open_checkpoint(self._saved(kind, LAYERS if kind == "bf16" else 2))
         if kind in REQUANTIZED:
@@ -108,6 +110,14 @@ class TinyModels:
         from gguf_files import write_gguf_transformer
 
         write_gguf_transformer(file, self._weights, dict(self._model().config), "Q8_0", "Q4_0", "Q5_1")
+
+    def _nunchaku(self, file: Path) -> None:
+        """In int4, with as many dimensions as a tile has rows."""
+        from nunchaku_files import write_nunchaku_transformer
+        from small_checkpoint import make_transformer
+
+        model = make_transformer(layers=LAYERS, heads=HEADS, head_dim=2 * HEAD_DIM, text_dim=TEXT_DIM)
+        write_nunchaku_transformer(file, model.state_dict(), dict(model.config))
 
     def _of_2_1(self, file: Path) -> None:
         from small_transformer_21 import random_weights, write_file
