@@ -30,6 +30,7 @@ SMALL_FULL = "small_qwen_image_full"
 SMALL_LAYERED = "small_qwen_image_layered"
 
 TESTS = Path(__file__).parent
+LONGEST_FAILURE = 2000  # characters that are printed while tests run; the whole one stands at the end
 # by marker: the fixture that brings what the marker says, and the folder whose tests all have it
 NEEDS = {
     "comfyui": ("comfyui_path", TESTS / "nodes"),
@@ -46,9 +47,24 @@ class _RepositoryIsNoPackage:
         return pytest.Dir.from_parent(parent, path=path) if path == REPOSITORY else None
 
 
+class _FailuresAtOnce:
+    """Prints a failure when it happens: a run that is ended from outside never gets to pytest's summary."""
+
+    def __init__(self, terminal: pytest.TerminalReporter) -> None:
+        self._terminal = terminal
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self._terminal.line(f"\nFAILED {report.nodeid} ({report.when})")
+            self._terminal.line(report.longreprtext[-LONGEST_FAILURE:])
+
+
+@pytest.hookimpl(trylast=True)  # when the terminal is there
 def pytest_configure(config: pytest.Config) -> None:
     # a plugin of its own: hooks of this file do not see the folder above it
     config.pluginmanager.register(_RepositoryIsNoPackage())
+    if not hasattr(config, "workerinput") and (terminal := config.pluginmanager.get_plugin("terminalreporter")):
+        config.pluginmanager.register(_FailuresAtOnce(terminal))
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest chooses by marker
