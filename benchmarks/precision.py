@@ -20,15 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bnb_folder import write_quantized_pipeline
 from miniature.data import Scene, held_out_captions
 from miniature.scorer import score
-from qwenimage_lowvram.engine.runs.opened_files import OpenedFiles
 from qwenimage_lowvram.engine.runs.pipeline import Pipeline
-from split_files import write_split_files
+from stored_miniature import MINIATURE, miniature_in
 from torch import Tensor
 
-MINIATURE = Path(__file__).parents[1] / "miniature"
 LORA = MINIATURE / "lightning-4steps.safetensors"
 SIDE = 128
 COUNT, QUICK = 24, 1
@@ -62,27 +59,13 @@ def rows(quick: bool) -> list[dict[str, Any]]:
         for lora in (False, True):
             exact: list[_Drawn] = []
             for name, (stored, dtype, compute) in FORMATS.items():
-                files = _files(stored, Path(scratch))
+                files = miniature_in(stored, Path(scratch))
                 settings: dict[str, Any] = {"dtype": dtype, "compute": compute, "device": "cpu"}
                 with Pipeline(files, **settings, loras=[(LORA, 1.0)] if lora else []) as pipeline:
                     drawn = list(_draw(pipeline, captions, lora=lora))
                 exact = exact or drawn
                 made.append(_row(name, "4 steps, LoRA" if lora else "20 steps", drawn, exact))
     return made
-
-
-def _files(stored: str, scratch: Path) -> OpenedFiles:
-    """The miniature with its transformer in that format, all else as it is."""
-    if stored == "nf4":
-        folder = scratch / "nf4"
-        if not folder.exists():
-            write_quantized_pipeline(MINIATURE, folder, load_in_4bit=True, bnb_4bit_quant_type="nf4")
-        transformer = folder / "transformer"
-    else:
-        models = scratch / stored
-        written = write_split_files(MINIATURE, models, dtype=stored, text_dtype="bf16", name="miniature")
-        transformer = models / "diffusion_models" / written.transformer
-    return OpenedFiles.of(transformer, *(MINIATURE / name for name in ("text_encoder", "vae", "tokenizer")))
 
 
 def _draw(pipeline: Pipeline, captions: Sequence[tuple[str, str, Scene]], *, lora: bool) -> Iterator[_Drawn]:
