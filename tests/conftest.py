@@ -93,6 +93,15 @@ def _only_what_was_asked_for(request: pytest.FixtureRequest) -> Iterator[None]:
         assert "torch" not in sys.modules, "something that tests/without_torch imports brought torch in"
 
 
+@pytest.fixture(autouse=True)
+def _torch_as_the_test_knows_it(request: pytest.FixtureRequest) -> None:
+    """ComfyUI lets attention sum in half precision, for all of its process, even if it only came in with another test's
+    file. A test without ComfyUI gets torch's own sums."""
+    if torch := sys.modules.get("torch"):
+        with_comfyui = request.node.get_closest_marker("comfyui") is not None
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(with_comfyui)
+
+
 @pytest.fixture(scope="session")
 def comfyui_path() -> Path:
     """The ComfyUI folder that everything is tested against."""

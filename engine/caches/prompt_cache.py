@@ -12,7 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import CacheError, DamagedFile, MissingFile
-from ..files.atomic_files import UNFINISHED, is_odd, remove, remove_dead, whole_file
+from ..files.atomic_files import TAG, UNFINISHED, is_odd, remove, remove_dead, whole_file
 from ..files.checkpoint import Checkpoint, open_checkpoint
 from ..formats import TORCH_DTYPES
 from ..log import logger
@@ -23,7 +23,7 @@ LIMIT_BYTES = 1_000_000_000  # the longest prompt of the reference takes 4 MB in
 SUFFIX = ".safetensors"
 NAME = "embeddings"  # of an entry's only tensor
 
-_OURS = re.compile(rf"[0-9a-f]{{32}}(\.[0-9a-f]{{8}}{SUFFIX}{UNFINISHED}|{SUFFIX})")
+_OURS = re.compile(rf"[0-9a-f]{{32}}(\.{TAG}{SUFFIX}{UNFINISHED}|{SUFFIX})")
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,15 @@ from typing import BinaryIO
 
 from ..errors import CacheError, CheckpointError, MissingFile
 from ..files import atomic_files
-from ..files.atomic_files import UNFINISHED, Held, is_file, is_odd
+from ..files.atomic_files import TAG, UNFINISHED, Held, is_file, is_odd
 from ..files.checkpoint import Checkpoint, open_checkpoint
 
 SUFFIX = ".safetensors"
 MAKER = "qwenimage_lowvram"  # under the metadata key "quantized_by", which tells our files from others
-MOST_NAME_BYTES = 150  # of the model's name in ours: file systems take 255, and an unfinished file's has 56 more
+MOST_NAME_BYTES = 150  # of the model's name in ours: file systems take 255, and an unfinished file's has 65 more
 PATIENCE_SECONDS = 10.0  # for a virus scanner: what is given up took minutes to make
 
-_OUR_NAME = re.compile(rf".+\.[0-9a-f]{{16}}(\.[0-9a-f]{{8}}{SUFFIX}{UNFINISHED}|{SUFFIX})", re.DOTALL)
+_OUR_NAME = re.compile(rf".+\.[0-9a-f]{{16}}(\.{TAG}{SUFFIX}{UNFINISHED}|{SUFFIX})", re.DOTALL)
 
 
 def cache_path(source: Checkpoint, weight_format: str, folder: Path) -> Path:

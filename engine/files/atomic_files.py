@@ -2,17 +2,23 @@
 
 import errno
 import os
+import platform
+import re
 import stat
 import sys
 import time
 import uuid
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
 UNFINISHED = ".part"  # behind the name of a file that is being written
+# before its suffix: the machine that writes it, and a number of its own (older releases named no machine)
+TAG = r"(?:[0-9a-f]{8}-)?[0-9a-f]{8}"
 SECONDS_PER_DAY = 86400
 CLAIMS = 20  # a name can only be lost in the moment before it is locked: more than two in a row are no accident
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.05, 1.0  # between two attempts to replace a file
@@ -121,8 +127,12 @@ def remove(paths: Iterable[Path]) -> Removed:
 
 
 def remove_dead(parts: Iterable[Path]) -> None:
-    """Remove those unfinished files whose processes are no more. Those that are being written stay, and what is no
-    file, or cannot be removed."""
+    """Remove those unfinished files whose processes are no more. Those that are being written stay, and what is not a
+    file, or cannot be removed.
+
+    A lock tells for files of this machine, on a disk that has locks. Network drives often keep locks on one machine,
+    so a file of another one, or on a disk without locks, is dead a day after it was last written to.
+    """
     for part in parts:
         if _is_dead(part):
             _remove(part)
@@ -138,7 +148,7 @@ def _require_file_or_nothing(path: Path) -> None:
 def _claim(path: Path) -> tuple[Path, BinaryIO]:
     """A new file beside `path` that this process holds the lock of."""
     for _ in range(CLAIMS):
-        part = path.with_name(f"{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}{UNFINISHED}")
+        part = path.with_name(f"{path.stem}.{_this_machine()}-{uuid.uuid4().hex[:8]}{path.suffix}{UNFINISHED}")
         stream = part.open("xb")
         # Nobody else makes a file of this name: where it is still there, it is this one. Numbers of files are not
         # compared, network drives give two to one file.
@@ -171,11 +181,24 @@ def _is_dead(part: Path) -> bool:
     try:
         with part.open("r+b") as stream:
             locked = _lock(stream)
-            if locked is None:
-                return time.time() - os.fstat(stream.fileno()).st_mtime > SECONDS_PER_DAY
+            if locked is None or not _is_of_this_machine(part):
+                return locked is not False and time.time() - os.fstat(stream.fileno()).st_mtime > SECONDS_PER_DAY
             return locked
     except OSError:
         return False
+
+
+@cache
+def _this_machine() -> str:
+    """8 hex digits of its name and network card; a container has its own."""
+    return f"{zlib.crc32(f'{platform.node()} {uuid.getnode()}'.encode()):08x}"
+
+
+def _is_of_this_machine(part: Path) -> bool:
+    """Also where nothing says which one's it is, as in older releases' names."""
+    tag = re.search(rf"\.({TAG})\.[^.]*{re.escape(UNFINISHED)}$", part.name)
+    machine, dash, _ = tag[1].partition("-") if tag else ("", "", "")
+    return not dash or machine == _this_machine()
 
 
 def _remove(part: Path) -> None:

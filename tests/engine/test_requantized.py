@@ -574,17 +574,23 @@ def on_block(done, total):
 source = open_checkpoint(Path(sys.argv[1]))
 RequantizedWeights.of(source, "nf4", Path(sys.argv[2])).make(torch.device("cpu"), on_block)
 """
+# a network drive whose locks stay on the machine that took them, and another machine
+ELSEWHERE = """
+from qwenimage_lowvram.engine.files import atomic_files
+atomic_files._lock = lambda stream: True
+atomic_files._this_machine = lambda: "0123abcd"
+"""
 
 
 @pytest.fixture
 def child(folder: Path, cache: Path) -> Any:
-    """`child()` -> a process that quantizes, and waits after the first block until it is told to go on."""
+    """`child(before="")` -> a process that runs that, quantizes, waits after the first block until told to go on."""
     children: list[subprocess.Popen[str]] = []
 
-    def start() -> "subprocess.Popen[str]":
+    def start(before: str = "") -> "subprocess.Popen[str]":
         paths = os.pathsep.join(str(REPOSITORY / path) for path in ("tools/alias", "tools"))
         process = subprocess.Popen(
-            [sys.executable, "-c", CHILD, str(folder), str(cache)],
+            [sys.executable, "-c", before + CHILD, str(folder), str(cache)],
             env={**os.environ, "PYTHONPATH": paths},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -634,6 +640,38 @@ def test_two_processes_at_once_both_end_well(child: Any, source: Checkpoint, cac
     assert [process.returncode for process in children] == [0, 0]
     assert weights_of(source, "nf4", cache).open() == held
     assert [path.name for path in cache.iterdir()] == [cache_path(source, "nf4", cache).name]
+
+
+@pytest.mark.slow
+def test_two_machines_at_a_network_drive_that_passes_no_locks_on_both_end_well(
+    child: Any, source: Checkpoint, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(atomic_files, "_lock", lambda stream: True)
+    process = child(ELSEWHERE)
+    wait_for_a_block(process)
+    (part,) = parts_in(cache)
+    assert ".0123abcd-" in part.name
+    remove_dead(cache)
+    held = quantize(source, "nf4", cache)  # which looks for dead ones, too
+    assert parts_in(cache) == [part]
+    process.communicate("go on\n", timeout=60)
+    assert process.returncode == 0
+    assert weights_of(source, "nf4", cache).open() == held
+    assert [path.name for path in cache.iterdir()] == [cache_path(source, "nf4", cache).name]
+
+
+@pytest.mark.slow
+def test_what_a_machine_leaves_on_a_network_drive_goes_after_a_day(child: Any, cache: Path) -> None:
+    process = child(ELSEWHERE)
+    wait_for_a_block(process)
+    process.kill()
+    process.wait()
+    (part,) = parts_in(cache)
+    remove_dead(cache)
+    assert parts_in(cache) == [part]
+    os.utime(part, (time.time() - 86500,) * 2)
+    remove_dead(cache)
+    assert parts_in(cache) == []
 
 
 def test_where_another_process_holds_its_file_that_one_is_used(
