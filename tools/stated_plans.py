@@ -6,8 +6,9 @@ prints them. `workflow_maker` writes them into the workflows' notes.
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ PROMPT_TOKENS = 512
 GGUF_Q4_K_M = "GGUF Q5_K"  # a mixture with 5.1 bits a weight: planned with 5.5
 LONGEST_IN_SECONDS = 120
 HEADING = f"**What to expect** (planned for these settings and prompts of {PROMPT_TOKENS} tokens, not measured)\n\n"
+CHINESE_HEADING = f"**预计**（按这些设置和 {PROMPT_TOKENS} 个词元的提示词计划，未实测）\n\n"
 WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 SIDE_PX = 1024  # of an edited image, and of a megapixel as ComfyUI scales to it
 # beside the cards that are simulated: those of the sizes that they leave out
@@ -68,23 +70,69 @@ def cards_of(card_gb: int) -> list[SimulatedCard]:
     return sorted((card for card in known if card.dtype is torch.bfloat16), key=lambda card: card.tflops)
 
 
-def lines(graph: Mapping[str, Any]) -> list[str]:
-    """The plan as notes state it, and the range of its forecasts."""
-    plan = plan_of(graph)
-    request = plan.request
-    megapixels = request.reference_tokens * TOKEN_PX**2 / 1e6
-    shown = f", {megapixels:.1f} megapixels to change" if megapixels else ""
-    if request.frames > 1:
-        shown = f", {request.frames - 1} layers and the image itself"
-    guided = "guided" if request.branches > 1 else "no guidance: the negative prompt is not used"
-    return [
-        f"- {request.width}x{request.height}{shown}, {request.timesteps} steps, {guided}.",
-        f"- {_blocks_line(plan)}",
-        *([f"- {_kept_line(plan)}"] if plan.kept.block_bytes else []),
-        f"- Peak on the card: {size_text(plan.peak_bytes)} of the {size_text(plan.limit_bytes)} that "
-        f"*vram_limit_gb* allows. The rest of {card_gb(graph)} GB is for the desktop, the driver and fragments.",
-        f"- {_seconds_line(graph)}",
-    ]
+@dataclass(frozen=True)
+class Stated:
+    """A graph's plan, and its forecasts on cards of that size: as notes state them, in both languages."""
+
+    card_gb: int
+    plan: MemoryPlan
+    cards: tuple[SimulatedCard, ...]
+    first: str  # how long a run takes, as a person says it
+    again: str  # with another seed
+
+    @classmethod
+    def of(cls, graph: Mapping[str, Any]) -> "Stated":
+        gb = card_gb(graph)
+        cards = cards_of(gb)
+        runs = [plan_of(graph, speeds=card.speeds, ram_bytes=ram * GIB).run for card in cards for ram in FREE_RAM_GIB]
+        first = duration_range(run.first_seconds for run in runs)
+        again = duration_range(run.again_seconds for run in runs)
+        return cls(gb, plan_of(graph), tuple(cards), first, again)
+
+    def lines(self) -> list[str]:
+        plan = self.plan
+        request = plan.request
+        megapixels = request.reference_tokens * TOKEN_PX**2 / 1e6
+        shown = f", {megapixels:.1f} megapixels of images to edit" if megapixels else ""
+        if request.frames > 1:
+            shown = f", {request.frames - 1} layers and the image itself"
+        guided = "guided" if request.branches > 1 else "no guidance: the negative prompt is not used"
+        again = "about as long" if self.again == self.first else self.again
+        return [
+            f"- {request.width}x{request.height}{shown}, {request.timesteps} steps, {guided}.",
+            f"- {_blocks_line(plan)}",
+            *([f"- Computed once: {plan.kept}."] if plan.kept.block_bytes else []),
+            f"- Peak on the card: {size_text(plan.peak_bytes)} of the {size_text(plan.limit_bytes)} that "
+            f"*vram_limit_gb* allows. The rest of {self.card_gb} GB is for the desktop, the driver and fragments.",
+            f"- {plan.run.steps} steps take {self.first}, with another seed {again}: forecasts from the data sheets of "
+            f"{self.cards[0].name} to {self.cards[-1].name}, with {FREE_RAM_GIB[0]} to {FREE_RAM_GIB[-1]} GiB of RAM "
+            "free. Nobody has measured them.",
+        ]
+
+    def chinese(self) -> list[str]:
+        plan = self.plan
+        request = plan.request
+        megapixels = request.reference_tokens * TOKEN_PX**2 / 1e6
+        shown = f"，编辑的图像共 {megapixels:.1f} 百万像素" if megapixels else ""
+        if request.frames > 1:
+            shown = f"，{request.frames - 1} 个图层和图像本身"
+        guided = "有引导" if request.branches > 1 else "无引导：不使用负向提示词"
+        blocks = f"全部 {plan.blocks} 个块常驻显卡。"
+        if plan.streamed:
+            blocks = (
+                f"{plan.blocks} 个块中 {len(plan.resident)} 个常驻显卡，其余 {plan.streamed} 个每步经过一次，"
+                f"所有提示词共用（{size_text(plan.streamed_bytes_per_step)}）。内存能放多少就放多少（全部加缓冲区为 "
+                f"{size_text(plan.ram_peak_bytes)}），其余每步从文件读取。"
+            )
+        return [
+            f"- {request.width}x{request.height}{shown}，{request.timesteps} 步，{guided}。",
+            f"- {blocks}",
+            f"- 显存峰值 {size_text(plan.peak_bytes)}，上限 {size_text(plan.limit_bytes)}；{self.card_gb} GB 中其余的"
+            "留给桌面、驱动和碎片。",
+            f"- {plan.run.steps} 步用时 {_in_chinese(self.first)}，换种子 {_in_chinese(self.again)}：根据 "
+            f"{self.cards[0].name} 到 {self.cards[-1].name} 的规格预测，空闲内存 {FREE_RAM_GIB[0]} 到 "
+            f"{FREE_RAM_GIB[-1]} GiB，无人实测。",
+        ]
 
 
 def card_gb(graph: Mapping[str, Any]) -> int:
@@ -97,28 +145,17 @@ def _blocks_line(plan: MemoryPlan) -> str:
     if not plan.streamed:
         return f"All {plan.blocks} blocks stay on the card."
     return (
-        f"Of {plan.blocks} blocks {len(plan.resident)} stay on the card. {plan.streamed} pass through it once per "
-        f"step, for all prompts together: {size_text(plan.streamed_bytes_per_step)}. RAM holds as many of them as "
-        f"there is room for ({size_text(plan.ram_peak_bytes)} for all and the buffers; *ram_limit_gb* 0: what is "
-        "free), the others are read from the file at every step."
+        f"{len(plan.resident)} of {plan.blocks} blocks stay on the card. The other {plan.streamed} pass through it "
+        f"once per step, for all prompts together ({size_text(plan.streamed_bytes_per_step)}). RAM holds as many of "
+        f"them as there is room for ({size_text(plan.ram_peak_bytes)} for all of them and the buffers; *ram_limit_gb* "
+        "0 uses what is free); the others are read from the file at every step."
     )
 
 
-def _kept_line(plan: MemoryPlan) -> str:
-    return f"Computed once: {plan.kept}."
-
-
-def _seconds_line(graph: Mapping[str, Any]) -> str:
-    cards = cards_of(card_gb(graph))
-    runs = [plan_of(graph, speeds=card.speeds, ram_bytes=ram * GIB).run for card in cards for ram in FREE_RAM_GIB]
-    steps = f"{runs[0].steps} steps"
-    first = duration_range(run.first_seconds for run in runs)
-    again = duration_range(run.again_seconds for run in runs)
-    again = "about as long" if again == first else again
-    return (
-        f"{steps} take {first}, with another seed {again}: forecasts from the data sheets of {cards[0].name} to "
-        f"{cards[-1].name}, with {FREE_RAM_GIB[0]} to {FREE_RAM_GIB[-1]} GiB of RAM free. Nobody has measured them."
-    )
+def _in_chinese(durations: str) -> str:
+    """A `duration_range`."""
+    said = durations.replace("about ", "约 ").replace(" to ", " 到 ").replace(" minutes", " 分钟")
+    return re.sub(r" s\b", " 秒", said)
 
 
 def duration_range(seconds: Iterable[float]) -> str:
@@ -245,7 +282,7 @@ def widgets(graph: Mapping[str, Any], class_type: str) -> dict[str, Any]:
 def main() -> None:
     for file in WORKFLOWS:
         graph = json.loads(file.read_text(encoding="utf-8"))
-        print(file.stem, *lines(graph), plan_of(graph), sep="\n", end="\n\n")
+        print(file.stem, *Stated.of(graph).lines(), plan_of(graph), sep="\n", end="\n\n")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ A title begins with what people look for: the browser's search weighs how near t
 nothing else of an extension's workflows. Their order is that of the names, where it sorts them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from qwenimage_lowvram.engine.files import known_files as files
 from qwenimage_lowvram.engine.planning.cards import typical_limit_bytes
 from qwenimage_lowvram.engine.planning.request import GIB
 
-from . import graphs, texts
+from . import graphs, texts, texts_zh
 from .files import line, link
 from .parts import GUIDED, LIGHTNING_4, LIGHTNING_8, Files, Steps
 
@@ -46,7 +46,6 @@ EDIT_2509 = Files(files.EDIT_2509, files.ENCODER, files.VAE, files.LIGHTNING_250
 LAYERED = Files(files.LAYERED, files.ENCODER, files.LAYERED_VAE)
 QWEN_21 = Files(files.QWEN_21, files.ENCODER_21, files.VAE_21)
 TURBO_21 = Files(files.TURBO_21, files.SMALL_ENCODER_21, files.VAE_21)
-GGUF_TITLE = "Edit an image, Edit-2511 from GGUF in 4 steps"
 
 Graph = dict[str, Any]
 
@@ -87,12 +86,28 @@ class Workflow:
         shown = [f"## {self.title}, {self.card_gb} GB", f"**Files**\n\n{listed}"]
         if self.how:
             shown.append("**How**\n\n" + "\n".join(f"- {each}" for each in self.how))
-        shown.append(stated_plans.HEADING + "\n".join(stated_plans.lines(graph)))
+        stated = stated_plans.Stated.of(graph)
+        shown.append(stated_plans.HEADING + "\n".join(stated.lines()))
         shown += [texts.PANEL, *self.more]
+        bf16 = {}
         if self.bf16:
             plan = stated_plans.plan_of(graph, transformer=files.BF16.name)
-            shown.append(self.bf16.format(file=link(files.BF16), stay=len(plan.resident), streamed=plan.streamed))
-        return "\n\n".join([*([self.licence] if self.licence else []), *shown])
+            bf16 = {"file": link(files.BF16), "stay": len(plan.resident), "streamed": plan.streamed}
+            shown.append(self.bf16.format(**bf16))
+        begin = [self.licence] if self.licence else []
+        return "\n\n".join([*begin, *shown, "---", *self._chinese(stated, bf16)])
+
+    def _chinese(self, stated: stated_plans.Stated, bf16: Mapping[str, Any]) -> list[str]:
+        """The note once more; its list of files stands above."""
+        said = texts_zh.CHINESE
+        shown = [f"## {said[self.title]}，{self.card_gb} GB"]
+        if self.licence:
+            shown.append(said[self.licence])
+        if self.how:
+            shown.append("**用法**\n\n" + "\n".join(f"- {said[each]}" for each in self.how))
+        shown.append(stated_plans.CHINESE_HEADING + "\n".join(stated.chinese()))
+        shown += [said[text] for text in (texts.PANEL, *self.more)]
+        return [*shown, said[self.bf16].format(**bf16)] if self.bf16 else shown
 
 
 def workflows() -> Iterator[tuple[str, Workflow]]:
@@ -121,7 +136,7 @@ def _edit_2511(card_gb: int, images: int) -> Workflow:
         "Edit an image, Edit-2511 in 4 steps" if one else "Edit with three images, Edit-2511 in 4 steps",
         card_gb, EDIT_2511, LIGHTNING_4, SIGN if one else TOGETHER, partial(graphs.edit, images=images),
         how=(texts.IMAGE_TO_EDIT if one else texts.IMAGES_TO_EDIT, texts.ONE_GRID),
-        more=(texts.GUIDED_EDIT, texts.MORE_GGUF.format(gguf=GGUF_TITLE)), saved="qwen_image_edit",
+        more=(texts.GUIDED_EDIT, texts.MORE_GGUF), saved="qwen_image_edit",
     )  # fmt: skip
 
 
@@ -147,18 +162,14 @@ _ALL = (
     *(_lightning(card_gb) for card_gb in (8, 16)),
     *(_edit_2511(card_gb, images) for images in (1, 3) for card_gb in (4, 6, 8)),
     Workflow(
-        GGUF_TITLE, 4, EDIT_2511_GGUF, LIGHTNING_4, SIGN, partial(graphs.edit, images=1),
+        texts.GGUF_TITLE, 4, EDIT_2511_GGUF, LIGHTNING_4, SIGN, partial(graphs.edit, images=1),
         how=(texts.IMAGE_TO_EDIT, texts.ONE_GRID), more=(texts.GUIDED_EDIT, texts.GGUF_2511), saved="qwen_image_edit",
     ),
     _edit_2509(1),
     _edit_2509(3),
     _ON_8(
         "Image to image", files=TEXT, steps=Steps(20, 4, denoise=0.6), prompt=PAINTING, kind=graphs.image_to_image,
-        how=(
-            "Put your image into *Load Image* and say in the prompt what the new one shows: all of it, not only the "
-            "change.",
-            texts.DENOISE, texts.SCALED, texts.VARIATIONS,
-        ),
+        how=(texts.NEW_IMAGE, texts.DENOISE, texts.SCALED, texts.VARIATIONS),
     ),
     _ON_8(
         "Inpaint", files=TEXT, steps=GUIDED, prompt=VASE, kind=graphs.inpaint,

@@ -10,8 +10,8 @@ def link(file: KnownFile) -> str:
 _ABOUT = {
     EDIT_2511_GGUF: "; the page shows no download button for GGUF, so follow the link",
     SMALL_ENCODER_21: (
-        "; read with comfy-kitchen 0.2.27 or newer (ComfyUI 0.33 has it, 0.30 does not); without it choose "
-        f"{link(ENCODER_21)}, {ENCODER_21.size}, which takes as little of the card"
+        "; needs comfy-kitchen 0.2.27 or newer (ComfyUI 0.33 has it, 0.30 does not); without it, choose "
+        f"{link(ENCODER_21)}, {ENCODER_21.size}, which takes as little VRAM"
     ),
 }
 
