@@ -58,14 +58,14 @@ class QwenLowVRAMLoadLora:
     @classmethod
     async def VALIDATE_INPUTS(cls, lora_name: str | None) -> bool | str:
         """Before the run: is the file there, and whole?"""
-        return await before_the_run(lambda name: open_lora(_file_of(name)), lora_name)
+        return await before_the_run(lambda name: open_lora(lora_path(name)), lora_name)
 
     @classmethod
     def IS_CHANGED(cls, lora_name: str | None = None, **others: Any) -> str:
         if lora_name is None:
             return ""
         try:
-            return open_lora(_file_of(lora_name)).identity
+            return open_lora(lora_path(lora_name)).identity
         except (QwenLowVRAMError, OSError) as error:
             return str(error)  # `load` raises it, and another error than this would hide it
 
@@ -80,7 +80,7 @@ class QwenLowVRAMLoadLora:
             )
         transformer = model.model.transformer
         with at_input("lora_name"):
-            file = open_lora(_file_of(lora_name))
+            file = open_lora(lora_path(lora_name))
             by_comfyui = match_file(file, model.model) if needs_adapters(file) else None
             lora = by_comfyui or match_model(file, transformer)
         text = "\n".join([str(lora), *warnings_of(lora, transformer.weight_format), *_listed(lora)])
@@ -110,7 +110,8 @@ def warnings_of(lora: LoraMatch, weight_format: str) -> list[str]:
     return warnings
 
 
-def _file_of(name: str) -> Path:
+def lora_path(name: str) -> Path:
+    """Raises MissingFile unless `name` is a file of models/loras."""
     path = folder_paths.get_full_path("loras", name) if name in folder_paths.get_filename_list("loras") else None
     if path is None:
         raise MissingFile(

@@ -3,6 +3,9 @@
 POST /qwen_lowvram/clear {"clear": "unused" | "all" | "prompts"}  ->  {"text": the list, and what was removed}: a
 request, so that no graph holds it and does it again.
 POST /qwen_lowvram/plan {"prompt": what the page would send to /prompt}  ->  {"lines": [PlanLine, ...]}
+POST /qwen_lowvram/models {"prompt": the same}  ->  {"files": [FileCheck, ...], "download": Download or null}
+POST /qwen_lowvram/download {"folder": X, "name": Y, "source": "hub" | "mirror"}  ->  {"download": Download}: a file of
+the pack's own list, to its place; what is here and whole is never replaced. {"stop": true} stops it.
 """
 
 import asyncio
@@ -13,12 +16,17 @@ from typing import Any
 from aiohttp import web
 from server import PromptServer
 
+from ..engine.errors import InvalidRequest
+from ..engine.files.known_files import known
 from .cache_folder import weight_cache_folder
 from .cache_report import CLEARABLE, cleared
 from .live_plan import lines_of
+from .model_check import HERE, checks_of, download_folder, state_of
+from .model_downloads import Downloads
 from .weight_cache import prompt_cache
 
 CLEAR, PLAN = "/qwen_lowvram/clear", "/qwen_lowvram/plan"
+MODELS, DOWNLOAD = "/qwen_lowvram/models", "/qwen_lowvram/download"
 _LONGEST_CLEAR, _LONGEST_PROMPT = 1000, 4_000_000
 
 
@@ -28,6 +36,9 @@ def register() -> None:
     if server is not None:
         server.routes.post(CLEAR)(clear)
         server.routes.post(PLAN)(plan)
+        models = _Models(Downloads(server.send_sync))
+        server.routes.post(MODELS)(models.check)
+        server.routes.post(DOWNLOAD)(models.download)
 
 
 async def clear(request: web.Request) -> web.Response:
@@ -44,6 +55,49 @@ async def clear(request: web.Request) -> web.Response:
 
 async def plan(request: web.Request) -> web.Response:
     """Headers are read in a thread: this loop serves all pages."""
+    prompt = await _prompt(request)
+    if isinstance(prompt, web.Response):
+        return prompt
+    lines = await asyncio.to_thread(lines_of, prompt)
+    return web.json_response({"lines": [asdict(line) for line in lines]})
+
+
+class _Models:
+    """The files that graphs need, and the one download."""
+
+    def __init__(self, downloads: Downloads) -> None:
+        self._downloads = downloads
+
+    async def check(self, request: web.Request) -> web.Response:
+        """Headers are read in a thread: this loop serves all pages."""
+        prompt = await _prompt(request)
+        if isinstance(prompt, web.Response):
+            return prompt
+        files = await asyncio.to_thread(checks_of, prompt)
+        return web.json_response({"files": [asdict(file) for file in files], "download": self._downloads.now})
+
+    async def download(self, request: web.Request) -> web.Response:
+        """Nothing of the request is ever a path or an address: it names an entry of the list."""
+        given = await _given(request, _LONGEST_CLEAR)
+        if isinstance(given, web.Response):
+            return given
+        if given.get("stop") is True:
+            self._downloads.stop()
+            return web.json_response({"download": self._downloads.now})
+        folder, name, source = (given.get(key) for key in ("folder", "name", "source"))
+        wanted = known(folder, name) if isinstance(folder, str) and isinstance(name, str) else None
+        if wanted is None or wanted.name != name or source not in ("hub", "mirror"):
+            return _refused(400, 'Send {"folder", "name", "source": "hub" or "mirror"} of a file that the pack knows.')
+        if await asyncio.to_thread(state_of, wanted) == HERE:
+            return _refused(409, f"{wanted.name} is in models/{wanted.folder} already.")
+        try:
+            self._downloads.start(wanted, download_folder(wanted), source)
+        except InvalidRequest as error:
+            return _refused(409, str(error))
+        return web.json_response({"download": self._downloads.now})
+
+
+async def _prompt(request: web.Request) -> dict[str, Any] | web.Response:
     given = await _given(request, _LONGEST_PROMPT)
     if isinstance(given, web.Response):
         return given
@@ -52,8 +106,7 @@ async def plan(request: web.Request) -> web.Response:
         return _refused(
             400, 'Send {"prompt": X}, with X as /prompt takes it: {node id: {"class_type": ..., "inputs": ...}}.'
         )
-    lines = await asyncio.to_thread(lines_of, prompt)
-    return web.json_response({"lines": [asdict(line) for line in lines]})
+    return prompt
 
 
 async def _given(request: web.Request, longest: int) -> dict[str, Any] | web.Response:

@@ -2,100 +2,27 @@
 
 import hashlib
 import json
-import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub.constants
 import pytest
+from hub_stand_in import COMMIT, Hub, forget_sessions, hub_stand_in
 from qwenimage_lowvram.engine.errors import DownloadError, NoNetwork
 from qwenimage_lowvram.engine.files import hub_download
 from qwenimage_lowvram.engine.files.hub_download import Piece, Stopped, endpoint_of, fetch, pieces_of
 from qwenimage_lowvram.engine.files.known_files import KNOWN_FILES, KNOWN_FOLDERS, KnownFile, KnownFolder, known
 
-COMMIT = "0" * 40
 DATA = bytes(range(256)) * 4096  # 1 MiB
 KNOWN = KnownFile("model.safetensors", "vae", "someone/models", "split/model.safetensors")
 
 
-@dataclass
-class Hub:
-    """What a hub has, and what it was asked for."""
-
-    url: str = ""
-    files: dict[str, bytes] = field(default_factory=dict)
-    etags: dict[str, str] = field(default_factory=dict)
-    asked: list[tuple[str, str, str]] = field(default_factory=list)
-
-
-class Answers(BaseHTTPRequestHandler):
-    hub: Hub
-    protocol_version = "HTTP/1.1"
-
-    def do_HEAD(self) -> None:
-        self._answer(body=False)
-
-    def do_GET(self) -> None:
-        self._answer(body=True)
-
-    def log_message(self, *arguments: Any) -> None:
-        pass
-
-    def _answer(self, body: bool) -> None:
-        wanted = self.headers.get("Range", "")
-        self.hub.asked.append((self.command, self.path, wanted))
-        data = self.hub.files.get(self.path)
-        if data is None:
-            self.send_response(404)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        start = int(wanted.removeprefix("bytes=").partition("-")[0]) if wanted else 0
-        self.send_response(206 if wanted else 200)
-        etag = self.hub.etags.get(self.path, hashlib.sha256(data).hexdigest())
-        self.send_header("ETag", '"version"')
-        self.send_header("X-Linked-Etag", f'"{etag}"')
-        self.send_header("X-Linked-Size", str(len(data)))
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("Content-Length", str(len(data) - start))
-        if wanted:
-            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
-        self.end_headers()
-        if body:
-            self.wfile.write(data[start:])
-
-
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    given = Hub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Here", (Answers,), {"hub": given}))
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    given.url = f"http://127.0.0.1:{server.server_address[1]}"
-    given.files["/someone/models/resolve/main/split/model.safetensors"] = DATA
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 64 * 1024)
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", given.url)
-    _forget_sessions()
-    yield given
-    server.shutdown()
-    server.server_close()
-    thread.join()
-    monkeypatch.undo()
-    _forget_sessions()
-
-
-def _forget_sessions() -> None:
-    """They hold whether the hub may be asked."""
-    from huggingface_hub.utils import _http
-
-    for name in ("close_session", "reset_sessions"):
-        if hasattr(_http, name):
-            getattr(_http, name)()
+def hub() -> Iterator[Hub]:
+    with hub_stand_in() as given:
+        given.files["/someone/models/resolve/main/split/model.safetensors"] = DATA
+        yield given
 
 
 def nothing(name: str, done: int, total: int) -> None:
@@ -191,7 +118,7 @@ def test_without_leave_to_use_the_network_nothing_is_asked(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    _forget_sessions()
+    forget_sessions()
     with pytest.raises(NoNetwork):
         fetch(piece(hub, tmp_path), nothing)
     assert hub.asked == []

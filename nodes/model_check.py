@@ -1,0 +1,191 @@
+"""Which model files a graph needs, and which of them are here, wrong or missing: by names and headers, before a run.
+
+What is known of a file (size, links) comes from the pack's list; nothing is fetched here.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+
+from ..engine.errors import MissingFile, QwenLowVRAMError
+from ..engine.files.checkpoint import open_checkpoint
+from ..engine.files.hub_download import endpoint_of
+from ..engine.files.known_files import KnownFile, KnownFolder, known
+from ..engine.lora.lora_file import open_lora
+from ..engine.models.component import Component
+from ..engine.models.families import FAMILIES
+from ..engine.models.family import Family
+from ..engine.runs.opened_files import open_component
+from . import model_choices
+from .adapters.networks import served_of
+from .graph_runs import LOADER, Prompt
+from .lora import lora_path
+from .sources import transformer_source
+
+HERE, WRONG, MISSING = "here", "wrong", "missing"
+# of ComfyUI's loaders, by class: the input that names the file, and its folder
+_LORAS = {"QwenLowVRAMLoadLora": "lora_name", "LoraLoaderModelOnly": "lora_name", "LoraLoader": "lora_name"}
+_OTHERS = {
+    "UNETLoader": ("unet_name", "diffusion_models"),
+    "UnetLoaderGGUF": ("unet_name", "diffusion_models"),
+    "CLIPLoader": ("clip_name", "text_encoders"),
+    "CLIPLoaderGGUF": ("clip_name", "text_encoders"),
+    "VAELoader": ("vae_name", "vae"),
+}
+_NOT_THERE = ("choice.missing", "choice.no_pipeline_folder", "choice.broken_link", "lora.missing")
+
+Look = Callable[[], object]  # raises where the file is not what is needed
+
+
+@dataclass(frozen=True)
+class FileCheck:
+    """A file that nodes of a graph need. folder: below ComfyUI's models. text, values: what is wrong, and by its code.
+
+    size: as a person reads it, empty where it is not known. links: {"source": "hub" or "mirror", "url"}, where the file
+    is known; only such a file can be fetched.
+    """
+
+    nodes: tuple[str, ...]
+    folder: str
+    name: str
+    state: str
+    text: str = ""
+    values: dict[str, Any] = field(default_factory=dict)
+    size: str = ""
+    links: tuple[dict[str, str], ...] = ()
+
+
+def checks_of(prompt: Prompt) -> list[FileCheck]:
+    """Each file once, in the order of the nodes. Reads headers; not for the server's event loop."""
+    found: dict[tuple[str, str], FileCheck] = {}
+    for node, given in prompt.items():
+        inputs = given.get("inputs")
+        if not isinstance(inputs, dict):
+            continue
+        for folder, name, look in _needs(str(given.get("class_type")), inputs):
+            earlier = found.get((folder, name))
+            nodes = (*(earlier.nodes if earlier else ()), node)
+            found[folder, name] = _checked(nodes, folder, name, look)
+    return list(found.values())
+
+
+def state_of(wanted: KnownFile | KnownFolder) -> str:
+    """Whether it is here and whole, by its header; which model it is, nobody asks here."""
+    if isinstance(wanted, KnownFolder):
+        choice = wanted.name + model_choices.FOLDER_SUFFIX
+        inside = ["text_encoder", "vae"]
+        return _checked((), wanted.folder, wanted.name, lambda: _look_at_model(choice, None, inside)).state
+    look = partial(_open_known, wanted)
+    return _checked((), wanted.folder, wanted.name, look).state
+
+
+def download_folder(wanted: KnownFile | KnownFolder) -> Path:
+    """ComfyUI's first folder for such files."""
+    return Path(folder_paths.get_folder_paths(wanted.folder)[0])
+
+
+def _open_known(wanted: KnownFile) -> None:
+    if wanted.folder == "loras":
+        open_lora(lora_path(wanted.name))
+    else:
+        open_checkpoint(model_choices.model_file(wanted.folder, wanted.name))
+
+
+def _needs(kind: str, inputs: dict[str, Any]) -> Iterator[tuple[str, str, Look]]:
+    """Folder, name and check of each file that a node names; linked widgets are not known."""
+    if kind == LOADER:
+        yield from _of_loader(*(_name(inputs.get(name)) for name in ("transformer", "text_encoder", "vae")))
+    elif kind in _LORAS and (lora := _name(inputs.get(_LORAS[kind]))):
+        yield "loras", lora, lambda: open_lora(lora_path(lora))
+    elif kind in _OTHERS:
+        of, folder = _OTHERS[kind]
+        if (name := _name(inputs.get(of))) and known(folder, name):
+            yield folder, name, lambda: open_checkpoint(model_choices.model_file(folder, name))
+
+
+def _name(value: Any) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _of_loader(transformer: str, text_encoder: str, vae: str) -> Iterator[tuple[str, str, Look]]:
+    family = _family_of(transformer)
+    parts = {
+        "text_encoder": (text_encoder, "text_encoders", lambda family: family.text_encoder),
+        "vae": (vae, "vae", lambda family: family.vae),
+    }
+    if transformer:
+        inside = [part for part, (choice, _, _) in parts.items() if choice == model_choices.FROM_FOLDER]
+        folder, name = _place("diffusion_models", transformer)
+        yield folder, name, lambda: _look_at_model(transformer, family, inside)
+    for choice, kind, component in parts.values():
+        if choice and choice != model_choices.FROM_FOLDER:
+            yield *_place(kind, choice), _look(model_choices.model_file, kind, choice, family, component)
+
+
+def _look(path: Callable[[str, str], Path], kind: str, choice: str, family: Family | None, component: Any) -> Look:
+    return lambda: _require(path(kind, choice), [component(each) for each in ([family] if family else FAMILIES)])
+
+
+def _place(kind: str, choice: str) -> tuple[str, str]:
+    if model_choices.is_folder(choice):
+        return "diffusers", choice.removesuffix(model_choices.FOLDER_SUFFIX)
+    if choice.endswith(model_choices.CHECKPOINT_SUFFIX):
+        return "checkpoints", choice.removesuffix(model_choices.CHECKPOINT_SUFFIX)
+    return kind, choice
+
+
+def _family_of(transformer: str) -> Family | None:
+    """None where the transformer is not there, or cannot be read."""
+    try:
+        return served_of(open_checkpoint(transformer_source(transformer))).family
+    except QwenLowVRAMError:
+        return None
+
+
+def _look_at_model(transformer: str, family: Family | None, inside: list[str]) -> None:
+    """The transformer, and what the loader takes of its folder or its file."""
+    path = transformer_source(transformer)
+    family = family or served_of(open_checkpoint(path)).family  # raises what it raised before
+    open_component(path, family.transformer)
+    for part in inside:
+        where = path.parent / part if model_choices.is_folder(transformer) else path
+        open_component(where, family.text_encoder if part == "text_encoder" else family.vae)
+
+
+def _require(path: Path, wanted: list[Component]) -> None:
+    """Raises where the file is none of these."""
+    first: QwenLowVRAMError | None = None
+    for component in wanted:
+        try:
+            open_component(path, component)
+            return
+        except QwenLowVRAMError as error:
+            first = first or error
+    if first is not None:
+        raise first
+
+
+def _checked(nodes: tuple[str, ...], folder: str, name: str, look: Look) -> FileCheck:
+    size, links = _known(folder, name)
+    try:
+        look()
+    except QwenLowVRAMError as error:
+        missing = isinstance(error, MissingFile) and error.code in _NOT_THERE
+        state = MISSING if missing else WRONG
+        return FileCheck(nodes, folder, name, state, str(error), error.as_dict(), size, links)
+    except OSError as error:
+        return FileCheck(nodes, folder, name, WRONG, error.strerror or type(error).__name__, {}, size, links)
+    return FileCheck(nodes, folder, name, HERE, size=size, links=links)
+
+
+def _known(folder: str, name: str) -> tuple[str, tuple[dict[str, str], ...]]:
+    given = known(folder, name)
+    if given is None:
+        return "", ()
+    hub = endpoint_of("hub")
+    at_hub = given.url_at(hub) if isinstance(given, KnownFile) else f"{hub}/{given.repository}"
+    return given.size, ({"source": "hub", "url": at_hub}, {"source": "mirror", "url": given.mirror_url})
