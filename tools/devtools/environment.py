@@ -22,6 +22,7 @@ TOOLS = (
     "comfy-import-guard==1.3.0",
     "hypothesis",
     "peft",
+    "ray>=2.40; sys_platform != 'win32'",
     "uv",
 )
 # of ComfyUI's packages, those that the engine imports
