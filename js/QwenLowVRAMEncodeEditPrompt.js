@@ -7,7 +7,8 @@ const LEAST_IMAGES = 3; // what every Edit model but the first is shown
 
 showText({
   extension: "qwenLowVRAM.encodeEditPrompt",
-  empty: { QwenLowVRAMEncodeEditPrompt: "Run the graph to see the sizes." },
+  empty: { QwenLowVRAMEncodeEditPrompt: ["Run the graph to see the sizes.", "运行工作流后显示尺寸。"] },
+  sentences: "sizes",
   name: "qwen_lowvram_sizes",
   className: "qwen-lowvram-sizes",
   css: "white-space:pre-wrap;font:11px/16px monospace",

@@ -4,8 +4,8 @@ import { showText } from "./shared/panels.js";
 showText({
   extension: "qwenLowVRAM.memoryPlan",
   empty: {
-    QwenLowVRAMMemoryPlan: "Run the graph to see the plan.",
-    QwenLowVRAMMemoryReport: "Run the graph to see the report.",
+    QwenLowVRAMMemoryPlan: ["Run the graph to see the plan.", "运行工作流后显示计划。"],
+    QwenLowVRAMMemoryReport: ["Run the graph to see the report.", "运行工作流后显示报告。"],
   },
   name: "qwen_lowvram_memory",
   className: "qwen-lowvram-memory",

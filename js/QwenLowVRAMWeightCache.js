@@ -24,7 +24,7 @@ const WORDS = {
 
 const setText = showText({
   extension: "qwenLowVRAM.weightCache",
-  empty: { [KIND]: "Run the graph to see the files." },
+  empty: { [KIND]: ["Run the graph to see the files.", "运行工作流后显示文件。"] },
   name: "qwen_lowvram_weights",
   className: "qwen-lowvram-weights",
   css: "white-space:pre;font:11px/16px sans-serif;font-variant-numeric:tabular-nums",

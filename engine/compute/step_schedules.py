@@ -129,8 +129,8 @@ class FirstBlockRule(StepCache):
 
     def not_measured(self, model: str, request: Sampled) -> str:
         return (
-            f"How many steps {self.name} leaves out is not known before the run, and how far the image is from that of "
-            f"all steps, nobody has measured with {model}."
+            f"How many steps {self.name} leaves out is not known before the run, and nobody has measured with {model} "
+            "how far the image is from that of all steps."
         )
 
     def __str__(self) -> str:

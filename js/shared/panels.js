@@ -1,7 +1,7 @@
 // What the nodes' panels share. The page imports this file like every script; alone it does nothing.
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
-import { wordsOf } from "./run_words.js";
+import { isChinese, wordsOf } from "./run_words.js";
 
 const MARGIN_PX = 10; // the page keeps it free on every side
 
@@ -39,9 +39,10 @@ export function addPanel(node, element, { name, heightPx, widthPx, fixed = false
 
 /**
  * Register an extension that shows, on nodes of some classes, the text that their last run gave. `empty`: what is there
- * before it, by class. `created`: called with each new node. Returns (node, text) => void, which shows another text.
+ * before it, in English and Chinese, by class. `sentences`: what its sentences are called where they are known in Chinese.
+ * `created`: called with each new node. Returns (node, text) => void, which shows another text.
  */
-export function showText({ extension, empty, name, className, css, heightPx, widthPx, created }) {
+export function showText({ extension, empty, sentences, name, className, css, heightPx, widthPx, created }) {
   const panels = new WeakMap(); // node -> its element: goes when its node goes
 
   function setText(node, text) {
@@ -50,7 +51,9 @@ export function showText({ extension, empty, name, className, css, heightPx, wid
   }
 
   function show(id, output) {
-    if (output?.text) setText(nodeAt(id), output.text.join("\n"));
+    if (!output?.text) return;
+    const text = output.text.join("\n");
+    setText(nodeAt(id), sentences ? words().told(sentences, text) : text);
   }
 
   app.registerExtension({
@@ -64,7 +67,8 @@ export function showText({ extension, empty, name, className, css, heightPx, wid
       if (!(node.comfyClass in empty)) return;
       const panel = document.createElement("div");
       panel.className = className;
-      panel.textContent = empty[node.comfyClass];
+      const [english, chinese] = empty[node.comfyClass];
+      panel.textContent = isChinese(words()) ? chinese : english;
       panel.style.cssText =
         `box-sizing:border-box;width:100%;height:100%;min-height:${heightPx}px;padding:6px 8px;overflow:auto;` +
         `user-select:text;border-radius:4px;color:var(--input-text);background:var(--comfy-input-bg);${css}`;

@@ -1,4 +1,5 @@
 // What a run does in the words of a person, in the page's language: of the server's events and reports. Touches no page.
+import { chineseSentence } from "./error_words.js";
 
 const EN = {
   idle: "Nothing has run yet",
@@ -45,6 +46,7 @@ const EN = {
   some: (resident, blocks, host) =>
     `${resident || "None"} of ${blocks} blocks ${resident === 1 ? "stays" : "stay"} ${host ? "in RAM" : "on the card"}`,
   others: (resident) => `${resident ? "the rest" : "they"} pass through once per step`,
+  told: (name, text) => text,
   oneByOne: (reason) => `One prompt after another: ${reason}`,
   read: (gib, resident, blocks) => `${gib} GiB read from the file. ${resident} of ${blocks} blocks stay for the next run.`,
   previewsOff: "Live previews are off.",
@@ -112,7 +114,8 @@ const ZH = {
   all: (blocks, host) => `全部 ${blocks} 个块常驻${host ? "内存" : "显卡"}`,
   some: (resident, blocks, host) => `${blocks} 个块中 ${resident} 个常驻${host ? "内存" : "显卡"}`,
   others: (resident) => `${resident ? "其余块" : "所有块"}每步经过一次`,
-  oneByOne: (reason) => `提示词逐个计算：${reason}`,
+  told: chineseSentence,
+  oneByOne: (reason) => `提示词逐个计算：${chineseSentence("one_by_one", reason)}`,
   read: (gib, resident, blocks) => `从文件读取了 ${gib} GiB。${blocks} 个块中 ${resident} 个留给下次运行。`,
   previewsOff: "实时预览已关闭。",
   switchPreviews: "从下次运行起打开",
@@ -214,7 +217,7 @@ export function rowsOf(words, facts, report) {
     [rows.first, words.forecastOnly(facts.first_seconds.toFixed(0))],
     [rows.again, words.forecastOnly(facts.again_seconds.toFixed(0))],
     ...(facts.attention ? [[rows.attention, facts.attention]] : []),
-    ...(facts.one_by_one ? [[rows.reason, facts.one_by_one]] : []),
-    ...(facts.advice ? [[rows.note, facts.advice]] : []),
+    ...(facts.one_by_one ? [[rows.reason, words.told("one_by_one", facts.one_by_one)]] : []),
+    ...(facts.advice ? [[rows.note, words.told("advice", facts.advice)]] : []),
   ];
 }

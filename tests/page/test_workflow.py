@@ -447,7 +447,13 @@ def test_a_failed_run_says_what_went_wrong_and_what_to_do(page: Any, small: Any,
 
 ERRORS = {
     "plan.sampling_does_not_fit": (
-        {"need_bytes": 4 * GIB, "limit_bytes": 3 * GIB, "beside": "", "request": "r", "ways": "w"},
+        {
+            "need_bytes": 4 * GIB,
+            "limit_bytes": 3 * GIB,
+            "beside": "",
+            "request": "r",
+            "ways": "a VRAM limit of 4.01 GB or more",
+        },
         ("4.00 GiB", "3.00 GiB", "4.01 GB"),
     ),
     "vae.other_models_latents": ({"found": 64, "channels": 16}, ("64", "16")),
