@@ -82,6 +82,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(marker)
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Without groups each worker starts servers, pages and trainings of its own: a run takes more than twice as long."""
+    in_groups = getattr(session.config.option, "loadgroup", False) and hasattr(session.config, "workerinput")
+    if in_groups and not all("@" in item.nodeid for item in session.items):
+        raise pytest.UsageError("this pytest-xdist does not keep groups of tests together under this pytest")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _only_what_was_asked_for(request: pytest.FixtureRequest) -> Iterator[None]:
     """ComfyUI comes into no process whose tests do without it, and torch into none of tests/without_torch alone."""

@@ -17,8 +17,8 @@ TORCH = ("torch==2.14.1", "torchvision==0.29.1", "torchaudio==2.11.0")
 TOOLS = (
     "ruff==0.17.6",
     "mypy==2.4.1",
-    "pytest",
-    "pytest-xdist",
+    "pytest==9.1.1",  # under 9.2 pytest-xdist 3.8 no longer keeps groups of tests together
+    "pytest-xdist==3.8.0",
     "comfy-import-guard==1.3.0",
     "hypothesis",
     "peft",
