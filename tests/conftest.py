@@ -83,7 +83,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Without groups each worker starts servers, pages and trainings of its own: a run takes more than twice as long."""
+    """Without groups each worker starts servers and pages of its own: a run takes more than twice as long."""
     in_groups = getattr(session.config.option, "loadgroup", False) and hasattr(session.config, "workerinput")
     if in_groups and not all("@" in item.nodeid for item in session.items):
         raise pytest.UsageError("this pytest-xdist does not keep groups of tests together under this pytest")
