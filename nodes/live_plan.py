@@ -36,6 +36,7 @@ SIZE = (1328, 1328)  # where nothing tells: the model's own
 _FILES = ("transformer", "text_encoder", "vae")
 _PLANNED_BY = (
     "dtype", "weight_format", "vram_limit_gb", "ram_limit_gb", "variant", "step_cache", "compute", "compile",
+    "attention",
 )  # fmt: skip
 _one_at_a_time = Lock()  # a page that types quickly shall not fill the threads
 
@@ -127,6 +128,7 @@ def _models_of(run: GraphRun) -> PlannedModels:
         Computing(given.get("compute", Computing.AS_COMFYUI.value)),
         given.get("compile", False),
         given.get("variant", AUTO),
+        given.get("attention", AUTO),
     )
     return _opened(sources, settings, run.layers, run.images, (_stamps(sources), speeds_stamp()))
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ..engine.compute.attention_choice import CHOICES
 from ..engine.compute.linear_choice import Computing
 from ..engine.compute.step_schedules import OFF, STEP_CACHES, step_cache_of
 from ..engine.errors import QwenLowVRAMError
@@ -166,6 +167,14 @@ class QwenLowVRAMMemoryPlan:
                         "tooltip": "Compiles the blocks, as in the loader; compiled blocks hold a whole MLP at once.",
                     },
                 ),
+                "attention": (
+                    list(CHOICES),
+                    {
+                        "default": AUTO,
+                        "tooltip": "The attention kernel, as in the loader. The plan takes it to work; the loader "
+                        "tries it.",
+                    },
+                ),
             },
         }
 
@@ -205,6 +214,7 @@ class QwenLowVRAMMemoryPlan:
         step_cache: str = OFF,
         compute: str = Computing.AS_COMFYUI.value,
         compile: bool = False,
+        attention: str = AUTO,
     ) -> dict[str, Any]:
         check_widgets(
             self.INPUT_TYPES(),
@@ -222,8 +232,9 @@ class QwenLowVRAMMemoryPlan:
             step_cache=step_cache,
             compute=compute,
             compile=compile,
+            attention=attention,
         )
-        settings = PlanSettings(weight_format, dtype, Computing(compute), compile)
+        settings = PlanSettings(weight_format, dtype, Computing(compute), compile, attention=attention)
         models = PlannedModels.open(Sources.of(transformer, text_encoder, vae), settings, layers, reference_pictures)
         cache = step_cache_of(step_cache)
         if cache is not None:

@@ -1,19 +1,20 @@
 """What Memory Plan plans with: the sizes of three models as the loader would open them. Reads headers alone."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import comfy.model_management
 import torch
 
 from ..engine.caches.requantized_weights import RequantizedWeights
+from ..engine.compute.attention_kernels import FUSED
 from ..engine.compute.compilation import CompileSettings
-from ..engine.compute.linear_choice import DECODED, Computing
+from ..engine.compute.linear_choice import DECODED, Computing, LinearChoice
 from ..engine.compute.stored_products import StoredProduct
 from ..engine.errors import DoesNotFit, InvalidRequest
 from ..engine.files.checkpoint import Checkpoint
 from ..engine.hardware import Hardware
-from ..engine.models.family import Family
+from ..engine.models.transformer_parts import TransformerParts
 from ..engine.planning.draft import least_bytes, least_ram_bytes
 from ..engine.planning.footprint import TextEncoderFootprint, TransformerFootprint, VAEFootprint
 from ..engine.planning.forecast import TYPICAL, Speeds
@@ -23,6 +24,7 @@ from ..engine.planning.stages import ImageModels, ImageRequest, plan_image
 from ..engine.reports.charts import Card
 from ..engine.runs.dtype_choice import encoder_dtype
 from . import devices
+from .adapters.attention import planned_attention
 from .adapters.known_speeds import known_speeds
 from .adapters.limits import free_ram, headroom_bytes
 from .adapters.linear_layers import linear_for
@@ -47,6 +49,7 @@ class PlanSettings:
     compute: Computing
     compile: bool = False
     variant: str = AUTO
+    attention: str = AUTO
 
 
 @dataclass(frozen=True)
@@ -87,22 +90,28 @@ class PlannedModels:
         text_dtype = compute_dtype(_choice(settings.dtype, text_file, card), text_file, card.device)
         image_dtype = vae_dtype(_choice(settings.dtype, vae_file, card), vae_file, card.device)
 
-        def decoded(version: Checkpoint) -> TransformerFootprint:
-            return family.parts(version, dtype=products, hardware=card).footprint
+        attending = planned_attention(settings.attention, transformer_file, card, products)
+
+        def parts(version: Checkpoint, linear: LinearChoice = DECODED) -> TransformerParts:
+            made = family.parts(version, dtype=products, hardware=card, linear=linear)
+            made.attending = attending
+            return made
 
         stored = settings.weight_format in (AUTO, AS_STORED)
         versions = _versions(transformer_file, settings.weight_format)
         return cls(
             family.encoder(text_file, dtype=encoder_dtype(text_dtype), hardware=card).footprint,
             {
-                name: _version(family, transformer_file, version, products, card, settings)
+                name: _version(parts, transformer_file, version, products, card, settings)
                 for name, version in versions.items()
             },
-            {name: decoded(version) for name, version in versions_of(transformer_file).items()} if stored else {},
+            {name: parts(version).footprint for name, version in versions_of(transformer_file).items()}
+            if stored
+            else {},
             family.empty_vae(vae_file, dtype=image_dtype).footprint,
             family.prompts,
             remembered_speeds(card, products, transformer_file),
-            family.parts(transformer_file, dtype=products, hardware=card).network.model,
+            parts(transformer_file).network.model,
         )
 
     @property
@@ -158,11 +167,10 @@ class PlannedModels:
 
     def computed_text(self, request: ImageRequest, cards: Sequence[Card]) -> list[str]:
         """What is not computed step by step on decoded weights, a line each."""
-        told = [
-            f"{card.weight_format}: {', '.join(card.plan.sampling.computing)}"
-            for card in cards
-            if card.plan is not None and card.plan.sampling.computing
-        ]
+        plans = [(card.weight_format, card.plan.sampling) for card in cards if card.plan is not None]
+        told = [f"{name}: {', '.join(plan.computing)}" for name, plan in plans if plan.computing]
+        # torch's own goes without saying
+        told += [f"attention {plan.attention}" for _, plan in plans if not plan.attention.startswith(FUSED.name)]
         cache = request.step_cache
         if cache is not None:
             told.append(f"not exact: {cache}. {cache.not_measured(self.model, request.sampling)}".strip())
@@ -192,17 +200,18 @@ def _choice(dtype: str, file: Checkpoint, card: Hardware) -> str:
 
 
 def _version(
-    family: Family,
+    parts_of: Callable[..., TransformerParts],
     source: Checkpoint,
     version: Checkpoint,
     dtype: torch.dtype,
     card: Hardware,
     settings: PlanSettings,
 ) -> _Version:
-    decoded = parts = family.parts(version, dtype=dtype, hardware=card)
+    """parts_of: a file, and what its linear layers compute on."""
+    decoded = parts = parts_of(version)
     linear = linear_for(settings.compute, version, [card], dtype, as_stored=version is source)
     if linear != DECODED:
-        parts = family.parts(version, dtype=dtype, hardware=card, linear=linear)
+        parts = parts_of(version, linear)
     compiled = CompileSettings(exact=settings.compute is not Computing.FAST).kind if settings.compile else ""
     footprint = parts.footprint
     if not footprint.in_half:  # which is not compiled

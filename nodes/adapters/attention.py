@@ -4,17 +4,17 @@ An override is called as ComfyUI's own attention calls it.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.model_management
 import torch
 from torch import Tensor
 
-from ...engine.compute.attention import Attention, Operands, torchs_own
+from ...engine.compute.attention import Attention, Operands, kernel_of, torchs_own
 from ...engine.compute.attention_choice import AUTO, TRIAL_BYTES, choose_attention
 from ...engine.compute.attention_kernels import AttentionKernel
-from ...engine.compute.attention_packages import FUNCTIONS
+from ...engine.compute.attention_packages import FUNCTIONS, KernelFunction
 from ...engine.files.checkpoint import Checkpoint
 from ...engine.hardware import Hardware
 from ...engine.models.attention_wish import wished_kernel
@@ -74,18 +74,38 @@ def attention_of_loader(
 ) -> tuple[Attention, str]:
     """What a person chose, on these devices; for `auto` what ComfyUI was started with, else what the file asks for, if
     that does not quantize. And what a person is told of it. Raises Unsupported for a kernel that does not work here."""
-    wished, told = switches.attention(), ""
-    asked = wished_kernel(file) if choice == wished == AUTO else ""
-    function = FUNCTIONS.get(_OTHER_NAMES.get(asked, asked))
-    if function is not None and function.kernel.exact:
-        wished = function.kernel.name
-    elif asked:
+    wished, asked = _wished(choice, file)
+    told, function = "", _function(asked)
+    if asked and wished == AUTO:
         why = "is not known here" if function is None else "quantizes, so that the image is another one"
         told = f"The file asks for the attention kernel '{shown(asked)}', which {why}: PyTorch's is used."
         told += "" if function is None else f" To follow the file, choose it in '{LOADER}' (attention)."
     for device in (place.device for place in hardware):
         comfy.model_management.free_memory(TRIAL_BYTES, device)
     return choose_attention(choice, hardware, dtype, wished=wished, tried=known_trials()), told
+
+
+def planned_attention(choice: str, file: Checkpoint, card: Hardware, dtype: torch.dtype) -> Attention | None:
+    """The same for a plan, as if it worked: nothing is tried. None: torch's."""
+    wished, _ = _wished(choice, file)
+    function = _function(choice if choice != AUTO else wished)
+    native = kernel_of(card, dtype)
+    if function is None or function.kernel.name == native.name:
+        return None
+    return Attention(replace(function.kernel, otherwise=native))
+
+
+def _wished(choice: str, file: Checkpoint) -> tuple[str, str]:
+    """What `auto` is, by ComfyUI's switches or the file; and what the file asks for, where that is looked at."""
+    wished = switches.attention()
+    asked = wished_kernel(file) if choice == wished == AUTO else ""
+    function = _function(asked)
+    return function.kernel.name if function is not None and function.kernel.exact else wished, asked
+
+
+def _function(name: str) -> KernelFunction | None:
+    """By our name, or ComfyUI's."""
+    return FUNCTIONS.get(_OTHER_NAMES.get(name, name))
 
 
 def attention_of_run(

@@ -19,7 +19,7 @@ from qwenimage_lowvram.engine.files.checkpoint import Checkpoint, TensorEntry, o
 from qwenimage_lowvram.engine.formats import COMFY_QUANT, decode_alone
 from qwenimage_lowvram.engine.formats.chunks import CHUNK_WEIGHTS
 from qwenimage_lowvram.engine.formats.int8_convrot import INT8_CONVROT, load_operator
-from qwenimage_lowvram.engine.formats.kitchen import CONVROT_W4A4, NVFP4
+from qwenimage_lowvram.engine.formats.kitchen import CONVROT_W4A4, MXFP8, NVFP4
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.models.qwen25_vl.text_encoder import TextEncoder
 from qwenimage_lowvram.engine.models.qwen_image.branch import Branch
@@ -282,6 +282,18 @@ def in_nvfp4(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, tensors=tensors)
 
 
+def in_mxfp8(checkpoint: Checkpoint) -> Checkpoint:
+    """The same with these matrices in mxfp8."""
+    tensors = dict(checkpoint.tensors)
+    for name, entry in checkpoint.tensors.items():
+        if entry.dtype == "INT8_CONVROT256":
+            rows, columns = entry.shape
+            tensors[name] = replace(entry, dtype=MXFP8.dtype)
+            scales = (rows, columns // 32)
+            tensors[f"{name}_scale"] = replace(entry, dtype="F8_E8M0", shape=scales, nbytes=rows * columns // 32)
+    return replace(checkpoint, tensors=tensors)
+
+
 @pytest.mark.slow
 def test_the_plan_of_a_full_size_rotated_transformer_is_what_its_run_takes() -> None:
     footprint = require_planned_peaks(full_size_checkpoint(3), 1.5)
@@ -487,3 +499,12 @@ def without_rotation(tensors: Weights, note: dict[str, Any]) -> None:
     for name in [name for name in tensors if name.endswith(".comfy_quant")]:
         tensors[name] = note_bytes({"format": "int8_tensorwise"})
     note.pop("convrot")
+
+
+@pytest.mark.slow
+def test_the_plan_of_a_full_size_transformer_on_stored_mxfp8_is_what_its_run_takes() -> None:
+    linear = LinearChoice(Computing.FAST, {"mxfp8": "cuda"})
+    footprint = require_planned_peaks(in_mxfp8(full_size_checkpoint(3)), 1.5, linear)
+    assert footprint.native
+    assert footprint.slot_bytes < 0.24e9  # 0.45e9 decoded
+    assert len(footprint.mlp_chunks) > 1  # each token has scales of its own

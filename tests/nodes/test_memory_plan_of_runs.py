@@ -51,6 +51,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "step cache": {"stored": "bf16", "step_cache": "planned_20", "steps": 40},
     "first block": {"stored": "bf16", "step_cache": "first_block"},
     "compiled": {"stored": "bf16", "compile": True},
+    "attention in chunks": {"stored": "bf16", "attention": "split"},
     "fp16 products, not compiled": {"stored": "bf16", "dtype": "fp16", "compile": True},
     "fp16 products": {"stored": "bf16", "dtype": "fp16"},
     "fp16 products of int8": {"stored": "int8_row", "dtype": "fp16"},
@@ -76,7 +77,10 @@ def test_a_plan_is_that_of_the_run(case: str, files: Callable[[str], SplitFiles]
     made = model.model.plan
 
     compiled = asked.get("compile", False)
-    settings = PlanSettings(asked["weight_format"], asked["dtype"], Computing(asked["compute"]), compiled)
+    attention = asked.get("attention", "auto")
+    settings = PlanSettings(
+        asked["weight_format"], asked["dtype"], Computing(asked["compute"]), compiled, attention=attention
+    )
     planned = PlannedModels.open(Sources.of(**chosen), settings, layers=0, images=0)
     tokens = 9 - QWEN_IMAGE.prompts.behind
     cache = step_cache_of(asked["step_cache"])
@@ -93,6 +97,7 @@ def test_a_plan_is_that_of_the_run(case: str, files: Callable[[str], SplitFiles]
         case in ("int8, auto", "bf16 as int8, fast", "fp16 products of int8")
     )
     assert made.in_half == case.startswith("fp16")
+    assert made.attention == ("split" if case == "attention in chunks" else "pytorch")
     assert made.compiled == ("exact" if case == "compiled" else "")
 
 
@@ -114,8 +119,10 @@ def test_what_is_not_exact_is_said_on_the_node(files: Callable[[str], SplitFiles
     assert "nobody has measured" in text
     exact = QwenLowVRAMMemoryPlan().plan(**inputs, dtype="bf16", compute="exact")["result"][0]
     assert "exact" not in exact
+    quantizing = QwenLowVRAMMemoryPlan().plan(**inputs, dtype="bf16", compute="exact", attention="sage")["result"][0]
+    assert "\nattention sage (not exact)" in quantizing
     with pytest.raises(InvalidRequest, match=r"^step_cache: .*a table for runs of 40 steps; this run has 20"):
         QwenLowVRAMMemoryPlan().plan(**{**inputs, "steps": 20}, step_cache="planned_20")
-    for wrong in ({"dtype": "fp8"}, {"compute": "faster"}, {"step_cache": "planned_13"}):
+    for wrong in ({"dtype": "fp8"}, {"compute": "faster"}, {"step_cache": "planned_13"}, {"attention": "fast"}):
         with pytest.raises(InvalidRequest, match=next(iter(wrong))):
             QwenLowVRAMMemoryPlan().plan(**inputs, **wrong)

@@ -4,7 +4,7 @@ import gc
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,13 @@ from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTran
 from qwenimage_lowvram.engine.planning.forecast import Speeds
 from torch import Tensor
 
-from . import ours, reference
+from . import faster, ours, reference
 from .block_files import BlockFiles
 from .card import NotTried
-from .cases import GROUP_OFFLOAD, OURS, RESIDENT, Case, Sizes, answer_name
+from .cases import GROUP_OFFLOAD, OURS, RESIDENT, STORED_LORA, Case, Sizes, answer_name
 from .deadline import Deadline
 from .small_card import small_card
-from .steps import Inputs, Ready, compared, guided, measured
+from .steps import SIGMA, Inputs, Ready, compared, guided, measured
 
 
 @dataclass
@@ -32,17 +32,17 @@ class Bench:
     sizes: Sizes
     device: torch.device
     speeds: Speeds | None = None
-    _opened: dict[str, QwenImageTransformer] = field(default_factory=dict)
+    _opened: dict[tuple[str, str], QwenImageTransformer] = field(default_factory=dict)
 
     @property
     def files(self) -> BlockFiles:
         return BlockFiles(self.folder, self.sizes, self.device)
 
     def measure(self, case: Case, deadline: Deadline) -> dict[str, Any]:
-        wanted = None if case.way == RESIDENT else self.answer(case)
+        wanted = None if case.way == RESIDENT else self._plain_answer(case) if case.how else self.answer(case)
         inputs = Inputs.of(case, self.sizes, self.device)
         if case.way == OURS:
-            self.open(case.stored)  # and its speeds, on the whole device
+            self.open(case)  # and its speeds, on the whole device
         elif case.way == GROUP_OFFLOAD:
             self.close()  # it takes as much page-locked memory
         with small_card(self.device, None if case.card is None else self.sizes.cards[case.card]) as watched:
@@ -60,19 +60,23 @@ class Bench:
 
     def way(self, case: Case, inputs: Inputs) -> AbstractContextManager[Ready]:
         if case.way == OURS:
-            transformer = self.open(case.stored)
+            transformer = self.open(case)
             assert self.speeds is not None
             return ours.streamed(transformer, case, self.sizes, inputs, self.speeds)
         run = {RESIDENT: reference.resident, GROUP_OFFLOAD: reference.group_offload}[case.way]
         return run(self.files.open(case.stored), self._blocks(case), inputs, self.device)
 
-    def open(self, stored: str) -> QwenImageTransformer:
-        if stored not in self._opened:
+    def open(self, case: Case) -> QwenImageTransformer:
+        key = (case.stored, "" if case.how in faster.CACHES else case.how)
+        if key not in self._opened:
             self.close()
-            self._opened[stored] = ours.open_transformer(self.files.open(stored), self.sizes, self.device)
+            stored, how = key
+            self._opened[key] = ours.open_transformer(
+                self.files.open(stored), self.sizes, self.device, how, self.folder
+            )
             if self.speeds is None:
-                self.speeds = ours.measure_speeds(self._opened[stored])
-        return self._opened[stored]
+                self.speeds = ours.measure_speeds(self._opened[key])
+        return self._opened[key]
 
     def close(self) -> None:
         """Give back what our transformer holds in host memory."""
@@ -94,6 +98,21 @@ class Bench:
             gc.collect()
         answer: Tensor = torch.load(file)
         return answer
+
+    def _plain_answer(self, case: Case) -> Tensor:
+        """What the plain path answers in the place of what is faster: everything resident, or our own where that cannot
+        be asked for the same."""
+        if case.how not in (*faster.CACHES, STORED_LORA):
+            return self.answer(case)
+        inputs = Inputs.of(case, self.sizes, self.device)
+        transformer = self.open(replace(case, how=""))
+        if case.how == STORED_LORA:
+            faster.prepare(transformer, case.how, self.folder)
+        sigma = faster.SIGMAS[-1] if case.how in faster.CACHES else SIGMA
+        try:
+            return guided(ours.plain_answer(transformer, inputs, sigma))
+        finally:
+            transformer.patch({})
 
     def _keep(self, case: Case, made: Tensor) -> None:
         torch.save(made, self._file(case))

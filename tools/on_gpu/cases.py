@@ -9,6 +9,15 @@ GIB = 1024**3
 FORMATS = ("bf16", "fp8", "int8", "nf4", "GGUF Q4_K")
 MORE_FORMATS = ("fp8 scaled", "GGUF Q8_0", "int8_convrot", "nvfp4", "convrot_w4a4", "mxfp8", "fp4")
 NATIVE = ("bf16", "fp8")
+# how ours may compute faster than by the plain path, with which each is compared, and in which formats
+STORED, STORED_LORA = "on stored weights", "on stored weights, LoRA"
+HALF, COMPILED = "products in fp16", "compiled blocks"
+PLANNED, FIRST_BLOCK = "planned steps", "first block's rule"
+FASTER: Mapping[str, tuple[str, ...]] = {
+    STORED: ("int8", "int8_convrot", "fp8 scaled", "convrot_w4a4", "nvfp4", "mxfp8"),
+    STORED_LORA: ("int8_convrot", "convrot_w4a4"),
+    **dict.fromkeys((HALF, COMPILED, PLANNED, FIRST_BLOCK), ("bf16",)),
+}
 OURS, RESIDENT, GROUP_OFFLOAD, COMFYUI = "ours", "everything resident", "diffusers group offload", "ComfyUI"
 
 
@@ -43,30 +52,33 @@ SMALL = Sizes(2, 64, 6, 4, (64, 80), (12, 5), {4: 15_000_000, 8: 22_000_000, 16:
 
 @dataclass(frozen=True)
 class Case:
-    """One way to run one step. card: GB; None: the whole device. guided: with both prompts; else one, as Lightning."""
+    """One way to run one step. card: GB; None: the whole device. guided: with both prompts; else one, as Lightning.
+    how: a key of FASTER; empty: by the plain path."""
 
     way: str
     stored: str
     side: int
     guided: bool
     card: int | None
+    how: str = ""
 
     def __str__(self) -> str:
+        how = f", {self.how}" if self.how else ""
         card = "no limit" if self.card is None else f"{self.card} GB"
-        return f"{self.stored}, {card}, {self.side}x{self.side}, {'guided' if self.guided else 'Lightning'}"
+        return f"{self.stored}, {card}, {self.side}x{self.side}, {'guided' if self.guided else 'Lightning'}{how}"
 
 
 def cases(sizes: Sizes) -> Iterator[Case]:
-    """All of them, in the order of their value; next to each other what opens the same file. Of a stand-in, each way
-    and format once."""
+    """All of them, in the order of their value; next to each other what opens the same file. Of a stand-in, each way,
+    format and how once."""
     return _first_of_each(_cases(sizes)) if sizes == SMALL else _cases(sizes)
 
 
 def _first_of_each(cases: Iterator[Case]) -> Iterator[Case]:
     seen = set()
     for case in cases:
-        if (case.way, case.stored) not in seen:
-            seen.add((case.way, case.stored))
+        if (case.way, case.stored, case.how) not in seen:
+            seen.add((case.way, case.stored, case.how))
             yield case
 
 
@@ -80,6 +92,8 @@ def _cases(sizes: Sizes) -> Iterator[Case]:
     yield from _of(OURS, FORMATS, first)
     yield from _of(GROUP_OFFLOAD, ("bf16",), first)
     yield from _of(COMFYUI, NATIVE, first)
+    for how, formats in FASTER.items():
+        yield from _of(OURS, formats, first[:1], how)
     yield Case(RESIDENT, "bf16", odd, False, None)
     yield from _of(OURS, MORE_FORMATS, first[:1])
     yield from _of(OURS, FORMATS, rest)
@@ -93,7 +107,7 @@ def answer_name(case: Case, blocks: int) -> str:
     return f"answer {case.stored} {case.side} {'guided' if case.guided else 'alone'} {blocks}.pt"
 
 
-def _of(way: str, formats: tuple[str, ...], settings: list[tuple[int, int, bool]]) -> Iterator[Case]:
+def _of(way: str, formats: tuple[str, ...], settings: list[tuple[int, int, bool]], how: str = "") -> Iterator[Case]:
     for stored in formats:
         for card, side, guided in settings:
-            yield Case(way, stored, side, guided, card)
+            yield Case(way, stored, side, guided, card, how)

@@ -3,11 +3,11 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from qwenimage_lowvram.engine.files.checkpoint import Checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
-from qwenimage_lowvram.engine.models.qwen_image.branch import Branch
 from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
 from qwenimage_lowvram.engine.planning.forecast import Speeds
 from qwenimage_lowvram.engine.planning.memory import plan_memory
@@ -15,17 +15,25 @@ from qwenimage_lowvram.engine.planning.request import Limits, SamplingRequest
 from qwenimage_lowvram.engine.runs import free_memory
 from qwenimage_lowvram.engine.runs.known_speeds import KnownSpeeds
 from random_blocks import repeat_blocks
+from torch import Tensor
 
 from .cases import Case, Sizes
+from .faster import CACHES, RUN_STEPS, branches_at, cached_run, linear_for, prepare, products_dtype
 from .steps import SIGMA, Inputs, Ready, synchronize
 
 STEPS = {True: 20, False: 8}  # of a run, guided or not
 
 
-def open_transformer(checkpoint: Checkpoint, sizes: Sizes, device: torch.device) -> QwenImageTransformer:
-    return QwenImageTransformer(
-        repeat_blocks(checkpoint, sizes.blocks), dtype=torch.bfloat16, hardware=Hardware.detect(device)
-    )
+def open_transformer(
+    checkpoint: Checkpoint, sizes: Sizes, device: torch.device, how: str, folder: Path
+) -> QwenImageTransformer:
+    """how: as Case has it; what it needs of its own is written into `folder`. Raises NotTried where the device lacks
+    what it takes."""
+    hardware, repeated = Hardware.detect(device), repeat_blocks(checkpoint, sizes.blocks)
+    linear = linear_for(repeated, hardware, how)
+    transformer = QwenImageTransformer(repeated, dtype=products_dtype(how), hardware=hardware, linear=linear)
+    prepare(transformer, how, folder)
+    return transformer
 
 
 def measure_speeds(transformer: QwenImageTransformer) -> Speeds:
@@ -40,10 +48,22 @@ def streamed(
 ) -> Iterator[Ready]:
     """Held blocks stay in host memory afterwards, for the next case. Raises DoesNotFit."""
     device = transformer.hardware.device
+    cache = CACHES.get(case.how)
     request = SamplingRequest(
-        case.side, case.side, len(inputs.prompts), inputs.prompts[0].shape[1], timesteps=STEPS[case.guided]
+        case.side,
+        case.side,
+        len(inputs.prompts),
+        inputs.prompts[0].shape[1],
+        timesteps=RUN_STEPS if cache else STEPS[case.guided],
+        step_cache=cache,
     )
     plan = plan_memory(transformer.footprint, request, _limits(transformer, case, sizes), speeds)
+    if cache is not None:
+        with cached_run(
+            transformer, plan, inputs, speeds, {"plan": str(plan), "planned_bytes": plan.peak_bytes}
+        ) as ready:
+            yield ready
+        return
     transformer.load(plan.resident, plan.held)
     start = time.perf_counter()
     transformer.modulation.announce([SIGMA])
@@ -57,10 +77,28 @@ def streamed(
         "planned_bytes": plan.peak_bytes,
         "plan": str(plan),
     }
-    branches = [Branch(inputs.tokens, (inputs.grid,), prompt, None, SIGMA) for prompt in inputs.prompts]
+    branches = branches_at(inputs, SIGMA, transformer.dtype)
     try:
         with transformer.session(slots=plan.slots, ring=plan.ring, mlp_chunk_tokens=plan.mlp_chunk_tokens) as session:
-            yield Ready(lambda more: session.forward(branches, more=more), sizes.blocks, facts)
+
+            def step(more: bool) -> list[Tensor]:
+                answers = session.forward(branches, more=more)
+                if (compiled := transformer.compiled) is not None:
+                    facts.update(compiled_times=compiled.times, compile_seconds=compiled.seconds, why=compiled.why_not)
+                return answers
+
+            yield Ready(step, sizes.blocks, facts)
+    finally:
+        transformer.unload()
+
+
+@torch.no_grad()
+def plain_answer(transformer: QwenImageTransformer, inputs: Inputs, sigma: float) -> list[Tensor]:
+    """What one pass answers at `sigma`, with nothing resident."""
+    transformer.load(())
+    try:
+        with transformer.session(slots=1) as session:
+            return [answer.cpu() for answer in session.forward(branches_at(inputs, sigma, transformer.dtype))]
     finally:
         transformer.unload()
 
