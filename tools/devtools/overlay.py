@@ -28,7 +28,17 @@ _TESTS = (
 )
 
 # parts of names of tests among them that other packages cannot change
-_OWN = ("staged", "thread", "tile", "under_a_limit", "out_of_memory", "in_chunks", "after_unloading")
+_OWN = (
+    "staged",
+    "thread",
+    "tile",
+    "under_a_limit",
+    "out_of_memory",
+    "in_chunks",
+    "after_unloading",
+    "the_plan",
+    "errs_no_more",
+)
 
 
 @dataclass(frozen=True)
