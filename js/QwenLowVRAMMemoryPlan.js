@@ -10,6 +10,7 @@ showText({
   name: "qwen_lowvram_memory",
   className: "qwen-lowvram-memory",
   css: "white-space:pre;font:11px/16px monospace",
+  linePx: 16,
   heightPx: 150,
   widthPx: 560, // of a new node
 });

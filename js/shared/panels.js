@@ -4,6 +4,8 @@ import { api } from "../../../scripts/api.js";
 import { isChinese, wordsOf } from "./run_words.js";
 
 const MARGIN_PX = 10; // the page keeps it free on every side
+const PADDING_PX = [6, 8]; // of a text in its panel, above and beside it
+const BORDERS_PX = 8; // of a node's panels in the newer renderer, on both sides together
 
 /** A node by its id as the server gives it: inside subgraphs "12:5", node 5 of node 12's graph. */
 export function nodeAt(id) {
@@ -18,6 +20,12 @@ export function nodeAt(id) {
 
 /** What a run is told in, in the page's language. */
 export const words = () => wordsOf(app.extensionManager?.setting?.get("Comfy.Locale") ?? "en");
+
+function widthOf(line, font) {
+  const pen = document.createElement("canvas").getContext("2d");
+  pen.font = font;
+  return pen.measureText(line).width;
+}
 
 /** Put `element` on a node as a panel of at least that height, or of just that height if `fixed`. Returns a function that
  *  gives it another height. */
@@ -40,14 +48,22 @@ export function addPanel(node, element, { name, heightPx, widthPx, fixed = false
 /**
  * Register an extension that shows, on nodes of some classes, the text that their last run gave. `empty`: what is there
  * before it, in English and Chinese, by class. `sentences`: what its sentences are called where they are known in Chinese.
- * `created`: called with each new node. Returns (node, text) => void, which shows another text.
+ * `linePx`: the node grows until all of a text is seen, whose lines are that high and do not wrap. `created`: called with
+ * each new node. Returns (node, text) => void, which shows another text.
  */
-export function showText({ extension, empty, sentences, name, className, css, heightPx, widthPx, created }) {
-  const panels = new WeakMap(); // node -> its element: goes when its node goes
+export function showText({ extension, empty, sentences, name, className, css, heightPx, widthPx, linePx, created }) {
+  const panels = new WeakMap(); // node -> its element, and what gives it another height: goes when its node goes
 
   function setText(node, text) {
-    const panel = panels.get(node);
-    if (panel) panel.textContent = text;
+    const { panel, setHeight } = panels.get(node) ?? {};
+    if (!panel) return;
+    panel.textContent = text;
+    if (!linePx) return;
+    const lines = text.split("\n");
+    setHeight(Math.max(heightPx, lines.length * linePx + 2 * PADDING_PX[0]));
+    const textPx = Math.max(...lines.map((line) => widthOf(line, getComputedStyle(panel).font)));
+    const least = Math.ceil(textPx) + 2 * (PADDING_PX[1] + MARGIN_PX) + BORDERS_PX;
+    if (node.size[0] < least) node.setSize([least, node.size[1]]);
   }
 
   function show(id, output) {
@@ -70,10 +86,10 @@ export function showText({ extension, empty, sentences, name, className, css, he
       const [english, chinese] = empty[node.comfyClass];
       panel.textContent = isChinese(words()) ? chinese : english;
       panel.style.cssText =
-        `box-sizing:border-box;width:100%;height:100%;min-height:${heightPx}px;padding:6px 8px;overflow:auto;` +
+        `box-sizing:border-box;width:100%;height:100%;min-height:${heightPx}px;` +
+        `padding:${PADDING_PX.map((px) => `${px}px`).join(" ")};overflow:auto;` +
         `user-select:text;border-radius:4px;color:var(--input-text);background:var(--comfy-input-bg);${css}`;
-      panels.set(node, panel);
-      addPanel(node, panel, { name, heightPx, widthPx });
+      panels.set(node, { panel, setHeight: addPanel(node, panel, { name, heightPx, widthPx }) });
       created?.(node);
     },
 

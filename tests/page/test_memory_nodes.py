@@ -16,6 +16,11 @@ ADD = """(files) => {
   for (const [name, value] of Object.entries(files)) node.widgets.find((w) => w.name === name).value = value;
   return node.id;
 }"""
+# what of the panel cannot be seen without scrolling, in px
+HIDDEN = """() => {
+  const panel = document.querySelector('.qwen-lowvram-memory');
+  return [panel.scrollWidth - panel.clientWidth, panel.scrollHeight - panel.clientHeight];
+}"""
 SHOWN = "() => document.querySelector('.qwen-lowvram-memory').innerText"
 
 
@@ -35,6 +40,8 @@ def test_the_plan_is_shown_on_its_node(page: Any, split_files: dict[str, SplitFi
     shown = page.evaluate(SHOWN)
     assert shown.startswith("Memory plan: 1328x1328")
     assert "another seed" in shown
+    assert page.evaluate("() => new Promise((done) => setTimeout(done, 500))") is None
+    assert page.evaluate(HIDDEN) == [0, 0]  # every row and column is there to be read
     inputs = page.prompt()[str(node)]["inputs"]
     assert inputs["transformer"] == names.transformer
     assert "qwen_lowvram_memory" not in inputs
