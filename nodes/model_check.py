@@ -19,6 +19,9 @@ from ..engine.lora.lora_file import open_lora
 from ..engine.models.component import Component
 from ..engine.models.families import FAMILIES
 from ..engine.models.family import Family
+from ..engine.models.qwen_image.family import QWEN_IMAGE
+from ..engine.models.qwen_image_21.family import QWEN_IMAGE_21
+from ..engine.models.recognition import components, identify
 from ..engine.runs.opened_files import open_component
 from . import model_choices
 from .adapters.networks import served_of
@@ -38,6 +41,14 @@ _OTHERS = {
 }
 _NOT_THERE = ("choice.missing", "choice.no_pipeline_folder", "choice.broken_link", "lora.missing")
 
+# what a family needs of each folder, and what the page calls the families
+_PARTS: dict[str, Callable[[Family], Component]] = {
+    "diffusion_models": lambda family: family.transformer,
+    "text_encoders": lambda family: family.text_encoder,
+    "vae": lambda family: family.vae,
+}
+_KEYS = {"qwen_image": QWEN_IMAGE, "qwen_image_21": QWEN_IMAGE_21}
+
 Look = Callable[[], object]  # raises where the file is not what is needed
 
 
@@ -46,7 +57,7 @@ class FileCheck:
     """A file that nodes of a graph need. folder: below ComfyUI's models. text, values: what is wrong, and by its code.
 
     size: as a person reads it, empty where it is not known. links: {"source": "hub" or "mirror", "url"}, where the file
-    is known; only such a file can be fetched.
+    is known; only such a file can be fetched. non_commercial: its licence allows no other use.
     """
 
     nodes: tuple[str, ...]
@@ -57,6 +68,7 @@ class FileCheck:
     values: dict[str, Any] = field(default_factory=dict)
     size: str = ""
     links: tuple[dict[str, str], ...] = ()
+    non_commercial: bool = False
 
 
 def checks_of(prompt: Prompt) -> list[FileCheck]:
@@ -71,6 +83,19 @@ def checks_of(prompt: Prompt) -> list[FileCheck]:
             nodes = (*(earlier.nodes if earlier else ()), node)
             found[folder, name] = _checked(nodes, folder, name, look)
     return list(found.values())
+
+
+def family_of_file(folder: str, name: str) -> str:
+    """Whose a transformer, text encoder or VAE is by its header: "qwen_image", "qwen_image_21", or "other"; empty where
+    it is not here or cannot be read."""
+    if folder not in _PARTS:
+        return ""
+    try:
+        tensors = open_checkpoint(model_choices.model_file(folder, name)).tensors
+    except (QwenLowVRAMError, OSError):
+        return ""
+    held = {identify(tensors), *components(tensors)}
+    return next((key for key, family in _KEYS.items() if _PARTS[folder](family) in held), "other")
 
 
 def state_of(wanted: KnownFile | KnownFolder) -> str:
@@ -170,22 +195,24 @@ def _require(path: Path, wanted: list[Component]) -> None:
 
 
 def _checked(nodes: tuple[str, ...], folder: str, name: str, look: Look) -> FileCheck:
-    size, links = _known(folder, name)
+    about = _known(folder, name)
     try:
         look()
     except QwenLowVRAMError as error:
         missing = isinstance(error, MissingFile) and error.code in _NOT_THERE
         state = MISSING if missing else WRONG
-        return FileCheck(nodes, folder, name, state, str(error), error.as_dict(), size, links)
+        return FileCheck(nodes, folder, name, state, str(error), error.as_dict(), **about)
     except OSError as error:
-        return FileCheck(nodes, folder, name, WRONG, error.strerror or type(error).__name__, {}, size, links)
-    return FileCheck(nodes, folder, name, HERE, size=size, links=links)
+        return FileCheck(nodes, folder, name, WRONG, error.strerror or type(error).__name__, **about)
+    return FileCheck(nodes, folder, name, HERE, **about)
 
 
-def _known(folder: str, name: str) -> tuple[str, tuple[dict[str, str], ...]]:
+def _known(folder: str, name: str) -> dict[str, Any]:
+    """What the list has of a FileCheck."""
     given = known(folder, name)
     if given is None:
-        return "", ()
+        return {}
     hub = endpoint_of("hub")
     at_hub = given.url_at(hub) if isinstance(given, KnownFile) else f"{hub}/{given.repository}"
-    return given.size, ({"source": "hub", "url": at_hub}, {"source": "mirror", "url": given.mirror_url})
+    links = ({"source": "hub", "url": at_hub}, {"source": "mirror", "url": given.mirror_url})
+    return {"size": given.size, "links": links, "non_commercial": given.is_non_commercial}

@@ -4,6 +4,7 @@ POST /qwen_lowvram/clear {"clear": "unused" | "all" | "prompts"}  ->  {"text": t
 request, so that no graph holds it and does it again.
 POST /qwen_lowvram/plan {"prompt": what the page would send to /prompt}  ->  {"lines": [PlanLine, ...]}
 POST /qwen_lowvram/models {"prompt": the same}  ->  {"files": [FileCheck, ...], "download": Download or null}
+POST /qwen_lowvram/families {"files": [[folder, name], ...]}  ->  {"families": [key, ...]}, as family_of_file has them
 POST /qwen_lowvram/download {"folder": X, "name": Y, "source": "hub" | "mirror"}  ->  {"download": Download}: a file of
 the pack's own list, to its place; what is here and whole is never replaced. {"stop": true} stops it.
 """
@@ -21,13 +22,14 @@ from ..engine.files.known_files import known
 from .cache_folder import weight_cache_folder
 from .cache_report import CLEARABLE, cleared
 from .live_plan import lines_of
-from .model_check import HERE, checks_of, download_folder, state_of
+from .model_check import HERE, checks_of, download_folder, family_of_file, state_of
 from .model_downloads import Downloads
 from .weight_cache import prompt_cache
 
 CLEAR, PLAN = "/qwen_lowvram/clear", "/qwen_lowvram/plan"
 MODELS, DOWNLOAD = "/qwen_lowvram/models", "/qwen_lowvram/download"
-_LONGEST_CLEAR, _LONGEST_PROMPT = 1000, 4_000_000
+FAMILIES = "/qwen_lowvram/families"
+_LONGEST_CLEAR, _LONGEST_PROMPT, _MOST_FILES = 1000, 4_000_000, 1000
 
 
 def register() -> None:
@@ -36,6 +38,7 @@ def register() -> None:
     if server is not None:
         server.routes.post(CLEAR)(clear)
         server.routes.post(PLAN)(plan)
+        server.routes.post(FAMILIES)(families)
         models = _Models(Downloads(server.send_sync))
         server.routes.post(MODELS)(models.check)
         server.routes.post(DOWNLOAD)(models.download)
@@ -60,6 +63,22 @@ async def plan(request: web.Request) -> web.Response:
         return prompt
     lines = await asyncio.to_thread(lines_of, prompt)
     return web.json_response({"lines": [asdict(line) for line in lines]})
+
+
+async def families(request: web.Request) -> web.Response:
+    """Of files by their headers; names that are not in ComfyUI's folders reach nothing."""
+    given = await _given(request, _LONGEST_PROMPT)
+    if isinstance(given, web.Response):
+        return given
+    files = given.get("files")
+    if not isinstance(files, list) or len(files) > _MOST_FILES or not all(map(_is_file, files)):
+        return _refused(400, f'Send {{"files": [[folder, name], ...]}}, {_MOST_FILES} at the most.')
+    found = await asyncio.to_thread(lambda: [family_of_file(folder, name) for folder, name in files])
+    return web.json_response({"families": found})
+
+
+def _is_file(given: object) -> bool:
+    return isinstance(given, list) and len(given) == 2 and all(isinstance(each, str) for each in given)
 
 
 class _Models:

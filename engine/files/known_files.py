@@ -32,6 +32,11 @@ class KnownFile:
         return self.url_at(MIRROR)
 
     @property
+    def is_non_commercial(self) -> bool:
+        """Qwen-Image-2.1: Qwen Research License."""
+        return self.repository == _QWEN_21
+
+    @property
     def size(self) -> str:
         """As a person reads it; empty where it is not known."""
         return f"{'about ' if self.rounded else ''}{self.gb:g} GB" if self.gb else ""
@@ -49,6 +54,7 @@ class KnownFolder:
     gb: float = 0
     revision: str = "main"
     folder: str = "diffusers"
+    is_non_commercial: bool = False
 
     @property
     def url(self) -> str:

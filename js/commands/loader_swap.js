@@ -45,6 +45,13 @@ export function familyByName(folder, name) {
   return /qwen_?image/.test(said) ? "qwen_image" : "";
 }
 
+/** [folder, name] of each file that a loader of ComfyUI's names, in the graph and its subgraphs. */
+export function namedFiles(workflow) {
+  const graphs = [workflow, ...(workflow.definitions?.subgraphs ?? [])];
+  const files = graphs.flatMap((graph) => loadersOf(levelOf(graph, false), () => "").map(({ folder, name }) => [folder, name]));
+  return [...new Map(files.filter(([, name]) => typeof name === "string").map((file) => [file.join("/"), file])).values()];
+}
+
 /**
  * The graph with our loader wherever the three loaders of a Qwen-Image model stand. `inputs`: of our loader, in its order,
  * {name, type, value: its default}. `familyOf(folder, name)`: "qwen_image", "qwen_image_21", "other" (known to be
@@ -108,7 +115,7 @@ function loadersOf(level, familyOf) {
     const name = value(widgets[0]);
     const linked = (node.inputs ?? []).filter((input) => input.link != null && input.name !== widgets[0]);
     const isLinked = linked.some(({ name, link }) => !(name in SETTINGS) || level.links.get(link)?.from !== OUTSIDE);
-    return { level, node, gives, name, value, isLinked, file: widgets[0], type: value("type"), family: familyOf(folder, name) };
+    return { level, node, gives, folder, name, value, isLinked, file: widgets[0], type: value("type"), family: familyOf(folder, name) };
   });
 }
 

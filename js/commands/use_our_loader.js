@@ -1,8 +1,9 @@
 // The page's command "Use the low-VRAM loader in this graph": one step that one undo takes back. Says what it did.
 import { app } from "../../../scripts/app.js";
+import { api } from "../../../scripts/api.js";
 import { isChinese } from "../shared/run_words.js";
 import { words } from "../shared/panels.js";
-import { swapLoaders } from "./loader_swap.js";
+import { familyByName, namedFiles, swapLoaders } from "./loader_swap.js";
 
 const LOADER = "QwenLowVRAMLoader";
 const ID = "qwenLowVRAM.useLoader";
@@ -20,7 +21,7 @@ const WORDS = {
     quantized: "weight_dtype fp8 became weight_format fp8: a file in bf16 is quantized once, and kept on the disk.",
     left: {
       unknown: (name) =>
-        `Left alone: ${name}. Its name does not say that it is a Qwen-Image model. If it is one, choose it in the ` +
+        `Left alone: ${name}. It is not here, and its name does not say that it is a Qwen-Image model. If it is one, choose it in the ` +
         "low-VRAM loader yourself.",
       alone: (name) => `Left alone: ${name}. No text encoder and VAE of Qwen-Image were found that belong to it.`,
       linked: (name) => `Left alone: ${name}. A setting of its loaders comes from another node.`,
@@ -39,7 +40,7 @@ const WORDS = {
     quantized: "weight_dtype fp8 已改为 weight_format fp8：bf16 文件只量化一次，结果保存在硬盘上。",
     left: {
       unknown: (name) =>
-        `未改动：${name}。从文件名看不出它是 Qwen-Image 模型；如果是，请在低显存加载器中自行选择它。`,
+        `未改动：${name}。文件不在本机，从文件名也看不出它是 Qwen-Image 模型；如果是，请在低显存加载器中自行选择它。`,
       alone: (name) => `未改动：${name}。没有找到属于它的 Qwen-Image 文本编码器和 VAE。`,
       linked: (name) => `未改动：${name}。它的加载器有设置来自其他节点。`,
       kept: (name) => `原来的加载器保留，因为还有其他节点依赖它：${name}`,
@@ -59,6 +60,16 @@ function loaderInputs() {
   });
 }
 
+/** Whose files they are: what their headers say, of those that are here; else what their names say. */
+async function familiesOf(files) {
+  const headers = { "Content-Type": "application/json" };
+  const body = JSON.stringify({ files });
+  const answer = await api.fetchApi("/qwen_lowvram/families", { method: "POST", headers, body });
+  const { families = [] } = await answer.json();
+  const read = new Map(files.map((file, index) => [file.join("/"), families[index]]));
+  return (folder, name) => read.get(`${folder}/${name}`) || familyByName(folder, name);
+}
+
 function linesOf({ replaced, left }, said) {
   const where = ({ graph }) => (graph ? said.inside(graph) : "");
   const told = replaced.map((each) => said.replaced(each) + where(each));
@@ -75,7 +86,8 @@ async function useLoader() {
   const said = WORDS[isChinese(words()) ? "zh" : "en"];
   const tracker = app.extensionManager.workflow.activeWorkflow.changeTracker;
   tracker.captureCanvasState(); // what was changed until now is a step of its own
-  const swapped = swapLoaders(app.rootGraph.serialize(), loaderInputs());
+  const graph = app.rootGraph.serialize();
+  const swapped = swapLoaders(graph, loaderInputs(), await familiesOf(namedFiles(graph)));
   const done = swapped.replaced.length > 0;
   if (done) {
     await tracker.updateState([swapped.workflow], tracker.undoQueue); // as undo and redo set a graph

@@ -1,10 +1,11 @@
 // A window over the page that is large enough for a whole plan or report. The keyboard reaches and closes it.
 
-const BUTTON =
+export const BUTTON =
   "padding:4px 12px;border:1px solid var(--border-color);border-radius:4px;cursor:pointer;font:13px/20px sans-serif;" +
   "color:var(--input-text);background:var(--comfy-input-bg)";
 
-function make(tag, css, text = "") {
+/** An element with that style and text. */
+export function make(tag, css, text = "") {
   const element = document.createElement(tag);
   element.style.cssText = css;
   element.textContent = text;
@@ -19,8 +20,8 @@ function table(rows) {
   return list;
 }
 
-/** Open it with an error, `rows` of [name, value] and a text below, as far as there are any; goes when it is closed. */
-export function openFullView(words, { title, error = "", rows, text }) {
+/** An empty window, not open yet; it goes when it is closed. */
+export function makeView(title) {
   const view = make(
     "dialog",
     "width:min(960px,92vw);max-height:86vh;padding:16px 20px;overflow:auto;border-radius:8px;" +
@@ -29,6 +30,14 @@ export function openFullView(words, { title, error = "", rows, text }) {
   );
   view.className = "qwen-lowvram-view";
   view.setAttribute("aria-label", title);
+  view.addEventListener("close", () => view.remove());
+  view.addEventListener("keydown", (event) => event.stopPropagation()); // the page's own keys are not meant
+  return view;
+}
+
+/** Open it with an error, `rows` of [name, value] and a text below, as far as there are any; goes when it is closed. */
+export function openFullView(words, { title, error = "", rows, text }) {
+  const view = makeView(title);
   const copy = make("button", BUTTON, words.copy);
   const close = make("button", `${BUTTON};margin-left:8px`, words.close);
   const head = make("div", "display:flex;align-items:center;margin:0 0 12px");
@@ -40,8 +49,6 @@ export function openFullView(words, { title, error = "", rows, text }) {
     copy.textContent = words.copied;
   });
   close.addEventListener("click", () => view.close());
-  view.addEventListener("close", () => view.remove());
-  view.addEventListener("keydown", (event) => event.stopPropagation()); // the page's own keys are not meant
   view.append(head);
   if (error) view.append(make("p", "margin:0 0 16px;white-space:pre-line;overflow-wrap:anywhere;user-select:text", error));
   if (rows.length) view.append(table(rows));

@@ -9,7 +9,7 @@ import pytest
 from hub_stand_in import Hub, hub_stand_in
 from qwenimage_lowvram.engine.errors import InvalidRequest
 from qwenimage_lowvram.engine.files.known_files import KNOWN_FOLDERS, VAE
-from qwenimage_lowvram.nodes.model_check import HERE, MISSING, WRONG, checks_of, state_of
+from qwenimage_lowvram.nodes.model_check import HERE, MISSING, WRONG, checks_of, family_of_file, state_of
 from qwenimage_lowvram.nodes.model_downloads import DONE, EVENT, FAILED, RUNNING, STOPPED, Downloads
 
 FOLDER = "from the folder"
@@ -77,6 +77,17 @@ def test_the_vae_is_looked_at_where_the_transformer_is_missing(folder: str, vaes
 def test_nonsense_is_no_error_and_reaches_no_file(folder: str, inputs: Any) -> None:
     found = checks_of({"1": {"class_type": "QwenLowVRAMLoader", "inputs": inputs}})
     assert [each.state for each in found] in ([], [MISSING])
+
+
+def test_a_file_is_known_by_its_header_whatever_its_name(vaes: Path, small_pipeline: Path) -> None:
+    (vaes / "mine.safetensors").write_bytes(next((small_pipeline / "vae").glob("*.safetensors")).read_bytes())
+    (vaes / "qwen_image_x.safetensors").write_bytes(
+        next((small_pipeline / "text_encoder").glob("*.safetensors")).read_bytes()
+    )
+    files = [("vae", "mine.safetensors"), ("vae", "qwen_image_x.safetensors"), ("vae", "gone.safetensors")]
+    assert [family_of_file(*file) for file in files] == ["qwen_image", "other", ""]
+    assert family_of_file("checkpoints", "mine.safetensors") == ""
+    assert family_of_file("vae", "../vae/mine.safetensors") == ""
 
 
 @pytest.fixture

@@ -1,0 +1,82 @@
+"""The page's model check: what is missing, with its links; a download that a person starts, here without a network."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from devtools.cache import REPOSITORY
+from devtools.client import ComfyClient
+
+WORKFLOW = min((REPOSITORY / "workflows").glob("*4 GB - Lightning in 8 steps.json"))
+# a person gets to it with Tab and presses Enter: the browser makes a click of it
+PRESS = """() => {
+  const node = window.app.graph.nodes.find((node) => node.type === 'QwenLowVRAMLoader');
+  node.widgets.find((widget) => widget.name === 'qwen_lowvram_plan_line').element.querySelector('button').click();
+}"""
+ROWS = """async (count) => {
+  const rows = () => [...document.querySelectorAll('.qwen-lowvram-models li[data-state]')];
+  for (let waited = 0; waited < 30000 && rows().length < count; waited += 50)
+    await new Promise((done) => setTimeout(done, 50));
+  return rows().map((row) => ({
+    state: row.dataset.state, text: row.innerText, links: [...row.querySelectorAll('a')].map((link) => link.href),
+    buttons: [...row.querySelectorAll('button')].map((button) => button.dataset.download),
+  }));
+}"""
+DOWNLOAD = """async () => {
+  document.querySelector('.qwen-lowvram-models button[data-download]').click();
+  const ended = () => document.querySelector('.qwen-lowvram-models [data-state=failed][role=status]');
+  for (let waited = 0; waited < 30000 && !ended(); waited += 50) await new Promise((done) => setTimeout(done, 50));
+  return ended()?.innerText;
+}"""
+CLOSE = """async () => {
+  document.querySelector('.qwen-lowvram-models').close();
+  await new Promise((done) => setTimeout(done, 200));
+  return document.querySelectorAll('.qwen-lowvram-models').length;
+}"""
+
+
+@pytest.fixture(scope="module", params=["en", "zh"])
+def page(request: pytest.FixtureRequest, open_page: Any, client: ComfyClient) -> Iterator[Any]:
+    yield open_page({"Comfy.Locale": request.param}), request.param
+    client.post("/settings", {"Comfy.Locale": "en"})  # the server keeps settings for the next page
+
+
+def test_the_check_lists_the_files_and_says_that_there_is_no_network(page: Any, models_dir: Path) -> None:
+    shown, language = page
+    english = language == "en"
+    shown.load(json.loads(WORKFLOW.read_text(encoding="utf-8")))
+    shown.evaluate(PRESS)
+    rows = shown.evaluate(ROWS, 4)
+    assert [row["state"] for row in rows] == ["missing"] * 4
+    names = ["fp8_e4m3fn_scaled", "qwen_2.5_vl_7b_fp8_scaled", "qwen_image_vae", "Lightning-8steps-V2.0-bf16"]
+    assert [name in row["text"] for name, row in zip(names, rows, strict=True)] == [True] * 4
+    sizes = ["20.4 GB", "9.4 GB", "0.25 GB", "0.85 GB"]
+    assert [size in row["text"] for size, row in zip(sizes, rows, strict=True)] == [True] * 4
+    for row in rows:
+        hosts = [link.split("/")[2] for link in row["links"]]
+        assert hosts == (["huggingface.co", "hf-mirror.com"] if english else ["hf-mirror.com", "huggingface.co"])
+        assert row["buttons"] == (["hub", "mirror"] if english else ["mirror", "hub"])
+        assert ("belongs in models/" if english else "应放在 models/") in row["text"]
+    shown.screenshot(f"model-check-{language}")
+    said = shown.evaluate(DOWNLOAD)
+    assert ("cannot be reached" if english else "无法连接") in said
+    shown.screenshot(f"model-check-no-network-{language}")
+    assert list((models_dir / "diffusion_models").glob("*.part")) == []
+    assert shown.evaluate(CLOSE) == 0
+    assert shown.unexpected_messages() == []
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"folder": "vae", "name": "../qwen_image_vae.safetensors", "source": "hub"},
+        {"folder": "vae", "name": "mine.safetensors", "source": "hub"},
+        {"folder": "vae", "name": "qwen_image_vae.safetensors", "source": "http://example.org"},
+        {"folder": ["vae"], "name": None},
+    ],
+)
+def test_nothing_but_the_list_can_be_asked_for(client: ComfyClient, body: dict[str, Any]) -> None:
+    with pytest.raises(Exception, match="400"):
+        client.post("/qwen_lowvram/download", body)
