@@ -206,8 +206,8 @@ class QwenLowVRAMSample:
             sigmas = served.own_sigmas(model, latents, steps, denoise)
         if sigmas is not None and "model_sampling" in model.object_patches:
             logger.warning(
-                "A node sets the shift of the schedule (ModelSamplingAuraFlow, for one), which the scheduler '%s' has "
-                "of its own. For that node's shift choose the scheduler 'simple'.",
+                "A node sets the shift of the schedule (such as ModelSamplingAuraFlow), but the scheduler '%s' has its "
+                "own. To use that node's shift, choose the scheduler 'simple'.",
                 scheduler,
             )
         samples = comfy.sample.sample(

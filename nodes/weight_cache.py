@@ -108,8 +108,8 @@ def _make(weights: RequantizedWeights, device: torch.device, limit_bytes: int | 
     tell(text)
     if weights.path.parent == folder_until_the_end():
         logger.warning(
-            "%s cannot be written to: what is quantized goes when ComfyUI starts anew. To keep it, set the environment "
-            "variable %s, or qwen_lowvram in extra_model_paths.yaml, to a folder that can.",
+            "%s cannot be written to: quantized weights are lost when ComfyUI restarts. To keep them, set the "
+            "environment variable %s, or qwen_lowvram in extra_model_paths.yaml, to a folder that can be written to.",
             printable(str(weight_cache_folder())),
             VARIABLE,
         )
@@ -127,7 +127,7 @@ def _make(weights: RequantizedWeights, device: torch.device, limit_bytes: int | 
         why = reason(error)
     # after the except block: the traceback keeps what lies on the card
     comfy.model_management.soft_empty_cache()
-    logger.warning("The card's memory ran out while weights were quantized (%s): again on the CPU.", why)
+    logger.warning("The card's memory ran out while weights were quantized (%s): doing it again on the CPU.", why)
     return weights.make(torch.device("cpu"), on_block)
 
 

@@ -66,7 +66,7 @@ class PromptCache:
         """The embeddings kept for that key, on the host, in the shape and dtype they were given in."""
         path = self._path(key)
         if is_odd(path):
-            logger.warning("A prompt is encoded again: %s is no plain file. It is left alone.", path)
+            logger.warning("A prompt is encoded again: %s is not a plain file. It is left alone.", path)
             return None
         if not os.path.exists(path):  # Path.exists would raise where the folder may not be entered
             return None

@@ -112,9 +112,9 @@ def encode_edit_21(edit: Edit, member: Variant21) -> EncodedEdit:
 
 def _tell_doubts(images: int, one_grid: bool) -> None:
     if images > WARNED_IMAGES:
-        warn(f"{images} images: Qwen-Image-2.1 was made for {WARNED_IMAGES} at the most.")
+        warn(f"{images} images: Qwen-Image-2.1 was made for at most {WARNED_IMAGES}.")
     if not one_grid:
-        warn("The output has another size than the first image: what is kept of it is moved or scaled.")
+        warn("The output does not have the size of the first image: what is kept of it is moved or scaled.")
 
 
 def _encoded(clip: Any, texts: Sequence[str], images: Sequence[Tensor]) -> list[Any]:

@@ -31,7 +31,7 @@ def settings_of_run(model_options: Mapping[str, Any], *, exact: bool, of_loader:
         unfollowed, backend = [f"backend {backend}", *unfollowed], INDUCTOR
     if unfollowed:
         logger.warning(
-            "The compile node's %s is not followed: blocks are compiled one for all, by %s.",
+            "The compile node's %s is ignored: all blocks share one compilation, by %s.",
             ", ".join(unfollowed),
             backend,
         )

@@ -91,15 +91,15 @@ def check_references(variant: Variant, conds: dict[str, list[dict[str, Any]]]) -
         )
     if shown and not variant.edits and not variant.makes_layers:
         text = (
-            f"{variant.value} is shown an image to change, which it was not trained for; a LoRA may have taught it. "
+            f"{variant.value} is given an image to edit, which it was not trained for; a LoRA may have taught it. "
             f"If the file is an Edit model under another name, set variant in '{LOADER}'."
         )
         warn(text)
     for height, width in sorted(sizes):
         if height % PATCH or width % PATCH:
             logger.warning(
-                "A reference image of %dx%d px is no multiple of %d: at its end it is wrapped round, as ComfyUI's "
-                "own model does it. %s.",
+                "A reference image of %dx%d px is not a multiple of %d: its edge is wrapped around, as in ComfyUI's "
+                "own model. %s.",
                 width * LATENT_PX,
                 height * LATENT_PX,
                 PATCH * LATENT_PX,
@@ -179,8 +179,8 @@ def check_size(latents: Tensor) -> None:
         height, width = (side * LATENT_PX for side in latents.shape[-2:])
         step = PATCH * LATENT_PX
         logger.warning(
-            "An image of %dx%d px is no multiple of %d: at its end it is wrapped round, as ComfyUI's own model does "
-            "it. Scale or pad it to %dx%d to avoid that.",
+            "An image of %dx%d px is not a multiple of %d: its edge is wrapped around, as in ComfyUI's own model. "
+            "Scale or pad it to %dx%d to avoid this.",
             width,
             height,
             step,

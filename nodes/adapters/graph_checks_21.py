@@ -21,7 +21,7 @@ def tell_other_schedule(sigmas: Tensor) -> None:
     taken = sigmas.float().cpu()
     if len(taken) > len(own) or not torch.allclose(taken, own[-len(taken) :], atol=1e-3):
         warn(
-            "Qwen-Image-2.1-Turbo makes poor images with another schedule than its own: use the preset '2.1-Turbo, 8 "
+            "Qwen-Image-2.1-Turbo makes poor images with any schedule but its own: use the preset '2.1-Turbo, 8 "
             "steps' of Sample (low VRAM), or ManualSigmas with "
             f"{', '.join(f'{sigma:g}' for sigma in own.tolist())}."
         )

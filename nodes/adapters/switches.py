@@ -205,8 +205,8 @@ def tell_unfollowed() -> None:
     names = unfollowed()
     if names:
         logger.warning(
-            "ComfyUI was started with %s, which %s not followed yet: the models of Load Qwen-Image (low VRAM) run "
-            "as without.",
+            "ComfyUI was started with %s, which %s not followed yet: models from Load Qwen-Image (low VRAM) "
+            "are not affected.",
             ", ".join(names),
             "is" if len(names) == 1 else "are",
         )

@@ -395,7 +395,7 @@ def test_what_is_no_file_under_an_entrys_name_is_skipped_and_stays(
     assert kept(cache) == {2, 3, 9}
     assert cache.get(a_key(9)) is None
     cache.put(a_key(9), a_tensor(9))
-    assert all("no plain file" in warning for warning in warnings_of(caplog))
+    assert all("not a plain file" in warning for warning in warnings_of(caplog))
     cache.clear()
     assert set(files_in(cache)) == {file, part}
     assert cache.odd_names() == sorted([file.name, part.name])

@@ -157,7 +157,9 @@ def test_a_marked_file_is_not_taken_for_an_older_edit_model(
     chosen: Variant, transformer_shapes: Shapes, tmp_path: Path, write_model: Callable[..., Path]
 ) -> None:
     checkpoint = open_checkpoint(write_model(tmp_path / "m", {**transformer_shapes, MARK_2511: (0,)}))
-    with pytest.raises(WrongModel, match=rf"is marked as Qwen-Image-Edit-2511; the variant {chosen.value} was chosen"):
+    with pytest.raises(
+        WrongModel, match=rf"is marked as Qwen-Image-Edit-2511, but the variant {chosen.value} was chosen"
+    ):
         sort_transformer(checkpoint, chosen)
 
 

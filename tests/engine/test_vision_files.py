@@ -215,7 +215,7 @@ def test_the_vision_part_of_another_size_is_refused(copied: Path, encoder: Encod
     other = make_text_encoder(make_tokenizer(full=False, comfyui=comfyui_path), size, seed=2)
     weights = {f"visual.{name}": value for name, value in other.model.visual.state_dict().items()}
     write_gguf_vision(copied / MMPROJ, weights, encoder.config, "F32")
-    with pytest.raises(WrongModel, match=r"makes 128 numbers .*takes 64: models of different sizes"):
+    with pytest.raises(WrongModel, match=r"makes 128 numbers .*takes 64: they are models of different sizes"):
         sort_vision(open_checkpoint(copied / ENCODER))
 
 

@@ -66,7 +66,7 @@ def test_a_text_to_image_model_that_is_shown_an_image_samples_with_a_warning(
     shown = cond(reference_latents=references((6, 8)))
     with caplog.at_level(logging.WARNING):
         assert torch.isfinite(ksampler(make_model(Variant.QWEN_IMAGE), shown, cond(5, 2), empty_latent())).all()
-    assert "Qwen-Image is shown an image to change, which it was not trained for;" in caplog.text
+    assert "Qwen-Image is given an image to edit, which it was not trained for;" in caplog.text
 
 
 def test_a_reference_without_frames_is_refused_before_anything_is_loaded(make_model: Callable[[Variant], Any]) -> None:

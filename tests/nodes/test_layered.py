@@ -89,7 +89,7 @@ def test_layers_of_any_images_size_are_wrapped_round_as_comfyuis_own_model_does_
     odd = {"samples": torch.zeros(1, 16, 3, 11, 19)}  # of 6x10 patches
     with caplog.at_level(logging.WARNING):
         made = ksampler(model, *shown((11, 19)), odd)
-    assert "An image of 152x88 px is no multiple of 16" in caplog.text
+    assert "An image of 152x88 px is not a multiple of 16" in caplog.text
     wanted = ksampler(native, *shown((11, 19)), odd)
     assert made.shape == wanted.shape == (1, 16, 3, 11, 19)
     assert (made - wanted).abs().max() < 1e-4

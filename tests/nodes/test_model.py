@@ -178,7 +178,7 @@ def test_an_odd_reference_is_wrapped_round_with_a_warning(model: Any, caplog: py
     whole = torch.cat([torch.cat([odd, odd[..., :1]], dim=4)] * 2, dim=3)[..., :8, :]
     with caplog.at_level(logging.WARNING):
         made = ksampler(model, cond(reference_latents=[odd]), cond(5, 2), empty_latent())
-    assert "A reference image of 72x56 px is no multiple of 16" in caplog.text
+    assert "A reference image of 72x56 px is not a multiple of 16" in caplog.text
     caplog.clear()
     expected = ksampler(model, cond(reference_latents=[whole]), cond(5, 2), empty_latent())
     assert "no multiple" not in caplog.text
@@ -251,7 +251,7 @@ def _reference_method(model: Any) -> tuple[Any, Any]:
         (_attention_replacement, "replaces 'attn1' at"),
         (_weight_hook, "hook"),
         (_float_mask, "attention mask"),
-        (_reference_method, "reference method 'index_timestep_zero' of Qwen-Image-Edit-2511 with another model"),
+        (_reference_method, "Qwen-Image-Edit-2511's reference method 'index_timestep_zero' with another model"),
     ],
 )
 def test_what_is_not_supported_is_named(model: Any, prepare: Any, words: str) -> None:

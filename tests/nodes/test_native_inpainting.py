@@ -217,7 +217,7 @@ def test_an_image_of_any_size_is_wrapped_round_as_comfyuis_own_model_does_it(
     odd = torch.rand(1, 90, 156, 3)  # 11x19 latents, of 6x10 patches
     with caplog.at_level(logging.WARNING):
         made = ksampler(*masked(ours, box(), odd))
-    assert "An image of 152x88 px is no multiple of 16" in caplog.text
+    assert "An image of 152x88 px is not a multiple of 16" in caplog.text
     assert "pad it to 160x96" in caplog.text
     wanted = ksampler(*masked(native, box(), odd))
     assert made.shape == wanted.shape == (1, 16, 1, 11, 19)

@@ -205,7 +205,7 @@ def test_comfyuis_text_nodes_edit_with_our_models(
     (saved,) = run.outputs["6"]["images"]
     assert Image.open(io.BytesIO(client.image(saved))).size == (WIDTH, HEIGHT)
     # 1000x700 becomes 1224x856 or 1224x857 there, which no patches cover
-    assert "A reference image of 1224x856 px is no multiple of 16" in comfy_server.log[logged:]
+    assert "A reference image of 1224x856 px is not a multiple of 16" in comfy_server.log[logged:]
 
 
 def test_our_node_conditions_comfyuis_samplers(
@@ -246,7 +246,7 @@ def test_a_text_model_that_is_shown_an_image_is_warned_of(
     run = client.run(graph("Qwen-Image", 0, megapixels=0.01))
     assert run.images()
     assert any(b"Qwen-Image is shown an image to change" in message for message in run.previews)
-    assert "Qwen-Image is shown an image to change, which it was not trained for" in comfy_server.log[logged:]
+    assert "Qwen-Image is given an image to edit, which it was not trained for" in comfy_server.log[logged:]
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "L", "P"])

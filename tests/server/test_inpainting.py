@@ -285,4 +285,4 @@ def test_a_photo_that_was_not_scaled_keeps_its_size_and_the_log_says_so(
     logged = len(comfy_server.log)
     result = image_of(client, with_inputs(shipped(IMAGE_TO_IMAGE, "photo.png"), "12", pixels=["10", 0]))
     assert result.shape == (144, 200, 3)
-    assert "An image of 200x144 px is no multiple of 16" in comfy_server.log[logged:]
+    assert "An image of 200x144 px is not a multiple of 16" in comfy_server.log[logged:]

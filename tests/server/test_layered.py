@@ -170,7 +170,7 @@ def test_an_image_of_any_size_is_taken_apart(
     run = client.run(with_inputs(graph(), "74", image="any.png"))
     (first, *_) = run.outputs["60"]["images"]
     assert Image.open(io.BytesIO(client.image(first))).size == (144, 88)
-    assert "An image of 144x88 px is no multiple of 16" in comfy_server.log[logged:]
+    assert "An image of 144x88 px is not a multiple of 16" in comfy_server.log[logged:]
 
 
 @pytest.mark.parametrize("path", LAYERED, ids=lambda path: path.stem)

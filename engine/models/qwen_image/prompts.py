@@ -66,8 +66,8 @@ class PromptTokenizer:
         length = len(ids) - self.start(ids)
         if length > MAX_PROMPT_TOKENS:
             logger.warning(
-                "The prompt has %d tokens, the reference pipeline cuts at %d. It is used whole; the model has seen "
-                "few as long.",
+                "The prompt has %d tokens; the reference pipeline cuts it at %d. It is used in full, but the model has "
+                "seen few that long.",
                 length,
                 MAX_PROMPT_TOKENS,
             )
