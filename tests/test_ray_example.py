@@ -39,7 +39,7 @@ def test_a_worker_that_is_killed_loses_nothing_and_nothing_is_made_twice(
     prompts, folder = tmp_path / "prompts.txt", tmp_path / "images"
     prompts.write_text("".join(f"a cat with the number {number}\n" for number in range(COUNT)), encoding="utf-8")
     arguments = [prompts, small_pipeline, folder, "--workers", "2", "--cache", tmp_path / "cache", *SMALL]
-    command = [sys.executable, REPOSITORY / "examples" / "ray_prompts.py", *arguments]
+    command = [sys.executable, REPOSITORY / "docs" / "examples" / "ray_prompts.py", *arguments]
     options = {"env": ray_environment, "cwd": tmp_path, "text": True}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options) as driver:  # type: ignore[call-overload]
         told: list[str] = [driver.stdout.readline() for _ in range(KILLED_AFTER)]

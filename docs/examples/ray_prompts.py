@@ -1,7 +1,7 @@
 """An image of every line of a text file, by the workers of a Ray cluster: one card each, within the engine's limits.
 
     pip install ray
-    python examples/ray_prompts.py prompts.txt models/Qwen-Image images --workers 2 --vram 8
+    python docs/examples/ray_prompts.py prompts.txt models/Qwen-Image images --workers 2 --vram 8
 
 Every machine needs the model, this folder and FOLDER at the same path; a network drive will do. An image's file appears
 whole or not at all, and carries its line's number, which is its seed, too: where a worker dies, only the image that it
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import ray
 
-PACK = Path(__file__).resolve().parents[1]  # whose `engine` the workers import
+PACK = Path(__file__).resolve().parents[2]  # whose `engine` the workers import
 
 
 class Painter:
