@@ -57,7 +57,7 @@ def test_a_template_of_ones_own_keeps_what_is_behind_its_system_turn(prompts: Pr
     ids = prompts.encode(own)
     assert prompts.start(ids) == len(prompts.encode("<|im_start|>system\nBe brief.<|im_end|>\n"))
     assert prompts.start(prompts.encode("<|im_start|>user\na cat<|im_end|>\n<|im_start|>assistant\n")) == 0
-    with pytest.raises(InvalidRequest, match="1 image and has 0 places"):
+    with pytest.raises(InvalidRequest, match="1 image, but has 0 places"):
         prompts.encode(own, images=1)
 
 

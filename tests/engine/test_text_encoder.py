@@ -296,7 +296,7 @@ def test_a_long_prompt_is_warned_of_and_not_cut(
     with caplog.at_level(logging.WARNING):
         ids = tokenizer.encode("!" * repeats)
     assert len(ids) >= repeats + PROMPT_TEMPLATE_TOKENS
-    assert any("is used whole" in message for message in caplog.messages) == warns
+    assert any("is used in full" in message for message in caplog.messages) == warns
 
 
 def test_the_template_ends_every_prompt(tokenizer: PromptTokenizer, pipeline: Any) -> None:

@@ -250,7 +250,7 @@ def test_patches_of_another_size_are_refused(folder: Path, cpu: Hardware, tmp_pa
     weights["visual.patch_embed.proj.weight"] = torch.zeros(32, 3, 2, 16, 16)
     config = json.loads((folder / "text_encoder" / "config.json").read_text(encoding="utf-8"))
     save_file(weights, tmp_path / "m.safetensors", metadata={"config": json.dumps(config)})
-    with pytest.raises(WrongModel, match=r"patch_size, spatial_merge_size of \(3, 2, 16, 2\), Qwen2.5-VL has"):
+    with pytest.raises(WrongModel, match=r"patch_size, spatial_merge_size of \(3, 2, 16, 2\), but Qwen2.5-VL has"):
         VisionTower(open_checkpoint(tmp_path / "m.safetensors"), dtype=torch.float32, hardware=cpu)
 
 
@@ -392,13 +392,13 @@ def test_bf16_prompts_with_images_are_the_whole_models_but_for_rounding(
 def test_other_images_than_a_prompt_shows_are_refused(places: int, given: int, folder: Path, cpu: Hardware) -> None:
     encoder = TextEncoder(open_checkpoint(folder / "text_encoder"), dtype=torch.float32, hardware=cpu)
     seen = encoder.vision_tower().see(images(*SIZES[:given])) if given else []
-    with pytest.raises(InvalidRequest, match=rf"given {given} images? and has {places} places?"):
+    with pytest.raises(InvalidRequest, match=rf"comes with {given} images?, but has {places} places?"):
         encoder.encode([[7, *[IMAGE] * places, 8]], images=[seen])
 
 
 def test_a_prompt_without_room_for_its_images_is_refused(folder: Path) -> None:
     prompts = PromptTokenizer(folder / "tokenizer")
-    with pytest.raises(InvalidRequest, match="given 2 images and has 1 place for them"):
+    with pytest.raises(InvalidRequest, match="comes with 2 images, but has 1 place for them"):
         prompts.encode(with_places("a", 1, labelled=True), images=2)
 
 

@@ -47,7 +47,7 @@ def test_an_edit_model_that_is_shown_an_image_samples(
     positive, negative = (shown, plain) if place == "positive" else (plain, shown)
     with caplog.at_level(logging.WARNING):
         assert torch.isfinite(ksampler(make_model(variant), positive, negative, empty_latent())).all()
-    assert "shown an image" not in caplog.text
+    assert "is given an image to edit" not in caplog.text
 
 
 def test_an_edit_model_without_an_image_samples_where_a_condition_says_that_this_is_meant(

@@ -122,7 +122,7 @@ def test_the_plan_counts_every_layer_and_the_image(model: Any, caplog: pytest.Lo
     assert (request.frames, request.reference_tokens, request.branches) == (4, 60, 4)
     assert request.image_tokens == 5 * 60
     assert str(request) == "160x96, 4 frames, 4 branches"
-    assert "shown an image" not in caplog.text
+    assert "is given an image to edit" not in caplog.text
 
 
 def test_an_additional_condition_of_a_call_is_used(model: Any) -> None:
