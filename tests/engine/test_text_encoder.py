@@ -199,7 +199,7 @@ def _tiled(shape: torch.Size) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize(("make", "words"), [(_four_bits, "in nf4, whose"), (_tiled, "in nvfp4, whose .* to 128 rows")])
+@pytest.mark.parametrize(("make", "words"), [(_four_bits, "in nf4, whose"), (_tiled, "in nvfp4, whose .* by 128 rows")])
 def test_an_embedding_whose_rows_cannot_be_decoded_singly_is_refused_before_a_prompt_is_there(
     make: Callable[[torch.Size], dict[str, torch.Tensor]],
     words: str,
