@@ -5,7 +5,7 @@ import gc
 import io
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
@@ -23,9 +23,6 @@ collect_ignore_glob = [] if Version(version("diffusers")) >= Version("0.42") els
 TEXT_DIM = 32
 LAYERS = 5
 
-# of Qwen-Image-2.1: what compares with diffusers' classes is run with the newest packages
-collect_ignore_glob = [] if Version(version("diffusers")) >= Version("0.42") else ["*_21_against_diffusers.py"]
-
 # (prefetch, host_device): with host_device False the way of a GPU is taken, through ring and staging
 WAYS = {
     "straight": (True, True),
@@ -33,6 +30,15 @@ WAYS = {
     "staged": (True, False),
     "staged, no thread": (False, False),
 }
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tests that ask for bits: with more, libraries split the sums of one product otherwise than another's."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=WAYS.values(), ids=WAYS.keys())

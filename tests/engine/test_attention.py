@@ -19,6 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = Hardware.detect(torch.device("cpu"))
 TOKENS = 700
 KERNELS = {  # by what a chunk may take: several heads of five, one head, a part of its queries
@@ -32,15 +34,6 @@ MASKS: dict[str, dict[str, Any]] = {
     "masked keys": {"attn_mask": torch.rand(2, 1, 1, TOKENS, generator=torch.Generator().manual_seed(1)) > 0.5},
     "a mask for each query": {"attn_mask": torch.rand(TOKENS, TOKENS, generator=torch.Generator().manual_seed(2))},
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    """With more, libraries split the sums of one head otherwise than those of several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def operands(images: int, heads: int, keys: int, dtype: torch.dtype) -> list[torch.Tensor]:

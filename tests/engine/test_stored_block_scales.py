@@ -24,6 +24,8 @@ from qwenimage_lowvram.engine.hardware import Hardware
 from safetensors.torch import save_file
 from torch import Tensor
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 KINDS = ("nvfp4", "nvfp4 with a scale of x", "mxfp8")
 SHAPES = [(5, 256, 96), (70, 512, 288), (33, 256, 128)]  # tokens, columns, rows

@@ -28,6 +28,8 @@ from safetensors.torch import load_file, save_file
 from split_files import write_split_files
 from torch import Tensor
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 NO_SCALE = " without a scale of x"
 KINDS = ("int8", "int8_row", "int8_convrot", "fp8mixed", "fp8 without a scale of x", "convrot_w4a4")

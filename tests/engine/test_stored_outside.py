@@ -22,6 +22,8 @@ from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTran
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Tiny = Callable[..., tuple[nn.Module, Path]]
 LAYERS = {"img_in": "int8", "proj_out": "int8_convrot", "norm_out.linear": "fp8mixed", "txt_in": "int8_row"}
 RANK = 2

@@ -19,6 +19,8 @@ from qwenimage_lowvram.engine.hardware import Hardware
 from safetensors.torch import save_file
 from torch import Tensor
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAME = "asym_w4a8_int8"
 REAL_SHAPE = 5, 3072, 12288
 SHAPES = [(5, 256, 16), (70, 512, 288), (1, 256, 64)]  # tokens, columns, rows; of 16 as the codebook
