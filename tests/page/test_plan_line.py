@@ -15,7 +15,7 @@ VUE_NODES = "Comfy.VueNodes.Enabled"
 LINE = """async (wanted) => {
   const of = (name) => window.app.graph.nodes.find((node) => node.type === 'QwenLowVRAMLoader').widgets.find(
     (widget) => widget.name === name);
-  const panel = of('qwen_lowvram_plan_line').element;
+  const panel = of('qwen_lowvram_plan_line').element.querySelector('.qwen-lowvram-plan-line');
   for (let waited = 0; waited < 60000 && panel.dataset.fits !== wanted; waited += 100)
     await new Promise((done) => setTimeout(done, 100));
   const sample = window.app.graph.nodes.find((node) => node.type === 'QwenLowVRAMSample');
