@@ -28,7 +28,8 @@ SHOWN = "() => document.querySelector('.qwen-lowvram-sizes').innerText"
 
 @pytest.fixture(scope="module", params=[False, True], ids=["classic-nodes", "vue-nodes"])
 def page(request: pytest.FixtureRequest, open_page: Any, client: ComfyClient) -> Iterator[Any]:
-    yield open_page({VUE_NODES: request.param})
+    with open_page({VUE_NODES: request.param}) as opened:
+        yield opened
     client.post("/settings", {VUE_NODES: False})  # the server keeps settings for the next page
 
 

@@ -114,7 +114,8 @@ def test_the_server_lists_the_workflows_with_their_thumbnails(client: ComfyClien
 
 @pytest.fixture(scope="module")
 def chinese_page(open_page: Any, client: ComfyClient) -> Iterator[Any]:
-    yield open_page({"Comfy.Locale": "zh"})
+    with open_page({"Comfy.Locale": "zh"}) as opened:
+        yield opened
     client.post("/settings", {"Comfy.Locale": "en"})  # the server keeps settings for the next page
 
 

@@ -57,7 +57,8 @@ def vue(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture(scope="module")
 def page(vue: bool, open_page: Any, client: ComfyClient) -> Iterator[Any]:
-    yield open_page({VUE_NODES: vue})
+    with open_page({VUE_NODES: vue}) as opened:
+        yield opened
     client.post("/settings", {VUE_NODES: False})  # the server keeps settings for the next page
 
 

@@ -39,7 +39,8 @@ CLOSE = """async () => {
 
 @pytest.fixture(scope="module", params=["en", "zh"])
 def page(request: pytest.FixtureRequest, open_page: Any, client: ComfyClient) -> Iterator[Any]:
-    yield open_page({"Comfy.Locale": request.param}), request.param
+    with open_page({"Comfy.Locale": request.param}) as opened:
+        yield opened, request.param
     client.post("/settings", {"Comfy.Locale": "en"})  # the server keeps settings for the next page
 
 

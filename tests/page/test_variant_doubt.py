@@ -23,7 +23,8 @@ TEXT = "() => document.body.innerText"
 
 @pytest.fixture(scope="module", params=[False, True], ids=["classic-nodes", "vue-nodes"])
 def page(request: pytest.FixtureRequest, open_page: Any, client: ComfyClient) -> Iterator[Any]:
-    yield open_page({VUE_NODES: request.param})
+    with open_page({VUE_NODES: request.param}) as opened:
+        yield opened
     client.post("/settings", {VUE_NODES: False})  # the server keeps settings for the next page
 
 

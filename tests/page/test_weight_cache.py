@@ -34,7 +34,8 @@ SHOWN = "() => document.querySelector('.qwen-lowvram-weights').innerText"
 
 @pytest.fixture(scope="module", params=[False, True], ids=["classic-nodes", "vue-nodes"])
 def page(request: pytest.FixtureRequest, open_page: Any, client: ComfyClient) -> Iterator[Any]:
-    yield open_page({VUE_NODES: request.param})
+    with open_page({VUE_NODES: request.param}) as opened:
+        yield opened
     client.post("/settings", {VUE_NODES: False})  # the server keeps settings for the next page
 
 
@@ -96,12 +97,10 @@ def test_a_graph_with_an_old_value_that_clears_still_opens_and_clears_nothing(pa
 
 
 def test_the_buttons_speak_chinese(open_page: Any, client: ComfyClient) -> None:
-    page = open_page({"Comfy.Locale": "zh"})
-    try:
+    with open_page({"Comfy.Locale": "zh"}) as page:
+        client.post("/settings", {"Comfy.Locale": "en"})
         page.evaluate(ADD)
         page.evaluate("() => new Promise((done) => setTimeout(done, 500))")
         assert page.evaluate(BUTTONS) == ["清理未使用的权重", "清理全部权重", "清理提示词"]
         page.screenshot("weight-cache-zh")
         assert page.unexpected_messages() == []
-    finally:
-        client.post("/settings", {"Comfy.Locale": "en"})

@@ -51,6 +51,12 @@ class Page:
             encoding="utf-8",
         )
 
+    def __enter__(self) -> "Page":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def open(self) -> None:
         """Go to the page and wait until it has loaded its first graph."""
         self._ask("open")
@@ -90,6 +96,7 @@ class Page:
         return [line for line in self.console() if not any(re.search(noise, line) for noise in EXPECTED_NOISE)]
 
     def close(self) -> None:
+        """An open page draws all the time, which slows down all others. May be called twice."""
         if self._process.stdin is not None:
             self._process.stdin.close()  # the driver then closes its browser
         try:
