@@ -245,7 +245,7 @@ def test_a_text_model_that_is_shown_an_image_is_warned_of(
     logged = len(comfy_server.log)
     run = client.run(graph("Qwen-Image", 0, megapixels=0.01))
     assert run.images()
-    assert any(b"Qwen-Image is shown an image to change" in message for message in run.previews)
+    assert any(b"Qwen-Image is given an image to edit" in message for message in run.previews)
     assert "Qwen-Image is given an image to edit, which it was not trained for" in comfy_server.log[logged:]
 
 
