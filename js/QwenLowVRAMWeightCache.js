@@ -1,8 +1,7 @@
 // The list on the Quantized Weights node, as the node's last run or clearing gave it, and buttons that clear. A button
 // is no value: nothing of it is in the graph, so that no graph clears by itself.
 import { app } from "../../scripts/app.js";
-import { api } from "../../scripts/api.js";
-import { addPanel, showText } from "./shared/panels.js";
+import { addPanel, post, showText } from "./shared/panels.js";
 
 const KIND = "QwenLowVRAMWeightCache";
 const WORDS = {
@@ -39,11 +38,7 @@ function words() {
 
 async function clear(node, what) {
   try {
-    const answer = await api.fetchApi("/qwen_lowvram/clear", {
-      method: "POST",
-      headers: { "Content-Type": "application/json" },
-      body: JSON.stringify({ clear: what }),
-    });
+    const answer = await post("/qwen_lowvram/clear", { clear: what });
     const given = await answer.json();
     setText(node, given.text ?? `${words().failed}: ${given.error}`);
   } catch (error) {

@@ -6,7 +6,7 @@ import { messageOf } from "../shared/error_words.js";
 import { BUTTON, make, makeView } from "../shared/full_view.js";
 import { downloadLine, modelWords } from "../shared/model_words.js";
 import { isChinese } from "../shared/run_words.js";
-import { words } from "../shared/panels.js";
+import { post, words } from "../shared/panels.js";
 
 export const MODEL_CHECK = "qwenLowVRAM.modelCheck";
 const MENU = "Qwen-Image (low VRAM)";
@@ -15,9 +15,8 @@ const COLORS = { here: "var(--success-text, #4caf50)", wrong: "var(--error-text,
 
 let open = null; // the window, while it is open: {view, list, progress, said}
 
-async function post(path, body) {
-  const headers = { "Content-Type": "application/json" };
-  const answer = await api.fetchApi(path, { method: "POST", headers, body: JSON.stringify(body) });
+async function asked(path, body) {
+  const answer = await post(path, body);
   const given = await answer.json();
   if (!answer.ok) throw new Error(given.error);
   return given;
@@ -70,7 +69,7 @@ function row(said, file) {
 
 async function begin({ folder, name }, source) {
   try {
-    await post("/qwen_lowvram/download", { folder, name, source }); // events tell the rest, also before its answer
+    await asked("/qwen_lowvram/download", { folder, name, source }); // events tell the rest, also before its answer
   } catch (error) {
     if (open) open.progress.textContent = error.message;
   }
@@ -87,7 +86,7 @@ function showDownload(download) {
   const bar = make("progress", "width:100%");
   if (download.total_bytes) Object.assign(bar, { max: download.total_bytes, value: download.done_bytes });
   bar.setAttribute("aria-label", line.textContent);
-  progress.append(bar, button(said.stop, () => post("/qwen_lowvram/download", { stop: true })));
+  progress.append(bar, button(said.stop, () => asked("/qwen_lowvram/download", { stop: true })));
 }
 
 async function look() {
@@ -96,7 +95,7 @@ async function look() {
   list.replaceChildren(make("li", "", said.asking));
   try {
     const { output } = await app.graphToPrompt();
-    const { files, download } = await post("/qwen_lowvram/models", { prompt: output });
+    const { files, download } = await asked("/qwen_lowvram/models", { prompt: output });
     if (open !== here) return;
     const whole = files.filter(({ state }) => state === "here").length;
     const summary = make("li", "margin:0 0 12px", files.length ? said.summary(whole, files.length) : said.none);

@@ -1,8 +1,7 @@
 // The page's command "Use the low-VRAM loader in this graph": one step that one undo takes back. Says what it did.
 import { app } from "../../../scripts/app.js";
-import { api } from "../../../scripts/api.js";
 import { isChinese } from "../shared/run_words.js";
-import { words } from "../shared/panels.js";
+import { post, words } from "../shared/panels.js";
 import { familyByName, namedFiles, swapLoaders } from "./loader_swap.js";
 
 const LOADER = "QwenLowVRAMLoader";
@@ -62,9 +61,7 @@ function loaderInputs() {
 
 /** Whose files they are: what their headers say, of those that are here; else what their names say. */
 async function familiesOf(files) {
-  const headers = { "Content-Type": "application/json" };
-  const body = JSON.stringify({ files });
-  const answer = await api.fetchApi("/qwen_lowvram/families", { method: "POST", headers, body });
+  const answer = await post("/qwen_lowvram/families", { files });
   const { families = [] } = await answer.json();
   const read = new Map(files.map((file, index) => [file.join("/"), families[index]]));
   return (folder, name) => read.get(`${folder}/${name}`) || familyByName(folder, name);

@@ -21,6 +21,10 @@ export function nodeAt(id) {
 /** What a run is told in, in the page's language. */
 export const words = () => wordsOf(app.extensionManager?.setting?.get("Comfy.Locale") ?? "en");
 
+/** The server's answer to that JSON. */
+export const post = (path, body) =>
+  api.fetchApi(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
+
 function widthOf(line, font) {
   const pen = document.createElement("canvas").getContext("2d");
   pen.font = font;

@@ -2,7 +2,7 @@
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
 import { messageOf } from "./error_words.js";
-import { words } from "./panels.js";
+import { post, words } from "./panels.js";
 import { expectationOf, isChinese } from "./run_words.js";
 
 const LOADER = "QwenLowVRAMLoader";
@@ -33,12 +33,11 @@ async function ask() {
     return; // a graph that cannot be run yet has no plan
   }
   if (!Object.values(prompt).some((node) => node.class_type === LOADER)) return;
-  const body = JSON.stringify({ prompt });
-  if (body === asked) return;
-  asked = body;
-  const headers = { "Content-Type": "application/json" };
-  const answer = await api.fetchApi("/qwen_lowvram/plan", { method: "POST", headers, body });
-  if (!answer.ok || body !== asked) return; // an older server, or a newer question
+  const question = JSON.stringify(prompt);
+  if (question === asked) return;
+  asked = question;
+  const answer = await post("/qwen_lowvram/plan", { prompt });
+  if (!answer.ok || question !== asked) return; // an older server, or a newer question
   for (const line of (await answer.json()).lines)
     for (const id of line.nodes) for (const listener of listeners) listener(id, { text: textOf(line), fits: line.fits });
 }
