@@ -41,7 +41,7 @@ def test_a_worker_that_is_killed_loses_nothing_and_nothing_is_made_twice(
     arguments = [prompts, small_pipeline, folder, "--workers", "2", "--cache", tmp_path / "cache", *SMALL]
     command = [sys.executable, REPOSITORY / "docs" / "examples" / "ray_prompts.py", *arguments]
     options = {"env": ray_environment, "cwd": tmp_path, "text": True}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options) as driver:  # type: ignore[call-overload]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options) as driver:
         told: list[str] = [driver.stdout.readline() for _ in range(KILLED_AFTER)]
         workers = [p for p in psutil.Process(driver.pid).children(recursive=True) if "ray::Painter" in p.name()]
         before = state(folder)
@@ -59,7 +59,7 @@ def test_a_worker_that_is_killed_loses_nothing_and_nothing_is_made_twice(
             assert image.size == (64, 64)
             image.load()
     # a second call finds all of them there
-    again = subprocess.run(command, capture_output=True, timeout=600, **options)  # type: ignore[call-overload]
+    again = subprocess.run(command, capture_output=True, timeout=600, **options)
     assert again.returncode == 0, again.stderr
     assert state(folder) == after
     assert not any(worker.is_running() for worker in workers)

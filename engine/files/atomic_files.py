@@ -181,9 +181,9 @@ def _is_dead(part: Path) -> bool:
     try:
         with part.open("r+b") as stream:
             locked = _lock(stream)
-            if locked is None or not _is_of_this_machine(part):
-                return locked is not False and time.time() - os.fstat(stream.fileno()).st_mtime > SECONDS_PER_DAY
-            return locked
+            if locked is False or (locked and _is_of_this_machine(part)):
+                return locked
+            return time.time() - os.fstat(stream.fileno()).st_mtime > SECONDS_PER_DAY
     except OSError:
         return False
 
@@ -196,9 +196,8 @@ def _this_machine() -> str:
 
 def _is_of_this_machine(part: Path) -> bool:
     """Also where nothing says which one's it is, as in older releases' names."""
-    tag = re.search(rf"\.({TAG})\.[^.]*{re.escape(UNFINISHED)}$", part.name)
-    machine, dash, _ = tag[1].partition("-") if tag else ("", "", "")
-    return not dash or machine == _this_machine()
+    tag = re.search(rf"\.([0-9a-f]{{8}})-[0-9a-f]{{8}}\.[^.]*{re.escape(UNFINISHED)}$", part.name)
+    return tag is None or tag[1] == _this_machine()
 
 
 def _remove(part: Path) -> None:

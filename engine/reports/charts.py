@@ -130,8 +130,8 @@ def _draw_card(pen: "_Pen", x: int, y: int, width: int, card: Card) -> None:
         pen.text(name_end + 12, y + 4, card.weight_format, size=16, fill=GREY)
     left, right, head, foot = x + 46, x + width, y + 34, y + 218
     scale = (foot - head) / card.capacity_bytes
-    limit = max(head, round(foot - card.limit_bytes * scale))
-    _draw_limit(pen, left, limit, card)
+    limit = round(foot - card.limit_bytes * scale)  # no card is given a limit above what it has
+    pen.text(left - 6, limit - 9, f"{card.limit_bytes / GIB:.2f}", size=14, fill=LIMIT, right=True)
     for quarter in range(5):
         level = foot - quarter * (foot - head) // 4
         pen.line(left, level, right, level, FAINT)
@@ -175,15 +175,6 @@ def _draw_card(pen: "_Pen", x: int, y: int, width: int, card: Card) -> None:
         size=15,
         fill=GREY,
     )
-
-
-def _draw_limit(pen: "_Pen", left: int, level: int, card: Card) -> None:
-    """The limit's number, at its line; above the plot where the axis ends below it."""
-    number = f"{card.limit_bytes / GIB:.2f}"
-    if card.limit_bytes > card.capacity_bytes:
-        pen.text(left + 4, level - 18, f"limit {number} GiB, above this axis", size=14, fill=LIMIT)
-    else:
-        pen.text(left - 6, level - 9, number, size=14, fill=LIMIT, right=True)
 
 
 def _draw_plot(
