@@ -4,6 +4,7 @@ What has come lies beside its place as `<name>.<etag>.part` until it is whole an
 Knows no page and no thread; the functions block, and end at the next piece where `on_bytes` raises.
 """
 
+import glob
 import hashlib
 import io
 import os
@@ -17,6 +18,7 @@ from typing import Any
 
 from ..errors import DownloadError, NoNetwork, QwenLowVRAMError
 from ..texts import printable
+from .atomic_files import UNFINISHED
 from .known_files import MIRROR, KnownFile, KnownFolder
 
 FREE_BYTES = 256 * 1024**2  # left on the disk
@@ -100,15 +102,11 @@ def fetch(piece: Piece, on_bytes: OnBytes) -> None:
 
 def _part_of(target: Path, etag: str) -> Path:
     """Of this version of the file; parts of others go."""
-    part = target.with_name(f"{target.name}.{''.join(c for c in etag if c.isalnum())[:16]}.part")
-    for other in target.parent.glob(f"{_literal(target.name)}.*.part"):
+    part = target.with_name(f"{target.name}.{''.join(c for c in etag if c.isalnum())[:16]}{UNFINISHED}")
+    for other in target.parent.glob(f"{glob.escape(target.name)}.*{UNFINISHED}"):
         if other != part:
             other.unlink(missing_ok=True)
     return part
-
-
-def _literal(name: str) -> str:
-    return "".join(f"[{char}]" if char in "*?[" else char for char in name)
 
 
 def _require_room(part: Path, size: int) -> None:
@@ -119,7 +117,7 @@ def _require_room(part: Path, size: int) -> None:
             "{name} needs {need_bytes} more on the disk, and {free_bytes} are free.\n\nWhat to do: make room there; "
             "what has come stays, and the download goes on from it.",
             code="download.disk",
-            name=part.name.removesuffix(".part").rpartition(".")[0],
+            name=part.name.removesuffix(UNFINISHED).rpartition(".")[0],
             need_bytes=size - have,
             free_bytes=free,
         )

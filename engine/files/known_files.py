@@ -39,7 +39,7 @@ class KnownFile:
     @property
     def size(self) -> str:
         """As a person reads it; empty where it is not known."""
-        return f"{'about ' if self.rounded else ''}{self.gb:g} GB" if self.gb else ""
+        return _size(self.gb, self.rounded)
 
     def url_at(self, endpoint: str) -> str:
         return f"{endpoint}/{self.repository}/resolve/{self.revision}/{self.path}"
@@ -52,6 +52,7 @@ class KnownFolder:
     name: str
     repository: str
     gb: float = 0
+    rounded: bool = False  # gb is known to about a GB
     revision: str = "main"
     folder: str = "diffusers"
     is_non_commercial: bool = False
@@ -66,7 +67,11 @@ class KnownFolder:
 
     @property
     def size(self) -> str:
-        return f"{self.gb:g} GB" if self.gb else ""
+        return _size(self.gb, self.rounded)
+
+
+def _size(gb: float, rounded: bool) -> str:
+    return f"{'about ' if rounded else ''}{gb:g} GB" if gb else ""
 
 
 _QWEN, _QWEN_21 = "Comfy-Org/Qwen-Image_ComfyUI", "Comfy-Org/Qwen-Image-2.1"
@@ -151,10 +156,10 @@ KNOWN_FILES = (
 )  # fmt: skip
 KNOWN_FOLDERS = (
     KnownFolder("Qwen-Image", "Qwen/Qwen-Image", 57.7),
-    KnownFolder("Qwen-Image-2512", "Qwen/Qwen-Image-2512", 57.7),
-    KnownFolder("Qwen-Image-Edit-2509", "Qwen/Qwen-Image-Edit-2509", 57.7),
-    KnownFolder("Qwen-Image-Edit-2511", "Qwen/Qwen-Image-Edit-2511", 57.7),
-    KnownFolder("Qwen-Image-Layered", "Qwen/Qwen-Image-Layered", 57.7),
+    KnownFolder("Qwen-Image-2512", "Qwen/Qwen-Image-2512", 58, rounded=True),
+    KnownFolder("Qwen-Image-Edit-2509", "Qwen/Qwen-Image-Edit-2509", 58, rounded=True),
+    KnownFolder("Qwen-Image-Edit-2511", "Qwen/Qwen-Image-Edit-2511", 58, rounded=True),
+    KnownFolder("Qwen-Image-Layered", "Qwen/Qwen-Image-Layered", 58, rounded=True),
 )
 
 

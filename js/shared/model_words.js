@@ -19,7 +19,7 @@ const EN = {
   preparing: (name) => `${name}: asking for it`,
   ofFiles: (file, files) => `, file ${file} of ${files}`,
   ended: {
-    done: (name) => `${name} is here, and its checksum is right.`,
+    done: (name) => `${name} is here, complete.`,
     stopped: (name) => `${name}: stopped. What has come stays, and the next download goes on from it.`,
     failed: (name, text) => `${name}: ${text}`,
   },
@@ -47,7 +47,7 @@ const ZH = {
   preparing: (name) => `${name}：正在请求`,
   ofFiles: (file, files) => `，第 ${file} / ${files} 个文件`,
   ended: {
-    done: (name) => `${name} 已下载，校验和正确。`,
+    done: (name) => `${name} 已完整下载。`,
     stopped: (name) => `${name}：已停止。已下载的部分会保留，下次从中断处继续。`,
     failed: (name, text) => `${name}：${text}`,
   },
