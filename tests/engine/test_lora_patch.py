@@ -24,15 +24,16 @@ RANK = 4
 
 @pytest.fixture
 def lora_file(tiny: Tiny, tmp_path: Path) -> Path:
-    """Of every matrix in the blocks, the modulation's too, with alpha."""
+    """Of every matrix in the blocks, the modulation's too, with alpha. fp32 holds its products without rounding."""
     model, _ = tiny(torch.float32)
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for name, weight in model.named_parameters():
         if name.startswith("transformer_blocks.") and weight.ndim == 2:
             layer = name.removesuffix(".weight")
-            tensors[f"{layer}.lora_up.weight"] = torch.randn(weight.shape[0], RANK, generator=generator) * 0.3
-            tensors[f"{layer}.lora_down.weight"] = torch.randn(RANK, weight.shape[1], generator=generator) * 0.2
+            for part, shape in (("up", (weight.shape[0], RANK)), ("down", (RANK, weight.shape[1]))):
+                few_bits = torch.randint(-8, 9, shape, generator=generator) / 32
+                tensors[f"{layer}.lora_{part}.weight"] = few_bits
             tensors[f"{layer}.alpha"] = torch.tensor(2.0)
     save_file(tensors, tmp_path / "lora.safetensors")
     return tmp_path / "lora.safetensors"

@@ -207,7 +207,7 @@ def test_what_is_no_rgb_image_is_named_by_our_clip(image: torch.Tensor, words: s
 
 
 def test_more_images_than_the_template_shows_are_refused(ours: Any) -> None:
-    with pytest.raises(InvalidRequest, match="given 2 images and has 1 place"):
+    with pytest.raises(InvalidRequest, match="2 images, but has 1 place"):
         ours.tokenize("make it red", images=[made_image(64, 48)] * 2)
 
 

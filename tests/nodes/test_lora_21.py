@@ -168,7 +168,7 @@ def test_kinds_that_comfyui_computes_reach_halves_too(
     images = []
     for path in paths.values():
         ours, report = by_our_node(model_of(path), tmp_path / "m.safetensors", 0.7)
-        assert " 0 not" in report
+        assert f"{len(tensors)} of {len(tensors)} keys" in report
         images.append(run(ours))
     assert torch.equal(*images)
 

@@ -189,7 +189,7 @@ def test_the_progress_bar_counts_the_blocks(pipeline: Path) -> None:
     finally:
         comfy.utils.set_progress_bar_global_hook(None)
     assert seen[0] == (0, 4)
-    assert seen[-1] == (4, 4)
+    assert seen[-2:] == [(4, 4), (1, 1)]  # the last is of the loader itself: the file is open
 
 
 def test_a_model_whose_cache_was_cleared_is_loaded_again(pipeline: Path) -> None:

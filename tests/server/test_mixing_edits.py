@@ -67,7 +67,7 @@ def test_each_method_makes_something_else(mixing: Mixing) -> None:
 
 def test_a_method_that_a_model_has_not_learned_is_refused_with_the_way_out(mixing: Mixing) -> None:
     prompt = with_references(edit_graph(mixing, EDIT_2509), 1, "index_timestep_zero")
-    with pytest.raises(ExecutionFailed, match=r"'index_timestep_zero' of Qwen-Image-Edit-2511(.|\n)*set variant"):
+    with pytest.raises(ExecutionFailed, match=r"2511's reference method 'index_timestep_zero'(.|\n)*as variant"):
         mixing.client.run(with_our_loader(prompt, replaced=SHARED, variant=EDIT_2509))
 
 
