@@ -117,5 +117,7 @@ def test_the_limit_that_is_short_is_named(limit: Limit, said: str) -> None:
 def test_what_the_host_has_no_room_for_is_refused_with_a_way_out(free: Callable[..., None]) -> None:
     free()
     check_room(FREE, "A table", "Use fewer steps.")
-    with pytest.raises(DoesNotFit, match=r"A table needs 0\.98 GiB of RAM, but 0\.98 GiB are free\.\nUse fewer steps\."):
+    with pytest.raises(
+        DoesNotFit, match=r"A table needs 0\.98 GiB of RAM, but 0\.98 GiB are free\.\nUse fewer steps\."
+    ):
         check_room(FREE + 1, "A table", "Use fewer steps.")

@@ -152,8 +152,9 @@ def test_a_report_and_progress_tell_the_cards_seconds(tiny_models: TinyModels) -
     steps = [{event["seconds_per_step"] for event in live if event["step"] == step} for step in (1, 2, 3)]
     assert steps[0] == {None}
     # the host is two blocks of the second step ahead when it takes the first one for done
-    assert len(steps[1]) == 1 and 10 * (LAYERS - 2) / LAYERS - 0.1 < min(steps[1]) < 10.1
-    assert len(steps[2]) == 1 and min(steps[2]) == pytest.approx(10, rel=0.001)
+    assert len(steps[1]) == len(steps[2]) == 1
+    assert 10 * (LAYERS - 2) / LAYERS - 0.1 < min(steps[1]) < 10.1
+    assert min(steps[2]) == pytest.approx(10, rel=0.001)
 
 
 @pytest.mark.parametrize("system", ["nt", "posix"])
