@@ -68,11 +68,12 @@ def test_results_are_the_cpus_and_no_access_is_a_race(number: int, check: Callab
     assert not check(scenario, schedule, seed=number, **options), (scenario.__name__, options, schedule)
 
 
-def test_layers_on_nvfp4_are_the_cpus_and_no_access_is_a_race(
-    check: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", ["nvfp4", "mxfp8"])
+def test_layers_on_scaled_blocks_are_the_cpus_and_no_access_is_a_race(
+    kind: str, check: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stand_in(monkeypatch)
-    options = {"kind": "nvfp4", "computing": Computing.FAST, "resident": (1,), "held": (0,)}
+    options = {"kind": kind, "computing": Computing.FAST, "resident": (1,), "held": (0,)}
     assert not check(scenarios.steps, "late", **options, lora=(("lora", 0.7),))
 
 
