@@ -14,6 +14,8 @@ from full_size_run import require_planned_peaks
 from nunchaku_files import SHIFT, SvdqLayer, awq, pack_scales, svdq, write_nunchaku_transformer
 from qwenimage_lowvram.engine.caches.requantized_weights import RequantizedWeights
 from qwenimage_lowvram.engine.errors import DamagedFile, InvalidRequest, WrongModel
+from qwenimage_lowvram.engine.compute import svdquant_products
+from qwenimage_lowvram.engine.compute.linear_choice import Computing, LinearChoice
 from qwenimage_lowvram.engine.files.checkpoint import Checkpoint, TensorEntry, open_checkpoint
 from qwenimage_lowvram.engine.formats import CODECS, stored_param
 from qwenimage_lowvram.engine.formats.nunchaku import SVDQ
@@ -291,6 +293,21 @@ def test_the_plan_of_a_full_size_file_is_what_its_run_takes(rank: int, limit_gib
     footprint = require_planned_peaks(checkpoint, limit_gib)
     # 24 * 3072^2 weights of four bits, their scales, and low-rank parts, the shifted layers' twice
     assert 0.53 < footprint.stored_bytes / (24 * DIM * DIM) < (0.58 if rank == 32 else 0.7)
+
+
+@pytest.mark.slow
+def test_the_plan_of_a_full_size_file_that_is_computed_on_as_stored_is_what_its_run_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from comfy_kitchen.backends.eager import svdquant
+
+    # the functions themselves: torch does not look into comfy-kitchen's operators when tensors are fake
+    kitchens = svdquant.quantize_svdquant_w4a4, svdquant.scaled_mm_svdquant_w4a4
+    monkeypatch.setattr(svdquant_products, "load_svdquant", lambda: kitchens)
+    checkpoint = in_nunchakus_form(full_size.transformer_checkpoint(layers=3), 32)
+    linear = LinearChoice(Computing.FAST, {"svdquant": "eager"})
+    footprint = require_planned_peaks(checkpoint, 1.5, linear)
+    assert footprint.slot_bytes < 0.15e9  # 0.45e9 decoded
 
 
 # what is refused
