@@ -13,9 +13,9 @@ import torch
 from full_size_run import require_planned_peaks
 from nunchaku_files import SHIFT, SvdqLayer, awq, pack_scales, svdq, write_nunchaku_transformer
 from qwenimage_lowvram.engine.caches.requantized_weights import RequantizedWeights
-from qwenimage_lowvram.engine.errors import DamagedFile, InvalidRequest, WrongModel
 from qwenimage_lowvram.engine.compute import svdquant_products
 from qwenimage_lowvram.engine.compute.linear_choice import Computing, LinearChoice
+from qwenimage_lowvram.engine.errors import DamagedFile, InvalidRequest, WrongModel
 from qwenimage_lowvram.engine.files.checkpoint import Checkpoint, TensorEntry, open_checkpoint
 from qwenimage_lowvram.engine.formats import CODECS, stored_param
 from qwenimage_lowvram.engine.formats.nunchaku import SVDQ
