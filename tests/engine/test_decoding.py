@@ -132,9 +132,15 @@ def test_the_scratch_of_a_block_of_the_real_size_is_needed_and_within_64_mib(for
         taken = [Scratch(torch.empty(said, dtype=torch.uint8, device="cuda")) for _ in block.params]
         places = {item.name: item.view(slot) for item in block.slot.items}
         items = iter(block.raw.items)
-        for param, scratch in zip(block.params, taken, strict=True):
+        seen: dict[Any, Scratch] = {}  # what a codec takes for one shape it takes for all
+        for i, param in enumerate(block.params):
             parts = [next(items).view(raw) for _ in param.parts]
             parts += [places[param.read_beside]] if param.read_beside else []
+            key = param.codec, param.shape, *(tuple(part.shape) for part in parts)
+            if key in seen:
+                taken[i] = seen[key]
+                continue
+            scratch = seen[key] = taken[i]
             param.decoder.decode_into(places[param.name], parts, scratch)
             assert scratch.most <= param.scratch_bytes(on_host=False)
     # some of it is for fp32, or for quantized scales
