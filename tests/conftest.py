@@ -38,6 +38,8 @@ NEEDS = {
     "page": ("page_tools", TESTS / "page"),
 }
 
+SERVERS = ("mixing", "page_tools", "start_server")  # fixtures whose tests one worker has
+
 
 class _RepositoryIsNoPackage:
     """Keeps pytest from importing the repository's __init__.py, ComfyUI's way into the pack, under a second name."""
@@ -71,11 +73,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what needs ComfyUI, a server of it, or the page: by the fixtures that a test asks for, and by its folder.
 
-    Of several workers one has all tests of a server, which is then started once; other tests stay with their file's.
+    Of several workers one has all tests of a server, which is then started once, and one those of the page, with a
+    server of its own; other tests stay with their file's.
     """
     for item in items:
         fixtures = getattr(item, "fixturenames", ())
-        server = next((name for name in ("mixing", "start_server") if name in fixtures), None)
+        server = next((name for name in SERVERS if name in fixtures), None)
         item.add_marker(pytest.mark.xdist_group(server or item.path.relative_to(TESTS).as_posix()))
         for marker, (fixture, folder) in NEEDS.items():
             if fixture in fixtures or folder in item.path.parents:

@@ -131,7 +131,7 @@ def made_image(mixing: Mixing, run: Run) -> np.ndarray:
 CASES = [
     pytest.param(*graph, turbo, id=f"{graph[0].stem}{', LoRA' if turbo else ''}")
     for graph in GRAPHS
-    for turbo in ((False, True) if not graph[2] or graph[0] == BLUEPRINTS / "Image Edit (Qwen 2509).json" else (False,))
+    for turbo in ((False, True) if not graph[2] else (graph[0] == BLUEPRINTS / "Image Edit (Qwen 2509).json",))
 ]
 
 
