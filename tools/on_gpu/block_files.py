@@ -10,7 +10,7 @@ from qwenimage_lowvram.engine.files.checkpoint import Checkpoint, open_checkpoin
 from random_blocks import write_transformer
 from torch import Tensor
 
-from .cases import Sizes
+from .cases import NUNCHAKU, Sizes
 
 FILE_BLOCKS = 2
 # our names -> those of weights that our own loader quantizes
@@ -34,7 +34,7 @@ class BlockFiles:
         return open_checkpoint(self.path(stored))
 
     def path(self, stored: str) -> Path:
-        """Of bf16, fp8, a GGUF type, or what comfy-kitchen quantizes."""
+        """Of bf16, fp8, a GGUF type, nunchaku's int4, or what comfy-kitchen quantizes."""
         if stored == "bf16":
             return self._bf16()
         file = self._folder / f"{stored}{'.gguf' if stored.startswith('GGUF') else '.safetensors'}"
@@ -65,6 +65,10 @@ class BlockFiles:
             from gguf_files import write_gguf_transformer
 
             write_gguf_transformer(unfinished, weights, config, stored.split()[1])
+        elif stored == NUNCHAKU:
+            from nunchaku_files import write_nunchaku_transformer
+
+            write_nunchaku_transformer(unfinished, weights, config)
         else:
             self._write_safetensors(stored, weights, unfinished, json.dumps(config))
         unfinished.rename(file)
