@@ -24,17 +24,16 @@ from .graphs import Prompt, with_our_loader
 BLUEPRINTS = require_comfyui() / "blueprints"
 TEMPLATES = Path(next(iter(comfyui_workflow_templates_json.__path__))) / "templates"
 EDIT, EDIT_2509, EDIT_2511 = "Qwen-Image-Edit", "Qwen-Image-Edit-2509", "Qwen-Image-Edit-2511"
-# how many images each shows
+# how many images each shows. Edits are made at 1024x1024, a minute each on a CPU: of those, one of each model. That the
+# others make the same prompts is seen in the page's own tests.
 GRAPHS: list[tuple[Path, str, int]] = [
     (BLUEPRINTS / "Text to Image (Qwen-Image).json", "auto", 0),
     (BLUEPRINTS / "Text to Image (Qwen-Image 2512).json", "auto", 0),
     (BLUEPRINTS / "Image Edit (Qwen 2509).json", EDIT_2509, 1),
-    (BLUEPRINTS / "Image Edit (Qwen 2511).json", EDIT_2511, 1),
     (TEMPLATES / "image_qwen_image.json", "auto", 0),
     (TEMPLATES / "image_qwen_Image_2512.json", "auto", 0),
     (TEMPLATES / "image_qwen_image_2512_with_2steps_lora.json", "auto", 0),
     (TEMPLATES / "image_qwen_image_edit.json", EDIT, 1),
-    (TEMPLATES / "image_qwen_image_edit_2509.json", EDIT_2509, 1),
     (TEMPLATES / "image_qwen_image_edit_2511.json", EDIT_2511, 2),
 ]
 # graphs that control, pad and scale, made small; their images have even numbers of patches, see above
@@ -141,6 +140,8 @@ def test_a_graph_of_comfyui_makes_the_same_with_our_loader(
 ) -> None:
     prompt = opened(path, mixing, server_nodes, lora, variant, turbo)
     assert sum(value["class_type"] == "LoadImage" for value in prompt.values()) == images
+    if images:
+        del prompt["image"]  # a CPU takes half a minute to decode 1024x1024; `test_editing.py` decodes smaller ones
     chosen = "auto" if variant == EDIT_2511 else variant  # that model's file has a mark
     assert_same(mixing, prompt, chosen)
 
@@ -158,11 +159,12 @@ def test_a_controlled_graph_of_comfyui_makes_the_same_with_our_loader(
 
 
 def assert_same(mixing: Mixing, prompt: Prompt, variant: str = "auto") -> None:
-    """Latents and image."""
+    """Latents, and the image where the graph saves one."""
     theirs = mixing.client.run(prompt)
     ours = mixing.client.run(with_our_loader(prompt, replaced=SHARED, variant=variant))
     made, wanted = mixing.latents(ours), mixing.latents(theirs)
     assert made.shape == wanted.shape
     assert wanted.std() > 0.3
     assert (made - wanted).abs().max() < 1e-4 * max(1.0, float(wanted.std()))
-    assert np.abs(made_image(mixing, ours) - made_image(mixing, theirs)).max() <= 1
+    if "image" in prompt:
+        assert np.abs(made_image(mixing, ours) - made_image(mixing, theirs)).max() <= 1
