@@ -7,6 +7,7 @@ What kernels allocate inside themselves, and the driver's own context, are not c
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import full_size
@@ -92,11 +93,10 @@ def sampling_peak(
     return live.peak
 
 
-@pytest.mark.parametrize(("width", "height"), SIZES)
-def test_a_guided_step_of_the_whole_model_takes_less_than_1900_mb(width: int, height: int, live: LiveBytes) -> None:
+def test_a_guided_step_of_the_whole_model_takes_less_than_1900_mb(live: LiveBytes) -> None:
     transformer = make_transformer(torch.bfloat16)
     assert transformer.footprint.blocks == 60
-    plan = plan_memory(transformer.footprint, SamplingRequest(width, height, 2, PROMPT_TOKENS), Limits(int(1.9e9)))
+    plan = plan_memory(transformer.footprint, SamplingRequest(1328, 1328, 2, PROMPT_TOKENS), Limits(int(1.9e9)))
     assert plan.slots == 2
     peak = sampling_peak(live, transformer, plan)
     assert 0.9 * plan.sampling_peak_bytes < peak < 1.1 * plan.sampling_peak_bytes
@@ -127,6 +127,15 @@ def test_products_in_fp16_take_what_is_planned(case: str, spare_bytes: int, live
 CONTEXT_BYTES = int(0.6e9)
 CARDS = [4, 8, 16]
 REQUESTS = [(1328, 1328, 1), (1664, 928, 1), (2048, 2048, 1), (1024, 1024, 4)]
+WEIGHT_FORMATS = ["bf16", "int8", "nf4"]
+
+
+def in_turns(*choices: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """All combinations, and beside each one of the formats, so that each of the last choices meets all of them."""
+    return [
+        (*combination, WEIGHT_FORMATS[(number + number // len(choices[-1])) % len(WEIGHT_FORMATS)])
+        for number, combination in enumerate(product(*choices))
+    ]
 
 
 class _Seen(Exception):
@@ -151,14 +160,10 @@ def assert_fits(
     return plan
 
 
-@pytest.mark.parametrize("weight_format", ["bf16", "int8", "nf4"])
-@pytest.mark.parametrize(("width", "height", "batch"), REQUESTS)
-@pytest.mark.parametrize("card_gb", CARDS)
+@pytest.mark.parametrize(("card_gb", "size", "weight_format"), in_turns(CARDS, REQUESTS), ids=str)
 def test_guided_images_fit_the_cards(
     card_gb: int,
-    width: int,
-    height: int,
-    batch: int,
+    size: tuple[int, int, int],
     weight_format: str,
     checkpoints: dict[str, Checkpoint],
     live: LiveBytes,
@@ -169,13 +174,17 @@ def test_guided_images_fit_the_cards(
         hardware=full_size.fake_gpu(),
         source=full_size.EmptySource,
     )
+    width, height, batch = size
     request = SamplingRequest(width, height, 2 * batch, PROMPT_TOKENS)
     plan = assert_fits(live, transformer, request, card_gb)
     assert plan.limit_bytes - plan.peak_bytes < transformer.footprint.resident_block_bytes or plan.streamed <= 1
 
 
-@pytest.mark.parametrize("stored", [torch.bfloat16, FP8], ids=str)
-@pytest.mark.parametrize(("side", "layers", "card_gb"), [(640, 4, 4), (640, 4, 8), (1024, 4, 8), (640, 8, 4)])
+@pytest.mark.parametrize(
+    ("side", "layers", "card_gb", "stored"),
+    [(640, 4, 4, FP8), (640, 4, 8, torch.bfloat16), (1024, 4, 8, FP8), (640, 8, 4, torch.bfloat16)],
+    ids=str,
+)
 def test_layers_fit_the_cards(side: int, layers: int, card_gb: int, stored: torch.dtype, live: LiveBytes) -> None:
     """Of Qwen-Image-Layered: each layer, the image, and the image that is taken apart count."""
     transformer = QwenImageTransformer(
@@ -202,18 +211,15 @@ EDITS = [
 ]
 
 
-@pytest.mark.parametrize("weight_format", ["bf16", "int8", "nf4"])
-@pytest.mark.parametrize(("variant", "images", "prompt_tokens"), EDITS, ids=str)
-@pytest.mark.parametrize("card_gb", [4, 8])
+@pytest.mark.parametrize(("card_gb", "edit", "weight_format"), in_turns([4, 8], EDITS), ids=str)
 def test_guided_edits_fit_the_cards(
     card_gb: int,
-    variant: Variant,
-    images: int,
-    prompt_tokens: int,
+    edit: tuple[Variant, int, int],
     weight_format: str,
     checkpoints: dict[str, Checkpoint],
     live: LiveBytes,
 ) -> None:
+    variant, images, prompt_tokens = edit
     transformer = QwenImageTransformer(
         checkpoints[weight_format],
         dtype=torch.bfloat16,
