@@ -96,10 +96,9 @@ def svdq(
     by_row = (torch.rand(rows, generator=generator) + 0.5).to(dtype)
     groups = (rest / (by_row.float()[:, None] * whole)).view(rows, columns // 16, 16)
     scales = (groups.abs().amax(dim=2) / 6).clamp(0.02, 448).to(torch.float8_e4m3fn)
-    nearest = (groups / scales.float()[:, :, None]).view(rows, columns)
-    codes = torch.empty_like(nearest)
-    for row in range(rows):
-        codes[row] = FP4[(nearest[row, :, None] - FP4).abs().argmin(dim=1)]
+    numbers = (groups / scales.float()[:, :, None]).view(rows, columns)
+    levels = FP4.unique()
+    codes = levels[torch.bucketize(numbers, (levels[1:] + levels[:-1]) / 2)]
     return SvdqLayer(codes, scales, smooth, down, up, by_row, whole)
 
 
