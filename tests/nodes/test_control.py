@@ -516,7 +516,7 @@ def test_memory_that_runs_out_once_changes_no_controlled_image(model: Any, apply
     with FullMemory(0, 0) as memory:
         sample()
     retried = 0
-    for point in range(1, memory.operations, memory.operations // 60):
+    for point in range(1, memory.operations, memory.operations // 24):
         try:
             with FullMemory(point, 1):
                 made = sample()
@@ -524,7 +524,7 @@ def test_memory_that_runs_out_once_changes_no_controlled_image(model: Any, apply
             continue  # in ComfyUI's own operations around the run, or in the VAE
         assert torch.equal(made, expected)
         retried += model.model.last_report.out_of_memory
-    assert retried > 30
+    assert retried > 12
 
 
 def test_a_controlnet_on_the_card_stays_there_and_is_counted_once(
