@@ -7,6 +7,14 @@ showText({
     QwenLowVRAMMemoryPlan: ["Run the graph to see the plan.", "运行工作流后显示计划。"],
     QwenLowVRAMMemoryReport: ["Run the graph to see the report.", "运行工作流后显示报告。"],
   },
+  chineseBelow: {
+    QwenLowVRAMMemoryPlan:
+      "图表：蓝 weights that stay 常驻的权重，橙 weights passing through 经过的权重，绿 activations 激活值，\n" +
+      "红虚线 limit 上限；encode 编码，load 载入，table 调制，sample 采样，decode 解码；bound by 瓶颈",
+    QwenLowVRAMMemoryReport:
+      "图表：RAM of this process ComfyUI 占用内存，limit 上限，black: highest in each stage 黑线为各阶段最高；\n" +
+      "encode 编码，load 载入，table 调制，sample 采样，decode 解码",
+  }, // charts are written in Pillow's own font, which has no Chinese letters
   name: "qwen_lowvram_memory",
   className: "qwen-lowvram-memory",
   css: "white-space:pre;font:11px/16px monospace",

@@ -12,6 +12,7 @@ from ..engine.planning.request import GIB
 from ..engine.planning.stages import ImageRequest
 from ..engine.reports.charts import draw_cards
 from ..engine.reports.plan_table import plan_table
+from ..engine.told import Told, json_of, text_of
 from . import model_choices
 from .adapters.known_speeds import speeds_stamp
 from .adapters.limits import free_ram
@@ -259,11 +260,20 @@ class QwenLowVRAMMemoryPlan:
             limit = max(1, round(vram_limit_gb * GIB))
             capacities.append((f"limit {vram_limit_gb:g} GB", limit, limit))
         cards = [models.card(request, *capacity, ram_bytes) for capacity in capacities]
-        prompts = f"prompts of {prompt_tokens} token{'s' if prompt_tokens != 1 else ''}"
-        title, subtitle = f"Memory plan: {request}", f"{transformer}, {prompts}, {models.speeds_text}"
+        title = Told("Memory plan: {request}", code="memory_plan.title", request=str(request))
+        subtitle = Told(
+            "{file}, prompts of {tokens} token{plural}, {speeds}",
+            code="memory_plan.subtitle",
+            file=transformer,
+            tokens=prompt_tokens,
+            plural="" if prompt_tokens == 1 else "s",
+            speeds=models.speeds_text,
+        )
         advice = [line for name, _, limit in capacities for line in models.advice(name, limit, ram_bytes)]
-        computed = models.computed_text(request, cards)
-        lines = [title, subtitle, *computed, f"RAM limit {ram_bytes / GIB:.1f} GiB", "", *plan_table(cards)]
-        text = "\n".join([*lines, *([""] if advice else []), *advice])
-        image = draw_cards(title, subtitle, cards)
-        return {"ui": {"images": preview(image), "text": [text]}, "result": (text, as_image(image))}
+        ram = Told("RAM limit {limit:.1f} GiB", code="memory_plan.ram_limit", limit=ram_bytes / GIB)
+        computed = models.computed(request, cards)
+        parts = [title, subtitle, *computed, ram, "", *plan_table(cards), *([""] if advice else []), *advice]
+        text = text_of(parts)
+        image = draw_cards(str(title), str(subtitle), cards)
+        ui = {"images": preview(image), "text": [text], "parts": json_of(parts)}
+        return {"ui": ui, "result": (text, as_image(image))}

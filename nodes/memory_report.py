@@ -11,6 +11,7 @@ import torch
 from ..engine.errors import InvalidRequest, Unsupported
 from ..engine.reports.charts import draw_timeline
 from ..engine.reports.image_report import ImageReport
+from ..engine.told import json_of
 from .adapters.streamed_model import LowVRAMModel
 from .display_names import CATEGORY, LOADER
 from .previews import as_image, preview
@@ -76,7 +77,7 @@ class QwenLowVRAMMemoryReport:
         text = str(report)
         numbers = json.dumps({"version": JSON_VERSION, **report.as_dict(), "text": text}, indent=1)
         image = draw_timeline(_title(report), report, inner.timeline.samples)
-        ui = {"images": preview(image), "text": [text]}
+        ui = {"images": preview(image), "text": [text], "parts": json_of(report.parts())}
         return {"ui": ui, "result": (text, as_image(image), numbers)}
 
 

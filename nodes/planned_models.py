@@ -23,6 +23,7 @@ from ..engine.planning.request import Limits, PromptTokens
 from ..engine.planning.stages import ImageModels, ImageRequest, plan_image
 from ..engine.reports.charts import Card
 from ..engine.runs.dtype_choice import encoder_dtype
+from ..engine.told import Told
 from . import devices
 from .adapters.attention import planned_attention
 from .adapters.known_speeds import known_speeds
@@ -157,24 +158,35 @@ class PlannedModels:
         """The numbers that blocks are held in, of a card's weight_format."""
         return self.versions[weight_format].weight_format
 
-    def advice(self, name: str, limit_bytes: int, ram_bytes: int) -> list[str]:
+    def advice(self, name: str, limit_bytes: int, ram_bytes: int) -> list[Told]:
         """A line for the card where another format would be much faster."""
         if len(self.others) < 2:
             return []
         limits = Limits(limit_bytes, ram_bytes)
         advice = advice_of(choose_format(self.others, TYPICAL_REQUEST, limits, self.speeds or TYPICAL))
-        return [f"On {name}: {advice}"] if advice else []
+        return [Told("On {card}: {advice}", code="memory_plan.advice", card=name, advice=advice)] if advice else []
 
-    def computed_text(self, request: ImageRequest, cards: Sequence[Card]) -> list[str]:
+    def computed(self, request: ImageRequest, cards: Sequence[Card]) -> list[Told]:
         """What is not computed step by step on decoded weights, a line each."""
         plans = [(card.weight_format, card.plan.sampling) for card in cards if card.plan is not None]
-        told = [f"{name}: {', '.join(plan.computing)}" for name, plan in plans if plan.computing]
-        # torch's own goes without saying
-        told += [f"attention {plan.attention}" for _, plan in plans if not plan.attention.startswith(FUSED.name)]
+        told = [
+            Told("{format}: {computing}", code="memory_plan.computed", format=name, computing=plan.computing)
+            for name, plan in plans
+            if plan.computing
+        ]
+        told += [
+            Told("attention {kernel}", code="memory_plan.attention", kernel=plan.attention)
+            for _, plan in plans
+            if not plan.attention.startswith(FUSED.name)  # torch's own goes without saying
+        ]
         cache = request.step_cache
         if cache is not None:
-            told.append(f"not exact: {cache}. {cache.not_measured(self.model, request.sampling)}".strip())
-        return list(dict.fromkeys(told))
+            not_measured = cache.not_measured(self.model, request.sampling)
+            advice = f" {not_measured}" if not_measured else ""
+            told.append(
+                Told("not exact: {steps}.{advice}", code="memory_plan.step_cache", steps=str(cache), advice=advice)
+            )
+        return list({str(line): line for line in told}.values())
 
 
 def remembered_speeds(

@@ -1,4 +1,5 @@
-"""Write locales/en/errors.json: the English text of every error of the pack, by its code, for the page and translators.
+"""Write locales/en/errors.json: the English text of every error of the pack, and of what nodes tell (Told), by its
+code, for the page and translators.
 
 Read from the source, of which nothing is run. `{name}` stands where a value does; whole numbers whose name ends in
 _bytes are sizes.
@@ -16,7 +17,7 @@ from string import Formatter
 
 PACK = Path(__file__).resolve().parents[1]
 LIST = PACK / "locales" / "en" / "errors.json"
-ROOT = "QwenLowVRAMError"
+ROOTS = {"QwenLowVRAMError", "Told"}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -45,7 +46,7 @@ class Helper:
 
 
 def sites(folders: tuple[str, ...] = ("engine", "nodes")) -> list[Site]:
-    """Of every call of an error's class, or of a helper, in the files of these folders; in their order."""
+    """Of every call of an error's class, of Told, or of a helper, in the files of these folders; in their order."""
     files = sorted(file for folder in folders for file in (PACK / folder).rglob("*.py"))
     trees = {file.relative_to(PACK).as_posix(): ast.parse(file.read_text(encoding="utf-8")) for file in files}
     classes = _error_classes(list(trees.values()))
@@ -75,7 +76,7 @@ def texts(made: list[Site]) -> dict[str, str]:
 
 
 def _error_classes(trees: list[ast.Module]) -> set[str]:
-    found = {ROOT}
+    found = set(ROOTS)
     definitions = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
     while more := {d.name for d in definitions if any(ast.unparse(base) in found for base in d.bases)} - found:
         found |= more

@@ -1,6 +1,6 @@
 """Every stage of an image, measured beside planned. Values only; whoever runs, measures. Imports no torch."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -8,6 +8,7 @@ from ..numerics import NUMERICS_VERSION
 from ..planning.request import Limits
 from ..planning.stages import Stage, StagePlan
 from ..texts import size_text
+from ..told import Part, Table, Told, text_of
 from .memory_report import MemoryReport
 
 COLUMNS = (
@@ -126,30 +127,47 @@ class ImageReport:
         }
 
     def __str__(self) -> str:
+        return text_of(self.parts())
+
+    def parts(self) -> list[Part]:
+        """What it says: a table of the stages, sentences, and what sampling's own report says."""
+        sampling: list[Part] = [] if self.sampling is None else ["", *self.sampling.parts()]
+        return [Table((COLUMNS, *map(_row, self.stages))), "", *self._sentences(), *sampling]
+
+    def _sentences(self) -> Iterator[Told]:
         moved = self.moved
-        rows = [COLUMNS, *map(_row, self.stages)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        lines += [
-            "",
-            f"{self.seconds:.1f} s, {size_text(moved.file_bytes)} read from files, {size_text(moved.copied_bytes)} "
-            f"copied over the bus; waited {moved.disk_seconds:.1f} s for the disk and {moved.bus_seconds:.1f} s for "
-            "the bus",
-        ]
+        yield Told(
+            "{seconds:.1f} s, {file_bytes} read from files, {copied_bytes} copied over the bus; waited "
+            "{disk_seconds:.1f} s for the disk and {bus_seconds:.1f} s for the bus",
+            code="memory_report.together",
+            seconds=self.seconds,
+            file_bytes=moved.file_bytes,
+            copied_bytes=moved.copied_bytes,
+            disk_seconds=moved.disk_seconds,
+            bus_seconds=moved.bus_seconds,
+        )
         beside = max((stage.vram_beside_bytes for stage in self.stages), default=0)
         if beside:
-            lines.append(f"VRAM planned counts up to {size_text(beside)} of other models that stayed on the device.")
-        lines += [
-            f"{stage.stage.value}: {stage.attempts} attempts, memory ran out or a number overflowed"
-            for stage in self.stages
-            if stage.attempts > 1
-        ]
+            yield Told(
+                "VRAM planned counts up to {beside_bytes} of other models that stayed on the device.",
+                code="memory_report.beside",
+                beside_bytes=beside,
+            )
+        for stage in self.stages:
+            if stage.attempts > 1:
+                yield Told(
+                    "{stage}: {attempts} attempts, memory ran out or a number overflowed",
+                    code="memory_report.attempts",
+                    stage=stage.stage.value,
+                    attempts=stage.attempts,
+                )
         missing = [stage.value for stage in Stage if stage not in {report.stage for report in self.stages}]
         if missing:
-            lines.append(f"not run, as what it gives was known or another node did it: {', '.join(missing)}")
-        if self.sampling is not None:
-            lines += ["", str(self.sampling)]
-        return "\n".join(lines)
+            yield Told(
+                "not run, as what it gives was known or another node did it: {stages}",
+                code="memory_report.not_run",
+                stages=missing,
+            )
 
 
 def _row(report: StageReport) -> tuple[str, ...]:

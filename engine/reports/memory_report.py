@@ -1,11 +1,12 @@
 """Measured beside planned: what a run held, read and took. Values only; whoever runs, measures."""
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..numerics import NUMERICS_VERSION
 from ..planning.memory_plan import MemoryPlan
-from ..texts import size_text
+from ..told import Told, text_of
 from .plan_facts import plan_facts
 
 
@@ -71,54 +72,157 @@ class MemoryReport:
         return {**asdict(self), **texts, "facts": facts, "numerics_version": NUMERICS_VERSION}
 
     def __repr__(self) -> str:
-        vram = (
-            "the device is the host" if self.peak_vram_bytes is None else f"{size_text(self.peak_vram_bytes)} measured"
+        return text_of(self.parts())
+
+    def parts(self) -> list[Told]:
+        """What it says, a line each."""
+        return [*self._of_every_run(), *self._of_some_runs()]
+
+    def _of_every_run(self) -> Iterator[Told]:
+        plan, run = self.plan, self.plan.run
+        yield Told(
+            "MemoryReport: {run} {seconds:.1f} s, the first after {first_seconds:.1f} s, {passes} passes of "
+            "{pass_seconds:.2f} s on {device} (forecast {forecast_seconds:.2f} s), weights {format}",
+            code="run_report.run",
+            run=self._steps_told(),
+            seconds=self.seconds,
+            first_seconds=self.first_step_seconds,
+            passes=self.passes,
+            pass_seconds=self.pass_seconds / max(1, self.passes),
+            device=self.device,
+            forecast_seconds=plan.forecast.seconds,
+            format=self.weight_format,
         )
-        step = self.pass_seconds / max(1, self.passes)
-        held = ""
-        if self.plan.held:
-            pinned = "page-locked" if self.pinned_bytes else "not page-locked"
-            held = f", {len(self.plan.held)} in RAM ({pinned}), {size_text(self.copied_bytes)} copied to the device"
-        run = self.plan.run
-        stopped = self.done_steps is not None and self.done_steps < self.steps
-        steps = f"stopped after {self.done_steps} of {self.steps} steps," if stopped else f"{self.steps} steps in"
-        lines = [
-            f"MemoryReport: {steps} {self.seconds:.1f} s, the first after {self.first_step_seconds:.1f} "
-            f"s, {self.passes} passes of {step:.2f} s on {self.device} (forecast {self.plan.forecast.seconds:.2f} s), "
-            f"weights {self.weight_format}",
-            f"  forecast of the run: {run.first_seconds:.1f} s where its weights are read for the first time, "
-            f"{run.again_seconds:.1f} s with another seed",
-            f"  device memory: {size_text(self.plan.peak_bytes)} planned of {size_text(self.plan.limit_bytes)}, {vram}",
-            f"  process memory: {size_text(self.peak_ram_bytes)} at its peak, {size_text(self.plan.ram_peak_bytes)} of "
-            "it planned",
-            f"  blocks: {len(self.plan.resident)} of {self.plan.blocks} resident{held}, {self.fetched_blocks} read "
-            f"from the file ({size_text(self.fetched_bytes)}), modulation {size_text(self.modulation_bytes)}, "
-            f"{self.waited_disk_seconds:.1f} s waited for the disk, {self.waited_bus_seconds:.1f} s for the bus",
-        ]
-        if self.plan.kept.block_bytes:
-            lines.append(
-                f"  prompt and references: {self.made_tokens / self.plan.blocks:,.0f} tokens computed through all "
-                f"blocks; kept {size_text(self.kept_device_bytes)} on the device and {size_text(self.kept_ram_bytes)} "
-                f"in RAM, {size_text(self.kept_brought_bytes)} brought from there"
+        yield Told(
+            "  forecast of the run: {first_seconds:.1f} s where its weights are read for the first time, "
+            "{again_seconds:.1f} s with another seed",
+            code="run_report.forecast",
+            first_seconds=run.first_seconds,
+            again_seconds=run.again_seconds,
+        )
+        yield self._device_told()
+        yield Told(
+            "  process memory: {peak_bytes} at its peak, {planned_bytes} of it planned",
+            code="run_report.ram",
+            peak_bytes=self.peak_ram_bytes,
+            planned_bytes=plan.ram_peak_bytes,
+        )
+        yield Told(
+            "  blocks: {resident} of {blocks} resident{held}, {fetched} read from the file ({fetched_bytes}), "
+            "modulation {modulation_bytes}, {disk_seconds:.1f} s waited for the disk, {bus_seconds:.1f} s for the bus",
+            code="run_report.blocks",
+            resident=len(plan.resident),
+            blocks=plan.blocks,
+            held=self._held_told(),
+            fetched=self.fetched_blocks,
+            fetched_bytes=self.fetched_bytes,
+            modulation_bytes=self.modulation_bytes,
+            disk_seconds=self.waited_disk_seconds,
+            bus_seconds=self.waited_bus_seconds,
+        )
+
+    def _steps_told(self) -> Told:
+        if self.done_steps is None or self.done_steps >= self.steps:
+            return Told("{steps} steps in", code="run_report.all_steps", steps=self.steps)
+        return Told(
+            "stopped after {done} of {steps} steps,",
+            code="run_report.stopped",
+            done=self.done_steps,
+            steps=self.steps,
+        )
+
+    def _device_told(self) -> Told:
+        if self.peak_vram_bytes is None:
+            return Told(
+                "  device memory: {planned_bytes} planned of {limit_bytes}, the device is the host",
+                code="run_report.host",
+                planned_bytes=self.plan.peak_bytes,
+                limit_bytes=self.plan.limit_bytes,
             )
-        if self.plan.request.controls:
-            lines.append(f"  beside the transformer: {self.plan.request.controls} planned, counted above")
-        if self.plan.request.step_cache is not None:
-            note = f"; {self.not_measured}" if self.not_measured else ""
-            lines.append(
-                f"  not exact: {self.computed_steps} of {self.steps} steps computed, {self.predicted_steps} predicted "
-                f"({self.plan.request.step_cache.name}), which no pass is counted for{note}"
+        return Told(
+            "  device memory: {planned_bytes} planned of {limit_bytes}, {measured_bytes} measured",
+            code="run_report.vram",
+            planned_bytes=self.plan.peak_bytes,
+            limit_bytes=self.plan.limit_bytes,
+            measured_bytes=self.peak_vram_bytes,
+        )
+
+    def _held_told(self) -> Told | str:
+        if not self.plan.held:
+            return ""
+        return Told(
+            ", {held} in RAM ({pinned}), {copied_bytes} copied to the device",
+            code="run_report.held",
+            held=len(self.plan.held),
+            pinned="page-locked" if self.pinned_bytes else "not page-locked",
+            copied_bytes=self.copied_bytes,
+        )
+
+    def _of_some_runs(self) -> Iterator[Told]:
+        request = self.plan.request
+        if self.plan.kept.block_bytes:
+            yield Told(
+                "  prompt and references: {tokens:,.0f} tokens computed through all blocks; kept {device_bytes} on the "
+                "device and {ram_bytes} in RAM, {brought_bytes} brought from there",
+                code="run_report.kept",
+                tokens=self.made_tokens / self.plan.blocks,
+                device_bytes=self.kept_device_bytes,
+                ram_bytes=self.kept_ram_bytes,
+                brought_bytes=self.kept_brought_bytes,
+            )
+        if request.controls:
+            yield Told(
+                "  beside the transformer: {controls} planned, counted above",
+                code="run_report.controls",
+                controls=str(request.controls),
+            )
+        if request.step_cache is not None:
+            yield Told(
+                "  not exact: {computed} of {steps} steps computed, {predicted} predicted ({name}), which no pass is "
+                "counted for{advice}",
+                code="run_report.step_cache",
+                computed=self.computed_steps,
+                steps=self.steps,
+                predicted=self.predicted_steps,
+                name=request.step_cache.name,
+                advice=f"; {self.not_measured}" if self.not_measured else "",
             )
         if self.out_of_memory:
-            lines.append(f"  memory ran out {self.out_of_memory} times; the plan above is the last")
+            yield Told(
+                "  memory ran out {times} times; the plan above is the last",
+                code="run_report.out_of_memory",
+                times=self.out_of_memory,
+            )
         if self.attention_notes:
-            lines.append(f"  attention partly by torch's own kernel: {self.attention_notes}")
+            yield Told(
+                "  attention partly by torch's own kernel: {why}",
+                code="run_report.attention",
+                why=self.attention_notes,
+            )
         if self.compiled or self.compiled_times:
-            times = f"{self.compiled_times} time{'' if self.compiled_times == 1 else 's'}"
-            error = f"; not exact: errors of a block up to {self.compiled_error:.1g}" if self.compiled_error else ""
-            lines.append(f"  compiled: {times}, {self.compiling_seconds:.0f} s{error}")
+            yield self._compiled_told()
         if self.not_compiled:
-            lines.append(f"  blocks not compiled: {self.not_compiled}")
+            yield Told("  blocks not compiled: {why}", code="run_report.not_compiled", why=self.not_compiled)
         if self.one_by_one:
-            lines.append(f"  prompts ran one after another, each block was visited for each: {self.one_by_one}")
-        return "\n".join(lines)
+            yield Told(
+                "  prompts ran one after another, each block was visited for each: {one_by_one}",
+                code="run_report.one_by_one",
+                one_by_one=self.one_by_one,
+            )
+
+    def _compiled_told(self) -> Told:
+        error: Told | str = ""
+        if self.compiled_error:
+            error = Told(
+                "; not exact: errors of a block up to {error}",
+                code="run_report.compiled_error",
+                error=f"{self.compiled_error:.1g}",
+            )
+        return Told(
+            "  compiled: {times} time{plural}, {seconds:.0f} s{error}",
+            code="run_report.compiled",
+            times=self.compiled_times,
+            plural="" if self.compiled_times == 1 else "s",
+            seconds=self.compiling_seconds,
+            error=error,
+        )

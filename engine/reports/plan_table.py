@@ -4,12 +4,14 @@ from collections.abc import Sequence
 
 from ..planning.request import GIB
 from ..planning.stages import ImagePlan, Stage
+from ..told import Part, Table, Told
 from .charts import Card
 
 
-def plan_table(cards: Sequence[Card]) -> list[str]:
-    """What a step takes on each card, then the peaks of its stages in GiB: on the device/in RAM. Where blocks keep what
-    they make of prompt and images, how much that is, and for how many blocks it lies where."""
+def plan_table(cards: Sequence[Card]) -> list[Part]:
+    """Two tables, and what does not fit. What a step takes on each card, then the peaks of its stages in GiB: on the
+    device/in RAM. Where blocks keep what they make of prompt and images, how much that is, and for how many blocks it
+    lies where."""
     seconds = ("s per step", "bound by", "first image", "another seed", "another prompt")
     keeps = any(_keeps(card.plan) for card in cards if card.plan)
     kept = ("prompt kept", "of it on card", "of it in RAM", "made anew") if keeps else ()
@@ -17,8 +19,12 @@ def plan_table(cards: Sequence[Card]) -> list[str]:
     rows += [_step_row(card, card.plan) for card in cards if card.plan]
     peaks = [("GiB: VRAM/RAM", "limit", *(stage.value for stage in Stage))]
     peaks += [_peak_row(card, card.plan) for card in cards if card.plan]
-    refused = [f"{card.name}: {card.refusal}" for card in cards if card.plan is None]
-    return [*_aligned(rows), "", *_aligned(peaks), *([""] if refused else []), *refused]
+    refused = [
+        Told("{card}: {error}", code="memory_plan.refused", card=card.name, error=card.error)
+        for card in cards
+        if card.error is not None
+    ]
+    return [Table(tuple(rows)), "", Table(tuple(peaks)), *([""] if refused else []), *refused]
 
 
 def _step_row(card: Card, plan: ImagePlan) -> tuple[str, ...]:
@@ -42,8 +48,3 @@ def _keeps(plan: ImagePlan) -> bool:
 def _peak_row(card: Card, plan: ImagePlan) -> tuple[str, ...]:
     peaks = (f"{stage.peak_bytes / GIB:.2f}/{stage.ram_bytes / GIB:.1f}" for stage in plan.stages)
     return (card.name, f"{card.limit_bytes / GIB:.2f}", *peaks)
-
-
-def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,7 +1,9 @@
-// Errors in Chinese, by the code that the server sends with its English text. The texts are in error_words_zh.json, which
-// is fetched once, and only where the page is Chinese. Touches no page.
+// Errors and what nodes tell in Chinese, by the code that the server sends with its English text. The texts are in
+// error_words_zh.json, which is fetched once, and only where the page is Chinese. Touches no page.
 
 const FIELD = /\{\{|\}\}|\{(\w+)(?::(\d))?\}/g; // {{, }}, {name}, or {name:digits}
+const WIDE = /[\u2e80-\u9fff\uff00-\uffef]/g; // Chinese characters and their punctuation
+const WIDE_SPACE = "\u3000";
 const NAMING = ["name", "input", "setting"]; // values that name an input
 
 let texts = null; // what the file holds, once it is here
@@ -47,6 +49,33 @@ export function chineseOf(zh, { code, values, text }) {
     name ? shown(zh, name, values[name], digits) : field[0],
   );
   return values.input ? `${zh.inputs[values.input] ?? values.input}：${said}` : said;
+}
+
+/** A table's rows as lines, columns below each other. Chinese characters are wider than others, by how much a font
+ *  decides: a cell is filled up with spaces of both widths. */
+function aligned(rows) {
+  const wide = (cell) => cell.match(WIDE)?.length ?? 0;
+  const most = (column, count) => Math.max(...rows.map((row) => count(row[column])));
+  const filled = (cell, column) => {
+    const spaces = most(column, (other) => other.length - wide(other)) - (cell.length - wide(cell));
+    return cell + WIDE_SPACE.repeat(most(column, wide) - wide(cell)) + " ".repeat(spaces);
+  };
+  return rows.map((row) => row.map(filled).join("  ").trimEnd()).join("\n");
+}
+
+function chinesePart(zh, part) {
+  if (typeof part === "string") return part;
+  if (!part.rows) return chineseOf(zh, part);
+  return aligned(part.rows.map((row) => row.map((cell) => zh.cells[cell] ?? translated(zh, "cell", cell))));
+}
+
+/** What a node tells, in Chinese: sentences with their codes, and tables, a part below the other. */
+export const chineseParts = (zh, parts) => parts.map((part) => chinesePart(zh, part)).join("\n");
+
+/** The same, as soon as the texts are here; `english` where they cannot be fetched. */
+export async function toldInChinese(parts, english) {
+  if (!texts) await fetchChinese();
+  return texts ? chineseParts(texts, parts) : english;
 }
 
 /** A sentence that the server made of a fixed few, in Chinese where the texts are here; `name`: of the value it is. */

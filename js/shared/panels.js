@@ -1,6 +1,7 @@
 // What the nodes' panels share. The page imports this file like every script; alone it does nothing.
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
+import { toldInChinese } from "./error_words.js";
 import { isChinese, wordsOf } from "./run_words.js";
 
 const MARGIN_PX = 10; // the page keeps it free on every side
@@ -49,13 +50,18 @@ export function addPanel(node, element, { name, heightPx, widthPx, fixed = false
   };
 }
 
+/** What a node tells, in the page's language: `text` in English, `parts` to make it of in another. */
+export const tellText = async (text, parts) => (parts && isChinese(words()) ? toldInChinese(parts, text) : text);
+
 /**
  * Register an extension that shows, on nodes of some classes, the text that their last run gave. `empty`: what is there
- * before it, in English and Chinese, by class. `sentences`: what its sentences are called where they are known in Chinese.
+ * before it, in English and Chinese, by class. `chineseBelow`: what a Chinese page says below it, by class. `sentences`:
+ * what its sentences are called where they are known in Chinese, and no parts come with them.
  * `linePx`: the node grows until all of a text is seen, whose lines are that high and do not wrap. `created`: called with
  * each new node. Returns (node, text) => void, which shows another text.
  */
-export function showText({ extension, empty, sentences, name, className, css, heightPx, widthPx, linePx, created }) {
+export function showText({ extension, empty, sentences, chineseBelow, name, className, css, created, ...sizes }) {
+  const { heightPx, widthPx, linePx } = sizes;
   const panels = new WeakMap(); // node -> its element, and what gives it another height: goes when its node goes
 
   function setText(node, text) {
@@ -70,10 +76,13 @@ export function showText({ extension, empty, sentences, name, className, css, he
     if (node.size[0] < least) node.setSize([least, node.size[1]]);
   }
 
-  function show(id, output) {
+  async function show(id, output) {
     if (!output?.text) return;
     const text = output.text.join("\n");
-    setText(nodeAt(id), sentences ? words().told(sentences, text) : text);
+    const node = nodeAt(id);
+    const told = sentences ? words().told(sentences, text) : await tellText(text, output.parts);
+    const below = told === text ? undefined : chineseBelow?.[node?.comfyClass];
+    setText(node, below ? `${told}\n\n${below}` : told);
   }
 
   app.registerExtension({

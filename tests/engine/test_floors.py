@@ -22,7 +22,7 @@ FLOORS = (
     {"compute", "formats"},
     {"files"},
     {"environment", "hardware", "host_ram", "numerics", "out_of_memory", "packages", "page_locks"},
-    {"errors", "log", "texts"},
+    {"errors", "log", "texts", "told"},
 )
 HEIGHT = {room: len(FLOORS) - floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -11,6 +11,7 @@ import full_size
 import full_size_21
 import full_size_qwen3_vl
 import numpy as np
+import page_words
 import pytest
 import torch
 from full_size_formats import in_format
@@ -196,6 +197,17 @@ def test_the_image_is_on_the_node_as_in_the_output() -> None:
     assert np.array_equal(np.asarray(saved.convert("RGB")), (255 * image[0]).round().byte().numpy())
     assert 0 <= image.min() < 0.2
     assert image.max() == 1
+
+
+@pytest.mark.skipif(not page_words.HAS_NODE, reason="the page's scripts are run by node")
+def test_the_page_tells_it_in_chinese() -> None:
+    answer = plan(vram_limit_gb=2.0, attention="sage", compile=True, weight_format="fastest", step_cache="first_block")
+    told = page_words.in_chinese(answer["ui"]["parts"])
+    assert len(told.splitlines()) == len(answer["ui"]["text"][0].splitlines())
+    assert page_words.english_words(told) <= {"sage", "fastest"}
+    assert told.startswith("内存计划：1328x1328，批次 1，有引导，20 步\nplan_bf16.safetensors，提示词 60 个词元，")
+    assert "每步秒数" in told
+    assert "上限 2 GB" in told
 
 
 def test_a_file_that_is_missing_or_misplaced_is_named_before_anything_is_planned() -> None:

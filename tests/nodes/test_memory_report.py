@@ -129,6 +129,11 @@ def test_the_text_says_the_numbers(graph: Graph) -> None:
     text, values = answer["result"][0], numbers(answer)
     assert values["text"] == text
     assert answer["ui"]["text"] == [text]
+    assert answer["ui"]["parts"][0]["rows"][1][0] == "encode"
+    assert [part["code"] for part in answer["ui"]["parts"] if "code" in part][:2] == [
+        "memory_report.together",
+        "run_report.run",
+    ]
     lines = text.splitlines()
     for line, stage in zip(lines[1:], values["stages"], strict=False):
         assert line.split()[0] == stage["stage"]

@@ -31,6 +31,26 @@ def page(request: pytest.FixtureRequest, open_page: Any, client: ComfyClient) ->
     client.post("/settings", {VUE_NODES: False})  # the server keeps settings for the next page
 
 
+def test_a_chinese_page_tells_the_plan_in_chinese(
+    open_page: Any, client: ComfyClient, split_files: dict[str, SplitFiles]
+) -> None:
+    with open_page({"Comfy.Locale": "zh"}) as page:
+        client.post("/settings", {"Comfy.Locale": "en"})
+        names = split_files["bf16"]
+        page.evaluate(ADD, {"transformer": names.transformer, "text_encoder": names.text_encoder, "vae": names.vae})
+        assert page.evaluate("() => new Promise((done) => setTimeout(done, 500))") is None
+        assert page.evaluate(SHOWN) == "运行工作流后显示计划。"
+        assert page.run()["status"] == "success"
+        assert page.evaluate("() => new Promise((done) => setTimeout(done, 500))") is None
+        shown = page.evaluate(SHOWN)
+        assert shown.startswith("内存计划：1328x1328，批次 1，有引导")
+        assert "格式" in shown
+        assert "常驻的权重" in shown  # what the chart's words mean
+        assert page.evaluate(HIDDEN) == [0, 0]
+        page.screenshot("memory-plan-chinese")
+        assert page.unexpected_messages() == []
+
+
 def test_the_plan_is_shown_on_its_node(page: Any, split_files: dict[str, SplitFiles]) -> None:
     names = split_files["bf16"]
     files = {"transformer": names.transformer, "text_encoder": names.text_encoder, "vae": names.vae}

@@ -1,4 +1,4 @@
-"""Every error has a Chinese text too, with the same values and numbers, for pages in that language."""
+"""All that nodes tell has a Chinese text too, errors as well, with the same values and numbers, for such pages."""
 
 import ast
 import json
@@ -30,7 +30,7 @@ def test_a_chinese_text_shows_the_same_values_and_numbers(code: str) -> None:
     english, chinese = ENGLISH[code], CHINESE[code]
     assert set(FIELD.findall(chinese)) == set(FIELD.findall(english)) - GRAMMAR
     assert not _numbers(english) - _numbers(chinese)
-    assert re.search("[\u4e00-\u9fff]", chinese)
+    assert re.search("[\u4e00-\u9fff：]", chinese)
     assert ("What to do:" in english) <= ("\n\n可行的办法：" in chinese)
     assert "What to do" not in chinese
 
