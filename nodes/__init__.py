@@ -4,6 +4,7 @@ from typing import Any
 
 from . import display_names, routes
 from .adapters.error_events import errors_sent
+from .card_benchmark import QwenLowVRAMBenchmark
 from .decode import QwenLowVRAMDecode
 from .encode import QwenLowVRAMEncodePrompts
 from .encode_edit import QwenLowVRAMEncodeEditPrompt
@@ -26,6 +27,7 @@ NODE_CLASS_MAPPINGS: dict[str, Any] = {
     "QwenLowVRAMMemoryPlan": QwenLowVRAMMemoryPlan,
     "QwenLowVRAMMemoryReport": QwenLowVRAMMemoryReport,
     "QwenLowVRAMWeightCache": QwenLowVRAMWeightCache,
+    "QwenLowVRAMBenchmark": QwenLowVRAMBenchmark,
 }
 for _node in NODE_CLASS_MAPPINGS.values():
     setattr(_node, _node.FUNCTION, errors_sent()(getattr(_node, _node.FUNCTION)))
@@ -40,4 +42,5 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "QwenLowVRAMMemoryPlan": display_names.MEMORY_PLAN,
     "QwenLowVRAMMemoryReport": display_names.MEMORY_REPORT,
     "QwenLowVRAMWeightCache": display_names.WEIGHT_CACHE,
+    "QwenLowVRAMBenchmark": display_names.BENCHMARK,
 }

@@ -28,6 +28,9 @@ class FromPrompts(Protocol):
     def noise_shape(self, batch: int, width: int, height: int) -> tuple[int, ...]:
         """Of `batch` images of that many px."""
 
+    def prompt_dim(self, transformer: Any) -> int:
+        """Of the prompts that a transformer takes."""
+
     def require_noise(self, noise: Tensor) -> None:
         """Raise InvalidRequest for a shape that is none of whole images."""
 

@@ -28,7 +28,8 @@ class MemoryReport:
     was made for; compiled_error: the largest of a block that was found, beside its norm. not_compiled: why blocks were
     not, where that was asked for.
     computed_steps, predicted_steps: of a run with a step_cache; not_measured: why its table tells nothing certain of
-    this run. done_steps: of `steps`, where the run was ended before its end; None: all.
+    this run. done_steps: of `steps`, where the run was ended before its end; None: all. later_seconds: of a pass behind
+    the first, in the mean; 0 where there was none.
     """
 
     plan: MemoryPlan
@@ -64,6 +65,7 @@ class MemoryReport:
     predicted_steps: int = 0
     not_measured: str = ""
     done_steps: int | None = None
+    later_seconds: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: the fields, the plan's, both as text, the plan's facts, and which numbers the engine makes."""

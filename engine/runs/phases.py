@@ -20,6 +20,7 @@ class Phase(Enum):
     SAMPLING = "sampling"
     ENCODING_IMAGE = "encoding_image"
     DECODING = "decoding"
+    MEASURING = "measuring"  # this machine, for its owner
 
 
 class Pulse:

@@ -14,6 +14,7 @@ _WORDS = {
     Phase.MODULATION: "Reading weights once (not for the next seed): block",
     Phase.ENCODING_IMAGE: "Encoding an image: tile",
     Phase.DECODING: "Decoding: tile",
+    Phase.MEASURING: "Measuring this machine: part",
 }
 
 

@@ -217,6 +217,7 @@ class SamplingRun:
             out_of_memory=session.retries,
             attention_notes="; ".join(sorted(session.attention_notes)),
             first_step_seconds=self._clock.first_seconds,
+            later_seconds=sum(passes[1:]) / max(1, len(passes) - 1),
             computed_steps=0 if cached is None else cached.computed_steps,
             predicted_steps=0 if cached is None else cached.predicted_steps,
             not_measured=self._not_measured,

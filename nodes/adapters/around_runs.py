@@ -121,12 +121,8 @@ def _planned_run(
     """The plan, and the images of ControlNets and model patches, which are encoded before the run's memory is laid
     out. Raises DoesNotFit."""
     transformer, patcher, calls = model.transformer, guider.model_patcher, model.calls
-    transformer.patch(lora_patches(patcher.loras))
-    options = guider.model_options.get("transformer_options", {})
-    calls.override = options.get(OVERRIDE_KEY)
-    transformer.attend_by(attention_of_run(transformer, model.attention, calls.override))
-    transformer.compile_by(settings_of_run(guider.model_options, exact=model.exact, of_loader=model.compiling))
-    model.model_loaded_weight_memory = transformer.loaded_bytes  # blocks that the LoRAs change have left
+    calls.override = guider.model_options.get("transformer_options", {}).get(OVERRIDE_KEY)
+    settle(model, patcher, guider.model_options)
     speeds = known_speeds(
         transformer.hardware, transformer.products_dtype, transformer.file, transformer.stored_product
     )
@@ -152,6 +148,15 @@ def _planned_run(
         one_by_one=_why_one_by_one(model, guider.model_options),
         advice=model.advice,
     )
+
+
+def settle(model: LowVRAMModel, patcher: LowVRAMPatcher, model_options: Any) -> None:
+    """Bring what the MODEL carries to its transformer, before a run: LoRAs, attention, compiling."""
+    transformer, options = model.transformer, model_options.get("transformer_options", {})
+    transformer.patch(lora_patches(patcher.loras))
+    transformer.attend_by(attention_of_run(transformer, model.attention, options.get(OVERRIDE_KEY)))
+    transformer.compile_by(settings_of_run(model_options, exact=model.exact, of_loader=model.compiling))
+    model.model_loaded_weight_memory = transformer.loaded_bytes  # blocks that the LoRAs change have left
 
 
 def _why_one_by_one(model: LowVRAMModel, model_options: Any) -> str:

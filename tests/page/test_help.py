@@ -21,6 +21,7 @@ NODES = (
     "QwenLowVRAMMemoryPlan",
     "QwenLowVRAMMemoryReport",
     "QwenLowVRAMWeightCache",
+    "QwenLowVRAMBenchmark",
 )
 LANGUAGES = ("en", "zh")
 HEADINGS = {

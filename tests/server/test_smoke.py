@@ -16,6 +16,7 @@ NODES = (
     "QwenLowVRAMMemoryPlan",
     "QwenLowVRAMMemoryReport",
     "QwenLowVRAMWeightCache",
+    "QwenLowVRAMBenchmark",
 )
 
 

@@ -26,6 +26,9 @@ class QwenImageFromPrompts:
     def noise_shape(self, batch: int, width: int, height: int) -> tuple[int, ...]:
         return (batch, LATENT_CHANNELS, 1, height // LATENT_PX, width // LATENT_PX)
 
+    def prompt_dim(self, transformer: QwenImageTransformer) -> int:
+        return transformer.config.joint_attention_dim
+
     def require_noise(self, noise: Tensor) -> None:
         if noise.ndim != 5 or noise.shape[2] != 1 or 0 in noise.shape or noise.shape[-1] % 2 or noise.shape[-2] % 2:
             raise InvalidRequest(

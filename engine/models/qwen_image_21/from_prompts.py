@@ -25,6 +25,9 @@ class QwenImage21FromPrompts:
     def noise_shape(self, batch: int, width: int, height: int) -> tuple[int, ...]:
         return (batch, CHANNELS, height // TOKEN_PX, width // TOKEN_PX)
 
+    def prompt_dim(self, transformer: QwenImage21Transformer) -> int:
+        return transformer.config.prompt_dim
+
     def require_noise(self, noise: Tensor) -> None:
         if noise.ndim != 4 or noise.shape[1] != CHANNELS or 0 in noise.shape:
             raise InvalidRequest(
