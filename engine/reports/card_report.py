@@ -9,6 +9,8 @@ from ..texts import size_text
 from .memory_report import MemoryReport
 
 VERSION = 1  # of the JSON: grows when something in it gets another meaning
+# of a run's report: they may repeat an error of another library's, with a folder of the machine in it
+_FOREIGN = ("text", "attention_notes", "not_compiled")
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,12 @@ class Rates:
 
 @dataclass(frozen=True)
 class BlockVisit:
-    """One block that lies in host memory, brought to the device and computed for one prompt, in the mean of `visits`.
+    """One block, brought to the device from `source` (RAM, or its file) and computed for one prompt, in the mean of
+    `visits`.
 
-    weight_format: as it is stored, in stored_bytes. products: what its linear layers multiply. brought_seconds: copied
-    and decoded, with nothing computed meanwhile. computed_seconds: all else, the layers before and behind all blocks
-    included. inner_dim: its width. width, height: of the image in px.
+    weight_format: as it is stored, in stored_bytes. products: what its linear layers multiply. brought_seconds: read or
+    copied, and decoded, with nothing computed meanwhile. computed_seconds: all else, the layers before and behind all
+    blocks included. inner_dim: its width. width, height: of the image in px.
     """
 
     weight_format: str
@@ -40,13 +43,15 @@ class BlockVisit:
     width: int
     height: int
     prompt_tokens: int
+    source: str
     visits: int
     brought_seconds: float
     computed_seconds: float
 
     def __str__(self) -> str:
+        stored = f"{self.weight_format} ({self.stored_bytes / 1e9:.2f} GB, products {self.products})"
         return (
-            f"{self.weight_format} ({self.stored_bytes / 1e9:.2f} GB, products {self.products}) brought in "
+            f"{stored} brought from {self.source} in "
             f"{1000 * self.brought_seconds:.1f} ms, computed in {1000 * self.computed_seconds:.1f} ms"
         )
 
@@ -72,7 +77,7 @@ class CardReport:
             "rates": asdict(self.rates),
             "blocks": [asdict(block) for block in self.blocks],
             "model": self.model or None,
-            "run": None if self.run is None else self.run.as_dict(),
+            "run": None if self.run is None else _of_run(self.run),
             "notes": list(self.notes),
             "numerics_version": NUMERICS_VERSION,
         }
@@ -131,3 +136,7 @@ class CardReport:
         rates = self.rates
         disk = "disk not measured" if rates.disk_bytes is None else f"disk {rates.disk_bytes / 1e9:.2f} GB/s"
         return f"bus {rates.bus_bytes / 1e9:.1f} GB/s, {disk}, {rates.flops / 1e12:.3g} TFLOP/s ({rates.products})"
+
+
+def _of_run(run: MemoryReport) -> dict[str, Any]:
+    return {name: value for name, value in run.as_dict().items() if name not in _FOREIGN}

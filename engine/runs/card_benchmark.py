@@ -19,6 +19,7 @@ from ..models.family import FromPrompts
 from ..models.qwen_image.family import QWEN_IMAGE
 from ..models.transformer_session import TransformerSession
 from ..planning.forecast import TYPICAL, Speeds
+from ..planning.memory_plan import MemoryPlan
 from ..planning.request import SamplingRequest
 from ..reports.card_report import BlockVisit, CardReport, Rates
 from ..streaming import BlockStreamer
@@ -84,9 +85,10 @@ def benchmark_model(
         run = sampler.sample(prompts, noise, torch.linspace(1, 0, STEPS + 1)).report
         transformer.unload()
         bench.surroundings.left(transformer.hardware.device)
-        block = parts.of(lambda: _visits(transformer, inputs, run.plan.mlp_chunk_tokens, bench.surroundings))
-    notes = (SMALLER_PRODUCTS,) if transformer.hardware.host_device else ()
-    return CardReport(bench.machine, rates, (block,), transformer.model, run, notes)
+        block = parts.of(lambda: _visits(transformer, inputs, run.plan, bench.surroundings))
+    notes = [SMALLER_PRODUCTS] if transformer.hardware.host_device else []
+    notes += [f"memory ran out {run.out_of_memory} times"] if run.out_of_memory else []
+    return CardReport(bench.machine, rates, (block,), transformer.model, run, tuple(notes))
 
 
 def benchmark_card(
@@ -129,7 +131,7 @@ def benchmark_card(
                 bench.surroundings,
             )
             rates = rates or _rates(transformer, bench, parts, None)
-            measure = partial(_visits, transformer, inputs, plan.mlp_chunk_tokens, bench.surroundings)
+            measure = partial(_visits, transformer, inputs, plan, bench.surroundings)
             blocks.append(parts.of(measure))
     parts.end()
     assert rates is not None
@@ -230,7 +232,8 @@ def _require_room(hardware: Hardware, bench: Bench) -> None:
     if free < MEASURING_BYTES:
         with bench.limit.naming(hardware.device, free):
             raise DoesNotFit(
-                "Measuring the card needs {need_bytes} of its memory, but {room_bytes} may be used.",
+                "Measuring the card needs {need_bytes} of its memory, but {room_bytes} may be used.\n\nWhat to do: "
+                "raise the limit, or close other programs that use the card.",
                 code="benchmark.no_room",
                 need_bytes=MEASURING_BYTES,
                 room_bytes=free,
@@ -244,14 +247,17 @@ def _products(transformer: Transformer) -> str:
     return f"{product.name} by comfy-kitchen {product.backend}"
 
 
-def _visits(transformer: Transformer, inputs: _Inputs, chunk: int | None, surroundings: Surroundings) -> BlockVisit:
-    """Of the first block, which lies in host memory: through one slot, so that nothing is brought while it computes."""
-    transformer.load((), held=(0,))
+def _visits(transformer: Transformer, inputs: _Inputs, plan: MemoryPlan, surroundings: Surroundings) -> BlockVisit:
+    """Of the first block: through one slot, so that nothing is brought while it computes; from host memory where the
+    plan's limits have room for it."""
+    held = _may_be_held(transformer, plan)
+    in_memory = all(part.data is not None for part in transformer.store.blocks[0].parts)
+    transformer.load((), held=(0,) if held else ())
     branch = inputs.branch(transformer)
     transformer.modulation.announce([branch.timestep], on_block=lambda index: surroundings.check())
     clock, store = PassClock(transformer.store.order), transformer.store
     with BlockStreamer(store, slots=1, blocks=range(1)) as streamer:
-        session = TransformerSession(transformer, [streamer], chunk)
+        session = TransformerSession(transformer, [streamer], plan.mlp_chunk_tokens)
         session.forward([branch], check=surroundings.check)  # it comes from the file, and kernels are chosen
         before = streamer.waits
         while sum(clock.seconds) < BLOCK_SECONDS:
@@ -267,7 +273,16 @@ def _visits(transformer: Transformer, inputs: _Inputs, chunk: int | None, surrou
         width=inputs.request.width,
         height=inputs.request.height,
         prompt_tokens=PROMPT_TOKENS,
+        source="RAM" if held or in_memory else "file",
         visits=clock.passes,
         brought_seconds=brought / clock.passes,
         computed_seconds=(sum(clock.seconds) - brought) / clock.passes,
     )
+
+
+def _may_be_held(transformer: Transformer, plan: MemoryPlan) -> bool:
+    """Where the device is the host, a block comes straight from its file."""
+    if transformer.hardware.host_device:
+        return False
+    ram, nbytes = plan.limits.ram_bytes, transformer.store.raw_bytes
+    return bool(plan.held) or ram is None or plan.ram_peak_bytes + nbytes <= ram

@@ -207,7 +207,10 @@ def test_what_does_not_fit_is_refused_with_numbers_before_anything_is_measured(
         of_model(transformer, limit=Limit(100_000, "vram_limit_gb", "'Loader'"))
     assert transformer.store.fetched_blocks == 0
     monkeypatch.setattr(card_benchmark, "measure_flops", lambda *_: pytest.fail("it was measured"))
-    with pytest.raises(DoesNotFit, match=r"Measuring the card needs 0\.50 GiB .*but 0\.39 GiB may be used\."):
+    with pytest.raises(
+        DoesNotFit,
+        match=r"Measuring the card needs 0\.50 GiB .*but 0\.39 GiB may be used\.(?s:.*)The limit is limit_bytes\.",
+    ):
         of_model(make(replace(cpu, host_device=False)), limit=Limit(400 * 1024**2))
     with pytest.raises(DoesNotFit, match="Sampling needs"):
         benchmark_card(cpu, lambda file: torch.float32, bench(limit=Limit(1000)), **SIDES)
@@ -263,3 +266,27 @@ def test_the_facts_of_a_card_stand_in_the_line(make: Made, cpu: Hardware, monkey
     assert report.line.startswith("Card X 8.00 GiB, RAM ")
     for said in ("driver 566.36", f"torch {torch.__version__}", "ComfyUI 0.33.0", "VRAM peak 5.00 GiB"):
         assert said in report.line
+
+
+def test_what_other_libraries_said_of_an_error_is_left_out(make: Made, cpu: Hardware) -> None:
+    report = of_model(make(cpu))
+    assert report.run is not None
+    said = {"not_compiled": "no C:\\Users\\somebody\\cl.exe", "attention_notes": "/home/somebody/kernel.so: no"}
+    values = require_no_owner(replace(report, run=replace(report.run, **said)), "somebody")
+    assert values["run"]["passes"] == STEPS
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_a_block_is_held_in_ram_only_within_the_limit(room: bool, make: Made, cpu: Hardware) -> None:
+    transformer = make(replace(cpu, host_device=False))
+    probe = of_model(transformer).run
+    assert probe is not None
+    assert probe.plan.limits.ram_bytes is not None
+    block = transformer.store.raw_bytes
+    least = probe.plan.ram_peak_bytes - len(probe.plan.held) * block
+    limit = least + block // 2 + room * block
+    report = of_model(transformer, ram_limit_bytes=limit)
+    assert report.run is not None
+    assert report.run.plan.ram_peak_bytes <= limit
+    assert report.blocks[0].source == ("RAM" if room else "file")
+    assert transformer.store.held_bytes <= limit
