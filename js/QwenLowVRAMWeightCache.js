@@ -1,7 +1,7 @@
 // The list on the Quantized Weights node, as the node's last run or clearing gave it, and buttons that clear. A button
 // is no value: nothing of it is in the graph, so that no graph clears by itself.
 import { app } from "../../scripts/app.js";
-import { addPanel, post, showText } from "./shared/panels.js";
+import { addPanel, post, showText, tellText } from "./shared/panels.js";
 
 const KIND = "QwenLowVRAMWeightCache";
 const WORDS = {
@@ -40,7 +40,7 @@ async function clear(node, what) {
   try {
     const answer = await post("/qwen_lowvram/clear", { clear: what });
     const given = await answer.json();
-    setText(node, given.text ?? `${words().failed}: ${given.error}`);
+    setText(node, given.text ? await tellText(given.text, given.parts) : `${words().failed}: ${given.error}`);
   } catch (error) {
     setText(node, `${words().failed}: ${error.message}`);
   }

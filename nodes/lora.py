@@ -10,6 +10,7 @@ from ..engine.log import logger
 from ..engine.lora.lora_file import LoraMatch, match_model, needs_adapters, open_lora
 from ..engine.out_of_memory import in_words
 from ..engine.texts import LONGEST, printable, shown
+from ..engine.told import Told, text_of
 from .adapters.patcher import LowVRAMPatcher
 from .adapters.progress import tell
 from .adapters.value_checks import check_widgets
@@ -83,15 +84,16 @@ class QwenLowVRAMLoadLora:
             file = open_lora(lora_path(lora_name))
             by_comfyui = match_file(file, model.model) if needs_adapters(file) else None
             lora = by_comfyui or match_model(file, transformer)
-        text = "\n".join([str(lora), *warnings_of(lora, transformer.weight_format), *_listed(lora)])
+        parts = [lora.told(), *warnings_of(lora, transformer.weight_format), *_listed(lora)]
+        text = text_of(parts)
         logger.info("%s", text)
-        tell(text)
+        tell(*parts)
         patched = model.clone()
         patched.add_lora(lora, strength)
         return {"ui": {"text": [text]}, "result": (patched, text)}
 
 
-def warnings_of(lora: LoraMatch, weight_format: str) -> list[str]:
+def warnings_of(lora: LoraMatch, weight_format: str) -> list[Told]:
     """What is known to go wrong with this LoRA on these weights, and where other programs make something else of it."""
     warnings = []
     if lora.left_out_scales is not None:
@@ -99,13 +101,21 @@ def warnings_of(lora: LoraMatch, weight_format: str) -> list[str]:
         even = least == most and not any(delta.dora is not None for delta in lora.deltas.values())
         by = f"{most:.3g}: multiply the strength by it" if even else f"{least:.3g} to {most:.3g}, layer by layer"
         warnings.append(
-            "Scales (lora_alpha) stand in the file's metadata alone, which neither ComfyUI's LoRA loaders nor this one "
-            f"read. diffusers would multiply the LoRA by {by}."
+            Told(
+                "Scales (lora_alpha) stand in the file's metadata alone, which neither ComfyUI's LoRA loaders nor this "
+                "one read. diffusers would multiply the LoRA by {by}.",
+                code="lora_report.left_out_scales",
+                by=by,
+            )
         )
     if "lightning" in lora.lora.path.name.lower() and weight_format in UNSCALED_FP8:
         warnings.append(
-            f"Lightning on unscaled fp8 weights ({weight_format}) is known to draw a grid over the image. Use an "
-            "fp8 scaled, bf16 or GGUF file, or weight_format int8 from a bf16 file."
+            Told(
+                "Lightning on unscaled fp8 weights ({format}) is known to draw a grid over the image. Use an fp8 "
+                "scaled, bf16 or GGUF file, or weight_format int8 from a bf16 file.",
+                code="lora_report.unscaled_fp8",
+                format=weight_format,
+            )
         )
     return warnings
 
@@ -122,8 +132,9 @@ def lora_path(name: str) -> Path:
     return Path(path)
 
 
-def _listed(lora: LoraMatch) -> list[str]:
+def _listed(lora: LoraMatch) -> list[Told]:
     if not lora.unmatched:
         return []
     more = "" if len(lora.unmatched) <= 5 else f" and {len(lora.unmatched) - 5} more"
-    return [f"Not used: {', '.join(printable(key)[:LONGEST] for key in lora.unmatched[:5])}{more}."]
+    keys = [printable(key)[:LONGEST] for key in lora.unmatched[:5]]
+    return [Told("Not used: {keys}{more}.", code="lora_report.unused", keys=keys, more=more)]

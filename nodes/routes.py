@@ -1,7 +1,7 @@
 """What the page asks for outside of a run. ComfyUI refuses requests of other sites.
 
-POST /qwen_lowvram/clear {"clear": "unused" | "all" | "prompts"}  ->  {"text": the list, and what was removed}: a
-request, so that no graph holds it and does it again.
+POST /qwen_lowvram/clear {"clear": "unused" | "all" | "prompts"}  ->  {"text": the list, and what was removed, "parts":
+the same, to be told in another language}: a request, so that no graph holds it and does it again.
 POST /qwen_lowvram/plan {"prompt": what the page would send to /prompt}  ->  {"lines": [PlanLine, ...]}
 POST /qwen_lowvram/models {"prompt": the same}  ->  {"files": [FileCheck, ...], "download": Download or null}
 POST /qwen_lowvram/families {"files": [[folder, name], ...]}  ->  {"families": [key, ...]}, as family_of_file has them
@@ -19,6 +19,7 @@ from server import PromptServer
 
 from ..engine.errors import InvalidRequest
 from ..engine.files.known_files import known
+from ..engine.told import json_of, text_of
 from .cache_folder import weight_cache_folder
 from .cache_report import CLEARABLE, cleared
 from .live_plan import lines_of
@@ -52,8 +53,8 @@ async def clear(request: web.Request) -> web.Response:
     what = given.get("clear")
     if not isinstance(what, str) or what not in CLEARABLE:
         return _refused(400, f'Send {{"clear": X}}, with X one of: {", ".join(CLEARABLE)}.')
-    text = await asyncio.to_thread(cleared, weight_cache_folder(), prompt_cache(), what)
-    return web.json_response({"text": text})
+    parts = await asyncio.to_thread(cleared, weight_cache_folder(), prompt_cache(), what)
+    return web.json_response({"text": text_of(parts), "parts": json_of(parts)})
 
 
 async def plan(request: web.Request) -> web.Response:

@@ -19,6 +19,7 @@ from ..engine.out_of_memory import Short, reason, shortage
 from ..engine.runs.phases import Phase, PhaseProgress
 from ..engine.streaming import require_decodable
 from ..engine.texts import printable, shown
+from ..engine.told import Told, json_of, text_of
 from . import cache_report
 from .adapters.in_comfyui import InComfyUI
 from .adapters.limits import stage_bytes
@@ -31,10 +32,6 @@ WEIGHT_FORMATS = (AUTO, AS_STORED, *FORMATS, FASTEST)  # auto is as stored: the 
 SHOW = "show"
 # older graphs hold these; a value stays in its graph, and would be done again after every restart
 OLD_ACTIONS = ("clear unused", "clear all", "clear prompts")
-HOW_TO_CLEAR = (
-    "To clear, use the buttons on the node. A program sends POST /qwen_lowvram/clear with the JSON "
-    '{"clear": "unused"}, "all" or "prompts".'
-)
 
 
 def prompt_cache() -> PromptCache:
@@ -100,12 +97,16 @@ def _where_it_can_be_made(weights: RequantizedWeights) -> RequantizedWeights:
 def _make(weights: RequantizedWeights, device: torch.device, limit_bytes: int | None) -> Checkpoint:
     if stage_bytes(device, limit_bytes, weights.working_bytes) < weights.working_bytes:
         device = torch.device("cpu")  # the same file, later
-    text = printable(
-        f"Quantizing {weights.source.path.name} to {weights.weight_format}, once: {weights.nbytes / 1e9:.1f} GB in "
-        f"{weights.path.parent}"
+    told = Told(
+        "Quantizing {file} to {format}, once: {gb:.1f} GB in {folder}",
+        code="weight_cache.quantizing",
+        file=printable(weights.source.path.name),
+        format=weights.weight_format,
+        gb=weights.nbytes / 1e9,
+        folder=printable(str(weights.path.parent)),
     )
-    logger.info("%s", text)
-    tell(text)
+    logger.info("%s", told)
+    tell(told)
     if weights.path.parent == folder_until_the_end():
         logger.warning(
             "%s cannot be written to: quantized weights are lost when ComfyUI restarts. To keep them, set the "
@@ -186,8 +187,23 @@ class QwenLowVRAMWeightCache:
         return float("nan")  # the folder may have changed
 
     def run(self, action: str) -> dict[str, Any]:
-        text = cache_report.shown(weight_cache_folder(), prompt_cache())
+        parts = cache_report.shown(weight_cache_folder(), prompt_cache())
         if action != SHOW:
-            text += f"\n\nNothing was cleared: {shown(action)} in a graph would clear again after every restart."
-            text += f"\n{HOW_TO_CLEAR}"
-        return {"ui": {"text": [text]}, "result": (text,)}
+            parts += ["", *_nothing_cleared(action)]
+        text = text_of(parts)
+        return {"ui": {"text": [text], "parts": json_of(parts)}, "result": (text,)}
+
+
+def _nothing_cleared(action: str) -> list[Told]:
+    return [
+        Told(
+            "Nothing was cleared: {action} in a graph would clear again after every restart.",
+            code="weights_list.nothing_cleared",
+            action=shown(action),
+        ),
+        Told(
+            "To clear, use the buttons on the node. A program sends POST /qwen_lowvram/clear with the JSON "
+            '{{"clear": "unused"}}, "all" or "prompts".',
+            code="weights_list.how_to_clear",
+        ),
+    ]

@@ -17,6 +17,7 @@ from ..formats import TORCH_DTYPES
 from ..models.layer_rows import NO_OTHER_NAMES, OtherNames, shapes_by_any_name
 from ..models.streamed_transformer import StreamedTransformer
 from ..texts import printable
+from ..told import Told
 from .deltas import Delta
 from .key_names import COMFYUIS_KINDS, LayerNames, guess_model, is_of_half_shared_model, split_key, unsupported_kind
 from .layers import LoraLayer, PeftSettings, peft_settings
@@ -73,15 +74,33 @@ class LoraMatch:
         return sum(delta.nbytes for delta in self.deltas.values())
 
     def __str__(self) -> str:
+        return str(self.told())
+
+    def told(self) -> Told:
         """As the node shows it, a sentence or two."""
-        used = f"{self.matched_keys} of {len(self.lora.tensors)} keys of {printable(self.lora.path.name)} are used"
-        changing = "changes" if self.empty_layers == 1 else "change"
-        empty = f" {_counted(self.empty_layers, 'layer')} of rank 0 {changing} nothing." if self.empty_layers else ""
-        return f"{used}; they change {_counted(len(self.deltas), 'weight')}.{empty}"
+        empty: Told | str = ""
+        if self.empty_layers:
+            empty = Told(
+                " {layers} layer{plural} of rank 0 {change} nothing.",
+                code="lora_report.empty_layers",
+                layers=self.empty_layers,
+                plural=_plural(self.empty_layers),
+                change="changes" if self.empty_layers == 1 else "change",
+            )
+        return Told(
+            "{used} of {keys} keys of {file} are used; they change {weights} weight{plural}.{empty}",
+            code="lora_report.used",
+            used=self.matched_keys,
+            keys=len(self.lora.tensors),
+            file=printable(self.lora.path.name),
+            weights=len(self.deltas),
+            plural=_plural(len(self.deltas)),
+            empty=empty,
+        )
 
 
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+def _plural(number: int) -> str:
+    return "" if number == 1 else "s"
 
 
 def open_lora(path: Path) -> LoraFile:

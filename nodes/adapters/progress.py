@@ -15,8 +15,10 @@ from ...engine.runs.phases import SECONDS_BETWEEN_EVENTS
 from ...engine.runs.progress_lines import progress_line
 from ...engine.runs.surroundings import Bar
 from ...engine.texts import printable
+from ...engine.told import Coded, Part, json_of, text_of
 
 EVENT = "qwen_lowvram.progress"
+TOLD = "qwen_lowvram.told"
 SECONDS_BETWEEN_LINES = 10.0  # of a log that nobody asked for
 
 
@@ -84,18 +86,25 @@ def node_bar() -> Bar:
     return move
 
 
-def tell(text: str) -> None:
+def tell(*parts: Part) -> None:
     """Show a text on the node that runs; nowhere without a server. Keys and file names in it stay what they are: the
-    page reads such texts as HTML, and what no encoding has would end the connection."""
+    page reads such texts as HTML, and what no encoding has would end the connection. ComfyUI shows it in English; our
+    own script then tells it in the page's language."""
     server, node = getattr(PromptServer, "instance", None), executing_node_id()
-    if server is not None and node is not None:
-        server.send_progress_text(html.escape(printable(text, lines=True), quote=False), node, server.client_id)
+    if server is None or node is None:
+        return
+    text = printable(text_of(parts), lines=True)
+    server.send_progress_text(html.escape(text, quote=False), node, server.client_id)
+    if any(isinstance(part, Coded) for part in parts):
+        prompt = executing_prompt_id()
+        names = {"node": node, "prompt_id": prompt, "workflow_id": _workflow_id(prompt)}
+        send(TOLD, {"parts": json_of(parts), **names})
 
 
-def warn(text: str) -> None:
+def warn(*parts: Part) -> None:
     """Say it in the log, and show it on the node that runs."""
-    logger.warning("%s", text)
-    tell(text)
+    logger.warning("%s", text_of(parts))
+    tell(*parts)
 
 
 def _workflow_id(prompt_id: str | None) -> str | None:

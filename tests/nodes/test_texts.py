@@ -124,7 +124,9 @@ def test_keys_are_shown_as_they_are_and_change_no_log_and_no_page(
     save_file(tensors | {KEY: torch.ones(2, 2)}, tmp_path / "odd.safetensors")
     models("loras", str(tmp_path))
     sent: list[str] = []
-    server = type("Server", (), {"client_id": "x", "send_progress_text": lambda self, text, *_: sent.append(text)})()
+    server = type(
+        "Server", (), {"client_id": "x", "sockets": {}, "send_progress_text": lambda self, text, *_: sent.append(text)}
+    )()
     monkeypatch.setattr(progress.PromptServer, "instance", server, raising=False)
     monkeypatch.setattr(progress, "executing_node_id", lambda: "7")
     with caplog.at_level(logging.INFO):

@@ -64,15 +64,17 @@ def shown(action: str) -> str:
     from qwenimage_lowvram.nodes.weight_cache import QwenLowVRAMWeightCache
 
     answer = QwenLowVRAMWeightCache().run(action)
-    assert answer["ui"] == {"text": [answer["result"][0]]}
+    assert answer["ui"]["text"] == [answer["result"][0]]
+    assert answer["ui"]["parts"]
     return answer["result"][0]
 
 
 def after_clearing(what: str) -> str:
+    from qwenimage_lowvram.engine.told import text_of
     from qwenimage_lowvram.nodes.cache_report import cleared
     from qwenimage_lowvram.nodes.weight_cache import prompt_cache
 
-    return cleared(cache(), prompt_cache(), what)
+    return text_of(cleared(cache(), prompt_cache(), what))
 
 
 @pytest.mark.parametrize(

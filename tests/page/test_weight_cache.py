@@ -25,6 +25,10 @@ PRESS = """(what) => {
   button.click();
   return focused;
 }"""
+CHOICE = """() => {
+  const { value, options } = window.app.graph.nodes[0].widgets.find(({ name }) => name === 'action');
+  return [value, options.getOptionLabel(value)];
+}"""
 SETTLED = """() => new Promise((done) => {
   const look = () => document.querySelector('.qwen-lowvram-clear [aria-disabled]') ? setTimeout(look, 50) : done(true);
   look();
@@ -96,11 +100,23 @@ def test_a_graph_with_an_old_value_that_clears_still_opens_and_clears_nothing(pa
     assert page.unexpected_messages() == []
 
 
-def test_the_buttons_speak_chinese(open_page: Any, client: ComfyClient) -> None:
+def test_the_node_speaks_chinese(open_page: Any, client: ComfyClient) -> None:
     with open_page({"Comfy.Locale": "zh"}) as page:
         client.post("/settings", {"Comfy.Locale": "en"})
         page.evaluate(ADD)
         page.evaluate("() => new Promise((done) => setTimeout(done, 500))")
         assert page.evaluate(BUTTONS) == ["清理未使用的权重", "清理全部权重", "清理提示词"]
+        assert page.run()["status"] == "success"
+        page.evaluate("() => new Promise((done) => setTimeout(done, 500))")
+        lines = page.evaluate(SHOWN).splitlines()
+        assert lines[0].endswith("：没有文件")
+        assert lines[1].startswith("提示词：")
+        assert page.evaluate(PRESS, "prompts") is True
+        assert page.evaluate(SETTLED) is True
+        assert page.evaluate(SHOWN).splitlines()[-1].startswith("已删除提示词：")
+        # the choice has a Chinese label, and its own value
+        assert page.evaluate(CHOICE) == ["show", "显示（show）"]
+        (inputs,) = (node["inputs"] for node in page.prompt().values())
+        assert inputs == {"action": "show"}
         page.screenshot("weight-cache-zh")
         assert page.unexpected_messages() == []

@@ -17,7 +17,7 @@ ENGLISH: dict[str, str] = json.loads(error_texts.LIST.read_text(encoding="utf-8"
 GIVEN: dict[str, Any] = json.loads((PAGE / "error_words_zh.json").read_text(encoding="utf-8"))
 CHINESE: dict[str, str] = GIVEN["texts"]
 FIELD = re.compile(r"(?<!\{)\{(\w+)(?::\d)?\}(?!\})")
-GRAMMAR = {"plural", "places_plural"}  # of English
+GRAMMAR = {"plural", "places_plural", "change"}  # of English
 
 
 def test_every_code_has_a_chinese_text_and_no_other_has() -> None:
@@ -30,7 +30,7 @@ def test_a_chinese_text_shows_the_same_values_and_numbers(code: str) -> None:
     english, chinese = ENGLISH[code], CHINESE[code]
     assert set(FIELD.findall(chinese)) == set(FIELD.findall(english)) - GRAMMAR
     assert not _numbers(english) - _numbers(chinese)
-    assert re.search("[\u4e00-\u9fff：]", chinese)
+    assert re.search("[\u4e00-\u9fff：，]", chinese)
     assert ("What to do:" in english) <= ("\n\n可行的办法：" in chinese)
     assert "What to do" not in chinese
 

@@ -2,12 +2,14 @@
 
 import ast
 import json
+import re
 from dataclasses import replace
 
 import error_texts
 import page_words
 import pytest
 from page_words import english_words, in_chinese
+from qwenimage_lowvram.engine.caches.requantized_files import State
 from qwenimage_lowvram.engine.compute.step_schedules import FIRST_BLOCK, STEP_SCHEDULES
 from qwenimage_lowvram.engine.errors import DoesNotFit
 from qwenimage_lowvram.engine.planning.kept import KeptTiers
@@ -116,11 +118,18 @@ def test_every_cell_that_is_a_word_has_a_chinese_one() -> None:
     assert {cell for cell in (*titles, *COLUMNS, *stages) if cell} <= GIVEN["cells"].keys()
 
 
-def test_chinese_cells_are_those_of_the_source() -> None:
+def test_every_state_of_a_kept_file_has_a_chinese_word() -> None:
+    assert {state.value for state in State} <= GIVEN["words"].keys()
+
+
+def test_chinese_cells_and_choices_are_those_of_the_source() -> None:
+    script = (page_words.SHARED / "choice_words.js").read_text(encoding="utf-8")
+    choices = set(re.findall(r'^  "(.+?)": "', script, re.MULTILINE))
+    assert choices >= {"auto", "as set", "planned_20"}
     files = [file for folder in ("engine", "nodes") for file in (error_texts.PACK / folder).rglob("*.py")]
     trees = [ast.parse(file.read_text(encoding="utf-8")) for file in files]
     said = {node.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant)}
-    assert sorted(GIVEN["cells"].keys() - {value for value in said if isinstance(value, str)}) == []
+    assert sorted((GIVEN["cells"].keys() | choices) - {value for value in said if isinstance(value, str)}) == []
 
 
 def test_parts_are_told_in_english_as_ever() -> None:
