@@ -129,6 +129,9 @@ def test_a_chinese_page_shows_chinese_names_and_sends_the_same_prompt(
     shown = {node["type"] for node in graph["nodes"]} & set(NODES)
     assert len(shown) == 4
     assert {node_defs("zh")[node]["display_name"] for node in shown} <= set(titles)
+    assert "说明" in titles
+    groups = chinese_page.evaluate("() => window.app.graph.groups.map((group) => group.title)")
+    assert groups[0] == "第 1 步：模型文件"
     labels = chinese_page.evaluate("() => window.app.graph.getNodeById(4).widgets.map((w) => w.label ?? w.name)")
     assert {"步数", "采样器", "范数校正"} <= set(labels)
     prompt = {
