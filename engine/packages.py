@@ -27,6 +27,12 @@ def diffusers_transformer() -> ModuleType:
     return _imported("diffusers.models.transformers.transformer_qwenimage", "diffusers", purpose)
 
 
+def diffusers_parallel() -> ModuleType:
+    """diffusers' module that holds the settings of several processes."""
+    purpose = "several processes make one image by its attention"
+    return _imported("diffusers.models._modeling_parallel", "diffusers", purpose)
+
+
 def bitsandbytes() -> ModuleType:
     """Its functions; importing them registers its operators with torch."""
     return _imported("bitsandbytes.functional", "bitsandbytes", "weights in nf4 and fp4 are read and written with it")

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..errors import Unsupported
 from ..files.checkpoint import Checkpoint
 from ..planning.request import PromptTokens, SamplingRequest
 from .component import Component
@@ -53,6 +54,17 @@ class FromPrompts(Protocol):
         """As the VAE decodes them."""
 
 
+def require_one_process(transformer: Checkpoint, member: Enum, ranks: int) -> None:
+    """Of models that several processes cannot make an image by."""
+    raise Unsupported(
+        "{model} cannot make one image in {ranks} processes: only Qwen-Image of the 20B family can.\n\nWhat to do: "
+        "start one process without torchrun, or use Qwen-Image or Qwen-Image-2512.",
+        code="ranks.no_such_model",
+        model=member.value,
+        ranks=ranks,
+    )
+
+
 @dataclass(frozen=True)
 class Family:
     """One family of image models.
@@ -65,7 +77,8 @@ class Family:
     VAE's file without weights, for plans; read_vae: with them. prompts: what its prompts have beside a person's words.
     most_images: that any member is shown. block_prefix: stands before a block's number in tensors' names. quantizable:
     a pattern of the names, in a block, of matrices that may be brought to fewer bits. latent_channels: of its VAE.
-    vae_example: that VAE's published file. tokenizer_folder: of a pipeline folder.
+    vae_example: that VAE's published file. tokenizer_folder: of a pipeline folder. require_ranks: of a transformer's
+    file and member, raises Unsupported or InvalidRequest where so many processes cannot make an image together.
     """
 
     transformer: Component
@@ -90,3 +103,4 @@ class Family:
     vae_example: str
     from_prompts: FromPrompts
     tokenizer_folder: str = "tokenizer"
+    require_ranks: Callable[[Checkpoint, Any, int], None] = require_one_process

@@ -82,7 +82,7 @@ class SamplingRequest:
     timesteps: how many the run has. frames: of the image's latent; one more than the layers it is taken apart into.
     controls: what runs beside the transformer, for this size and batch. token_px: pixels that a token covers along
     each side. prompts: how many different ones the branches have, 0: each its own. step_cache: which steps are
-    computed; None: all.
+    computed; None: all. ranks: processes that make the image together, each on a part of its tokens.
     """
 
     width: int
@@ -96,6 +96,7 @@ class SamplingRequest:
     token_px: int = TOKEN_PX
     prompts: int = 0
     step_cache: StepCache | None = None
+    ranks: int = 1
 
     def __post_init__(self) -> None:
         if self.step_cache is not None:
@@ -145,4 +146,5 @@ class SamplingRequest:
 
     def __str__(self) -> str:
         frames = f", {self.frames} frames" if self.frames > 1 else ""
-        return f"{self.width}x{self.height}{frames}, {self.branches} branch{'es' if self.branches != 1 else ''}"
+        ranks = f", one of {self.ranks} parts" if self.ranks > 1 else ""
+        return f"{self.width}x{self.height}{frames}, {self.branches} branch{'es' if self.branches != 1 else ''}{ranks}"

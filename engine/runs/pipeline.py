@@ -7,6 +7,7 @@ with Pipeline.open(Path("models/Qwen-Image"), vram_limit_bytes=4 * GIB) as pipel
 
 import platform
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,9 +18,10 @@ from torch import Tensor
 from ..caches.prompt_cache import PromptCache
 from ..compute.attention_choice import AUTO, CHOICES, choose_attention
 from ..compute.compilation import CompileSettings
+from ..compute.context_parallel import Ranks
 from ..compute.linear_choice import Computing, linear_of
-from ..compute.step_schedules import OFF, StepCache, step_cache_of
-from ..errors import InvalidRequest
+from ..compute.step_schedules import OFF, FirstBlockRule, StepCache, step_cache_of
+from ..errors import InvalidRequest, Unsupported
 from ..files.checkpoint import Checkpoint
 from ..hardware import FLOATS, Hardware
 from ..lora.lora_file import match_model, open_lora
@@ -66,6 +68,7 @@ class Pipeline:
         compute: str = Computing.EXACT.value,
         compile: bool = False,
         loras: Sequence[tuple[Path, float]] = (),
+        ranks: Ranks | None = None,
         **of_network: Any,
     ) -> None:
         """Reads headers, the tokenizer, the VAE and the transformer's weights outside of its blocks.
@@ -77,9 +80,19 @@ class Pipeline:
         which ends the run. attention: the transformer's kernel, of `attention_choice.CHOICES`. compute: on what the
         transformer's linear layers compute, a value of `linear_choice.Computing`. compile: blocks by code that
         torch.compile makes once, which has to compute the same bits unless compute is "fast". loras: files and their
-        strengths, in order. of_network: what the family's transformer takes beside these. Raises Unsupported for a
-        kernel that does not work here.
+        strengths, in order. ranks: the processes that make each image together, of which this is one, on the device of
+        theirs. of_network: what the family's transformer takes beside these. Raises Unsupported for a kernel that does
+        not work here, and where the processes cannot share an image of this model.
         """
+        if ranks is not None:
+            files.family.require_ranks(files.transformer, files.variant, ranks.count)
+            if compile:
+                raise Unsupported(
+                    "Compiled blocks cannot exchange tokens with other processes.\n\nWhat to do: leave compile off.",
+                    code="ranks.compiled",
+                )
+            device, of_network = ranks.device, {**of_network, "ranks": ranks}
+        self._ranks = ranks
         if dtype is not None and dtype not in FLOATS:
             raise InvalidRequest(
                 "dtype is {dtype!r}; torch.bfloat16, torch.float16 or torch.float32 is needed, or None.",
@@ -107,6 +120,10 @@ class Pipeline:
         self._limit, self._ram_limit = _tightest(vram_limit_bytes=vram_limit_bytes, **ram_too), ram_limit_bytes
         self._dtype = dtype
         self._cache = cache
+        self._chosen = {
+            "model": f"of {files.transformer.largest_file.stat().st_size} bytes",
+            "list of LoRAs": [(file.stat().st_size, strength) for file, strength in loras],
+        }
         dtypes = [
             encoder_dtype(self._dtype_of(files.text_encoder)),
             self._dtype_of_transformer(files.transformer),
@@ -167,8 +184,26 @@ class Pipeline:
         """(batch, height, width, 3) in fp32, 0 to 1. cfg 1: without the negative prompt, which halves the computing.
         step_cache: of `step_schedules.STEP_CACHES`, or a table; all but "off" make another image than all steps do.
 
-        Raises InvalidRequest and DoesNotFit.
+        Raises InvalidRequest and DoesNotFit. Of several processes each would decode: `make_latents`.
         """
+        size = {"width": width, "height": height, "seed": seed, "steps": steps, "batch": batch}
+        return self.decode(self.make_latents(prompt, negative, **size, cfg=cfg, step_cache=step_cache))
+
+    def make_latents(
+        self,
+        prompt: str,
+        negative: str = " ",
+        *,
+        width: int,
+        height: int,
+        seed: int,
+        steps: int = 20,
+        cfg: float = 4.0,
+        batch: int = 1,
+        step_cache: str | StepCache = OFF,
+    ) -> Tensor:
+        """As `make`, what `decode` then makes an image of. Of several processes each calls it with the same, and has
+        the whole: one of them decodes."""
         self._images += 1  # whatever an image before this one came to
         self._require_size(width, height, batch)
         self._vae_run().require_decodes(height, width)  # before minutes are spent on sampling
@@ -176,7 +211,7 @@ class Pipeline:
             schedule.require_steps(steps)
         prompts = self.encode([prompt, negative] if cfg > 1 else [prompt])
         size = {"width": width, "height": height, "seed": seed, "steps": steps, "batch": batch}
-        return self.decode(self.sample(prompts, **size, cfg=cfg, step_cache=step_cache))
+        return self.sample(prompts, **size, cfg=cfg, step_cache=step_cache)
 
     def encode(self, prompts: Sequence[str]) -> list[Tensor]:
         """(1, length, dim) in fp32 on the host, of each prompt; all in one visit of the text encoder."""
@@ -199,6 +234,24 @@ class Pipeline:
         """Latents of the family's shape in fp32 on the host, by the reference's schedule; prompts: what `encode` gave,
         the positive one and, where cfg is above 1, the negative one."""
         self._require_size(width, height, batch)
+        cache = step_cache_of(step_cache)
+        self._require_same(
+            {
+                "number of prompts or tokens": [prompt.shape[1] for prompt in prompts],
+                "size, or batch": (width, height, batch),
+                "seed": seed,
+                "number of steps": steps,
+                "cfg": cfg,
+                "step_cache": cache,
+            }
+        )
+        if self._ranks is not None and isinstance(cache, FirstBlockRule):
+            raise Unsupported(
+                "step_cache {name} decides by numbers of the image, about which several processes might not agree."
+                "\n\nWhat to do: set step_cache to off, or to a table.",
+                code="ranks.first_block",
+                name=cache.name,
+            )
         images = self._images_of
         noise = torch.randn(images.noise_shape(batch, width, height), generator=torch.Generator().manual_seed(seed))
         run = EulerSampler(
@@ -209,10 +262,13 @@ class Pipeline:
             Alone(self._transformer, (), self._on_progress, self._check),
             self._limit,
             self._ram_limit,
-            step_cache_of(step_cache),
+            cache,
         )
-        sampled = run.sample(prompts, noise, images.sigmas(self._transformer, steps, noise), cfg=cfg)
+        with nullcontext() if self._ranks is None else self._ranks.watched():
+            sampled = run.sample(prompts, noise, images.sigmas(self._transformer, steps, noise), cfg=cfg)
         self._sampling = sampled.report
+        if self._ranks is not None:
+            self._ranks.wait()  # whoever ends now takes nothing from the others
         return sampled.latents
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -284,6 +340,16 @@ class Pipeline:
 
     def _trials(self, name: str) -> KnownTrials:
         return KnownTrials(None if self._cache is None else self._cache / name)
+
+    def _require_same(self, asked: Mapping[str, object]) -> None:
+        """Of several processes: that all are to make the same image in the same way, or they would wait for each other
+        in different places."""
+        if self._ranks is None:
+            return
+        attending = self._transformer.attending
+        own = attending is None or attending.attend is None
+        kernel = "torch's own" if own else self._transformer.attention.name
+        self._ranks.require_same({**self._chosen, "attention kernel": kernel, **asked})
 
     def _require_size(self, width: int, height: int, batch: int) -> None:
         side_px = self._images_of.side_px

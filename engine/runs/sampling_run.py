@@ -42,7 +42,8 @@ class SamplingRun:
     """Owns what one run holds, from `load` over `begin` and any number of passes to `end`.
 
     Where memory runs out all the same, what the run holds is given back, and what was being done is done again with
-    smaller plans: the image is the same.
+    smaller plans: the image is the same. Of several processes of an image none can do anything again without the
+    others: there the error is raised.
     """
 
     def __init__(
@@ -262,6 +263,8 @@ class SamplingRun:
         """Plan within what is really free now; where that is as much as before, within that part of the last plan."""
         session, transformer, plan = self._session, self._transformer, self.plan
         session.close()
+        if plan.request.ranks > 1:
+            raise retry.no_memory(plan, short, why)
         for store in (transformer.store, *transformer.secondaries.values()):
             store.release()
         self._surroundings.left(transformer.hardware.device)
@@ -293,8 +296,8 @@ class SamplingRun:
         flops = transformer.footprint.step_flops(plan.request)
         if self._one_by_one or self._session.retries or plan.request.controls or not others or flops < TELLING_FLOPS:
             return
-        if isinstance(self._cached, FirstBlock):
-            return  # what passes that were left had waited for is among the waits
+        if plan.request.ranks > 1 or isinstance(self._cached, FirstBlock):
+            return  # of the other processes, or what passes that were left had waited for is among the waits
         step_seconds, waits, slowed = sum(others) / len(others), self._session.waits, plan.forecast.slowed_seconds
         waited = (waits - self._first_waits).seconds / len(others)
         forecast = plan.forecast.compute_seconds + slowed

@@ -15,6 +15,7 @@ import pytest
 import torch
 from live_bytes import LiveBytes
 from qwenimage_lowvram.engine.caches.requantized_weights import RequantizedWeights
+from qwenimage_lowvram.engine.compute.context_parallel import Ranks
 from qwenimage_lowvram.engine.files.checkpoint import Checkpoint
 from qwenimage_lowvram.engine.lora.lora_file import match
 from qwenimage_lowvram.engine.lora.weight_patches import lora_patches
@@ -29,7 +30,9 @@ from qwenimage_lowvram.engine.planning.memory_plan import MemoryPlan
 from qwenimage_lowvram.engine.planning.request import GIB, Limits, SamplingRequest
 from qwenimage_lowvram.engine.planning.stages import ImageRequest
 from qwenimage_lowvram.engine.planning.text_encoder import text_encoder_peak_bytes
+from torch import distributed
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 pytestmark = pytest.mark.slow
 
@@ -277,6 +280,43 @@ def test_chunks_take_what_the_plan_says(chunk: int, live: LiveBytes) -> None:
     weights = whole.sampling_peak_bytes - whole.activation_bytes - 3 * transformer.footprint.slot_bytes
     predicted = weights + transformer.footprint.activation_bytes(request, chunk)
     assert 0.9 * predicted < sampling_peak(live, transformer, plan) < 1.1 * predicted
+
+
+@pytest.fixture
+def of_processes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Ranks]]:
+    """`of_processes(4)`: the first of so many, whose exchanges move nothing, on devices that are not there."""
+
+    def first_of(count: int) -> Ranks:
+        distributed.init_process_group("fake", rank=0, world_size=count, store=FakeStore())
+        # asks the others for a number, which fake tensors have not
+        monkeypatch.setattr("diffusers.models.attention_dispatch.gather_size_by_comm", lambda size, _: [size] * count)
+        return Ranks.of_group(torch.device("cuda"))
+
+    yield first_of
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(("side", "branches", "count"), [(1328, 2, 2), (2048, 1, 4)])
+def test_a_process_that_shares_an_image_takes_what_its_plan_says(
+    side: int, branches: int, count: int, of_processes: Callable[[int], Ranks]
+) -> None:
+    ranks = of_processes(count)
+    with FakeTensorMode(), LiveBytes("cuda") as live, torch.inference_mode():
+        transformer = QwenImageTransformer(
+            full_size.transformer_checkpoint(layers=3),
+            dtype=torch.bfloat16,
+            hardware=full_size.fake_gpu(),
+            source=full_size.EmptySource,
+            ranks=ranks,
+        )
+        request = SamplingRequest(side, side, branches, PROMPT_TOKENS, ranks=count)
+        plan = plan_memory(transformer.footprint, request, Limits(int(1.9e9)))
+        plan = replace(plan, mlp_chunk_tokens=512)  # attention is the widest point
+        alone = transformer.footprint.activation_bytes(replace(request, ranks=1), 512)
+        planned = transformer.footprint.activation_bytes(request, 512)
+        assert planned < 0.8 * alone
+        predicted = plan.sampling_peak_bytes - plan.activation_bytes + planned
+        assert 0.9 * predicted < sampling_peak(live, transformer, plan) <= 1.01 * predicted
 
 
 WITHOUT_FUSED = [(512, 0, None), (1328, 0, None), (1024, 4096, Variant.EDIT_2511)]

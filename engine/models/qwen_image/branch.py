@@ -12,6 +12,7 @@ import torch
 from packaging.version import Version
 from torch import Tensor, nn
 
+from ...compute.context_parallel import Ranks
 from .modulation import ModulationRow, Moment
 from .positions import Place, Shape
 
@@ -61,10 +62,11 @@ class BranchState:
     modulate_index: Tensor | None
     row: ModulationRow
     residuals: tuple[Sequence[Tensor | None], ...]
+    ranks: Ranks | None = None  # of which this process has its part of img, txt, rotary and modulate_index
 
     @property
     def tokens(self) -> int:
-        """Of images and prompt together."""
+        """Of images and prompt together, that this process has."""
         return self.img.shape[1] + self.txt.shape[1]
 
     def move(self, device: torch.device) -> None:
@@ -76,6 +78,7 @@ class BranchState:
 
     def run(self, index: int, block: nn.Module) -> None:
         device = self.img.device
+        block.attn.processor._parallel_config = None if self.ranks is None else self.ranks.config
         block.img_mod.value, block.txt_mod.value = self.row.img[index].to(device), self.row.txt[index].to(device)
         try:
             self.txt, self.img = block(

@@ -8,6 +8,8 @@ from ...planning.request import PromptTokens, SamplingRequest
 
 # of a token: 2x2 latent pixels
 CHANNELS = 64
+# tensors of one token's width that an exchange between processes holds beside q, k and v: as sent and as received
+_EXCHANGED = 6
 # that the model was trained on (model card), and smaller ones
 SUGGESTED_SIZES = ((1328, 1328), (1664, 928), (1024, 1024), (768, 768), (512, 512))
 # of the prompt templates; an image to change has a megapixel for the transformer, and for the text encoder 384x384 px
@@ -35,23 +37,27 @@ class QwenImageFootprint(TransformerFootprint):
         return SUGGESTED_SIZES
 
     def activation_bytes(self, request: SamplingRequest, chunk: int | None) -> int:
-        """The factors count the tensors of one token's width that are alive at once in diffusers'
+        """Of one process's part, where several make the image.
+
+        The factors count the tensors of one token's width that are alive at once in diffusers'
         QwenImageTransformerBlock: in the joint attention (q, k, v, rotary embedding in fp32), and around the two MLPs,
         whose hidden width is four times the model's, before and after GELU; layers that compute on stored weights have
         less beside them. Where each token has its own gates
         (zero_cond_t), the first lives on through the MLPs.
         """
         unit = self.inner_dim * self.element_bytes
-        image, text = request.image_tokens * unit, request.prompt_tokens * unit
+        image, text = _part(request.image_tokens, request) * unit, _part(request.prompt_tokens, request) * unit
         inputs = (request.image_tokens * CHANNELS + request.prompt_tokens * self.joint_attention_dim) * (
             self.element_bytes
         )
         carried = image + text + inputs
         scores = self.attention.scratch_bytes(self._attended(request))  # made when q and k have been turned
+        if request.ranks > 1:
+            scores += _EXCHANGED * (image + text)
         attention = max(10 * (image + text), 9 * (image + text) + scores)
         if self.in_half:  # q, k, v and what is seen as well, then the last layer's operand and result
             attention = max(10 * (image + text) + scores, 9 * (image + text) + 3 * image // 2)
-        attention = max(attention, 5 * (image + text) + self.linear.scratch_bytes(request.image_tokens))
+        attention = max(attention, 5 * (image + text) + self.linear.scratch_bytes(image // unit))
         wide_image, wide_text = (
             max(8 * n, 5 * n + self.linear.scratch_bytes(n // unit))
             if chunk is None or n <= chunk * unit
@@ -60,25 +66,32 @@ class QwenImageFootprint(TransformerFootprint):
         )
         mlps = max(6 * image + 4 * text + wide_image, 7 * image + 6 * text + wide_text)
         gate = image if self.zero_cond_t else 0
-        return self.kept_bytes(request) + request.branches * carried + max(attention + gate, mlps + 2 * gate)
+        gathered = (2 * request.ranks + 1) * image if request.ranks > 1 and request.step_cache else 0
+        widest = max(attention + gate, mlps + 2 * gate, gathered)
+        return self.kept_bytes(request) + request.branches * carried + widest
 
     def kept_bytes(self, request: SamplingRequest) -> int:
         """Rotary tables, as if each branch had its own."""
-        tokens = request.image_tokens + request.prompt_tokens
+        tokens = _part(request.image_tokens, request) + _part(request.prompt_tokens, request)
         return request.branches * tokens * (self.head_dim // 2) * 8  # complex64
 
     def attention_text(self, request: SamplingRequest) -> str:
         return self.attention.text(self._attended(request))
 
     def _attended(self, request: SamplingRequest) -> AttentionShape:
-        """Of one branch: image and prompt see each other."""
+        """Of one branch: image and prompt see each other. Of several processes each has a part of the heads."""
         tokens = request.image_tokens + request.prompt_tokens
-        return AttentionShape(tokens, tokens, self.inner_dim // self.head_dim, self.head_dim)
+        return AttentionShape(tokens, tokens, self.inner_dim // self.head_dim // request.ranks, self.head_dim)
 
     def step_flops(self, request: SamplingRequest) -> float:
         """A block multiplies each token with 12 dim^2 weights (q, k, v and output projections, and an MLP four times
         as wide) of its own stream, and attends from every token to every token (dim products for the scores, dim for
-        the sum)."""
+        the sum); of several processes each does its part."""
         dim, tokens = self.inner_dim, request.image_tokens + request.prompt_tokens
         per_block = 2 * tokens * 12 * dim**2 + 4 * tokens**2 * dim
-        return float(request.branches * self.all_blocks * per_block)
+        return request.branches * self.all_blocks * per_block / request.ranks
+
+
+def _part(tokens: int, request: SamplingRequest) -> int:
+    """Of so many tokens the most that one process has."""
+    return -(-tokens // request.ranks)

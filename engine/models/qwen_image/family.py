@@ -2,8 +2,9 @@
 
 from functools import partial
 
+from ...errors import InvalidRequest
 from ...files.checkpoint import Checkpoint
-from ..family import Family
+from ..family import Family, require_one_process
 from ..qwen25_vl.component import TEXT_ENCODER
 from ..qwen25_vl.tensors import require_fitting_encoder
 from ..qwen25_vl.text_encoder import TextEncoder
@@ -18,13 +19,28 @@ from .from_prompts import QwenImageFromPrompts
 from .network import QwenImageParts
 from .positions import Positions
 from .prompts import PromptTokenizer
-from .tensors import BLOCKS
+from .tensors import BLOCKS, sort_transformer
 from .transformer import QwenImageTransformer
 from .variants import Variant, could_be, variant_of
 
 
 def _require_vae(vae: Checkpoint, member: Variant) -> None:
     require_image_vae(vae, channels=RGBA if member.makes_layers else RGB)
+
+
+def _require_ranks(transformer: Checkpoint, member: Variant, ranks: int) -> None:
+    if member.makes_layers:
+        require_one_process(transformer, member, ranks)
+    heads = sort_transformer(transformer, member).config.num_attention_heads
+    if heads % ranks:
+        raise InvalidRequest(
+            "One image cannot be made in {ranks} processes: each takes as many of the model's {heads} heads of "
+            "attention as the others.\n\nWhat to do: start {possible} processes.",
+            code="ranks.heads",
+            ranks=ranks,
+            heads=heads,
+            possible=" or ".join(str(n) for n in range(2, heads + 1) if heads % n == 0),
+        )
 
 
 QWEN_IMAGE = Family(
@@ -49,4 +65,5 @@ QWEN_IMAGE = Family(
     latent_channels=LATENT_CHANNELS,
     vae_example=VAE.example,
     from_prompts=QwenImageFromPrompts(),
+    require_ranks=_require_ranks,
 )

@@ -49,6 +49,7 @@ class QwenImageFromPrompts:
             branches=len(prompts) * len(noise),
             prompt_tokens=max(prompt.shape[1] for prompt in prompts),
             timesteps=steps,
+            ranks=1 if transformer.ranks is None else transformer.ranks.count,
         )
 
     def sigmas(self, transformer: QwenImageTransformer, steps: int, noise: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ class RotaryTables:
 
     def __init__(
         self,
-        make: Callable[[Sequence[Shape], Sequence[Place], int], tuple[Tensor, Tensor]],
+        make: Callable[[Sequence[Shape], Sequence[Place], int], Sequence[Tensor]],
         device: torch.device,
     ) -> None:
         """`make`: of shapes, places and a prompt's length, on the host; it may raise."""
@@ -26,7 +26,7 @@ class RotaryTables:
         self._tables: dict[_Key, tuple[Tensor, Tensor]] = {}
 
     def of(self, branches: Sequence[Branch]) -> list[tuple[Tensor, Tensor]]:
-        """Of the image tokens and of the prompt of each branch."""
+        """Of the image tokens and of the prompt of each branch, as `make` has them."""
         keys = [(tuple(b.shapes), tuple(b.places), b.prompt_embeds.shape[1]) for b in branches]
         self._tables = {key: self._tables[key] for key in keys if key in self._tables}
         for key in keys:
