@@ -64,7 +64,7 @@ def made(pipeline: Pipeline) -> dict[str, torch.Tensor]:
 
 def refused(pipeline: Pipeline, rank: int) -> dict[str, str]:
     """What each process is told of what they cannot make together."""
-    wrong = {
+    wrong: dict[str, dict[str, Any]] = {
         "other seeds": {"seed": rank},
         "a rule": {"step_cache": "first_block"},
         "fewer tokens": {"width": 16, "height": 16},

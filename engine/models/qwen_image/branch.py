@@ -78,7 +78,8 @@ class BranchState:
 
     def run(self, index: int, block: nn.Module) -> None:
         device = self.img.device
-        block.attn.processor._parallel_config = None if self.ranks is None else self.ranks.config
+        if self.ranks is not None:
+            block.attn.processor._parallel_config = self.ranks.config
         block.img_mod.value, block.txt_mod.value = self.row.img[index].to(device), self.row.txt[index].to(device)
         try:
             self.txt, self.img = block(
