@@ -6,7 +6,6 @@ with ranks_of_torchrun() as ranks, Pipeline.open(folder, ranks=ranks) as pipelin
         image = pipeline.decode(latents)[0]
 """
 
-import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ import torch
 from torch import distributed
 
 from ..compute.context_parallel import RankLost, Ranks, lost
+from ..environment import variable
 from ..errors import InvalidRequest, Unsupported
 
 # a process waits for the others so long: from disks of their own, they may load for minutes
@@ -74,7 +74,7 @@ def _join(backends: str, timeout: timedelta) -> None:
 
 def _told() -> tuple[int, int, int]:
     """Of this process: its number, how many there are, and its number on its machine."""
-    told = [os.environ.get(name, "") for name in (_RANK, _COUNT, _OF_MACHINE)]
+    told = [variable(name) for name in (_RANK, _COUNT, _OF_MACHINE)]
     if not all(text.isdecimal() for text in told) or int(told[1]) < 2:
         raise InvalidRequest(
             "One image by several processes needs torchrun, and two processes or more.\n\nWhat to do: start them with "
