@@ -135,7 +135,7 @@ class QwenLowVRAMLoader:
         limits = _Limits(limit_bytes(vram_limit_gb), limit_bytes(ram_limit_gb))
         products = transformer_dtype(dtype, transformer_file, hardware)
         member = sources.member(transformer_file, variant)
-        doubt = sources.doubt_about(transformer_file, member) if chosen_variant(variant) is None else ""
+        doubt = sources.doubt_about(transformer_file, member) if chosen_variant(variant) is None else None
         if doubt:
             warn(doubt)
         weight_format, advice = _format_of(transformer_file, weight_format, Parts(member, products, hardware), limits)
@@ -184,7 +184,7 @@ class QwenLowVRAMLoader:
             member,
             limits.name_on(text_hardware.device),
         )
-        told = " ".join(text for text in (doubt, asked, products_text(dtype, products), slower, advice) if text)
+        told = " ".join(str(text) for text in (doubt, asked, products_text(dtype, products), slower, advice) if text)
         settings = (limits.vram_bytes, limits.ram_bytes, timeline, told, step_cache_of(step_cache), compile)
         opening(1, 1)
         return served.make_model(model, *settings), clip, image_vae

@@ -16,6 +16,7 @@ from ..engine.models.qwen_vl.tokenizer_files import tokenizer_stamps
 from ..engine.models.recognition import components
 from ..engine.runs.opened_files import open_component
 from ..engine.texts import shown
+from ..engine.told import Told
 from . import model_choices
 from .adapters.networks import SERVED, served_of
 from .display_names import AUTO, LOADER
@@ -104,15 +105,20 @@ class Sources:
             )
         return self.family.member_of(transformer, chosen)
 
-    def doubt_about(self, transformer: Checkpoint, member: Enum) -> str:
-        """What a person has to decide where nothing tells which model of the family a file is; empty where something
+    def doubt_about(self, transformer: Checkpoint, member: Enum) -> Told | None:
+        """What a person has to decide where nothing tells which model of the family a file is; None where something
         does."""
         others = [other.value for other in self.family.could_be(transformer)]
         if not others:
-            return ""
-        return (
-            f"Nothing in {shown(transformer.path.name)} tells for sure which member of the family it is: it is taken "
-            f"for {member.value}. If it is {' or '.join(others)}, set variant to that in '{LOADER}' (advanced inputs)."
+            return None
+        return Told(
+            "Nothing in {file} tells for sure which member of the family it is: it is taken for {member}. If it is "
+            "{others}, set variant to that in '{loader}' (advanced inputs).",
+            code="told.doubt_about_variant",
+            file=shown(transformer.path.name),
+            member=member.value,
+            others=" or ".join(others),
+            loader=LOADER,
         )
 
     def prompt_tokenizer(self) -> Any:

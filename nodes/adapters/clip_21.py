@@ -15,6 +15,7 @@ from ...engine.models.qwen_image_21.sizes import HALOED, PIXELS, WARNED_IMAGES, 
 from ...engine.models.qwen_image_21.variants import Variant21
 from ...engine.models.qwen_vl.image_prompts import ImagePrompt
 from ...engine.models.qwen_vl.images import PatchedImage
+from ...engine.told import Told
 from .clip import LowVRAMCLIP, as_comfyui_reads
 from .edit_prompts import Edit, EncodedEdit, empty_latent
 from .graph_checks import refuse
@@ -112,9 +113,19 @@ def encode_edit_21(edit: Edit, member: Variant21) -> EncodedEdit:
 
 def _tell_doubts(images: int, one_grid: bool) -> None:
     if images > WARNED_IMAGES:
-        warn(f"{images} images: Qwen-Image-2.1 was made for at most {WARNED_IMAGES}.")
+        told = Told(
+            "{images} images: Qwen-Image-2.1 was made for at most {most}.",
+            code="told.many_images",
+            images=images,
+            most=WARNED_IMAGES,
+        )
+        warn(told)
     if not one_grid:
-        warn("The output does not have the size of the first image: what is kept of it is moved or scaled.")
+        told = Told(
+            "The output does not have the size of the first image: what is kept of it is moved or scaled.",
+            code="told.other_grid",
+        )
+        warn(told)
 
 
 def _encoded(clip: Any, texts: Sequence[str], images: Sequence[Tensor]) -> list[Any]:

@@ -13,6 +13,7 @@ from ...engine.log import logger
 from ...engine.models.qwen_image.latents import LATENT_PX, PATCH
 from ...engine.models.qwen_image.variants import Variant
 from ...engine.texts import printable
+from ...engine.told import Told
 from ..display_names import ENCODE_EDIT, LOADER
 from .easycache import is_easycache
 from .error_events import errors_sent
@@ -90,11 +91,14 @@ def check_references(variant: Variant, conds: dict[str, list[dict[str, Any]]]) -
             loader=LOADER,
         )
     if shown and not variant.edits and not variant.makes_layers:
-        text = (
-            f"{variant.value} is given an image to edit, which it was not trained for; a LoRA may have taught it. "
-            f"If the file is an Edit model under another name, set variant in '{LOADER}'."
+        told = Told(
+            "{variant} is given an image to edit, which it was not trained for; a LoRA may have taught it. If the file "
+            "is an Edit model under another name, set variant in '{loader}'.",
+            code="told.image_for_no_editor",
+            variant=variant.value,
+            loader=LOADER,
         )
-        warn(text)
+        warn(told)
     for height, width in sorted(sizes):
         if height % PATCH or width % PATCH:
             logger.warning(

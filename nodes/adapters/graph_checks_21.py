@@ -9,6 +9,7 @@ from ...engine.errors import InvalidRequest, Unsupported
 from ...engine.models.qwen_image_21.latents import CHANNELS, TOKEN_PX
 from ...engine.models.qwen_image_21.schedule import TURBO_SIGMAS
 from ...engine.models.qwen_image_21.sizes import BESIDE_IT, HALOED
+from ...engine.told import Told
 from ..display_names import ENCODE_EDIT
 from .progress import warn
 
@@ -20,22 +21,31 @@ def tell_other_schedule(sigmas: Tensor) -> None:
     own = torch.tensor([*TURBO_SIGMAS, 0.0])
     taken = sigmas.float().cpu()
     if len(taken) > len(own) or not torch.allclose(taken, own[-len(taken) :], atol=1e-3):
-        warn(
+        told = Told(
             "Qwen-Image-2.1-Turbo makes poor images with any schedule but its own: use the preset '2.1-Turbo, 8 "
-            "steps' of Sample (low VRAM), or ManualSigmas with "
-            f"{', '.join(f'{sigma:g}' for sigma in own.tolist())}."
+            "steps' of Sample (low VRAM), or ManualSigmas with {sigmas}.",
+            code="told.other_schedule",
+            sigmas=", ".join(f"{sigma:g}" for sigma in own.tolist()),
         )
+        warn(told)
 
 
 def tell_haloed_edit(output: tuple[int, int], references: int) -> None:
     """`output`: (width, height) in px of an image that is made beside so many references."""
     if references and output == HALOED:
         width, height = HALOED
-        warn(
-            f"Edits with Qwen-Image-2.1 of exactly {width}x{height} px are known to come out as near-copies of the "
-            f"image with halos, in diffusers and ComfyUI too. Use another size: in {ENCODE_EDIT} megapixels 1, width 0 "
-            f"and height 0, which make {BESIDE_IT[0]}x{BESIDE_IT[1]} px of a square image."
+        told = Told(
+            "Edits with Qwen-Image-2.1 of exactly {width}x{height} px are known to come out as near-copies of the "
+            "image with halos, in diffusers and ComfyUI too. Use another size: in {encode_edit} megapixels 1, width 0 "
+            "and height 0, which make {other_width}x{other_height} px of a square image.",
+            code="told.haloed_edit",
+            width=width,
+            height=height,
+            encode_edit=ENCODE_EDIT,
+            other_width=BESIDE_IT[0],
+            other_height=BESIDE_IT[1],
         )
+        warn(told)
 
 
 def check_references_21(entry: dict[str, Any], noise: Tensor) -> None:

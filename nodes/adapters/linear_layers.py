@@ -9,6 +9,7 @@ from ...engine.compute.linear_choice import DECODED, Computing, LinearChoice, li
 from ...engine.files.checkpoint import Checkpoint
 from ...engine.hardware import Hardware
 from ...engine.models.streamed_transformer import StreamedTransformer
+from ...engine.told import Told
 from .progress import warn
 
 
@@ -38,6 +39,11 @@ def nothing_as_stored(linear: LinearChoice, transformer: StreamedTransformer[Any
 
 
 def _tell(why: str, *, some: bool = False) -> str:
-    told = f"{'Some linear' if some else 'Linear'} layers compute exactly, on decoded weights: {why}."
+    if some:
+        told = Told(
+            "Some linear layers compute exactly, on decoded weights: {why}.", code="told.some_layers_exact", why=why
+        )
+    else:
+        told = Told("Linear layers compute exactly, on decoded weights: {why}.", code="told.layers_exact", why=why)
     warn(told)
-    return told
+    return str(told)

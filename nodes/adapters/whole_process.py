@@ -11,6 +11,7 @@ import comfy.ldm.modules.attention
 import comfy.ldm.qwen_image.model
 from torch import nn
 
+from ...engine.told import Told
 from ..display_names import LOADER
 from .progress import warn
 
@@ -47,8 +48,11 @@ def tell_patched_process() -> None:
     """One line in the log and on the node, where there is anything to say."""
     names = patched_in_process()
     if names:
-        text = (
-            f"Another pack has replaced {', '.join(names)} of ComfyUI for all models. Models from '{LOADER}' do not "
-            "use that code: they run without it."
+        told = Told(
+            "Another pack has replaced {functions} of ComfyUI for all models. Models from '{loader}' do not use that "
+            "code: they run without it.",
+            code="told.patched_process",
+            functions=names,
+            loader=LOADER,
         )
-        warn(text)
+        warn(told)

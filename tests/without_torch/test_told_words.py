@@ -112,6 +112,19 @@ def test_left_out_steps_are_told_in_chinese(cache: object) -> None:
     assert english_words(told) == set()
 
 
+@node_runs_scripts
+def test_what_the_loader_tells_beside_a_plan_is_told_in_chinese() -> None:
+    advice = (
+        "Nothing in 'a.gguf' tells for sure which member of the family it is: it is taken for Qwen-Image-Edit-2509. "
+        "If it is Qwen-Image-Edit-2511, set variant to that in 'Load Qwen-Image (low VRAM)' (advanced inputs). "
+        "The file asks for the attention kernel 'sage', which quantizes, so that the image is another one: PyTorch's "
+        "is used. To follow the file, choose it in 'Load Qwen-Image (low VRAM)' (attention). "
+        "Linear layers compute exactly, on decoded weights: there are no products for weights in Q4_K."
+    )
+    told = in_chinese([Told("On {card}: {advice}", code="memory_plan.advice", card="8 GB", advice=advice)])
+    assert english_words(told) == {"sage"}
+
+
 def test_every_cell_that_is_a_word_has_a_chinese_one() -> None:
     (titles,) = (part.rows[0] for part in plan_table([])[:1] if isinstance(part, Table))
     stages = [stage.value for stage in Stage]
