@@ -1,6 +1,7 @@
 """Measure what a machine does with a model, or with one block of its size where there is no file: rates, a block, a
 short run. Leaves nothing on the device, and remembers nothing for later runs."""
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,7 +23,7 @@ from ..planning.forecast import TYPICAL, Speeds
 from ..planning.memory_plan import MemoryPlan
 from ..planning.request import SamplingRequest
 from ..reports.card_report import BlockVisit, CardReport, Rates
-from ..streaming import BlockStreamer
+from ..streaming import BlockStreamer, StreamOrder
 from .free_memory import check_room
 from .known_speeds import KnownSpeeds
 from .limit import Limit
@@ -255,16 +256,14 @@ def _visits(transformer: Transformer, inputs: _Inputs, plan: MemoryPlan, surroun
     transformer.load((), held=(0,) if held else ())
     branch = inputs.branch(transformer)
     transformer.modulation.announce([branch.timestep], on_block=lambda index: surroundings.check())
-    clock, store = PassClock(transformer.store.order), transformer.store
+    store = transformer.store
     with BlockStreamer(store, slots=1, blocks=range(1)) as streamer:
         session = TransformerSession(transformer, [streamer], plan.mlp_chunk_tokens)
         session.forward([branch], check=surroundings.check)  # it comes from the file, and kernels are chosen
+        bringing = _repeated(lambda: deque(streamer.visit(), maxlen=0), store.order, surroundings)
         before = streamer.waits
-        while sum(clock.seconds) < BLOCK_SECONDS:
-            surroundings.check()
-            with clock.measuring():
-                session.forward([branch], check=surroundings.check)
-        brought = (streamer.waits - before).seconds
+        visits = _repeated(lambda: session.forward([branch], check=surroundings.check), store.order, surroundings)
+        waited = (streamer.waits - before).seconds
     return BlockVisit(
         weight_format=transformer.weight_format,
         products=_products(transformer),
@@ -274,10 +273,20 @@ def _visits(transformer: Transformer, inputs: _Inputs, plan: MemoryPlan, surroun
         height=inputs.request.height,
         prompt_tokens=PROMPT_TOKENS,
         source="RAM" if held or in_memory else "file",
-        visits=clock.passes,
-        brought_seconds=brought / clock.passes,
-        computed_seconds=(sum(clock.seconds) - brought) / clock.passes,
+        visits=len(visits),
+        brought_seconds=sum(bringing) / len(bringing),
+        computed_seconds=(sum(visits) - waited) / len(visits),
     )
+
+
+def _repeated(visit: Callable[[], object], order: StreamOrder, surroundings: Surroundings) -> list[float]:
+    """Seconds of each visit on the device, BLOCK_SECONDS or more in all."""
+    clock = PassClock(order)
+    while sum(clock.seconds) < BLOCK_SECONDS:
+        surroundings.check()
+        with clock.measuring():
+            visit()
+    return clock.seconds
 
 
 def _may_be_held(transformer: Transformer, plan: MemoryPlan) -> bool:

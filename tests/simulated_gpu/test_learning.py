@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from qwenimage_lowvram.engine.models.qwen_image.family import QWEN_IMAGE
 from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
 from qwenimage_lowvram.engine.planning.draft import least_bytes, least_ram_bytes, most_bytes, most_ram_bytes
 from qwenimage_lowvram.engine.planning.forecast import TYPICAL, Speeds
@@ -15,7 +16,8 @@ from qwenimage_lowvram.engine.planning.memory import plan_memory
 from qwenimage_lowvram.engine.planning.request import Limits, SamplingRequest
 from qwenimage_lowvram.engine.planning.stages import Stage
 from qwenimage_lowvram.engine.reports.memory_report import MemoryReport
-from qwenimage_lowvram.engine.runs import machine_speeds, sampling_run
+from qwenimage_lowvram.engine.runs import card_benchmark, machine_speeds, sampling_run
+from qwenimage_lowvram.engine.runs.card_benchmark import Bench, benchmark_model
 from qwenimage_lowvram.engine.runs.known_speeds import KnownSpeeds
 from qwenimage_lowvram.engine.runs.sampling_run import SamplingRun
 from qwenimage_lowvram.engine.runs.spilling import spill_warning
@@ -130,6 +132,33 @@ def test_a_new_machine_is_measured_by_what_its_card_does(monkeypatch: pytest.Mon
         hardware = gpu.hardware()
         assert machine_speeds.measure_flops(hardware, torch.bfloat16) == pytest.approx(rates.flops, rel=0.01)
         assert machine_speeds.measure_bus(hardware) == pytest.approx(rates.bus_bytes, rel=0.01)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int8"])
+def test_a_benchmark_tells_what_the_card_and_the_bus_do(
+    kind: str, tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps that the host issues in no time; nothing is brought while a block that is measured computes."""
+    monkeypatch.setattr(machine_speeds, "MLP_SHAPE", (16, 32, 64))
+    monkeypatch.setattr(machine_speeds, "PIECE_BYTES", 2**16)
+    monkeypatch.setattr(machine_speeds, "SECONDS_EACH", 1e-3)
+    monkeypatch.setattr(card_benchmark, "measure_disk", lambda file: 1e9)
+    monkeypatch.setattr(card_benchmark, "measure_memory", lambda hardware: 1e12)
+    rates = Rates(flops=1e8, bus_bytes=1e6)
+    with SimulatedGPU("late", costs=rates) as gpu:
+        rig = Rig(tiny_models, gpu)
+        model = rig.transformer(kind)
+        monkeypatch.setattr(Alone, "device_bytes", lambda *_: 1 << 30)
+        report = benchmark_model(model, QWEN_IMAGE.from_prompts, Bench(Alone()), width=64, height=48)
+        finish(model)
+    assert report.run is not None
+    (block,) = report.blocks
+    assert report.rates.flops == pytest.approx(rates.flops, rel=0.05)
+    assert report.rates.bus_bytes == pytest.approx(rates.bus_bytes, rel=0.05)
+    assert block.brought_seconds == pytest.approx(block.stored_bytes / rates.bus_bytes, rel=0.05)
+    step = report.run.plan.forecast.compute_seconds / report.run.plan.blocks
+    assert block.computed_seconds == pytest.approx(step, rel=0.5)  # with the layers before and behind the blocks
+    assert not gpu.races
 
 
 def test_a_report_and_progress_tell_the_cards_seconds(tiny_models: TinyModels) -> None:
