@@ -14,18 +14,26 @@ another prompt is about the same image to change. Looking at that is not counted
 `twice`: the same machine, format and ring, but all weights of the transformer, modulation included, pass through the
 card once for each branch of a step, twice where there is guidance, and none stays there: an image with another seed.
 Its other stages are taken to be ours, and it keeps as much of prompt and images. No peer is run here.
+
+Two cards in one machine (`2 x ...`) divide the prompts of a step, or the blocks, as the planner chooses; `seed_alone`:
+one of them by itself. Each card's steps run in the model by themselves; the slower one counts. Their other stages are
+those of one card.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 from qwenimage_lowvram.engine.errors import DoesNotFit
 from qwenimage_lowvram.engine.models.families import QWEN_IMAGE, QWEN_IMAGE_21
 from qwenimage_lowvram.engine.models.family import Family
+from qwenimage_lowvram.engine.planning.branch_split import Card
 from qwenimage_lowvram.engine.planning.footprint import TransformerFootprint
+from qwenimage_lowvram.engine.planning.memory import without_secondaries
 from qwenimage_lowvram.engine.planning.overlap import ways
 from qwenimage_lowvram.engine.planning.request import GIB, Limits
+from qwenimage_lowvram.engine.planning.several_cards import plan_on_cards
 from qwenimage_lowvram.engine.planning.stages import ImagePlan, ImageRequest, Stage, plan_image
 from simulated_cards import CARDS, FORMATS, FORMATS_21, SimulatedCard, models
 from streaming_events import first_seconds, job_of, machine_of, step_seconds
@@ -33,6 +41,8 @@ from streaming_events import first_seconds, job_of, machine_of, step_seconds
 PROMPT_TOKENS = 512
 SIZES = (1024, 1328)
 DISK_GIB = 2
+PAIRS = ("RTX 5060 8 GB", "RTX 4060 Ti 16 GB")
+FORMATS_OF_PAIRS = ("bf16", "fp8", "nf4")
 SHOWN = {
     "1328 guided, 20 steps": "fp8",
     "1024 Lightning, 8 steps": "fp8",
@@ -53,6 +63,18 @@ class Case:
 def rows(quick: bool) -> list[dict[str, Any]]:
     """One for each card, format, case and place; quick: the cards of 4 and 12 GB in two formats."""
     cards = [card for card in CARDS if card.vram_gib in (4, 12)] if quick else CARDS
+    return [*_rows_of_one(cards, quick), *([] if quick else pairs())]
+
+
+def pairs() -> list[dict[str, Any]]:
+    """Two cards of 8 GB, and two of 16."""
+    cards = [card for card in CARDS if card.name in PAIRS]
+    guided = [case for case in cases() if case.request.guided]
+    places = ("RAM", "disk")
+    return [pair(*of) for of in product(cards, FORMATS_OF_PAIRS, guided, places)]
+
+
+def _rows_of_one(cards: Sequence[SimulatedCard], quick: bool) -> list[dict[str, Any]]:
     return [
         row(card, weight_format, case, place)
         for card in cards
@@ -107,6 +129,33 @@ def row(card: SimulatedCard, weight_format: str, case: Case, place: str) -> dict
         "held": len(sampling.held),
         "read": sampling.from_file,
         "slots": sampling.slots,
+    }
+
+
+def pair(card: SimulatedCard, weight_format: str, case: Case, place: str) -> dict[str, Any]:
+    """Seconds of one case on two such cards."""
+    sizes, speeds = models(weight_format, card.dtype, case.family), card.speeds
+    limits = Limits(card.limit_bytes, (card.ram_gib if place == "RAM" else DISK_GIB) * GIB)
+    transformer, alone = sizes.transformer, plan_image(sizes, case.request, limits, speeds)
+    other = Card("the second", card.limit_bytes, speeds)
+    plan = plan_on_cards(transformer, alone.request.sampling, limits, speeds, [other])
+    found = {"who": f"2 x {card.name}", "case": case.name, "format": weight_format, "from": place}
+    machine, left = machine_of(speeds), without_secondaries(transformer, plan.secondaries)
+    jobs = [job_of(left, one, speeds) for one in (plan, *(other.plan for other in plan.beside))]
+    elsewhere = left.elsewhere * jobs[0].compute_seconds  # of blocks that lie on the other card
+    step = max(step_seconds(job, machine, steps=3) for job in jobs) + elsewhere
+    first = max(first_seconds(job, machine) for job in jobs) + elsewhere
+    seconds = {**_with_steps(alone, first=first, step=step), "step": step, "forecast_step": plan.forecast.seconds}
+    seconds["seed_alone"] = row(card, weight_format, case, place)["seed"]
+    others = alone.seconds - (alone.stage(Stage.SAMPLING).seconds or 0.0)
+    steps = plan.run.first_step_seconds + (plan.run.steps - 1) * plan.run.step_seconds
+    seconds["forecast_first"] = others + steps
+    return found | {
+        **{name: round(value, 2) for name, value in seconds.items()},
+        "divided": "branches" if plan.beside else "blocks" if plan.secondaries else "nothing",
+        "bound": plan.forecast.bound.value,
+        "stay": len(plan.resident),
+        "read": plan.from_file,
     }
 
 

@@ -85,6 +85,10 @@ class Unsupported(QwenLowVRAMError):
     """Something the pack does not do yet; the message names the node that asked for it."""
 
 
+class DeviceFailed(QwenLowVRAMError, RuntimeError):
+    """One of several devices failed, though not for lack of memory; the message names it."""
+
+
 class DoesNotFit(QwenLowVRAMError):
     """The request needs more memory than the limit allows; the message says what would fit."""
 

@@ -29,6 +29,9 @@ class PageLocks(Protocol):
         ...
 
 
+_FOR_ALL_CARDS = 1  # cudaHostRegisterPortable: else only the card that asked counts them as page-locked
+
+
 @dataclass(frozen=True)
 class CudaPageLocks:
     """The driver's own. The system bounds them, and nobody else here."""
@@ -40,7 +43,7 @@ class CudaPageLocks:
 
     def lock(self, data: Tensor, device: torch.device) -> bool:
         with torch.cuda.device(device):  # else the first card gets a context
-            if int(torch.cuda.cudart().cudaHostRegister(data.data_ptr(), data.nbytes, 0)) == 0:
+            if int(torch.cuda.cudart().cudaHostRegister(data.data_ptr(), data.nbytes, _FOR_ALL_CARDS)) == 0:
                 return True
         _take_error(device)
         return False

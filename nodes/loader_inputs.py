@@ -109,8 +109,9 @@ def loader_inputs() -> dict[str, Any]:
                 {
                     "default": AUTO,
                     "advanced": True,
-                    "tooltip": "Where images are sampled. auto is ComfyUI's device. all cards keeps blocks on all of "
-                    "them, within the VRAM limit of each, and hands the activations on.",
+                    "tooltip": "Where images are sampled. auto is ComfyUI's device. all cards uses all of them, within "
+                    "the VRAM limit of each: the prompts and images of a step are shared out among them, or blocks "
+                    "are, whichever is faster.",
                 },
             ),
             "text_encoder_device": (

@@ -20,13 +20,13 @@ from ..files.checkpoint import Checkpoint
 from ..hardware import Hardware
 from ..planning.footprint import TransformerFootprint
 from ..planning.kept import NOTHING_KEPT, KeptTiers
-from ..planning.memory_plan import SecondaryDevice
+from ..planning.memory_plan import BranchDevice, SecondaryDevice
 from ..planning.spread import spread_order
-from ..streaming import RING_PIECES, BlockStreamer, OnBlock, Pace, WeightPatch, bind
+from ..streaming import RING_PIECES, BlockStreamer, OnBlock, Pace, SideBySide, WeightPatch, bind
 from .layer_rows import OtherNames
 from .network import NothingBeforehand, StepTable
 from .transformer_parts import TransformerParts
-from .transformer_session import BranchT, StateT, TransformerSession
+from .transformer_session import BranchT, Part, Seat, StateT, TransformerSession
 
 
 class StreamedTransformer(ABC, Generic[BranchT, StateT]):
@@ -190,21 +190,28 @@ class StreamedTransformer(ABC, Generic[BranchT, StateT]):
         secondaries: Sequence[SecondaryDevice] = (),
         kept: KeptTiers = NOTHING_KEPT,
         *,
+        beside: Sequence[BranchDevice] = (),
         on_block: OnBlock | None = None,
     ) -> None:
         """Bring the weights outside the blocks and the `resident` blocks to the device, and keep `held` ones in host
-        memory from their next visit on; the blocks of `secondaries` go to their devices. `kept`: where what blocks make
-        once stays.
+        memory from their next visit on; the blocks of `secondaries`, and the resident ones of those that compute
+        `beside`, go to their devices. `kept`: where what blocks make once stays.
 
         `on_block` is called before each block that is brought to a device, and may raise.
         """
         self.return_outside()
         self.store.kept.place(kept.device, kept.host, kept.block_bytes, kept.spare_bytes, ahead=kept.ahead)
-        there = {secondary.device: secondary.blocks for secondary in secondaries}
+        there: dict[str, Sequence[int]] = {secondary.device: secondary.blocks for secondary in secondaries}
         for device, store in self.secondaries.items():
-            store.set_resident(there.get(device, ()), on_block=on_block)
-        self.store.set_resident(resident, on_block=on_block)  # first: a block may come from host memory
-        self.store.set_held(held)
+            if all(device != other.device for other in beside):
+                store.set_resident(there.get(device, ()), on_block=on_block)
+        if beside:
+            together = self._together(beside)
+            with together.led():
+                together.set_resident([tuple(resident), *(other.plan.resident for other in beside)], on_block)
+        else:
+            self.store.set_resident(resident, on_block=on_block)  # first: a block may come from host memory
+        self.store.set_held({*held, *(index for other in beside for index in other.plan.held)})
 
     def return_outside(self) -> None:
         """Bring the weights outside the blocks to the device, unless they are there."""
@@ -249,20 +256,39 @@ class StreamedTransformer(ABC, Generic[BranchT, StateT]):
         ring: int = RING_PIECES,
         mlp_chunk_tokens: int | None = None,
         secondaries: Sequence[SecondaryDevice] = (),
+        branches: int = 1,
+        beside: Sequence[BranchDevice] = (),
     ) -> Iterator[TransformerSession[BranchT, StateT]]:
         """What a run of several passes needs on the devices, given back on every way out. The arguments are a plan's
-        fields."""
+        fields; `branches`: how many of a pass the first device computes where others compute `beside` it."""
         away = min((secondary.blocks.start for secondary in secondaries), default=len(self.store.blocks))
+        seat = Seat(self.hardware, branches, mlp_chunk_tokens)
         with ExitStack() as stack:
+            if beside:
+                together = self._together(beside)
+                stack.enter_context(together.led())
+                most = max(slots, *(other.plan.slots for other in beside))  # none where all blocks stay
+                streamer = stack.enter_context(BlockStreamer(together, slots=most, ring=ring))
+                stack.callback(self.leave_device)
+                yield TransformerSession(self, [Part(streamer, [seat, *map(self._seat_of, beside)])])
+                return
             pace = Pace()
             first = BlockStreamer(self.store, slots=slots, ring=ring, blocks=range(away), pace=pace)
-            streamers = [stack.enter_context(first)]
+            parts = [Part(stack.enter_context(first), [seat])]
             for secondary in sorted(secondaries, key=lambda secondary: secondary.blocks.start):
                 store = self.secondaries[secondary.device]
-                streamer = BlockStreamer(store, slots=2, blocks=secondary.blocks, pace=pace)
-                streamers.append(stack.enter_context(streamer))
+                other = BlockStreamer(store, slots=2, blocks=secondary.blocks, pace=pace)
+                there = Seat(store.hardware, branches, mlp_chunk_tokens)
+                parts.append(Part(stack.enter_context(other), [there]))
             stack.callback(self.leave_device)
-            yield TransformerSession(self, streamers, mlp_chunk_tokens)
+            yield TransformerSession(self, parts)
+
+    def _together(self, beside: Sequence[BranchDevice]) -> SideBySide:
+        return SideBySide([self.store, *(self.secondaries[other.device] for other in beside)])
+
+    def _seat_of(self, other: BranchDevice) -> Seat:
+        plan = other.plan
+        return Seat(self.secondaries[other.device].hardware, plan.request.branches, plan.mlp_chunk_tokens)
 
     def _move_outside(self, device: torch.device) -> None:
         with torch.inference_mode(False):

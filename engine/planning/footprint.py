@@ -109,7 +109,7 @@ class TransformerFootprint(ABC):
         branch's image between blocks. Not among `activation_bytes`."""
         if request.step_cache is None:
             return 0
-        tokens = request.branches * request.frames * request.frame_tokens
+        tokens = (request.branches + request.beside) * request.frames * request.frame_tokens
         return request.step_cache.kept * tokens * self.inner_dim * self.element_bytes
 
     def attention_text(self, request: SamplingRequest) -> str:

@@ -145,7 +145,8 @@ def _block_seconds(
     if footprint.host:
         return BlockSeconds(each, 0.0, read, decode, lost)
     copy, lock = footprint.stored_bytes / speeds.bus_bytes, footprint.stored_bytes / LOCK_BYTES
-    return BlockSeconds(max(each, request.branches * ISSUE_SECONDS), copy, read, decode, lost, lock)
+    issued = request.branches + request.beside  # by one thread of the host
+    return BlockSeconds(max(each, issued * ISSUE_SECONDS), copy, read, decode, lost, lock)
 
 
 class VisitedLayers(Protocol):

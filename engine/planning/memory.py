@@ -52,7 +52,7 @@ def plan_memory(
                 break  # nothing passes through a larger one
     if not plans:
         raise _refusal(footprint, request, limits)
-    return replace(min(plans, key=_slowness), secondaries=secondaries)
+    return replace(min(plans, key=slowness), secondaries=secondaries)
 
 
 def without_secondaries(
@@ -63,7 +63,8 @@ def without_secondaries(
     return replace(footprint, blocks=footprint.blocks - away, elsewhere=away)
 
 
-def _slowness(plan: MemoryPlan) -> tuple[float, int, int, int]:
+def slowness(plan: MemoryPlan) -> tuple[float, int, int, int]:
+    """By which plans are compared: the least is the best."""
     wanted_gain = SLOTS_GAIN if plan.streamed and plan.slots != SLOTS[0] else 1.0
     return plan.forecast.seconds * wanted_gain, plan.ring, -len(plan.resident), -plan.kept.on_device
 

@@ -24,6 +24,23 @@ class SecondaryDevice:
 
 
 @dataclass(frozen=True)
+class BranchDevice:
+    """A further device, which computes branches of its own on blocks that the first one's reader brings to both: `plan`
+    is its own, whose request has its branches."""
+
+    device: str
+    plan: "MemoryPlan"
+
+    def __repr__(self) -> str:
+        plan = self.plan
+        branches = f"{plan.request.branches} branch{'es' if plan.request.branches != 1 else ''}"
+        return (
+            f"{branches} on {self.device}: {len(plan.resident)} of {plan.blocks} blocks resident, peak "
+            f"{size_text(plan.peak_bytes)} of {size_text(plan.limit_bytes)}"
+        )
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
     """Where the transformer's blocks live during a run, what that takes, and how long a step and the run will take.
 
@@ -36,7 +53,8 @@ class MemoryPlan:
     products are in fp16, and activations in fp32. compiled: whether blocks that are compiled compute the same bits
     (exact, not exact); empty where none are. The *_peak_bytes are predictions of everything that the
     stage holds on the device, ram_peak_bytes of everything in host memory. `blocks` and all that leave out those of
-    secondaries.
+    secondaries. beside: devices that compute other branches at the same time; what is said here is then of the first
+    device and its own ones, but for the forecasts, which are of all together.
 
     What torch's caching allocator keeps of the card is more: pieces between those that are used. On the simulated card
     (tests/simulated_gpu/test_reserved.py) that is at most two thirds of activation_bytes above peak_bytes, whatever the
@@ -68,6 +86,12 @@ class MemoryPlan:
     in_half: bool = False
     linear: str = ""
     compiled: str = ""
+    beside: tuple[BranchDevice, ...] = ()
+
+    @property
+    def whole_request(self) -> SamplingRequest:
+        """Of all devices together."""
+        return self.request.with_those_beside()
 
     @property
     def limit_bytes(self) -> int:
@@ -106,7 +130,7 @@ class MemoryPlan:
         ram = "" if self.limits.ram_bytes is None else f" of {size_text(self.limits.ram_bytes)}"
         controls = f", {self.request.controls}" if self.request.controls else ""
         kept = f"; {self.kept}" if self.kept.block_bytes else ""
-        elsewhere = "".join(f"; {secondary}" for secondary in self.secondaries)
+        elsewhere = "".join(f"; {other}" for other in (*self.secondaries, *self.beside))
         elsewhere += f"; not exact: {self.request.step_cache}" if self.request.step_cache else ""
         return (
             f"MemoryPlan({self.request}: {len(self.resident)} of {self.blocks} blocks resident, {len(self.held)} in "

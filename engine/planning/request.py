@@ -82,7 +82,8 @@ class SamplingRequest:
     timesteps: how many the run has. frames: of the image's latent; one more than the layers it is taken apart into.
     controls: what runs beside the transformer, for this size and batch. token_px: pixels that a token covers along
     each side. prompts: how many different ones the branches have, 0: each its own. step_cache: which steps are
-    computed; None: all. ranks: processes that make the image together, each on a part of its tokens.
+    computed; None: all. ranks: processes that make the image together, each on a part of its tokens. beside: further
+    branches, which other devices compute at the same time.
     """
 
     width: int
@@ -97,6 +98,7 @@ class SamplingRequest:
     prompts: int = 0
     step_cache: StepCache | None = None
     ranks: int = 1
+    beside: int = 0
 
     def __post_init__(self) -> None:
         if self.step_cache is not None:
@@ -138,6 +140,10 @@ class SamplingRequest:
         part = ceil(branches / prompts) / self.controls.images
         return replace(self, branches=branches, controls=self.controls.scaled(part))
 
+    def with_those_beside(self) -> "SamplingRequest":
+        """The whole one, of which this is one device's share."""
+        return replace(self, branches=self.branches + self.beside, beside=0)
+
     def with_size(self, width: int, height: int) -> "SamplingRequest":
         smaller = replace(self, width=width, height=height)
         text = self.prompt_tokens
@@ -147,4 +153,6 @@ class SamplingRequest:
     def __str__(self) -> str:
         frames = f", {self.frames} frames" if self.frames > 1 else ""
         ranks = f", one of {self.ranks} parts" if self.ranks > 1 else ""
-        return f"{self.width}x{self.height}{frames}, {self.branches} branch{'es' if self.branches != 1 else ''}{ranks}"
+        of_all = f" of {self.branches + self.beside}" if self.beside else ""
+        ending = "es" if self.beside or self.branches != 1 else ""
+        return f"{self.width}x{self.height}{frames}, {self.branches}{of_all} branch{ending}{ranks}"

@@ -18,7 +18,7 @@ from ..files.checkpoint import Checkpoint
 from ..hardware import Hardware
 from ..models.family import FromPrompts
 from ..models.qwen_image.family import QWEN_IMAGE
-from ..models.transformer_session import TransformerSession
+from ..models.transformer_session import Part, Seat, TransformerSession
 from ..planning.forecast import TYPICAL, Speeds
 from ..planning.memory_plan import MemoryPlan
 from ..planning.request import SamplingRequest
@@ -258,7 +258,9 @@ def _visits(transformer: Transformer, inputs: _Inputs, plan: MemoryPlan, surroun
     transformer.modulation.announce([branch.timestep], on_block=lambda index: surroundings.check())
     store = transformer.store
     with BlockStreamer(store, slots=1, blocks=range(1)) as streamer:
-        session = TransformerSession(transformer, [streamer], plan.mlp_chunk_tokens)
+        session = TransformerSession(
+            transformer, [Part(streamer, [Seat(transformer.hardware, 1, plan.mlp_chunk_tokens)])]
+        )
         session.forward([branch], check=surroundings.check)  # it comes from the file, and kernels are chosen
         bringing = _repeated(lambda: deque(streamer.visit(), maxlen=0), store.order, surroundings)
         before = streamer.waits

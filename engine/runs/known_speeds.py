@@ -1,7 +1,7 @@
 """Remember this machine's speeds from run to run: measured once, corrected by every run."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,16 +29,19 @@ class KnownSpeeds:
         device_name: str,
         make_room: Callable[[int], None] = lambda nbytes: None,
         product: StoredProduct | None = None,
+        others: "Mapping[str, KnownSpeeds] | None" = None,
     ) -> None:
         """`file`: where they are remembered; None: in this object alone. `device_name`: by which the device is known
         from run to run. `make_room` is called before the device is measured, with the bytes that this takes there.
-        product: by which most linear layers compute on weights as stored; None: on decoded ones."""
+        product: by which most linear layers compute on weights as stored; None: on decoded ones. others: of further
+        devices, by torch's names for them."""
         self._hardware, self._dtype, self._model_file = hardware, dtype, model_file
         self._make_room, self._product = make_room, product
         self._facts = RememberedFacts(file, VERSION, "Speeds")
         self._device_key = f"{device_name}, {str(dtype).removeprefix('torch.')}"
         if product is not None:
             self._device_key += f", {product.name} by {product.backend}"
+        self._others = others or {}
         # of a link that leads to itself, resolve() makes an error
         self._disk_key = str(Path(os.path.realpath(model_file)).parent)
 
@@ -65,6 +68,10 @@ class KnownSpeeds:
         speeds = Speeds(**device, **disk)
         self.put(speeds)
         return speeds
+
+    def on(self, device: str) -> Speeds:
+        """Of one of `others`; of one that is not among them, this one's."""
+        return self._others.get(device, self).get()
 
     def put(self, speeds: Speeds) -> None:
         """Remember; a folder that cannot be written costs a measurement the next time."""

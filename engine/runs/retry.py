@@ -53,11 +53,11 @@ def smaller_limits(
     """What is really free now; where that is as much as before, that part of the last plan."""
     hardware, limits = transformer.hardware, plan.limits
     if short is Short.HOST and not (hardware.host_device or hardware.unified):
-        least = least_ram_bytes(transformer.footprint, plan.request)
+        least = least_ram_bytes(transformer.footprint, plan.whole_request)
         # the least is granted, as when the run began
         free = max(least, surroundings.free_ram() + transformer.store.held_bytes)
         return replace(limits, ram_bytes=_below(plan.ram_peak_bytes, free, part, least))
-    least = least_bytes(transformer.footprint, plan.request)
+    least = least_bytes(transformer.footprint, plan.whole_request)
     free = surroundings.device_bytes(
         hardware.device, limits.vram_bytes, plan.peak_bytes, transformer.footprint.slot_bytes
     )
@@ -66,9 +66,11 @@ def smaller_limits(
 
 def no_memory(plan: MemoryPlan, short: Short, why: str) -> OutOfMemory | OutOfRam:
     """The error of a run that ran out of memory within its smallest plan."""
-    planned = f"although {size_text(plan.peak_bytes)} were planned of {size_text(plan.limit_bytes)} ({plan.request})"
+    planned = (
+        f"although {size_text(plan.peak_bytes)} were planned of {size_text(plan.limit_bytes)} ({plan.whole_request})"
+    )
     if short is Short.HOST:
-        planned = f"although no more than {size_text(plan.ram_peak_bytes)} of it were planned ({plan.request})"
+        planned = f"although no more than {size_text(plan.ram_peak_bytes)} of it were planned ({plan.whole_request})"
     return ran_out(planned, short, why)
 
 

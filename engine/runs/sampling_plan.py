@@ -6,11 +6,12 @@ from typing import Any
 import torch
 
 from ..models.streamed_transformer import StreamedTransformer
-from ..planning.block_split import secondary_bytes, share_out_blocks
+from ..planning.block_split import secondary_bytes
+from ..planning.branch_split import Card
 from ..planning.draft import least_bytes, least_ram_bytes, most_bytes, most_ram_bytes
-from ..planning.memory import plan_memory
 from ..planning.memory_plan import MemoryPlan
 from ..planning.request import Limits, SamplingRequest
+from ..planning.several_cards import plan_on_cards
 from .free_memory import check_room
 from .known_speeds import KnownSpeeds
 from .limit import Limit
@@ -26,8 +27,11 @@ def plan_sampling(
     ram_limit_bytes: int | None,
     speeds: KnownSpeeds,
     surroundings: Surroundings,
+    *,
+    one_by_one: bool = False,
 ) -> MemoryPlan:
-    """Where each block is to live. A limit of None: what is free. Raises DoesNotFit before anything is loaded."""
+    """Where each block is to live, and which of the model's devices computes what. A limit of None: what is free.
+    `one_by_one`: branches may not be computed at the same time. Raises DoesNotFit before anything is loaded."""
     footprint, hardware = transformer.footprint, transformer.hardware
     steps = request.timesteps
     check_room(steps * footprint.row_bytes, f"The modulation of {steps} steps", "Use fewer steps.")
@@ -45,11 +49,12 @@ def plan_sampling(
         ram = surroundings.host_bytes(transformer, ram_limit_bytes, wanted, least)
         if hardware.unified:  # the device's memory is the host's too: what is free must not be given out twice
             ram = min(ram, least)
-    secondaries = share_out_blocks(footprint, request, vram, _other_budgets(transformer, request, limit, surroundings))
+    budgets = _other_budgets(transformer, request, limit, surroundings)
+    others = [Card(name, nbytes, speeds.on(name)) for name, nbytes in budgets]
     # RAM is short only where a limit is set, and the message names that
     enough = vram >= least_bytes(footprint, request)
     with nullcontext() if enough else limit.naming(hardware.device, vram):
-        return plan_memory(footprint, request, Limits(vram, ram), speeds.get(), secondaries)
+        return plan_on_cards(footprint, request, Limits(vram, ram), speeds.get(), others, one_by_one=one_by_one)
 
 
 def _other_budgets(

@@ -84,7 +84,7 @@ class SamplingRun:
             blocks=transformer.footprint.blocks,
             ahead=int(transformer.hardware.streams),
             steps=steps,
-            passes=min(2, plan.request.distinct_prompts) if one_by_one else 1,
+            passes=min(2, plan.whole_request.distinct_prompts) if one_by_one else 1,
             plan=self._shown_plan(),
         )
 
@@ -273,7 +273,7 @@ class SamplingRun:
         try:
             session.plan = plan_memory(
                 transformer.footprint,
-                plan.request,
+                plan.whole_request,
                 retry.smaller_limits(transformer, plan, short, part, self._surroundings),
                 self._speeds.get(),  # and without the other devices: one of them may be full
             )
@@ -294,7 +294,14 @@ class SamplingRun:
         transformer, plan = self._transformer, self.plan
         others = self._clock.seconds[1:]  # the first reads what stays in host memory, and is like no other
         flops = transformer.footprint.step_flops(plan.request)
-        if self._one_by_one or self._session.retries or plan.request.controls or not others or flops < TELLING_FLOPS:
+        if (
+            plan.beside
+            or self._one_by_one
+            or self._session.retries
+            or plan.request.controls
+            or not others
+            or flops < TELLING_FLOPS
+        ):
             return
         if plan.request.ranks > 1 or isinstance(self._cached, FirstBlock):
             return  # of the other processes, or what passes that were left had waited for is among the waits

@@ -47,10 +47,13 @@ class SamplingSession:
     def load(self, on_block: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Bring what stays on the devices there. `on_block(done, total)`: of the blocks that are not there yet."""
         plan, transformer, done = self.plan, self._transformer, 0
-        there = {secondary.device: secondary.blocks for secondary in plan.secondaries}
-        total = len(set(plan.resident) - transformer.store.resident)
+        there = {secondary.device: set(secondary.blocks) for secondary in plan.secondaries}
+        missing = set(plan.resident) - transformer.store.resident
+        for other in plan.beside:  # a block that goes to several is one
+            missing |= set(other.plan.resident) - transformer.secondaries[other.device].resident
+        total = len(missing)
         for device, store in transformer.secondaries.items():
-            total += len(set(there.get(device, ())) - store.resident)
+            total += len(there.get(device, set()) - store.resident)
 
         def begin_block(index: int) -> None:
             nonlocal done
@@ -58,7 +61,9 @@ class SamplingSession:
             on_block(done, total)
             done += 1
 
-        transformer.load(plan.resident, plan.held, plan.secondaries, plan.kept, on_block=begin_block)
+        transformer.load(
+            plan.resident, plan.held, plan.secondaries, plan.kept, beside=plan.beside, on_block=begin_block
+        )
         on_block(total, total)
 
     @contextmanager
@@ -79,6 +84,8 @@ class SamplingSession:
                 ring=plan.ring,
                 mlp_chunk_tokens=plan.mlp_chunk_tokens,
                 secondaries=plan.secondaries,
+                branches=plan.request.branches,
+                beside=plan.beside,
             )
         )
 

@@ -9,6 +9,7 @@ from .block_source import BlockSource, FileSource, TensorReader, read_block, rea
 from .kept_tensors import KeptTensors
 from .pinned_memory import HostBuffer, PinnedMemory
 from .row_slots import RowSlots
+from .side_by_side import SideBySide
 from .store import BlockStore, require_decodable
 from .streamed_blocks import BlockFiles, OnBlock, StreamedBlocks, VisitsBlocks
 from .streamer import BlockStreamer, Waits
@@ -28,6 +29,7 @@ __all__ = [
     "Pace",
     "PinnedMemory",
     "RowSlots",
+    "SideBySide",
     "StoredBlock",
     "StreamOrder",
     "StreamedBlocks",

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..hardware import Hardware
 from ..planning.overlap import RING_PIECES
 from .block_source import BlockSource
+from .landing import Landing
 from .pinned_memory import HostBuffer, PinnedMemory
 from .rooms import Room
 from .streams import Mark, StreamOrder
@@ -38,7 +39,7 @@ class Passing:
 class _Place:
     """One piece's room in the ring, taken when it is first needed."""
 
-    copied: Mark  # recorded on the copy stream behind the last copy of what was in it
+    copied: Mark  # recorded on the copy streams behind the last copy of what was in it
     buffer: HostBuffer | None = None
 
 
@@ -76,7 +77,7 @@ class Ring:
         host: PinnedMemory,
         clock: TransferClock,
     ) -> None:
-        """`pieces` is changed between two runs alone."""
+        """`pieces` is changed between two runs alone. `order`: of all devices that bytes go to."""
         self._source = source
         self._sizes = sizes
         self._order = order
@@ -111,18 +112,18 @@ class Ring:
         """Whether block `index` is the first that is expected."""
         return bool(self._expected) and self._expected[0].index == index
 
-    def copy_into(self, out: Tensor, index: int, start: int) -> None:
-        """Bytes of block `index`, which is the first, from `start` on and behind those of the last call, to the device;
-        on the current stream."""
-        done = 0
-        while done < len(out):
+    def copy_into(self, landings: Sequence[Landing], index: int, start: int) -> None:
+        """Bytes of block `index`, which is the first, from `start` on and behind those of the last call, to devices:
+        the same to each."""
+        done, wanted = 0, len(landings[0].data)
+        while done < wanted:
             piece = self._piece(index, start + done)
             try:
                 there = piece.read.result()
-                nbytes = min(piece.end - start, len(out)) - done
+                nbytes = min(piece.end - start, wanted) - done
                 begin = start + done - piece.start
-                with self._clock.copying(nbytes):
-                    out[done : done + nbytes].copy_(there.data[begin : begin + nbytes], non_blocking=there.pinned)
+                for landing in landings:
+                    landing.copy(there.data[begin : begin + nbytes], done, pinned=there.pinned)
                 self._order.record_copy(piece.place.copied)
                 done += nbytes
                 if start + done == piece.end < piece.block.nbytes:

@@ -2,9 +2,10 @@
 
 import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import Unsupported
 from ..files.checkpoint import TensorEntry
@@ -17,8 +18,8 @@ from .decode_costs import DecodeCost
 from .kept_tensors import KeptTensors
 from .pinned_memory import HostBuffer, PinnedMemory
 from .streams import StreamOrder
-from .tiers import SlotModules, Tiers
-from .transfer import BlockSizes, Transfer
+from .tiers import SlotModules, Tiers, set_resident
+from .transfer import BlockSizes, Target, Transfer
 
 
 class BlockStore:
@@ -204,19 +205,51 @@ class BlockStore:
             self._tiers.replace(blocks)
             self._transfer.replace(source, self._sizes(blocks))
 
-    def fetch_into(self, index: int, slot: Tensor, ahead: Sequence[int] = ()) -> None:
-        """Bring block `index` into a slot's buffer: read, copy on the copy stream, decode. Any one thread at a time.
+    def fetch_into(self, index: int, slot: SlotModules, ahead: Sequence[int] = ()) -> None:
+        """Bring block `index` into a slot: read, copy on the copy stream, decode. Any one thread at a time.
 
         `ahead`: the blocks that will be wanted next, in their order; they are read ahead as far as the ring has room.
         """
-        with self._lock, torch.no_grad(), self.order.copying():
-            block, encoded = self.blocks[index], self._tiers.encoded(index)
-            self._transfer.expect(self._tiers.passing((index, *ahead)))
-            if encoded is not None:
-                self._transfer.decode(block, encoded, slot)
-            else:
-                self._transfer.fill(index, block, self._tiers.held_of(index), slot)
+        with self._lock:
+            coming = [i for i in (index, *ahead) if self._tiers.encoded(i) is None]
+            self.fetch_for([(self, slot)], index, coming)
+
+    def fetch_for(self, slots: Sequence[tuple["BlockStore", SlotModules]], index: int, coming: Sequence[int]) -> None:
+        """The same for slots of this store and of those that it leads, whose locks are held. `coming`: which blocks
+        have to be brought to any of them next, from this one on."""
+        with self._lock, torch.no_grad():
+            self._tiers.expect(coming)
+            targets = []
+            for store, slot in slots:
+                block, encoded = store.blocks[index], store._tiers.encoded(index)
+                if encoded is not None:
+                    store._transfer.decode(block, encoded, slot.buffer)
+                else:
+                    targets.append(Target(store._transfer, block, slot.buffer))
+            if targets:
+                self._transfer.fill(index, self._tiers.held_of(index), targets)
                 self._tiers.hold(index)
+
+    @property
+    def lock(self) -> AbstractContextManager[object]:
+        """Of where blocks lie."""
+        return self._lock
+
+    def lacks(self, index: int) -> bool:
+        """Whether the block's bytes have to be brought to the device before it can be used."""
+        return not self._tiers.lies_there(index)
+
+    def lead(self, others: Sequence["BlockStore"]) -> None:
+        """From now on read for these, too, and hold for them what is held, until it is called again; between two
+        runs."""
+        with self._lock:
+            self._transfer.lead([other._transfer for other in others])
+
+    def set_resident_beside(
+        self, others: Sequence["BlockStore"], wanted: Sequence[Collection[int]], on_block: Callable[[int], None] | None
+    ) -> None:
+        """As `set_resident`, of this store and of the `others` that it leads: what comes to several is read once."""
+        set_resident([self._tiers, *(other._tiers for other in others)], wanted, on_block)
 
     def take_host_memory(self, nbytes: int) -> HostBuffer:
         """For what is copied to the device or from it beside the blocks: page-locked within the same limit."""

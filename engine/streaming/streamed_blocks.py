@@ -15,6 +15,7 @@ from .block_source import BlockSource, FileSource
 from .pinned_memory import PinnedMemory
 from .store import BlockStore
 from .streamer import BlockStreamer, Waits
+from .tiers import SlotModules
 
 OnBlock = Callable[[int], None]
 
@@ -163,7 +164,9 @@ class VisitsBlocks:
         return self._blocks.waits
 
 
-def _announced(streamer: BlockStreamer, on_block: OnBlock | None) -> Generator[tuple[int, nn.Module], None, None]:
+def _announced(
+    streamer: BlockStreamer[SlotModules, nn.Module], on_block: OnBlock | None
+) -> Generator[tuple[int, nn.Module], None, None]:
     for index, block in streamer.visit():
         if on_block is not None:
             on_block(index)

@@ -2,26 +2,48 @@
 
 import logging
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from torch import nn
 
 from ..hardware import Hardware
 from ..log import logger
 from ..planning.overlap import RING_PIECES
-from .store import BlockStore
-from .streams import Mark, Pace
-from .tiers import SlotModules
+from .block_layout import StoredBlock
+from .streams import Mark, Pace, StreamOrder
+
+PlaceT = TypeVar("PlaceT")
+ModuleT = TypeVar("ModuleT", covariant=True)
+
+
+class Streamable(Protocol[PlaceT, ModuleT]):
+    """What a BlockStreamer asks of a BlockStore, or of several SideBySide: places to bring blocks to, and what a block
+    is computed with once it is in one. All is said there."""
+
+    ring_pieces: int
+
+    @property
+    def hardware(self) -> Hardware: ...
+    @property
+    def order(self) -> StreamOrder: ...
+    @property
+    def blocks(self) -> tuple[StoredBlock, ...]: ...
+    def module(self, index: int) -> ModuleT | None: ...
+    def module_in(self, place: PlaceT, index: int, /) -> ModuleT: ...
+    def new_slots(self, count: int = 1, least_bytes: int = 0) -> list[PlaceT]: ...
+    def make_decoding_room(self, indices: Collection[int]) -> None: ...
+    def reads_file(self, index: int) -> bool: ...
+    def fetch_into(self, index: int, place: PlaceT, /, ahead: Sequence[int] = ()) -> None: ...
+    def end_run(self) -> None: ...
 
 
 @dataclass
-class _Slot:
-    place: SlotModules
+class _Slot(Generic[PlaceT]):
+    place: PlaceT
     filled: Mark  # recorded on the copy stream when the block is decoded
     used: Mark  # recorded on the compute stream after the block's last use
     from_file: bool = False
@@ -46,7 +68,7 @@ class Waits:
         return Waits(self.disk_seconds - other.disk_seconds, self.bus_seconds - other.bus_seconds)
 
 
-class BlockStreamer:
+class BlockStreamer(Generic[PlaceT, ModuleT]):
     """`with BlockStreamer(store, slots=2) as streamer: for index, block in streamer.visit(...): ...`
 
     Guarantees: the blocks come in order, each whole; at most `slots` slots exist on the device, from entry to exit;
@@ -59,7 +81,7 @@ class BlockStreamer:
 
     def __init__(
         self,
-        store: BlockStore,
+        store: Streamable[PlaceT, ModuleT],
         *,
         slots: int,
         ring: int = RING_PIECES,
@@ -75,8 +97,8 @@ class BlockStreamer:
         self._order = store.order
         self._count = slots
         self._ring = ring
-        self._free: deque[_Slot] = deque()
-        self._ahead: deque[tuple[int, _Slot, Future[None]]] = deque()
+        self._free: deque[_Slot[PlaceT]] = deque()
+        self._ahead: deque[tuple[int, _Slot[PlaceT], Future[None]]] = deque()
         self._reader: ThreadPoolExecutor | None = None
         self._queue: tuple[int, ...] = ()
         self._next = 0
@@ -100,7 +122,7 @@ class BlockStreamer:
         self._settle()
         return self._waits
 
-    def __enter__(self) -> "BlockStreamer":
+    def __enter__(self) -> "BlockStreamer[PlaceT, ModuleT]":
         self._follow_residency()
         self._store.ring_pieces = self._ring
         return self
@@ -120,7 +142,7 @@ class BlockStreamer:
         self._store.end_run()  # open files too: they cannot be replaced on Windows
         self._store.ring_pieces = RING_PIECES
 
-    def visit(self, *, more: bool = False, may_end: bool = False) -> Iterator[tuple[int, nn.Module]]:
+    def visit(self, *, more: bool = False, may_end: bool = False) -> Iterator[tuple[int, ModuleT]]:
         """One pass over the blocks. `more`: another pass follows, whose first blocks may be fetched at the end of
         this one. `may_end`: passes may end behind their first block, so that none behind it is fetched, or read ahead,
         until the next one is asked for.
@@ -186,7 +208,7 @@ class BlockStreamer:
         """So many blocks that are wanted after the next one, of this pass and the one after it."""
         return (self._queue * 3)[self._next + 1 :][:count]
 
-    def _start(self, index: int, slot: _Slot, ahead: tuple[int, ...]) -> "Future[None]":
+    def _start(self, index: int, slot: _Slot[PlaceT], ahead: tuple[int, ...]) -> "Future[None]":
         if self._reader is not None:
             return self._reader.submit(self._fill, index, slot, ahead)
         future: Future[None] = Future()
@@ -200,13 +222,13 @@ class BlockStreamer:
         finally:
             del future  # see _take
 
-    def _fill(self, index: int, slot: _Slot, ahead: tuple[int, ...]) -> None:
+    def _fill(self, index: int, slot: _Slot[PlaceT], ahead: tuple[int, ...]) -> None:
         self._order.copy_waits(slot.used)
         slot.from_file = self._store.reads_file(index)
-        self._store.fetch_into(index, slot.place.buffer, ahead)
+        self._store.fetch_into(index, slot.place, ahead)
         self._order.record_copy(slot.filled)
 
-    def _take(self, index: int) -> _Slot:
+    def _take(self, index: int) -> _Slot[PlaceT]:
         wanted, slot, future = self._ahead[0]
         if wanted != index:
             raise RuntimeError(f"block {index} is due, but block {wanted} was fetched")

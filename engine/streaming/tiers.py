@@ -1,6 +1,6 @@
 """Where each block of one model lies: on the device, in host memory, or in its file alone. Moves no byte by itself."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from .block_layout import StoredBlock, bind
 from .pinned_memory import HostBuffer
 from .ring import Passing
 from .streams import Pace, StreamOrder
-from .transfer import Transfer
+from .transfer import Target, Transfer
 
 # for which host memory is taken before they are read: the block that comes, and the next one
 ROOMS_AHEAD = 2
@@ -83,9 +83,22 @@ class Tiers:
     def pinned_bytes(self) -> int:
         return sum(buffer.data.nbytes for buffer in self._held.values() if buffer.pinned)
 
+    @property
+    def order(self) -> StreamOrder:
+        """Of all devices that blocks are brought to."""
+        return self._transfer.order_of_all
+
+    def missing(self, wanted: Collection[int]) -> frozenset[int]:
+        """Those that are not resident."""
+        return frozenset(wanted) - self.resident
+
     def module(self, index: int) -> nn.Module | None:
         slot = self._ready.get(index)
         return None if slot is None else self.module_in(slot, index)
+
+    def lies_there(self, index: int) -> bool:
+        """Whether the block is resident."""
+        return index in self._ready or index in self._encoded
 
     def encoded(self, index: int) -> Tensor | None:
         return self._encoded.get(index)
@@ -98,13 +111,13 @@ class Tiers:
         return self._held.get(index)
 
     def passing(self, indices: Iterable[int]) -> list[Passing]:
-        """What of these blocks, which come in this order, comes through the ring. It ends where memory would have to be
-        taken for more than ROOMS_AHEAD."""
+        """What of these blocks, which are brought in this order, comes through the ring. It ends where memory would
+        have to be taken for more than ROOMS_AHEAD."""
         found: list[Passing] = []
         staying: set[int] = set()
         for index in indices:
             held, room = self._held.get(index), None
-            if index in self._encoded or index in staying:
+            if index in staying:
                 continue
             if held is None and index in self._to_hold:
                 if len(staying) == ROOMS_AHEAD:
@@ -127,32 +140,63 @@ class Tiers:
         return slot.module_of(self.blocks[index])
 
     def set_resident(self, indices: Iterable[int], on_block: Callable[[int], None] | None) -> None:
-        wanted = set(indices)
-        leaving = self.resident - wanted
+        set_resident([self], [set(indices)], on_block)
+
+    def leave(self, wanted: Collection[int]) -> frozenset[int]:
+        """Give back the resident blocks that are not wanted; returns which they were."""
+        leaving = self.resident.difference(wanted)
         if leaving:
             self._order.finish()  # an encoded block may be read on the copy stream
         for index in leaving:
             self._ready.pop(index, None)
             self._encoded.pop(index, None)
-        missing = sorted(wanted - self.resident)
-        if not missing:
-            if leaving:
-                self._tell_residents(came=(), left=leaving)
-            return  # perhaps in the middle of a run
-        self._to_hold -= wanted
-        pace = Pace()
-        try:
-            for number, index in enumerate(missing):
-                pace.keep(self._order, copies=True)
-                if on_block is not None:
-                    on_block(index)
-                self._transfer.expect(self.passing(missing[number:]))
-                self._load(index)
-        finally:
-            self._transfer.end_run()
-            self._tell_residents(came=self.resident.intersection(missing), left=leaving)
+        return leaving
 
-    def _tell_residents(self, *, came: Iterable[int], left: Iterable[int]) -> None:
+    def bring(self, index: int, homes: Sequence[tuple["Tiers", "SlotModules | Tensor"]]) -> None:
+        """A block to its `new_home` on devices, where it stays."""
+        held = self._held.get(index)
+        targets = [
+            Target(one._transfer, one.blocks[index], home.buffer if isinstance(home, SlotModules) else home)
+            for one, home in homes
+        ]
+        with torch.no_grad():
+            if self.blocks[index].native:
+                self._transfer.fill(index, held, targets)
+            else:
+                self._transfer.bring(index, held, targets)
+        for one, home in homes:
+            one._settle(index, home)
+
+    def new_home(self, index: int) -> "SlotModules | Tensor":
+        """Memory on the device for a block that is to stay there."""
+        block = self.blocks[index]
+        if block.native:
+            (slot,) = self.new_slots()
+            self.module_in(slot, index)  # made here: memory may run out
+            self._order.after_compute()
+            return slot
+        (buffer,) = self._transfer.new_buffers(block.raw.nbytes)
+        self._order.after_compute()
+        return buffer
+
+    def _settle(self, index: int, home: "SlotModules | Tensor") -> None:
+        if isinstance(home, SlotModules):
+            self._ready[index] = home
+        else:
+            self._encoded[index] = home
+
+    def hold_none_of(self, indices: Collection[int]) -> None:
+        """They need not be held from now on."""
+        self._to_hold = self._to_hold.difference(indices)
+
+    def expect(self, indices: Iterable[int]) -> None:
+        """These are brought next, in this order."""
+        self._transfer.expect(self.passing(indices))
+
+    def end_run(self) -> None:
+        self._transfer.end_run()
+
+    def tell_residents(self, *, came: Iterable[int], left: Iterable[int]) -> None:
         logger.debug(
             "resident blocks: %s came, %s left; now %d of %d, %d bytes",
             sorted(came),
@@ -161,22 +205,6 @@ class Tiers:
             len(self.blocks),
             self.resident_bytes,
         )
-
-    def _load(self, index: int) -> None:
-        block, held = self.blocks[index], self._held.get(index)
-        if block.native:
-            (slot,) = self.new_slots()
-            self.module_in(slot, index)  # made here: memory may run out
-            self._order.after_compute()
-            with torch.no_grad(), self._order.copying():
-                self._transfer.fill(index, block, held, slot.buffer)
-            self._ready[index] = slot
-            return
-        (buffer,) = self._transfer.new_buffers(block.raw.nbytes)
-        self._order.after_compute()
-        with torch.no_grad(), self._order.copying():
-            self._transfer.bring(index, block, held, buffer)
-        self._encoded[index] = buffer
 
     def set_held(self, indices: Iterable[int]) -> None:
         self._to_hold, before = frozenset(indices), self._to_hold
@@ -229,7 +257,7 @@ class Tiers:
                 self._ready[index].forget()
         self.blocks = tuple(blocks)
         if self.resident != resident:
-            self._tell_residents(came=(), left=resident - self.resident)
+            self.tell_residents(came=(), left=resident - self.resident)
         if self.held != held:
             logger.debug("held blocks: %s changed and left RAM; now %d", sorted(held - self.held), len(self._held))
 
@@ -239,4 +267,31 @@ class Tiers:
         self._ready.clear()
         self._encoded.clear()
         if leaving:
-            self._tell_residents(came=(), left=leaving)
+            self.tell_residents(came=(), left=leaving)
+
+
+def set_resident(
+    tiers: Sequence[Tiers], wanted: Sequence[Collection[int]], on_block: Callable[[int], None] | None
+) -> None:
+    """Hold exactly these blocks on each of several devices, whose transfers the first one's leads: a block that comes
+    is read once. `on_block` is called before each that comes to any of them, and may raise."""
+    first, before = tiers[0], [one.resident for one in tiers]
+    left = [one.leave(indices) for one, indices in zip(tiers, wanted, strict=True)]
+    missing = sorted({i for one, indices in zip(tiers, wanted, strict=True) for i in one.missing(indices)})
+    if missing:
+        first.hold_none_of({i for indices in wanted for i in indices})
+    pace = Pace()
+    try:
+        for number, index in enumerate(missing):
+            pace.keep(first.order, copies=True)
+            if on_block is not None:
+                on_block(index)
+            first.expect(missing[number:])
+            coming = [one for one, indices in zip(tiers, wanted, strict=True) if index in one.missing(indices)]
+            first.bring(index, [(one, one.new_home(index)) for one in coming])
+    finally:
+        for one, old, gone in zip(tiers, before, left, strict=True):
+            if missing:  # else perhaps in the middle of a run
+                one.end_run()
+            if missing or gone:
+                one.tell_residents(came=one.resident - old, left=gone)

@@ -13,6 +13,7 @@ from .block_layout import StoredBlock
 from .block_source import BlockSource
 from .decode_costs import DecodeCost, decode_cost
 from .device_buffers import new_buffers
+from .landing import Landing
 from .pinned_memory import HostBuffer, PinnedMemory
 from .ring import Passing, Ring
 from .rooms import Room, Rooms
@@ -68,12 +69,21 @@ class BlockSizes:
         return RING_PIECES * self.piece_bytes
 
 
+@dataclass(frozen=True)
+class Target:
+    """Where a block goes on one device: a buffer there, and the device's transfer."""
+
+    transfer: "Transfer"
+    block: StoredBlock
+    buffer: Tensor
+
+
 class Transfer:
     """Owns what a run passes blocks through: ring, reader threads, staging and scratch, and the host memory that it
     takes ahead for blocks that will stay there; until `end_run`.
 
-    Called under the store's lock, by one thread at a time; what it writes on the device, it writes on the stream that
-    is current.
+    Called under the store's lock, by one thread at a time; what it writes on a device, it writes on the device's copy
+    stream. One that leads others (`lead`) reads for their devices, too: bytes are read once, and copied to each.
     """
 
     def __init__(
@@ -90,18 +100,31 @@ class Transfer:
         self.fetched_bytes = 0
         self.copied_bytes = 0
         self.clock = TransferClock(order)
-        self._order = order
+        self.order = order
+        self.order_of_all = order  # with that of devices that it leads
         self._hardware = hardware
         self._host = host
         self._staging: Tensor | None = None
         self._scratch: Tensor | None = None
-        self._ring = Ring(source, sizes, order, hardware, host, self.clock)
+        self._ring = self._new_ring(RING_PIECES)
         self._rooms = Rooms(hardware, host)
 
     def replace(self, source: BlockSource, sizes: BlockSizes) -> None:
         """Bring other blocks from now on; between two runs."""
         self.source, self.sizes = source, sizes
-        self._ring = Ring(source, sizes, self._order, self._hardware, self._host, self.clock)
+        self._ring = self._new_ring(RING_PIECES)
+
+    def lead(self, others: Sequence["Transfer"]) -> None:
+        """From now on bring blocks to the devices of these, too, until it is called again; between two runs."""
+        self.end_run()
+        orders = [self.order, *(other.order for other in others)]
+        self.order_of_all = StreamOrder.together(orders) if others else self.order
+        self._ring = self._new_ring(self.ring_pieces)
+
+    def _new_ring(self, pieces: int) -> Ring:
+        ring = Ring(self.source, self.sizes, self.order_of_all, self._hardware, self._host, self.clock)
+        ring.pieces = pieces
+        return ring
 
     def new_buffers(self, *sizes: int) -> list[Tensor]:
         """On the device, of so many bytes, in one allocation."""
@@ -122,9 +145,10 @@ class Transfer:
 
     def decode(self, block: StoredBlock, encoded: Tensor, slot: Tensor) -> None:
         """A block whose raw bytes lie on the device."""
-        scratch = self._scratch_buffer()
-        for group in block.groups:
-            group.decode(encoded, slot, scratch)
+        with self.order.copying():
+            scratch = self._scratch_buffer()
+            for group in block.groups:
+                group.decode(encoded, slot, scratch)
 
     @property
     def ring_pieces(self) -> int:
@@ -151,23 +175,23 @@ class Transfer:
             self._stop()
             raise
 
-    def fill(self, index: int, block: StoredBlock, held: HostBuffer | None, slot: Tensor) -> None:
+    def fill(self, index: int, held: HostBuffer | None, slots: Sequence[Target]) -> None:
         """Bring and decode a block; from host memory where it is `held`, else from its file, through the ring if it is
         the next that is expected there."""
         way = _Way(index, held, self._ring.comes_next(index))
         try:
-            self._fill(way, block, slot)
-            self._end_block(way, block)
+            self._fill(way, slots)
+            self._end_block(way, slots[0].block)
         except BaseException:
             self._stop()
             raise
 
-    def bring(self, index: int, block: StoredBlock, held: HostBuffer | None, out: Tensor) -> None:
+    def bring(self, index: int, held: HostBuffer | None, outs: Sequence[Target]) -> None:
         """All raw bytes of a block, as they are stored; otherwise as `fill`."""
         way = _Way(index, held, self._ring.comes_next(index))
         try:
-            self._bring(way, 0, out)
-            self._end_block(way, block)
+            self._bring(way, 0, [(out.transfer, out.buffer) for out in outs])
+            self._end_block(way, outs[0].block)
         except BaseException:
             self._stop()
             raise
@@ -193,35 +217,45 @@ class Transfer:
 
     def end_run(self) -> None:
         """Give back what only a run needs."""
-        self._order.finish()
+        self.order_of_all.finish()
         self._ring.end_run()
         self._rooms.end_run()
         self._staging = self._scratch = None
         self.source.close()
 
-    def _fill(self, way: "_Way", block: StoredBlock, slot: Tensor) -> None:
-        scratch = self._scratch_buffer()
+    def _fill(self, way: "_Way", slots: Sequence[Target]) -> None:
+        block = slots[0].block
         if block.native:
-            self._bring(way, 0, slot[: block.slot.nbytes])
-        for group in block.groups:
-            staging = self._staging_buffer()
-            self._bring(way, group.start, staging[: group.end - group.start])
-            group.decode(staging, slot, scratch, base=group.start)
+            self._bring(way, 0, [(slot.transfer, slot.buffer[: block.slot.nbytes]) for slot in slots])
+        for number, group in enumerate(block.groups):
+            staged = [slot.transfer._staging_buffer()[: group.end - group.start] for slot in slots]
+            self._bring(way, group.start, [(slot.transfer, raw) for slot, raw in zip(slots, staged, strict=True)])
+            for slot, raw in zip(slots, staged, strict=True):
+                slot.transfer._decode_group(slot, number, raw)
 
-    def _bring(self, way: "_Way", start: int, out: Tensor) -> None:
-        """Raw bytes of a block, from `start` on, into `out` on the device; on the current stream."""
+    def _decode_group(self, slot: Target, number: int, raw: Tensor) -> None:
+        group = slot.block.groups[number]
+        with self.order.copying():
+            group.decode(raw, slot.buffer, self._scratch_buffer(), base=group.start)
+
+    def _bring(self, way: "_Way", start: int, outs: Sequence[tuple["Transfer", Tensor]]) -> None:
+        """Raw bytes of a block, from `start` on, into `outs` on their devices."""
         if not self._hardware.host_device:
-            self.copied_bytes += len(out)
+            for transfer, out in outs:
+                transfer.copied_bytes += len(out)
+        landings = [Landing(out, transfer.order, transfer.clock) for transfer, out in outs]
         if way.through_ring:
-            self._ring.copy_into(out, way.index, start)
-        elif way.held is None:
-            with self.clock.reading(len(out)):
-                self.source.read(way.index, out, start)
-        elif self._hardware.host_device:
-            out.copy_(way.held.data[start : start + len(out)])
-        else:
-            with self.clock.copying(len(out)):
-                out.copy_(way.held.data[start : start + len(out)], non_blocking=way.held.pinned)
+            self._ring.copy_into(landings, way.index, start)
+            return
+        for landing in landings:
+            out = landing.data
+            if way.held is None:
+                with self.clock.reading(len(out)):
+                    self.source.read(way.index, out, start)
+            elif self._hardware.host_device:
+                out.copy_(way.held.data[start : start + len(out)])
+            else:
+                landing.copy(way.held.data[start : start + len(out)], pinned=way.held.pinned)
 
     def _end_block(self, way: "_Way", block: StoredBlock) -> None:
         if way.through_ring:
@@ -233,11 +267,12 @@ class Transfer:
     def _stop(self) -> None:
         """After an error: nobody may write to a buffer that is read from, or given back."""
         self._ring.forget()
-        self._order.finish()
+        self.order_of_all.finish()
 
     def _staging_buffer(self) -> Tensor:
         if self._staging is None:
-            (self._staging,) = self.new_buffers(self.sizes.staging_bytes)
+            with self.order.copying():
+                (self._staging,) = self.new_buffers(self.sizes.staging_bytes)
         return self._staging
 
     def _scratch_buffer(self) -> Tensor:

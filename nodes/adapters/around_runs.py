@@ -17,7 +17,7 @@ from ...engine.runs.phases import Phase
 from ...engine.runs.sampling_plan import plan_sampling
 from ...engine.runs.sampling_run import SamplingRun
 from .attention import OVERRIDE_KEY, attention_of_run
-from .block_patches import PatchImages, check_patches, sees_each_call
+from .block_patches import PatchImages, check_patches, has_patches, sees_each_call
 from .compiling import settings_of_run
 from .content_checks import check_computed, check_result, check_values
 from .controlnets import ControlNets, check_devices, other_models
@@ -124,12 +124,21 @@ def _planned_run(
     calls.override = guider.model_options.get("transformer_options", {}).get(OVERRIDE_KEY)
     settle(model, patcher, guider.model_options)
     speeds = known_speeds(
-        transformer.hardware, transformer.products_dtype, transformer.file, transformer.stored_product
+        transformer.hardware,
+        transformer.products_dtype,
+        transformer.file,
+        transformer.stored_product,
+        [store.hardware for store in transformer.secondaries.values()],
     )
     limit, surroundings = loader_limit(model.limit_bytes), InComfyUI(patcher, beside)
 
+    one_by_one = _why_one_by_one(model, guider.model_options)
+    # patches may hand on what lies on one device
+    alone = bool(one_by_one) or has_patches(guider.model_options.get("transformer_options", {}))
+
     def plan() -> MemoryPlan:
-        return plan_sampling(transformer, request, limit, model.ram_limit_bytes, speeds, surroundings)
+        ram_bytes = model.ram_limit_bytes
+        return plan_sampling(transformer, request, limit, ram_bytes, speeds, surroundings, one_by_one=alone)
 
     model.plan = plan()
     sizes = {size_of(entry, noise.shape) for entry in entries_of(conds)}
@@ -145,7 +154,7 @@ def _planned_run(
         speeds=speeds,
         timeline=model.timeline,
         surroundings=surroundings,
-        one_by_one=_why_one_by_one(model, guider.model_options),
+        one_by_one=one_by_one,
         advice=model.advice,
     )
 

@@ -1,5 +1,6 @@
 """Where ComfyUI keeps what is known of this machine, and how room is made to measure it."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,10 +16,14 @@ from ...engine.runs.known_trials import KnownTrials
 
 
 def known_speeds(
-    hardware: Hardware, dtype: torch.dtype, model_file: Path, product: StoredProduct | None = None
+    hardware: Hardware,
+    dtype: torch.dtype,
+    model_file: Path,
+    product: StoredProduct | None = None,
+    others: Sequence[Hardware] = (),
 ) -> KnownSpeeds:
     """The speeds of one device in one dtype, and of the folder that holds a model, in ComfyUI's user folder. `product`:
-    as KnownSpeeds has it."""
+    as KnownSpeeds has it. `others`: further devices, that compute beside it."""
     management = comfy.model_management
     return KnownSpeeds(
         hardware,
@@ -28,6 +33,7 @@ def known_speeds(
         device_name=management.get_torch_device_name(hardware.device),
         make_room=partial(management.free_memory, device=hardware.device),
         product=product,
+        others={str(other.device): known_speeds(other, dtype, model_file, product) for other in others},
     )
 
 

@@ -206,7 +206,8 @@ class LowVRAMModel:
             self.calls.run.load()
             self.plan = self.calls.run.plan
         elif self.plan is not None:
-            self.transformer.load(self.plan.resident, self.plan.held, self.plan.secondaries)
+            plan = self.plan
+            self.transformer.load(plan.resident, plan.held, plan.secondaries, beside=plan.beside)
         else:
             self.transformer.load(())
 

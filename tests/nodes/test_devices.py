@@ -10,7 +10,9 @@ from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
 from qwenimage_lowvram.engine.planning.draft import least_bytes
+from qwenimage_lowvram.engine.planning.forecast import TYPICAL
 from qwenimage_lowvram.engine.planning.request import SamplingRequest
+from qwenimage_lowvram.engine.runs.known_speeds import KnownSpeeds
 
 from .conftest import cond, empty_latent
 from .test_model import ksampler
@@ -18,13 +20,43 @@ from .test_model import ksampler
 CARD = Hardware(torch.device("cpu"), streams=False, pinned=False, prefetch=True, host_device=False)
 
 
-def run(model: Any) -> torch.Tensor:
-    return ksampler(model, cond(), cond(5, 2), empty_latent())
+def run(model: Any, cfg: float = 3.0) -> torch.Tensor:
+    return ksampler(model, cond(), cond(5, 2), empty_latent(), cfg=cfg)
 
 
 def test_blocks_on_a_second_device_make_the_same_image(model: Any, small_pipeline: Path) -> None:
     from qwenimage_lowvram.nodes.adapters.model import make_model
 
+    expected = run(model, cfg=1.0)  # a single branch
+    model.detach()
+    transformer = QwenImageTransformer(
+        open_checkpoint(small_pipeline / "transformer"),
+        dtype=torch.float32,
+        hardware=CARD,
+        others=[replace(CARD, device=torch.device("cpu:0"))],
+    )
+    request = SamplingRequest(96, 64, 1, 9, timesteps=4)
+    limit = least_bytes(transformer.footprint, request) + transformer.footprint.slot_bytes
+    split = make_model(transformer, limit)
+    assert torch.equal(run(split, cfg=1.0), expected)
+    plan = split.model.last_report.plan
+    (secondary,) = plan.secondaries
+    assert secondary.device == "cpu:0"
+    assert secondary.peak_bytes <= secondary.limit_bytes <= limit
+    assert plan.blocks + len(secondary.blocks) == transformer.config.num_layers
+    before = transformer.secondaries["cpu:0"].fetched_blocks
+    assert torch.equal(run(split, cfg=1.0), expected)
+    assert transformer.secondaries["cpu:0"].fetched_blocks == before == len(secondary.blocks)  # they stayed
+    split.detach()
+    assert transformer.secondaries["cpu:0"].resident_bytes == 0
+
+
+def test_prompts_on_two_devices_make_the_same_image(
+    model: Any, small_pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qwenimage_lowvram.nodes.adapters.model import make_model
+
+    monkeypatch.setattr(KnownSpeeds, "get", lambda speeds: replace(TYPICAL, flops=1e8))  # so that computing counts
     expected = run(model)
     model.detach()
     transformer = QwenImageTransformer(
@@ -35,18 +67,18 @@ def test_blocks_on_a_second_device_make_the_same_image(model: Any, small_pipelin
     )
     request = SamplingRequest(96, 64, 2, 9, timesteps=4)
     limit = least_bytes(transformer.footprint, request) + transformer.footprint.slot_bytes
-    split = make_model(transformer, limit)
-    assert torch.equal(run(split), expected)
-    plan = split.model.last_report.plan
-    (secondary,) = plan.secondaries
-    assert secondary.device == "cpu:0"
-    assert secondary.peak_bytes <= secondary.limit_bytes <= limit
-    assert plan.blocks + len(secondary.blocks) == transformer.config.num_layers
-    before = transformer.secondaries["cpu:0"].fetched_blocks
-    assert torch.equal(run(split), expected)
-    assert transformer.secondaries["cpu:0"].fetched_blocks == before == len(secondary.blocks)  # they stayed
-    split.detach()
-    assert transformer.secondaries["cpu:0"].resident_bytes == 0
+    divided = make_model(transformer, limit)
+    assert torch.equal(run(divided), expected)
+    plan = divided.model.last_report.plan
+    (other,) = plan.beside
+    assert (plan.request.branches, other.plan.request.branches, other.device) == (1, 1, "cpu:0")
+    assert max(plan.peak_bytes, other.plan.peak_bytes) <= limit
+    assert not plan.secondaries
+    there = transformer.secondaries["cpu:0"]
+    assert len(there.resident) == len(other.plan.resident)
+    assert not there.fetched_blocks  # what it has, the first one read
+    divided.detach()
+    assert there.resident_bytes == 0
 
 
 def test_the_choices_are_this_machines_devices(comfy: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,13 +6,16 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from types import FunctionType, ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
 from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
-from qwenimage_lowvram.engine.planning.memory_plan import SecondaryDevice
+from qwenimage_lowvram.engine.planning.memory import plan_memory
+from qwenimage_lowvram.engine.planning.memory_plan import BranchDevice, SecondaryDevice
+from qwenimage_lowvram.engine.planning.request import GIB, Limits, SamplingRequest
 from qwenimage_lowvram.engine.runs import sampling_run
 from qwenimage_lowvram.engine.runs.memory_watch import MemoryWatch
 from qwenimage_lowvram.engine.streaming import BlockStore, FileSource, transfer
@@ -123,6 +126,14 @@ NAMES_OF_ORDER = ("order", "_order", "streams", "_streams")
 def on_second(device: torch.device, blocks: range) -> tuple[SecondaryDevice, ...]:
     """A plan's blocks on a further card."""
     return (SecondaryDevice(str(device), blocks, 0, 0),)
+
+
+def beside(
+    model: QwenImageTransformer, device: torch.device, resident: tuple[int, ...], branches: int
+) -> tuple[BranchDevice, ...]:
+    """A further card that computes so many branches, with these blocks resident."""
+    plan = plan_memory(model.footprint, SamplingRequest(64, 48, branches, 8), Limits(GIB))
+    return (BranchDevice(str(device), replace(plan, resident=resident, held=(), slots=1)),)
 
 
 def session(

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from . import kept_prefix, scenarios, sudden_ends
+from . import branches_beside, kept_prefix, scenarios, sudden_ends
 from .mutations import OrderingCall, ordering_calls
 from .rig import PIECE_BYTES
 
@@ -36,6 +36,11 @@ CASES: dict[str, Case] = {
         {"remade": 0, "on_device": 0, "then": 3, "stops": ((0, 2), (1, 2))},
     ),
     "kept, others": (kept_prefix.prompts_change, "copies late", {}),
+    "beside, taken": (
+        branches_beside.branches_beside,
+        "late",
+        {"kind": "bf16", "first": (0, 1, 2, 3, 4), "second": (0, 3), "shrink_at": 2},
+    ),
 }
 # what to look at first, by words of the call's name
 FIRST = {
@@ -49,6 +54,7 @@ FIRST = {
     "keep": ("followed", "brought"),
     "_stop": ("unreadable held",),
     "end_run": ("taken", "left", "unreadable"),
+    "_late_slot": ("beside, taken",),
 }
 # name -> why nothing can go wrong without it
 NEAR = "the streamer has waited for a later moment before it calls on_block"

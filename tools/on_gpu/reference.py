@@ -73,7 +73,7 @@ def _opened(checkpoint: Checkpoint, device: torch.device) -> tuple[nn.Module, We
         for index, block in enumerate(weights):
             (slot,) = store.new_slots()
             store.order.after_compute()
-            store.fetch_into(index, slot.buffer)
+            store.fetch_into(index, slot)
             store.order.finish()
             block |= {name: parameter.data for name, parameter in store.module_in(slot, index).named_parameters()}
         store.release()

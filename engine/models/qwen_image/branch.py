@@ -70,17 +70,18 @@ class BranchState:
         return self.img.shape[1] + self.txt.shape[1]
 
     def move(self, device: torch.device) -> None:
-        """Hand everything but the table's row and the residuals on to `device`."""
+        """Hand everything but the residuals on to `device`; of the table's row, a copy that branches share."""
+        self.row.on(device)
         self.img, self.txt, self.temb = self.img.to(device), self.txt.to(device), self.temb.to(device)
         self.rotary = (self.rotary[0].to(device), self.rotary[1].to(device))
         self.mask = None if self.mask is None else self.mask.to(device)
         self.modulate_index = None if self.modulate_index is None else self.modulate_index.to(device)
 
     def run(self, index: int, block: nn.Module) -> None:
-        device = self.img.device
         if self.ranks is not None:
             block.attn.processor._parallel_config = self.ranks.config
-        block.img_mod.value, block.txt_mod.value = self.row.img[index].to(device), self.row.txt[index].to(device)
+        row = self.row.on(self.img.device)
+        block.img_mod.value, block.txt_mod.value = row.img[index], row.txt[index]
         try:
             self.txt, self.img = block(
                 hidden_states=self.img,

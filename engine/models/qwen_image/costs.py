@@ -68,12 +68,12 @@ class QwenImageFootprint(TransformerFootprint):
         gate = image if self.zero_cond_t else 0
         gathered = (2 * request.ranks + 1) * image if request.ranks > 1 and request.step_cache else 0
         widest = max(attention + gate, mlps + 2 * gate, gathered)
-        return self.kept_bytes(request) + request.branches * carried + widest
+        return self.kept_bytes(request) + request.branches * carried + request.beside * inputs + widest
 
     def kept_bytes(self, request: SamplingRequest) -> int:
-        """Rotary tables, as if each branch had its own."""
+        """Rotary tables, as if each branch had its own, also one that another device computes."""
         tokens = _part(request.image_tokens, request) + _part(request.prompt_tokens, request)
-        return request.branches * tokens * (self.head_dim // 2) * 8  # complex64
+        return (request.branches + request.beside) * tokens * (self.head_dim // 2) * 8  # complex64
 
     def attention_text(self, request: SamplingRequest) -> str:
         return self.attention.text(self._attended(request))

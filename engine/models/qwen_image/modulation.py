@@ -5,7 +5,7 @@ over those weights and kept in host memory; after that the weights are neither h
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -27,6 +27,15 @@ class ModulationRow:
 
     img: Tensor
     txt: Tensor
+    _copies: "dict[torch.device, ModulationRow]" = field(default_factory=dict, compare=False, repr=False)
+
+    def on(self, device: torch.device) -> "ModulationRow":
+        """The same there; a copy is made once."""
+        if device == self.img.device:
+            return self
+        if device not in self._copies:
+            self._copies[device] = ModulationRow(self.img.to(device), self.txt.to(device))
+        return self._copies[device]
 
 
 @dataclass(frozen=True)
