@@ -82,7 +82,7 @@ def test_the_project_file_has_nothing_that_breaks_installers(project: dict[str, 
     assert {"PublisherId", "DisplayName", "requires-comfyui"} <= set(project["tool"]["comfy"])
 
 
-def test_every_script_of_the_web_folder_is_of_a_node_or_a_command_or_workflows_or_shared(ours: dict[str, Any]) -> None:
+def test_every_script_of_the_web_folder_is_of_a_node_or_a_command_or_shared(ours: dict[str, Any]) -> None:
     folder = REPOSITORY / "js"
     scripts = sorted(folder.rglob("*.js"))
     extensions = [script for script in scripts if script.parent.name not in ("shared", "commands")]
@@ -93,7 +93,7 @@ def test_every_script_of_the_web_folder_is_of_a_node_or_a_command_or_workflows_o
             of_the_page = (folder.parents[1] / "scripts" / name for name in ("app.js", "api.js"))
             assert served in scripts or served in of_the_page, f"{script}: the page has no {imported}."
     for script in extensions:
-        assert script.stem in {*ours, "workflow_titles"}, f"{script}: the page loads every .js here as an extension."
+        assert script.stem in ours, f"{script}: the page loads every .js here as an extension."
         text = script.read_text(encoding="utf-8")
         assert len(re.findall(r"^(app\.registerExtension|showText)\(", text, re.MULTILINE)) == 1, script
 
