@@ -7,7 +7,6 @@ with Pipeline.open(Path("models/Qwen-Image"), vram_limit_bytes=4 * GIB) as pipel
 
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,7 +19,7 @@ from ..compute.attention_choice import AUTO, CHOICES, choose_attention
 from ..compute.compilation import CompileSettings
 from ..compute.context_parallel import Ranks
 from ..compute.linear_choice import Computing, linear_of
-from ..compute.step_schedules import OFF, FirstBlockRule, StepCache, step_cache_of
+from ..compute.step_schedules import OFF, StepCache, step_cache_of
 from ..errors import InvalidRequest, Unsupported
 from ..files.checkpoint import Checkpoint
 from ..hardware import FLOATS, Hardware
@@ -38,6 +37,7 @@ from .known_speeds import KnownSpeeds
 from .known_trials import KnownTrials
 from .limit import Limit
 from .opened_files import OpenedFiles
+from .ranks import together
 from .sample import EulerSampler
 from .surroundings import Alone
 from .timeline import Timeline
@@ -168,26 +168,10 @@ class Pipeline:
         """Of a pipeline folder; settings as above. Of single files: `Pipeline(OpenedFiles.of(...))`."""
         return cls(OpenedFiles.of_folder(folder), **settings)
 
-    def make(
-        self,
-        prompt: str,
-        negative: str = " ",
-        *,
-        width: int,
-        height: int,
-        seed: int,
-        steps: int = 20,
-        cfg: float = 4.0,
-        batch: int = 1,
-        step_cache: str | StepCache = OFF,
-    ) -> Tensor:
-        """(batch, height, width, 3) in fp32, 0 to 1. cfg 1: without the negative prompt, which halves the computing.
-        step_cache: of `step_schedules.STEP_CACHES`, or a table; all but "off" make another image than all steps do.
-
-        Raises InvalidRequest and DoesNotFit. Of several processes each would decode: `make_latents`.
-        """
-        size = {"width": width, "height": height, "seed": seed, "steps": steps, "batch": batch}
-        return self.decode(self.make_latents(prompt, negative, **size, cfg=cfg, step_cache=step_cache))
+    def make(self, prompt: str, negative: str = " ", **settings: Any) -> Tensor:
+        """(batch, height, width, 3) in fp32, 0 to 1. settings, and what is raised: of `make_latents`. Of several
+        processes each would decode."""
+        return self.decode(self.make_latents(prompt, negative, **settings))
 
     def make_latents(
         self,
@@ -202,8 +186,12 @@ class Pipeline:
         batch: int = 1,
         step_cache: str | StepCache = OFF,
     ) -> Tensor:
-        """As `make`, what `decode` then makes an image of. Of several processes each calls it with the same, and has
-        the whole: one of them decodes."""
+        """What `decode` then makes an image of. cfg 1: without the negative prompt, which halves the computing.
+        step_cache: of `step_schedules.STEP_CACHES`, or a table; all but "off" make another image than all steps do.
+        Of several processes each calls it with the same, and has the whole: one of them decodes.
+
+        Raises InvalidRequest and DoesNotFit.
+        """
         self._images += 1  # whatever an image before this one came to
         self._require_size(width, height, batch)
         self._vae_run().require_decodes(height, width)  # before minutes are spent on sampling
@@ -235,23 +223,16 @@ class Pipeline:
         the positive one and, where cfg is above 1, the negative one."""
         self._require_size(width, height, batch)
         cache = step_cache_of(step_cache)
-        self._require_same(
-            {
-                "number of prompts or tokens": [prompt.shape[1] for prompt in prompts],
-                "size, or batch": (width, height, batch),
-                "seed": seed,
-                "number of steps": steps,
-                "cfg": cfg,
-                "step_cache": cache,
-            }
-        )
-        if self._ranks is not None and isinstance(cache, FirstBlockRule):
-            raise Unsupported(
-                "step_cache {name} decides by numbers of the image, about which several processes might not agree."
-                "\n\nWhat to do: set step_cache to off, or to a table.",
-                code="ranks.first_block",
-                name=cache.name,
-            )
+        asked = {
+            **self._chosen,
+            "attention kernel": self._kernel,
+            "number of prompts or tokens": [prompt.shape[1] for prompt in prompts],
+            "size, or batch": (width, height, batch),
+            "seed": seed,
+            "number of steps": steps,
+            "cfg": cfg,
+            "step_cache": cache,
+        }
         images = self._images_of
         noise = torch.randn(images.noise_shape(batch, width, height), generator=torch.Generator().manual_seed(seed))
         run = EulerSampler(
@@ -264,11 +245,9 @@ class Pipeline:
             self._ram_limit,
             cache,
         )
-        with nullcontext() if self._ranks is None else self._ranks.watched():
+        with together(self._ranks, asked, cache):
             sampled = run.sample(prompts, noise, images.sigmas(self._transformer, steps, noise), cfg=cfg)
-        self._sampling = sampled.report
-        if self._ranks is not None:
-            self._ranks.wait()  # whoever ends now takes nothing from the others
+            self._sampling = sampled.report
         return sampled.latents
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -341,15 +320,12 @@ class Pipeline:
     def _trials(self, name: str) -> KnownTrials:
         return KnownTrials(None if self._cache is None else self._cache / name)
 
-    def _require_same(self, asked: Mapping[str, object]) -> None:
-        """Of several processes: that all are to make the same image in the same way, or they would wait for each other
-        in different places."""
-        if self._ranks is None:
-            return
+    @property
+    def _kernel(self) -> str:
+        """By which the blocks attend: of torch's variants, whichever works on the device."""
         attending = self._transformer.attending
         own = attending is None or attending.attend is None
-        kernel = "torch's own" if own else self._transformer.attention.name
-        self._ranks.require_same({**self._chosen, "attention kernel": kernel, **asked})
+        return "torch's own" if own else self._transformer.attention.name
 
     def _require_size(self, width: int, height: int, batch: int) -> None:
         side_px = self._images_of.side_px

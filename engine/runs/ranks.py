@@ -8,7 +8,7 @@ with ranks_of_torchrun() as ranks, Pipeline.open(folder, ranks=ranks) as pipelin
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
@@ -17,6 +17,7 @@ import torch
 from torch import distributed
 
 from ..compute.context_parallel import RankLost, Ranks, lost
+from ..compute.step_schedules import FirstBlockRule, StepCache
 from ..environment import variable
 from ..errors import InvalidRequest, Unsupported
 
@@ -62,6 +63,29 @@ def ranks_of_torchrun(
         finally:
             if distributed.is_initialized():
                 distributed.destroy_process_group()
+
+
+@contextmanager
+def together(ranks: Ranks | None, asked: Mapping[str, object], cache: StepCache | None) -> Iterator[None]:
+    """One image's sampling, to which each of the processes comes; None: of this one alone. asked: what has to be the
+    same in all of them, or they would wait for each other in different places.
+
+    Raises as `Ranks.require_same`, Unsupported for a step cache on which they might not agree, and RankLost.
+    """
+    if ranks is None:
+        yield
+        return
+    ranks.require_same(asked)
+    if isinstance(cache, FirstBlockRule):
+        raise Unsupported(
+            "step_cache {name} decides by numbers of the image, about which several processes might not agree."
+            "\n\nWhat to do: set step_cache to off, or to a table.",
+            code="ranks.first_block",
+            name=cache.name,
+        )
+    with ranks.watched():
+        yield
+    ranks.wait()  # whoever ends now takes nothing from the others
 
 
 def _join(backends: str, timeout: timedelta) -> None:
