@@ -24,6 +24,7 @@ from ..planning.memory_plan import MemoryPlan
 from ..planning.request import SamplingRequest
 from ..reports.card_report import BlockVisit, CardReport, Rates
 from ..streaming import BlockStreamer, StreamOrder
+from ..streaming.block_layout import FORMAT_OF_DTYPE
 from .free_memory import check_room
 from .known_speeds import KnownSpeeds
 from .limit import Limit
@@ -45,7 +46,6 @@ SMALLER_BLOCK, SMALLER_PRODUCTS = (
     f"smaller {what}, as this is a CPU" for what in ("block, image and products", "products measured for the TFLOP/s")
 )
 NO_INT8 = "int8 not computed as stored here"
-_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 T = TypeVar("T")
 
@@ -244,7 +244,7 @@ def _require_room(hardware: Hardware, bench: Bench) -> None:
 def _products(transformer: Transformer) -> str:
     product = transformer.stored_product
     if product is None:
-        return _NAMES[transformer.products_dtype]
+        return FORMAT_OF_DTYPE[transformer.products_dtype]
     return f"{product.name} by comfy-kitchen {product.backend}"
 
 

@@ -34,7 +34,7 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "rocm": torch.version.hip if device.type == "cuda" else None,
         "driver": _driver(device),
-        "comfy_kitchen": _version("comfy-kitchen"),
+        "comfy_kitchen": package_version("comfy-kitchen"),
         "pack": _pack_version(),
     }
 
@@ -68,10 +68,11 @@ def _kind(device: torch.device) -> str:
 def _name(device: torch.device) -> str:
     if device.type in ("cuda", "xpu"):
         return str(torch.get_device_module(device).get_device_name(device))
-    return f"{_cpu_name()}, {os.cpu_count()} threads" if device.type == "cpu" else platform.machine()
+    return f"{cpu_name()}, {os.cpu_count()} threads" if device.type == "cpu" else platform.machine()
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """As the system tells it."""
     with suppress(OSError):
         for line in _CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines():
             name, _, value = line.partition(":")
@@ -80,7 +81,8 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """None where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

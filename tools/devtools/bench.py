@@ -8,7 +8,6 @@ import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +70,7 @@ def describe_machine() -> dict[str, Any]:
     """What the numbers were measured on."""
     import psutil
     import torch
+    from qwenimage_lowvram.engine.runs.machine_facts import cpu_name, package_version
 
     return {
         "cpu": cpu_name(),
@@ -84,22 +84,6 @@ def describe_machine() -> dict[str, Any]:
         "comfyui": comfyui_version(require_comfyui()),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def package_version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _is_bytes(key: str) -> bool:

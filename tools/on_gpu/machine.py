@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
-from devtools.bench import cpu_name, package_version
-
 # what something here runs with; torch is needed
 PACKAGES = (
     "diffusers",
@@ -28,6 +26,7 @@ PACKAGES = (
 def do(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Raises ImportError without torch."""
     import torch
+    from qwenimage_lowvram.engine.runs.machine_facts import cpu_name, package_version
 
     yield {
         "machine": {
