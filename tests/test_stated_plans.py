@@ -4,9 +4,12 @@ import json
 
 import pytest
 import stated_plans
+import torch
+from qwenimage_lowvram.engine.models.families import QWEN_IMAGE
 from qwenimage_lowvram.engine.planning.memory_plan import MemoryPlan
-from qwenimage_lowvram.engine.planning.request import GIB
+from qwenimage_lowvram.engine.planning.request import GIB, SamplingRequest
 from qwenimage_lowvram.engine.texts import size_text
+from simulated_cards import models
 
 GUIDED = {card_gb: f"{number:02} - Low VRAM {card_gb} GB - Qwen-Image" for number, card_gb in ((1, 4), (3, 8), (6, 16))}
 EDIT_21 = "24 - Low VRAM 4 GB - Edit an image, Qwen-Image-2.1-Turbo"
@@ -21,6 +24,18 @@ def plan(name: str, **loader: object) -> MemoryPlan:
 def test_the_docs_show_the_plan_for_8_gb() -> None:
     page = (stated_plans.ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8")
     assert f"    {plan(GUIDED[8])!r}\n" in page
+
+
+def test_the_docs_say_what_a_process_of_several_takes() -> None:
+    page = (stated_plans.ROOT / "docs" / "developers.md").read_text(encoding="utf-8")
+    footprint = models("bf16", torch.bfloat16, QWEN_IMAGE).transformer
+
+    def planned(ranks: int, chunk: int | None = None) -> str:
+        request = SamplingRequest(1328, 1328, 2, 512, ranks=ranks)
+        return f"{footprint.activation_bytes(request, chunk) / GIB:.2f}"
+
+    words = f"{planned(2)} GiB in each of two processes, and with {planned(1)} in one ({planned(1, 512)} with MLPs"
+    assert words in " ".join(page.split())
 
 
 @pytest.mark.parametrize("card_gb", GUIDED)
