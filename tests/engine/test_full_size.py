@@ -7,7 +7,6 @@ What kernels allocate inside themselves, and the driver's own context, are not c
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import product
 from typing import Any
 
 import full_size
@@ -133,11 +132,12 @@ REQUESTS = [(1328, 1328, 1), (1664, 928, 1), (2048, 2048, 1), (1024, 1024, 4)]
 WEIGHT_FORMATS = ["bf16", "int8", "nf4"]
 
 
-def in_turns(*choices: Sequence[Any]) -> list[tuple[Any, ...]]:
-    """All combinations, and beside each one of the formats, so that each of the last choices meets all of them."""
+def with_formats(cards: Sequence[int], requests: Sequence[Any]) -> list[tuple[int, Any, str]]:
+    """Each card with each request, and one of the formats: another one than at the next card, or the next request."""
     return [
-        (*combination, WEIGHT_FORMATS[(number + number // len(choices[-1])) % len(WEIGHT_FORMATS)])
-        for number, combination in enumerate(product(*choices))
+        (card, request, WEIGHT_FORMATS[(i + j) % len(WEIGHT_FORMATS)])
+        for i, card in enumerate(cards)
+        for j, request in enumerate(requests)
     ]
 
 
@@ -163,7 +163,7 @@ def assert_fits(
     return plan
 
 
-@pytest.mark.parametrize(("card_gb", "size", "weight_format"), in_turns(CARDS, REQUESTS), ids=str)
+@pytest.mark.parametrize(("card_gb", "size", "weight_format"), with_formats(CARDS, REQUESTS), ids=str)
 def test_guided_images_fit_the_cards(
     card_gb: int,
     size: tuple[int, int, int],
@@ -214,7 +214,7 @@ EDITS = [
 ]
 
 
-@pytest.mark.parametrize(("card_gb", "edit", "weight_format"), in_turns([4, 8], EDITS), ids=str)
+@pytest.mark.parametrize(("card_gb", "edit", "weight_format"), with_formats([4, 8], EDITS), ids=str)
 def test_guided_edits_fit_the_cards(
     card_gb: int,
     edit: tuple[Variant, int, int],

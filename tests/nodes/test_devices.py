@@ -24,17 +24,21 @@ def run(model: Any, cfg: float = 3.0) -> torch.Tensor:
     return ksampler(model, cond(), cond(5, 2), empty_latent(), cfg=cfg)
 
 
+def on_two_devices(folder: Path) -> QwenImageTransformer:
+    return QwenImageTransformer(
+        open_checkpoint(folder / "transformer"),
+        dtype=torch.float32,
+        hardware=CARD,
+        others=[replace(CARD, device=torch.device("cpu:0"))],
+    )
+
+
 def test_blocks_on_a_second_device_make_the_same_image(model: Any, small_pipeline: Path) -> None:
     from qwenimage_lowvram.nodes.adapters.model import make_model
 
     expected = run(model, cfg=1.0)  # a single branch
     model.detach()
-    transformer = QwenImageTransformer(
-        open_checkpoint(small_pipeline / "transformer"),
-        dtype=torch.float32,
-        hardware=CARD,
-        others=[replace(CARD, device=torch.device("cpu:0"))],
-    )
+    transformer = on_two_devices(small_pipeline)
     request = SamplingRequest(96, 64, 1, 9, timesteps=4)
     limit = least_bytes(transformer.footprint, request) + transformer.footprint.slot_bytes
     split = make_model(transformer, limit)
@@ -59,12 +63,7 @@ def test_prompts_on_two_devices_make_the_same_image(
     monkeypatch.setattr(KnownSpeeds, "get", lambda speeds: replace(TYPICAL, flops=1e8))  # so that computing counts
     expected = run(model)
     model.detach()
-    transformer = QwenImageTransformer(
-        open_checkpoint(small_pipeline / "transformer"),
-        dtype=torch.float32,
-        hardware=CARD,
-        others=[replace(CARD, device=torch.device("cpu:0"))],
-    )
+    transformer = on_two_devices(small_pipeline)
     request = SamplingRequest(96, 64, 2, 9, timesteps=4)
     limit = least_bytes(transformer.footprint, request) + transformer.footprint.slot_bytes
     divided = make_model(transformer, limit)

@@ -24,8 +24,8 @@ from .graphs import Prompt, with_our_loader
 BLUEPRINTS = require_comfyui() / "blueprints"
 TEMPLATES = Path(next(iter(comfyui_workflow_templates_json.__path__))) / "templates"
 EDIT, EDIT_2509, EDIT_2511 = "Qwen-Image-Edit", "Qwen-Image-Edit-2509", "Qwen-Image-Edit-2511"
-# how many images each shows. Edits are made at 1024x1024, a minute each on a CPU: of those, one of each model. That the
-# others make the same prompts is seen in the page's own tests.
+# how many images each shows. Edits are made at 1024x1024, a minute each on a CPU: of those, one of each model. That all
+# templates make the same prompts is seen in tests/page/test_use_loader.py.
 GRAPHS: list[tuple[Path, str, int]] = [
     (BLUEPRINTS / "Text to Image (Qwen-Image).json", "auto", 0),
     (BLUEPRINTS / "Text to Image (Qwen-Image 2512).json", "auto", 0),
