@@ -32,5 +32,6 @@ def plan_on_cards(
         if divided is None:
             raise
         return divided
-    faster = divided is not None and divided.forecast.seconds < together.forecast.seconds
-    return divided if divided is not None and faster else together
+    if divided is not None and divided.forecast.seconds < together.forecast.seconds:
+        return divided
+    return together

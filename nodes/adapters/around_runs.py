@@ -121,7 +121,8 @@ def _planned_run(
     """The plan, and the images of ControlNets and model patches, which are encoded before the run's memory is laid
     out. Raises DoesNotFit."""
     transformer, patcher, calls = model.transformer, guider.model_patcher, model.calls
-    calls.override = guider.model_options.get("transformer_options", {}).get(OVERRIDE_KEY)
+    options = guider.model_options.get("transformer_options", {})
+    calls.override = options.get(OVERRIDE_KEY)
     settle(model, patcher, guider.model_options)
     speeds = known_speeds(
         transformer.hardware,
@@ -134,7 +135,7 @@ def _planned_run(
 
     one_by_one = _why_one_by_one(model, guider.model_options)
     # patches may hand on what lies on one device
-    alone = bool(one_by_one) or has_patches(guider.model_options.get("transformer_options", {}))
+    alone = bool(one_by_one) or has_patches(options)
 
     def plan() -> MemoryPlan:
         ram_bytes = model.ram_limit_bytes
