@@ -18,6 +18,10 @@ Its other stages are taken to be ours, and it keeps as much of prompt and images
 Two cards in one machine (`2 x ...`) divide the prompts of a step, or the blocks, as the planner chooses; `seed_alone`:
 one of them by itself. Each card's steps run in the model by themselves; the slower one counts. Their other stages are
 those of one card.
+
+Four machines (`4 x ...`) divide the tokens of an image, each with a card and all blocks, and exchange them within each
+block over a link of so many Gbit/s each way, 0.1 ms an exchange. That the card's bus carries what is exchanged, too, is
+not counted.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,12 +29,14 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
+from qwenimage_lowvram.engine.compute.link import TYPICAL_LINK, Link
 from qwenimage_lowvram.engine.errors import DoesNotFit
 from qwenimage_lowvram.engine.models.families import QWEN_IMAGE, QWEN_IMAGE_21
 from qwenimage_lowvram.engine.models.family import Family
 from qwenimage_lowvram.engine.planning.branch_split import Card
 from qwenimage_lowvram.engine.planning.footprint import TransformerFootprint
-from qwenimage_lowvram.engine.planning.memory import without_secondaries
+from qwenimage_lowvram.engine.planning.memory import plan_memory, without_secondaries
+from qwenimage_lowvram.engine.planning.memory_plan import MemoryPlan
 from qwenimage_lowvram.engine.planning.overlap import ways
 from qwenimage_lowvram.engine.planning.request import GIB, Limits
 from qwenimage_lowvram.engine.planning.several_cards import plan_on_cards
@@ -42,7 +48,10 @@ PROMPT_TOKENS = 512
 SIZES = (1024, 1328)
 DISK_GIB = 2
 PAIRS = ("RTX 5060 8 GB", "RTX 4060 Ti 16 GB")
-FORMATS_OF_PAIRS = ("bf16", "fp8", "nf4")
+FORMATS_OF_SEVERAL = ("bf16", "fp8", "nf4")
+MACHINES, CARD_OF_MACHINES = 4, "RTX 3060 12 GB"
+LINKS_GBIT = (1, 10, 25)
+GBIT_BYTES = 1e9 / 8
 SHOWN = {
     "1328 guided, 20 steps": "fp8",
     "1024 Lightning, 8 steps": "fp8",
@@ -63,15 +72,22 @@ class Case:
 def rows(quick: bool) -> list[dict[str, Any]]:
     """One for each card, format, case and place; quick: the cards of 4 and 12 GB in two formats."""
     cards = [card for card in CARDS if card.vram_gib in (4, 12)] if quick else CARDS
-    return [*_rows_of_one(cards, quick), *([] if quick else pairs())]
+    return [*_rows_of_one(cards, quick), *([] if quick else [*pairs(), *fleets()])]
 
 
 def pairs() -> list[dict[str, Any]]:
     """Two cards of 8 GB, and two of 16."""
     cards = [card for card in CARDS if card.name in PAIRS]
-    guided = [case for case in cases() if case.request.guided]
-    places = ("RAM", "disk")
-    return [pair(*of) for of in product(cards, FORMATS_OF_PAIRS, guided, places)]
+    return [pair(*of) for of in product(cards, FORMATS_OF_SEVERAL, _guided(), ("RAM", "disk"))]
+
+
+def fleets() -> list[dict[str, Any]]:
+    """Four machines with a card of 12 GB each."""
+    return [fleet(*of) for of in product(LINKS_GBIT, FORMATS_OF_SEVERAL, _guided(), ("RAM", "disk"))]
+
+
+def _guided() -> list[Case]:
+    return [case for case in cases() if case.request.guided]
 
 
 def _rows_of_one(cards: Sequence[SimulatedCard], quick: bool) -> list[dict[str, Any]]:
@@ -145,14 +161,39 @@ def pair(card: SimulatedCard, weight_format: str, case: Case, place: str) -> dic
     elsewhere = left.elsewhere * jobs[0].compute_seconds  # of blocks that lie on the other card
     step = max(step_seconds(job, machine, steps=3) for job in jobs) + elsewhere
     first = max(first_seconds(job, machine) for job in jobs) + elsewhere
-    seconds = {**_with_steps(alone, first=first, step=step), "step": step, "forecast_step": plan.forecast.seconds}
-    seconds["seed_alone"] = row(card, weight_format, case, place)["seed"]
+    seconds = _with_steps(alone, first=first, step=step) | {"seed_alone": _alone(card, weight_format, case, place)}
+    divided = "branches" if plan.beside else "blocks" if plan.secondaries else "nothing"
+    return found | _of_several(alone, plan, {**seconds, "step": step}, divided)
+
+
+def fleet(gbit: int, weight_format: str, case: Case, place: str) -> dict[str, Any]:
+    """Seconds of one case on four machines, of which each makes a part of the image's tokens."""
+    (card,) = (card for card in CARDS if card.name == CARD_OF_MACHINES)
+    sizes, speeds = models(weight_format, card.dtype, case.family), card.speeds
+    limits = Limits(card.limit_bytes, (card.ram_gib if place == "RAM" else DISK_GIB) * GIB)
+    transformer, alone = sizes.transformer, plan_image(sizes, case.request, limits, speeds)
+    link = Link(gbit * GBIT_BYTES, TYPICAL_LINK.begin_seconds)
+    plan = plan_memory(transformer, replace(case.request.sampling, ranks=MACHINES, link=link), limits, speeds)
+    who = f"{MACHINES} x {card.name}, {gbit} Gbit/s"
+    found = {"who": who, "case": case.name, "format": weight_format, "from": place}
+    job, machine = job_of(transformer, plan, speeds), machine_of(speeds)
+    step, first = step_seconds(job, machine, steps=3), first_seconds(job, machine)
+    seconds = _with_steps(alone, first=first, step=step) | {"seed_alone": _alone(card, weight_format, case, place)}
+    return found | _of_several(alone, plan, {**seconds, "step": step, "link": plan.forecast.link_seconds}, "tokens")
+
+
+def _alone(card: SimulatedCard, weight_format: str, case: Case, place: str) -> float:
+    seconds: float = row(card, weight_format, case, place)["seed"]
+    return seconds
+
+
+def _of_several(alone: ImagePlan, plan: MemoryPlan, seconds: dict[str, float], divided: str) -> dict[str, Any]:
     others = alone.seconds - (alone.stage(Stage.SAMPLING).seconds or 0.0)
     steps = plan.run.first_step_seconds + (plan.run.steps - 1) * plan.run.step_seconds
-    seconds["forecast_first"] = others + steps
-    return found | {
+    seconds = {**seconds, "forecast_step": plan.forecast.seconds, "forecast_first": others + steps}
+    return {
         **{name: round(value, 2) for name, value in seconds.items()},
-        "divided": "branches" if plan.beside else "blocks" if plan.secondaries else "nothing",
+        "divided": divided,
         "bound": plan.forecast.bound.value,
         "stay": len(plan.resident),
         "read": plan.from_file,

@@ -74,7 +74,7 @@ def test_what_was_written_is_what_would_be_simulated_today(
 
 
 def test_two_cards_are_as_they_would_be_simulated_today(simulate: Any, written: list[dict[str, Any]]) -> None:
-    pairs = [row for row in written if "divided" in row]
+    pairs = [row for row in written if "divided" in row and row["divided"] != "tokens"]
     assert {row["who"] for row in pairs} == {f"2 x {name}" for name in simulate.PAIRS}
     cards = {card.name: card for card in CARDS}
     cases = {case.name: case for case in simulate.cases()}
@@ -84,6 +84,19 @@ def test_two_cards_are_as_they_would_be_simulated_today(simulate: Any, written: 
         assert now["divided"] == then["divided"]
         for name in ("first", "seed", "prompt", "step", "seed_alone"):
             assert now[name] == pytest.approx(then[name], rel=0.01), (then, now)
+
+
+def test_four_machines_are_as_they_would_be_simulated_today(simulate: Any, written: list[dict[str, Any]]) -> None:
+    fleets = [row for row in written if row.get("divided") == "tokens"]
+    assert {row["who"] for row in fleets} == {
+        f"{simulate.MACHINES} x {simulate.CARD_OF_MACHINES}, {gbit} Gbit/s" for gbit in simulate.LINKS_GBIT
+    }
+    cases = {case.name: case for case in simulate.cases()}
+    then = next(row for row in fleets if row["who"].endswith(" 1 Gbit/s") and row["format"] == "fp8")
+    now = simulate.fleet(1, then["format"], cases[then["case"]], then["from"])
+    assert now["bound"] == then["bound"] == "the link"
+    for name in ("first", "seed", "prompt", "step", "link", "seed_alone"):
+        assert now[name] == pytest.approx(then[name], rel=0.01), (then, now)
 
 
 def test_forecasts_of_real_cards_are_within_a_tenth_of_the_model(written: list[dict[str, Any]]) -> None:

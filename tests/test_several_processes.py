@@ -14,6 +14,7 @@ import torch
 from devtools.cache import REPOSITORY
 from PIL import Image
 from qwenimage_lowvram.engine.compute.context_parallel import Ranks
+from qwenimage_lowvram.engine.compute.link import TYPICAL_LINK
 from qwenimage_lowvram.engine.errors import InvalidRequest, Unsupported
 from qwenimage_lowvram.engine.models.qwen_image.variants import Variant
 from qwenimage_lowvram.engine.models.qwen_image_21.family import QWEN_IMAGE_21
@@ -77,6 +78,8 @@ def require_made(folder: Path, count: int, alone: dict[str, torch.Tensor]) -> No
         assert told["errors"]["fewer tokens"].startswith("ranks.too_few_tokens: ")
         assert f"one of {count} parts" in told["plan"]
         assert told["streamed"] > 0
+        assert 1e6 < told["link"]["sent_bytes"] != TYPICAL_LINK.sent_bytes  # measured
+        assert 0 < told["link"]["begin_seconds"] < 1
 
 
 def workers(folder: Path) -> list[psutil.Process]:

@@ -9,6 +9,7 @@ import runpy
 import signal
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +84,12 @@ def together(folder: Path, model: Path) -> None:
         with Pipeline.open(model, ranks=ranks) as pipeline:
             latents, errors = made(pipeline), refused(pipeline, ranks.rank)
             text = str(pipeline.report.sampling.plan)
-            limit = tight_limit(pipeline)
+            limit, link = tight_limit(pipeline), pipeline.report.sampling.plan.request.link
         with Pipeline.open(model, ranks=ranks, vram_limit_bytes=limit) as pipeline:
             latents["streamed"] = pipeline.make_latents(PROMPT, NEGATIVE, **SIZE)
             streamed = pipeline.report.sampling.plan.streamed
-    torch.save({"latents": latents, "errors": errors, "plan": text, "streamed": streamed}, folder / f"{ranks.rank}.pt")
+    seen = {"latents": latents, "errors": errors, "plan": text, "streamed": streamed, "link": asdict(link)}
+    torch.save(seen, folder / f"{ranks.rank}.pt")
 
 
 def until_killed(folder: Path, model: Path) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from itertools import count, pairwise
 
 from qwenimage_lowvram.engine.planning.footprint import TransformerFootprint
-from qwenimage_lowvram.engine.planning.forecast import Speeds, decode_seconds
+from qwenimage_lowvram.engine.planning.forecast import Speeds, decode_seconds, link_seconds
 from qwenimage_lowvram.engine.planning.memory_plan import MemoryPlan
 from qwenimage_lowvram.engine.planning.overlap import PIECE_BYTES, Way, ways
 from qwenimage_lowvram.engine.planning.rates import (
@@ -67,7 +67,7 @@ class Keeping:
 class Job:
     """Passes over blocks. ways: how each of them comes. group_bytes: what of a block is copied, then decoded, one after
     the other. decode_seconds, compute_seconds: of a block, alone on the device; branches: that compute_seconds are of,
-    all together."""
+    all together. link_seconds: that a block's computing waits for other processes."""
 
     ways: Sequence[Way]
     group_bytes: Sequence[int]
@@ -78,6 +78,7 @@ class Job:
     ring_pieces: int
     piece_bytes: int
     keeping: Keeping = Keeping()
+    link_seconds: float = 0.0
 
 
 class Gate:
@@ -245,6 +246,9 @@ class Sampling:
             yield left
         self._events.open(used)
 
+    def _exchange(self) -> Process:
+        yield self.job.link_seconds
+
     def _wait(self, gate: Gate) -> Process:
         yield gate
 
@@ -300,6 +304,8 @@ class Sampling:
                 makes = (self.first and step == 0) or index < job.keeping.remade
                 if not makes:
                     self._want_kept(index, computed)
+                if job.link_seconds:
+                    self._compute.issue(self._exchange())
                 seconds = job.compute_seconds + makes * job.keeping.make_seconds
                 computed.append(self._compute.issue(self._compute_block(used, seconds)))
                 if makes and index in job.keeping.host:
@@ -377,4 +383,5 @@ def job_of(footprint: TransformerFootprint, plan: MemoryPlan, speeds: Speeds) ->
             plan.kept.host,
             plan.kept.ahead,
         ),
+        link_seconds=link_seconds(footprint, plan.request),
     )

@@ -17,6 +17,7 @@ from torch import Tensor, distributed
 from ..errors import InvalidRequest, QwenLowVRAMError
 from ..out_of_memory import shortage
 from ..packages import diffusers_parallel
+from .link import TYPICAL_LINK, Link
 
 
 class RankLost(QwenLowVRAMError):
@@ -26,12 +27,13 @@ class RankLost(QwenLowVRAMError):
 @dataclass(frozen=True)
 class Ranks:
     """The processes that make an image together. rank: of this one, from 0, among `count`; device: that it computes on.
-    config: what makes a diffusers attention processor exchange with the others."""
+    config: what makes a diffusers attention processor exchange with the others, over `link`."""
 
     rank: int
     count: int
     device: torch.device
     config: Any
+    link: Link = TYPICAL_LINK
 
     @classmethod
     def of_group(cls, device: torch.device) -> "Ranks":

@@ -116,6 +116,14 @@ class TransformerFootprint(ABC):
         """The kernel of attention, and its chunks."""
         return self.attention.name
 
+    def exchanged_bytes(self, request: SamplingRequest) -> int:
+        """What each of several processes sends to the others within one block, for all branches."""
+        return 0
+
+    def exchanges(self, request: SamplingRequest) -> int:
+        """In how many exchanges, one after another."""
+        return 0
+
     @abstractmethod
     def step_flops(self, request: SamplingRequest) -> float:
         """Floating-point operations of one step."""

@@ -37,6 +37,7 @@ class Bound(Enum):
     BUS = "the bus"
     DISK = "the disk"
     DECODING = "decoding"
+    LINK = "the link"
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class StepForecast:
     together.
 
     slowed_seconds: what computing takes beyond its products, beside decoding and between steps. pass_seconds: together,
-    where blocks were followed one by one; 0 where they were not.
+    where blocks were followed one by one; 0 where they were not. link_seconds: that computing stands still while the
+    processes of the image exchange tokens.
     """
 
     compute_seconds: float
@@ -55,24 +57,29 @@ class StepForecast:
     decode_seconds: float = 0.0
     slowed_seconds: float = 0.0
     pass_seconds: float = 0.0
+    link_seconds: float = 0.0
 
     @property
     def seconds(self) -> float:
-        """Copies and reads hide behind each other, and behind computing where blocks are fetched ahead. Decoding goes
-        beside computing, and follows copies."""
-        computing, moving = self.compute_seconds + self.slowed_seconds, self.bus_seconds + self.decode_seconds
+        """Copies and reads hide behind each other, and behind computing and exchanges where blocks are fetched ahead.
+        Decoding goes beside computing, and follows copies."""
+        computing = self.compute_seconds + self.slowed_seconds + self.link_seconds
+        moving = self.bus_seconds + self.decode_seconds
         moving = max(moving, self.disk_seconds)
         together = max(computing, moving) if self.overlapped else computing + moving
         return max(together, self.pass_seconds)
 
     @property
     def bound(self) -> Bound:
+        computing = self.compute_seconds + self.slowed_seconds
         seconds = {
-            Bound.COMPUTE: self.compute_seconds + self.slowed_seconds,
+            Bound.COMPUTE: computing + self.link_seconds,  # one after another
             Bound.BUS: self.bus_seconds + self.decode_seconds,
             Bound.DISK: self.disk_seconds,
         }
         longest = max(seconds, key=lambda bound: seconds[bound])
+        if longest is Bound.COMPUTE and self.link_seconds > computing:
+            return Bound.LINK
         return Bound.DECODING if longest is Bound.BUS and self.decode_seconds > self.bus_seconds else longest
 
     def __str__(self) -> str:
@@ -99,19 +106,19 @@ def forecast_step(
     compute = (footprint.step_flops(request) + made * footprint.kept_flops(request)) / speeds.flops
     brought = 0.0 if footprint.host else kept.in_host * kept.block_bytes / speeds.bus_bytes
     each = compute / footprint.all_blocks
-    one = _block_seconds(footprint, request, speeds, each)
+    one, link = _block_seconds(footprint, request, speeds, each), link_seconds(footprint, request)
     between = (0.0 if footprint.host else STEP_SECONDS) + (0.0 if kept.ahead else brought)
     passing = streamed if footprint.native else footprint.blocks
     ring = 0 if footprint.host else ring_pieces * piece_bytes
     together = pass_seconds(
         footprint.blocks,
-        one,
+        replace(one, compute=one.compute + link),
         streamed=streamed,
         from_file=from_file,
         slots=slots,
         ring_blocks=ring / footprint.stored_bytes,
         piece_blocks=piece_bytes / footprint.stored_bytes,
-        between=between + one.compute * footprint.elsewhere,
+        between=between + (one.compute + link) * footprint.elsewhere,
         first=first,
     )
     return StepForecast(
@@ -122,7 +129,16 @@ def forecast_step(
         decode_seconds=passing * one.decode,
         slowed_seconds=between + (one.compute - each) * footprint.all_blocks + (slots > 1) * passing * one.lost,
         pass_seconds=float(f"{together:.9g}"),  # sums of many small numbers, whose order is not to choose a plan
+        link_seconds=link * footprint.all_blocks,
     )
+
+
+def link_seconds(footprint: TransformerFootprint, request: SamplingRequest) -> float:
+    """Of the exchanges within a block, for which each process that makes the image waits. Which part of the tokens is
+    whose, hosts tell each other ahead of that; a step's answers, of few numbers a token, are not counted."""
+    if request.ranks == 1:
+        return 0.0
+    return request.link.seconds(footprint.exchanged_bytes(request), footprint.exchanges(request))
 
 
 def decode_seconds(moved_bytes: int, launches: int, speeds: Speeds) -> float:

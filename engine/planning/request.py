@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from math import ceil
 
+from ..compute.link import TYPICAL_LINK, Link
 from ..compute.step_schedules import StepCache
 from ..errors import InvalidRequest
 from ..texts import size_text
@@ -82,8 +83,8 @@ class SamplingRequest:
     timesteps: how many the run has. frames: of the image's latent; one more than the layers it is taken apart into.
     controls: what runs beside the transformer, for this size and batch. token_px: pixels that a token covers along
     each side. prompts: how many different ones the branches have, 0: each its own. step_cache: which steps are
-    computed; None: all. ranks: processes that make the image together, each on a part of its tokens. beside: further
-    branches, which other devices compute at the same time.
+    computed; None: all. ranks: processes that make the image together, each on a part of its tokens, which they
+    exchange over `link`. beside: further branches, which other devices compute at the same time.
     """
 
     width: int
@@ -99,6 +100,7 @@ class SamplingRequest:
     step_cache: StepCache | None = None
     ranks: int = 1
     beside: int = 0
+    link: Link = TYPICAL_LINK
 
     def __post_init__(self) -> None:
         if self.step_cache is not None:

@@ -1,4 +1,5 @@
-"""Measure a machine in under two seconds: matrix products, copies to the device, reads of a file."""
+"""Measure a machine in under two seconds: matrix products, copies to the device, reads of a file, and exchanges with
+other processes."""
 
 import time
 from collections.abc import Callable
@@ -6,8 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from torch import distributed
 
 from ..compute.half_products import activations_dtype, half_linear, largest_row
+from ..compute.link import Link
 from ..compute.stored_products import StoredProduct
 from ..errors import DamagedFile
 from ..files.json_texts import unreadable
@@ -17,6 +20,8 @@ from ..streaming import PIECE_BYTES, RING_PIECES, PinnedMemory, StreamOrder
 
 SECONDS_EACH = 0.4
 MEASURING_BYTES = 512 * 1024**2  # on the device, and some to spare
+# of an exchange between processes, which each has with all others together; and how many exchanges of nothing
+EXCHANGED_BYTES, EMPTY_EXCHANGES = 8 * 1024**2, 8
 # tokens, width, hidden width of the model's MLP; a CPU would take seconds for one
 MLP_SHAPE, MLP_SHAPE_ON_HOST = (4096, 3072, 12288), (128, 1024, 4096)
 
@@ -89,6 +94,24 @@ def _disk_rate(file: Path) -> float:
     with ThreadPoolExecutor(RING_PIECES) as readers:
         total = sum(readers.map(read, range(RING_PIECES)))
     return total / (time.perf_counter() - start)
+
+
+@torch.no_grad()
+def measure_link(device: torch.device, count: int) -> Link:
+    """Between `count` processes of torch.distributed's default group, whose tensors are on `device`: each of them calls
+    this. What the processes of one machine send at the same time shares its link, as it does in an image."""
+
+    def seconds_of(nbytes: int) -> float:
+        sent = torch.zeros(nbytes // count * count, dtype=torch.uint8, device=device)
+        received, begun = torch.empty_like(sent), time.perf_counter()
+        distributed.all_to_all_single(received, sent)
+        received[-1].item()  # waits for the device
+        return time.perf_counter() - begun
+
+    seconds_of(EXCHANGED_BYTES)  # which connects them
+    begin = min(seconds_of(count) for _ in range(EMPTY_EXCHANGES))
+    moving = max(min(seconds_of(EXCHANGED_BYTES) for _ in range(2)) - begin, 1e-9)
+    return Link(EXCHANGED_BYTES * (count - 1) / count / moving, begin)
 
 
 def _rate(amount: float, action: Callable[[], object], hardware: Hardware) -> float:

@@ -10,6 +10,7 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from types import FrameType
 
@@ -20,6 +21,7 @@ from ..compute.context_parallel import RankLost, Ranks, lost
 from ..compute.step_schedules import FirstBlockRule, StepCache
 from ..environment import variable
 from ..errors import InvalidRequest, Unsupported
+from .machine_speeds import measure_link
 
 # a process waits for the others so long: from disks of their own, they may load for minutes
 TIMEOUT_SECONDS = 600.0
@@ -33,7 +35,7 @@ def ranks_of_torchrun(
     *, device: torch.device | None = None, timeout_seconds: float = TIMEOUT_SECONDS
 ) -> Iterator[Ranks]:
     """The processes of this torchrun; left on every way out. device None: the card of this process's number on its
-    machine, else the CPU.
+    machine, else the CPU. The link between them is measured, which takes a second where it is slow.
 
     Where another process ends, this one raises RankLost: over gloo at once, as the connection breaks, and at the latest
     after `timeout_seconds`; and where torchrun tells it to end (SIGTERM), which it does to all when one has failed.
@@ -57,6 +59,7 @@ def ranks_of_torchrun(
             try:
                 _join(_BACKENDS[device.type], timedelta(seconds=timeout_seconds))
                 ranks = Ranks.of_group(device)
+                ranks = replace(ranks, link=measure_link(device, ranks.count))
             except RuntimeError as error:
                 raise lost(rank, count, error) from error
             yield ranks

@@ -37,7 +37,7 @@ const EN = {
   numbers: (now, peak, of) => `${now}, peak ${peak}${of ? ` of ${of}` : ""} GiB`,
   ofLimit: (now, limit) => `${now} of ${limit} GiB for the model`,
   noVram: "none of its own: the device uses RAM",
-  bound: { compute: "computing", bus: "the bus", disk: "the disk", decoding: "decoding" },
+  bound: { compute: "computing", bus: "the bus", disk: "the disk", decoding: "decoding", link: "the link" },
   boundBy: (bound) => `bound by ${bound}`,
   expected: (format, at, of, memory, limit, pace, measured) =>
     `${format}, ${at} of ${of} blocks on the card, ${memory} of ${limit} GiB, about ${pace} s/step ` +
@@ -112,7 +112,7 @@ const ZH = {
   numbers: (now, peak, of) => `${now}，峰值 ${peak}${of ? ` / ${of}` : ""} GiB`,
   ofLimit: (now, limit) => `模型占用 ${now} / ${limit} GiB`,
   noVram: "没有独立显存：设备使用内存",
-  bound: { compute: "计算", bus: "总线", disk: "硬盘", decoding: "解码" },
+  bound: { compute: "计算", bus: "总线", disk: "硬盘", decoding: "解码", link: "连接" },
   boundBy: (bound) => `瓶颈：${bound}`,
   expected: (format, at, of, memory, limit, pace, measured) =>
     `${format}，显卡上常驻 ${at}/${of} 块，显存 ${memory}/${limit} GiB，${measured ? "本机" : "典型显卡"}每步约 ${pace} 秒`,

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from qwenimage_lowvram.engine.compute.attention_kernels import SCORES
 from qwenimage_lowvram.engine.compute.chunk_sizes import MLP_CHUNKS, SCORES_AT_A_TIME_BYTES
+from qwenimage_lowvram.engine.compute.link import Link
 from qwenimage_lowvram.engine.compute.step_schedules import STEP_SCHEDULES
 from qwenimage_lowvram.engine.errors import DoesNotFit, InvalidRequest
 from qwenimage_lowvram.engine.models.qwen_image.costs import QwenImageFootprint
@@ -344,6 +345,22 @@ def test_what_a_step_waits_for_is_named() -> None:
     assert bound(40, Speeds(900e12, 12e9, 2e9)) is Bound.BUS
     assert bound(8, Speeds(900e12, 12e9, 2e9)) is Bound.DISK
     assert bound(8, Speeds(900e12, 12e9, 20e9)) is Bound.BUS
+
+
+def test_what_processes_of_an_image_exchange_is_waited_for() -> None:
+    fast, slow = Speeds(20e12, 12e9, 2e9), Link(125e6, 1e-3)
+    request = SamplingRequest(1024, 1024, 2, 512, ranks=4, link=slow)
+    # of q, k, v and the result each process sends three quarters of its 1024 + 128 tokens
+    assert REAL.exchanged_bytes(request) == 2 * 4 * 1152 * 3072 * 2 * 3 // 4
+    plan = plan_memory(REAL, request, Limits(4 * GIB), fast)
+    seconds = 60 * (REAL.exchanged_bytes(request) / 125e6 + 8 * 1e-3)
+    assert plan.forecast.link_seconds == pytest.approx(seconds)
+    assert plan.forecast.bound is Bound.LINK
+    assert "one of 4 parts" in str(plan)
+    assert f"{plan.forecast.seconds:.1f} s per step, bound by the link" in str(plan)
+    near = plan_memory(REAL, replace(request, link=Link(100e9, 1e-5)), Limits(4 * GIB), fast).forecast
+    assert plan.forecast.seconds == pytest.approx(near.seconds + seconds, rel=0.1)
+    assert plan_memory(REAL, replace(request, ranks=1), Limits(4 * GIB), fast).forecast.link_seconds == 0
 
 
 def test_a_step_of_the_real_model_counts_the_operations_that_were_counted_for_it() -> None:

@@ -111,6 +111,8 @@ STAYING = replace(JOB, ways=(Way.STAYS,) * 10)
     [
         (JOB, FAST, 10.0),
         (JOB, replace(FAST, step_seconds=0.5), 10.5),
+        (replace(JOB, link_seconds=1.5), FAST, 25.0),
+        (replace(JOB, link_seconds=1.5), replace(FAST, bus_bytes=500.0), 25.0),  # copies go on meanwhile
         (JOB, replace(FAST, issue_seconds=3.0), 30.0),
         (JOB, replace(FAST, bus_bytes=500.0), 20.0),
         (replace(JOB, slots=1), replace(FAST, bus_bytes=500.0), 30.0),

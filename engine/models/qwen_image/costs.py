@@ -10,6 +10,8 @@ from ...planning.request import PromptTokens, SamplingRequest
 CHANNELS = 64
 # tensors of one token's width that an exchange between processes holds beside q, k and v: as sent and as received
 _EXCHANGED = 6
+# of a branch in a block: q, k, v, and what is seen
+_EXCHANGES = 4
 # that the model was trained on (model card), and smaller ones
 SUGGESTED_SIZES = ((1328, 1328), (1664, 928), (1024, 1024), (768, 768), (512, 512))
 # of the prompt templates; an image to change has a megapixel for the transformer, and for the text encoder 384x384 px
@@ -82,6 +84,17 @@ class QwenImageFootprint(TransformerFootprint):
         """Of one branch: image and prompt see each other. Of several processes each has a part of the heads."""
         tokens = request.image_tokens + request.prompt_tokens
         return AttentionShape(tokens, tokens, self.inner_dim // self.head_dim // request.ranks, self.head_dim)
+
+    def exchanged_bytes(self, request: SamplingRequest) -> int:
+        """Ulysses' all-to-all (Jacobs et al., arXiv 2309.14509; diffusers' TemplatedUlyssesAnythingAttention): of its
+        part of the tokens each of n processes gives away (n - 1)/n of the heads of q, k and v, and of what its own
+        heads have seen the (n - 1)/n that are others' tokens: 4 (n - 1)/n^2 of a branch's tokens in each block."""
+        part = _part(request.image_tokens, request) + _part(request.prompt_tokens, request)
+        whole = _EXCHANGES * part * self.inner_dim * self.element_bytes
+        return request.branches * whole * (request.ranks - 1) // request.ranks
+
+    def exchanges(self, request: SamplingRequest) -> int:
+        return _EXCHANGES * request.branches if request.ranks > 1 else 0
 
     def step_flops(self, request: SamplingRequest) -> float:
         """A block multiplies each token with 12 dim^2 weights (q, k, v and output projections, and an MLP four times

@@ -6,6 +6,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from ...compute.link import TYPICAL_LINK
 from ...errors import InvalidRequest
 from ...planning.request import SamplingRequest
 from ..qwen_image_vae.latent_statistics import raw_latents
@@ -43,13 +44,15 @@ class QwenImageFromPrompts:
     ) -> SamplingRequest:
         for prompt in prompts:
             require_text_positions([shape_in_patches(noise)], prompt.shape[1], transformer.positions, layered=False)
+        ranks = transformer.ranks
         return SamplingRequest(
             width=noise.shape[-1] * LATENT_PX,
             height=noise.shape[-2] * LATENT_PX,
             branches=len(prompts) * len(noise),
             prompt_tokens=max(prompt.shape[1] for prompt in prompts),
             timesteps=steps,
-            ranks=1 if transformer.ranks is None else transformer.ranks.count,
+            ranks=1 if ranks is None else ranks.count,
+            link=TYPICAL_LINK if ranks is None else ranks.link,
         )
 
     def sigmas(self, transformer: QwenImageTransformer, steps: int, noise: Tensor) -> Tensor:
