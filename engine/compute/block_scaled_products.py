@@ -66,6 +66,9 @@ class Nvfp4Product:
     def fixed_bytes(self, columns: int, rows: int) -> int:
         return WORKSPACE_BYTES
 
+    def unpacking_bytes(self, columns: int, rows: int) -> int:
+        return 0
+
 
 @dataclass(frozen=True)
 class Mxfp8Product:
@@ -104,6 +107,9 @@ class Mxfp8Product:
 
     def fixed_bytes(self, columns: int, rows: int) -> int:
         return WORKSPACE_BYTES
+
+    def unpacking_bytes(self, columns: int, rows: int) -> int:
+        return 0
 
 
 def _tiled(rows: int) -> int:

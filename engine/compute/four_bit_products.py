@@ -83,7 +83,11 @@ class W4a8Product(OfAnyRows):
     def fixed_bytes(self, columns: int, rows: int) -> int:
         if self.backend != FOR_ANY_DEVICE:
             return _workspace(columns, rows)
-        return rows * columns * 16 + 4 * self.group**2  # codes in 32 bits, as numbers in fp32, these scaled
+        return rows * columns + Int8Product(self.backend, self.group).fixed_bytes(columns, rows)  # brought to int8
+
+    def unpacking_bytes(self, columns: int, rows: int) -> int:
+        # codes in 32 bits, as numbers in fp32, these scaled
+        return rows * columns * 16 if self.backend == FOR_ANY_DEVICE else 0
 
 
 def _of_kernels(columns: int, rows: int, element_bytes: int) -> int:

@@ -7,16 +7,17 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class LayerScratch:
     """Of a layer: bytes for each token that is multiplied at a time, of which there are `most` at the most (None: all),
-    and beside these."""
+    and beside these. before_bytes: what it takes before any token is multiplied, and has given back by then."""
 
     token_bytes: int
     fixed_bytes: int
     most: int | None
+    before_bytes: int = 0
 
     def bytes(self, tokens: int) -> int:
         """Beside what goes in and comes out."""
         together = tokens if self.most is None else min(tokens, self.most)
-        return self.fixed_bytes + together * self.token_bytes
+        return max(self.before_bytes, self.fixed_bytes + together * self.token_bytes)
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,9 @@ class StoredProduct(Protocol):
     def fixed_bytes(self, columns: int, rows: int) -> int:
         """What it takes however many rows x has."""
 
+    def unpacking_bytes(self, columns: int, rows: int) -> int:
+        """What it takes, and gives back, before it takes anything for x."""
+
 
 class OfAnyRows:
     """Of products that multiply each row of x, and of the weight, as if there were no others."""
@@ -68,6 +71,9 @@ class OfAnyRows:
 
     def measured(self, x: Tensor) -> list[Tensor]:
         return []
+
+    def unpacking_bytes(self, columns: int, rows: int) -> int:
+        return 0
 
 
 def rows_of(product: StoredProduct, parts: Sequence[Tensor], rows: int, start: int, stop: int) -> list[Tensor]:
@@ -93,7 +99,7 @@ def at_once(product: StoredProduct, columns: int, rows: int, element_bytes: int)
     not depend on memory."""
     if product.backend != FOR_ANY_DEVICE:
         return None
-    fixed = product.fixed_bytes(columns, rows)
+    fixed = max(product.fixed_bytes(columns, rows), product.unpacking_bytes(columns, rows))
     if fixed > SCRATCH_BYTES:
         rows = min(rows, max(_LEAST_ROWS, SCRATCH_BYTES * rows // fixed // _LEAST_ROWS * _LEAST_ROWS))
     tokens = SCRATCH_BYTES // product.row_bytes(columns, rows, element_bytes)
@@ -108,4 +114,5 @@ def layer_scratch(product: StoredProduct, columns: int, rows: int, element_bytes
         product.row_bytes(columns, rows, element_bytes),
         product.fixed_bytes(columns, rows),
         None if together is None else together.tokens,
+        product.unpacking_bytes(columns, rows),
     )

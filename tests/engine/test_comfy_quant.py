@@ -12,7 +12,8 @@ import full_size
 import pytest
 import torch
 from comfy_files import KINDS, note_bytes, read_dequantized
-from full_size_run import require_planned_peaks
+from full_size_run import once_a_shape, require_planned_peaks
+from qwenimage_lowvram.engine.compute import four_bit_products
 from qwenimage_lowvram.engine.compute.linear_choice import Computing, LinearChoice
 from qwenimage_lowvram.engine.errors import CheckpointError, DamagedFile, MissingPackage, WrongModel
 from qwenimage_lowvram.engine.files.checkpoint import Checkpoint, TensorEntry, open_checkpoint
@@ -314,6 +315,8 @@ def test_the_plan_of_a_full_size_transformer_on_stored_codes_of_four_bits_is_wha
 ) -> None:
     from comfy_kitchen.backends.eager import convrot_w4a4
 
+    kitchens = once_a_shape(four_bit_products.load_w4a4())
+    monkeypatch.setattr(four_bit_products, "load_w4a4", lambda: kitchens)
     monkeypatch.setattr(convrot_w4a4, "_HADAMARD_CACHE", {})  # it would keep what is no tensor outside this test
     linear = LinearChoice(Computing.FAST, {"w4a4": "eager"})
     footprint = require_planned_peaks(in_four_bits(full_size_checkpoint(3)), 1.5, linear)

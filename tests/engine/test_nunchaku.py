@@ -10,7 +10,7 @@ from typing import Any
 import full_size
 import pytest
 import torch
-from full_size_run import require_planned_peaks
+from full_size_run import once_a_shape, require_planned_peaks
 from nunchaku_files import SHIFT, SvdqLayer, awq, pack_scales, svdq, write_nunchaku_transformer
 from qwenimage_lowvram.engine.caches.requantized_weights import RequantizedWeights
 from qwenimage_lowvram.engine.compute import svdquant_products
@@ -302,7 +302,7 @@ def test_the_plan_of_a_full_size_file_that_is_computed_on_as_stored_is_what_its_
     from comfy_kitchen.backends.eager import svdquant
 
     # the functions themselves: torch does not look into comfy-kitchen's operators when tensors are fake
-    kitchens = svdquant.quantize_svdquant_w4a4, svdquant.scaled_mm_svdquant_w4a4
+    kitchens = once_a_shape(svdquant.quantize_svdquant_w4a4), once_a_shape(svdquant.scaled_mm_svdquant_w4a4)
     monkeypatch.setattr(svdquant_products, "load_svdquant", lambda: kitchens)
     checkpoint = in_nunchakus_form(full_size.transformer_checkpoint(layers=3), 32)
     linear = LinearChoice(Computing.FAST, {"svdquant": "eager"})

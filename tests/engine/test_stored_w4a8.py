@@ -1,20 +1,25 @@
 """Linear layers that compute on asym_w4a8_int8 as stored: bit for bit as ComfyUI's do. This comfy-kitchen may be older
 than the format (0.2.27), and this ComfyUI: what its layers call is compared with, too."""
 
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
+import full_size
 import pytest
 import torch
 from comfy_files import note_bytes
 from comfyui_layers import comfyuis_linear
+from full_size_run import once_a_shape, require_planned_peaks
 from kitchen_w4a8 import has_w4a8
 from one_layer import an_input, streamed
-from qwenimage_lowvram.engine.compute import stored_products
+from qwenimage_lowvram.engine.compute import four_bit_products, stored_products
 from qwenimage_lowvram.engine.compute.four_bit_products import W4a8Product
 from qwenimage_lowvram.engine.compute.linear_choice import Computing, LinearChoice, choose_linear
+from qwenimage_lowvram.engine.compute.linear_layers import LayerScratch
 from qwenimage_lowvram.engine.compute.product_trials import W4A8
+from qwenimage_lowvram.engine.files.checkpoint import Checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
 from safetensors.torch import save_file
 from torch import Tensor
@@ -124,8 +129,43 @@ def test_what_a_product_takes_is_what_is_planned_for_it(shape: tuple[int, int, i
     product(x[:1], parts, None)  # what turns x is kept
     with LiveBytes("cpu") as live:
         result = product(x, parts, None)
-    of_weight, of_x = product.fixed_bytes(columns, rows), tokens * product.row_bytes(columns, rows, 2)
-    assert 0.6 * max(of_weight, of_x) < live.peak - result.nbytes <= of_weight + of_x
+    planned = LayerScratch(
+        product.row_bytes(columns, rows, 2),
+        product.fixed_bytes(columns, rows),
+        None,
+        product.unpacking_bytes(columns, rows),
+    ).bytes(tokens)
+    assert 0.6 * planned < live.peak - result.nbytes <= planned
+
+
+def full_size_checkpoint() -> Checkpoint:
+    """A block of the 20 B transformer with its matrices in it."""
+    checkpoint = full_size.transformer_checkpoint(torch.float8_e4m3fn, layers=1)
+    tensors = dict(checkpoint.tensors)
+    for name, entry in checkpoint.tensors.items():
+        if entry.dtype == "F8_E4M3":
+            rows, columns = entry.shape
+            tensors[name] = replace(entry, dtype="ASYM_W4A8_INT8_256", nbytes=rows * columns // 2)
+            by_group = replace(entry, shape=(rows, columns // 16), nbytes=rows * columns // 16)
+            tensors[f"{name}_s_rel"] = by_group
+            tensors[f"{name}_s_channel"] = replace(entry, dtype="F32", shape=(rows,), nbytes=4 * rows)
+            tensors[f"{name}_codebook"] = replace(entry, dtype="F32", shape=(16,), nbytes=64)
+    return replace(checkpoint, tensors=tensors)
+
+
+@with_format
+def test_a_full_size_transformer_takes_what_is_planned_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from comfy_kitchen.backends.eager import w4a8_int8
+    from comfy_kitchen.tensor import int8_utils
+
+    # the function itself: torch does not look into comfy-kitchen's operators when tensors are fake
+    kitchens = once_a_shape(w4a8_int8.w4a8_int8_linear)
+    monkeypatch.setattr(four_bit_products, "load_w4a8", lambda: kitchens)
+    monkeypatch.setattr(int8_utils, "_HADAMARD_CACHE", {})  # it would keep what is no tensor outside this test
+    linear = LinearChoice(Computing.FAST, {"w4a8": "eager"})
+    footprint = require_planned_peaks(full_size_checkpoint(), 1.0, linear)
+    assert footprint.native
+    assert footprint.slot_bytes < 0.14e9  # 0.45e9 decoded
 
 
 @pytest.mark.skipif(has_w4a8(), reason="this comfy-kitchen has the format")
