@@ -10,7 +10,7 @@ showText({
   chineseBelow: {
     QwenLowVRAMMemoryPlan:
       "图表：蓝 weights that stay 常驻的权重，橙 weights passing through 经过的权重，绿 activations 激活值，\n" +
-      "红虚线 limit 上限；encode 编码，load 载入，table 调制，sample 采样，decode 解码；bound by 瓶颈",
+      "红虚线 limit 上限；encode 编码，load 载入，table 调制，sample 采样，decode 解码；bound by 瓶颈；further cards 其他显卡",
     QwenLowVRAMMemoryReport:
       "图表：RAM of this process ComfyUI 占用内存，limit 上限，black: highest in each stage 黑线为各阶段最高；\n" +
       "encode 编码，load 载入，table 调制，sample 采样，decode 解码",

@@ -13,6 +13,7 @@ from typing import Any
 
 import comfy.model_management
 import folder_paths
+import torch
 from PIL import Image
 
 from ..engine.compute.linear_choice import Computing
@@ -25,6 +26,7 @@ from .adapters.known_speeds import speeds_stamp
 from .adapters.limits import could_be_free
 from .adapters.progress import executing_node_id
 from .adapters.value_checks import check_widgets, limit_bytes
+from .devices import others_of
 from .display_names import AUTO
 from .graph_runs import GraphRun, Prompt, Size, runs_of
 from .loader_inputs import loader_inputs
@@ -69,8 +71,10 @@ def line_of(run: GraphRun) -> PlanLine:
         models = _models_of(run)
         request = _request_of(run, models)
         free_vram, free_ram = could_be_free(comfy.model_management.get_torch_device())
-        vram_bytes, ram_bytes = _limit(run, "vram_limit_gb") or free_vram, _limit(run, "ram_limit_gb") or free_ram
-        card = models.card(request, "", vram_bytes, vram_bytes, ram_bytes)
+        limit = _limit(run, "vram_limit_gb")
+        vram_bytes, ram_bytes = limit or free_vram, _limit(run, "ram_limit_gb") or free_ram
+        others = [(device, limit or could_be_free(device)[0]) for device in _others(run)]
+        card = models.card(request, "", vram_bytes, vram_bytes, ram_bytes, others)
     except QwenLowVRAMError as error:
         return PlanLine(nodes, False, str(error), error.as_dict())
     if card.plan is None:
@@ -98,7 +102,8 @@ def refusal_of(run: GraphRun) -> DoesNotFit | None:
         if limit is None:
             return None
         request = _request_of(replace(run, prompt_tokens=1), models)
-        return models.card(request, "", limit, limit, _limit(run, "ram_limit_gb")).error
+        others = [(device, limit) for device in _others(run)]
+        return models.card(request, "", limit, limit, _limit(run, "ram_limit_gb"), others).error
     except QwenLowVRAMError:
         return None  # who runs into it says it
 
@@ -131,6 +136,11 @@ def _models_of(run: GraphRun) -> PlannedModels:
         given.get("attention", AUTO),
     )
     return _opened(sources, settings, run.layers, run.images, (_stamps(sources), speeds_stamp()))
+
+
+def _others(run: GraphRun) -> list[torch.device]:
+    """The further cards of the loader's device."""
+    return others_of(run.settings.get("transformer_device") or AUTO, comfy.model_management.get_torch_device())
 
 
 def _limit(run: GraphRun, name: str) -> int | None:
@@ -168,6 +178,8 @@ def _sentence(plan: ImagePlan, values: Mapping[str, Any]) -> str:
     blocks = f"{values['format']}, {values['resident']} of {values['blocks']} blocks on the card"
     memory = f"{size_text(values['peak_bytes'])} of {size_text(values['limit_bytes'])}"
     machine = "on this machine" if values["measured"] else "on a typical card"
+    if values["further"]:
+        machine += f" with {len(values['further']) + 1} cards"
     parts = [f"{blocks}, {memory}, about {plan.sampling.forecast} {machine}"]
     if values["uncounted"]:
         parts.append(f"{', '.join(values['uncounted'])} not counted")

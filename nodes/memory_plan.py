@@ -11,7 +11,7 @@ from ..engine.planning.cards import limit_bytes as card_limit_bytes
 from ..engine.planning.request import GIB
 from ..engine.planning.stages import ImageRequest
 from ..engine.reports.charts import draw_cards
-from ..engine.reports.plan_table import plan_table
+from ..engine.reports.plan_table import plan_table, several_cards_table
 from ..engine.told import Told, json_of, text_of
 from . import model_choices
 from .adapters.known_speeds import speeds_stamp
@@ -21,6 +21,7 @@ from .adapters.value_checks import check_widgets, limit_bytes
 from .display_names import AUTO, CATEGORY
 from .dtypes import DTYPES
 from .inputs import at_input, before_the_run
+from .machine_cards import cards_of_machine
 from .planned_models import PlannedModels, PlanSettings
 from .previews import as_image, preview
 from .sources import Sources, require_transformer
@@ -256,10 +257,11 @@ class QwenLowVRAMMemoryPlan:
         ram_bytes = limit_bytes(ram_limit_gb) or models.free_ram_bytes(request)
         headroom = models.headroom_bytes
         capacities = [(f"{gb} GB", gb * GIB, card_limit_bytes(gb, headroom)) for gb in CARDS_GB]
-        if vram_limit_gb > 0:
-            limit = max(1, round(vram_limit_gb * GIB))
+        limit = limit_bytes(vram_limit_gb)
+        if limit is not None:
             capacities.append((f"limit {vram_limit_gb:g} GB", limit, limit))
         cards = [models.card(request, *capacity, ram_bytes) for capacity in capacities]
+        names, here = cards_of_machine(models, request, limit, ram_bytes)
         title = Told("Memory plan: {request}", code="memory_plan.title", request=str(request))
         subtitle = Told(
             "{file}, prompts of {tokens} token{plural}, {speeds}",
@@ -269,11 +271,12 @@ class QwenLowVRAMMemoryPlan:
             plural="" if prompt_tokens == 1 else "s",
             speeds=models.speeds_text,
         )
-        advice = [line for name, _, limit in capacities for line in models.advice(name, limit, ram_bytes)]
+        advice = [line for name, _, most in capacities for line in models.advice(name, most, ram_bytes)]
         ram = Told("RAM limit {limit:.1f} GiB", code="memory_plan.ram_limit", limit=ram_bytes / GIB)
         computed = models.computed(request, cards)
-        parts = [title, subtitle, *computed, ram, "", *plan_table(cards), *([""] if advice else []), *advice]
+        several = ["", *several_cards_table(names, here)] if here else []
+        parts = [title, subtitle, *computed, ram, "", *plan_table(cards), *several, *([""] if advice else []), *advice]
         text = text_of(parts)
-        image = draw_cards(str(title), str(subtitle), cards)
+        image = draw_cards(str(title), str(subtitle), [*cards, *here])
         ui = {"images": preview(image), "text": [text], "parts": json_of(parts)}
         return {"ui": ui, "result": (text, as_image(image))}

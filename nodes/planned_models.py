@@ -15,6 +15,7 @@ from ..engine.errors import DoesNotFit, InvalidRequest
 from ..engine.files.checkpoint import Checkpoint
 from ..engine.hardware import Hardware
 from ..engine.models.transformer_parts import TransformerParts
+from ..engine.planning.branch_split import Card as FurtherCard
 from ..engine.planning.draft import least_bytes, least_ram_bytes
 from ..engine.planning.footprint import TextEncoderFootprint, TransformerFootprint, VAEFootprint
 from ..engine.planning.forecast import TYPICAL, Speeds
@@ -61,6 +62,7 @@ class _Version:
     footprint: TransformerFootprint
     decoded: TransformerFootprint
     speeds: Speeds | None  # of this machine, where they are known
+    speeds_on: Callable[[torch.device], Speeds | None]  # of its further cards
 
 
 @dataclass(frozen=True)
@@ -136,8 +138,15 @@ class PlannedModels:
         return max(free_ram(), least)
 
     def card(
-        self, request: ImageRequest, name: str, capacity_bytes: int, limit_bytes: int, ram_bytes: int | None
+        self,
+        request: ImageRequest,
+        name: str,
+        capacity_bytes: int,
+        limit_bytes: int,
+        ram_bytes: int | None,
+        others: Sequence[tuple[torch.device, int]] = (),
     ) -> Card:
+        """`others`: this machine's further cards, and what a model may hold there."""
         limits = Limits(limit_bytes, ram_bytes)
         decoded = {name: version.decoded for name, version in self.versions.items()}
         weight_format = next(iter(decoded))
@@ -148,8 +157,10 @@ class PlannedModels:
         if footprint.compiled and limit_bytes < least_bytes(footprint, request.sampling):
             footprint = replace(footprint, compiled="")  # MLPs are then computed in chunks, as when it runs
         models = ImageModels(self.text_encoder, footprint, self.vae)
+        speeds = version.speeds or TYPICAL
+        further = [FurtherCard(str(device), limit, version.speeds_on(device) or speeds) for device, limit in others]
         try:
-            plan = plan_image(models, request, limits, version.speeds or TYPICAL)
+            plan = plan_image(models, request, limits, speeds, further)
         except DoesNotFit as error:
             return Card(name, capacity_bytes, limit_bytes, None, weight_format, error)
         return Card(name, capacity_bytes, limit_bytes, plan, weight_format)
@@ -228,8 +239,13 @@ def _version(
     footprint = parts.footprint
     if not footprint.in_half:  # which is not compiled
         footprint = replace(footprint, compiled=compiled)
-    speeds = remembered_speeds(card, dtype, source, parts.stored_product)
-    return _Version(decoded.weight_format, footprint, decoded.footprint, speeds)
+    product = parts.stored_product
+
+    def speeds_on(device: torch.device) -> Speeds | None:
+        return remembered_speeds(devices.hardware_of(device), dtype, source, product)
+
+    speeds = remembered_speeds(card, dtype, source, product)
+    return _Version(decoded.weight_format, footprint, decoded.footprint, speeds, speeds_on)
 
 
 def _check_layers(transformer: Checkpoint, layered: bool, layers: int) -> None:

@@ -11,7 +11,12 @@ TYPICAL_HEADROOM_BYTES = 466_115_584
 
 def limit_bytes(card_gb: int, headroom_bytes: int) -> int:
     """What a card of that size leaves to a model, beside the headroom that the loader keeps free."""
-    return card_gb * GIB - CONTEXT_BYTES - headroom_bytes
+    return left_bytes(card_gb * GIB, headroom_bytes)
+
+
+def left_bytes(capacity_bytes: int, headroom_bytes: int) -> int:
+    """Of a card of so many bytes."""
+    return max(1, capacity_bytes - CONTEXT_BYTES - headroom_bytes)
 
 
 def typical_limit_bytes(card_gb: int) -> int:

@@ -31,6 +31,14 @@ class BranchDevice:
     device: str
     plan: "MemoryPlan"
 
+    @property
+    def peak_bytes(self) -> int:
+        return self.plan.peak_bytes
+
+    @property
+    def limit_bytes(self) -> int:
+        return self.plan.limit_bytes
+
     def __repr__(self) -> str:
         plan = self.plan
         branches = f"{plan.request.branches} branch{'es' if plan.request.branches != 1 else ''}"
@@ -89,6 +97,11 @@ class MemoryPlan:
     beside: tuple[BranchDevice, ...] = ()
 
     @property
+    def further(self) -> tuple["SecondaryDevice | BranchDevice", ...]:
+        """The devices that compute beside the first one, or behind it."""
+        return (*self.secondaries, *self.beside)
+
+    @property
     def whole_request(self) -> SamplingRequest:
         """Of all devices together."""
         return self.request.with_those_beside()
@@ -130,7 +143,7 @@ class MemoryPlan:
         ram = "" if self.limits.ram_bytes is None else f" of {size_text(self.limits.ram_bytes)}"
         controls = f", {self.request.controls}" if self.request.controls else ""
         kept = f"; {self.kept}" if self.kept.block_bytes else ""
-        elsewhere = "".join(f"; {other}" for other in (*self.secondaries, *self.beside))
+        elsewhere = "".join(f"; {other}" for other in self.further)
         elsewhere += f"; not exact: {self.request.step_cache}" if self.request.step_cache else ""
         return (
             f"MemoryPlan({self.request}: {len(self.resident)} of {self.blocks} blocks resident, {len(self.held)} in "

@@ -1,6 +1,7 @@
 """Plan sampling on one device or several: branches divided, or blocks, whichever is faster. Imports no torch."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ..errors import DoesNotFit
 from .block_split import share_out_blocks
@@ -10,6 +11,7 @@ from .forecast import Speeds
 from .memory import plan_memory
 from .memory_plan import MemoryPlan
 from .request import Limits, SamplingRequest
+from .run_forecast import load_seconds
 
 
 def plan_on_cards(
@@ -34,4 +36,5 @@ def plan_on_cards(
         return divided
     if divided is not None and divided.forecast.seconds < together.forecast.seconds:
         return divided
-    return together
+    away = load_seconds(footprint, sum(len(secondary.blocks) for secondary in secondaries), speeds)
+    return replace(together, run=replace(together.run, load_seconds=together.run.load_seconds + away))

@@ -12,13 +12,14 @@ from typing import Any
 from ..compute.step_schedules import StepCache
 from ..errors import InvalidRequest
 from ..texts import size_text
+from .branch_split import Card
 from .draft import step_bytes
 from .footprint import TextEncoderFootprint, Tiles, TransformerFootprint, VAEFootprint
 from .forecast import TYPICAL, Speeds, convolution_seconds, forecast_visit
-from .memory import plan_memory
 from .memory_plan import MemoryPlan
 from .request import Limits, PromptTokens, SamplingRequest
 from .run_forecast import load_seconds
+from .several_cards import plan_on_cards
 from .text_encoder import plan_text_encoder, text_encoder_peak_bytes
 
 
@@ -218,10 +219,17 @@ class ImagePlan:
         }
 
 
-def plan_image(models: ImageModels, request: ImageRequest, limits: Limits, speeds: Speeds = TYPICAL) -> ImagePlan:
-    """The plan of an image that is the first one of its models. Raises DoesNotFit for the first stage that does not
-    fit, or InvalidRequest."""
-    sampling = plan_memory(models.transformer, request.sampling, limits, speeds)
+def plan_image(
+    models: ImageModels,
+    request: ImageRequest,
+    limits: Limits,
+    speeds: Speeds = TYPICAL,
+    others: Sequence[Card] = (),
+) -> ImagePlan:
+    """The plan of an image that is the first one of its models. limits, speeds: of the first device, on which all but
+    sampling happens; `others`: further ones. Raises DoesNotFit for the first stage that does not fit, or
+    InvalidRequest."""
+    sampling = plan_on_cards(models.transformer, request.sampling, limits, speeds, others)
     device_bytes, host = limits.vram_bytes, models.transformer.host
     if host and limits.ram_bytes is not None:
         device_bytes = min(device_bytes, limits.ram_bytes)

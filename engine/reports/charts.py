@@ -9,6 +9,7 @@ from math import floor, log10
 from PIL import Image, ImageDraw, ImageFont
 
 from ..errors import DoesNotFit
+from ..planning.memory_plan import MemoryPlan
 from ..planning.request import GIB
 from ..planning.stages import ImagePlan, Stage
 from .image_report import ImageReport, Sample
@@ -175,6 +176,16 @@ def _draw_card(pen: "_Pen", x: int, y: int, width: int, card: Card) -> None:
         size=15,
         fill=GREY,
     )
+    pen.text(x, foot + 86, _further(plan.sampling), size=15, fill=GREY)
+
+
+def _further(plan: MemoryPlan) -> str:
+    """What sampling takes of other cards at the most; empty where there is one."""
+    if not plan.further:
+        return ""
+    widest = max(plan.further, key=lambda other: other.peak_bytes)
+    name = widest.device if len(plan.further) == 1 else f"{len(plan.further)} further cards, at most"
+    return f"{name}: {widest.peak_bytes / GIB:.2f} of {widest.limit_bytes / GIB:.2f} GiB"
 
 
 def _draw_plot(

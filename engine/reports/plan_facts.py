@@ -12,9 +12,13 @@ def plan_facts(plan: MemoryPlan, *, host: bool, advice: str = "", one_by_one: st
     return {
         "width": request.width,
         "height": request.height,
-        "branches": request.branches,
+        "branches": plan.whole_request.branches,
         "blocks": plan.blocks + sum(len(other.blocks) for other in plan.secondaries),
         "resident": len(plan.resident),
+        "further": [
+            {"device": other.device, "peak_bytes": other.peak_bytes, "limit_bytes": other.limit_bytes}
+            for other in plan.further
+        ],
         "elsewhere": sum(len(other.blocks) for other in plan.secondaries),
         "held": len(plan.held),
         "from_file": plan.from_file,

@@ -42,6 +42,7 @@ const EN = {
   expected: (format, at, of, memory, limit, pace, measured) =>
     `${format}, ${at} of ${of} blocks on the card, ${memory} of ${limit} GiB, about ${pace} s/step ` +
     (measured ? "on this machine" : "on a typical card"),
+  together: (cards) => ` with ${cards} cards`,
   notCounted: (names) => `${names.join(", ")} not counted`,
   sizeUnknown: (width, height) => `planned for ${width}x${height}: the size is not known before the run`,
   all: (blocks, host) => `All ${blocks} blocks stay ${host ? "in RAM" : "on the card"}`,
@@ -63,7 +64,7 @@ const EN = {
   asLogged: "As in the log",
   rows: {
     image: "Image", computed: "Computed per step", resident: "Blocks that stay on the card",
-    residentHost: "Blocks that stay in RAM", held: "Blocks held in RAM", file: "Blocks read from the file in every step",
+    residentHost: "Blocks that stay in RAM", plannedOn: (device) => `Memory of ${device}, planned`, held: "Blocks held in RAM", file: "Blocks read from the file in every step",
     streamed: "Passes through the card per step", planned: "Card memory, planned", measured: "Card memory, measured",
     ram: "RAM for the model, planned", process: "RAM of ComfyUI, at most", step: "A step", bound: "Bound by",
     first: "The whole run, first time", again: "The whole run, another seed", attention: "Attention", note: "Note",
@@ -116,6 +117,7 @@ const ZH = {
   boundBy: (bound) => `瓶颈：${bound}`,
   expected: (format, at, of, memory, limit, pace, measured) =>
     `${format}，显卡上常驻 ${at}/${of} 块，显存 ${memory}/${limit} GiB，${measured ? "本机" : "典型显卡"}每步约 ${pace} 秒`,
+  together: (cards) => `（共 ${cards} 张显卡）`,
   notCounted: (names) => `未计入 ${names.join("、")}`,
   sizeUnknown: (width, height) => `按 ${width}x${height} 计划：运行前无法得知尺寸`,
   all: (blocks, host) => `全部 ${blocks} 个块常驻${host ? "内存" : "显卡"}`,
@@ -135,7 +137,7 @@ const ZH = {
   close: "关闭",
   asLogged: "与日志相同的文本",
   rows: {
-    image: "图像", computed: "每步计算", resident: "常驻显卡的块", residentHost: "常驻内存的块", held: "保留在内存中的块",
+    image: "图像", computed: "每步计算", resident: "常驻显卡的块", residentHost: "常驻内存的块", plannedOn: (device) => `${device} 显存（计划）`, held: "保留在内存中的块",
     file: "每步从文件读取的块", streamed: "每步经过显卡的数据", planned: "显存（计划）", measured: "显存（实测）",
     ram: "模型占用内存（计划）", process: "ComfyUI 占用内存（最高）", step: "每步", bound: "瓶颈", first: "整个运行（首次）",
     again: "整个运行（换种子）", attention: "注意力", note: "说明", reason: "提示词逐个计算",
@@ -192,7 +194,8 @@ export function expectationOf(words, facts) {
   const { format, resident, elsewhere, blocks, peak_bytes: peak, limit_bytes: limit } = facts;
   const pace = paceOf(facts.seconds_per_step);
   const [comma, semicolon] = words === ZH ? ["，", "；"] : [", ", "; "];
-  const line = words.expected(format, resident + elsewhere, blocks, gib(peak), gib(limit), pace, facts.measured);
+  let line = words.expected(format, resident + elsewhere, blocks, gib(peak), gib(limit), pace, facts.measured);
+  if (facts.further.length) line += words.together(facts.further.length + 1);
   const parts = [line + comma + words.boundBy(words.bound[facts.bound] ?? facts.bound)];
   if (facts.uncounted.length) parts.push(words.notCounted(facts.uncounted));
   if (!facts.size_known) parts.push(words.sizeUnknown(facts.width, facts.height));
@@ -216,6 +219,7 @@ export function rowsOf(words, facts, report) {
     ...(facts.held ? [[rows.held, of(facts.held)]] : []),
     ...(facts.from_file ? [[rows.file, of(facts.from_file)], [rows.streamed, size(facts.streamed_bytes)]] : []),
     [rows.planned, planned],
+    ...facts.further.map((card) => [rows.plannedOn(card.device), limited(card.peak_bytes, card.limit_bytes)]),
     ...(report?.peak_vram_bytes ? [[rows.measured, size(report.peak_vram_bytes)]] : []),
     [rows.ram, limited(facts.ram_peak_bytes, facts.ram_limit_bytes)],
     ...(report ? [[rows.process, size(report.peak_ram_bytes)]] : []),

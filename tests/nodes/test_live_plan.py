@@ -1,15 +1,20 @@
 """The line that a graph is told before it runs: the planner's own numbers, and its refusal."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from qwenimage_lowvram.engine.errors import DoesNotFit
+from qwenimage_lowvram.engine.hardware import Hardware
+from qwenimage_lowvram.engine.planning.forecast import TYPICAL
 from qwenimage_lowvram.nodes import live_plan
 from qwenimage_lowvram.nodes.graph_runs import runs_of
 from qwenimage_lowvram.nodes.live_plan import PlanLine, line_of, lines_of, refusal_of, refuse_what_cannot_fit
 
+CARD = Hardware(torch.device("cpu"), streams=False, pinned=False, prefetch=True, host_device=False)
 FOLDER = "from the folder"
 
 
@@ -47,6 +52,26 @@ def test_the_line_has_the_numbers_of_the_plan_and_both_nodes(graph: Callable[...
     assert "blocks on the card" in line.text
     assert "of 1.00 GiB" in line.text
     assert "on a typical card" in line.text
+
+
+def test_all_cards_are_planned_with_where_the_loader_uses_them(
+    graph: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qwenimage_lowvram.nodes import devices, planned_models
+
+    slow = replace(TYPICAL, flops=1e8)  # so that computing counts
+    monkeypatch.setattr(planned_models, "remembered_speeds", lambda *of_machine: slow)
+    monkeypatch.setattr(live_plan, "speeds_stamp", lambda: "slow")
+    monkeypatch.setattr(devices, "_accelerators", lambda: ["cpu", "cpu:0"])  # which cost nothing to look at
+    monkeypatch.setattr(devices, "hardware_of", lambda device: CARD)
+    (alone,) = lines_of(graph(vram_limit_gb=1.0, ram_limit_gb=4.0))
+    (line,) = lines_of(graph(vram_limit_gb=1.0, ram_limit_gb=4.0, transformer_device="all cards"))
+    assert alone.values["further"] == []
+    (other,) = line.values["further"]
+    assert (other["device"], other["limit_bytes"]) == ("cpu:0", 2**30)
+    assert 0 < other["peak_bytes"] <= 2**30
+    assert line.values["branches"] == alone.values["branches"] == 2
+    assert line.text.endswith("on this machine with 2 cards")
 
 
 def test_a_run_that_does_not_fit_is_told_with_the_way_out(graph: Callable[..., dict[str, Any]]) -> None:

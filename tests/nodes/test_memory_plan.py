@@ -164,6 +164,47 @@ def test_ones_own_limit_stands_beside_the_cards() -> None:
     assert peaks["limit 3 GB"]["limit"] == "3.00"
 
 
+@pytest.fixture
+def two_cards(comfy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 10 and of 8 GiB, as far as plans are concerned."""
+    import comfy.model_management as management
+    from qwenimage_lowvram.nodes import devices, memory_plan, planned_models
+
+    monkeypatch.setattr(memory_plan, "CARDS_GB", (8,))
+    monkeypatch.setattr(devices, "_accelerators", lambda: ["cuda:0", "cuda:1"])
+    monkeypatch.setattr(devices, "hardware_of", lambda device: planned_models.CARD)
+    monkeypatch.setattr(management, "get_torch_device", lambda: torch.device("cuda:0"))
+    monkeypatch.setattr(management, "get_total_memory", lambda device: (10, 8)[device.index] * 2**30)
+
+
+def several_of(text: str) -> dict[str, dict[str, str]]:
+    """The rows of the table of this machine's cards."""
+    (table,) = (part for part in text.split("\n\n") if part.startswith("this machine"))
+    head, *lines = (re.split(r" {2,}", line) for line in table.splitlines())
+    return {cells[0]: dict(zip(head[1:], cells[1:], strict=True)) for cells in lines}
+
+
+def test_several_cards_are_planned_beside_one(two_cards: None) -> None:
+    answer = plan(transformer="plan_fp8.safetensors", vram_limit_gb=8.0)
+    text, chart = answer["result"]
+    rows = several_of(text)
+    assert list(rows) == ["one card", "all 2 cards"]
+    one, both = rows.values()
+    assert float(both["s per step"]) == pytest.approx(float(one["s per step"]) / 2, rel=0.05)
+    assert (one["divided"], both["divided"]) == ("-", "prompts/images")
+    assert one["cuda:1 GiB/limit"] == "-"
+    peaks = {device: list(map(float, both[f"{device} GiB/limit"].split("/"))) for device in ("cuda:0", "cuda:1")}
+    assert all(1 < peak <= limit + 0.005 for peak, limit in peaks.values())
+    assert peaks["cuda:0"][1] == 8  # the limit that was set
+    assert 6.8 < peaks["cuda:1"][1] < 7.2  # what the card has
+    assert chart.shape[1] == 112 + 2 * 330 + 24  # four panels
+    if page_words.HAS_NODE:
+        told = page_words.in_chinese(answer["ui"]["parts"])
+        assert page_words.english_words(told) <= {"cuda", "plan_fp8", "safetensors"}
+        assert "全部 2 张显卡" in told
+        assert "cuda:1 GiB/上限" in told
+
+
 def test_no_weight_is_read_and_no_tensor_made_but_the_image() -> None:
     counters = Path("/proc/self/io")
     if not counters.exists():

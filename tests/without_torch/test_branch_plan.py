@@ -10,6 +10,7 @@ from qwenimage_lowvram.engine.planning.branch_split import Card, branch_counts, 
 from qwenimage_lowvram.engine.planning.forecast import TYPICAL
 from qwenimage_lowvram.engine.planning.memory import plan_memory
 from qwenimage_lowvram.engine.planning.request import GIB, Controls, Limits, SamplingRequest
+from qwenimage_lowvram.engine.planning.several_cards import plan_on_cards
 
 from .test_plan import REAL, REAL_FP8
 
@@ -63,6 +64,13 @@ def test_two_equal_cards_take_half_the_time_where_steps_compute() -> None:
     assert plan.run.step_seconds == plan.forecast.seconds
     assert "1 of 2 branches" in str(plan)
     assert "1 branch on cuda:1: " in str(plan)
+
+
+def test_blocks_that_lie_on_another_card_are_read_too() -> None:
+    plan = plan_on_cards(REAL_FP8, replace(REQUEST, branches=1), Limits(4 * GIB), TYPICAL, cards(4))
+    (other,) = plan.further
+    there = len(plan.resident) + len(other.blocks)
+    assert plan.run.load_seconds == pytest.approx(there * REAL_FP8.stored_bytes / TYPICAL.disk_bytes)
 
 
 def test_where_the_disk_is_waited_for_a_second_card_gains_nothing() -> None:

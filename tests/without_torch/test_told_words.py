@@ -19,7 +19,7 @@ from qwenimage_lowvram.engine.planning.stages import Stage
 from qwenimage_lowvram.engine.reports.charts import Card
 from qwenimage_lowvram.engine.reports.image_report import COLUMNS, ImageReport, StageReport
 from qwenimage_lowvram.engine.reports.memory_report import MemoryReport
-from qwenimage_lowvram.engine.reports.plan_table import plan_table
+from qwenimage_lowvram.engine.reports.plan_table import plan_table, several_cards_table
 from qwenimage_lowvram.engine.told import Table, Told, json_of, text_of
 
 from .test_plan import REAL
@@ -126,7 +126,8 @@ def test_what_the_loader_tells_beside_a_plan_is_told_in_chinese() -> None:
 
 
 def test_every_cell_that_is_a_word_has_a_chinese_one() -> None:
-    (titles,) = (part.rows[0] for part in plan_table([])[:1] if isinstance(part, Table))
+    tables = (plan_table([])[0], several_cards_table([], [])[0])
+    titles = [title for table in tables if isinstance(table, Table) for title in table.rows[0]]
     stages = [stage.value for stage in Stage]
     assert {cell for cell in (*titles, *COLUMNS, *stages) if cell} <= GIVEN["cells"].keys()
 

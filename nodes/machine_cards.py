@@ -1,0 +1,34 @@
+"""This machine's cards, as Memory Plan plans with one of them and with all of them."""
+
+import comfy.model_management
+import torch
+
+from ..engine.planning.cards import left_bytes
+from ..engine.planning.stages import ImageRequest
+from ..engine.reports.charts import Card
+from .devices import ALL_CARDS, others_of
+from .planned_models import PlannedModels
+
+
+def machine_cards() -> list[torch.device]:
+    """Those that *all cards* would compute on, the first one first; none where there are not several."""
+    first = comfy.model_management.get_torch_device()
+    others = [] if first.type == "cpu" else others_of(ALL_CARDS, first)
+    return [first, *others] if others else []
+
+
+def cards_of_machine(
+    models: PlannedModels, request: ImageRequest, limit_bytes: int | None, ram_bytes: int
+) -> tuple[list[str], list[Card]]:
+    """Their names, and the plans for one of them and for all; each within `limit_bytes`, None: what it has. Empty where
+    there are not several."""
+    cards = machine_cards()
+    if not cards:
+        return [], []
+    capacities = [int(comfy.model_management.get_total_memory(card)) for card in cards]
+    left = [left_bytes(capacity, models.headroom_bytes) for capacity in capacities]
+    limits = left if limit_bytes is None else [min(limit_bytes, nbytes) for nbytes in left]
+    first, (_, *others) = (capacities[0], limits[0], ram_bytes), zip(cards, limits, strict=True)
+    one = models.card(request, "one card", *first)
+    together = models.card(request, f"all {len(cards)} cards", *first, others)
+    return list(map(str, cards)), [one, together]
