@@ -20,7 +20,8 @@ class MemoryReport:
     it of, each counted in every block; 0 where it was kept from the run before. modulation_bytes: read to compute the
     modulation table; 0 where it was known. waited_disk_seconds, waited_bus_seconds: compute waiting for blocks that
     came from the file, and for others. pinned_bytes: of the blocks held in host memory, those that are page-locked.
-    peak_vram_bytes: torch's peak on the device, None where the device is the host. one_by_one: why branches ran one
+    peak_vram_bytes: torch's peak on the device, None where the device is the host; further_peaks_bytes: the same of the
+    plan's further devices, in their order. one_by_one: why branches ran one
     after another, empty where each block was visited once per step. out_of_memory: how many times memory ran
     out and a smaller plan was made. first_step_seconds: from the run's beginning to the end of its first pass.
     attention_notes: why torch's own kernel computed attention in place of the plan's; empty where it did not.
@@ -66,6 +67,7 @@ class MemoryReport:
     not_measured: str = ""
     done_steps: int | None = None
     later_seconds: float = 0.0
+    further_peaks_bytes: tuple[int | None, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: the fields, the plan's, both as text, the plan's facts, and which numbers the engine makes."""
@@ -103,6 +105,16 @@ class MemoryReport:
             again_seconds=run.again_seconds,
         )
         yield self._device_told()
+        for other, measured_bytes in zip(plan.further, self.further_peaks_bytes, strict=False):
+            if measured_bytes is not None:
+                yield Told(
+                    "  memory of {device}: {planned_bytes} planned of {limit_bytes}, {measured_bytes} measured",
+                    code="run_report.further",
+                    device=other.device,
+                    planned_bytes=other.peak_bytes,
+                    limit_bytes=other.limit_bytes,
+                    measured_bytes=measured_bytes,
+                )
         yield Told(
             "  process memory: {peak_bytes} at its peak, {planned_bytes} of it planned",
             code="run_report.ram",

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from ..compute.step_schedules import FirstBlockRule, StepCache, StepSchedule
@@ -67,6 +68,7 @@ class SamplingRun:
         self._steps, self._one_by_one, self._advice = steps, one_by_one, advice
         self._speeds = speeds
         self._watch = MemoryWatch(transformer.hardware.device)
+        self._further = {name: MemoryWatch(torch.device(name)) for name in transformer.secondaries}
         self._session = SamplingSession(transformer, plan, timeline, self._watch, surroundings)
         self._timesteps: Sequence[float] = ()
         self._expected = ExpectedTimesteps(transformer.store.order, ())
@@ -100,7 +102,8 @@ class SamplingRun:
 
     def begin(self, timesteps: Sequence[float]) -> None:
         """The resident weights are on the device: compute what is computed of `timesteps`, then open the slots."""
-        self._watch.start()
+        for watch in (self._watch, *self._further.values()):
+            watch.start()
         logger.info("%s", self.plan)
         if self._advice:
             logger.info("%s", self._advice)
@@ -213,6 +216,7 @@ class SamplingRun:
             waited_disk_seconds=session.waits.disk_seconds,
             waited_bus_seconds=session.waits.bus_seconds,
             peak_vram_bytes=self._watch.peak_vram(),
+            further_peaks_bytes=tuple(self._further[other.device].peak_vram() for other in self.plan.further),
             peak_ram_bytes=self._watch.peak_ram,
             one_by_one=self._one_by_one,
             out_of_memory=session.retries,

@@ -64,7 +64,8 @@ const EN = {
   asLogged: "As in the log",
   rows: {
     image: "Image", computed: "Computed per step", resident: "Blocks that stay on the card",
-    residentHost: "Blocks that stay in RAM", plannedOn: (device) => `Memory of ${device}, planned`, held: "Blocks held in RAM", file: "Blocks read from the file in every step",
+    residentHost: "Blocks that stay in RAM", plannedOn: (device) => `Memory of ${device}, planned`,
+    measuredOn: (device) => `Memory of ${device}, measured`, held: "Blocks held in RAM", file: "Blocks read from the file in every step",
     streamed: "Passes through the card per step", planned: "Card memory, planned", measured: "Card memory, measured",
     ram: "RAM for the model, planned", process: "RAM of ComfyUI, at most", step: "A step", bound: "Bound by",
     first: "The whole run, first time", again: "The whole run, another seed", attention: "Attention", note: "Note",
@@ -137,7 +138,8 @@ const ZH = {
   close: "关闭",
   asLogged: "与日志相同的文本",
   rows: {
-    image: "图像", computed: "每步计算", resident: "常驻显卡的块", residentHost: "常驻内存的块", plannedOn: (device) => `${device} 显存（计划）`, held: "保留在内存中的块",
+    image: "图像", computed: "每步计算", resident: "常驻显卡的块", residentHost: "常驻内存的块", plannedOn: (device) => `${device} 显存（计划）`,
+    measuredOn: (device) => `${device} 显存（实测）`, held: "保留在内存中的块",
     file: "每步从文件读取的块", streamed: "每步经过显卡的数据", planned: "显存（计划）", measured: "显存（实测）",
     ram: "模型占用内存（计划）", process: "ComfyUI 占用内存（最高）", step: "每步", bound: "瓶颈", first: "整个运行（首次）",
     again: "整个运行（换种子）", attention: "注意力", note: "说明", reason: "提示词逐个计算",
@@ -219,8 +221,11 @@ export function rowsOf(words, facts, report) {
     ...(facts.held ? [[rows.held, of(facts.held)]] : []),
     ...(facts.from_file ? [[rows.file, of(facts.from_file)], [rows.streamed, size(facts.streamed_bytes)]] : []),
     [rows.planned, planned],
-    ...facts.further.map((card) => [rows.plannedOn(card.device), limited(card.peak_bytes, card.limit_bytes)]),
     ...(report?.peak_vram_bytes ? [[rows.measured, size(report.peak_vram_bytes)]] : []),
+    ...facts.further.flatMap((card, index) => [
+      [rows.plannedOn(card.device), limited(card.peak_bytes, card.limit_bytes)],
+      ...(report?.further_peaks_bytes[index] ? [[rows.measuredOn(card.device), size(report.further_peaks_bytes[index])]] : []),
+    ]),
     [rows.ram, limited(facts.ram_peak_bytes, facts.ram_limit_bytes)],
     ...(report ? [[rows.process, size(report.peak_ram_bytes)]] : []),
     [rows.step, passes ? words.measuredToo(paceOf(report.pass_seconds / passes), forecast) : words.forecastOnly(forecast)],

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from qwenimage_lowvram.engine.planning.draft import least_bytes
 from qwenimage_lowvram.engine.planning.forecast import TYPICAL
 from qwenimage_lowvram.engine.planning.request import SamplingRequest
 from qwenimage_lowvram.engine.runs.known_speeds import KnownSpeeds
+from qwenimage_lowvram.engine.runs.memory_watch import MemoryWatch
+from qwenimage_lowvram.engine.texts import size_text
 
 from .conftest import cond, empty_latent
 from .test_model import ksampler
@@ -61,6 +64,14 @@ def test_prompts_on_two_devices_make_the_same_image(
     from qwenimage_lowvram.nodes.adapters.model import make_model
 
     monkeypatch.setattr(KnownSpeeds, "get", lambda speeds: replace(TYPICAL, flops=1e8))  # so that computing counts
+    reset: list[str] = []
+    counted = SimpleNamespace(
+        memory_allocated=lambda device: 5,
+        max_memory_allocated=lambda device: 3 * 2**20,
+        reset_peak_memory_stats=lambda device: reset.append(str(device)),
+    )
+    counters = {"cpu:0": counted}  # the second card's; the first one has no memory of its own
+    monkeypatch.setattr(MemoryWatch, "_counter", lambda watch: counters.get(str(watch.device)))
     expected = run(model)
     model.detach()
     transformer = on_two_devices(small_pipeline)
@@ -73,6 +84,11 @@ def test_prompts_on_two_devices_make_the_same_image(
     assert (plan.request.branches, other.plan.request.branches, other.device) == (1, 1, "cpu:0")
     assert max(plan.peak_bytes, other.plan.peak_bytes) <= limit
     assert not plan.secondaries
+    report = divided.model.last_report
+    assert report.further_peaks_bytes == (3 * 2**20,)
+    assert set(reset) == {"cpu:0"}
+    planned = f"{size_text(other.plan.peak_bytes)} planned of {size_text(other.plan.limit_bytes)}"
+    assert f"\n  memory of cpu:0: {planned}, 3.0 MiB measured\n" in str(report)
     there = transformer.secondaries["cpu:0"]
     assert len(there.resident) == len(other.plan.resident)
     assert not there.fetched_blocks  # what it has, the first one read

@@ -14,6 +14,7 @@ from qwenimage_lowvram.engine.compute.step_schedules import FIRST_BLOCK, STEP_SC
 from qwenimage_lowvram.engine.errors import DoesNotFit
 from qwenimage_lowvram.engine.planning.kept import KeptTiers
 from qwenimage_lowvram.engine.planning.memory import plan_memory
+from qwenimage_lowvram.engine.planning.memory_plan import BranchDevice
 from qwenimage_lowvram.engine.planning.request import GIB, Controls, Limits, SamplingRequest
 from qwenimage_lowvram.engine.planning.stages import Stage
 from qwenimage_lowvram.engine.reports.charts import Card
@@ -53,7 +54,8 @@ def everything() -> MemoryReport:
     request = replace(PLAN.request, controls=Controls(GIB, GIB), step_cache=schedule, timesteps=40)
     return replace(
         REPORT,
-        plan=replace(PLAN, request=request, kept=KeptTiers(60, 1, 20, 1 << 20)),
+        plan=replace(PLAN, request=request, kept=KeptTiers(60, 1, 20, 1 << 20), beside=(BranchDevice("cuda:1", PLAN),)),
+        further_peaks_bytes=(GIB,),
         one_by_one="the wrapper EasyCache (diffusion_model) sees each call",
         out_of_memory=2,
         attention_notes="sage",
