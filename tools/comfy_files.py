@@ -17,7 +17,8 @@ def quantized(weight: Tensor, kind: str) -> dict[str, Tensor]:
 
     kind: fp8mixed (one scale, and the `input_scale` that such layers have), int8 (one scale), int8_row (one for each
     row), int8_convrot and convrot_w4a4 (rows, rotated in groups of 256, or of the largest power of four that divides
-    them), nvfp4 (with `weight_scale_2`) and mxfp8 (scales of 16 and 32 weights in tiles).
+    them), nvfp4 (with `weight_scale_2`) and mxfp8 (scales of 16 and 32 weights in tiles). Beside KINDS asym_w4a8_int8
+    (with `weight_s_rel`, `weight_s_channel` and `weight_codebook`), which comfy-kitchen has from 0.2.27 on.
     """
     from comfy_kitchen.tensor import QuantizedTensor
 
@@ -39,6 +40,9 @@ def _layout(weight: Tensor, kind: str) -> tuple[str, dict[str, Any], dict[str, A
     if kind == "convrot_w4a4":
         rotation = {"convrot_groupsize": group}
         return "TensorCoreConvRotW4A4Layout", rotation, {"format": kind, **rotation}
+    if kind == "asym_w4a8_int8":
+        rotation = {"convrot_groupsize": group}
+        return "AsymW4A8Int8Layout", rotation, {"format": kind, "group_size": 16, **rotation}
     note: dict[str, Any] = {"format": "int8_tensorwise"}
     if kind == "int8":
         return "TensorWiseINT8Layout", {}, note

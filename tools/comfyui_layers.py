@@ -1,6 +1,6 @@
 """ComfyUI's own layers of a file's weights, to compare with. They need ComfyUI in this process: the fixture `comfy`."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib import import_module
 from pathlib import Path
 
@@ -9,6 +9,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 _NOTE = ".comfy_quant"
+
+
+def comfyuis_formats() -> Collection[str]:
+    """The names in notes that this ComfyUI reads."""
+    formats: Collection[str] = import_module("comfy.quant_ops").QUANT_ALGOS
+    return formats
 
 
 def comfyuis_linear(

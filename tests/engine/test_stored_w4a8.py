@@ -2,7 +2,6 @@
 than the format (0.2.27), and this ComfyUI: what its layers call is compared with, too."""
 
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
@@ -10,7 +9,7 @@ import full_size
 import pytest
 import torch
 from comfy_files import note_bytes
-from comfyui_layers import comfyuis_linear
+from comfyui_layers import comfyuis_formats, comfyuis_linear
 from full_size_run import once_a_shape, require_planned_peaks
 from kitchen_w4a8 import has_w4a8
 from one_layer import an_input, streamed
@@ -77,7 +76,7 @@ def require_as_comfyui(
     with torch.no_grad(), streamed(file, columns, rows, dtype, choice, Hardware.detect(CPU)) as ours:
         computed = ours(x)
         assert torch.equal(computed, kitchens_linear(state, (rows, columns), dtype, x))
-        if NAME in import_module("comfy.quant_ops").QUANT_ALGOS:
+        if NAME in comfyuis_formats():
             assert torch.equal(computed, comfyuis_linear(state, "layer", (rows, columns), dtype)(x.clone()))
         assert torch.equal(ours.of_rows(x, rows // 2, rows), computed[..., rows // 2 :])
 

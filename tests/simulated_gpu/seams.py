@@ -95,7 +95,8 @@ def _torch(gpu: "SimulatedGPU") -> Iterator[tuple[Any, str, Any]]:
     yield torch.cuda, "memory_reserved", lambda device=None: allocator.reserved.nbytes
     yield torch.cuda, "mem_get_info", lambda device=None: (CARD_BYTES - allocator.reserved.nbytes, CARD_BYTES)
     yield torch.cuda, "memory_stats", lambda device=None: _memory_stats(allocator.reserved)
-    yield torch.cuda, "get_device_properties", lambda device=None: SimpleNamespace(name=CARD, total_memory=CARD_BYTES)
+    properties = SimpleNamespace(name=CARD, total_memory=CARD_BYTES, major=8, minor=6)
+    yield torch.cuda, "get_device_properties", lambda device=None: properties
 
 
 def _memory_stats(reserved: Reserved) -> dict[str, int]:
@@ -144,7 +145,12 @@ def session(
 
 def forget_tables() -> None:
     """What comfy-kitchen keeps on each device, some 100 KB, for as long as it lives."""
-    for name, table in (("convrot_w4a4", "_HADAMARD_CACHE"), ("quantization", "E2M1_LUT_CACHE")):
-        kept = sys.modules.get(f"comfy_kitchen.backends.eager.{name}")
+    eager = "backends.eager"
+    for name, table in (
+        (f"{eager}.convrot_w4a4", "_HADAMARD_CACHE"),
+        (f"{eager}.quantization", "E2M1_LUT_CACHE"),
+        ("tensor.int8_utils", "_HADAMARD_CACHE"),
+    ):
+        kept = sys.modules.get(f"comfy_kitchen.{name}")
         if kept is not None:
             getattr(kept, table).clear()

@@ -34,6 +34,7 @@ class TinyModels:
             "w4a4": partial(self._quantized, "convrot_w4a4"),
             "nvfp4": partial(self._quantized, "nvfp4"),
             "mxfp8": partial(self._quantized, "mxfp8"),
+            "w4a8": partial(self._quantized, "asym_w4a8_int8"),
             "GGUF": self._gguf,
             "nunchaku": self._nunchaku,
             "lora": self._lora,
@@ -42,8 +43,8 @@ class TinyModels:
         }
 
     def open(self, kind: str) -> Checkpoint:
-        """The transformer in bf16, fp8, scaled fp8, int8, nf4, w4a4, nvfp4, mxfp8, GGUF or nunchaku's int4; or its
-        first two blocks in bf16."""
+        """The transformer in bf16, fp8, scaled fp8, int8, nf4, w4a4, w4a8, nvfp4, mxfp8, GGUF or nunchaku's int4; or
+        its first two blocks in bf16."""
         if kind in ("bf16", "two blocks"):
             return open_checkpoint(self._saved(kind, LAYERS if kind == "bf16" else 2))
         if kind in REQUANTIZED:

@@ -10,12 +10,11 @@ from qwenimage_lowvram.engine.files.checkpoint import Checkpoint, open_checkpoin
 from random_blocks import write_transformer
 from torch import Tensor
 
-from .cases import NUNCHAKU, Sizes
+from .cases import NUNCHAKU, W4A8, Sizes
 
 FILE_BLOCKS = 2
 # our names -> those of weights that our own loader quantizes
 REQUANTIZED = {"int8": "int8", "nf4": "nf4", "fp4": "fp4", "fp8 scaled": "fp8_e4m3fn_scaled"}
-KITCHEN = ("int8_convrot", "nvfp4", "convrot_w4a4", "mxfp8")
 _BLOCKS = "transformer_blocks."
 
 
@@ -84,6 +83,10 @@ class BlockFiles:
 
     def _by_kitchen(self, kind: str) -> Callable[[str, Tensor], dict[str, Tensor]]:
         from comfy_files import quantized
+        from kitchen_w4a8 import has_w4a8
+
+        if kind == W4A8 and not has_w4a8():
+            raise ImportError(f"needs comfy-kitchen 0.2.27 or newer, which has {W4A8}")
 
         def parts(name: str, weight: Tensor) -> dict[str, Tensor]:
             if "_mod." in name:

@@ -8,14 +8,16 @@ GIB = 1024**3
 # of ours, as files have them; the first ones are measured in more cases before the others come
 FORMATS = ("bf16", "fp8", "int8", "nf4", "GGUF Q4_K")
 NUNCHAKU = "nunchaku int4"
-MORE_FORMATS = ("fp8 scaled", "GGUF Q8_0", "int8_convrot", "nvfp4", "convrot_w4a4", "mxfp8", NUNCHAKU, "fp4")
+W4A8 = "asym_w4a8_int8"
+KITCHEN = ("int8_convrot", "nvfp4", "convrot_w4a4", "mxfp8", W4A8)  # which comfy-kitchen quantizes
+MORE_FORMATS = ("fp8 scaled", "GGUF Q8_0", *KITCHEN, NUNCHAKU, "fp4")
 NATIVE = ("bf16", "fp8")
 # how ours may compute faster than by the plain path, with which each is compared, and in which formats
 STORED, STORED_LORA = "on stored weights", "on stored weights, LoRA"
 HALF, COMPILED = "products in fp16", "compiled blocks"
 PLANNED, FIRST_BLOCK = "planned steps", "first block's rule"
 FASTER: Mapping[str, tuple[str, ...]] = {
-    STORED: ("int8", "int8_convrot", "fp8 scaled", "convrot_w4a4", "nvfp4", "mxfp8", NUNCHAKU),
+    STORED: ("int8", "int8_convrot", "fp8 scaled", "convrot_w4a4", W4A8, "nvfp4", "mxfp8", NUNCHAKU),
     STORED_LORA: ("int8_convrot", "convrot_w4a4"),
     **dict.fromkeys((HALF, COMPILED, PLANNED, FIRST_BLOCK), ("bf16",)),
 }
