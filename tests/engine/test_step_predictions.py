@@ -94,11 +94,18 @@ def denoised_by(answers: Callable[[Sequence[dict[str, Any]]], list[Tensor]], emb
     return images.raw(euler(noise, images.sigmas(None, 40, noise), denoised))
 
 
+def assert_near(made: Tensor, wanted: Tensor) -> None:
+    """Some CPUs round diffusers' model in another order than ours."""
+    assert (made - wanted).abs().max() < 1e-4 * wanted.abs().max()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "count"), [("planned_12", 2), ("planned_20", 1)])
-def test_a_predicted_step_is_the_extrapolation_to_the_bit(small_pipeline: Path, name: str, count: int) -> None:
+def test_a_predicted_step_is_diffusers_model_with_the_extrapolation(
+    small_pipeline: Path, name: str, count: int
+) -> None:
     made, report = sampled(small_pipeline, prompts(count), name)
-    assert torch.equal(made, reference(small_pipeline, prompts(count), STEP_SCHEDULES[name]))
+    assert_near(made, reference(small_pipeline, prompts(count), STEP_SCHEDULES[name]))
     computed = len(STEP_SCHEDULES[name].computed)
     assert (report.computed_steps, report.predicted_steps) == (computed, 40 - computed)
     assert f"not exact: {computed} of 40 steps computed" in str(report.plan)
@@ -147,7 +154,7 @@ def reference_by_first_block(folder: Path, embeds: Sequence[Tensor], threshold: 
 def test_a_step_ends_behind_the_first_block_where_that_has_hardly_changed(small_pipeline: Path, count: int) -> None:
     made, report = sampled(small_pipeline, prompts(count), OFTEN)
     wanted, ended = reference_by_first_block(small_pipeline, prompts(count), OFTEN.threshold)
-    assert (made - wanted).abs().max() < 1e-4 * wanted.abs().max()  # some CPUs round in another order
+    assert_near(made, wanted)
     assert 5 < report.predicted_steps == ended < 35
     assert report.computed_steps + report.predicted_steps == 40
     assert report.passes == report.computed_steps
