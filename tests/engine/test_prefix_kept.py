@@ -97,7 +97,7 @@ def test_kept_anywhere_or_made_anew_the_images_are_the_same_bits(
 ) -> None:
     passes = [guided(step, dtype=activations_dtype(dtype)) for step in STEPS]
     expected = run(opened(files, dtype, hardware), NOTHING_KEPT, passes)
-    for remade, on_device in [(0, 0), (0, 2), (0, LAYERS), (2, 0), (2, 2), (LAYERS - 1, 1), (LAYERS, 0)]:
+    for remade, on_device in [(0, 0), (0, 2), (2, 2), (LAYERS - 1, 1), (LAYERS, 0)]:
         kept = tiers(remade, on_device, dtype=dtype)
         transformer = opened(files, dtype, hardware)
         for _ in range(2):  # the second with what the first has left

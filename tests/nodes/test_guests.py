@@ -247,9 +247,10 @@ OF_OTHER_MODELS = (
     "TripoSplatSamplingPreview", "USOStyleReference", "WanInfiniteTalkToVideo", "WanUni3CControlnetApply",
     "ZImageFunControlnet",
 )  # fmt: skip
-# tested with its own files: LoRAs here and in test_lora, the DiffSynth ControlNet in test_patches
+# with files of their own: LoRAs here and in test_lora, the DiffSynth ControlNet in test_patches; compilation, which
+# takes long, in test_compiling
 TESTED_APART = ("LoraLoader", "LoraLoaderModelOnly", "LoraLoaderBypass", "LoraLoaderBypassModelOnly", "LoraModelLoader",
-                "QwenImageDiffsynthControlnet")  # fmt: skip
+                "QwenImageDiffsynthControlnet", "TorchCompileModel")  # fmt: skip
 # values at which a node does something, where its defaults do nothing
 TELLING: dict[str, dict[str, Any]] = {
     "CFGNorm": {"strength": 0.7},
@@ -264,7 +265,6 @@ TELLING: dict[str, dict[str, Any]] = {
     "SkipLayerGuidanceDiT": {"double_layers": "1, 2", "start_percent": 0.0, "end_percent": 1.0},
     "SkipLayerGuidanceDiTSimple": {"double_layers": "1, 2", "start_percent": 0.0, "end_percent": 1.0},
     "TemporalScoreRescaling": {"tsr_k": 0.5, "tsr_sigma": 2.0},
-    "TorchCompileModel": {"backend": "eager"},
     "UNetSelfAttentionMultiply": {"q": 2.0},
     "UNetCrossAttentionMultiply": {"q": 2.0},
 }

@@ -97,9 +97,13 @@ def test_our_prompts_condition_comfyuis_models_too(mixing: Mixing, replaced: tup
     mixing.assert_same(changed(prompt, n20=("QwenLowVRAMEncodePrompts", prompts)), replaced=replaced)
 
 
-@pytest.mark.parametrize("replaced", [SHARED, ("model",), ("clip",), ("vae",)], ids="+".join)
 @pytest.mark.parametrize(
-    ("variant", "images"), [(EDIT, 1), (EDIT_2509, 1), (EDIT_2509, 3), (EDIT_2511, 1), (EDIT_2511, 3)], ids=str
+    ("variant", "images", "replaced"),
+    [
+        *((variant, images, SHARED) for variant, images in ((EDIT, 1), (EDIT_2509, 1), (EDIT_2511, 3))),
+        *((EDIT_2509, 3, (part,)) for part in SHARED),
+    ],
+    ids=str,
 )
 def test_our_edit_prompts_condition_comfyuis_models_too(
     mixing: Mixing, variant: str, images: int, replaced: tuple[str, ...]
