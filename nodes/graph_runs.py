@@ -26,9 +26,8 @@ class GraphRun:
     """A sampler and the loader that its model comes from, by their ids, and what is asked of them.
 
     settings: the loader's values, None for what nothing tells. size: (width, height) in px, None where nothing tells;
-    exact: to the pixel, and the batch. prompts: ids of all nodes that the
-    prompts need. loras: file names of models/loras. uncounted: what the graph
-    adds whose memory is not known here.
+    exact: to the pixel, and the batch. prompts: ids of all nodes that the prompts need. loras: files of models/loras
+    whose strength is not 0, by their names. uncounted: what the graph adds whose memory is not known here.
     """
 
     loader: str
@@ -82,7 +81,7 @@ class _Graph:
             latent.layers,
             _TEMPLATE_TOKENS + max(map(self._text_tokens, before), default=0),
             frozenset(before),
-            tuple(name for node in models if isinstance(name := self._value(node, "lora_name"), str)),
+            tuple(filter(None, map(self._lora, models))),
             tuple(
                 name
                 for name, seen in (
@@ -138,6 +137,11 @@ class _Graph:
             seen.add(here)
             yield here
             waiting += [found for name in self._inputs(here) if (found := self.behind(here, name)) is not None]
+
+    def _lora(self, node: str) -> str | None:
+        name = self._value(node, "lora_name")
+        off = any(self._value(node, strength) == 0 for strength in ("strength", "strength_model"))
+        return name if isinstance(name, str) and not off else None
 
     def _steps(self, sampler: str, guider: str) -> tuple[int, bool]:
         preset = self._value(sampler, "preset")

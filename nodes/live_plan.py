@@ -19,6 +19,7 @@ from PIL import Image
 from ..engine.compute.linear_choice import Computing
 from ..engine.compute.step_schedules import OFF, step_cache_of
 from ..engine.errors import DoesNotFit, QwenLowVRAMError
+from ..engine.lora.lora_file import LoraFile, needs_adapters, open_lora
 from ..engine.planning.stages import ImagePlan, ImageRequest
 from ..engine.reports.plan_facts import plan_facts
 from ..engine.texts import size_text
@@ -29,7 +30,9 @@ from .adapters.value_checks import check_widgets, limit_bytes
 from .devices import others_of
 from .display_names import AUTO
 from .graph_runs import GraphRun, Prompt, Size, runs_of
+from .inputs import at_input
 from .loader_inputs import loader_inputs
+from .lora import lora_path
 from .planned_models import PlannedModels, PlanSettings
 from .sources import Sources
 
@@ -84,7 +87,7 @@ def line_of(run: GraphRun) -> PlanLine:
         "format": models.held_in(card.weight_format),
         "measured": models.measured,
         "size_known": run.size is not None,
-        "uncounted": [*run.uncounted, *(["LoRA"] if run.loras else [])],
+        "uncounted": [*run.uncounted, *(["LoRA"] if any(map(needs_adapters, _loras_of(run))) else [])],
     }
     return PlanLine(nodes, True, _sentence(card.plan, values), values)
 
@@ -135,7 +138,15 @@ def _models_of(run: GraphRun) -> PlannedModels:
         given.get("variant", AUTO),
         given.get("attention", AUTO),
     )
-    return _opened(sources, settings, run.layers, run.images, (_stamps(sources), speeds_stamp()))
+    loras = tuple(file.path for file in _loras_of(run) if not needs_adapters(file))
+    stamps = (*_stamps(sources.transformer, sources.text_encoder, sources.vae, *loras), speeds_stamp())
+    return _opened(sources, settings, run.layers, run.images, loras, stamps)
+
+
+def _loras_of(run: GraphRun) -> list[LoraFile]:
+    """Raises what Load LoRA raises."""
+    with at_input("lora_name"):
+        return [open_lora(lora_path(name)) for name in run.loras]
 
 
 def _others(run: GraphRun) -> list[torch.device]:
@@ -149,9 +160,11 @@ def _limit(run: GraphRun, name: str) -> int | None:
 
 
 @lru_cache(maxsize=8)
-def _opened(sources: Sources, settings: PlanSettings, layers: int, images: int, key: object) -> PlannedModels:
+def _opened(
+    sources: Sources, settings: PlanSettings, layers: int, images: int, loras: tuple[Path, ...], key: object
+) -> PlannedModels:
     del key  # says when to look again
-    return PlannedModels.open(sources, settings, layers, images)
+    return PlannedModels.open(sources, settings, layers, images, [open_lora(path) for path in loras])
 
 
 def _request_of(run: GraphRun, models: PlannedModels) -> ImageRequest:
@@ -188,9 +201,9 @@ def _sentence(plan: ImagePlan, values: Mapping[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def _stamps(sources: Sources) -> tuple[tuple[str, int], ...]:
+def _stamps(*paths: Path) -> tuple[tuple[str, int], ...]:
     """Paths, and when they were last changed."""
-    return tuple((str(path), _changed_ns(path)) for path in (sources.transformer, sources.text_encoder, sources.vae))
+    return tuple((str(path), _changed_ns(path)) for path in paths)
 
 
 def _changed_ns(path: Path) -> int:

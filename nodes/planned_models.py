@@ -14,6 +14,8 @@ from ..engine.compute.stored_products import StoredProduct
 from ..engine.errors import DoesNotFit, InvalidRequest
 from ..engine.files.checkpoint import Checkpoint
 from ..engine.hardware import Hardware
+from ..engine.lora.lora_file import LoraFile, match_model
+from ..engine.lora.weight_patches import lora_patches
 from ..engine.models.transformer_parts import TransformerParts
 from ..engine.planning.branch_split import Card as FurtherCard
 from ..engine.planning.draft import least_bytes, least_ram_bytes
@@ -78,8 +80,11 @@ class PlannedModels:
     model: str  # what a person calls it
 
     @classmethod
-    def open(cls, sources: Sources, settings: PlanSettings, layers: int, images: int) -> "PlannedModels":
-        """For images in so many layers, and shown so many. Raises what the loader raises, and InvalidRequest."""
+    def open(
+        cls, sources: Sources, settings: PlanSettings, layers: int, images: int, loras: Sequence[LoraFile] = ()
+    ) -> "PlannedModels":
+        """For images in so many layers, and shown so many, of a transformer with these LoRAs. Raises what the loader
+        and `match_model` raise, and InvalidRequest."""
         transformer_file, text_file, vae_file = sources.open(settings.variant)
         family = sources.family
         with at_input("weight_format"):
@@ -98,6 +103,8 @@ class PlannedModels:
         def parts(version: Checkpoint, linear: LinearChoice = DECODED) -> TransformerParts:
             made = family.parts(version, dtype=products, hardware=card, linear=linear)
             made.attending = attending
+            if loras:
+                made.patch(lora_patches([(match_model(lora, made), 1.0) for lora in loras]))
             return made
 
         stored = settings.weight_format in (AUTO, AS_STORED)
@@ -114,7 +121,7 @@ class PlannedModels:
             family.empty_vae(vae_file, dtype=image_dtype).footprint,
             family.prompts,
             remembered_speeds(card, products, transformer_file),
-            parts(transformer_file).network.model,
+            parts(transformer_file).model,
         )
 
     @property

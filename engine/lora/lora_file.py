@@ -16,6 +16,7 @@ from ..files.regular_file import open_regular, require_all_unchanged, require_un
 from ..formats import TORCH_DTYPES
 from ..models.layer_rows import NO_OTHER_NAMES, OtherNames, shapes_by_any_name
 from ..models.streamed_transformer import StreamedTransformer
+from ..models.transformer_parts import TransformerParts
 from ..texts import printable
 from ..told import Told
 from .deltas import Delta
@@ -114,7 +115,7 @@ def needs_adapters(lora: LoraFile) -> bool:
     return any((kind := unsupported_kind(key)) is not None and kind[1] in COMFYUIS_KINDS for key in lora.tensors)
 
 
-def match_model(lora: LoraFile, transformer: StreamedTransformer[Any, Any]) -> LoraMatch:
+def match_model(lora: LoraFile, transformer: StreamedTransformer[Any, Any] | TransformerParts) -> LoraMatch:
     """Find what the file changes of a transformer, as `match`."""
     return match(lora, transformer.weights, transformer.other_names, model=transformer.model)
 

@@ -113,7 +113,7 @@ class StreamedTransformer(ABC, Generic[BranchT, StateT]):
     @property
     def model(self) -> str:
         """What a person calls it."""
-        return self._parts.network.model
+        return self._parts.model
 
     def patch(self, patches: Mapping[str, WeightPatch]) -> None:
         """Apply these to the weights of those names from the next run on, and no others.

@@ -102,6 +102,11 @@ class TransformerParts:
         return BlockFiles(network.blocks, make_part, self._dtype, where, self._source, linear.product_of)
 
     @property
+    def model(self) -> str:
+        """What a person calls it."""
+        return self.network.model
+
+    @property
     def weights(self) -> dict[str, tuple[int, ...]]:
         """Every weight's shape by its name in the whole model."""
         names = {

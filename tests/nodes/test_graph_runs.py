@@ -54,6 +54,9 @@ def test_loras_patches_and_controlnets_on_the_way_are_named() -> None:
     (run,) = of(nodes)
     assert set(run.loras) == {"a.safetensors", "b.safetensors"}
     assert run.uncounted == ("ControlNet", "model patch")
+    nodes["6"][1]["strength_model"] = 0.0
+    (run,) = of(nodes)
+    assert run.loras == ("a.safetensors",)
 
 
 def test_a_sampler_with_a_guider_is_read_as_one_with_widgets() -> None:

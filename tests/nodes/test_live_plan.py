@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from lora_files import make_parts, write_lora
 from qwenimage_lowvram.engine.errors import DoesNotFit
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.planning.forecast import TYPICAL
 from qwenimage_lowvram.nodes import live_plan
 from qwenimage_lowvram.nodes.graph_runs import runs_of
 from qwenimage_lowvram.nodes.live_plan import PlanLine, line_of, lines_of, refusal_of, refuse_what_cannot_fit
+from safetensors.torch import save_file
 
 CARD = Hardware(torch.device("cpu"), streams=False, pinned=False, prefetch=True, host_device=False)
 FOLDER = "from the folder"
@@ -92,11 +94,54 @@ def test_a_file_that_is_not_there_is_told_by_its_code(graph: Callable[..., dict[
 def test_what_is_not_known_is_said(graph: Callable[..., dict[str, Any]]) -> None:
     prompt = graph(ram_limit_gb=4.0, vram_limit_gb=2.0)
     prompt["3"] = {"class_type": "SomebodysLatent", "inputs": {}}
-    prompt["5"] = {"class_type": "LoraLoaderModelOnly", "inputs": {"model": ["1", 0], "lora_name": "a.safetensors"}}
-    prompt["4"]["inputs"]["model"] = ["5", 0]
+    prompt["5"] = {"class_type": "ControlNetLoader", "inputs": {}}
+    prompt["6"] = {"class_type": "ControlNetApply", "inputs": {"conditioning": ["2", 0], "control_net": ["5", 0]}}
+    prompt["4"]["inputs"]["positive"] = ["6", 0]
     (line,) = lines_of(prompt)
-    assert "LoRA not counted" in line.text
+    assert "ControlNet not counted" in line.text
     assert "for 1328x1328" in line.text
+
+
+@pytest.mark.parametrize("kind", ["QwenLowVRAMLoadLora", "LoraLoaderModelOnly"])
+def test_a_lora_is_counted_or_said_not_to_be(
+    graph: Callable[..., dict[str, Any]], models: Callable[[str, Path], None], kind: str, tmp_path: Path
+) -> None:
+    layers = {f"transformer_blocks.{i}.attn.to_q": (64, 64) for i in range(4)}
+    parts = {name: make_parts("lora", shape, rank=16) for name, shape in layers.items()}
+    write_lora(tmp_path / "counted.safetensors", parts)
+    write_lora(tmp_path / "others.safetensors", {"of_another_model": make_parts("lora", (8, 8))})
+    oft = {"diffusion_model.transformer_blocks.0.attn.to_q.oft_blocks": torch.zeros(8, 8, 8)}
+    save_file(oft, tmp_path / "oft.safetensors")
+    models("loras", tmp_path)
+
+    def prompt_with(*names: str, strength: float = 1.0) -> dict[str, Any]:
+        prompt = graph(ram_limit_gb=4.0, vram_limit_gb=2.0)
+        for number, name in enumerate(names):
+            before = prompt["4"]["inputs"]["model"]
+            inputs = {"model": before, "lora_name": name, "strength": strength, "strength_model": strength}
+            prompt[f"lora {number}"] = {"class_type": kind, "inputs": inputs}
+            prompt["4"]["inputs"]["model"] = [f"lora {number}", 0]
+        return prompt
+
+    def line_with(*names: str) -> PlanLine:
+        (line,) = lines_of(prompt_with(*names))
+        return line
+
+    def stored_bytes(*names: str, **options: float) -> int:
+        (run,) = runs_of(prompt_with(*names, **options), live_plan.image_size)
+        (version,) = live_plan._models_of(run).versions.values()
+        return version.footprint.stored_bytes
+
+    plain, counted = stored_bytes(), stored_bytes("counted.safetensors")
+    assert counted - plain == pytest.approx(4 * 2 * 64 * 16, abs=512)  # fp32, of one layer in each block
+    assert stored_bytes("counted.safetensors", "counted.safetensors") > counted
+    assert stored_bytes("counted.safetensors", strength=0.0) == plain
+    assert stored_bytes("oft.safetensors", "counted.safetensors") == counted
+    assert "not counted" not in line_with("counted.safetensors").text
+    assert "LoRA not counted" in line_with("oft.safetensors", "counted.safetensors").text
+    for wrong, code in (("gone.safetensors", "lora.missing"), ("others.safetensors", "lora.other_model")):
+        refused = line_with(wrong)
+        assert (refused.fits, refused.values["code"]) == (False, code)
 
 
 def test_another_size_or_limit_opens_no_file_again(

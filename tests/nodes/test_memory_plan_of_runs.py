@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from lora_files import make_parts, write_lora
 from qwenimage_lowvram.engine.compute.linear_choice import Computing
 from qwenimage_lowvram.engine.compute.step_schedules import step_cache_of
 from qwenimage_lowvram.engine.hardware import Hardware
+from qwenimage_lowvram.engine.lora.lora_file import open_lora
 from qwenimage_lowvram.engine.models.families import QWEN_IMAGE
 from qwenimage_lowvram.engine.planning.forecast import TYPICAL
 from qwenimage_lowvram.engine.planning.request import GIB
@@ -55,24 +57,38 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "fp16 products, not compiled": {"stored": "bf16", "dtype": "fp16", "compile": True},
     "fp16 products": {"stored": "bf16", "dtype": "fp16"},
     "fp16 products of int8": {"stored": "int8_row", "dtype": "fp16"},
+    "a LoRA": {"stored": "bf16", "rank": 16},
+    "a LoRA on int8, fast": {"stored": "int8_row", "compute": "fast", "rank": 16},
 }
-ON_STORED = ("int8, auto", "bf16 as int8, fast", "fp16 products of int8")
+ON_STORED = ("int8, auto", "bf16 as int8, fast", "fp16 products of int8", "a LoRA on int8, fast")
+LAYERS = ("attn.to_q", "attn.add_v_proj")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", SETTINGS)
-def test_a_plan_is_that_of_the_run(case: str, files: Callable[[str], SplitFiles]) -> None:
+def test_a_plan_is_that_of_the_run(
+    case: str, files: Callable[[str], SplitFiles], models: Callable[[str, Path], None], tmp_path: Path
+) -> None:
     from qwenimage_lowvram.nodes.loader import QwenLowVRAMLoader
+    from qwenimage_lowvram.nodes.lora import QwenLowVRAMLoadLora
     from qwenimage_lowvram.nodes.planned_models import PlannedModels, PlanSettings
     from qwenimage_lowvram.nodes.sources import Sources
 
     asked = {"dtype": "bf16", "weight_format": "auto", "compute": "auto", "step_cache": "off", "steps": 4}
     asked |= SETTINGS[case]
-    stored, steps = asked.pop("stored"), asked.pop("steps")
+    stored, steps, rank = asked.pop("stored"), asked.pop("steps"), asked.pop("rank", 0)
     names = files(stored)
     chosen = {"transformer": names.transformer, "text_encoder": names.text_encoder, "vae": names.vae}
     limits = {"vram_limit_gb": LIMIT_GB, "ram_limit_gb": 1.0}
     model, _, _ = QwenLowVRAMLoader().load(**chosen, **asked, **limits, timesteps="fp32")
+    loras = []
+    if rank:
+        layers = {f"transformer_blocks.{i}.{name}": (64, 64) for i in range(4) for name in LAYERS}
+        parts = {name: make_parts("lora", shape, rank=rank) for name, shape in layers.items()}
+        (tmp_path / "loras").mkdir()
+        loras = [open_lora(write_lora(tmp_path / "loras" / "a.safetensors", parts))]
+        models("loras", tmp_path / "loras")
+        model = QwenLowVRAMLoadLora().load(model, "a.safetensors", 0.7)["result"][0]
     sample(model, positive=cond(), negative=cond(), latent_image=empty_latent(**SIZE), steps=steps, cfg=4.0)
     made = model.model.plan
 
@@ -81,7 +97,7 @@ def test_a_plan_is_that_of_the_run(case: str, files: Callable[[str], SplitFiles]
     settings = PlanSettings(
         asked["weight_format"], asked["dtype"], Computing(asked["compute"]), compiled, attention=attention
     )
-    planned = PlannedModels.open(Sources.of(**chosen), settings, layers=0, images=0)
+    planned = PlannedModels.open(Sources.of(**chosen), settings, layers=0, images=0, loras=loras)
     tokens = 9 - QWEN_IMAGE.prompts.behind
     cache = step_cache_of(asked["step_cache"])
     request = ImageRequest(
@@ -93,9 +109,12 @@ def test_a_plan_is_that_of_the_run(case: str, files: Callable[[str], SplitFiles]
     assert made.limits == plan.limits
     assert replace(plan.sampling, request=made.request) == made
     assert replace(plan.sampling.request, prompts=0) == made.request
-    assert ("int8 by comfy-kitchen" in str(made)) == (
-        case in ("int8, auto", "bf16 as int8, fast", "fp16 products of int8")
-    )
+    assert ("int8 by comfy-kitchen" in str(made)) == (case in ON_STORED)
+    if rank:
+        plain = PlannedModels.open(Sources.of(**chosen), settings, layers=0, images=0)
+        without = plain.card(request, "a card", limit, limit, GIB).plan
+        assert without is not None
+        assert made.sampling_peak_bytes > without.sampling.sampling_peak_bytes
     assert made.in_half == case.startswith("fp16")
     assert made.attention == ("split" if case == "attention in chunks" else "pytorch")
     assert made.compiled == ("exact" if case == "compiled" else "")
