@@ -27,7 +27,8 @@ class GraphRun:
 
     settings: the loader's values, None for what nothing tells. size: (width, height) in px, None where nothing tells;
     exact: to the pixel, and the batch. prompts: ids of all nodes that the prompts need. loras: files of models/loras
-    whose strength is not 0, by their names. uncounted: what the graph adds whose memory is not known here.
+    whose strength is not 0, by their names. controlnets, patches: of models/controlnet and models/model_patches, once
+    for each node that applies one. uncounted: what the graph adds whose file it does not tell.
     """
 
     loader: str
@@ -43,6 +44,8 @@ class GraphRun:
     prompt_tokens: int
     prompts: frozenset[str] = frozenset()
     loras: tuple[str, ...] = ()
+    controlnets: tuple[str, ...] = ()
+    patches: tuple[str, ...] = ()
     uncounted: tuple[str, ...] = ()
 
 
@@ -68,6 +71,8 @@ class _Graph:
         before = list(dict.fromkeys(node for end in ends if end is not None for node in self._before(end)))
         edits = [node for node in before if self._kind(node) == ENCODE_EDIT]
         steps, guided = self._steps(sampler, guider)
+        nets = [self._file(node, "control_net", "control_net_name") for node in before if self._applies_a_net(node)]
+        patches = [self._file(node, "model_patch", "name") for node in models if "model_patch" in self._inputs(node)]
         return GraphRun(
             models[-1],
             sampler,
@@ -82,14 +87,9 @@ class _Graph:
             _TEMPLATE_TOKENS + max(map(self._text_tokens, before), default=0),
             frozenset(before),
             tuple(filter(None, map(self._lora, models))),
-            tuple(
-                name
-                for name, seen in (
-                    ("ControlNet", any("control_net" in self._inputs(node) for node in before)),
-                    ("model patch", any("model_patch" in self._inputs(node) for node in models)),
-                )
-                if seen
-            ),
+            tuple(filter(None, nets)),
+            tuple(filter(None, patches)),
+            tuple(name for name, files in (("ControlNet", nets), ("model patch", patches)) if None in files),
         )
 
     def behind(self, node: str, name: str) -> str | None:
@@ -142,6 +142,19 @@ class _Graph:
         name = self._value(node, "lora_name")
         off = any(self._value(node, strength) == 0 for strength in ("strength", "strength_model"))
         return name if isinstance(name, str) and not off else None
+
+    def _applies_a_net(self, node: str) -> bool:
+        inputs = self._inputs(node)
+        applies = "control_net" in inputs and ("positive" in inputs or "conditioning" in inputs)
+        return applies and self._value(node, "strength") != 0
+
+    def _file(self, node: str, link: str, widget: str, depth: int = 8) -> str | None:
+        """That a loader behind the link names, maybe through nodes that pass it on; None where none does."""
+        source = self.behind(node, link)
+        if source is None or not depth:
+            return None
+        name = self._value(source, widget)
+        return name if isinstance(name, str) else self._file(source, link, widget, depth - 1)
 
     def _steps(self, sampler: str, guider: str) -> tuple[int, bool]:
         preset = self._value(sampler, "preset")

@@ -4,7 +4,7 @@ The planner alone answers, from the files' headers; nothing is loaded, and nothi
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -18,15 +18,16 @@ from PIL import Image
 
 from ..engine.compute.linear_choice import Computing
 from ..engine.compute.step_schedules import OFF, step_cache_of
-from ..engine.errors import DoesNotFit, QwenLowVRAMError
+from ..engine.errors import DoesNotFit, MissingFile, QwenLowVRAMError
 from ..engine.lora.lora_file import LoraFile, needs_adapters, open_lora
 from ..engine.planning.stages import ImagePlan, ImageRequest
 from ..engine.reports.plan_facts import plan_facts
-from ..engine.texts import size_text
+from ..engine.texts import shown, size_text
 from .adapters.known_speeds import speeds_stamp
 from .adapters.limits import could_be_free
 from .adapters.progress import executing_node_id
 from .adapters.value_checks import check_widgets, limit_bytes
+from .control_sizes import controls_of_files
 from .devices import others_of
 from .display_names import AUTO
 from .graph_runs import GraphRun, Prompt, Size, runs_of
@@ -73,6 +74,10 @@ def line_of(run: GraphRun) -> PlanLine:
     try:
         models = _models_of(run)
         request = _request_of(run, models)
+        nets, patches = _files_of(run.controlnets, "controlnet"), _files_of(run.patches, "model_patches")
+        read = [*filter(_has_header, nets)], [*filter(_has_header, patches)]
+        controls = controls_of_files(*read, request.sampling, models.any_footprint, run.batch)
+        request = replace(request, controls=controls)
         free_vram, free_ram = could_be_free(comfy.model_management.get_torch_device())
         limit = _limit(run, "vram_limit_gb")
         vram_bytes, ram_bytes = limit or free_vram, _limit(run, "ram_limit_gb") or free_ram
@@ -87,7 +92,15 @@ def line_of(run: GraphRun) -> PlanLine:
         "format": models.held_in(card.weight_format),
         "measured": models.measured,
         "size_known": run.size is not None,
-        "uncounted": [*run.uncounted, *(["LoRA"] if any(map(needs_adapters, _loras_of(run))) else [])],
+        "uncounted": [
+            name
+            for name, seen in (
+                ("LoRA", any(map(needs_adapters, _loras_of(run)))),
+                ("ControlNet", not all(map(_has_header, nets))),
+                ("model patch", not all(map(_has_header, patches))),
+            )
+            if seen or name in run.uncounted
+        ],
     }
     return PlanLine(nodes, True, _sentence(card.plan, values), values)
 
@@ -147,6 +160,24 @@ def _loras_of(run: GraphRun) -> list[LoraFile]:
     """Raises what Load LoRA raises."""
     with at_input("lora_name"):
         return [open_lora(lora_path(name)) for name in run.loras]
+
+
+def _files_of(names: Sequence[str], kind: str) -> list[Path]:
+    """Of models/<kind>. Raises MissingFile."""
+    paths = {name: folder_paths.get_full_path(kind, name) for name in names}
+    for name, path in paths.items():
+        if path is None:
+            raise MissingFile(
+                "There is no {name} in models/{kind}.\n\nWhat to do: put it there and press R.",
+                code="control.missing",
+                name=shown(name),
+                kind=kind,
+            )
+    return [Path(str(paths[name])) for name in names]
+
+
+def _has_header(path: Path) -> bool:
+    return path.suffix.lower() == ".safetensors"
 
 
 def _others(run: GraphRun) -> list[torch.device]:

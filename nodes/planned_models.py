@@ -125,6 +125,11 @@ class PlannedModels:
         )
 
     @property
+    def any_footprint(self) -> TransformerFootprint:
+        """Of one of the formats: for what they have in common."""
+        return next(iter(self.versions.values())).footprint
+
+    @property
     def measured(self) -> bool:
         """Whether forecasts are by this machine's speeds."""
         return all(version.speeds for version in self.versions.values())

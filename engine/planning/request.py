@@ -57,6 +57,9 @@ class Controls:
         )
 
 
+NO_CONTROLS = Controls()
+
+
 @dataclass(frozen=True)
 class PromptTokens:
     """What a network's prompts have beside a person's words, in tokens.
@@ -94,7 +97,7 @@ class SamplingRequest:
     reference_tokens: int = 0
     timesteps: int = 50
     frames: int = 1
-    controls: Controls = Controls()
+    controls: Controls = NO_CONTROLS
     token_px: int = TOKEN_PX
     prompts: int = 0
     step_cache: StepCache | None = None

@@ -17,7 +17,7 @@ from .draft import step_bytes
 from .footprint import TextEncoderFootprint, Tiles, TransformerFootprint, VAEFootprint
 from .forecast import TYPICAL, Speeds, convolution_seconds, forecast_visit
 from .memory_plan import MemoryPlan
-from .request import Limits, PromptTokens, SamplingRequest
+from .request import NO_CONTROLS, Controls, Limits, PromptTokens, SamplingRequest
 from .run_forecast import load_seconds
 from .several_cards import plan_on_cards
 from .text_encoder import plan_text_encoder, text_encoder_peak_bytes
@@ -69,8 +69,8 @@ class ImageRequest:
     """width, height in px. batch: images at a time. guided: with a negative prompt. prompt_tokens: of each prompt,
     without its template. references: images of about a megapixel that an editing model is shown. layers: that each
     image is taken apart into, as Qwen-Image-Layered does; it is shown the image, and makes it once more beside
-    them. 0: whole images. step_cache: which steps are computed; None: all. prompts: of the network that makes
-    them."""
+    them. 0: whole images. step_cache: which steps are computed; None: all. controls: what runs beside the transformer.
+    prompts: of the network that makes them."""
 
     width: int
     height: int
@@ -81,6 +81,7 @@ class ImageRequest:
     references: int = 0
     layers: int = 0
     step_cache: StepCache | None = None
+    controls: Controls = NO_CONTROLS
     prompts: PromptTokens = field(kw_only=True)
 
     def __post_init__(self) -> None:
@@ -117,6 +118,7 @@ class ImageRequest:
             self._kept_tokens,
             timesteps=self.steps,
             frames=self.frames,
+            controls=self.controls,
             prompts=2 if self.guided else 1,
             step_cache=self.step_cache,
         )

@@ -7,8 +7,6 @@ import torch
 from torch import Tensor
 
 from ...engine.models.qwen_image.block_hooks import States
-from ...engine.planning.footprint import TransformerFootprint
-from ...engine.planning.request import Controls, SamplingRequest
 from .graph_checks import refuse
 
 # the blocks that a node may name; Qwen-Image has none of the second kind, and nodes name both
@@ -17,8 +15,6 @@ OTHER_MODELS = "perturbed, self-attention guidance and the like are made for oth
 # DiffSynth's patch: keeps an encoded image, and nothing from one block to the next. Known by its name, for ComfyUI
 # loads the file of its nodes under another name than an import does
 CONTROL_PATCH = "DiffSynthCnetPatch"
-# tensors of an image's states that a control patch has alive at once beside them: two norms, their sum, two layers
-PATCH_WIDTHS = 6
 
 
 def check_patches(options: dict[str, Any]) -> None:
@@ -174,20 +170,3 @@ def _pe(rotary: States, img: Tensor) -> Tensor:
     turns = torch.cat([rotary[1], rotary[0]]).to(img.device)
     matrices = torch.stack([turns.real, -turns.imag, turns.imag, turns.real], dim=-1)
     return matrices.unflatten(-1, (2, 2))[None, None].to(img.dtype)
-
-
-def patched_bytes(
-    options: dict[str, Any], request: SamplingRequest, footprint: TransformerFootprint, batch: int, sizes: int
-) -> Controls:
-    """What patches hold and take beyond their weights: images that they encoded, of so many sizes, and states that
-    are handed to them and back; around a block they are alive twice more."""
-    if not has_patches(options):
-        return Controls()
-    patches = control_patches(options)
-    unit = footprint.inner_dim * footprint.element_bytes
-    tokens = request.image_tokens - request.reference_tokens
-    states = (request.image_tokens + request.prompt_tokens) * unit
-    images = sizes * sum(patch.image.shape[0] for patch in patches) * tokens * footprint.inner_dim * 4  # fp32
-    layer = footprint.inner_dim * unit if patches else 0
-    working = PATCH_WIDTHS * batch * tokens * unit + layer + 2 * request.branches * states
-    return Controls(held_bytes=images + 2 * batch * states, working_bytes=working, fixed_bytes=layer)

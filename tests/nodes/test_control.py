@@ -358,6 +358,20 @@ def controlled(model: Any, conds: tuple[Any, Any]) -> SamplingRequest:
     return request
 
 
+@pytest.mark.parametrize("net", ["union", "inpaint", "fun"])
+def test_what_is_read_of_its_file_is_what_a_run_plans(
+    net: str, model: Any, apply: Apply, load: Any, vae: Any, files: Path
+) -> None:
+    from qwenimage_lowvram.nodes.control_sizes import controls_of_files
+
+    request = controlled(model, inpainting(apply, load, vae) if net == "inpaint" else apply(cond(), cond(9, 2), net))
+    plain = replace(request, controls=Controls())
+    read = controls_of_files([files / f"{net}.safetensors"], [], plain, model.model.transformer.footprint, batch=1)
+    assert read.held_bytes == request.controls.held_bytes
+    assert read.weights_bytes == pytest.approx(request.controls.weights_bytes, rel=0.01)
+    assert read.working_bytes == pytest.approx(request.controls.working_bytes, rel=0.05)
+
+
 @contextmanager
 def bfloat16_by_default() -> Iterator[None]:
     torch.set_default_dtype(torch.bfloat16)
@@ -387,7 +401,7 @@ def test_a_pass_of_a_controlnet_of_the_real_size_takes_what_is_planned(
     import comfy.ldm.qwen_image.model as qwen
     from comfy.ldm.modules.attention import attention_pytorch
     from qwenimage_lowvram.nodes.adapters.borrowed_base import BorrowedBase
-    from qwenimage_lowvram.nodes.adapters.control_memory import held_bytes, working_bytes
+    from qwenimage_lowvram.nodes.adapters.control_memory import sizes_of
 
     monkeypatch.setattr(qwen, "optimized_attention_masked", attention_pytorch)  # as on a card
     tokens = batch * (width // 16) * (height // 16)
@@ -407,9 +421,9 @@ def test_a_pass_of_a_controlnet_of_the_real_size_takes_what_is_planned(
         answer = net.control_model(hint=hint, **inputs)
         held, peak = live.now - before, live.peak - before
         del answer
-    planned = held_bytes(net, tokens)
+    planned = sizes_of(net).held_bytes(tokens)
     assert 0.8 * planned < held <= planned
-    planned += working_bytes(net, tokens + batch * 512)
+    planned += sizes_of(net).working_bytes(tokens + batch * 512)
     assert 0.7 * planned < peak <= planned
 
 

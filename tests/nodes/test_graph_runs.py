@@ -53,7 +53,15 @@ def test_loras_patches_and_controlnets_on_the_way_are_named() -> None:
     )
     (run,) = of(nodes)
     assert set(run.loras) == {"a.safetensors", "b.safetensors"}
-    assert run.uncounted == ("ControlNet", "model patch")
+    assert (run.controlnets, run.patches, run.uncounted) == ((), (), ("ControlNet", "model patch"))
+    nodes["9"][1].update(control_net_name="union.safetensors", name="canny.safetensors")
+    nodes["10"] = ("SetUnionControlNetType", {"control_net": ["9", 0], "type": "auto"})
+    nodes["8"][1]["control_net"] = ["10", 0]
+    (run,) = of(nodes)
+    assert (run.controlnets, run.patches, run.uncounted) == (("union.safetensors",), ("canny.safetensors",), ())
+    nodes["8"][1]["strength"] = 0.0
+    (run,) = of(nodes)
+    assert run.controlnets == ()
     nodes["6"][1]["strength_model"] = 0.0
     (run,) = of(nodes)
     assert run.loras == ("a.safetensors",)

@@ -1,5 +1,6 @@
 """The line that a graph is told before it runs: the planner's own numbers, and its refusal."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from control_files import write_diffsynth, write_instantx
 from lora_files import make_parts, write_lora
 from qwenimage_lowvram.engine.errors import DoesNotFit
 from qwenimage_lowvram.engine.hardware import Hardware
@@ -14,7 +16,7 @@ from qwenimage_lowvram.engine.planning.forecast import TYPICAL
 from qwenimage_lowvram.nodes import live_plan
 from qwenimage_lowvram.nodes.graph_runs import runs_of
 from qwenimage_lowvram.nodes.live_plan import PlanLine, line_of, lines_of, refusal_of, refuse_what_cannot_fit
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 CARD = Hardware(torch.device("cpu"), streams=False, pinned=False, prefetch=True, host_device=False)
 FOLDER = "from the folder"
@@ -100,6 +102,41 @@ def test_what_is_not_known_is_said(graph: Callable[..., dict[str, Any]]) -> None
     (line,) = lines_of(prompt)
     assert "ControlNet not counted" in line.text
     assert "for 1328x1328" in line.text
+
+
+def test_a_controlnet_and_a_patch_are_counted_by_their_files(
+    graph: Callable[..., dict[str, Any]], models: Callable[[str, Path], None], small_pipeline: Path, tmp_path: Path
+) -> None:
+    for kind in ("controlnet", "model_patches"):
+        (tmp_path / kind).mkdir()
+        models(kind, tmp_path / kind)
+    transformer = small_pipeline / "transformer"
+    net = write_instantx(tmp_path / "controlnet" / "union.safetensors", transformer, layers=2)
+    patch = write_diffsynth(tmp_path / "model_patches" / "canny.safetensors", transformer)
+    shutil.copy(patch, net.with_name("other.safetensors"))
+    prompt = graph(ram_limit_gb=4.0, vram_limit_gb=2.0)
+    plain = lines_of(prompt)[0].values
+
+    def line_with(name: str) -> PlanLine:
+        prompt["5"] = {"class_type": "ControlNetLoader", "inputs": {"control_net_name": name}}
+        ends = {"positive": ["2", 0], "negative": ["2", 1], "control_net": ["5", 0], "strength": 1.0}
+        prompt["6"] = {"class_type": "ControlNetApplyAdvanced", "inputs": ends}
+        prompt["7"] = {"class_type": "ModelPatchLoader", "inputs": {"name": patch.name}}
+        inputs = {"model": ["1", 0], "model_patch": ["7", 0]}
+        prompt["8"] = {"class_type": "QwenImageDiffsynthControlnet", "inputs": inputs}
+        prompt["4"]["inputs"] |= {"model": ["8", 0], "positive": ["6", 0], "negative": ["6", 1]}
+        (line,) = lines_of(prompt)
+        return line
+
+    controlled = line_with(net.name)
+    assert "not counted" not in controlled.text
+    weights = sum(tensor.nbytes for file in (net, patch) for tensor in load_file(file).values())
+    assert controlled.values["peak_bytes"] > plain["weights_bytes"] + weights
+    (net.parent / "old.pth").write_bytes(b"")
+    assert "ControlNet not counted" in line_with("old.pth").text
+    for wrong, code in (("gone.safetensors", "control.missing"), ("other.safetensors", "control.other_model")):
+        refused = line_with(wrong)
+        assert (refused.fits, refused.values["code"]) == (False, code)
 
 
 @pytest.mark.parametrize("kind", ["QwenLowVRAMLoadLora", "LoraLoaderModelOnly"])

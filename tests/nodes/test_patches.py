@@ -1,6 +1,7 @@
 """Model patches and replaced blocks on our MODEL: against ComfyUI's own model on the same weights, or refused."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.models.qwen_image.transformer import QwenImageTransformer
 from qwenimage_lowvram.engine.models.qwen_image.variants import Variant
 from qwenimage_lowvram.engine.planning.draft import least_bytes
+from qwenimage_lowvram.engine.planning.request import Controls
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .conftest import cond, empty_latent
@@ -134,11 +136,17 @@ def test_the_patchs_image_is_encoded_before_the_run(
 def test_a_model_patch_is_in_the_plan(
     model: Any, transformer: QwenImageTransformer, diffsynth: Patch, load: Any
 ) -> None:
+    import folder_paths
+    from qwenimage_lowvram.nodes.control_sizes import controls_of_files
+
     patched = diffsynth(model)
     ksampler(patched, cond(), cond(5, 2), empty_latent())
     request = model.model.last_report.plan.request
     assert request.controls.weights_bytes == load("canny").model_size() > 100_000
     assert request.controls.held_bytes > 0
+    file = Path(folder_paths.get_full_path_or_raise("model_patches", "canny.safetensors"))
+    plain = replace(request, controls=Controls())
+    assert controls_of_files([], [file], plain, transformer.footprint, batch=1) == request.controls
     model.detach()
     least = model.model.limit_bytes = least_bytes(transformer.footprint, request)
     expected = ksampler(patched, cond(), cond(5, 2), empty_latent())
@@ -253,7 +261,7 @@ def test_what_a_block_does_not_take_from_others_is_refused(model: Any, name: str
 def test_a_patch_of_the_real_size_takes_what_is_planned(comfy: Any) -> None:
     import comfy.ops
     from comfy_extras.nodes_model_patch import DiffSynthCnetPatch, QwenImageBlockWiseControlNet
-    from qwenimage_lowvram.nodes.adapters.block_patches import PATCH_WIDTHS
+    from qwenimage_lowvram.nodes.control_sizes import PATCH_WIDTHS
 
     with FakeTensorMode(), LiveBytes("cuda") as live:
         with torch.device("cuda"):
