@@ -9,11 +9,13 @@ import pytest
 from devtools.cache import REPOSITORY
 from devtools.client import ComfyClient
 
+VUE_NODES = "Comfy.VueNodes.Enabled"
 WORKFLOW = min((REPOSITORY / "workflows").glob("*4 GB - Lightning in 8 steps.json"))
-# a person gets to it with Tab and presses Enter: the browser makes a click of it
+# a person gets to it with Tab and presses Enter: the browser makes a click of it; how many of them can be seen
 PRESS = """() => {
-  const node = window.app.graph.nodes.find((node) => node.type === 'QwenLowVRAMLoader');
-  node.widgets.find((widget) => widget.name === 'qwen_lowvram_plan_line').element.querySelector('button').click();
+  const shown = [...document.querySelectorAll('button.qwen-lowvram-check')].filter((button) => button.offsetParent);
+  shown[0].click();
+  return shown.length;
 }"""
 ROWS = """async (count) => {
   const rows = () => [...document.querySelectorAll('.qwen-lowvram-models li[data-state]')];
@@ -37,18 +39,19 @@ CLOSE = """async () => {
 }"""
 
 
-@pytest.fixture(scope="module", params=["en", "zh"])
+@pytest.fixture(scope="module", params=[("en", False), ("zh", True)], ids=["en-classic-nodes", "zh-vue-nodes"])
 def page(request: pytest.FixtureRequest, open_page: Any, client: ComfyClient) -> Iterator[Any]:
-    with open_page({"Comfy.Locale": request.param}) as opened:
-        yield opened, request.param
-    client.post("/settings", {"Comfy.Locale": "en"})  # the server keeps settings for the next page
+    language, vue = request.param
+    with open_page({"Comfy.Locale": language, VUE_NODES: vue}) as opened:
+        yield opened, language
+    client.post("/settings", {"Comfy.Locale": "en", VUE_NODES: False})  # the server keeps them for the next page
 
 
 def test_the_check_lists_the_files_and_says_that_there_is_no_network(page: Any, models_dir: Path) -> None:
     shown, language = page
     english = language == "en"
     shown.load(json.loads(WORKFLOW.read_text(encoding="utf-8")))
-    shown.evaluate(PRESS)
+    assert shown.evaluate(PRESS) == 1
     rows = shown.evaluate(ROWS, 4)
     assert [row["state"] for row in rows] == ["missing"] * 4
     names = ["fp8_e4m3fn_scaled", "qwen_2.5_vl_7b_fp8_scaled", "qwen_image_vae", "Lightning-8steps-V2.0-bf16"]
