@@ -12,13 +12,16 @@ W4A8 = "asym_w4a8_int8"
 KITCHEN = ("int8_convrot", "nvfp4", "convrot_w4a4", "mxfp8", W4A8)  # which comfy-kitchen quantizes
 MORE_FORMATS = ("fp8 scaled", "GGUF Q8_0", *KITCHEN, NUNCHAKU, "fp4")
 NATIVE = ("bf16", "fp8")
+NATIVE_STORED = ("int8_convrot",)  # on which ComfyUI computes as stored, as ours does
 # how ours may compute faster than by the plain path, with which each is compared, and in which formats
 STORED, STORED_LORA = "on stored weights", "on stored weights, LoRA"
+STORED_ATTENTION = "on stored weights, attention in 8 bits"
 HALF, COMPILED = "products in fp16", "compiled blocks"
 PLANNED, FIRST_BLOCK = "planned steps", "first block's rule"
 FASTER: Mapping[str, tuple[str, ...]] = {
     STORED: ("int8", "int8_convrot", "fp8 scaled", "convrot_w4a4", W4A8, "nvfp4", "mxfp8", NUNCHAKU),
     STORED_LORA: ("int8_convrot", "convrot_w4a4"),
+    STORED_ATTENTION: ("int8_convrot",),
     **dict.fromkeys((HALF, COMPILED, PLANNED, FIRST_BLOCK), ("bf16",)),
 }
 OURS, RESIDENT, GROUP_OFFLOAD, COMFYUI = "ours", "everything resident", "diffusers group offload", "ComfyUI"
@@ -97,6 +100,7 @@ def _cases(sizes: Sizes) -> Iterator[Case]:
     yield from _of(COMFYUI, NATIVE, first)
     for how, formats in FASTER.items():
         yield from _of(OURS, formats, first[:1], how)
+    yield from _of(COMFYUI, NATIVE_STORED, first[:1])
     yield Case(RESIDENT, "bf16", odd, False, None)
     yield from _of(OURS, MORE_FORMATS, first[:1])
     yield from _of(OURS, FORMATS, rest)

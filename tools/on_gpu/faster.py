@@ -5,9 +5,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from qwenimage_lowvram.engine.compute.attention_choice import choose_attention
+from qwenimage_lowvram.engine.compute.attention_kernels import KITCHEN_INT8
 from qwenimage_lowvram.engine.compute.compilation import INDUCTOR, CompileSettings
 from qwenimage_lowvram.engine.compute.linear_choice import DECODED, Computing, LinearChoice, linear_of
 from qwenimage_lowvram.engine.compute.step_schedules import FirstBlockRule, Measured, StepCache, StepSchedule
+from qwenimage_lowvram.engine.errors import Unsupported
 from qwenimage_lowvram.engine.files.checkpoint import Checkpoint, open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.lora.changes import Matrix, Sum
@@ -26,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .card import NotTried
-from .cases import COMPILED, FIRST_BLOCK, HALF, PLANNED, STORED, STORED_LORA
+from .cases import COMPILED, FIRST_BLOCK, HALF, PLANNED, STORED, STORED_ATTENTION, STORED_LORA
 from .steps import Inputs, Ready
 
 RANK = 16
@@ -41,7 +44,7 @@ SIGMAS = [1 - step / RUN_STEPS for step in range(RUN_STEPS)]
 
 def linear_for(checkpoint: Checkpoint, hardware: Hardware, how: str) -> LinearChoice:
     """Raises NotTried where the device has no product for the file."""
-    if how not in (STORED, STORED_LORA):
+    if how not in (STORED, STORED_LORA, STORED_ATTENTION):
         return DECODED
     linear = linear_of(Computing.FAST, checkpoint, [hardware], torch.bfloat16)
     if not linear.backends:
@@ -54,9 +57,15 @@ def products_dtype(how: str) -> torch.dtype:
 
 
 def prepare(transformer: QwenImageTransformer, how: str, folder: Path) -> None:
-    """What is set on an open model."""
+    """What is set on an open model. Raises NotTried where the device has no such kernel."""
     if how == STORED_LORA:
         transformer.patch(_a_lora(transformer, folder / "lora.safetensors"))
+    if how == STORED_ATTENTION:
+        try:
+            attention = choose_attention(KITCHEN_INT8.name, [transformer.hardware], torch.bfloat16, tried={})
+        except Unsupported as error:
+            raise NotTried(str(error).splitlines()[0]) from None
+        transformer.attend_by(attention)
     if how == COMPILED:
         # elsewhere than on a card the way is tried, not the compiler
         backend = INDUCTOR if transformer.hardware.device.type == "cuda" else "aot_eager"

@@ -22,6 +22,7 @@ from .steps import GUIDANCE, SIGMA, Inputs, Ready, compared, measured
 _BLOCKS = "transformer_blocks."
 
 
+@torch.inference_mode()  # as nodes run; quantized weights are to be opened, moved and let go in it
 def measure(case: Case, sizes: Sizes, folder: Path, device_name: str, seconds: float) -> dict[str, Any]:
     device, deadline = torch.device(device_name), Deadline(seconds)
     file = BlockFiles(folder, sizes, device).path(case.stored)
@@ -68,10 +69,7 @@ def _sampled(
     guider.set_cfg(GUIDANCE if case.guided else 1.0)
     noise = torch.zeros_like(image, device="cpu")
     start = time.perf_counter()
-    with torch.inference_mode():
-        guider.sample(
-            noise, noise, comfy.samplers.KSAMPLER(sample), torch.tensor([1.0, 0.0]), disable_pbar=True, seed=0
-        )
+    guider.sample(noise, noise, comfy.samplers.KSAMPLER(sample), torch.tensor([1.0, 0.0]), disable_pbar=True, seed=0)
     row, made = found[0]
     return row | {"with_loading_seconds": time.perf_counter() - start}, made
 

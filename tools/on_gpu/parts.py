@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .cases import COMFYUI, KITCHEN, STORED, STORED_LORA, Case, Sizes, cases
+from .cases import COMFYUI, KITCHEN, STORED, STORED_ATTENTION, STORED_LORA, Case, Sizes, cases
 from .deadline import Deadline
 from .own_tests import results
 from .report import NOT_REACHED, Report
@@ -126,7 +126,7 @@ def _missing(setting: Setting, case: Case) -> str:
         wanted.append("bitsandbytes")
     if case.stored.startswith("GGUF"):
         wanted.append("gguf")
-    if case.stored in KITCHEN or case.how in (STORED, STORED_LORA):
+    if case.stored in KITCHEN or case.how in (STORED, STORED_LORA, STORED_ATTENTION):
         wanted.append("comfy-kitchen")
     missing = [name for name in wanted if name in setting.absent]
     return f"needs {', '.join(missing)}" if missing else ""
