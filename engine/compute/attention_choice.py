@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..drivers import driver_of
 from ..errors import Unsupported
 from ..hardware import Hardware
 from ..log import logger
@@ -123,7 +124,7 @@ def _why_not(
     for device in (place.device for place in hardware):
         if not function.works_on(module, device):
             return f"{function.package} {function.version} has no such kernel for '{device}'"
-        key = _key(function, device, dtype)
+        key = trial_key(function, device, dtype)
         if key not in tried:
             tried[key] = trial_error(function, device, dtype)
         if why := _judged(function, tried[key], dtype):
@@ -138,20 +139,15 @@ def _judged(function: KernelFunction, error: float, dtype: torch.dtype) -> str:
     return "" if error <= most else f"its results were wrong when it was tried (error {error:.2g}, at most {most:.2g})"
 
 
-def _key(function: KernelFunction, device: torch.device, dtype: torch.dtype) -> str:
-    """What a trial's result depends on: package, torch with its runtime, device, dtype."""
+def trial_key(function: KernelFunction, device: torch.device, dtype: torch.dtype) -> str:
+    """What a trial's result depends on: package, torch with its runtime, driver, device, dtype."""
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     numbers = str(dtype).removeprefix("torch.")
     runtime = torch.version.cuda or torch.version.hip or ""
     return (
         f"{function.kernel.name} of {function.package} {function.version}, torch {torch.__version__} {runtime}, "
-        f"{_driver(device)}, {card}, {numbers}"
+        f"driver {driver_of(device) or ''}, {card}, {numbers}"
     )
-
-
-def _driver(device: torch.device) -> str:
-    """The newest CUDA that the driver knows; empty elsewhere."""
-    return str(torch._C._cuda_getDriverVersion()) if device.type == "cuda" and torch.version.cuda else ""
 
 
 @torch.no_grad()

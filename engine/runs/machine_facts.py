@@ -1,9 +1,7 @@
 """What machine this is, for a report that a person shows to others: no path, no name of the machine or its user."""
 
-import ctypes
 import os
 import platform
-from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,12 +9,11 @@ from typing import Any
 
 import torch
 
+from ..drivers import driver_of
 from ..host_ram import HostRam
 from . import free_memory
 
 _CPU_INFO = Path("/proc/cpuinfo")
-_NVML = "nvml.dll" if os.name == "nt" else "libnvidia-ml.so.1"
-_NVML_TEXT_BYTES = 81  # nvml.h: NVML_SYSTEM_DRIVER_VERSION_BUFFER_SIZE, and one to spare
 _PROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
 
@@ -33,32 +30,10 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "rocm": torch.version.hip if device.type == "cuda" else None,
-        "driver": _driver(device),
+        "driver": driver_of(device),
         "comfy_kitchen": package_version("comfy-kitchen"),
         "pack": _pack_version(),
     }
-
-
-def nvidia_driver(load: Callable[[str], Any] = ctypes.CDLL) -> str | None:
-    """The version of NVIDIA's driver, by its own library (NVML), which comes with it; None where it is not there."""
-    try:
-        nvml = load(_NVML)
-    except OSError:
-        return None
-    if nvml.nvmlInit_v2() != 0:
-        return None
-    text = ctypes.create_string_buffer(_NVML_TEXT_BYTES)
-    try:
-        failed = nvml.nvmlSystemGetDriverVersion(text, _NVML_TEXT_BYTES - 1) != 0
-    finally:
-        nvml.nvmlShutdown()
-    return None if failed else text.value.decode("ascii", "replace")
-
-
-def _driver(device: torch.device) -> str | None:
-    if device.type == "cuda" and torch.version.hip is None:
-        return nvidia_driver()
-    return str(torch.xpu.get_device_properties(device).driver_version) if device.type == "xpu" else None
 
 
 def _kind(device: torch.device) -> str:

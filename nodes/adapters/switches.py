@@ -74,6 +74,12 @@ SWITCHES: dict[str, Switch] = {
     **_table(Follow.HONOURED, "the key qwen_lowvram sets the cache's folder", "extra_model_paths_config"),
     **_table(
         Follow.HONOURED,
+        "products are computed by the backends of comfy-kitchen's that ComfyUI leaves on",
+        "enable_triton_backend",
+        "disable_triton_backend",
+    ),
+    **_table(
+        Follow.HONOURED,
         _ATTENTION,
         "use_split_cross_attention",
         "use_quad_cross_attention",
@@ -119,12 +125,6 @@ SWITCHES: dict[str, Switch] = {
     **_table(Follow.IRRELEVANT, _READING, "mmap_torch_files", "disable_mmap"),
     **_table(Follow.IRRELEVANT, "the transformer has no convolutions; the VAE is channels-last", "force_channels_last"),
     **_table(Follow.IRRELEVANT, "of torch, before anything is allocated", "cuda_malloc", "disable_cuda_malloc"),
-    **_table(
-        Follow.IRRELEVANT,
-        "of comfy-kitchen, which the pack asks only for formats",
-        "enable_triton_backend",
-        "disable_triton_backend",
-    ),
     **_table(Follow.IRRELEVANT, _COMPILER, "disable_cuda_graphs", "disable_comfy_compiler", "assert_graph_breaks"),
     **_table(
         Follow.IRRELEVANT,

@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 import torch
+from qwenimage_lowvram.engine.compute import attention_choice, attention_packages
 from qwenimage_lowvram.engine.compute.attention import Attention, attention_by
-from qwenimage_lowvram.engine.compute.attention_choice import AUTO, CHOICES, choose_attention
+from qwenimage_lowvram.engine.compute.attention_choice import AUTO, CHOICES, choose_attention, trial_key
 from qwenimage_lowvram.engine.compute.attention_kernels import FUSED, SCORES, AttentionShape
 from qwenimage_lowvram.engine.compute.attention_packages import ANY_DEVICE, FUNCTIONS
 from qwenimage_lowvram.engine.errors import Unsupported
@@ -182,6 +183,28 @@ def test_a_kernel_is_tried_once_on_a_machine(installed: Installed, tmp_path: Pat
     assert torch.__version__ in key
     choose("flash", dtype=torch.float16, tried=KnownTrials(tmp_path / "attention.json"))
     assert package.calls
+
+
+def test_what_is_remembered_is_of_package_torch_driver_card_and_dtype(
+    installed: Installed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed("sage")
+    card, facts = torch.device("cuda"), {"card": "RTX 3060", "driver": "580.65"}
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: facts["card"])
+    monkeypatch.setattr(attention_choice, "driver_of", lambda device: facts["driver"])
+    monkeypatch.setattr(attention_packages, "version", lambda package: facts.get("package", "2.2.0"))
+
+    def key(dtype: torch.dtype = torch.bfloat16, **changed: str) -> str:
+        before = dict(facts)
+        facts.update(changed)
+        made = trial_key(FUNCTIONS["sage"], card, dtype)
+        facts.clear()
+        facts.update(before)
+        return made
+
+    keys = [key(), key(package="2.2.1"), key(driver="580.88"), key(card="RTX 4060"), key(torch.float16)]
+    monkeypatch.setattr(torch, "__version__", "3.0")
+    assert len({*keys, key()}) == 6
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 0, "a": 1}', '{"version": 1, "a": "b"}'])

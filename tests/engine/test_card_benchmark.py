@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from qwenimage_lowvram.engine.compute.linear_choice import Computing
+from qwenimage_lowvram.engine.drivers import nvidia_driver
 from qwenimage_lowvram.engine.errors import DoesNotFit, InvalidRequest
 from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
 from qwenimage_lowvram.engine.hardware import Hardware
@@ -23,7 +24,7 @@ from qwenimage_lowvram.engine.reports.card_report import CardReport
 from qwenimage_lowvram.engine.runs import card_benchmark, machine_speeds
 from qwenimage_lowvram.engine.runs.card_benchmark import STEPS, Bench, benchmark_card, benchmark_model
 from qwenimage_lowvram.engine.runs.limit import Limit
-from qwenimage_lowvram.engine.runs.machine_facts import machine_facts, nvidia_driver
+from qwenimage_lowvram.engine.runs.machine_facts import machine_facts
 from qwenimage_lowvram.engine.runs.random_block import REAL, BlockSize, Stored, random_block, random_block_bytes
 from qwenimage_lowvram.engine.runs.sampling_plan import Transformer
 from qwenimage_lowvram.engine.runs.surroundings import Alone

@@ -21,7 +21,7 @@ FLOORS = (
     {"planning"},
     {"compute", "formats"},
     {"files"},
-    {"environment", "hardware", "host_ram", "numerics", "out_of_memory", "packages", "page_locks"},
+    {"drivers", "environment", "hardware", "host_ram", "numerics", "out_of_memory", "packages", "page_locks"},
     {"errors", "log", "texts", "told"},
 )
 HEIGHT = {room: len(FLOORS) - floor for floor, rooms in enumerate(FLOORS) for room in rooms}
