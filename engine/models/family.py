@@ -14,12 +14,14 @@ from ..files.checkpoint import Checkpoint
 from ..planning.request import PromptTokens, SamplingRequest
 from .component import Component
 from .network import Branch
+from .qwen_vl.image_prompts import ImagePrompt
+from .shown_images import ShownImages
 from .streamed_transformer import StreamedTransformer
 from .transformer_parts import TransformerParts
 
 
 class FromPrompts(Protocol):
-    """Whole images of prompts alone, as the family's reference makes them: Euler's method on a schedule of its own.
+    """Whole images of prompts, as the family's reference makes them: Euler's method on a schedule of its own.
 
     side_px: what an image's sides are multiples of.
     """
@@ -35,13 +37,32 @@ class FromPrompts(Protocol):
     def require_noise(self, noise: Tensor) -> None:
         """Raise InvalidRequest for a shape that is none of whole images."""
 
-    def request(self, transformer: Any, prompts: Sequence[Tensor], noise: Tensor, steps: int) -> SamplingRequest:
-        """What is to be planned for; prompts: (1, L, dim) each. Raises InvalidRequest for prompts that are too long."""
+    def show(self, images: Sequence[Tensor], member: Any, size: tuple[int, int], megapixels: float) -> ShownImages:
+        """Images (1, H, W, 3) in 0..1 that one of `size` (width, height) in px is to be made of, of so many megapixels
+        as the model is shown them, 0: their own. Raises InvalidRequest for images that the member is not shown, and
+        Unsupported where none are."""
+
+    def prompt(self, tokenizer: Any, text: str, shown: ShownImages) -> ImagePrompt:
+        """A prompt about images."""
+
+    def normalised(self, raw: Tensor) -> Tensor:
+        """Latents of the VAE, as the transformer sees them."""
+
+    def request(
+        self,
+        transformer: Any,
+        prompts: Sequence[Tensor],
+        noise: Tensor,
+        steps: int,
+        references: Sequence[Tensor] = (),
+    ) -> SamplingRequest:
+        """What is to be planned for; prompts: (1, L, dim) each; references: latents of images that are shown. Raises
+        InvalidRequest for prompts that are too long."""
 
     def sigmas(self, transformer: Any, steps: int, noise: Tensor) -> Tensor:
         """(steps + 1,) in fp32, from 1 to 0. Raises InvalidRequest for steps that the model has no schedule for."""
 
-    def branch(self, latent: Tensor, prompt: Tensor, sigma: float) -> Branch:
+    def branch(self, latent: Tensor, prompt: Tensor, sigma: float, references: Sequence[Tensor] = ()) -> Branch:
         """Of one image."""
 
     def velocity(self, answers: Sequence[Tensor], noise: Tensor) -> Tensor:

@@ -14,8 +14,7 @@ from ..models.recognition import only, require
 
 @dataclass(frozen=True)
 class OpenedFiles:
-    """`tokenizer`: its folder. The others fit together, and make whole images of prompts alone. `variant`: the member
-    of the family."""
+    """`tokenizer`: its folder. The others fit together, and make whole images. `variant`: the member of the family."""
 
     family: Family
     transformer: Checkpoint
@@ -27,15 +26,15 @@ class OpenedFiles:
     @classmethod
     def of(cls, transformer: Path, text_encoder: Path, vae: Path, tokenizer: Path) -> "OpenedFiles":
         """Each a file in any format that the loader reads, or a folder of a pipeline. Raises MissingFile, DamagedFile
-        or WrongModel, and InvalidRequest for a model that needs an image to begin with."""
+        or WrongModel, and InvalidRequest for a model that takes images apart."""
         family = family_of(open_checkpoint(transformer))
         model = open_component(transformer, family.transformer)
         variant = family.member_of(model, None)
-        if variant.needs_images:
+        if variant.makes_layers:
             raise InvalidRequest(
-                "{file} is {variant}, which starts from an image, but here images are made from prompts alone. Use "
-                "Qwen-Image or Qwen-Image-2512, or the nodes in ComfyUI.",
-                code="run.needs_an_image",
+                "{file} is {variant}, which takes images apart, but here whole ones are made. Use Qwen-Image, "
+                "Qwen-Image-2512 or an Edit model, or the nodes in ComfyUI.",
+                code="run.makes_layers",
                 file=transformer,
                 variant=variant.value,
             )

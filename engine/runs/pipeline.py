@@ -1,4 +1,5 @@
-"""A whole image without ComfyUI: opens a model's files, and encodes, samples and decodes within limits.
+"""A whole image without ComfyUI, also of images to change: opens a model's files, and encodes, samples and decodes
+within limits.
 
 with Pipeline.open(Path("models/Qwen-Image"), vram_limit_bytes=4 * GIB) as pipeline:
     images = pipeline.make("a cat that holds a sign", width=1328, height=1328, seed=1)
@@ -7,6 +8,7 @@ with Pipeline.open(Path("models/Qwen-Image"), vram_limit_bytes=4 * GIB) as pipel
 
 import platform
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,7 +27,7 @@ from ..files.checkpoint import Checkpoint
 from ..hardware import FLOATS, Hardware
 from ..lora.lora_file import match_model, open_lora
 from ..lora.weight_patches import lora_patches
-from ..models.qwen_vl.image_prompts import ImagePrompt
+from ..models.shown_images import NONE_SHOWN, ShownImages
 from ..planning.request import GIB
 from ..reports.image_report import ImageReport
 from ..reports.memory_report import MemoryReport
@@ -130,6 +132,7 @@ class Pipeline:
             self._dtype_of(files.vae),
         ]
         family = files.family
+        self._member: Any = files.variant
         self._images_of = family.from_prompts
         self._tokenizer = family.tokenizer(files.tokenizer)
         self._encoder = family.encoder(files.text_encoder, dtype=dtypes[0], hardware=hardware)
@@ -185,10 +188,13 @@ class Pipeline:
         cfg: float = 4.0,
         batch: int = 1,
         step_cache: str | StepCache = OFF,
+        images: Sequence[Tensor] = (),
+        megapixels: float = 1.0,
     ) -> Tensor:
         """What `decode` then makes an image of. cfg 1: without the negative prompt, which halves the computing.
         step_cache: of `step_schedules.STEP_CACHES`, or a table; all but "off" make another image than all steps do.
-        Of several processes each calls it with the same, and has the whole: one of them decodes.
+        images, megapixels: to change, as `show` takes them. Of several processes each calls it with the same, and has
+        the whole: one of them decodes.
 
         Raises InvalidRequest and DoesNotFit.
         """
@@ -197,15 +203,35 @@ class Pipeline:
         self._vae_run().require_decodes(height, width)  # before minutes are spent on sampling
         if (schedule := step_cache_of(step_cache)) is not None:
             schedule.require_steps(steps)
-        prompts = self.encode([prompt, negative] if cfg > 1 else [prompt])
+        shown = self.show(images, width=width, height=height, megapixels=megapixels) if images else NONE_SHOWN
+        prompts = self.encode([prompt, negative] if cfg > 1 else [prompt], shown)
         size = {"width": width, "height": height, "seed": seed, "steps": steps, "batch": batch}
-        return self.sample(prompts, **size, cfg=cfg, step_cache=step_cache)
+        return self.sample(prompts, **size, cfg=cfg, step_cache=step_cache, shown=shown)
 
-    def encode(self, prompts: Sequence[str]) -> list[Tensor]:
-        """(1, length, dim) in fp32 on the host, of each prompt; all in one visit of the text encoder."""
-        ids = [self._tokenizer.encode(prompt) for prompt in prompts]
+    def show(self, images: Sequence[Tensor], *, width: int, height: int, megapixels: float = 1.0) -> ShownImages:
+        """Images (1, H, W, 3) in 0..1, one to three, of which one of that size in px is to be made; each is shown in so
+        many megapixels, 0: in its own. Of the node Encode Edit Prompt the same.
+
+        Raises InvalidRequest, DoesNotFit, and Unsupported for a model that is not shown images here.
+        """
+        shown = self._images_of.show(images, self._member, (width, height), megapixels)
+        try:
+            raw = [self._vae_run().encode(pixels, out_device=torch.device("cpu")) for pixels in shown.pixels]
+        finally:
+            self._move_vae(torch.device("cpu"))
+        return replace(shown, latents=tuple(self._images_of.normalised(latent) for latent in raw))
+
+    def encode(self, prompts: Sequence[str], shown: ShownImages = NONE_SHOWN) -> list[Tensor]:
+        """(1, length, dim) in fp32 on the host, of each prompt about what is `shown`; all in one visit of the text
+        encoder. Raises InvalidRequest for an Edit model that is shown nothing."""
+        if self._member.needs_images and not shown.in_prompts:
+            raise InvalidRequest(
+                "{variant} changes images, but none was given. Give it images, or use Qwen-Image or Qwen-Image-2512.",
+                code="run.needs_an_image",
+                variant=self._member.value,
+            )
         run = EncodeRun(self._encoder, self._tokenizer, self.timeline, self._beside(), self._limit, self._kept)
-        return run.encode([ImagePrompt(tuple(tokens)) for tokens in ids])
+        return run.encode([self._images_of.prompt(self._tokenizer, prompt, shown) for prompt in prompts])
 
     def sample(
         self,
@@ -218,9 +244,10 @@ class Pipeline:
         cfg: float = 4.0,
         batch: int = 1,
         step_cache: str | StepCache = OFF,
+        shown: ShownImages = NONE_SHOWN,
     ) -> Tensor:
         """Latents of the family's shape in fp32 on the host, by the reference's schedule; prompts: what `encode` gave,
-        the positive one and, where cfg is above 1, the negative one."""
+        the positive one and, where cfg is above 1, the negative one; shown: what `show` did."""
         self._require_size(width, height, batch)
         cache = step_cache_of(step_cache)
         asked = {
@@ -228,6 +255,8 @@ class Pipeline:
             "attention kernel": self._kernel,
             "number of prompts or tokens": [prompt.shape[1] for prompt in prompts],
             "size, or batch": (width, height, batch),
+            "list of images": [image.digest for image in shown.in_prompts],
+            "size of images": [list(latent.shape) for latent in shown.latents],
             "seed": seed,
             "number of steps": steps,
             "cfg": cfg,
@@ -244,6 +273,7 @@ class Pipeline:
             self._limit,
             self._ram_limit,
             cache,
+            shown.latents,
         )
         with together(self._ranks, asked, cache):
             sampled = run.sample(prompts, noise, images.sigmas(self._transformer, steps, noise), cfg=cfg)

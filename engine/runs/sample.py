@@ -37,7 +37,7 @@ class EulerSampler:
 
     Guarantees: the limits are kept, and what does not fit is refused before anything is loaded; the latents are those
     of the Sample node with the sampler euler, to the last bit where there is guidance. `step_cache`: which steps are
-    computed; None: all.
+    computed; None: all. `references`: latents of the images that are shown, as the transformer sees them.
     """
 
     transformer: StreamedTransformer[Any, Any]
@@ -48,10 +48,12 @@ class EulerSampler:
     limit: Limit
     ram_limit_bytes: int | None = None
     step_cache: StepCache | None = None
+    references: Sequence[Tensor] = ()
 
     def plan(self, prompts: Sequence[Tensor], noise: Tensor, steps: int) -> MemoryPlan:
         """Where each block will live. Raises DoesNotFit, and InvalidRequest for what cannot be sampled."""
-        request = replace(self.images.request(self.transformer, prompts, noise, steps), step_cache=self.step_cache)
+        request = self.images.request(self.transformer, prompts, noise, steps, self.references)
+        request = replace(request, step_cache=self.step_cache)
         return plan_sampling(
             self.transformer, request, self.limit, self.ram_limit_bytes, self.speeds, self.surroundings
         )
@@ -73,10 +75,11 @@ class EulerSampler:
             surroundings=self.surroundings,
         )
         device, dtype = transformer.hardware.device, transformer.dtype
-        embeds = [prompt.to(device, dtype) for prompt in prompts]
+        embeds, shown = ([given.to(device, dtype) for given in several] for several in (prompts, self.references))
 
         def denoised(x: Tensor, sigma: Tensor, timestep: float) -> Tensor:
-            branches = [images.branch(image, prompt, timestep) for prompt in embeds for image in x.to(dtype).split(1)]
+            rows = x.to(dtype).split(1)
+            branches = [images.branch(image, prompt, timestep, shown) for prompt in embeds for image in rows]
             keys = [BranchKey(image, prompt) for prompt in range(len(embeds)) for image in range(len(x))]
             velocities = images.velocity(run.forward(branches, keys=keys), x).split(len(x))
             # rounded in the order of ComfyUI's samplers, which hand denoised images on

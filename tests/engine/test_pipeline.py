@@ -201,7 +201,7 @@ def test_what_is_no_request_is_refused(
 
 
 def test_models_that_begin_with_an_image_are_refused(layered_pipeline: Path) -> None:
-    with pytest.raises(InvalidRequest, match="Qwen-Image-Layered, which starts from an image"):
+    with pytest.raises(InvalidRequest, match="Qwen-Image-Layered, which takes images apart"):
         Pipeline.open(layered_pipeline)
 
 

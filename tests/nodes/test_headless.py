@@ -1,5 +1,6 @@
 """The image that the engine makes by itself is that of the nodes, and ten lines of docs/ make one."""
 
+import json
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ import pytest
 import torch
 from devtools.cache import REPOSITORY
 from PIL import Image
+from qwenimage_lowvram.engine.errors import InvalidRequest
 from qwenimage_lowvram.engine.models.qwen_image.positions import Positions
 from qwenimage_lowvram.engine.runs.pipeline import Pipeline
 
@@ -20,8 +22,16 @@ from .conftest import decode, sample
 PROMPT, NEGATIVE = 'a sign that says "红色"', "blurry"
 
 
-def of_nodes(folder: Path, width: int, height: int, batch: int, cfg: float, dtype: torch.dtype) -> Any:
-    """(latents, images) of the nodes, on the files of `folder`."""
+def of_nodes(
+    folder: Path,
+    width: int,
+    height: int,
+    batch: int,
+    cfg: float,
+    dtype: torch.dtype,
+    image: torch.Tensor | None = None,
+) -> Any:
+    """(latents, images) of the nodes, on the files of `folder`; `image`: to change, of its own size."""
     from qwenimage_lowvram.engine.files.checkpoint import open_checkpoint
     from qwenimage_lowvram.engine.hardware import Hardware
     from qwenimage_lowvram.engine.models.qwen25_vl.text_encoder import TextEncoder
@@ -31,6 +41,7 @@ def of_nodes(folder: Path, width: int, height: int, batch: int, cfg: float, dtyp
     from qwenimage_lowvram.nodes.adapters.model import make_model
     from qwenimage_lowvram.nodes.adapters.vae import make_vae
     from qwenimage_lowvram.nodes.encode import QwenLowVRAMEncodePrompts
+    from qwenimage_lowvram.nodes.encode_edit import QwenLowVRAMEncodeEditPrompt
 
     options = {"dtype": dtype, "hardware": Hardware.detect(torch.device("cpu"))}
     encoder = TextEncoder(open_checkpoint(folder / "text_encoder"), **options)
@@ -38,8 +49,14 @@ def of_nodes(folder: Path, width: int, height: int, batch: int, cfg: float, dtyp
     transformer = open_checkpoint(folder / "transformer")
     model = make_model(QwenImageTransformer(transformer, positions=Positions.COMFYUI, **options), None)
     vae = make_vae(open_checkpoint(folder / "vae"), dtype=dtype, limit_bytes=None)
-    positive, negative = QwenLowVRAMEncodePrompts().encode(clip, PROMPT, NEGATIVE)
-    empty = {"samples": torch.zeros(batch, 16, height // 8, width // 8)}
+    if image is None:
+        positive, negative = QwenLowVRAMEncodePrompts().encode(clip, PROMPT, NEGATIVE)
+        empty = {"samples": torch.zeros(batch, 16, height // 8, width // 8)}
+    else:
+        encoded = QwenLowVRAMEncodeEditPrompt().encode(
+            clip, vae, PROMPT, NEGATIVE, 0.0, width, height, batch, "auto", image1=image
+        )
+        positive, negative, empty = encoded["result"]
     settings = {"seed": 5, "steps": 4, "cfg": cfg, "latent_image": empty}
     latents = sample(model, positive=positive, negative=negative, **settings)["result"][0]
     return latents["samples"], decode(vae, latents)
@@ -57,6 +74,23 @@ def test_a_guided_image_is_bit_for_bit_that_of_the_nodes(
     ours = pipeline.sample(prompts, width=width, height=height, batch=batch, seed=5, steps=4)
     assert torch.equal(ours, latents)
     assert torch.equal(pipeline.decode(ours), images)
+
+
+def test_an_edit_is_bit_for_bit_that_of_the_nodes(small_pipeline: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "Qwen-Image-Edit-2511"
+    shutil.copytree(small_pipeline, folder)
+    config = folder / "transformer" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"zero_cond_t": True}))
+    image = torch.rand(1, 90, 100, 3, generator=torch.Generator().manual_seed(1))
+    latents, images = of_nodes(folder, 64, 48, 1, 4.0, torch.float32, image)
+    pipeline = Pipeline.open(folder, device="cpu")
+    ours = pipeline.make_latents(PROMPT, NEGATIVE, width=64, height=48, seed=5, steps=4, images=[image], megapixels=0.0)
+    assert torch.equal(ours, latents)
+    assert torch.equal(pipeline.decode(ours), images)
+    plan = pipeline.report.sampling.plan
+    assert plan.request.reference_tokens == 6 * 6  # 96x96 px, the nearest to its own size
+    with pytest.raises(InvalidRequest, match=r"Qwen-Image-Edit-2511 changes images, but none was given"):
+        pipeline.encode([PROMPT])
 
 
 def test_without_guidance_it_differs_by_the_rounding_of_a_guidance_of_one(small_pipeline: Path) -> None:

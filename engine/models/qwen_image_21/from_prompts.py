@@ -2,13 +2,16 @@
 
 from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...errors import InvalidRequest
+from ...errors import InvalidRequest, Unsupported
 from ...planning.request import SamplingRequest
-from ..qwen_image_21_vae.latent_statistics import raw_latents
+from ..qwen_image_21_vae.latent_statistics import normalised_latents, raw_latents
+from ..qwen_vl.image_prompts import ImagePrompt
+from ..shown_images import ShownImages
 from .branch import Branch
 from .latents import CHANNELS, TOKEN_PX, pack, shape_in_tokens, unpack
 from .prefix import Prefix
@@ -37,8 +40,27 @@ class QwenImage21FromPrompts:
                 channels=CHANNELS,
             )
 
+    def show(self, images: Sequence[Tensor], member: Any, size: tuple[int, int], megapixels: float) -> ShownImages:
+        raise Unsupported(
+            "{model} is shown images by the nodes in ComfyUI alone.\n\nWhat to do: leave the images out, or use "
+            "Qwen-Image-Edit-2511.",
+            code="run_21.no_images",
+            model=member.value,
+        )
+
+    def prompt(self, tokenizer: Any, text: str, shown: ShownImages) -> ImagePrompt:
+        return ImagePrompt(tuple(tokenizer.encode(text)))
+
+    def normalised(self, raw: Tensor) -> Tensor:
+        return normalised_latents(raw)
+
     def request(
-        self, transformer: QwenImage21Transformer, prompts: Sequence[Tensor], noise: Tensor, steps: int
+        self,
+        transformer: QwenImage21Transformer,
+        prompts: Sequence[Tensor],
+        noise: Tensor,
+        steps: int,
+        references: Sequence[Tensor] = (),
     ) -> SamplingRequest:
         return SamplingRequest(
             width=noise.shape[-1] * TOKEN_PX,
@@ -53,7 +75,7 @@ class QwenImage21FromPrompts:
     def sigmas(self, transformer: QwenImage21Transformer, steps: int, noise: Tensor) -> Tensor:
         return reference_sigmas(transformer.variant, steps, prod(shape_in_tokens(noise)))
 
-    def branch(self, latent: Tensor, prompt: Tensor, sigma: float) -> Branch:
+    def branch(self, latent: Tensor, prompt: Tensor, sigma: float, references: Sequence[Tensor] = ()) -> Branch:
         return Branch(pack(latent), shape_in_tokens(latent), Prefix(prompt), sigma)
 
     def velocity(self, answers: Sequence[Tensor], noise: Tensor) -> Tensor:

@@ -16,8 +16,13 @@ LATENTS_STD = (
 
 def raw_latents(normalised: Tensor) -> Tensor:
     """(B, 16, F, h, w) as the transformer makes them -> as the VAE decodes them."""
-    mean, std = (
-        torch.tensor(values, device=normalised.device, dtype=normalised.dtype).view(1, -1, 1, 1, 1)
-        for values in (LATENTS_MEAN, LATENTS_STD)
-    )
-    return normalised * std + mean
+    return normalised * _as(LATENTS_STD, normalised) + _as(LATENTS_MEAN, normalised)
+
+
+def normalised_latents(raw: Tensor) -> Tensor:
+    """The other way round."""
+    return (raw - _as(LATENTS_MEAN, raw)) / _as(LATENTS_STD, raw)
+
+
+def _as(values: tuple[float, ...], like: Tensor) -> Tensor:
+    return torch.tensor(values, device=like.device, dtype=like.dtype).view(1, -1, 1, 1, 1)
