@@ -234,12 +234,14 @@ def _twice(transformer: TransformerFootprint, plan: ImagePlan, card: SimulatedCa
     return others + sampling.request.timesteps * step
 
 
-def times_of(made: list[dict[str, Any]], card: str, case: str) -> str:
-    """Seconds of README's table: of the first image, and of one with another seed, with blocks in RAM."""
+def times_of(made: list[dict[str, Any]], card: str, case: str, steps: int) -> str:
+    """Seconds of README's table: of the first image, and of one with another seed, of `steps` steps, with blocks in
+    RAM."""
     weight_format = "int8_convrot" if "2.1" in case else "fp8"
     wanted = {"who": card, "case": case, "format": weight_format, "from": "RAM"}
     (found,) = (one for one in made if wanted.items() <= one.items())
-    return f"{found['first']:.0f} s, then {found['seed']:.0f} s"
+    more = (steps - int(case.split()[-2])) * found["step"]
+    return f"{found['first'] + more:.0f} s, then {found['seed'] + more:.0f} s"
 
 
 def shown_table(made: list[dict[str, Any]]) -> str:

@@ -193,3 +193,16 @@ def test_plumbing_is_in_a_subgraph(name: str) -> None:
     assert inside["name"].startswith("Prepare image and ")
     outside = {node["type"] for node in graph["nodes"]}
     assert not outside & {"MaskToImage", "ImageToMask", "ImageBlur", "VAEEncode", "ReferenceLatent", "GetImageSize"}
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
+def test_readme_says_what_its_workflows_take(page: str) -> None:
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    cells = r"^\| \d+ GB \| (\d\d)(\D.*?) \| .*\| ([\d.]+) / ([\d.]+) GiB \|"
+    rows = re.findall(cells, text, re.MULTILINE)
+    assert len(rows) == 10
+    for number, what, vram, ram in rows:
+        (file,) = (file for file in FILES if file.stem.startswith(number))
+        limit = re.search(r"\*(?:vram_limit_gb\* |显存上限\*设为 )(\d+)", what)
+        plan = stated_plans.plan_of(graph_of(file), **({"vram_limit_gb": float(limit[1])} if limit else {}))
+        assert (vram, ram) == (f"{plan.peak_bytes / GIB:.1f}", f"{plan.ram_peak_bytes / GIB:.1f}"), file.stem
