@@ -1,10 +1,12 @@
 """One image by two and by four processes over gloo: that of one process; and what is left when one is killed."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 import torch
 from devtools.cache import REPOSITORY
 from PIL import Image
-from qwenimage_lowvram.engine.compute.context_parallel import Ranks
+from qwenimage_lowvram.engine.compute.context_parallel import RankLost, Ranks
 from qwenimage_lowvram.engine.compute.link import TYPICAL_LINK
 from qwenimage_lowvram.engine.errors import InvalidRequest, Unsupported
 from qwenimage_lowvram.engine.models.qwen_image.variants import Variant
@@ -21,7 +23,7 @@ from qwenimage_lowvram.engine.models.qwen_image_21.family import QWEN_IMAGE_21
 from qwenimage_lowvram.engine.models.qwen_image_21.variants import Variant21
 from qwenimage_lowvram.engine.runs.opened_files import OpenedFiles
 from qwenimage_lowvram.engine.runs.pipeline import Pipeline
-from qwenimage_lowvram.engine.runs.ranks import ranks_of_torchrun
+from qwenimage_lowvram.engine.runs.ranks import _told_to_end, ranks_of_torchrun
 from ranks_worker import NEGATIVE, PROMPT, SIZE, made
 
 EXAMPLE = REPOSITORY / "docs" / "examples" / "one_image_on_several_cards.py"
@@ -125,6 +127,26 @@ def test_two_processes_make_it_too_and_where_one_is_killed_the_other_says_so_and
     assert shared_memory() <= before
     left = {file.name for file in (tmp_path / "own").iterdir()}
     assert not {name for name in left if not name.startswith("torchelastic_")}  # torchrun's own folder, for logs
+
+
+def test_a_process_that_torchrun_ends_gives_back_what_it_holds_and_ends_once() -> None:
+    before, given_back = signal.getsignal(signal.SIGTERM), []
+
+    @contextmanager
+    def held() -> Iterator[None]:
+        try:
+            yield
+        finally:
+            signal.raise_signal(signal.SIGTERM)  # another one changes nothing
+            given_back.append("all")
+
+    try:
+        with pytest.raises(RankLost, match="torchrun ended this process"), _told_to_end(1, 2), held():
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # nor does it while the process ends
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert given_back == ["all"]
 
 
 @pytest.mark.parametrize("count", [3, 8])
