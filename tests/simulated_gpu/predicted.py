@@ -61,6 +61,9 @@ def predicted(
     if rig.gpu is not None and fail_at is None:
         ended = report.predicted_steps if cache is RULE else 0
         assert fetched <= report.computed_steps * plan.streamed + ended
+        # the host asks once a step what has changed, from the second step on; by a table never
+        asked_of_card = [wait for wait in rig.gpu.waits if any("first_block.py" in line for line in wait.site[:1])]
+        assert len(asked_of_card) == (0 if cache is SCHEDULE else len(ANNOUNCED) - 1)
     return made
 
 
