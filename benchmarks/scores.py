@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kitchen_w4a8 import has_w4a8
 from miniature.data import Scene, held_out_captions
 from miniature.scorer import score
 from qwenimage_lowvram.engine.runs.pipeline import Pipeline
@@ -23,7 +24,7 @@ from stored_miniature import MINIATURE, miniature_in
 LORA = MINIATURE / "lightning-4steps.safetensors"
 SIDE, STEPS = 128, 4
 COUNT, QUICK = 200, 2
-FORMATS = ("int8", "int8_row", "int8_convrot", "fp8mixed", "convrot_w4a4", "nvfp4", "mxfp8")
+FORMATS = ("int8", "int8_row", "int8_convrot", "fp8mixed", "convrot_w4a4", "asym_w4a8_int8", "nvfp4", "mxfp8")
 
 
 def rows(quick: bool) -> list[dict[str, Any]]:
@@ -32,6 +33,8 @@ def rows(quick: bool) -> list[dict[str, Any]]:
         exact, _ = _right("bf16", "exact", captions, Path(scratch))
         made = [_row("bf16", "exact", exact, exact)]
         for stored in FORMATS:
+            if stored == "asym_w4a8_int8" and not has_w4a8():
+                continue
             right, computed = _right(stored, "fast", captions, Path(scratch))
             if not computed:
                 continue

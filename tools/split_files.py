@@ -40,7 +40,7 @@ def write_split_files(
     `scale_weight` and the marker `scaled_fp8`); fp8_quant, fp8_quant_row, fp8_quant_row_flat (with `weight_scale` of
     shape (), (N, 1), (N,) and `comfy_quant`, ComfyUI's newer files); fp8mixed (the same, modulations in bf16); int8,
     int8_row, int8_convrot (ComfyUI's int8; the text encoder's embeddings too); nvfp4, mxfp8, convrot_w4a4 (ComfyUI's as
-    well); gguf_q8_0, gguf_q4_0, ... (GGUF files).
+    well); asym_w4a8_int8 (from comfy-kitchen 0.2.27 on); gguf_q8_0, gguf_q4_0, ... (GGUF files).
     text_dtype defaults to fp8_scaled beside any fp8, vae_dtype to bf16 (fp32 beside fp32). `prefix` stands before the
     transformer's keys ("model.diffusion_model."; never in GGUF files, whose converters take it off).
     Configurations lie in the metadata under "config", because a small model's heads cannot be told from shapes.
@@ -119,7 +119,7 @@ _PARTS: dict[str, Callable[[Tensor], dict[str, Tensor]]] = {
     "fp8_quant": _fp8_quant,
     "fp8_quant_row": _fp8_quant_row,
     "fp8_quant_row_flat": _fp8_quant_row_flat,
-    **{kind: partial(quantized, kind=kind) for kind in KINDS},
+    **{kind: partial(quantized, kind=kind) for kind in (*KINDS, "asym_w4a8_int8")},
 }
 
 
