@@ -102,8 +102,8 @@ def warnings_of(lora: LoraMatch, weight_format: str) -> list[Told]:
         by = f"{most:.3g}: multiply the strength by it" if even else f"{least:.3g} to {most:.3g}, layer by layer"
         warnings.append(
             Told(
-                "Scales (lora_alpha) stand in the file's metadata alone, which neither ComfyUI's LoRA loaders nor this "
-                "one read. diffusers would multiply the LoRA by {by}.",
+                "The file has its scales (lora_alpha) only in its metadata, which neither ComfyUI's LoRA loaders nor "
+                "this one read. diffusers would multiply the LoRA by {by}.",
                 code="lora_report.left_out_scales",
                 by=by,
             )

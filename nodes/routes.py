@@ -73,7 +73,7 @@ async def families(request: web.Request) -> web.Response:
         return given
     files = given.get("files")
     if not isinstance(files, list) or len(files) > _MOST_FILES or not all(map(_is_file, files)):
-        return _refused(400, f'Send {{"files": [[folder, name], ...]}}, {_MOST_FILES} at the most.')
+        return _refused(400, f'Send {{"files": [[folder, name], ...]}}, at most {_MOST_FILES} of them.')
     found = await asyncio.to_thread(lambda: [family_of_file(folder, name) for folder, name in files])
     return web.json_response({"families": found})
 

@@ -141,7 +141,7 @@ def remove_dead(parts: Iterable[Path]) -> None:
 def _require_file_or_nothing(path: Path) -> None:
     if is_odd(path):
         raise FileExistsError(
-            errno.EEXIST, "something that is no plain file has this name; it is left alone", str(path)
+            errno.EEXIST, "something that is not a plain file has this name; it is left alone", str(path)
         )
 
 

@@ -84,7 +84,7 @@ def fetch(piece: Piece, on_bytes: OnBytes) -> None:
         known = get_hf_file_metadata(piece.url, token=False)
     if not known.etag or known.size is None:
         raise DownloadError(
-            "The hub does not say how large {name} is, or gives no checksum of it.\n\nWhat to do: follow its link.",
+            "The hub does not say how large {name} is, or gives no checksum for it.\n\nWhat to do: open its link.",
             code="download.unknown",
             name=name,
         )
@@ -115,7 +115,7 @@ def _require_room(part: Path, size: int) -> None:
     if size - have + FREE_BYTES > free:
         raise DownloadError(
             "{name} needs {need_bytes} more on the disk, and {free_bytes} are free.\n\nWhat to do: make room there; "
-            "what has come stays, and the download goes on from it.",
+            "what was downloaded is kept, and the download continues from there.",
             code="download.disk",
             name=part.name.removesuffix(UNFINISHED).rpartition(".")[0],
             need_bytes=size - have,
@@ -161,8 +161,8 @@ def _require_checksum(part: Path, checksum: str, name: str, on_piece: Callable[[
     if digest.hexdigest() != checksum:
         part.unlink()
         raise DownloadError(
-            "{name} came damaged: its checksum is not the hub's.\n\nWhat to do: download it again, perhaps from the "
-            "other place.",
+            "{name} arrived damaged: its checksum is not the hub's.\n\nWhat to do: download it again, perhaps from the "
+            "other source.",
             code="download.damaged",
             name=name,
         )
@@ -194,7 +194,7 @@ def _said(name: str, address: str) -> Iterator[None]:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status in (401, 403, 404):
             raise DownloadError(
-                "{host} does not give {name} ({status}).\n\nWhat to do: try the other place, or follow the link.",
+                "{host} does not provide {name} ({status}).\n\nWhat to do: try the other source, or open the link.",
                 code="download.not_there",
                 host=host,
                 name=name,
@@ -203,14 +203,14 @@ def _said(name: str, address: str) -> Iterator[None]:
         reason = printable(str(error).strip().partition("\n")[0][:300]) or type(error).__name__
         if status is None and _is_of_the_network(error):
             raise NoNetwork(
-                "{host} cannot be reached ({reason}).\n\nWhat to do: check the network, or try the other place; what "
-                "has come stays, and the download goes on from it.",
+                "{host} cannot be reached ({reason}).\n\nWhat to do: check the network, or try the other source; "
+                "what was downloaded is kept, and the download continues from there.",
                 code="download.no_network",
                 host=host,
                 reason=reason,
             ) from error
         raise DownloadError(
-            "{name} could not be fetched: {reason}.\n\nWhat to do: try again; what has come stays.",
+            "{name} could not be fetched: {reason}.\n\nWhat to do: try again; what was downloaded is kept.",
             code="download.failed",
             name=name,
             reason=reason,

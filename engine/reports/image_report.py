@@ -164,7 +164,7 @@ class ImageReport:
         missing = [stage.value for stage in Stage if stage not in {report.stage for report in self.stages}]
         if missing:
             yield Told(
-                "not run, as what it gives was known or another node did it: {stages}",
+                "not run, because its result was already known or another node did it: {stages}",
                 code="memory_report.not_run",
                 stages=missing,
             )

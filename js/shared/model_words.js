@@ -20,7 +20,7 @@ const EN = {
   ofFiles: (file, files) => `, file ${file} of ${files}`,
   ended: {
     done: (name) => `${name} is here, complete.`,
-    stopped: (name) => `${name}: stopped. What has come stays, and the next download goes on from it.`,
+    stopped: (name) => `${name}: stopped. What was downloaded is kept, and the next download continues from there.`,
     failed: (name, text) => `${name}: ${text}`,
   },
   nonCommercial: "for non-commercial use only (Qwen Research License)",

@@ -70,7 +70,7 @@ SWITCHES: dict[str, Switch] = {
         "oneapi_device_selector",
         "lowvram",
     ),
-    **_table(Follow.HONOURED, "the cache's folder lies in the models folder", "models_directory", "base_directory"),
+    **_table(Follow.HONOURED, "the cache's folder is in the models folder", "models_directory", "base_directory"),
     **_table(Follow.HONOURED, "the key qwen_lowvram sets the cache's folder", "extra_model_paths_config"),
     **_table(
         Follow.HONOURED,

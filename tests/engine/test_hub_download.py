@@ -78,7 +78,7 @@ def test_a_file_that_is_there_is_not_fetched_again(hub: Hub, tmp_path: Path) -> 
 @pytest.mark.parametrize("digits", [64, 40], ids=["sha256", "of-git"])
 def test_a_damaged_file_never_takes_its_place(hub: Hub, tmp_path: Path, digits: int) -> None:
     hub.etags[next(iter(hub.files))] = "a" * digits
-    with pytest.raises(DownloadError, match="came damaged"):
+    with pytest.raises(DownloadError, match="arrived damaged"):
         fetch(piece(hub, tmp_path), nothing)
     assert list(tmp_path.iterdir()) == []
 

@@ -155,7 +155,7 @@ def test_what_is_no_file_is_neither_replaced_nor_taken_for_a_dead_one(kind: str,
         make_odd(kind, tmp_path / name)
     before = {path: path.lstat() for path in tmp_path.iterdir()}
     assert not is_file(tmp_path / "f.safetensors")
-    with pytest.raises(FileExistsError, match="no plain file has this name; it is left alone"):
+    with pytest.raises(FileExistsError, match="not a plain file has this name; it is left alone"):
         write(tmp_path / "f.safetensors")
     remove_dead(sorted(tmp_path.glob(f"*{UNFINISHED}")))
     assert {path: path.lstat() for path in tmp_path.iterdir()} == before

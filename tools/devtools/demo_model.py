@@ -95,8 +95,8 @@ def _file(path: Path, base: Path) -> DemoModel:
     missing = [name for name, options in folders.items() if not any((models / option).is_dir() for option in options)]
     if missing:
         raise SetupError(
-            f"{models} has no folder {', '.join(missing)}. The text encoder and the VAE lie beside the transformer's "
-            "folder, as in ComfyUI's models folder: diffusion_models/, text_encoders/, vae/."
+            f"{models} has no folder {', '.join(missing)}. The text encoder and the VAE must be beside the "
+            "transformer's folder, as in ComfyUI's models folder: diffusion_models/, text_encoders/, vae/."
         )
     lines = ["demo:", f"  base_path: {json.dumps(str(models))}"]
     lines += [f"  {name}: |\n" + "\n".join(f"    {option}" for option in options) for name, options in folders.items()]

@@ -57,7 +57,7 @@ def _run(options: argparse.Namespace, scratch: Path) -> int:
     unpacked: list[str] = []
     if options.wheels is not None:
         if not options.wheels.is_dir():
-            raise SetupError(f"--wheels is {options.wheels}, and that is no folder.")
+            raise SetupError(f"--wheels is {options.wheels}, which is not a folder.")
         unpacked = unpack(options.wheels, scratch / "wheels")
         environment["PYTHONPATH"] = os.pathsep.join([environment["PYTHONPATH"], str(scratch / "wheels")])
     comfyui = find_comfyui()
