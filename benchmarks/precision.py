@@ -9,6 +9,10 @@ are all blocks as they lie on the device, `peak_bytes` what the plan says of the
 `seconds` those of a step on this machine. Exact computes on decoded weights in bf16 (in fp32 for fp32), fast by
 products with int8 weights.
 
+Where there is a CUDA device, rows of it follow: a guided step at 1328x1328 of 60 blocks of the real size, of random
+weights, on 8 GB of the card. `seconds` and `peak_bytes` are measured there; `error_mean` is the largest difference from
+everything resident in the same format, over the largest number.
+
 **It says nothing of the real models' images**: their weights are others, and rotated int8 turns 256 neighbours of a
 row together, here 64.
 """
@@ -22,6 +26,9 @@ from typing import Any
 import torch
 from miniature.data import Scene, held_out_captions
 from miniature.scorer import score
+from on_gpu.blocks import do
+from on_gpu.cases import REAL
+from on_gpu.precision import on_card
 from qwenimage_lowvram.engine.runs.pipeline import Pipeline
 from stored_miniature import MINIATURE, miniature_in
 from torch import Tensor
@@ -65,6 +72,8 @@ def rows(quick: bool) -> list[dict[str, Any]]:
                     drawn = list(_draw(pipeline, captions, lora=lora))
                 exact = exact or drawn
                 made.append(_row(name, "4 steps, LoRA" if lora else "20 steps", drawn, exact))
+        if torch.cuda.is_available():
+            made += on_card(Path(scratch), REAL, "cuda", do)
     return made
 
 

@@ -35,6 +35,7 @@ from on_gpu.cases import (
 from on_gpu.deadline import Deadline
 from on_gpu.own_tests import results
 from on_gpu.parts import Setting, run_all
+from on_gpu.precision import FORMATS, on_card
 from on_gpu.report import Report
 from on_gpu.wheels import unpack
 from on_gpu.worker import CutOff, JobFailed, Worker
@@ -156,6 +157,15 @@ def test_absent_peers_are_told_by_name(tmp_path: Path) -> None:
     assert why[OURS, "bf16"] == why[RESIDENT, "bf16"] == "the time was over"
     nothing = told_by_parts(tmp_path, 0, absent=["diffusers"])
     assert {row["why"] for row in nothing if row.get("who") == OURS} == {"needs diffusers"}
+
+
+def test_the_table_of_precision_has_steps_of_the_real_size_where_there_is_a_card(tmp_path: Path) -> None:
+    measured = {"status": "measured", "seconds": 2.0, "peak_bytes": 7, "difference": 0.1, "plan": ""}
+    rows = list(on_card(tmp_path, REAL, "cuda", lambda job: iter([measured])))
+    assert [row["who"] for row in rows] == list(FORMATS)
+    assert all(row["case"].startswith("60 blocks, ") and "8 GB, 1328x1328, guided" in row["case"] for row in rows)
+    assert rows[0].keys() == {"who", "case", "seconds", "peak_bytes", "error_mean"}
+    assert {(OURS, *of_file) for of_file in FORMATS.values()} <= {(c.way, c.stored, c.how) for c in cases(REAL)}
 
 
 def test_all_cards_sizes_and_formats_are_asked_for() -> None:
