@@ -1,4 +1,8 @@
-"""The real page in a real browser, driven from Python: `open_page(settings)` gives one, closed with its module."""
+"""The real page in a real browser, driven from Python.
+
+A page takes 10 to 20 seconds to open. `page` is one that tests of all modules share, as `PAGES` has it; tests say which
+with `in_both_renderers` or `in_chinese`. `open_page(settings)` gives another one, closed with its module.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -8,10 +12,34 @@ from typing import Any
 import pytest
 from devtools.browser import PageTools, find_page_tools
 from devtools.cache import cache_folder
+from devtools.client import ComfyClient
 from devtools.comfyui import comfyui_version
 from devtools.environment import venv_folder
 from devtools.page import Page
 from devtools.server import ComfyServer
+
+_DEFAULTS = {"Comfy.VueNodes.Enabled": False, "Comfy.Locale": "en"}
+PAGES: dict[str, dict[str, Any]] = {
+    "classic-nodes": _DEFAULTS,
+    "vue-nodes": _DEFAULTS | {"Comfy.VueNodes.Enabled": True},
+    "chinese": {"Comfy.VueNodes.Enabled": True, "Comfy.Locale": "zh"},
+}
+in_both_renderers = pytest.mark.parametrize("shown_in", ["classic-nodes", "vue-nodes"], indirect=True)
+in_chinese = pytest.mark.parametrize("shown_in", ["chinese"], indirect=True)
+in_both_languages = pytest.mark.parametrize("shown_in", ["classic-nodes", "chinese"], indirect=True)
+
+
+@pytest.hookimpl(trylast=True)  # when pytest has put them in its order
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All tests of a page run after each other: it is opened once, and draws while no other does."""
+
+    def page_of(item: pytest.Item) -> int:
+        shown_in = getattr(item, "callspec", None) and item.callspec.params.get("shown_in")  # type: ignore[attr-defined]
+        return list(PAGES).index(shown_in) if shown_in in PAGES else -1
+
+    here = [number for number, item in enumerate(items) if item.path.parent == Path(__file__).parent]
+    for number, item in zip(here, sorted((items[i] for i in here), key=page_of), strict=True):
+        items[number] = item
 
 
 @pytest.fixture(scope="session")
@@ -37,16 +65,48 @@ def open_page(page_tools: PageTools, comfy_server: ComfyServer) -> Iterator[Call
             server: ComfyServer = comfy_server,
             viewport: tuple[int, int] = (1600, 900),
         ) -> Page:
-            size = {"width": viewport[0], "height": viewport[1]}
-            page = Page(page_tools, server.url, settings or {}, size)
+            page = opened(page_tools, server, settings or {}, viewport)
             pages.callback(page.close)
-            page.open()
             return page
 
         yield open_one
 
 
-@pytest.fixture(scope="module")
-def page(open_page: Callable[..., Page]) -> Page:
-    """One page with the default settings for a whole test module."""
-    return open_page()
+def opened(tools: PageTools, server: ComfyServer, settings: dict[str, Any], viewport: tuple[int, int]) -> Page:
+    page = Page(tools, server.url, settings, {"width": viewport[0], "height": viewport[1]})
+    try:
+        page.open()
+    except BaseException:
+        page.close()
+        raise
+    return page
+
+
+@pytest.fixture(scope="session", params=["classic-nodes"])
+def shown_in(request: pytest.FixtureRequest) -> str:
+    """A name in `PAGES`."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def shared_page(shown_in: str, page_tools: PageTools, comfy_server: ComfyServer, client: ComfyClient) -> Iterator[Page]:
+    with opened(page_tools, comfy_server, PAGES[shown_in], (1600, 900)) as page:
+        client.post("/settings", PAGES["classic-nodes"])  # the server keeps settings for the next page
+        yield page
+
+
+@pytest.fixture
+def page(shared_page: Page) -> Iterator[Page]:
+    """With whatever graph it had; its messages are those since the test before."""
+    yield shared_page
+    shared_page.forget_messages()
+
+
+@pytest.fixture
+def language(shown_in: str) -> str:
+    return str(PAGES[shown_in]["Comfy.Locale"])
+
+
+@pytest.fixture
+def vue(shown_in: str) -> bool:
+    return shown_in == "vue-nodes"

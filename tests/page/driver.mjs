@@ -85,6 +85,10 @@ const actions = {
   },
 
   messages: () => messages,
+
+  forget() {
+    messages.length = 0;
+  },
 };
 
 for await (const line of readline.createInterface({ input: process.stdin })) {

@@ -1,12 +1,9 @@
 """The Benchmark node shows what it measured, and its buttons copy it; nothing of either is saved."""
 
-from collections.abc import Iterator
 from typing import Any
 
-import pytest
-from devtools.client import ComfyClient
+from .conftest import in_both_renderers, in_chinese
 
-VUE_NODES = "Comfy.VueNodes.Enabled"
 ADD = """() => {
   const graph = window.app.graph;
   graph.clear();
@@ -36,13 +33,7 @@ PRESS = """async ({what, clipboard}) => {
 WAIT = "() => new Promise((done) => setTimeout(done, 500))"
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["classic-nodes", "vue-nodes"])
-def page(request: pytest.FixtureRequest, open_page: Any, client: ComfyClient) -> Iterator[Any]:
-    with open_page({VUE_NODES: request.param}) as opened:
-        yield opened
-    client.post("/settings", {VUE_NODES: False})  # the server keeps settings for the next page
-
-
+@in_both_renderers
 def test_what_was_measured_is_shown_and_copied(page: Any) -> None:
     node = page.evaluate(ADD)
     page.evaluate(WAIT)
@@ -65,12 +56,11 @@ def test_what_was_measured_is_shown_and_copied(page: Any) -> None:
     assert page.unexpected_messages() == []
 
 
-def test_the_buttons_speak_chinese(open_page: Any, client: ComfyClient) -> None:
-    with open_page({"Comfy.Locale": "zh"}) as page:
-        client.post("/settings", {"Comfy.Locale": "en"})
-        page.evaluate(ADD)
-        page.evaluate(WAIT)
-        assert page.evaluate(SHOWN) == "运行工作流后显示测量结果。"
-        assert page.evaluate(BUTTONS) == ["复制文本行", "复制 JSON"]
-        page.screenshot("benchmark-zh")
-        assert page.unexpected_messages() == []
+@in_chinese
+def test_the_buttons_speak_chinese(page: Any) -> None:
+    page.evaluate(ADD)
+    page.evaluate(WAIT)
+    assert page.evaluate(SHOWN) == "运行工作流后显示测量结果。"
+    assert page.evaluate(BUTTONS) == ["复制文本行", "复制 JSON"]
+    page.screenshot("benchmark-zh")
+    assert page.unexpected_messages() == []

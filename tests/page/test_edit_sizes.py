@@ -1,13 +1,11 @@
 """Encode Edit Prompt shows the sizes that it used on the page, and saves nothing of them."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-from devtools.client import ComfyClient
+from .conftest import in_both_renderers
 
-VUE_NODES = "Comfy.VueNodes.Enabled"
+pytestmark = in_both_renderers
 ADD = """([loader, width]) => {
   const graph = window.app.graph;
   graph.clear();
@@ -26,19 +24,10 @@ ADD = """([loader, width]) => {
 SHOWN = "() => document.querySelector('.qwen-lowvram-sizes').innerText"
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["classic-nodes", "vue-nodes"])
-def page(request: pytest.FixtureRequest, open_page: Any, client: ComfyClient) -> Iterator[Any]:
-    with open_page({VUE_NODES: request.param}) as opened:
-        yield opened
-    client.post("/settings", {VUE_NODES: False})  # the server keeps settings for the next page
-
-
-def test_the_sizes_are_shown_on_the_node(
-    page: Any, full_pipeline: Path, models_dir: Path, request: pytest.FixtureRequest
-) -> None:
+def test_the_sizes_are_shown_on_the_node(page: Any, vue: bool, full_pipeline: Path, models_dir: Path) -> None:
     folder = {"text_encoder": "from the folder", "vae": "from the folder", "dtype": "fp32"}
     # another one for each page: what the server has made already it does not tell again
-    width = 96 if request.node.callspec.params["page"] else 112
+    width = 96 if vue else 112
     node = page.evaluate(ADD, [{"transformer": f"{full_pipeline.name} (folder)", **folder}, width])
     assert page.evaluate("() => new Promise((done) => setTimeout(done, 500))") is None
     assert page.evaluate(SHOWN) == "Run the graph to see the sizes."

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,6 +9,8 @@ from devtools.cache import REPOSITORY
 from devtools.client import ComfyClient
 from devtools.server import PACK_NAME
 from devtools.workflow import to_prompt
+
+from .conftest import in_chinese
 
 NODES = (
     "QwenLowVRAMLoader",
@@ -113,29 +114,19 @@ def test_the_server_lists_the_workflows_with_their_thumbnails(client: ComfyClien
         assert client.get_bytes(f"{path}.jpg").startswith(b"\xff\xd8\xff")
 
 
-@pytest.fixture(scope="module")
-def chinese_page(open_page: Any, client: ComfyClient) -> Iterator[Any]:
-    with open_page({"Comfy.Locale": "zh"}) as opened:
-        yield opened
-    client.post("/settings", {"Comfy.Locale": "en"})  # the server keeps settings for the next page
-
-
-def test_a_chinese_page_shows_chinese_names_and_sends_the_same_prompt(
-    chinese_page: Any, object_info: dict[str, Any]
-) -> None:
+@in_chinese
+def test_a_chinese_page_shows_chinese_names_and_sends_the_same_prompt(page: Any, object_info: dict[str, Any]) -> None:
     graph = json.loads(WORKFLOW.read_text(encoding="utf-8"))
-    chinese_page.load(graph)
-    titles = chinese_page.evaluate("() => window.app.graph.nodes.map((node) => node.title)")
+    page.load(graph)
+    titles = page.evaluate("() => window.app.graph.nodes.map((node) => node.title)")
     shown = {node["type"] for node in graph["nodes"]} & set(NODES)
     assert len(shown) == 4
     assert {node_defs("zh")[node]["display_name"] for node in shown} <= set(titles)
     assert "说明" in titles
-    groups = chinese_page.evaluate("() => window.app.graph.groups.map((group) => group.title)")
+    groups = page.evaluate("() => window.app.graph.groups.map((group) => group.title)")
     assert groups[0] == "第 1 步：模型文件"
-    labels = chinese_page.evaluate("() => window.app.graph.getNodeById(4).widgets.map((w) => w.label ?? w.name)")
+    labels = page.evaluate("() => window.app.graph.getNodeById(4).widgets.map((w) => w.label ?? w.name)")
     assert {"步数", "采样器", "范数校正"} <= set(labels)
-    prompt = {
-        key: {part: node[part] for part in ("class_type", "inputs")} for key, node in chinese_page.prompt().items()
-    }
+    prompt = {key: {part: node[part] for part in ("class_type", "inputs")} for key, node in page.prompt().items()}
     assert prompt == to_prompt(graph, object_info)
-    assert chinese_page.unexpected_messages() == []
+    assert page.unexpected_messages() == []

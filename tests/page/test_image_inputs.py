@@ -1,13 +1,12 @@
 """Encode Edit Prompt shows the image inputs that are linked and a free one, in new, grown, loaded and moved graphs."""
 
-from collections.abc import Iterator
 from typing import Any
 
-import pytest
-from devtools.client import ComfyClient
 from devtools.workflow import to_prompt
 
-VUE_NODES = "Comfy.VueNodes.Enabled"
+from .conftest import in_both_renderers
+
+pytestmark = in_both_renderers
 EDIT = "QwenLowVRAMEncodeEditPrompt"
 # a text for the prompt, whose input lies behind those of the images
 BUILD = """([kind, count]) => {
@@ -48,18 +47,6 @@ SUBGRAPH = """(kind) => {
   const { node } = graph.convertToSubgraph(new Set([edit]));
   return node.inputs.map(({ name }) => name);
 }"""
-
-
-@pytest.fixture(scope="module", params=[False, True], ids=["classic-nodes", "vue-nodes"])
-def vue(request: pytest.FixtureRequest) -> bool:
-    return bool(request.param)
-
-
-@pytest.fixture(scope="module")
-def page(vue: bool, open_page: Any, client: ComfyClient) -> Iterator[Any]:
-    with open_page({VUE_NODES: vue}) as opened:
-        yield opened
-    client.post("/settings", {VUE_NODES: False})  # the server keeps settings for the next page
 
 
 def link(page: Any, source: int | None, name: str) -> None:

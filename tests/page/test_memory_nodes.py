@@ -1,13 +1,11 @@
 """The memory nodes show their table and their image on the page, and save nothing of them."""
 
-from collections.abc import Iterator
 from typing import Any
 
-import pytest
-from devtools.client import ComfyClient
 from small_checkpoint import SplitFiles
 
-VUE_NODES = "Comfy.VueNodes.Enabled"
+from .conftest import in_both_renderers, in_chinese
+
 ADD = """(files) => {
   const graph = window.app.graph;
   graph.clear();
@@ -24,33 +22,24 @@ HIDDEN = """() => {
 SHOWN = "() => document.querySelector('.qwen-lowvram-memory').innerText"
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["classic-nodes", "vue-nodes"])
-def page(request: pytest.FixtureRequest, open_page: Any, client: ComfyClient) -> Iterator[Any]:
-    with open_page({VUE_NODES: request.param}) as opened:
-        yield opened
-    client.post("/settings", {VUE_NODES: False})  # the server keeps settings for the next page
+@in_chinese
+def test_a_chinese_page_tells_the_plan_in_chinese(page: Any, split_files: dict[str, SplitFiles]) -> None:
+    names = split_files["bf16"]
+    page.evaluate(ADD, {"transformer": names.transformer, "text_encoder": names.text_encoder, "vae": names.vae})
+    assert page.evaluate("() => new Promise((done) => setTimeout(done, 500))") is None
+    assert page.evaluate(SHOWN) == "运行工作流后显示计划。"
+    assert page.run()["status"] == "success"
+    assert page.evaluate("() => new Promise((done) => setTimeout(done, 500))") is None
+    shown = page.evaluate(SHOWN)
+    assert shown.startswith("内存计划：1328x1328，批次 1，有引导")
+    assert "格式" in shown
+    assert "常驻的权重" in shown  # what the chart's words mean
+    assert page.evaluate(HIDDEN) == [0, 0]
+    page.screenshot("memory-plan-chinese")
+    assert page.unexpected_messages() == []
 
 
-def test_a_chinese_page_tells_the_plan_in_chinese(
-    open_page: Any, client: ComfyClient, split_files: dict[str, SplitFiles]
-) -> None:
-    with open_page({"Comfy.Locale": "zh"}) as page:
-        client.post("/settings", {"Comfy.Locale": "en"})
-        names = split_files["bf16"]
-        page.evaluate(ADD, {"transformer": names.transformer, "text_encoder": names.text_encoder, "vae": names.vae})
-        assert page.evaluate("() => new Promise((done) => setTimeout(done, 500))") is None
-        assert page.evaluate(SHOWN) == "运行工作流后显示计划。"
-        assert page.run()["status"] == "success"
-        assert page.evaluate("() => new Promise((done) => setTimeout(done, 500))") is None
-        shown = page.evaluate(SHOWN)
-        assert shown.startswith("内存计划：1328x1328，批次 1，有引导")
-        assert "格式" in shown
-        assert "常驻的权重" in shown  # what the chart's words mean
-        assert page.evaluate(HIDDEN) == [0, 0]
-        page.screenshot("memory-plan-chinese")
-        assert page.unexpected_messages() == []
-
-
+@in_both_renderers
 def test_the_plan_is_shown_on_its_node(page: Any, split_files: dict[str, SplitFiles]) -> None:
     names = split_files["bf16"]
     files = {"transformer": names.transformer, "text_encoder": names.text_encoder, "vae": names.vae}

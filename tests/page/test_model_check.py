@@ -1,7 +1,6 @@
 """The page's model check: what is missing, with its links; a download that a person starts, here without a network."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,8 @@ import pytest
 from devtools.cache import REPOSITORY
 from devtools.client import ComfyClient
 
-VUE_NODES = "Comfy.VueNodes.Enabled"
+from .conftest import in_both_languages
+
 WORKFLOW = min((REPOSITORY / "workflows").glob("*4 GB - Lightning in 8 steps.json"))
 # a person gets to it with Tab and presses Enter: the browser makes a click of it; how many of them can be seen
 PRESS = """() => {
@@ -39,20 +39,14 @@ CLOSE = """async () => {
 }"""
 
 
-@pytest.fixture(scope="module", params=[("en", False), ("zh", True)], ids=["en-classic-nodes", "zh-vue-nodes"])
-def page(request: pytest.FixtureRequest, open_page: Any, client: ComfyClient) -> Iterator[Any]:
-    language, vue = request.param
-    with open_page({"Comfy.Locale": language, VUE_NODES: vue}) as opened:
-        yield opened, language
-    client.post("/settings", {"Comfy.Locale": "en", VUE_NODES: False})  # the server keeps them for the next page
-
-
-def test_the_check_lists_the_files_and_says_that_there_is_no_network(page: Any, models_dir: Path) -> None:
-    shown, language = page
+@in_both_languages
+def test_the_check_lists_the_files_and_says_that_there_is_no_network(
+    page: Any, language: str, models_dir: Path
+) -> None:
     english = language == "en"
-    shown.load(json.loads(WORKFLOW.read_text(encoding="utf-8")))
-    assert shown.evaluate(PRESS) == 1
-    rows = shown.evaluate(ROWS, 4)
+    page.load(json.loads(WORKFLOW.read_text(encoding="utf-8")))
+    assert page.evaluate(PRESS) == 1
+    rows = page.evaluate(ROWS, 4)
     assert [row["state"] for row in rows] == ["missing"] * 4
     names = ["fp8_e4m3fn_scaled", "qwen_2.5_vl_7b_fp8_scaled", "qwen_image_vae", "Lightning-8steps-V2.0-bf16"]
     assert [name in row["text"] for name, row in zip(names, rows, strict=True)] == [True] * 4
@@ -63,13 +57,13 @@ def test_the_check_lists_the_files_and_says_that_there_is_no_network(page: Any, 
         assert hosts == (["huggingface.co", "hf-mirror.com"] if english else ["hf-mirror.com", "huggingface.co"])
         assert row["buttons"] == (["hub", "mirror"] if english else ["mirror", "hub"])
         assert ("belongs in models/" if english else "应放在 models/") in row["text"]
-    shown.screenshot(f"model-check-{language}")
-    said = shown.evaluate(DOWNLOAD)
+    page.screenshot(f"model-check-{language}")
+    said = page.evaluate(DOWNLOAD)
     assert ("cannot be reached" if english else "无法连接") in said
-    shown.screenshot(f"model-check-no-network-{language}")
+    page.screenshot(f"model-check-no-network-{language}")
     assert list((models_dir / "diffusion_models").glob("*.part")) == []
-    assert shown.evaluate(CLOSE) == 0
-    assert shown.unexpected_messages() == []
+    assert page.evaluate(CLOSE) == 0
+    assert page.unexpected_messages() == []
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,16 @@
 """The loader says what the next run would take, while the graph is being changed; in both renderers."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-from devtools.client import ComfyClient
 from devtools.workflow import set_widgets
 from small_checkpoint import SplitFiles
 
+from .conftest import in_both_renderers
+
+pytestmark = in_both_renderers
 WORKFLOW = sorted((Path(__file__).resolve().parents[2] / "workflows").glob("*.json"))[0]
-VUE_NODES = "Comfy.VueNodes.Enabled"
 LINE = """async (wanted) => {
   const of = (name) => window.app.graph.nodes.find((node) => node.type === 'QwenLowVRAMLoader').widgets.find(
     (widget) => widget.name === name);
@@ -27,13 +26,6 @@ SET = """([kind, name, value]) => {
   node.widgets.find((widget) => widget.name === name).value = value;
   window.comfyAPI.api.api.dispatchCustomEvent('graphChanged');
 }"""
-
-
-@pytest.fixture(scope="module", params=[False, True], ids=["classic-nodes", "vue-nodes"])
-def page(request: pytest.FixtureRequest, open_page: Any, client: ComfyClient) -> Iterator[Any]:
-    with open_page({VUE_NODES: request.param}) as opened:
-        yield opened
-    client.post("/settings", {VUE_NODES: False})  # the server keeps settings for the next page
 
 
 def test_the_line_follows_the_graph_and_turns_red_where_it_does_not_fit(

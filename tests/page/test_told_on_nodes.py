@@ -1,16 +1,14 @@
 """What nodes tell while they run stands on them, in the page's language: whose file it may be, what a LoRA did."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-from devtools.client import ComfyClient
 from lora_files import make_parts, write_lora
 from safetensors import safe_open
 from small_checkpoint import SplitFiles
 
-VUE_NODES = "Comfy.VueNodes.Enabled"
+from .conftest import in_both_languages
+
 ADD = """([loader, lora]) => {
   const graph = window.app.graph;
   graph.clear();
@@ -40,16 +38,10 @@ TOLD = {  # the doubt about the file, and what was used of the LoRA
 }
 
 
-@pytest.fixture(scope="module", params=[("en", False), ("zh", True)], ids=["en-classic-nodes", "zh-vue-nodes"])
-def page(request: pytest.FixtureRequest, open_page: Any, client: ComfyClient) -> Iterator[Any]:
-    language, vue = request.param
-    with open_page({"Comfy.Locale": language, VUE_NODES: vue}) as opened:
-        yield opened, language
-    client.post("/settings", {"Comfy.Locale": "en", VUE_NODES: False})  # the server keeps them for the next page
-
-
-def test_what_nodes_tell_is_shown_on_them(page: Any, models_dir: Path, split_files: dict[str, SplitFiles]) -> None:
-    shown, language = page
+@in_both_languages
+def test_what_nodes_tell_is_shown_on_them(
+    page: Any, language: str, models_dir: Path, split_files: dict[str, SplitFiles]
+) -> None:
     names = split_files["bf16"]
     # others for each page: what the server has made already it does not tell again
     transformer = models_dir / "diffusion_models" / names.transformer
@@ -62,14 +54,14 @@ def test_what_nodes_tell_is_shown_on_them(page: Any, models_dir: Path, split_fil
     told = [text.format(page=language) for text in TOLD[language]]
     try:
         loader = {"transformer": named.name, "text_encoder": names.text_encoder, "vae": names.vae}
-        shown.evaluate(ADD, [loader, {"lora_name": lora.name}])
-        before = shown.evaluate(TEXT)
-        assert shown.run()["status"] == "success"
-        after = shown.evaluate(TEXT_WITH, told)
-        shown.screenshot(f"told-{language}")
+        page.evaluate(ADD, [loader, {"lora_name": lora.name}])
+        before = page.evaluate(TEXT)
+        assert page.run()["status"] == "success"
+        after = page.evaluate(TEXT_WITH, told)
+        page.screenshot(f"told-{language}")
         assert [text in before for text in told] == [False, False]
         assert [text in after for text in told] == [True, True]
-        assert shown.unexpected_messages() == []
+        assert page.unexpected_messages() == []
     finally:
         named.unlink()
         lora.unlink()

@@ -1,14 +1,13 @@
 """The Quantized Weights node shows its list, on the page as in the output, and its buttons clear; nothing of either is
 saved."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from devtools.client import ComfyClient
 
-VUE_NODES = "Comfy.VueNodes.Enabled"
+from .conftest import in_both_renderers, in_chinese
+
 ADD = """() => {
   const graph = window.app.graph;
   graph.clear();
@@ -36,13 +35,7 @@ SETTLED = """() => new Promise((done) => {
 SHOWN = "() => document.querySelector('.qwen-lowvram-weights').innerText"
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["classic-nodes", "vue-nodes"])
-def page(request: pytest.FixtureRequest, open_page: Any, client: ComfyClient) -> Iterator[Any]:
-    with open_page({VUE_NODES: request.param}) as opened:
-        yield opened
-    client.post("/settings", {VUE_NODES: False})  # the server keeps settings for the next page
-
-
+@in_both_renderers
 def test_the_node_shows_its_list_on_the_page(page: Any, models_dir: Path) -> None:
     node = page.evaluate(ADD)
     assert page.evaluate("() => new Promise((done) => setTimeout(done, 500))") is None
@@ -59,6 +52,7 @@ def test_the_node_shows_its_list_on_the_page(page: Any, models_dir: Path) -> Non
     assert page.unexpected_messages() == []
 
 
+@in_both_renderers
 @pytest.mark.parametrize("what", ["unused", "all"])
 def test_a_button_clears_and_shows_what_is_left(what: str, page: Any, models_dir: Path) -> None:
     page.evaluate(ADD)
@@ -85,6 +79,7 @@ def test_a_button_clears_and_shows_what_is_left(what: str, page: Any, models_dir
     assert page.unexpected_messages() == []
 
 
+@in_both_renderers
 def test_a_graph_with_an_old_value_that_clears_still_opens_and_clears_nothing(page: Any, models_dir: Path) -> None:
     page.evaluate(ADD)
     graph = page.serialize()
@@ -100,23 +95,22 @@ def test_a_graph_with_an_old_value_that_clears_still_opens_and_clears_nothing(pa
     assert page.unexpected_messages() == []
 
 
-def test_the_node_speaks_chinese(open_page: Any, client: ComfyClient) -> None:
-    with open_page({"Comfy.Locale": "zh"}) as page:
-        client.post("/settings", {"Comfy.Locale": "en"})
-        page.evaluate(ADD)
-        page.evaluate("() => new Promise((done) => setTimeout(done, 500))")
-        assert page.evaluate(BUTTONS) == ["清理未使用的权重", "清理全部权重", "清理提示词"]
-        assert page.run()["status"] == "success"
-        page.evaluate("() => new Promise((done) => setTimeout(done, 500))")
-        lines = page.evaluate(SHOWN).splitlines()
-        assert lines[0].endswith("：没有文件")
-        assert lines[1].startswith("提示词：")
-        assert page.evaluate(PRESS, "prompts") is True
-        assert page.evaluate(SETTLED) is True
-        assert page.evaluate(SHOWN).splitlines()[-1].startswith("已删除提示词：")
-        # the choice has a Chinese label, and its own value
-        assert page.evaluate(CHOICE) == ["show", "显示（show）"]
-        (inputs,) = (node["inputs"] for node in page.prompt().values())
-        assert inputs == {"action": "show"}
-        page.screenshot("weight-cache-zh")
-        assert page.unexpected_messages() == []
+@in_chinese
+def test_the_node_speaks_chinese(page: Any) -> None:
+    page.evaluate(ADD)
+    page.evaluate("() => new Promise((done) => setTimeout(done, 500))")
+    assert page.evaluate(BUTTONS) == ["清理未使用的权重", "清理全部权重", "清理提示词"]
+    assert page.run()["status"] == "success"
+    page.evaluate("() => new Promise((done) => setTimeout(done, 500))")
+    lines = page.evaluate(SHOWN).splitlines()
+    assert lines[0].endswith("：没有文件")
+    assert lines[1].startswith("提示词：")
+    assert page.evaluate(PRESS, "prompts") is True
+    assert page.evaluate(SETTLED) is True
+    assert page.evaluate(SHOWN).splitlines()[-1].startswith("已删除提示词：")
+    # the choice has a Chinese label, and its own value
+    assert page.evaluate(CHOICE) == ["show", "显示（show）"]
+    (inputs,) = (node["inputs"] for node in page.prompt().values())
+    assert inputs == {"action": "show"}
+    page.screenshot("weight-cache-zh")
+    assert page.unexpected_messages() == []

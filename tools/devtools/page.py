@@ -87,8 +87,12 @@ class Page:
         self._ask("screenshot", file=str(SCREENSHOTS / f"{name}.png"))
         return SCREENSHOTS / f"{name}.png"
 
+    def forget_messages(self) -> None:
+        """Those until now are not told again."""
+        self._ask("forget")
+
     def console(self) -> list[str]:
-        """Every warning and error so far, as "kind text url"."""
+        """Every warning and error so far that is not forgotten, as "kind text url"."""
         return [f"{m['kind']} {m['text']} {m['url']}" for m in self._ask("messages")]
 
     def unexpected_messages(self) -> list[str]:
