@@ -286,6 +286,12 @@ KINDS = """() => {
 TOAST = "() => [...document.querySelectorAll('.p-toast-message')].map((toast) => toast.innerText).join('\\n')"
 
 
+@pytest.fixture(scope="module")
+def page(open_page: Any) -> Any:
+    """Of its own: templates whose files are missing leave dialogs open."""
+    return open_page()
+
+
 def test_the_command_replaces_them_in_the_page_and_one_undo_brings_them_back(page: Any) -> None:
     page.load(TEMPLATES[TEMPLATE])
     before, kinds = page.prompt(), page.evaluate(KINDS)
