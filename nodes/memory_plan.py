@@ -264,7 +264,7 @@ class QwenLowVRAMMemoryPlan:
         names, here = cards_of_machine(models, request, limit, ram_bytes)
         title = Told("Memory plan: {request}", code="memory_plan.title", request=str(request))
         subtitle = Told(
-            "{file}, prompts of {tokens} token{plural}, {speeds}",
+            "{file}, prompts of {tokens} token{plural}; seconds are forecasts at {speeds}",
             code="memory_plan.subtitle",
             file=transformer,
             tokens=prompt_tokens,

@@ -19,6 +19,7 @@ MARGIN_PX = 24
 PANEL_COLUMNS = 3
 PANEL_HEIGHT_PX = 330
 PLOT_HEIGHT_PX = 250
+LEAST_SIZE = 10  # of letters, in px
 FAR = 3  # a limit that is so many times what was used
 
 WHITE, INK, GREY, FAINT = "#ffffff", "#1d2430", "#667080", "#dfe3ea"
@@ -60,7 +61,7 @@ def draw_cards(title: str, subtitle: str, cards: Sequence[Card]) -> Image.Image:
     image = Image.new("RGB", (WIDTH_PX, top + rows * PANEL_HEIGHT_PX + MARGIN_PX), WHITE)
     pen = _Pen(image)
     pen.text(MARGIN_PX, 14, title, size=24)
-    pen.text(MARGIN_PX, 46, subtitle, size=17, fill=GREY)
+    pen.text(MARGIN_PX, 46, subtitle, size=pen.fitting(subtitle, 17), fill=GREY)
     x = MARGIN_PX
     for colour, words in (
         (WEIGHTS, "weights that stay"),
@@ -280,6 +281,11 @@ class _Pen:
 
     def width(self, text: str, size: int) -> int:
         return round(self._draw.textlength(text, font=_font(size)))
+
+    def fitting(self, text: str, size: int) -> int:
+        """That size, or the largest below in which a line is not cut off."""
+        room = WIDTH_PX - 2 * MARGIN_PX
+        return next((fit for fit in range(size, LEAST_SIZE, -1) if self.width(text, fit) <= room), LEAST_SIZE)
 
     def paragraph(self, x: int, y: int, text: str, width: int, *, size: int, fill: str) -> None:
         line = ""

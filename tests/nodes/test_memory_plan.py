@@ -68,7 +68,9 @@ def test_every_stage_stays_within_each_cards_limit() -> None:
     from qwenimage_lowvram.engine.planning.cards import CONTEXT_BYTES
     from qwenimage_lowvram.nodes.adapters.limits import headroom_bytes
 
-    steps, peaks = tables(plan()["result"][0])
+    text = plan()["result"][0]
+    assert "; seconds are forecasts at " in text.splitlines()[1]
+    steps, peaks = tables(text)
     assert tuple(steps) == tuple(peaks) == CARDS
     for card, row in peaks.items():
         limit = float(row.pop("limit"))
@@ -246,7 +248,9 @@ def test_the_page_tells_it_in_chinese() -> None:
     told = page_words.in_chinese(answer["ui"]["parts"])
     assert len(told.splitlines()) == len(answer["ui"]["text"][0].splitlines())
     assert page_words.english_words(told) <= {"sage", "fastest"}
-    assert told.startswith("内存计划：1328x1328，批次 1，有引导，20 步\nplan_bf16.safetensors，提示词 60 个词元，")
+    title, subtitle, *_ = told.splitlines()
+    assert title == "内存计划：1328x1328，批次 1，有引导，20 步"
+    assert subtitle.startswith("plan_bf16.safetensors，提示词 60 个词元；秒数是预测，")
     assert "每步秒数" in told
     assert "上限 2 GB" in told
 

@@ -148,6 +148,18 @@ def test_chinese_cells_and_choices_are_those_of_the_source() -> None:
     assert sorted((GIVEN["cells"].keys() | choices) - {value for value in said if isinstance(value, str)}) == []
 
 
+def test_chinese_help_quotes_the_chinese_words_of_the_page() -> None:
+    english = json.loads(error_texts.LIST.read_text(encoding="utf-8")).values()
+    patterns = [pattern for entries in GIVEN["patterns"].values() for pattern, _ in entries]
+    names = {name for name in GIVEN["cells"] if " " in name} - {"as stored"} | {"not exact"}  # a choice
+    names |= {name for name in GIVEN["words"] if name.count(" ") > 1}
+    for page in (error_texts.PACK / "README.zh.md", *(error_texts.PACK / "js" / "docs").glob("*/zh.md")):
+        text = page.read_text(encoding="utf-8")
+        runs = re.findall(r"(?:[a-z]+,? ){3,}[a-z]+", text)
+        assert [run for run in runs if any(run in each for each in (*english, *patterns))] == [], page
+        assert [name for name in names if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text)] == [], page
+
+
 def test_parts_are_told_in_english_as_ever() -> None:
     parts = [
         "a",
