@@ -82,6 +82,7 @@ def require_made(folder: Path, count: int, alone: dict[str, torch.Tensor]) -> No
         assert told["streamed"] > 0
         assert 1e6 < told["link"]["sent_bytes"] != TYPICAL_LINK.sent_bytes  # measured
         assert 0 < told["link"]["begin_seconds"] < 1
+    assert not [path for path in (folder / "cache").rglob("*") if path.is_file()]  # its disk was full
 
 
 def workers(folder: Path) -> list[psutil.Process]:

@@ -4,14 +4,18 @@ Each process writes what it saw to FOLDER/<rank>.pt: latents by the name of thei
 wrong. The example then makes an image of the same model. --kill: process 1 is killed in the middle of an image.
 """
 
+import errno
 import os
 import runpy
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from qwenimage_lowvram.engine.compute.context_parallel import RankLost
@@ -62,13 +66,22 @@ def refused(pipeline: Pipeline, rank: int) -> dict[str, str]:
     return told
 
 
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """No file of the cache finds room."""
+    with patch.object(os, "fsync", side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) as written:
+        yield
+    assert written.called
+
+
 def together(folder: Path, model: Path) -> None:
     with ranks_of_torchrun(device=torch.device("cpu"), timeout_seconds=TIMEOUT_SECONDS) as ranks:
         with Pipeline.open(model, ranks=ranks) as pipeline:
             latents, errors = made(pipeline), refused(pipeline, ranks.rank)
             text = str(pipeline.report.sampling.plan)
             limit, link = tight_limit(pipeline), pipeline.report.sampling.plan.request.link
-        with Pipeline.open(model, ranks=ranks, vram_limit_bytes=limit) as pipeline:
+        tight = {"vram_limit_bytes": limit, "cache": folder / "cache"}
+        with full_disk(), Pipeline.open(model, ranks=ranks, **tight) as pipeline:
             latents["streamed"] = pipeline.make_latents(PROMPT, NEGATIVE, **SIZE)
             streamed = pipeline.report.sampling.plan.streamed
     seen = {"latents": latents, "errors": errors, "plan": text, "streamed": streamed, "link": asdict(link)}
