@@ -30,7 +30,7 @@ class Recorded:
         self.bars: list[tuple[int, int]] = []
 
     def of(self, stage: str) -> list[dict[str, Any]]:
-        return [event for event in self.events if event["stage"] == stage]
+        return [event for event in self.events if event.get("stage") == stage]  # what is told has none
 
 
 class Clock:
@@ -180,6 +180,21 @@ def test_encoding_tells_of_every_layer(tall: Path, recorded: Recorded, comfy: An
     assert [event for event in recorded.events if event["stage"] != "encoding"] == []
     require_moving(recorded.bars)
     assert recorded.bars[-1] == (28, 28)
+
+
+def test_quantizing_tells_of_every_block(
+    tall: Path, recorded: Recorded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qwenimage_lowvram.nodes.weight_cache import in_weight_format
+
+    monkeypatch.setenv("QWEN_LOWVRAM_CACHE", str(tmp_path))
+    hardware = Hardware.detect(torch.device("cpu"))
+    in_weight_format(open_checkpoint(tall / "transformer"), "int8", hardware, None)
+    told = recorded.of("quantizing")
+    counted = [(event["done"], event["total"]) for event in told]
+    assert counted == [(0, 0), *((done, BLOCKS) for done in range(BLOCKS + 1))]
+    assert {(event["node"], event["prompt_id"]) for event in told} == {(NODE, "p")}
+    require_moving(recorded.bars)
 
 
 def test_decoding_tells_of_every_tile(vae: Any, recorded: Recorded) -> None:

@@ -14,6 +14,17 @@ ADD = """(files) => {
   for (const [name, value] of Object.entries(files)) node.widgets.find((w) => w.name === name).value = value;
   return node.id;
 }"""
+# a report, as the server tells of a run of that node
+REPORT = """async (text) => {
+  const graph = window.app.graph;
+  graph.clear();
+  const node = window.LiteGraph.createNode('QwenLowVRAMMemoryReport');
+  graph.add(node);
+  await new Promise((done) => setTimeout(done, 300));
+  const ids = { node: String(node.id), display_node: String(node.id), prompt_id: 'x' };
+  window.comfyAPI.api.api.dispatchCustomEvent('executed', { ...ids, output: { text: [text] } });
+  await new Promise((done) => setTimeout(done, 500));
+}"""
 # what of the panel cannot be seen without scrolling, in px
 HIDDEN = """() => {
   const panel = document.querySelector('.qwen-lowvram-memory');
@@ -58,4 +69,16 @@ def test_the_plan_is_shown_on_its_node(page: Any, split_files: dict[str, SplitFi
     (saved,) = page.serialize()["nodes"]
     assert len(saved["widgets_values"]) == len(inputs)
     page.screenshot("memory-plan")
+    assert page.unexpected_messages() == []
+
+
+@in_both_renderers
+def test_all_of_a_report_is_seen(page: Any) -> None:
+    stages = ("encode", "load", "modulation", "sampling", "decode")
+    rows = [f"{stage:<12}" + "  ".join(f"{number:10.2f}" for number in range(9)) for stage in stages]
+    text = "\n".join(["Memory report", "", *rows, "", "waited 1.25 s for the disk and 0.75 s for the bus" * 3])
+    page.evaluate(REPORT, text)
+    assert page.evaluate(SHOWN) == text
+    assert page.evaluate(HIDDEN) == [0, 0]
+    page.screenshot("memory-report")
     assert page.unexpected_messages() == []
