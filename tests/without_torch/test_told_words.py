@@ -12,6 +12,7 @@ from page_words import english_words, in_chinese
 from qwenimage_lowvram.engine.caches.requantized_files import State
 from qwenimage_lowvram.engine.compute.step_schedules import FIRST_BLOCK, STEP_SCHEDULES
 from qwenimage_lowvram.engine.errors import DoesNotFit
+from qwenimage_lowvram.engine.planning.cards import CARDS_GB
 from qwenimage_lowvram.engine.planning.kept import KeptTiers
 from qwenimage_lowvram.engine.planning.memory import plan_memory
 from qwenimage_lowvram.engine.planning.memory_plan import BranchDevice
@@ -146,6 +147,13 @@ def test_chinese_cells_and_choices_are_those_of_the_source() -> None:
     trees = [ast.parse(file.read_text(encoding="utf-8")) for file in files]
     said = {node.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant)}
     assert sorted((GIVEN["cells"].keys() | choices) - {value for value in said if isinstance(value, str)}) == []
+
+
+@pytest.mark.parametrize("page", ["QwenLowVRAMMemoryPlan.md", "QwenLowVRAMMemoryPlan/zh.md"])
+def test_help_names_the_cards_that_are_planned_for(page: str) -> None:
+    text = (error_texts.PACK / "js" / "docs" / page).read_text(encoding="utf-8")
+    (named,) = re.findall(r"(?:\d+(?:, |、))+\d+ (?:and|和) \d+(?= GB)", text)
+    assert [int(size) for size in re.findall(r"\d+", named)] == list(CARDS_GB)
 
 
 def test_chinese_help_quotes_the_chinese_words_of_the_page() -> None:
