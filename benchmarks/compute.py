@@ -7,7 +7,8 @@ files; and attention by each kernel.
 they are at every visit of a stream. `scratch_bytes` is what it takes on the device beside x, its result and what lies
 there. `error` is relative, against fp32 products with the weights that were quantized. With a LoRA of rank 16: within
 the decoded weight (exact), or as a product beside the stored one (fast). GGUF is beside ComfyUI-GGUF's way to decode
-it where COMFYUI_GGUF_PATH is its source. Then attention of the model's heads, by each kernel that can be chosen; `why`
+it where COMFYUI_GGUF_PATH is its source. On a CPU whole blocks follow, ours and ComfyUI's own; on a card
+`python dev.py gpu` has them. Then attention of the model's heads, by each kernel that can be chosen; `why`
 says what cannot be measured here.
 """
 
@@ -15,7 +16,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,15 @@ import torch
 from comfy_files import quantized
 from comfyui_layers import comfyuis_formats, comfyuis_linear
 from devtools.bench import load
+from devtools.comfyui import require_comfyui
 from devtools.in_process import use_comfyui
 from diffusers_step import DEVICE, DTYPE
 from gguf_files import add_tensor, write_writer
 from in_turns import seconds_in_turns
 from kitchen_w4a8 import has_w4a8
 from live_bytes import LiveBytes
+from on_gpu import blocks, native
+from on_gpu.cases import COMFYUI, GIB, OURS, STORED, STORED_LORA, Case, Sizes
 from qwenimage_lowvram.engine.compute.attention import Attention, attention_by
 from qwenimage_lowvram.engine.compute.attention_choice import AUTO, CHOICES, choose_attention
 from qwenimage_lowvram.engine.compute.linear_choice import DECODED, Computing, LinearChoice, choose_linear
@@ -62,6 +66,17 @@ GGUF_KINDS = ("Q8_0", "Q4_0")
 LAYERS = {"attention": (3072, 3072), "MLP in": (12288, 3072), "MLP out": (3072, 12288)}  # rows, columns
 HEADS, HEAD_DIM, COMPARED_QUERIES = 24, 128, 64
 RANK = 16
+# whole blocks of the real size, on a CPU; on a card `python dev.py gpu` has steps of all of them
+BLOCKS = Sizes(24, 3584, 2, 2, (256, 256), (64, 9), {8: 8 * GIB})
+BLOCK_CASES = (
+    (OURS, "bf16", ""),
+    (COMFYUI, "bf16", ""),
+    (OURS, "int8_convrot", ""),
+    (OURS, "int8_convrot", STORED),
+    (OURS, "int8_convrot", STORED_LORA),
+    (COMFYUI, "int8_convrot", ""),
+)
+BLOCK_SECONDS = 120.0  # of each, at the most
 
 Contender = tuple[str, Callable[[], Tensor], Tensor]
 
@@ -92,7 +107,23 @@ def rows(quick: bool) -> list[dict[str, Any]]:
         ]
         results = [row for kind in KINDS for job in jobs for row in _of_format(kind, job)]
         results += [row for kind in GGUF_KINDS for job in jobs for row in _of_gguf(kind, job)]
+        if DEVICE.type == "cpu" and not quick:
+            results += of_blocks(Path(scratch), BLOCKS)
     return results + list(_of_attention(256 if quick else 1024 if DEVICE.type == "cpu" else 4608, 2 if quick else 5))
+
+
+def of_blocks(scratch: Path, sizes: Sizes) -> Iterator[dict[str, Any]]:
+    """Steps of whole blocks, on a CPU: ours by each way, and ComfyUI's own model, of the same files. `error` is beside
+    decoded weights; why a row has no numbers stands in it."""
+    folder = scratch / "blocks"
+    folder.mkdir()
+    for way, stored, how in BLOCK_CASES:
+        case = Case(way, stored, sizes.sides[0], False, next(iter(sizes.cards)), how)
+        job = {"folder": str(folder), "device": "cpu", "sizes": sizes.to_json(), "case": asdict(case)}
+        measure = native.do if way == COMFYUI else blocks.do
+        (row,) = measure(job | {"seconds": BLOCK_SECONDS, "comfyui": str(require_comfyui())})
+        numbers: dict[str, Any] = {key: row[key] for key in ("seconds", "why") if key in row}
+        yield {"who": way, "case": f"{sizes.blocks} blocks, {case}", **numbers, "error": row.get("difference")}
 
 
 def _of_format(kind: str, job: Job) -> list[dict[str, Any]]:
