@@ -7,12 +7,14 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class LayerScratch:
     """Of a layer: bytes for each token that is multiplied at a time, of which there are `most` at the most (None: all),
-    and beside these. before_bytes: what it takes before any token is multiplied, and has given back by then."""
+    and beside these. before_bytes: what it takes before any token is multiplied, and has given back by then. widest:
+    how many numbers a token has before it or behind it, whichever are more."""
 
     token_bytes: int
     fixed_bytes: int
     most: int | None
     before_bytes: int = 0
+    widest: int = 0
 
     def bytes(self, tokens: int) -> int:
         """Beside what goes in and comes out."""
@@ -36,9 +38,10 @@ class LinearLayers:
     ) -> "LinearLayers":
         return cls(" and ".join(sorted(set(names))), frozenset(scratch), of_all_tokens)
 
-    def scratch_bytes(self, tokens: int) -> int:
-        """The most that any of them takes."""
-        return max((layer.bytes(tokens) for layer in self.scratch), default=0)
+    def scratch_bytes(self, tokens: int, widest: int | None = None) -> int:
+        """The most that any of them takes; of those that are no wider than `widest`, such as attention's."""
+        layers = (layer for layer in self.scratch if widest is None or layer.widest <= widest)
+        return max((layer.bytes(tokens) for layer in layers), default=0)
 
 
 DECODED_LAYERS = LinearLayers()

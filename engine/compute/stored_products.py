@@ -108,11 +108,12 @@ def at_once(product: StoredProduct, columns: int, rows: int, element_bytes: int)
 
 def layer_scratch(product: StoredProduct, columns: int, rows: int, element_bytes: int) -> LayerScratch:
     """What a layer takes that computes so."""
-    together = at_once(product, columns, rows, element_bytes)
+    together, widest = at_once(product, columns, rows, element_bytes), max(columns, rows)
     rows = rows if together is None else together.rows
     return LayerScratch(
         product.row_bytes(columns, rows, element_bytes),
         product.fixed_bytes(columns, rows),
         None if together is None else together.tokens,
         product.unpacking_bytes(columns, rows),
+        widest,
     )

@@ -59,7 +59,8 @@ class QwenImageFootprint(TransformerFootprint):
         attention = max(10 * (image + text), 9 * (image + text) + scores)
         if self.in_half:  # q, k, v and what is seen as well, then the last layer's operand and result
             attention = max(10 * (image + text) + scores, 9 * (image + text) + 3 * image // 2)
-        attention = max(attention, 5 * (image + text) + self.linear.scratch_bytes(image // unit))
+        # all but the scores is still there when the last layer computes
+        attention = max(attention, 10 * (image + text) + self.linear.scratch_bytes(image // unit, self.inner_dim))
         wide_image, wide_text = (
             max(8 * n, 5 * n + self.linear.scratch_bytes(n // unit))
             if chunk is None or n <= chunk * unit
