@@ -82,7 +82,7 @@ def lightning_lora(weights: Mapping[str, tuple[int, ...]], *, rank: int = 64) ->
     return LoraFile(Path("lora"), tensors, {}, "lora")
 
 
-def write_header(checkpoint: Checkpoint, file: Path) -> Path:
+def write_header(checkpoint: Checkpoint | LoraFile, file: Path) -> Path:
     """A safetensors file of the checkpoint's header and of nothing else, which takes no room on most disks."""
     header, end = {}, 0
     for name, entry in checkpoint.tensors.items():

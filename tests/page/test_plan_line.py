@@ -1,10 +1,17 @@
 """The loader says what the next run would take, while the graph is being changed; in both renderers."""
 
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import full_size
+import pytest
+import torch
 from devtools.workflow import set_widgets
+from qwenimage_lowvram.engine.files.checkpoint import Checkpoint
+from qwenimage_lowvram.engine.lora.lora_file import LoraFile
 from small_checkpoint import SplitFiles
 
 from .conftest import in_both_renderers
@@ -26,6 +33,66 @@ SET = """([kind, name, value]) => {
   node.widgets.find((widget) => widget.name === name).value = value;
   window.comfyAPI.api.api.dispatchCustomEvent('graphChanged');
 }"""
+
+# a line that says something else than `before`
+CHANGED = """async (before) => {
+  const panel = () => document.querySelector('.qwen-lowvram-plan-line').textContent;
+  for (let waited = 0; waited < 60000 && panel() === before; waited += 100)
+    await new Promise((done) => setTimeout(done, 100));
+  return panel();
+}"""
+ADD_LORA = """(file) => {
+  const { graph } = window.app;
+  const [load, sample] = ['QwenLowVRAMLoader', 'QwenLowVRAMSample'].map(
+    (type) => graph.nodes.find((node) => node.type === type));
+  const lora = window.LiteGraph.createNode('QwenLowVRAMLoadLora');
+  graph.add(lora);
+  lora.widgets.find((widget) => widget.name === 'lora_name').value = file;
+  load.connect(0, lora, 0);
+  lora.connect(0, sample, sample.inputs.findIndex(({ name }) => name === 'model'));
+  window.comfyAPI.api.api.dispatchCustomEvent('graphChanged');
+}"""
+
+
+@pytest.fixture(scope="module")
+def real_size(models_dir: Path) -> Iterator[dict[str, str]]:
+    """Files of the real model's headers, and of nothing else, by the loader's inputs; and a LoRA."""
+    fp8 = torch.float8_e4m3fn
+    transformer = full_size.transformer_checkpoint(fp8)
+    written: dict[str, tuple[str, Checkpoint | LoraFile]] = {
+        "transformer": ("diffusion_models", transformer),
+        "text_encoder": ("text_encoders", full_size.text_encoder_checkpoint(fp8)),
+        "vae": ("vae", full_size.vae_checkpoint()),
+        "lora": ("loras", full_size.lightning_lora({name: e.shape for name, e in transformer.tensors.items()})),
+    }
+    (models_dir / "loras").mkdir(exist_ok=True)
+    files = {
+        part: full_size.write_header(checkpoint, models_dir / folder / f"real_size_{part}.safetensors")
+        for part, (folder, checkpoint) in written.items()
+    }
+    yield {part: file.name for part, file in files.items()}
+    for file in files.values():
+        file.unlink()
+
+
+def test_of_a_model_of_the_real_size_it_has_the_numbers_of_60_blocks_and_of_a_lora(
+    page: Any, object_info: dict[str, Any], real_size: dict[str, str]
+) -> None:
+    graph = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+    files = {part: name for part, name in real_size.items() if part != "lora"}
+    page.load(set_widgets(graph, object_info, "QwenLowVRAMLoader", **files))
+    fits, plain, _ = page.evaluate(LINE, "true")
+    assert fits == "true"
+    found = re.match(r"fp8\w*, (\d+) of 60 blocks on the card, (2\.\d+) of 3\.00 GiB, ", plain)
+    assert found, plain
+    page.evaluate(ADD_LORA, real_size["lora"])
+    with_lora = page.evaluate(CHANGED, plain)
+    changed = re.match(r"fp8\w*, (\d+) of 60 blocks on the card, (2\.\d+|3\.00) of 3\.00 GiB, ", with_lora)
+    assert changed, with_lora
+    assert changed.groups() != found.groups()
+    assert "not counted" not in with_lora
+    page.screenshot("plan-line-real-size")
+    assert page.unexpected_messages() == []
 
 
 def test_the_line_follows_the_graph_and_turns_red_where_it_does_not_fit(
