@@ -23,11 +23,11 @@ from ..engine.lora.lora_file import LoraFile, needs_adapters, open_lora
 from ..engine.planning.stages import ImagePlan, ImageRequest
 from ..engine.reports.plan_facts import plan_facts
 from ..engine.texts import shown, size_text
+from .adapters.control_sizes import controls_of_files
 from .adapters.known_speeds import speeds_stamp
 from .adapters.limits import could_be_free
 from .adapters.progress import executing_node_id
 from .adapters.value_checks import check_widgets, limit_bytes
-from .control_sizes import controls_of_files
 from .devices import others_of
 from .display_names import AUTO
 from .graph_runs import GraphRun, Prompt, Size, runs_of

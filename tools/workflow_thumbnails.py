@@ -12,8 +12,9 @@ import json
 import random
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,9 @@ SAVED = "6"  # the node whose image is the model's
 FOOT = "made by the miniature, a tiny model that only draws shapes"
 FOOT_21 = "made by 2.1's miniature, which only knows shapes · Qwen-Image-2.1: non-commercial use only"
 EDITING_FOOT = "made by the editing miniature, a tiny model that only knows shapes"
+_FROM_AN_IMAGE = {
+    "Image to image": scenes.image_to_image, "Inpaint": scenes.inpaint, "Outpaint": scenes.outpaint,
+}  # fmt: skip
 DRAWN_FOOT = "a drawing: no tiny model takes images apart"
 
 
@@ -51,7 +55,7 @@ def main() -> None:
     with serving() as (server, client):
         studio = Studio(server, client)
         for stem, workflow in wanted:
-            make = studio.thumbnail_21 if workflow.licence else studio.thumbnail  # those of 2.1 have one
+            make = studio.thumbnail_21 if workflow.licence else studio.thumbnail
             thumbnail = make(stem, workflow)
             if thumbnail is not None:
                 thumbnail.save(FOLDER / f"{stem}.jpg", quality=88, optimize=True)
@@ -70,6 +74,30 @@ def serving() -> Iterator[tuple[ComfyServer, ComfyClient]]:
             yield server, ComfyClient(server.url)
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What a workflow can be asked for: `draw` makes a task by chance, `model` is the miniature that does it, sample:
+    Sample's widgets where they are others than the workflow's."""
+
+    draw: Callable[[random.Random], scenes.Task]
+    model: str
+    sample: Mapping[str, Any]
+
+
+def asked_of(stem: str, workflow: Workflow) -> Asked | None:
+    """None of what no miniature can do."""
+    title = workflow.title
+    several = "three" in title
+    if "layers" in title or (workflow.licence and several):
+        return None
+    if workflow.licence:  # those of 2.1 have one
+        draw = scenes.edit_21 if "Edit" in title or "Remove" in title else scenes.from_text_21
+        return Asked(partial(draw, clear="Turbo" not in stem), "miniature-2.1", GUIDED)
+    if "Edit" in title:
+        return Asked(partial(scenes.edit, several=several), "miniature-edit", GUIDED)
+    return Asked(_FROM_AN_IMAGE.get(title, scenes.from_text), "miniature", {})
+
+
 class Studio:
     """Runs workflows on the miniatures and lays out what they make."""
 
@@ -78,47 +106,44 @@ class Studio:
         self._object_info = client.object_info()
 
     def thumbnail(self, stem: str, workflow: Workflow) -> Image.Image:
-        card = workflow.card_gb
-        if "layers" in workflow.title:
+        card, asked = workflow.card_gb, asked_of(stem, workflow)
+        if asked is None:
             whole, layers = scenes.drawn_layers(random.Random(stem))
             shown = [checkered(layer) for layer in layers]
             return poster(card, "Layers", [whole], shown, "Takes an image apart into layers", DRAWN_FOOT)
+        task, made = self._right(stem, asked)
         if "Edit" in workflow.title:
-            several = "three" in workflow.title
-            task, made = self._right(stem, partial(scenes.edit, several=several), "miniature-edit", **GUIDED)
             kind = workflow.title.split(", ")[1].replace(" in ", "\nin ")
             return poster(card, kind, [*map(Image.fromarray, task.given)], [made], task.words, EDITING_FOOT)
-        draw = {"Image to image": scenes.image_to_image, "Inpaint": scenes.inpaint, "Outpaint": scenes.outpaint}
         kind, given = workflow.title, []
-        if workflow.title not in draw:
-            task, made = self._right(stem, scenes.from_text, "miniature")
+        if workflow.title not in _FROM_AN_IMAGE:
             kind = "Lightning\n8 steps" if "Lightning" in kind else f"{kind}\n20 steps, guided"
         else:
-            task, made = self._right(stem, draw[workflow.title], "miniature")
             given = [Image.fromarray(task.given[0])]
             given = [veiled(given[0], 0.5, 0, 1, 1)] if workflow.title == "Inpaint" else given
         return poster(card, kind, given, [made], task.words, FOOT)
 
     def thumbnail_21(self, stem: str, workflow: Workflow) -> Image.Image | None:
-        if "three" in workflow.title:
+        asked = asked_of(stem, workflow)
+        if asked is None:
             return None
-        clear, changes = "Turbo" not in stem, "Edit" in workflow.title or "Remove" in workflow.title
-        draw = partial(scenes.edit_21 if changes else scenes.from_text_21, clear=clear)
-        task, made = self._right(stem, draw, "miniature-2.1", **GUIDED)
+        task, made = self._right(stem, asked)
         kind = "\n".join(part.strip() for part in workflow.title.split(","))
         given = [Image.fromarray(image) for image in task.given]
         return poster(workflow.card_gb, kind, given, [checkered(made)], task.words, FOOT_21)
 
-    def _right(self, stem: str, draw: Any, model: str, **sample: Any) -> tuple[scenes.Task, Image.Image]:
+    def _right(self, stem: str, asked: Asked) -> tuple[scenes.Task, Image.Image]:
         """The first task that is done right. Raises RuntimeError after TRIES."""
         for chance in range(TRIES):
-            task = draw(random.Random(f"{stem} {chance}"))
-            image = self._run(stem, task, model, seed=chance, **sample)
+            task = asked.draw(random.Random(f"{stem} {chance}"))
+            image = self._run(self.graph(stem, task, asked, seed=chance), asked)
             if task.right(np.asarray(image)):
                 return task, image
         raise RuntimeError(f"{stem}: no image of {TRIES} shows what it should.")
 
-    def _run(self, stem: str, task: scenes.Task, model: str, **sample: Any) -> Image.Image:
+    def graph(self, stem: str, task: scenes.Task, asked: Asked, **sample: Any) -> dict[str, Any]:
+        """The workflow with the miniature's files and the task's images; sample: Sample's widgets."""
+        model = asked.model
         graph = json.loads((FOLDER / f"{stem}.json").read_text(encoding="utf-8"))
         self._show(graph, task.files)
         folder = "from the folder"
@@ -135,16 +160,19 @@ class Studio:
             "GrowMask": {"expand": 4},
             "ImageBlur": {"blur_radius": 2},
             "ImagePadForOutpaint": {"left": 0, "right": scenes.HALF, "feathering": 4},
-            "QwenLowVRAMSample": sample,
+            "QwenLowVRAMSample": {**asked.sample, **sample},
         }  # fmt: skip
         for kind, values in changes.items():
             graph = set_widgets(graph, self._object_info, kind, **values)
         for node in graph["nodes"]:
             if node["type"] == "QwenLowVRAMLoadLora" and model != "miniature":
                 node["mode"] = BYPASSED  # it is the drawing miniature's
+        return graph
+
+    def _run(self, graph: dict[str, Any], asked: Asked) -> Image.Image:
         run = self._client.run(to_prompt(graph, self._object_info))
         image = Image.open(io.BytesIO(self._client.image(run.outputs[SAVED]["images"][0])))
-        return image.convert("RGBA" if model == "miniature-2.1" else "RGB")
+        return image.convert("RGBA" if asked.model == "miniature-2.1" else "RGB")
 
     def _show(self, graph: dict[str, Any], files: list[np.ndarray]) -> None:
         """Put the images into the input folder, and what is left of the graph's loaders aside."""

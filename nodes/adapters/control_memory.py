@@ -12,8 +12,8 @@ from comfy.ldm.qwen_image.controlnet import QwenImageControlNetModel
 from ...engine.models.qwen_image.latents import PATCH
 from ...engine.planning.footprint import TransformerFootprint
 from ...engine.planning.request import Controls, SamplingRequest
-from ..control_sizes import NetSizes, patch_controls
 from .block_patches import control_patches, has_patches
+from .control_sizes import NetSizes, patch_controls
 from .controlnets import chain, width_of
 from .run_conditions import Conds, entries_of, size_of
 

@@ -362,7 +362,7 @@ def controlled(model: Any, conds: tuple[Any, Any]) -> SamplingRequest:
 def test_what_is_read_of_its_file_is_what_a_run_plans(
     net: str, model: Any, apply: Apply, load: Any, vae: Any, files: Path
 ) -> None:
-    from qwenimage_lowvram.nodes.control_sizes import controls_of_files
+    from qwenimage_lowvram.nodes.adapters.control_sizes import controls_of_files
 
     request = controlled(model, inpainting(apply, load, vae) if net == "inpaint" else apply(cond(), cond(9, 2), net))
     plain = replace(request, controls=Controls())

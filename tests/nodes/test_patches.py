@@ -137,7 +137,7 @@ def test_a_model_patch_is_in_the_plan(
     model: Any, transformer: QwenImageTransformer, diffsynth: Patch, load: Any
 ) -> None:
     import folder_paths
-    from qwenimage_lowvram.nodes.control_sizes import controls_of_files
+    from qwenimage_lowvram.nodes.adapters.control_sizes import controls_of_files
 
     patched = diffsynth(model)
     ksampler(patched, cond(), cond(5, 2), empty_latent())
@@ -261,7 +261,7 @@ def test_what_a_block_does_not_take_from_others_is_refused(model: Any, name: str
 def test_a_patch_of_the_real_size_takes_what_is_planned(comfy: Any) -> None:
     import comfy.ops
     from comfy_extras.nodes_model_patch import DiffSynthCnetPatch, QwenImageBlockWiseControlNet
-    from qwenimage_lowvram.nodes.control_sizes import PATCH_WIDTHS
+    from qwenimage_lowvram.nodes.adapters.control_sizes import PATCH_WIDTHS
 
     with FakeTensorMode(), LiveBytes("cuda") as live:
         with torch.device("cuda"):

@@ -6,25 +6,32 @@ from small_checkpoint import SplitFiles
 
 from .conftest import in_both_renderers, in_chinese
 
-ADD = """(files) => {
+# what an earlier graph's panel was: the Vue renderer takes it away later
+GONE = """async () => {
+  for (let waited = 0; waited < 5000 && document.querySelector('.qwen-lowvram-memory'); waited += 50)
+    await new Promise((done) => setTimeout(done, 50));
+}"""
+ADD = """async (files) => {
   const graph = window.app.graph;
   graph.clear();
+  await (GONE)();
   const node = window.LiteGraph.createNode('QwenLowVRAMMemoryPlan');
   graph.add(node);
   for (const [name, value] of Object.entries(files)) node.widgets.find((w) => w.name === name).value = value;
   return node.id;
-}"""
+}""".replace("GONE", GONE)
 # a report, as the server tells of a run of that node
 REPORT = """async (text) => {
   const graph = window.app.graph;
   graph.clear();
+  await (GONE)();
   const node = window.LiteGraph.createNode('QwenLowVRAMMemoryReport');
   graph.add(node);
   await new Promise((done) => setTimeout(done, 300));
   const ids = { node: String(node.id), display_node: String(node.id), prompt_id: 'x' };
   window.comfyAPI.api.api.dispatchCustomEvent('executed', { ...ids, output: { text: [text] } });
   await new Promise((done) => setTimeout(done, 500));
-}"""
+}""".replace("GONE", GONE)
 # what of the panel cannot be seen without scrolling, in px
 HIDDEN = """() => {
   const panel = document.querySelector('.qwen-lowvram-memory');

@@ -25,6 +25,8 @@ def test_every_bundled_graph_has_a_line_whose_size_is_known(
     split_files: dict[str, SplitFiles],
     folders_21: dict[str, str],
     layered_folder: str,
+    lora: str,
+    edit_loras: set[str],
 ) -> None:
     names = split_files["fp8"]
     files = {"transformer": names.transformer, "text_encoder": names.text_encoder, "vae": names.vae}
@@ -41,6 +43,7 @@ def test_every_bundled_graph_has_a_line_whose_size_is_known(
     (line,) = client.post(PATH, {"prompt": prompt})["lines"]
     assert line["fits"], line
     assert line["values"]["size_known"], line
+    assert line["values"]["uncounted"] == [], line
     assert {prompt[node]["class_type"] for node in line["nodes"]} == {"QwenLowVRAMLoader", "QwenLowVRAMSample"}
 
 

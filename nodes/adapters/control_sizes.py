@@ -1,16 +1,16 @@
 """What ControlNets and model patches take beside the transformer, by their numbers. Imports nothing of ComfyUI.
 
-The numbers are those of a net that is loaded (`adapters.control_memory`), or of its file's header.
+The numbers are those of a net that is loaded (`control_memory`), or of its file's header.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..engine.errors import WrongModel
-from ..engine.files.checkpoint import Checkpoint, open_checkpoint
-from ..engine.planning.footprint import TransformerFootprint
-from ..engine.planning.request import Controls, SamplingRequest
+from ...engine.errors import WrongModel
+from ...engine.files.checkpoint import Checkpoint, open_checkpoint
+from ...engine.planning.footprint import TransformerFootprint
+from ...engine.planning.request import Controls, SamplingRequest
 
 # tensors of one token's width that are alive at once in ComfyUI's QwenImageTransformerBlock: the joint attention's
 # q, k and v, before and after they are joined and turned, and around the MLP its four times wider states

@@ -1,0 +1,111 @@
+"""Run every bundled workflow in a real page as a person does: to its image, and once more until it is cancelled.
+
+    PYTHONPATH=tools/alias:tools python tools/page_runs.py [--in classic-nodes,en] [PART ...]
+
+those with one of the parts in their names, or all; in both renderers and languages, or in one. The miniatures make the
+images. Prints a line for each run, keeps what the page looked like in .pytest_cache/screenshots, and ends with 1 where
+one went another way. Needs the browser that `python dev.py test` sets up; a pair takes half an hour on two cores.
+"""
+
+import argparse
+import random
+import sys
+import time
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+from devtools.browser import PageTools, find_page_tools
+from devtools.cache import cache_folder
+from devtools.comfyui import comfyui_version, require_comfyui
+from devtools.environment import venv_folder
+from devtools.page import Page
+from devtools.workflow import set_widgets
+from page_image import FIT, PAUSE
+from workflow_maker.catalogue import Workflow, workflows
+from workflow_thumbnails import Asked, Studio, asked_of, serving
+
+RENDERERS = {"classic-nodes": False, "vue-nodes": True}
+LANGUAGES = ("en", "zh")
+VIEW = {"width": 1700, "height": 950}
+LONG = {"preset": "as set", "scheduler": "qwen_image", "steps": 1000}  # ends by being cancelled
+# when the first step is told
+CANCEL = """() => {
+  const api = window.comfyAPI.api.api;
+  const stop = ({ detail }) => {
+    if (detail.stage !== 'sampling') return;
+    api.removeEventListener('qwen_lowvram.progress', stop);
+    api.interrupt(null);
+  };
+  api.addEventListener('qwen_lowvram.progress', stop);
+}"""
+PANEL = "() => document.querySelector('.qwen-lowvram-panel').innerText.split('\\n')[0]"
+IMAGES = "() => Object.values(window.app.nodeOutputs).flatMap(({ images }) => images ?? []).length"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    pairs = [f"{renderer},{language}" for renderer, language in product(RENDERERS, LANGUAGES)]
+    parser.add_argument("--in", dest="pairs", action="append", choices=pairs)
+    parser.add_argument("parts", nargs="*", help="of the names")
+    options = parser.parse_args()
+    wanted = [each for each in workflows() if not options.parts or any(part in each[0] for part in options.parts)]
+    tools = find_page_tools(cache_folder(), venv_folder(cache_folder(), comfyui_version(require_comfyui())))
+    if tools is None:
+        raise SystemExit("There is no browser yet: python dev.py test finds or fetches one.")
+    failed = 0
+    with serving() as (server, client):
+        for pair in options.pairs or pairs:
+            for line, right in runs(tools, server.url, Studio(server, client), client.object_info(), pair, wanted):
+                print(f"{pair}  {'  ' if right else '! '}{line}", flush=True)
+                failed += not right
+    sys.exit(1 if failed else 0)
+
+
+def runs(
+    tools: PageTools, url: str, studio: Studio, info: Any, pair: str, wanted: list[tuple[str, Workflow]]
+) -> Iterator[tuple[str, bool]]:
+    """A line for each workflow, and whether it went as it should."""
+    renderer, language = pair.split(",")
+    settings = {"Comfy.VueNodes.Enabled": RENDERERS[renderer], "Comfy.Locale": language, "Comfy.Minimap.Visible": False}
+    page = Page(tools, url, settings, VIEW)
+    try:
+        page.open()
+        for number, (stem, workflow) in enumerate(wanted):
+            asked = asked_of(stem, workflow)
+            if asked is None:
+                yield f"{stem}: no miniature can do it", True
+                continue
+            try:
+                yield ran(page, studio, info, f"{renderer}-{language}-{stem[:2]}", stem, asked, number)
+            except Exception as error:  # the other workflows are still to be tried
+                yield f"{stem}: {error!r:.500}", False
+    finally:
+        page.close()
+
+
+def ran(page: Page, studio: Studio, info: Any, screenshot: str, stem: str, asked: Asked, seed: int) -> tuple[str, bool]:
+    graph = studio.graph(stem, asked.draw(random.Random(stem)), asked, seed=seed)
+    page.load(graph, stem)
+    begun = time.monotonic()
+    ended = page.run(300)["status"]
+    seconds = time.monotonic() - begun
+    page.evaluate(PAUSE, 1500)  # for the image to come
+    images, done = page.evaluate(IMAGES), page.evaluate(PANEL)
+    page.evaluate(FIT)
+    page.evaluate(PAUSE, 500)
+    page.screenshot(f"{screenshot}-done")
+    page.load(set_widgets(graph, info, "QwenLowVRAMSample", **LONG), stem)
+    page.evaluate(CANCEL)
+    cancelled = page.run(300)["status"]
+    page.evaluate(PAUSE, 300)
+    told = page.evaluate(PANEL)
+    page.screenshot(f"{screenshot}-cancelled")
+    messages = page.unexpected_messages()
+    page.forget_messages()
+    line = f"{stem}: {ended} after {seconds:.0f} s, {images} images, {done!r}; {cancelled}, {told!r} {messages or ''}"
+    return line, (ended, cancelled) == ("success", "interrupted") and images > 0 and not messages
+
+
+if __name__ == "__main__":
+    main()
