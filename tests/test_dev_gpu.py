@@ -128,7 +128,7 @@ def test_without_a_cuda_device_it_says_so(tmp_path: Path, environment: dict[str,
 def test_a_folder_of_wheels_that_is_none_is_named(tmp_path: Path, environment: dict[str, str]) -> None:
     done = run_command("--cpu", "--wheels", str(tmp_path / "none"), environment=environment)
     assert done.returncode == 1
-    assert f"--wheels is {tmp_path / 'none'}, and that is no folder." in done.stderr
+    assert f"--wheels is {tmp_path / 'none'}, which is not a folder." in done.stderr
 
 
 def told_by_parts(tmp_path: Path, seconds: float, sizes: Sizes = REAL, **changes: Any) -> list[dict[str, Any]]:

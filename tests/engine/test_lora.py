@@ -535,7 +535,7 @@ def test_nothing_is_allocated_beside_the_scratch(
 
 
 @pytest.mark.slow
-@every_kind
+@pytest.mark.parametrize(("kind", "dora"), [case for case in MEMORY_KINDS if case[1] != "rows"], ids=str)
 def test_a_full_size_weight_takes_no_more_than_its_scratch_on_a_gpu(
     kind: str, dora: str | None, tmp_path: Path
 ) -> None:

@@ -111,9 +111,9 @@ def test_a_controlnet_and_a_patch_are_counted_by_their_files(
         (tmp_path / kind).mkdir()
         models(kind, tmp_path / kind)
     transformer = small_pipeline / "transformer"
-    net = write_instantx(tmp_path / "controlnet" / "union.safetensors", transformer, layers=2)
-    patch = write_diffsynth(tmp_path / "model_patches" / "canny.safetensors", transformer)
-    shutil.copy(patch, net.with_name("other.safetensors"))
+    net = write_instantx(tmp_path / "controlnet" / "planned_net.safetensors", transformer, layers=2)
+    patch = write_diffsynth(tmp_path / "model_patches" / "planned_patch.safetensors", transformer)
+    shutil.copy(patch, net.with_name("planned_other.safetensors"))
     prompt = graph(ram_limit_gb=4.0, vram_limit_gb=2.0)
     plain = lines_of(prompt)[0].values
 
@@ -132,9 +132,12 @@ def test_a_controlnet_and_a_patch_are_counted_by_their_files(
     assert "not counted" not in controlled.text
     weights = sum(tensor.nbytes for file in (net, patch) for tensor in load_file(file).values())
     assert controlled.values["peak_bytes"] > plain["weights_bytes"] + weights
-    (net.parent / "old.pth").write_bytes(b"")
-    assert "ControlNet not counted" in line_with("old.pth").text
-    for wrong, code in (("gone.safetensors", "control.missing"), ("other.safetensors", "control.other_model")):
+    (net.parent / "planned_old.pth").write_bytes(b"")
+    assert "ControlNet not counted" in line_with("planned_old.pth").text
+    for wrong, code in (
+        ("planned_gone.safetensors", "control.missing"),
+        ("planned_other.safetensors", "control.other_model"),
+    ):
         refused = line_with(wrong)
         assert (refused.fits, refused.values["code"]) == (False, code)
 

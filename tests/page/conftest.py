@@ -18,6 +18,7 @@ from devtools.environment import venv_folder
 from devtools.page import Page
 from devtools.server import ComfyServer
 
+_LAST = pytest.StashKey[bool]()  # of the test after which no page is needed
 _DEFAULTS = {"Comfy.VueNodes.Enabled": False, "Comfy.Locale": "en"}
 PAGES: dict[str, dict[str, Any]] = {
     "classic-nodes": _DEFAULTS,
@@ -38,8 +39,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return list(PAGES).index(shown_in) if shown_in in PAGES else -1
 
     here = [number for number, item in enumerate(items) if item.path.parent == Path(__file__).parent]
-    for number, item in zip(here, sorted((items[i] for i in here), key=page_of), strict=True):
+    in_order = sorted((items[number] for number in here), key=page_of)
+    for number, item in zip(here, in_order, strict=True):
         items[number] = item
+    if in_order:
+        in_order[-1].stash[_LAST] = True
 
 
 @pytest.fixture(scope="session")
@@ -96,10 +100,13 @@ def shared_page(shown_in: str, page_tools: PageTools, comfy_server: ComfyServer,
 
 
 @pytest.fixture
-def page(shared_page: Page) -> Iterator[Page]:
+def page(shared_page: Page, request: pytest.FixtureRequest) -> Iterator[Page]:
     """With whatever graph it had; its messages are those since the test before."""
     yield shared_page
-    shared_page.forget_messages()
+    if request.node.stash.get(_LAST, False):
+        shared_page.close()  # no other test draws in it
+    else:
+        shared_page.forget_messages()
 
 
 @pytest.fixture

@@ -1,14 +1,11 @@
-"""The page opens without complaints, runs a graph, and converts graphs as our own converter does."""
+"""The page opens without complaints, runs a graph, and converts graphs as our own converter does; bundled workflows are
+converted in test_workflow."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
-from devtools.cache import REPOSITORY
 from devtools.workflow import to_prompt
 
-WORKFLOWS = sorted((REPOSITORY / "workflows").glob("*.json"))
 TEXT = "(a:1.2) cat"
 
 
@@ -57,17 +54,6 @@ def test_our_conversion_of_the_default_graph_equals_the_pages(page: Any, object_
     graph = page.serialize()
     assert "KSampler" in {node["type"] for node in graph["nodes"]}
     assert without_titles(page.prompt()) == to_prompt(graph, object_info)
-
-
-@pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
-def test_our_conversion_of_a_bundled_workflow_equals_the_pages(
-    page: Any, object_info: dict[str, Any], file: Path
-) -> None:
-    graph = json.loads(file.read_text(encoding="utf-8"))
-    page.load(graph)
-    prompt = without_titles(page.prompt())
-    assert prompt == to_prompt(graph, object_info)
-    assert {node["class_type"] for node in prompt.values()} > {"QwenLowVRAMLoader", "QwenLowVRAMSample"}
 
 
 def test_a_graph_runs_in_the_page_to_its_image(page: Any) -> None:
