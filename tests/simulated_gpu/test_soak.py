@@ -61,7 +61,6 @@ class Counted:
         return len(self._alive)
 
 
-@pytest.mark.xfail(reason="events that are alive grow on some machines (1266, then 2076); why is not known yet")
 def test_three_hundred_steps_leave_nothing_behind(tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
     steps, seen = 0, list[Held]()
     events, process = Counted(monkeypatch), psutil.Process()
@@ -89,6 +88,9 @@ def test_three_hundred_steps_leave_nothing_behind(tiny_models: TinyModels, monke
             session = branches = None
             gc.collect()
             gpu.accelerator.synchronize()
+            # as at a run's begin. Until then up to `transfer_clock.MOST_KEPT` measured copies keep their two events;
+            # how many are made depends on how far the reader was when it was interrupted
+            assert model.store.copied.nbytes > 0
             seen.append(
                 Held(
                     gpu.allocator.allocated_bytes,
