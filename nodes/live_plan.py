@@ -18,11 +18,11 @@ from PIL import Image
 
 from ..engine.compute.linear_choice import Computing
 from ..engine.compute.step_schedules import OFF, step_cache_of
-from ..engine.errors import DoesNotFit, MissingFile, QwenLowVRAMError
+from ..engine.errors import DoesNotFit, QwenLowVRAMError
 from ..engine.lora.lora_file import LoraFile, needs_adapters, open_lora
 from ..engine.planning.stages import ImagePlan, ImageRequest
 from ..engine.reports.plan_facts import plan_facts
-from ..engine.texts import shown, size_text
+from ..engine.texts import size_text
 from .adapters.control_sizes import controls_of_files
 from .adapters.known_speeds import speeds_stamp
 from .adapters.limits import could_be_free
@@ -33,7 +33,8 @@ from .display_names import AUTO
 from .graph_runs import GraphRun, Prompt, Size, runs_of
 from .inputs import at_input
 from .loader_inputs import loader_inputs
-from .lora import lora_path
+from .lora import lora_file
+from .model_choices import plain_file
 from .planned_models import PlannedModels, PlanSettings
 from .sources import Sources
 
@@ -72,9 +73,11 @@ def line_of(run: GraphRun) -> PlanLine:
     """By the limits that a person set, or by what could be free."""
     nodes = (run.loader, run.sampler)
     try:
-        models = _models_of(run)
+        loras = _loras_of(run)
+        models = _models_of(run, loras)
         request = _request_of(run, models)
-        nets, patches = _files_of(run.controlnets, "controlnet"), _files_of(run.patches, "model_patches")
+        nets = [plain_file("controlnet", name) for name in run.controlnets]
+        patches = [plain_file("model_patches", name) for name in run.patches]
         read = [*filter(_has_header, nets)], [*filter(_has_header, patches)]
         controls = controls_of_files(*read, request.sampling, models.any_footprint, run.batch)
         request = replace(request, controls=controls)
@@ -95,7 +98,7 @@ def line_of(run: GraphRun) -> PlanLine:
         "uncounted": [
             name
             for name, seen in (
-                ("LoRA", any(map(needs_adapters, _loras_of(run)))),
+                ("LoRA", any(map(needs_adapters, loras))),
                 ("ControlNet", not all(map(_has_header, nets))),
                 ("model patch", not all(map(_has_header, patches))),
             )
@@ -113,7 +116,7 @@ def refusal_of(run: GraphRun) -> DoesNotFit | None:
     if not run.exact or run.images:  # whose sizes count, too
         return None
     try:
-        models = _models_of(run)
+        models = _models_of(run, _loras_of(run))
         limit = _limit(run, "vram_limit_gb")
         if limit is None:
             return None
@@ -138,7 +141,7 @@ def refuse_what_cannot_fit(prompt: Prompt | None) -> None:
         )
 
 
-def _models_of(run: GraphRun) -> PlannedModels:
+def _models_of(run: GraphRun, loras: Sequence[LoraFile]) -> PlannedModels:
     """Raises what the loader raises."""
     given = {name: run.settings[name] for name in _PLANNED_BY if run.settings.get(name) is not None}
     check_widgets(loader_inputs(), **given)
@@ -151,29 +154,15 @@ def _models_of(run: GraphRun) -> PlannedModels:
         given.get("variant", AUTO),
         given.get("attention", AUTO),
     )
-    loras = tuple(file.path for file in _loras_of(run) if not needs_adapters(file))
-    stamps = (*_stamps(sources.transformer, sources.text_encoder, sources.vae, *loras), speeds_stamp())
-    return _opened(sources, settings, run.layers, run.images, loras, stamps)
+    counted = tuple(file.path for file in loras if not needs_adapters(file))
+    stamps = (*_stamps(sources.transformer, sources.text_encoder, sources.vae, *counted), speeds_stamp())
+    return _opened(sources, settings, run.layers, run.images, counted, stamps)
 
 
 def _loras_of(run: GraphRun) -> list[LoraFile]:
     """Raises what Load LoRA raises."""
     with at_input("lora_name"):
-        return [open_lora(lora_path(name)) for name in run.loras]
-
-
-def _files_of(names: Sequence[str], kind: str) -> list[Path]:
-    """Of models/<kind>. Raises MissingFile."""
-    paths = {name: folder_paths.get_full_path(kind, name) for name in names}
-    for name, path in paths.items():
-        if path is None:
-            raise MissingFile(
-                "There is no {name} in models/{kind}.\n\nWhat to do: put it there and press R.",
-                code="control.missing",
-                name=shown(name),
-                kind=kind,
-            )
-    return [Path(str(paths[name])) for name in names]
+        return [lora_file(name) for name in run.loras]
 
 
 def _has_header(path: Path) -> bool:

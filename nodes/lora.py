@@ -1,15 +1,14 @@
 """The node that adds a LoRA to our MODEL. Reads the header; the matrices are streamed with their blocks."""
 
-from pathlib import Path
 from typing import Any
 
 import folder_paths
 
-from ..engine.errors import MissingFile, QwenLowVRAMError, Unsupported
+from ..engine.errors import QwenLowVRAMError, Unsupported
 from ..engine.log import logger
-from ..engine.lora.lora_file import LoraMatch, match_model, needs_adapters, open_lora
+from ..engine.lora.lora_file import LoraFile, LoraMatch, match_model, needs_adapters, open_lora
 from ..engine.out_of_memory import in_words
-from ..engine.texts import LONGEST, printable, shown
+from ..engine.texts import LONGEST, printable
 from ..engine.told import Told, text_of
 from .adapters.patcher import LowVRAMPatcher
 from .adapters.progress import tell
@@ -17,6 +16,7 @@ from .adapters.value_checks import check_widgets
 from .adapters.whole_lora import match_file
 from .display_names import CATEGORY
 from .inputs import at_input, before_the_run
+from .model_choices import plain_file
 
 MAX_STRENGTH = 100.0
 UNSCALED_FP8 = ("fp8_e4m3fn", "fp8_e5m2")
@@ -59,14 +59,14 @@ class QwenLowVRAMLoadLora:
     @classmethod
     async def VALIDATE_INPUTS(cls, lora_name: str | None) -> bool | str:
         """Before the run: is the file there, and whole?"""
-        return await before_the_run(lambda name: open_lora(lora_path(name)), lora_name)
+        return await before_the_run(lora_file, lora_name)
 
     @classmethod
     def IS_CHANGED(cls, lora_name: str | None = None, **others: Any) -> str:
         if lora_name is None:
             return ""
         try:
-            return open_lora(lora_path(lora_name)).identity
+            return lora_file(lora_name).identity
         except (QwenLowVRAMError, OSError) as error:
             return str(error)  # `load` raises it, and another error than this would hide it
 
@@ -81,7 +81,7 @@ class QwenLowVRAMLoadLora:
             )
         transformer = model.model.transformer
         with at_input("lora_name"):
-            file = open_lora(lora_path(lora_name))
+            file = lora_file(lora_name)
             by_comfyui = match_file(file, model.model) if needs_adapters(file) else None
             lora = by_comfyui or match_model(file, transformer)
         parts = [lora.told(), *warnings_of(lora, transformer.weight_format), *_listed(lora)]
@@ -120,16 +120,9 @@ def warnings_of(lora: LoraMatch, weight_format: str) -> list[Told]:
     return warnings
 
 
-def lora_path(name: str) -> Path:
-    """Raises MissingFile unless `name` is a file of models/loras."""
-    path = folder_paths.get_full_path("loras", name) if name in folder_paths.get_filename_list("loras") else None
-    if path is None:
-        raise MissingFile(
-            "There is no {name} in models/loras.\n\nWhat to do: put it there and press R.",
-            code="lora.missing",
-            name=shown(name),
-        )
-    return Path(path)
+def lora_file(name: str) -> LoraFile:
+    """Raises MissingFile unless `name` is a file of models/loras, and what `open_lora` raises."""
+    return open_lora(plain_file("loras", name))
 
 
 def _listed(lora: LoraMatch) -> list[Told]:

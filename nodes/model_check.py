@@ -15,7 +15,6 @@ from ..engine.errors import MissingFile, QwenLowVRAMError
 from ..engine.files.checkpoint import open_checkpoint
 from ..engine.files.hub_download import endpoint_of
 from ..engine.files.known_files import KnownFile, KnownFolder, known
-from ..engine.lora.lora_file import open_lora
 from ..engine.models.component import Component
 from ..engine.models.families import FAMILIES
 from ..engine.models.family import Family
@@ -26,7 +25,7 @@ from ..engine.runs.opened_files import open_component
 from . import model_choices
 from .adapters.networks import served_of
 from .graph_runs import LOADER, Prompt
-from .lora import lora_path
+from .lora import lora_file
 from .sources import transformer_source
 
 HERE, WRONG, MISSING = "here", "wrong", "missing"
@@ -39,7 +38,7 @@ _OTHERS = {
     "CLIPLoaderGGUF": ("clip_name", "text_encoders"),
     "VAELoader": ("vae_name", "vae"),
 }
-_NOT_THERE = ("choice.missing", "choice.no_pipeline_folder", "choice.broken_link", "lora.missing")
+_NOT_THERE = ("choice.missing", "choice.no_pipeline_folder", "choice.broken_link")
 
 # what a family needs of each folder, and what the page calls the families
 _PARTS: dict[str, Callable[[Family], Component]] = {
@@ -115,7 +114,7 @@ def download_folder(wanted: KnownFile | KnownFolder) -> Path:
 
 def _open_known(wanted: KnownFile) -> None:
     if wanted.folder == "loras":
-        open_lora(lora_path(wanted.name))
+        lora_file(wanted.name)
     else:
         open_checkpoint(model_choices.model_file(wanted.folder, wanted.name))
 
@@ -125,7 +124,7 @@ def _needs(kind: str, inputs: dict[str, Any]) -> Iterator[tuple[str, str, Look]]
     if kind == LOADER:
         yield from _of_loader(*(_name(inputs.get(name)) for name in ("transformer", "text_encoder", "vae")))
     elif kind in _LORAS and (lora := _name(inputs.get(_LORAS[kind]))):
-        yield "loras", lora, lambda: open_lora(lora_path(lora))
+        yield "loras", lora, lambda: lora_file(lora)
     elif kind in _OTHERS:
         of, folder = _OTHERS[kind]
         if (name := _name(inputs.get(of))) and known(folder, name):

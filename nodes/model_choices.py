@@ -60,6 +60,14 @@ def model_file(kind: str, choice: str) -> Path:
     return Path(path)
 
 
+def plain_file(kind: str, name: str) -> Path:
+    """Raises MissingFile unless `name` is a file of models/<kind>, whatever it ends with."""
+    path = folder_paths.get_full_path(kind, name) if name in folder_paths.get_filename_list(kind) else None
+    if path is None:
+        raise _missing(kind, name)
+    return Path(path)
+
+
 def _not_there(kind: str, name: str, choice: str) -> MissingFile:
     """Why a name that is not offered is none: files that are not read are told from those that are not there."""
     if (
@@ -93,6 +101,10 @@ def _not_there(kind: str, name: str, choice: str) -> MissingFile:
             choice=shown(choice),
             kind=kind,
         )
+    return _missing(kind, choice)
+
+
+def _missing(kind: str, choice: str) -> MissingFile:
     return MissingFile(
         "There is no {choice} in models/{kind}.\n\nWhat to do: put it there and press R, or choose another.",
         code="choice.missing",

@@ -1,18 +1,22 @@
-"""Run every bundled workflow in a real page as a person does: to its image, and once more until it is cancelled.
+"""Run every bundled workflow in a real page as a person does: to its image, and once more until it is cancelled; and
+bring them to the errors of `page_errors`.
 
-    PYTHONPATH=tools/alias:tools python tools/page_runs.py [--in classic-nodes,en] [PART ...]
+    PYTHONPATH=tools/alias:tools python tools/page_runs.py [--in classic-nodes,en] [--errors] [PART ...]
 
-those with one of the parts in their names, or all; in both renderers and languages, or in one. The miniatures make the
-images. Prints a line for each run, keeps what the page looked like in .pytest_cache/screenshots, and ends with 1 where
-one went another way. Needs the browser that `python dev.py test` sets up; a pair takes half an hour on two cores.
+those with one of the parts in their names, or all; in both renderers and languages, or in one; --errors: the errors
+alone. The miniatures make the images. Prints a line for each run, keeps what the page looked like in
+.pytest_cache/screenshots, and ends with 1 where one went another way. Needs the browser that `python dev.py test` sets
+up; a pair takes five minutes on two cores.
 """
 
 import argparse
 import random
+import re
 import sys
 import time
 from collections.abc import Iterator
-from itertools import product
+from contextlib import contextmanager
+from itertools import chain, product
 from typing import Any
 
 from devtools.browser import PageTools, find_page_tools
@@ -21,6 +25,7 @@ from devtools.comfyui import comfyui_version, require_comfyui
 from devtools.environment import venv_folder
 from devtools.page import Page
 from devtools.workflow import set_widgets
+from page_errors import WRONGS, brought_to, put_files
 from page_image import FIT, PAUSE
 from workflow_maker.catalogue import Workflow, workflows
 from workflow_thumbnails import Asked, Studio, asked_of, serving
@@ -29,17 +34,18 @@ RENDERERS = {"classic-nodes": False, "vue-nodes": True}
 LANGUAGES = ("en", "zh")
 VIEW = {"width": 1700, "height": 950}
 LONG = {"preset": "as set", "scheduler": "qwen_image", "steps": 1000}  # ends by being cancelled
-# when the first step is told
+# when two steps are done
 CANCEL = """() => {
   const api = window.comfyAPI.api.api;
   const stop = ({ detail }) => {
-    if (detail.stage !== 'sampling') return;
+    if (detail.stage !== 'sampling' || detail.step < 3) return;
     api.removeEventListener('qwen_lowvram.progress', stop);
     api.interrupt(null);
   };
   api.addEventListener('qwen_lowvram.progress', stop);
 }"""
-PANEL = "() => document.querySelector('.qwen-lowvram-panel').innerText.split('\\n')[0]"
+PRESS_R = "() => window.app.refreshComboInNodes()"  # for the images that have just come
+PANEL = "() => document.querySelector('.qwen-lowvram-panel').firstChild.textContent"
 IMAGES = "() => Object.values(window.app.nodeOutputs).flatMap(({ images }) => images ?? []).length"
 
 
@@ -47,6 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     pairs = [f"{renderer},{language}" for renderer, language in product(RENDERERS, LANGUAGES)]
     parser.add_argument("--in", dest="pairs", action="append", choices=pairs)
+    parser.add_argument("--errors", action="store_true")
     parser.add_argument("parts", nargs="*", help="of the names")
     options = parser.parse_args()
     wanted = [each for each in workflows() if not options.parts or any(part in each[0] for part in options.parts)]
@@ -55,37 +62,58 @@ def main() -> None:
         raise SystemExit("There is no browser yet: python dev.py test finds or fetches one.")
     failed = 0
     with serving() as (server, client):
+        put_files(server.base / "models")
         for pair in options.pairs or pairs:
-            for line, right in runs(tools, server.url, Studio(server, client), client.object_info(), pair, wanted):
-                print(f"{pair}  {'  ' if right else '! '}{line}", flush=True)
-                failed += not right
+            with opened(tools, server.url, pair) as page:
+                lines = [] if options.errors else runs(page, Studio(server, client), client.object_info(), pair, wanted)
+                for line, right in chain(lines, errors(page, client.object_info(), pair)):
+                    print(f"{pair}  {'  ' if right else '! '}{line}", flush=True)
+                    failed += not right
     sys.exit(1 if failed else 0)
 
 
-def runs(
-    tools: PageTools, url: str, studio: Studio, info: Any, pair: str, wanted: list[tuple[str, Workflow]]
-) -> Iterator[tuple[str, bool]]:
-    """A line for each workflow, and whether it went as it should."""
+@contextmanager
+def opened(tools: PageTools, url: str, pair: str) -> Iterator[Page]:
     renderer, language = pair.split(",")
     settings = {"Comfy.VueNodes.Enabled": RENDERERS[renderer], "Comfy.Locale": language, "Comfy.Minimap.Visible": False}
     page = Page(tools, url, settings, VIEW)
     try:
         page.open()
-        for number, (stem, workflow) in enumerate(wanted):
-            asked = asked_of(stem, workflow)
-            if asked is None:
-                yield f"{stem}: no miniature can do it", True
-                continue
-            try:
-                yield ran(page, studio, info, f"{renderer}-{language}-{stem[:2]}", stem, asked, number)
-            except Exception as error:  # the other workflows are still to be tried
-                yield f"{stem}: {error!r:.500}", False
+        yield page
     finally:
         page.close()
 
 
+def runs(
+    page: Page, studio: Studio, info: Any, pair: str, wanted: list[tuple[str, Workflow]]
+) -> Iterator[tuple[str, bool]]:
+    """A line for each workflow, and whether it went as it should."""
+    for number, (stem, workflow) in enumerate(wanted):
+        asked = asked_of(stem, workflow)
+        if asked is None:
+            yield f"{stem}: no miniature can do it", True
+            continue
+        try:
+            yield ran(page, studio, info, f"{pair.replace(',', '-')}-{stem[:2]}", stem, asked, number)
+        except Exception as error:  # the other workflows are still to be tried
+            yield f"{stem}: {error!r:.500}", False
+
+
+def errors(page: Page, info: Any, pair: str) -> Iterator[tuple[str, bool]]:
+    """A line for each error, and whether it came, and came in the page's language."""
+    for name, wrong in WRONGS.items():
+        told, shown, right = brought_to(page, info, name, wrong)
+        page.evaluate(FIT)
+        page.evaluate(PAUSE, 500)
+        page.screenshot(f"{pair.replace(',', '-')}-{name.replace(' ', '-')}")
+        chinese = pair.endswith("en") or all(re.search("[一-鿿]", text) for text in shown)
+        lines = [f"{name}: {told:.400}", *(text.replace("\n", " | ") for text in shown)]
+        yield "\n    ".join(lines), right and chinese
+
+
 def ran(page: Page, studio: Studio, info: Any, screenshot: str, stem: str, asked: Asked, seed: int) -> tuple[str, bool]:
     graph = studio.graph(stem, asked.draw(random.Random(stem)), asked, seed=seed)
+    page.evaluate(PRESS_R)
     page.load(graph, stem)
     begun = time.monotonic()
     ended = page.run(300)["status"]

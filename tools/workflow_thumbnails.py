@@ -70,6 +70,7 @@ def serving() -> Iterator[tuple[ComfyServer, ComfyClient]]:
         for name in ("miniature", "miniature-edit", "miniature-2.1"):
             shutil.copytree(REPOSITORY / name, server.base / "models" / "diffusers" / name)
         shutil.copy(REPOSITORY / "miniature" / LORA, server.base / "models" / "loras")
+        Image.new("RGB", (64, 64)).save(server.base / "input" / "example.png")  # which ComfyUI brings
         with server:
             yield server, ComfyClient(server.url)
 

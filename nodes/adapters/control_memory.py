@@ -61,4 +61,4 @@ def sizes_of(net: Any) -> NetSizes:
     else:  # views of one tensor, which has the last block's states as well
         blocks, hint = len(model.control_blocks) + 1, model.control_img_in.weight.shape[1]
     dtype: torch.dtype = net.manual_cast_dtype or model.dtype
-    return NetSizes.of_blocks(blocks, hint, width_of(net), dtype.itemsize, cast=net.manual_cast_dtype is not None)
+    return NetSizes(blocks, hint, width_of(net), dtype.itemsize, cast=net.manual_cast_dtype is not None)

@@ -22,22 +22,18 @@ _COMPUTED_IN = {"F32": 4, "BF16": 2, "F16": 2}  # bytes; of others the weights a
 
 @dataclass(frozen=True)
 class NetSizes:
-    """Of a ControlNet. token_numbers: that it keeps for each token, its residuals and the hint. width: of its blocks.
+    """Of a ControlNet. blocks: how many hand over states of this width. hint: numbers of a token of it.
     element_bytes: of a number that it computes with. cast: its weights are stored in another dtype."""
 
-    token_numbers: int
+    blocks: int
+    hint: int
     width: int
     element_bytes: int
     cast: bool
 
-    @classmethod
-    def of_blocks(cls, blocks: int, hint: int, width: int, element_bytes: int, *, cast: bool) -> "NetSizes":
-        """`blocks`: how many hand over states of this width; `hint`: numbers of a token of it."""
-        return cls(blocks * width + hint, width, element_bytes, cast)
-
     def held_bytes(self, tokens: int) -> int:
         """Residuals and the hint, of one condition's images."""
-        return tokens * self.token_numbers * self.element_bytes
+        return tokens * (self.blocks * self.width + self.hint) * self.element_bytes
 
     def working_bytes(self, tokens: int) -> int:
         """One pass over so many tokens, the prompt's included, beyond its weights and what it hands over."""
@@ -100,7 +96,7 @@ def net_sizes(file: Checkpoint) -> NetSizes:
             width, hint = entry.shape
             count = _count(name.removeprefix(blocks) for name in file.tensors if name.startswith(blocks))
             element_bytes = _COMPUTED_IN.get(entry.dtype)
-            return NetSizes.of_blocks(count + more, hint, width, element_bytes or 2, cast=element_bytes is None)
+            return NetSizes(count + more, hint, width, element_bytes or 2, cast=element_bytes is None)
     raise WrongModel(
         "{file} is not a ControlNet for Qwen-Image.\n\nWhat to do: choose a ControlNet made for Qwen-Image.",
         code="control.other_model",

@@ -135,7 +135,7 @@ def test_a_controlnet_and_a_patch_are_counted_by_their_files(
     (net.parent / "planned_old.pth").write_bytes(b"")
     assert "ControlNet not counted" in line_with("planned_old.pth").text
     for wrong, code in (
-        ("planned_gone.safetensors", "control.missing"),
+        ("planned_gone.safetensors", "choice.missing"),
         ("planned_other.safetensors", "control.other_model"),
     ):
         refused = line_with(wrong)
@@ -169,7 +169,7 @@ def test_a_lora_is_counted_or_said_not_to_be(
 
     def stored_bytes(*names: str, **options: float) -> int:
         (run,) = runs_of(prompt_with(*names, **options), live_plan.image_size)
-        (version,) = live_plan._models_of(run).versions.values()
+        (version,) = live_plan._models_of(run, live_plan._loras_of(run)).versions.values()
         return version.footprint.stored_bytes
 
     plain, counted = stored_bytes(), stored_bytes("counted.safetensors")
@@ -179,7 +179,7 @@ def test_a_lora_is_counted_or_said_not_to_be(
     assert stored_bytes("oft.safetensors", "counted.safetensors") == counted
     assert "not counted" not in line_with("counted.safetensors").text
     assert "LoRA not counted" in line_with("oft.safetensors", "counted.safetensors").text
-    for wrong, code in (("gone.safetensors", "lora.missing"), ("others.safetensors", "lora.other_model")):
+    for wrong, code in (("gone.safetensors", "choice.missing"), ("others.safetensors", "lora.other_model")):
         refused = line_with(wrong)
         assert (refused.fits, refused.values["code"]) == (False, code)
 

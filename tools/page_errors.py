@@ -1,0 +1,91 @@
+"""What a person can do wrong in a bundled workflow: each brought about in a real page, by real files and widgets.
+
+Of the errors that come before anything is loaded, and of those that a run ends with. Used by page_runs.py.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from devtools.cache import REPOSITORY
+from devtools.page import Page
+from devtools.workflow import set_widgets
+from page_image import PAUSE
+from workflow_maker.catalogue import workflows
+
+LOADER, LATENT = "QwenLowVRAMLoader", "EmptySD3LatentImage"
+SIDE_PX = 128
+MINIATURE = {"transformer": "miniature (folder)", "text_encoder": "from the folder", "vae": "from the folder"}
+DAMAGED, OTHER = "damaged.safetensors", "vae-as-transformer.safetensors"
+# what nodes say: their lines and panels
+TEXTS = """() => [...document.querySelectorAll('.qwen-lowvram-panel, .qwen-lowvram-line')]
+  .map((part) => part.innerText.trim()).filter(Boolean)"""
+FOREIGN_VAE = """(values) => {
+  const graph = window.app.graph;
+  const other = window.LiteGraph.createNode('QwenLowVRAMLoader');
+  graph.add(other);
+  other.pos = [0, 900];
+  for (const [name, value] of Object.entries(values)) other.widgets.find((each) => each.name === name).value = value;
+  const decode = graph.nodes.find((node) => node.type === 'QwenLowVRAMDecode');
+  const output = other.outputs.findIndex((slot) => slot.type === 'VAE');
+  other.connect(output, decode, decode.inputs.findIndex((slot) => slot.type === 'VAE'));
+}"""
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """status: how the run ends. said: of its English message. widgets: by node type, others than the miniature's."""
+
+    status: str
+    said: str
+    stem: str = "01"
+    widgets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    foreign_vae: bool = False
+
+
+WRONGS = {
+    "a file that is not there": Wrong(
+        "refused", "There is no", widgets={LOADER: {"transformer": "gone.safetensors"}}
+    ),
+    "a damaged file": Wrong("refused", "damaged", widgets={LOADER: {"transformer": DAMAGED}}),
+    "a VAE as the transformer": Wrong("refused", "transformer", widgets={LOADER: {"transformer": OTHER}}),
+    "a LoRA that is not there": Wrong(
+        "refused", "There is no", "07", {"QwenLowVRAMLoadLora": {"lora_name": "gone.safetensors"}}
+    ),
+    "a text model in the graph that edits": Wrong("error", "edit", "10"),
+    "an editing model in the graph from text": Wrong(
+        "error", "edit", widgets={LOADER: {"transformer": "miniature-edit (folder)"}}
+    ),
+    "another model's VAE in Decode": Wrong("error", "VAE", foreign_vae=True),
+    "a RAM limit that is too low": Wrong("error", "RAM", widgets={LOADER: {"ram_limit_gb": 0.1}}),
+    "an image without a schedule": Wrong("error", "schedule", widgets={LATENT: {"width": 16384, "height": 16384}}),
+}  # fmt: skip
+
+
+def put_files(models: Path) -> None:
+    """The wrong ones, into ComfyUI's folder of models."""
+    folder = models / "diffusion_models"
+    whole = REPOSITORY / "miniature" / "vae" / "diffusion_pytorch_model.safetensors"
+    shutil.copy(whole, folder / OTHER)
+    (folder / DAMAGED).write_bytes(whole.read_bytes()[:5000])
+
+
+def brought_to(page: Page, info: Any, name: str, wrong: Wrong) -> tuple[str, list[str], bool]:
+    """How it ended and what was said in English, what the nodes show, and whether that is as it should be."""
+    stem = next(stem for stem, _ in workflows() if stem.startswith(wrong.stem))
+    graph = json.loads((REPOSITORY / "workflows" / f"{stem}.json").read_text(encoding="utf-8"))
+    widgets: dict[str, dict[str, Any]] = {LOADER: MINIATURE, LATENT: {"width": SIDE_PX, "height": SIDE_PX}}
+    for kind in widgets | wrong.widgets:
+        graph = set_widgets(graph, info, kind, **(widgets.get(kind, {}) | wrong.widgets.get(kind, {})))
+    page.load(graph, name)
+    if wrong.foreign_vae:
+        page.evaluate(FOREIGN_VAE, MINIATURE | {"transformer": "miniature-2.1 (folder)"})
+    page.evaluate(PAUSE, 1500)  # for the line before the run
+    end = page.run(120)
+    page.evaluate(PAUSE, 700)
+    told = json.dumps(end["detail"], ensure_ascii=False)
+    shown = page.evaluate(TEXTS)
+    right = end["status"] == wrong.status and wrong.said in told
+    return f"{end['status']}: {told}", shown, right
