@@ -12,9 +12,10 @@ const WIDTH_PX = 360;
 
 const panels = new WeakMap(); // node -> its element: goes when its node goes
 
-onPlanLine((id, { text, fits }) => {
+onPlanLine((id, line) => {
   const panel = panels.get(nodeAt(id));
-  if (!panel) return;
+  if (!panel || !line) return;
+  const { text, fits } = line;
   panel.textContent = text;
   panel.title = text;
   panel.style.color = fits ? "var(--input-text)" : TOO_LARGE;

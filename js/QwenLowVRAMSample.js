@@ -252,7 +252,7 @@ function showReport(id, output) {
   if (output?.[REPORT]) panelOf(id)?.showReport(output[REPORT][0]);
 }
 
-onPlanLine((id, line) => panelOf(id)?.expect(line));
+onPlanLine((id, line) => line && panelOf(id)?.expect(line));
 
 function onProgress(event) {
   if (!isOfThisGraph(event)) return;

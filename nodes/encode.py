@@ -5,7 +5,7 @@ from typing import Any
 from .adapters.clip import LowVRAMCLIP
 from .adapters.value_checks import check_widgets
 from .display_names import CATEGORY
-from .live_plan import refuse_what_cannot_fit
+from .live_plan import refuse_what_cannot_run
 
 
 class QwenLowVRAMEncodePrompts:
@@ -47,7 +47,7 @@ class QwenLowVRAMEncodePrompts:
 
     def encode(self, clip: Any, positive: str, negative: str, prompt: Any = None) -> tuple[Any, Any]:
         check_widgets(self.INPUT_TYPES(), clip=clip, positive=positive, negative=negative)
-        refuse_what_cannot_fit(prompt)
+        refuse_what_cannot_run(prompt)
         if isinstance(clip, LowVRAMCLIP):
             return tuple(clip.encode_prompts([positive, negative]))
         return tuple(clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (positive, negative))

@@ -12,7 +12,7 @@ from .adapters.edit_prompts import Edit
 from .adapters.networks import SERVED, ServedFamily, served_member
 from .adapters.value_checks import check_image, check_widgets
 from .display_names import AUTO, CATEGORY
-from .live_plan import refuse_what_cannot_fit
+from .live_plan import refuse_what_cannot_run
 
 INPUTS = 12  # the most that any model is shown
 DEFAULT = Variant.QWEN_IMAGE  # where neither variant nor CLIP tells
@@ -128,7 +128,7 @@ class QwenLowVRAMEncodeEditPrompt:
             batch_size=batch_size,
             variant=variant,
         )
-        refuse_what_cannot_fit(prompt)
+        refuse_what_cannot_run(prompt)
         names = [f"image{i + 1}" for i in range(INPUTS)]
         for name, image in images.items():
             if name not in names:

@@ -13,6 +13,16 @@ from ..engine.models.qwen_image_21.sizes import PIXELS, by_area
 from .sample import PRESETS
 
 LOADER, ENCODE_EDIT = "QwenLowVRAMLoader", "QwenLowVRAMEncodeEditPrompt"
+# ComfyUI's loaders, by class: the input that names the file, and its folder
+FILE_LOADERS = {
+    "UNETLoader": ("unet_name", "diffusion_models"),
+    "UnetLoaderGGUF": ("unet_name", "diffusion_models"),
+    "CLIPLoader": ("clip_name", "text_encoders"),
+    "CLIPLoaderGGUF": ("clip_name", "text_encoders"),
+    "VAELoader": ("vae_name", "vae"),
+}
+# nodes whose conditioning has no image
+_OF_TEXT = ("QwenLowVRAMEncodePrompts", "CLIPTextEncode", "ConditioningZeroOut")
 _SAME_LATENT = ("SetLatentNoiseMask", "RepeatLatentBatch")  # nodes that keep its size
 _TOKEN_BYTES = 3  # of UTF-8 to a token of a prompt, about
 _TEMPLATE_TOKENS = 40
@@ -22,13 +32,27 @@ Size = tuple[int, int]  # (width, height) in px
 
 
 @dataclass(frozen=True)
+class LinkedPart:
+    """A CLIP or VAE that a node has from a loader. node, kind: the node's id and class. input: "clip" or "vae".
+    loader: the loader's class, ours or one of FILE_LOADERS. file: what it names, ours of the transformer."""
+
+    node: str
+    kind: str
+    input: str
+    loader: str
+    file: str
+
+
+@dataclass(frozen=True)
 class GraphRun:
     """A sampler and the loader that its model comes from, by their ids, and what is asked of them.
 
     settings: the loader's values, None for what nothing tells. size: (width, height) in px, None where nothing tells;
     exact: to the pixel, and the batch. prompts: ids of all nodes that the prompts need. loras: files of models/loras
     whose strength is not 0, by their names. controlnets, patches: of models/controlnet and models/model_patches, once
-    for each node that applies one. uncounted: what the graph adds whose file it does not tell.
+    for each node that applies one. uncounted: what the graph adds whose file it does not tell. text_only: its prompts
+    come from nodes that show a model no image. parts: that its prompts, its latents and the decoding of what it makes
+    are linked to.
     """
 
     loader: str
@@ -47,6 +71,8 @@ class GraphRun:
     controlnets: tuple[str, ...] = ()
     patches: tuple[str, ...] = ()
     uncounted: tuple[str, ...] = ()
+    text_only: bool = False
+    parts: tuple[LinkedPart, ...] = ()
 
 
 def runs_of(prompt: Prompt, image_size: Callable[[str], Size | None]) -> list[GraphRun]:
@@ -70,6 +96,7 @@ class _Graph:
         ends = [self.behind(guider, name) for name in ("positive", "conditioning", "negative")]
         before = list(dict.fromkeys(node for end in ends if end is not None for node in self._before(end)))
         edits = [node for node in before if self._kind(node) == ENCODE_EDIT]
+        conditions = list(self._through("condition", *filter(None, ends)))
         steps, guided = self._steps(sampler, guider)
         nets = [self._file(node, "control_net", "control_net_name") for node in before if self._applies_a_net(node)]
         patches = [self._file(node, "model_patch", "name") for node in models if "model_patch" in self._inputs(node)]
@@ -90,6 +117,8 @@ class _Graph:
             tuple(filter(None, nets)),
             tuple(filter(None, patches)),
             tuple(name for name, files in (("ControlNet", nets), ("model patch", patches)) if None in files),
+            bool(conditions) and all(self._kind(node) in _OF_TEXT for node in conditions),
+            tuple(self._parts([*conditions, *self._through("samples", sampler), *self._decoders(sampler)])),
         )
 
     def behind(self, node: str, name: str) -> str | None:
@@ -137,6 +166,43 @@ class _Graph:
             seen.add(here)
             yield here
             waiting += [found for name in self._inputs(here) if (found := self.behind(here, name)) is not None]
+
+    def _through(self, carried: str, *nodes: str) -> Iterator[str]:
+        """Nodes, and those that their conditions or their latents ("samples") come from."""
+        carriers = ("positive", "negative", "condition") if carried == "condition" else ("samples", "latent")
+        seen, waiting = set(), [*nodes]
+        while waiting:
+            if (here := waiting.pop()) in seen:
+                continue
+            seen.add(here)
+            yield here
+            links = [self.behind(here, name) for name in self._inputs(here) if name.startswith(carriers)]
+            waiting += [source for source in links if source is not None]
+
+    def _decoders(self, sampler: str) -> Iterator[str]:
+        """Nodes with a VAE for what the sampler makes, maybe through nodes that change latents, and not through others
+        that sample."""
+        for node in self._prompt:
+            source = self.behind(node, "samples") if self.behind(node, "vae") else None
+            passed = {node}
+            while source not in passed and source not in (None, sampler):
+                passed.add(source)
+                source = self.behind(source, "samples")
+            if source == sampler:
+                yield node
+
+    def _parts(self, nodes: list[str]) -> Iterator[LinkedPart]:
+        for node in dict.fromkeys(nodes):
+            for name in ("clip", "vae"):
+                source, passed = self.behind(node, name), {node}
+                while source not in passed and source is not None and (further := self.behind(source, name)):
+                    passed.add(source)
+                    source = further
+                kind = self._kind(source) if source else ""
+                widget = "transformer" if kind == LOADER else FILE_LOADERS.get(kind, ("", ""))[0]
+                file = self._value(source, widget) if source and widget else None
+                if isinstance(file, str):
+                    yield LinkedPart(node, self._kind(node), name, kind, file)
 
     def _lora(self, node: str) -> str | None:
         name = self._value(node, "lora_name")

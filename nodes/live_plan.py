@@ -18,7 +18,7 @@ from PIL import Image
 
 from ..engine.compute.linear_choice import Computing
 from ..engine.compute.step_schedules import OFF, step_cache_of
-from ..engine.errors import DoesNotFit, QwenLowVRAMError
+from ..engine.errors import DoesNotFit, InvalidRequest, QwenLowVRAMError, WrongModel
 from ..engine.lora.lora_file import LoraFile, needs_adapters, open_lora
 from ..engine.planning.stages import ImagePlan, ImageRequest
 from ..engine.reports.plan_facts import plan_facts
@@ -34,6 +34,7 @@ from .graph_runs import GraphRun, Prompt, Size, runs_of
 from .inputs import at_input
 from .loader_inputs import loader_inputs
 from .lora import lora_file
+from .misplaced_models import doubt_of, require_placed
 from .model_choices import plain_file
 from .planned_models import PlannedModels, PlanSettings
 from .sources import Sources
@@ -75,6 +76,7 @@ def line_of(run: GraphRun) -> PlanLine:
     try:
         loras = _loras_of(run)
         models = _models_of(run, loras)
+        require_placed(run, models.family, models.member)
         request = _request_of(run, models)
         nets = [plain_file("controlnet", name) for name in run.controlnets]
         patches = [plain_file("model_patches", name) for name in run.patches]
@@ -95,6 +97,7 @@ def line_of(run: GraphRun) -> PlanLine:
         "format": models.held_in(card.weight_format),
         "measured": models.measured,
         "size_known": run.size is not None,
+        "doubts": [doubt.as_dict()] if (doubt := doubt_of(run, models.member)) else [],
         "uncounted": [
             name
             for name, seen in (
@@ -108,37 +111,48 @@ def line_of(run: GraphRun) -> PlanLine:
     return PlanLine(nodes, True, _sentence(card.plan, values), values)
 
 
-def refusal_of(run: GraphRun) -> DoesNotFit | None:
-    """Why the run cannot fit, whatever its prompts' lengths and whatever is free; None where it may.
+def refusal_of(run: GraphRun) -> QwenLowVRAMError | None:
+    """Why the run cannot end well, whatever its prompts' lengths and whatever is free; None where it may.
 
-    Only a VRAM limit that a person set and a size that the graph tells to the pixel refuse: both hold when it runs.
+    Models that do not belong where they are refuse; of memory, only a VRAM limit that a person set and a size that the
+    graph tells to the pixel: both hold when it runs.
     """
-    if not run.exact or run.images:  # whose sizes count, too
-        return None
     try:
         models = _models_of(run, _loras_of(run))
-        limit = _limit(run, "vram_limit_gb")
-        if limit is None:
-            return None
+    except QwenLowVRAMError:
+        return None  # who runs into it says it
+    try:
+        require_placed(run, models.family, models.member)
+    except (InvalidRequest, WrongModel) as error:
+        return error
+    limit = _limit(run, "vram_limit_gb")
+    if limit is None or not run.exact or run.images:  # whose sizes count, too
+        return None
+    try:
         request = _request_of(replace(run, prompt_tokens=1), models)
         others = [(device, limit) for device in _others(run)]
         return models.card(request, "", limit, limit, _limit(run, "ram_limit_gb"), others).error
     except QwenLowVRAMError:
-        return None  # who runs into it says it
+        return None
 
 
-def refuse_what_cannot_fit(prompt: Prompt | None) -> None:
-    """Raise DoesNotFit in the node that runs, before it reads anything, where no sampler behind it could run."""
+def refuse_what_cannot_run(prompt: Prompt | None) -> None:
+    """Raise in the node that runs, before it reads anything, where no sampler behind it could run: DoesNotFit,
+    WrongModel, or InvalidRequest."""
     node = executing_node_id()
     if prompt is None or node is None:
         return
     refusals = [refusal_of(run) for run in runs_of(prompt, image_size) if node in run.prompts]
-    if refusals and all(refusals):
-        raise DoesNotFit(
-            "This graph's image will not fit, so its prompt is not encoded. {reason}",
-            code="graph.will_not_fit",
-            reason=refusals[0],
-        )
+    first = refusals[0] if refusals else None
+    if first is None or None in refusals:
+        return
+    if not isinstance(first, DoesNotFit):
+        raise first
+    raise DoesNotFit(
+        "This graph's image will not fit, so its prompt is not encoded. {reason}",
+        code="graph.will_not_fit",
+        reason=first,
+    )
 
 
 def _models_of(run: GraphRun, loras: Sequence[LoraFile]) -> PlannedModels:
@@ -218,7 +232,7 @@ def _sentence(plan: ImagePlan, values: Mapping[str, Any]) -> str:
         parts.append(f"{', '.join(values['uncounted'])} not counted")
     if not values["size_known"]:
         parts.append(f"for {values['width']}x{values['height']}, as the size is not known yet")
-    return "; ".join(parts)
+    return "\n".join(["; ".join(parts), *(doubt["text"] for doubt in values["doubts"])])
 
 
 def _stamps(*paths: Path) -> tuple[tuple[str, int], ...]:

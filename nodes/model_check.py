@@ -24,20 +24,13 @@ from ..engine.models.recognition import components, identify
 from ..engine.runs.opened_files import open_component
 from . import model_choices
 from .adapters.networks import served_of
-from .graph_runs import LOADER, Prompt
+from .graph_runs import FILE_LOADERS, LOADER, Prompt
 from .lora import lora_file
 from .sources import transformer_source
 
 HERE, WRONG, MISSING = "here", "wrong", "missing"
 # of ComfyUI's loaders, by class: the input that names the file, and its folder
 _LORAS = {"QwenLowVRAMLoadLora": "lora_name", "LoraLoaderModelOnly": "lora_name", "LoraLoader": "lora_name"}
-_OTHERS = {
-    "UNETLoader": ("unet_name", "diffusion_models"),
-    "UnetLoaderGGUF": ("unet_name", "diffusion_models"),
-    "CLIPLoader": ("clip_name", "text_encoders"),
-    "CLIPLoaderGGUF": ("clip_name", "text_encoders"),
-    "VAELoader": ("vae_name", "vae"),
-}
 _NOT_THERE = ("choice.missing", "choice.no_pipeline_folder", "choice.broken_link")
 
 # what a family needs of each folder, and what the page calls the families
@@ -125,8 +118,8 @@ def _needs(kind: str, inputs: dict[str, Any]) -> Iterator[tuple[str, str, Look]]
         yield from _of_loader(*(_name(inputs.get(name)) for name in ("transformer", "text_encoder", "vae")))
     elif kind in _LORAS and (lora := _name(inputs.get(_LORAS[kind]))):
         yield "loras", lora, lambda: lora_file(lora)
-    elif kind in _OTHERS:
-        of, folder = _OTHERS[kind]
+    elif kind in FILE_LOADERS:
+        of, folder = FILE_LOADERS[kind]
         if (name := _name(inputs.get(of))) and known(folder, name):
             yield folder, name, lambda: open_checkpoint(model_choices.model_file(folder, name))
 

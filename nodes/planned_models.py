@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from enum import Enum
 
 import comfy.model_management
 import torch
@@ -16,6 +17,7 @@ from ..engine.files.checkpoint import Checkpoint
 from ..engine.hardware import Hardware
 from ..engine.lora.lora_file import LoraFile, match_model
 from ..engine.lora.weight_patches import lora_patches
+from ..engine.models.family import Family
 from ..engine.models.transformer_parts import TransformerParts
 from ..engine.planning.branch_split import Card as FurtherCard
 from ..engine.planning.draft import least_bytes, least_ram_bytes
@@ -69,8 +71,11 @@ class _Version:
 
 @dataclass(frozen=True)
 class PlannedModels:
-    """The sizes of three models, read from headers; the transformer's in each format that may be chosen."""
+    """The sizes of three models, read from headers; the transformer's in each format that may be chosen. member: of
+    the family, that the transformer is."""
 
+    family: Family
+    member: Enum
     text_encoder: TextEncoderFootprint
     versions: dict[str, _Version]
     others: dict[str, TransformerFootprint]  # what it could be in, where it stays as stored
@@ -89,8 +94,9 @@ class PlannedModels:
         family = sources.family
         with at_input("weight_format"):
             check_weight_format(transformer_file, settings.weight_format)
+        member = sources.member(transformer_file, settings.variant)
         with at_input("layers"):
-            _check_layers(transformer_file, sources.member(transformer_file, settings.variant).makes_layers, layers)
+            _check_layers(transformer_file, member.makes_layers, layers)
         with at_input("reference_pictures"):
             _check_images(transformer_file, family.most_images, images)
         card = _card()
@@ -110,6 +116,8 @@ class PlannedModels:
         stored = settings.weight_format in (AUTO, AS_STORED)
         versions = _versions(transformer_file, settings.weight_format)
         return cls(
+            family,
+            member,
             family.encoder(text_file, dtype=encoder_dtype(text_dtype), hardware=card).footprint,
             {
                 name: _version(parts, transformer_file, version, products, card, settings)

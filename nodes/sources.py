@@ -48,7 +48,7 @@ class Sources:
     def of(cls, transformer: str, text_encoder: str, vae: str) -> "Sources":
         with at_input("transformer"):
             transformer_path = transformer_source(transformer)
-            family = served_of(open_checkpoint(transformer_path)).family
+            family = served_of(open_transformer(transformer_path)).family
         folder = transformer_path.parent if model_choices.is_folder(transformer) else None
 
         def component(kind: str, choice: str, subfolder: str, wanted: Component) -> Path:

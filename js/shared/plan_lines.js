@@ -10,10 +10,12 @@ export const TOO_LARGE = "var(--error-text, #e05252)"; // the colour of a line t
 const WAIT_MS = 400; // after the last change
 
 const listeners = [];
+let marked = []; // ids of the nodes that the last lines found wrong
 let timer;
 let asked = "";
 
-/** Call `listener(id, {text, fits})` with each line as it comes, by the ids of the nodes that it is for. */
+/** Call `listener(id, {text, fits})` with each line as it comes, by the ids of the nodes that it is for: the loader, the
+ *  sampler, and where another node is wrong that one, with null as soon as it is not wrong any more. */
 export function onPlanLine(listener) {
   listeners.push(listener);
 }
@@ -21,7 +23,10 @@ export function onPlanLine(listener) {
 /** The line in the page's language, as far as an error's text is there in it. */
 function textOf({ fits, text, values }) {
   const said = words();
-  if (fits) return expectationOf(said, values);
+  if (fits) {
+    const doubts = (values.doubts ?? []).map((doubt) => messageOf(isChinese(said), doubt)); // older servers have none
+    return [expectationOf(said, values), ...doubts].join("\n");
+  }
   return values.code ? messageOf(isChinese(said), values) : text;
 }
 
@@ -38,8 +43,13 @@ async function ask() {
   asked = question;
   const answer = await post("/qwen_lowvram/plan", { prompt });
   if (!answer.ok || question !== asked) return; // an older server, or a newer question
-  for (const line of (await answer.json()).lines)
-    for (const id of line.nodes) for (const listener of listeners) listener(id, { text: textOf(line), fits: line.fits });
+  const tell = (id, line) => listeners.forEach((listener) => listener(id, line));
+  const { lines } = await answer.json();
+  marked.forEach((id) => tell(id, null));
+  const wrongAt = ({ fits, values }) => (fits ? [] : [values.values?.at].filter(Boolean));
+  marked = lines.flatMap(wrongAt);
+  for (const line of lines)
+    for (const id of [...line.nodes, ...wrongAt(line)]) tell(id, { text: textOf(line), fits: line.fits });
 }
 
 function soon() {

@@ -4,11 +4,13 @@ import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
 import { fetchChinese, messageOf } from "./error_words.js";
 import { addPanel, nodeAt, words } from "./panels.js";
+import { onPlanLine } from "./plan_lines.js";
 import { clock, isChinese, lineOf } from "./run_words.js";
 import { errorOf, isOfThisGraph } from "./runs.js";
 
 const EVENT = "qwen_lowvram.progress";
 const PANEL = "QwenLowVRAMSample"; // has a panel of its own
+const OF_THE_PLAN = new Set(["QwenLowVRAMLoader", PANEL]);
 const OURS = "QwenLowVRAM"; // what the classes of this pack's nodes begin with
 const LINE_PX = 16;
 const ERROR_PX = 80; // five lines; the rest is scrolled to
@@ -69,6 +71,16 @@ function failed(event) {
   const said = words();
   write(lineOn(node), messageOf(isChinese(said), error).replace(/\n\n+/g, "\n"), ERROR_PX);
 }
+
+/** What is wrong with a node before the run; the loader and the sampler say it in places of their own. */
+function expected(id, line) {
+  const node = nodeAt(id);
+  if (!node || OF_THE_PLAN.has(node.comfyClass)) return;
+  if (line) write(lineOn(node), line.text.replace(/\n\n+/g, "\n"), ERROR_PX);
+  else if (lines.has(node)) write(lines.get(node), "", LINE_PX);
+}
+
+onPlanLine(expected);
 
 app.registerExtension({
   name: "qwenLowVRAM.progress",

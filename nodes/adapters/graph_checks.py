@@ -1,6 +1,7 @@
 """Say in words what a graph asks of our models that they do not do; nothing is silently ignored."""
 
 from collections.abc import Sequence
+from enum import Enum
 from typing import Any, NoReturn
 
 import comfy.hooks
@@ -79,26 +80,9 @@ def check_references(variant: Variant, conds: dict[str, list[dict[str, Any]]]) -
     sizes = {tuple(latent.shape[-2:]) for latents in references for latent in latents}
     shown = bool(sizes)
     if variant.edits and not shown and not any(entry.get(NO_IMAGES_KEY) for entry in entries):
-        raise InvalidRequest(
-            "{variant} edits images, but this graph gives it none: no conditioning has reference latents.\n\nWhat to "
-            "do: encode the prompt with '{encode_edit}' or another node that takes the image and the VAE "
-            "(TextEncodeQwenImageEditPlus), or add ReferenceLatent. For images from text alone, choose a Qwen-Image "
-            "file, or set variant to {qwen_image} in '{loader}'.",
-            code="graph.no_image_to_edit",
-            variant=variant.value,
-            encode_edit=ENCODE_EDIT,
-            qwen_image=Variant.QWEN_IMAGE.value,
-            loader=LOADER,
-        )
+        raise no_image_to_edit(variant)
     if shown and not variant.edits and not variant.makes_layers:
-        told = Told(
-            "{variant} is given an image to edit, which it was not trained for; a LoRA may have taught it. If the file "
-            "is an Edit model under another name, set variant in '{loader}'.",
-            code="told.image_for_no_editor",
-            variant=variant.value,
-            loader=LOADER,
-        )
-        warn(told)
+        warn(image_for_no_editor(variant))
     for height, width in sorted(sizes):
         if height % PATCH or width % PATCH:
             logger.warning(
@@ -109,6 +93,32 @@ def check_references(variant: Variant, conds: dict[str, list[dict[str, Any]]]) -
                 PATCH * LATENT_PX,
                 "Scale it first" if variant.makes_layers else f"'{ENCODE_EDIT}' chooses sizes that fit",
             )
+
+
+def no_image_to_edit(variant: Enum) -> InvalidRequest:
+    """Of a member that makes none of text alone."""
+    return InvalidRequest(
+        "{variant} edits images, but this graph gives it none: no conditioning has reference latents.\n\nWhat to "
+        "do: encode the prompt with '{encode_edit}' or another node that takes the image and the VAE "
+        "(TextEncodeQwenImageEditPlus), or add ReferenceLatent. For images from text alone, choose a Qwen-Image "
+        "file, or set variant to {qwen_image} in '{loader}'.",
+        code="graph.no_image_to_edit",
+        variant=variant.value,
+        encode_edit=ENCODE_EDIT,
+        qwen_image=Variant.QWEN_IMAGE.value,
+        loader=LOADER,
+    )
+
+
+def image_for_no_editor(variant: Enum) -> Told:
+    """Of a member that is trained for text alone."""
+    return Told(
+        "{variant} is given an image to edit, which it was not trained for; a LoRA may have taught it. If the file "
+        "is an Edit model under another name, set variant in '{loader}'.",
+        code="told.image_for_no_editor",
+        variant=variant.value,
+        loader=LOADER,
+    )
 
 
 def _check_images(variant: Variant, references: Sequence[Sequence[Tensor]]) -> None:

@@ -15,7 +15,7 @@ from qwenimage_lowvram.engine.hardware import Hardware
 from qwenimage_lowvram.engine.planning.forecast import TYPICAL
 from qwenimage_lowvram.nodes import live_plan
 from qwenimage_lowvram.nodes.graph_runs import runs_of
-from qwenimage_lowvram.nodes.live_plan import PlanLine, line_of, lines_of, refusal_of, refuse_what_cannot_fit
+from qwenimage_lowvram.nodes.live_plan import PlanLine, line_of, lines_of, refusal_of, refuse_what_cannot_run
 from safetensors.torch import load_file, save_file
 
 CARD = Hardware(torch.device("cpu"), streams=False, pinned=False, prefetch=True, host_device=False)
@@ -213,15 +213,15 @@ def test_encoding_for_a_run_that_cannot_fit_is_refused_at_that_node_alone(
     graph: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, node: str
 ) -> None:
     monkeypatch.setattr(live_plan, "executing_node_id", lambda: node)
-    refuse_what_cannot_fit(graph(vram_limit_gb=1.0))
+    refuse_what_cannot_run(graph(vram_limit_gb=1.0))
     too_large = graph(vram_limit_gb=0.001, width=4096)
     if node == "2":
         with pytest.raises(DoesNotFit, match="its prompt is not encoded"):
-            refuse_what_cannot_fit(too_large)
+            refuse_what_cannot_run(too_large)
         too_large["5"] = {"class_type": "EmptySD3LatentImage", "inputs": {"width": 16, "height": 16, "batch_size": 1}}
         too_large["6"] = {**too_large["4"], "inputs": too_large["4"]["inputs"] | {"latent_image": ["7", 0]}}
-    refuse_what_cannot_fit(too_large)  # another sampler behind it may fit, or the node encodes nothing
-    refuse_what_cannot_fit(None)
+    refuse_what_cannot_run(too_large)  # another sampler behind it may fit, or the node encodes nothing
+    refuse_what_cannot_run(None)
 
 
 def test_a_widget_that_is_linked_has_the_value_of_its_primitive(graph: Callable[..., dict[str, Any]]) -> None:

@@ -13,6 +13,7 @@ from devtools.workflow import set_widgets
 from qwenimage_lowvram.engine.files.checkpoint import Checkpoint
 from qwenimage_lowvram.engine.lora.lora_file import LoraFile
 from small_checkpoint import SplitFiles
+from small_vae_21 import random_vae_21, write_file
 
 from .conftest import in_both_renderers
 
@@ -51,6 +52,27 @@ ADD_LORA = """(file) => {
   load.connect(0, lora, 0);
   lora.connect(0, sample, sample.inputs.findIndex(({ name }) => name === 'model'));
   window.comfyAPI.api.api.dispatchCustomEvent('graphChanged');
+}"""
+
+LINK_VAE = """(file) => {
+  const { graph } = window.app;
+  const [load, decode] = ['QwenLowVRAMLoader', 'QwenLowVRAMDecode'].map(
+    (type) => graph.nodes.find((node) => node.type === type));
+  const other = window.LiteGraph.createNode('VAELoader');
+  if (file) {
+    graph.add(other);
+    other.widgets.find((widget) => widget.name === 'vae_name').value = file;
+  }
+  const source = file ? other : load;
+  source.connect(file ? 0 : 2, decode, decode.inputs.findIndex(({ name }) => name === 'vae'));
+  window.comfyAPI.api.api.dispatchCustomEvent('graphChanged');
+}"""
+ON_DECODE = """async (wanted) => {
+  const decode = () => window.app.graph.nodes.find((node) => node.type === 'QwenLowVRAMDecode');
+  const text = () => decode().widgets.find(({ name }) => name === 'qwen_lowvram_line')?.element.textContent ?? '';
+  for (let waited = 0; waited < 60000 && !text() === wanted; waited += 100)
+    await new Promise((done) => setTimeout(done, 100));
+  return text();
 }"""
 
 
@@ -116,3 +138,21 @@ def test_the_line_follows_the_graph_and_turns_red_where_it_does_not_fit(
     assert "the limit is 102.4 MiB" in text
     page.screenshot("plan-line-red")
     assert page.unexpected_messages() == []
+
+
+def test_another_models_vae_is_said_on_decode_until_it_is_gone(
+    page: Any, object_info: dict[str, Any], split_files: dict[str, SplitFiles], models_dir: Path
+) -> None:
+    names = split_files["fp8"]
+    files = {"transformer": names.transformer, "text_encoder": names.text_encoder, "vae": names.vae}
+    foreign = write_file(models_dir / "vae" / "of-2.1.safetensors", random_vae_21())
+    page.load(set_widgets(json.loads(WORKFLOW.read_text(encoding="utf-8")), object_info, "QwenLowVRAMLoader", **files))
+    try:
+        page.evaluate(LINK_VAE, foreign.name)
+        assert page.evaluate(ON_DECODE, True).startswith("'Decode (tiled)' has the VAE of another model.")
+        assert page.evaluate(LINE, "false")[1].startswith("'Decode (tiled)' has the VAE of another model.")
+        page.evaluate(LINK_VAE, "")
+        assert page.evaluate(ON_DECODE, False) == ""
+        assert page.evaluate(LINE, "true")[0] == "true"
+    finally:
+        foreign.unlink()
