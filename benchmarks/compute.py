@@ -66,8 +66,8 @@ GGUF_KINDS = ("Q8_0", "Q4_0")
 LAYERS = {"attention": (3072, 3072), "MLP in": (12288, 3072), "MLP out": (3072, 12288)}  # rows, columns
 HEADS, HEAD_DIM, COMPARED_QUERIES = 24, 128, 64
 RANK = 16
-# whole blocks of the real size, on a CPU; on a card `python dev.py gpu` has steps of all of them
-BLOCKS = Sizes(24, 3584, 2, 2, (256, 256), (64, 9), {8: 8 * GIB})
+# whole blocks of the real size on a CPU, in what ComfyUI computes there; `python dev.py gpu` has steps of all on a card
+BLOCKS = Sizes(24, 3584, 2, 2, (128, 128), (16, 9), {8: 8 * GIB}, dtype="float32")
 BLOCK_CASES = (
     (OURS, "bf16", ""),
     (COMFYUI, "bf16", ""),

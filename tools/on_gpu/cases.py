@@ -40,6 +40,7 @@ class Sizes:
     sides: tuple[int, int]
     prompt_tokens: tuple[int, int]
     cards: Mapping[int, int]
+    dtype: str = "bfloat16"
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "cards": {str(gb): nbytes for gb, nbytes in self.cards.items()}}

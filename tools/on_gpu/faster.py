@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .card import NotTried
-from .cases import COMPILED, FIRST_BLOCK, HALF, PLANNED, STORED, STORED_ATTENTION, STORED_LORA
+from .cases import COMPILED, FIRST_BLOCK, HALF, PLANNED, STORED, STORED_ATTENTION, STORED_LORA, Sizes
 from .steps import Inputs, Ready
 
 RANK = 16
@@ -42,18 +42,19 @@ CACHES: Mapping[str, StepCache] = {
 SIGMAS = [1 - step / RUN_STEPS for step in range(RUN_STEPS)]
 
 
-def linear_for(checkpoint: Checkpoint, hardware: Hardware, how: str) -> LinearChoice:
+def linear_for(checkpoint: Checkpoint, hardware: Hardware, how: str, dtype: torch.dtype) -> LinearChoice:
     """Raises NotTried where the device has no product for the file."""
     if how not in (STORED, STORED_LORA, STORED_ATTENTION):
         return DECODED
-    linear = linear_of(Computing.FAST, checkpoint, [hardware], torch.bfloat16)
+    linear = linear_of(Computing.FAST, checkpoint, [hardware], dtype)
     if not linear.backends:
         raise NotTried(linear.why_not)
     return linear
 
 
-def products_dtype(how: str) -> torch.dtype:
-    return torch.float16 if how == HALF else torch.bfloat16
+def products_dtype(how: str, sizes: Sizes) -> torch.dtype:
+    dtype: torch.dtype = torch.float16 if how == HALF else getattr(torch, sizes.dtype)
+    return dtype
 
 
 def prepare(transformer: QwenImageTransformer, how: str, folder: Path) -> None:

@@ -30,8 +30,9 @@ def open_transformer(
     """how: as Case has it; what it needs of its own is written into `folder`. Raises NotTried where the device lacks
     what it takes."""
     hardware, repeated = Hardware.detect(device), repeat_blocks(checkpoint, sizes.blocks)
-    linear = linear_for(repeated, hardware, how)
-    transformer = QwenImageTransformer(repeated, dtype=products_dtype(how), hardware=hardware, linear=linear)
+    dtype = products_dtype(how, sizes)
+    linear = linear_for(repeated, hardware, how, dtype)
+    transformer = QwenImageTransformer(repeated, dtype=dtype, hardware=hardware, linear=linear)
     prepare(transformer, how, folder)
     return transformer
 
