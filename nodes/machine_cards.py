@@ -17,6 +17,15 @@ def machine_cards() -> list[torch.device]:
     return [first, *others] if others else []
 
 
+def first_card(headroom_bytes: int) -> tuple[int, int] | None:
+    """Bytes of the card that ComfyUI computes on, and what it leaves to a model; None without one."""
+    first = comfy.model_management.get_torch_device()
+    if first.type == "cpu":
+        return None
+    capacity = int(comfy.model_management.get_total_memory(first))
+    return capacity, left_bytes(capacity, headroom_bytes)
+
+
 def cards_of_machine(
     models: PlannedModels, request: ImageRequest, limit_bytes: int | None, ram_bytes: int
 ) -> tuple[list[str], list[Card]]:

@@ -6,8 +6,9 @@ from ..engine.compute.attention_choice import CHOICES
 from ..engine.compute.linear_choice import Computing
 from ..engine.compute.step_schedules import OFF, STEP_CACHES, step_cache_of
 from ..engine.errors import QwenLowVRAMError
-from ..engine.planning.cards import CARDS_GB
+from ..engine.planning.cards import CARDS
 from ..engine.planning.cards import limit_bytes as card_limit_bytes
+from ..engine.planning.forecast import TYPICAL, Speeds
 from ..engine.planning.request import GIB
 from ..engine.planning.stages import ImageRequest
 from ..engine.reports.charts import draw_cards
@@ -21,7 +22,7 @@ from .adapters.value_checks import check_widgets, limit_bytes
 from .display_names import AUTO, CATEGORY
 from .dtypes import DTYPES
 from .inputs import at_input, before_the_run
-from .machine_cards import cards_of_machine
+from .machine_cards import cards_of_machine, first_card
 from .planned_models import PlannedModels, PlanSettings
 from .previews import as_image, preview
 from .sources import Sources, require_transformer
@@ -109,7 +110,8 @@ class QwenLowVRAMMemoryPlan:
                     "FLOAT",
                     {
                         **limit,
-                        "tooltip": "A VRAM limit to show beside the cards, as in the loader. 0 shows only the cards.",
+                        "tooltip": "A VRAM limit to show beside the cards, as in the loader. 0 shows this "
+                        "machine's card.",
                     },
                 ),
                 "ram_limit_gb": (
@@ -256,22 +258,32 @@ class QwenLowVRAMMemoryPlan:
         )
         ram_bytes = limit_bytes(ram_limit_gb) or models.free_ram_bytes(request)
         headroom = models.headroom_bytes
-        capacities = [(f"{gb} GB", gb * GIB, card_limit_bytes(gb, headroom)) for gb in CARDS_GB]
+        disk_bytes = (models.speeds or TYPICAL).disk_bytes
+        sizes: list[tuple[str, int, int, Speeds | None]] = [
+            (card.title, card.gb * GIB, card_limit_bytes(card.gb, headroom), card.speeds(disk_bytes)) for card in CARDS
+        ]
         limit = limit_bytes(vram_limit_gb)
+        own = first_card(headroom)
         if limit is not None:
-            capacities.append((f"limit {vram_limit_gb:g} GB", limit, limit))
-        cards = [models.card(request, *capacity, ram_bytes) for capacity in capacities]
+            sizes.append((f"limit {vram_limit_gb:g} GB", limit, limit, None))
+        elif own is not None:
+            sizes.append(("this machine", *own, None))
+        cards = [
+            models.card(request, name, capacity, most, ram_bytes, speeds=speeds)
+            for name, capacity, most, speeds in sizes
+        ]
         names, here = cards_of_machine(models, request, limit, ram_bytes)
         title = Told("Memory plan: {request}", code="memory_plan.title", request=str(request))
         subtitle = Told(
-            "{file}, prompts of {tokens} token{plural}; seconds are forecasts at {speeds}",
+            "{file}, prompts of {tokens} token{plural}; seconds are forecasts: of a named card by its data sheet, else "
+            "at {speeds}",
             code="memory_plan.subtitle",
             file=transformer,
             tokens=prompt_tokens,
             plural="" if prompt_tokens == 1 else "s",
             speeds=models.speeds_text,
         )
-        advice = [line for name, _, most in capacities for line in models.advice(name, most, ram_bytes)]
+        advice = [line for name, _, most, speeds in sizes for line in models.advice(name, most, ram_bytes, speeds)]
         ram = Told("RAM limit {limit:.1f} GiB", code="memory_plan.ram_limit", limit=ram_bytes / GIB)
         computed = models.computed(request, cards)
         several = ["", *several_cards_table(names, here)] if here else []

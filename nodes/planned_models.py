@@ -165,19 +165,20 @@ class PlannedModels:
         limit_bytes: int,
         ram_bytes: int | None,
         others: Sequence[tuple[torch.device, int]] = (),
+        speeds: Speeds | None = None,
     ) -> Card:
-        """`others`: this machine's further cards, and what a model may hold there."""
+        """`others`: this machine's further cards, and what a model may hold there. speeds: of another machine."""
         limits = Limits(limit_bytes, ram_bytes)
         decoded = {name: version.decoded for name, version in self.versions.items()}
         weight_format = next(iter(decoded))
         if len(decoded) > 1:
-            weight_format = choose_format(decoded, TYPICAL_REQUEST, limits, self.speeds or TYPICAL).name
+            weight_format = choose_format(decoded, TYPICAL_REQUEST, limits, speeds or self.speeds or TYPICAL).name
         version = self.versions[weight_format]
         footprint = version.footprint
         if footprint.compiled and limit_bytes < least_bytes(footprint, request.sampling):
             footprint = replace(footprint, compiled="")  # MLPs are then computed in chunks, as when it runs
         models = ImageModels(self.text_encoder, footprint, self.vae)
-        speeds = version.speeds or TYPICAL
+        speeds = speeds or version.speeds or TYPICAL
         further = [FurtherCard(str(device), limit, version.speeds_on(device) or speeds) for device, limit in others]
         try:
             plan = plan_image(models, request, limits, speeds, further)
@@ -189,12 +190,13 @@ class PlannedModels:
         """The numbers that blocks are held in, of a card's weight_format."""
         return self.versions[weight_format].weight_format
 
-    def advice(self, name: str, limit_bytes: int, ram_bytes: int) -> list[Told]:
-        """A line for the card where another format would be much faster."""
+    def advice(self, name: str, limit_bytes: int, ram_bytes: int, speeds: Speeds | None = None) -> list[Told]:
+        """A line for the card where another format would be much faster. speeds: of another machine."""
         if len(self.others) < 2:
             return []
         limits = Limits(limit_bytes, ram_bytes)
-        advice = advice_of(choose_format(self.others, TYPICAL_REQUEST, limits, self.speeds or TYPICAL))
+        speeds = speeds or self.speeds or TYPICAL
+        advice = advice_of(choose_format(self.others, TYPICAL_REQUEST, limits, speeds))
         return [Told("On {card}: {advice}", code="memory_plan.advice", card=name, advice=advice)] if advice else []
 
     def computed(self, request: ImageRequest, cards: Sequence[Card]) -> list[Told]:

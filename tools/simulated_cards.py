@@ -10,20 +10,19 @@ import torch
 from full_size_formats import in_format
 from qwenimage_lowvram.engine.models.families import QWEN_IMAGE, QWEN_IMAGE_21
 from qwenimage_lowvram.engine.models.family import Family
+from qwenimage_lowvram.engine.planning.cards import DataSheet
 from qwenimage_lowvram.engine.planning.forecast import Speeds
 from qwenimage_lowvram.engine.planning.request import GIB
 from qwenimage_lowvram.engine.planning.stages import ImageModels
 
 # what the context, the screen and the loader's headroom leave
 AWAY_BYTES = 600_000_000 + 400_000_000
-REACHED = 0.8  # of what a data sheet promises, by large products and by kernels that wait for memory
 
 
 @dataclass(frozen=True)
 class SimulatedCard:
-    """Data sheet (NVIDIA's, Wikipedia's lists): tflops of dense products in 16 bits summed in fp32, GB/s of its memory.
-    bus: GB/s that page-locked copies reach on its slot; disk: GB/s; ram_gib: of the machine, for held blocks.
-    dtype: what the pack computes in on it."""
+    """As DataSheet has it. disk: GB/s; ram_gib: of the machine, for held blocks. dtype: what the pack computes in on
+    it."""
 
     name: str
     vram_gib: int
@@ -36,9 +35,8 @@ class SimulatedCard:
 
     @property
     def speeds(self) -> Speeds:
-        return Speeds(
-            REACHED * self.tflops * 1e12, self.bus_gb * 1e9, self.disk_gb * 1e9, REACHED * self.memory_gb * 1e9
-        )
+        sheet = DataSheet(self.name, self.vram_gib, self.tflops, self.memory_gb, self.bus_gb)
+        return sheet.speeds(self.disk_gb * 1e9)
 
     @property
     def limit_bytes(self) -> int:

@@ -1,8 +1,44 @@
 """Cards as they are sold, and how much of one a model may take before anything of it is known. Imports no torch."""
 
+from dataclasses import dataclass
+
+from .forecast import Speeds
 from .request import GIB
 
-CARDS_GB = (4, 6, 8, 10, 12, 16, 24)
+REACHED = 0.8  # of what a data sheet promises, by large products and by kernels that wait for memory
+
+
+@dataclass(frozen=True)
+class DataSheet:
+    """What is known of a card without it (NVIDIA's data sheets). tflops: of dense products in 16 bits summed in fp32.
+    memory_gb: GB/s of its memory. bus_gb: GB/s that page-locked copies reach over its lanes."""
+
+    name: str
+    gb: int
+    tflops: float
+    memory_gb: float
+    bus_gb: float
+
+    @property
+    def title(self) -> str:
+        return f"{self.gb} GB, {self.name}"
+
+    def speeds(self, disk_bytes: float) -> Speeds:
+        """With a disk of so many bytes a second."""
+        return Speeds(REACHED * self.tflops * 1e12, self.bus_gb * 1e9, disk_bytes, REACHED * self.memory_gb * 1e9)
+
+
+# a common one of each size
+CARDS = (
+    DataSheet("RTX 3050 laptop", 4, 11.0, 192, 12),
+    DataSheet("RTX 3050", 6, 13.5, 168, 12),
+    DataSheet("RTX 4060", 8, 30.2, 272, 12),
+    DataSheet("RTX 3080", 10, 59.5, 760, 24),
+    DataSheet("RTX 3060", 12, 25.4, 360, 24),
+    DataSheet("RTX 4060 Ti", 16, 44.0, 288, 12),
+    DataSheet("RTX 3090", 24, 71.0, 936, 24),
+)
+CARDS_GB = tuple(card.gb for card in CARDS)
 # of a card, before the first tensor: the CUDA context with its kernels, and the image on the screen
 CONTEXT_BYTES = 600_000_000
 # what the loader keeps free beside Qwen-Image's largest block: a layer of its text encoder in bf16
