@@ -48,7 +48,7 @@ app.registerExtension({
     panel.className = "qwen-lowvram-plan-line";
     panel.setAttribute("role", "status");
     panel.style.cssText =
-      "flex:1;min-width:0;box-sizing:border-box;padding:0 4px;overflow:auto;" +
+      "flex:1;min-width:0;box-sizing:border-box;padding:0 4px;overflow:auto;white-space:pre-line;" +
       "user-select:text;font:11px/16px sans-serif;font-variant-numeric:tabular-nums;color:var(--input-text)";
     row.append(panel, checkButton());
     panels.set(node, panel);

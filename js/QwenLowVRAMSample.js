@@ -136,7 +136,7 @@ class Panel {
     this.report = null;
     this.error = "";
     this.memory.style.display = "grid";
-    this.note.style.cssText = "max-height:32px;overflow:hidden";
+    this.note.style.cssText = "max-height:32px;overflow:auto;white-space:pre-line";
     this.peakHeld = 0;
     this.pace.textContent = this.note.textContent = "";
     this.details.style.visibility = "hidden"; // until there is something to read

@@ -12,7 +12,7 @@ from typing import Any
 from ..engine.models.qwen_image_21.sizes import PIXELS, by_area
 from .sample import PRESETS
 
-LOADER, ENCODE_EDIT = "QwenLowVRAMLoader", "QwenLowVRAMEncodeEditPrompt"
+LOADER, ENCODE, ENCODE_EDIT = "QwenLowVRAMLoader", "QwenLowVRAMEncodePrompts", "QwenLowVRAMEncodeEditPrompt"
 # ComfyUI's loaders, by class: the input that names the file, and its folder
 FILE_LOADERS = {
     "UNETLoader": ("unet_name", "diffusion_models"),
@@ -22,7 +22,7 @@ FILE_LOADERS = {
     "VAELoader": ("vae_name", "vae"),
 }
 # nodes whose conditioning has no image
-_OF_TEXT = ("QwenLowVRAMEncodePrompts", "CLIPTextEncode", "ConditioningZeroOut")
+_OF_TEXT = (ENCODE, "CLIPTextEncode", "ConditioningZeroOut")
 _SAME_LATENT = ("SetLatentNoiseMask", "RepeatLatentBatch")  # nodes that keep its size
 _TOKEN_BYTES = 3  # of UTF-8 to a token of a prompt, about
 _TEMPLATE_TOKENS = 40
@@ -93,10 +93,10 @@ class _Graph:
         if not models or self._kind(models[-1]) != LOADER:
             return None
         latent = self._latent(sampler, "latent_image")
-        ends = [self.behind(guider, name) for name in ("positive", "conditioning", "negative")]
+        ends = [self.behind(guider, name) for name in ("positive", "conditioning", "cond1", "cond2", "negative")]
         before = list(dict.fromkeys(node for end in ends if end is not None for node in self._before(end)))
-        edits = [node for node in before if self._kind(node) == ENCODE_EDIT]
         conditions = list(self._through("condition", *filter(None, ends)))
+        edits = [node for node in conditions if self._kind(node) == ENCODE_EDIT]
         steps, guided = self._steps(sampler, guider)
         nets = [self._file(node, "control_net", "control_net_name") for node in before if self._applies_a_net(node)]
         patches = [self._file(node, "model_patch", "name") for node in models if "model_patch" in self._inputs(node)]
@@ -117,7 +117,7 @@ class _Graph:
             tuple(filter(None, nets)),
             tuple(filter(None, patches)),
             tuple(name for name, files in (("ControlNet", nets), ("model patch", patches)) if None in files),
-            bool(conditions) and all(self._kind(node) in _OF_TEXT for node in conditions),
+            any(ends[:-1]) and all(self._kind(node) in _OF_TEXT for node in conditions),
             tuple(self._parts([*conditions, *self._through("samples", sampler), *self._decoders(sampler)])),
         )
 
@@ -176,13 +176,16 @@ class _Graph:
                 continue
             seen.add(here)
             yield here
+            if self._kind(here) in (ENCODE, ENCODE_EDIT):
+                continue  # whose positive and negative are texts
             links = [self.behind(here, name) for name in self._inputs(here) if name.startswith(carriers)]
             waiting += [source for source in links if source is not None]
 
     def _decoders(self, sampler: str) -> Iterator[str]:
         """Nodes with a VAE for what the sampler makes, maybe through nodes that change latents, and not through others
-        that sample."""
-        for node in self._prompt:
+        that sample; what nothing takes is not decoded."""
+        taken = {source for node in self._prompt for name in self._inputs(node) if (source := self.behind(node, name))}
+        for node in taken:
             source = self.behind(node, "samples") if self.behind(node, "vae") else None
             passed = {node}
             while source not in passed and source not in (None, sampler):

@@ -53,7 +53,7 @@ _one_at_a_time = Lock()  # a page that types quickly shall not fill the threads
 class PlanLine:
     """For the nodes of `nodes`, by their ids. fits: False where the run would be refused, or a file is wrong.
 
-    text: one English sentence, for programs and refusals. values: what a page says it with, in another language: facts
+    text: English, for programs and refusals. values: what a page says it with, in another language: facts
     of the plan; of an error its code and values.
     """
 

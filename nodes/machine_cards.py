@@ -17,12 +17,12 @@ def machine_cards() -> list[torch.device]:
     return [first, *others] if others else []
 
 
-def first_card(headroom_bytes: int) -> tuple[int, int] | None:
-    """Bytes of the card that ComfyUI computes on, and what it leaves to a model; None without one."""
-    first = comfy.model_management.get_torch_device()
-    if first.type == "cpu":
+def only_card(headroom_bytes: int) -> tuple[int, int] | None:
+    """Bytes of this machine's card, and what it leaves to a model; None without one, or with several."""
+    card = comfy.model_management.get_torch_device()
+    if card.type == "cpu" or machine_cards():
         return None
-    capacity = int(comfy.model_management.get_total_memory(first))
+    capacity = int(comfy.model_management.get_total_memory(card))
     return capacity, left_bytes(capacity, headroom_bytes)
 
 

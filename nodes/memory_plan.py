@@ -22,7 +22,7 @@ from .adapters.value_checks import check_widgets, limit_bytes
 from .display_names import AUTO, CATEGORY
 from .dtypes import DTYPES
 from .inputs import at_input, before_the_run
-from .machine_cards import cards_of_machine, first_card
+from .machine_cards import cards_of_machine, only_card
 from .planned_models import PlannedModels, PlanSettings
 from .previews import as_image, preview
 from .sources import Sources, require_transformer
@@ -263,7 +263,7 @@ class QwenLowVRAMMemoryPlan:
             (card.title, card.gb * GIB, card_limit_bytes(card.gb, headroom), card.speeds(disk_bytes)) for card in CARDS
         ]
         limit = limit_bytes(vram_limit_gb)
-        own = first_card(headroom)
+        own = only_card(headroom)
         if limit is not None:
             sizes.append((f"limit {vram_limit_gb:g} GB", limit, limit, None))
         elif own is not None:
@@ -275,8 +275,8 @@ class QwenLowVRAMMemoryPlan:
         names, here = cards_of_machine(models, request, limit, ram_bytes)
         title = Told("Memory plan: {request}", code="memory_plan.title", request=str(request))
         subtitle = Told(
-            "{file}, prompts of {tokens} token{plural}; seconds are forecasts: of a named card by its data sheet, else "
-            "at {speeds}",
+            "{file}, prompts of {tokens} token{plural}; seconds are forecasts, of named cards by their data sheets, "
+            "otherwise at {speeds}",
             code="memory_plan.subtitle",
             file=transformer,
             tokens=prompt_tokens,

@@ -29,7 +29,7 @@ from .lora import lora_file
 from .sources import transformer_source
 
 HERE, WRONG, MISSING = "here", "wrong", "missing"
-# of ComfyUI's loaders, by class: the input that names the file, and its folder
+# nodes that load a LoRA, by class: the input that names the file
 _LORAS = {"QwenLowVRAMLoadLora": "lora_name", "LoraLoaderModelOnly": "lora_name", "LoraLoader": "lora_name"}
 _NOT_THERE = ("choice.missing", "choice.no_pipeline_folder", "choice.broken_link")
 

@@ -144,7 +144,7 @@ class PlannedModels:
 
     @property
     def speeds_text(self) -> str:
-        return "speeds of this machine" if self.measured else "typical speeds: no run has told this machine's yet"
+        return "speeds of this machine" if self.measured else "typical speeds (no run has told this machine's yet)"
 
     @property
     def headroom_bytes(self) -> int:

@@ -102,7 +102,11 @@ def runs(
 def errors(page: Page, info: Any, pair: str) -> Iterator[tuple[str, bool]]:
     """A line for each error, and whether it came, and came in the page's language."""
     for name, wrong in WRONGS.items():
-        told, shown, right = brought_to(page, info, name, wrong)
+        try:
+            told, shown, right = brought_to(page, info, name, wrong)
+        except Exception as error:  # the others are still to be tried
+            yield f"{name}: {error!r:.500}", False
+            continue
         page.evaluate(FIT)
         page.evaluate(PAUSE, 500)
         page.screenshot(f"{pair.replace(',', '-')}-{name.replace(' ', '-')}")

@@ -138,7 +138,7 @@ def _draw_card(pen: "_Pen", x: int, y: int, width: int, card: Card) -> None:
         level = foot - quarter * (foot - head) // 4
         pen.line(left, level, right, level, FAINT)
         if abs(level - limit) > 12:  # else the limit's number stands there
-            number = f"{quarter * card.capacity_bytes / 4 / GIB:g}{' GiB' if quarter == 4 else ''}"
+            number = f"{quarter * card.capacity_bytes / 4 / GIB:.3g}{' GiB' if quarter == 4 else ''}"
             pen.text(left - 6, level - 9, number, size=14, fill=GREY, right=True)
     if card.plan is None:
         pen.dashes(left, right, limit)

@@ -27,7 +27,7 @@ function textOf({ fits, text, values }) {
     const doubts = (values.doubts ?? []).map((doubt) => messageOf(isChinese(said), doubt)); // older servers have none
     return [expectationOf(said, values), ...doubts].join("\n");
   }
-  return values.code ? messageOf(isChinese(said), values) : text;
+  return (values.code ? messageOf(isChinese(said), values) : text).replace(/\n\n+/g, "\n");
 }
 
 async function ask() {
@@ -37,13 +37,17 @@ async function ask() {
   } catch {
     return; // a graph that cannot be run yet has no plan
   }
-  if (!Object.values(prompt).some((node) => node.class_type === LOADER)) return;
+  const tell = (id, line) => listeners.forEach((listener) => listener(id, line));
+  if (!Object.values(prompt).some((node) => node.class_type === LOADER)) {
+    marked.splice(0).forEach((id) => tell(id, null));
+    asked = "";
+    return;
+  }
   const question = JSON.stringify(prompt);
   if (question === asked) return;
   asked = question;
   const answer = await post("/qwen_lowvram/plan", { prompt });
   if (!answer.ok || question !== asked) return; // an older server, or a newer question
-  const tell = (id, line) => listeners.forEach((listener) => listener(id, line));
   const { lines } = await answer.json();
   marked.forEach((id) => tell(id, null));
   const wrongAt = ({ fits, values }) => (fits ? [] : [values.values?.at].filter(Boolean));

@@ -76,8 +76,14 @@ function failed(event) {
 function expected(id, line) {
   const node = nodeAt(id);
   if (!node || OF_THE_PLAN.has(node.comfyClass)) return;
-  if (line) write(lineOn(node), line.text.replace(/\n\n+/g, "\n"), ERROR_PX);
-  else if (lines.has(node)) write(lines.get(node), "", LINE_PX);
+  const own = lines.get(node);
+  if (line) {
+    write(lineOn(node), line.text, ERROR_PX);
+    lines.get(node).expected = line.text;
+  } else if (own?.expected && own.element.textContent === own.expected) {
+    write(own, "", LINE_PX);
+    own.element.style.display = "none";
+  }
 }
 
 onPlanLine(expected);

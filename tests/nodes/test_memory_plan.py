@@ -69,7 +69,7 @@ def test_every_stage_stays_within_each_cards_limit() -> None:
     from qwenimage_lowvram.nodes.adapters.limits import headroom_bytes
 
     text = plan()["result"][0]
-    assert "; seconds are forecasts: of a named card by its data sheet, else at " in text.splitlines()[1]
+    assert "; seconds are forecasts, of named cards by their data sheets, otherwise at " in text.splitlines()[1]
     steps, peaks = tables(text)
     assert tuple(steps) == tuple(peaks) == CARDS
     for card, row in peaks.items():
@@ -133,7 +133,7 @@ def test_a_named_card_has_its_own_speeds_and_this_machines_disk(slow_disk: None)
 def test_this_machines_card_stands_beside_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     from qwenimage_lowvram.nodes import memory_plan
 
-    monkeypatch.setattr(memory_plan, "first_card", lambda headroom: (9 * 2**30, 8 * 2**30))
+    monkeypatch.setattr(memory_plan, "only_card", lambda headroom: (9 * 2**30, 8 * 2**30))
     _, peaks = tables(plan()["result"][0])
     assert list(peaks) == [*CARDS, "this machine"]
     assert peaks["this machine"]["limit"] == "8.00"
@@ -274,7 +274,7 @@ def test_the_page_tells_it_in_chinese() -> None:
     assert page_words.english_words(told) <= {"sage", "fastest"}
     title, subtitle, *_ = told.splitlines()
     assert title == "内存计划：1328x1328，批次 1，有引导，20 步"
-    assert subtitle.startswith("plan_bf16.safetensors，提示词 60 个词元；秒数是预测：标明型号的显卡按其规格，其余")
+    assert subtitle.startswith("plan_bf16.safetensors，提示词 60 个词元；秒数为预测值，标明型号的显卡按其规格，其余")
     assert "每步秒数" in told
     assert "上限 2 GB" in told
 

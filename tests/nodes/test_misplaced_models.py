@@ -67,6 +67,7 @@ def test_a_part_of_another_model_is_told_at_its_node(
         {
             "8": ("LatentUpscale", {"samples": ["4", 0]}),
             "10": ("LoadImage", {"image": "none.png"}),
+            "11": ("SaveImage", {"images": [node, 0]}),
             node: (kind, inputs),
         }
     )
@@ -90,12 +91,48 @@ def test_another_models_image_is_no_part_of_this_run(line_of: Any) -> None:
         "14": ("VAEDecode", {"samples": ["13", 0], "vae": ["9", 2]}),
     }
     nodes["13"] = ("KSampler", further | {"model": ["20", 0]})
+    nodes["15"] = ("VAEDecode", {"samples": ["4", 0], "vae": ["9", 2]})  # which nothing takes
     told, refusal = line_of(nodes)
     assert (told.fits, refusal) == (True, None)
     assert [doubt["code"] for doubt in told.values["doubts"]] == ["told.image_for_no_editor"]
     assert "was not trained for" in told.text
     told, refusal = line_of(nodes, variant="Qwen-Image-Edit-2509")
     assert (told.values["doubts"], refusal) == ([], None)
+
+
+def test_a_prompts_text_may_come_from_another_models_encoder(line_of: Any) -> None:
+    enhanced = {"clip": ["1", 1], "positive": ["6", 0], "negative": ""}
+    nodes = {"2": ("QwenLowVRAMEncodePrompts", enhanced), "6": ("TextGenerate", {"clip": ["9", 1], "prompt": "a"})}
+    told, refusal = line_of(nodes)
+    assert (told.fits, refusal) == (True, None)
+    told, refusal = line_of(nodes, variant="Qwen-Image-Edit-2509")  # no image comes with a text
+    assert refusal.code == "graph.no_image_to_edit"
+
+
+def test_an_image_of_an_earlier_stage_is_not_shown_to_this_model(line_of: Any) -> None:
+    edit = {"clip": ["1", 1], "vae": ["1", 2], "image1": ["10", 0], "positive": "a", "negative": "", "megapixels": 1.0}
+    ends = {"positive": ["2", 0], "negative": ["2", 1], "control_net": ["16", 0], "image": ["14", 0], "strength": 0.0}
+    nodes = {
+        "12": ("QwenLowVRAMEncodeEditPrompt", edit),
+        "13": ("KSampler", {"model": ["20", 0], "positive": ["12", 0], "latent_image": ["12", 2]}),
+        "14": ("VAEDecode", {"samples": ["13", 0], "vae": ["1", 2]}),
+        "17": ("ControlNetApplyAdvanced", ends),
+        "4": ("QwenLowVRAMSample", {"model": ["1", 0], "positive": ["17", 0], "latent_image": ["3", 0], "steps": 4}),
+    }
+    told, _ = line_of(nodes)
+    assert (told.fits, told.values["doubts"]) == (True, [])
+
+
+def test_an_image_may_reach_an_editing_model_by_a_guider_of_two_prompts(line_of: Any) -> None:
+    guider = {"model": ["1", 0], "cond1": ["6", 0], "cond2": ["2", 0], "negative": ["2", 1], "cfg_conds": 4.0}
+    nodes = {
+        "6": ("ReferenceLatent", {"conditioning": ["2", 0], "latent": ["3", 0]}),
+        "7": ("DualCFGGuider", guider),
+        "4": ("SamplerCustomAdvanced", {"guider": ["7", 0], "latent_image": ["3", 0], "sigmas": ["8", 0]}),
+        "8": ("BasicScheduler", {"steps": 4}),
+    }
+    told, refusal = line_of(nodes, variant="Qwen-Image-Edit-2509")
+    assert (told.fits, refusal) == (True, None)
 
 
 def test_an_editing_model_that_no_image_reaches_is_refused_before_its_prompt_is_encoded(line_of: Any) -> None:
@@ -118,5 +155,7 @@ def test_a_vae_files_header_tells_whose_it_is(
         (tmp_path / name).hardlink_to(folder / "vae" / "diffusion_pytorch_model.safetensors")
     decode = ("QwenLowVRAMDecode", {"samples": ["4", 0], "vae": ["6", 0], "tile_size": 0})
     for name, right in (("misplaced_21.safetensors", False), ("misplaced_own.safetensors", True), ("no", True)):
-        told, _ = line_of({"5": decode, "6": ("VAELoader", {"vae_name": name})})
+        told, _ = line_of(
+            {"5": decode, "6": ("VAELoader", {"vae_name": name}), "7": ("PreviewImage", {"images": ["5", 0]})}
+        )
         assert told.fits is right, name
