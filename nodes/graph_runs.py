@@ -23,6 +23,7 @@ FILE_LOADERS = {
 }
 # nodes whose conditioning has no image
 _OF_TEXT = (ENCODE, "CLIPTextEncode", "ConditioningZeroOut")
+_CONDITIONS, _LATENTS = ("positive", "negative", "condition"), ("samples", "latent")  # what inputs are called
 _SAME_LATENT = ("SetLatentNoiseMask", "RepeatLatentBatch")  # nodes that keep its size
 _TOKEN_BYTES = 3  # of UTF-8 to a token of a prompt, about
 _TEMPLATE_TOKENS = 40
@@ -89,13 +90,13 @@ class _Graph:
         if "latent_image" not in self._inputs(sampler):
             return None
         guider = self.behind(sampler, "guider") or sampler
-        models = list(self._models(guider))
+        models = list(self._chain(guider, "model"))
         if not models or self._kind(models[-1]) != LOADER:
             return None
         latent = self._latent(sampler, "latent_image")
         ends = [self.behind(guider, name) for name in ("positive", "conditioning", "cond1", "cond2", "negative")]
         before = list(dict.fromkeys(node for end in ends if end is not None for node in self._before(end)))
-        conditions = list(self._through("condition", *filter(None, ends)))
+        conditions = list(self._through(_CONDITIONS, *filter(None, ends)))
         edits = [node for node in conditions if self._kind(node) == ENCODE_EDIT]
         steps, guided = self._steps(sampler, guider)
         nets = [self._file(node, "control_net", "control_net_name") for node in before if self._applies_a_net(node)]
@@ -118,7 +119,7 @@ class _Graph:
             tuple(filter(None, patches)),
             tuple(name for name, files in (("ControlNet", nets), ("model patch", patches)) if None in files),
             any(ends[:-1]) and all(self._kind(node) in _OF_TEXT for node in conditions),
-            tuple(self._parts([*conditions, *self._through("samples", sampler), *self._decoders(sampler)])),
+            tuple(self._parts([*conditions, *self._through(_LATENTS, sampler), *self._decoders(sampler)])),
         )
 
     def behind(self, node: str, name: str) -> str | None:
@@ -148,14 +149,14 @@ class _Graph:
         value = self._value(node, name)
         return int(value) if isinstance(value, int | float) and math.isfinite(value) else 0
 
-    def _models(self, node: str) -> Iterator[str]:
-        """Nodes that a model passes through, to the one that it comes from."""
+    def _chain(self, node: str, name: str) -> Iterator[str]:
+        """Nodes that an input's value passes through, to the one that it comes from."""
         seen: set[str] = set()
-        source = self.behind(node, "model")
+        source = self.behind(node, name)
         while source is not None and source not in seen:
             yield source
             seen.add(source)
-            source = self.behind(source, "model")
+            source = self.behind(source, name)
 
     def _before(self, node: str) -> Iterator[str]:
         """A node, and all nodes that it needs."""
@@ -167,9 +168,8 @@ class _Graph:
             yield here
             waiting += [found for name in self._inputs(here) if (found := self.behind(here, name)) is not None]
 
-    def _through(self, carried: str, *nodes: str) -> Iterator[str]:
-        """Nodes, and those that their conditions or their latents ("samples") come from."""
-        carriers = ("positive", "negative", "condition") if carried == "condition" else ("samples", "latent")
+    def _through(self, carriers: tuple[str, ...], *nodes: str) -> Iterator[str]:
+        """Nodes, and those that come to them by inputs whose names begin so."""
         seen, waiting = set(), [*nodes]
         while waiting:
             if (here := waiting.pop()) in seen:
@@ -185,27 +185,17 @@ class _Graph:
         """Nodes with a VAE for what the sampler makes, maybe through nodes that change latents, and not through others
         that sample; what nothing takes is not decoded."""
         taken = {source for node in self._prompt for name in self._inputs(node) if (source := self.behind(node, name))}
-        for node in taken:
-            source = self.behind(node, "samples") if self.behind(node, "vae") else None
-            passed = {node}
-            while source not in passed and source not in (None, sampler):
-                passed.add(source)
-                source = self.behind(source, "samples")
-            if source == sampler:
-                yield node
+        return (node for node in taken if self.behind(node, "vae") and sampler in self._chain(node, "samples"))
 
     def _parts(self, nodes: list[str]) -> Iterator[LinkedPart]:
         for node in dict.fromkeys(nodes):
             for name in ("clip", "vae"):
-                source, passed = self.behind(node, name), {node}
-                while source not in passed and source is not None and (further := self.behind(source, name)):
-                    passed.add(source)
-                    source = further
-                kind = self._kind(source) if source else ""
-                widget = "transformer" if kind == LOADER else FILE_LOADERS.get(kind, ("", ""))[0]
-                file = self._value(source, widget) if source and widget else None
-                if isinstance(file, str):
-                    yield LinkedPart(node, self._kind(node), name, kind, file)
+                for source in list(self._chain(node, name))[-1:]:
+                    kind = self._kind(source)
+                    widget = "transformer" if kind == LOADER else FILE_LOADERS.get(kind, ("", ""))[0]
+                    file = self._value(source, widget) if widget else None
+                    if isinstance(file, str):
+                        yield LinkedPart(node, self._kind(node), name, kind, file)
 
     def _lora(self, node: str) -> str | None:
         name = self._value(node, "lora_name")

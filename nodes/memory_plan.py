@@ -263,10 +263,9 @@ class QwenLowVRAMMemoryPlan:
             (card.title, card.gb * GIB, card_limit_bytes(card.gb, headroom), card.speeds(disk_bytes)) for card in CARDS
         ]
         limit = limit_bytes(vram_limit_gb)
-        own = only_card(headroom)
         if limit is not None:
             sizes.append((f"limit {vram_limit_gb:g} GB", limit, limit, None))
-        elif own is not None:
+        elif (own := only_card(headroom)) is not None:
             sizes.append(("this machine", *own, None))
         cards = [
             models.card(request, name, capacity, most, ram_bytes, speeds=speeds)

@@ -1,6 +1,6 @@
 """Models that a graph puts where they do not belong, told before anything of it runs. Reads headers alone."""
 
-from enum import Enum
+from typing import Any
 
 from ..engine.errors import QwenLowVRAMError, WrongModel
 from ..engine.files.checkpoint import Checkpoint, open_checkpoint
@@ -9,22 +9,24 @@ from ..engine.models.recognition import components
 from ..engine.told import Told
 from .adapters.graph_checks import image_for_no_editor, no_image_to_edit
 from .adapters.networks import SERVED, served_of
-from .display_names import DECODE, ENCODE, ENCODE_EDIT
-from .graph_runs import FILE_LOADERS, LOADER, GraphRun, LinkedPart
+from .display_names import DECODE
+from .display_names import ENCODE as ENCODE_TITLE
+from .display_names import ENCODE_EDIT as ENCODE_EDIT_TITLE
+from .graph_runs import ENCODE, ENCODE_EDIT, FILE_LOADERS, LOADER, GraphRun, LinkedPart
 from .model_choices import plain_file
 from .sources import transformer_source
 
 _CALLED = {
-    "QwenLowVRAMEncodePrompts": ENCODE,
-    "QwenLowVRAMEncodeEditPrompt": ENCODE_EDIT,
+    ENCODE: ENCODE_TITLE,
+    ENCODE_EDIT: ENCODE_EDIT_TITLE,
     "QwenLowVRAMDecode": DECODE,
 }  # others by their class
 
 
-def require_placed(run: GraphRun, family: Family, member: Enum) -> None:
+def require_placed(run: GraphRun, family: Family, member: Any) -> None:
     """Raise InvalidRequest for an editing model that no image can reach, and WrongModel for a text encoder or a VAE of
     another family than the model's. What nothing tells is not refused."""
-    if run.text_only and member.edits and member.needs_images:  # type: ignore[attr-defined]  # of a family's members
+    if run.text_only and member.edits and member.needs_images:
         raise no_image_to_edit(member)
     for part in run.parts:
         if not _may_be(part, family):
@@ -40,9 +42,9 @@ def require_placed(run: GraphRun, family: Family, member: Enum) -> None:
             )
 
 
-def doubt_of(run: GraphRun, member: Enum) -> Told | None:
+def doubt_of(run: GraphRun, member: Any) -> Told | None:
     """What is worth a warning: a model that is shown images and was trained for none."""
-    return image_for_no_editor(member) if run.images and not member.needs_images and not member.edits else None  # type: ignore[attr-defined]
+    return image_for_no_editor(member) if run.images and not member.needs_images and not member.edits else None
 
 
 def _may_be(part: LinkedPart, family: Family) -> bool:

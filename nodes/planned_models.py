@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from enum import Enum
+from typing import Any
 
 import comfy.model_management
 import torch
@@ -75,7 +75,7 @@ class PlannedModels:
     the family, that the transformer is."""
 
     family: Family
-    member: Enum
+    member: Any
     text_encoder: TextEncoderFootprint
     versions: dict[str, _Version]
     others: dict[str, TransformerFootprint]  # what it could be in, where it stays as stored

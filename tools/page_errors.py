@@ -1,6 +1,6 @@
 """What a person can do wrong in a bundled workflow: each brought about in a real page, by real files and widgets.
 
-Of the errors that come before anything is loaded, and of those that a run ends with. Used by page_runs.py.
+Used by page_runs.py.
 """
 
 import json
