@@ -126,6 +126,7 @@ class Panel {
     if (!this.before) return;
     this.stage.textContent = this.before.line;
     this.bar.style.width = this.before.width;
+    this.spoken.textContent = this.spoken.dataset.stage = "";
     this.before = null;
   }
 

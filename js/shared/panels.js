@@ -33,19 +33,21 @@ function widthOf(line, font) {
 }
 
 /** Put `element` on a node as a panel of at least that height, or of just that height if `fixed`. Returns a function that
- *  gives it another height. */
+ *  gives it another height; 0 takes no room at all. */
 export function addPanel(node, element, { name, heightPx, widthPx, fixed = false }) {
   let present = heightPx;
-  const height = () => present + 2 * MARGIN_PX;
+  const height = () => present && present + 2 * MARGIN_PX;
   const limits = { margin: MARGIN_PX, getMinHeight: height, ...(fixed && { getMaxHeight: height }) };
   const widget = node.addDOMWidget(name, name, element, { serialize: false, ...limits });
   const least = node.computeSize()[1]; // the page does not let a node grow by itself
   node.setSize([Math.max(node.size[0], widthPx), Math.max(node.size[1], least)]); // a saved size comes later and wins
   widget.serialize = false; // neither in the prompt nor in the file, where it would take an input's place
   return (px) => {
-    if (px === present) return;
-    node.setSize([node.size[0], node.size[1] + px - present]);
+    const before = height();
     present = px;
+    if (height() === before) return;
+    element.style.display = px ? "" : "none";
+    node.setSize([node.size[0], node.size[1] + height() - before]);
     node.setDirtyCanvas?.(true, true);
   };
 }

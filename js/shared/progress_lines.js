@@ -76,14 +76,11 @@ function failed(event) {
 function expected(id, line) {
   const node = nodeAt(id);
   if (!node || OF_THE_PLAN.has(node.comfyClass)) return;
-  const own = lines.get(node);
+  const own = line ? lineOn(node) : lines.get(node);
   if (line) {
-    write(lineOn(node), line.text, ERROR_PX);
-    lines.get(node).expected = line.text;
-  } else if (own?.expected && own.element.textContent === own.expected) {
-    write(own, "", LINE_PX);
-    own.element.style.display = "none";
-  }
+    write(own, line.text, ERROR_PX);
+    own.expected = line.text;
+  } else if (own?.expected && own.element.textContent === own.expected) write(own, "", 0);
 }
 
 onPlanLine(expected);

@@ -75,6 +75,8 @@ ON_DECODE = """async (wanted) => {
   return text();
 }"""
 
+DECODE_PX = """() => window.app.graph.nodes.find((node) => node.type === 'QwenLowVRAMDecode').size[1]"""
+
 
 @pytest.fixture(scope="module")
 def real_size(models_dir: Path) -> Iterator[dict[str, str]]:
@@ -147,12 +149,17 @@ def test_another_models_vae_is_said_on_decode_until_it_is_gone(
     files = {"transformer": names.transformer, "text_encoder": names.text_encoder, "vae": names.vae}
     foreign = write_file(models_dir / "vae" / "of-2.1.safetensors", random_vae_21())
     page.load(set_widgets(json.loads(WORKFLOW.read_text(encoding="utf-8")), object_info, "QwenLowVRAMLoader", **files))
+    height = page.evaluate(DECODE_PX)
     try:
         page.evaluate(LINK_VAE, foreign.name)
         assert page.evaluate(ON_DECODE, True).startswith("'Decode (tiled)' has the VAE of another model.")
         assert page.evaluate(LINE, "false")[1].startswith("'Decode (tiled)' has the VAE of another model.")
+        assert page.evaluate(DECODE_PX) >= height + 60
+        page.screenshot("decode-wrong")
         page.evaluate(LINK_VAE, "")
         assert page.evaluate(ON_DECODE, False) == ""
+        page.screenshot("decode-right-again")
+        assert page.evaluate(DECODE_PX) < height + 16
         assert page.evaluate(LINE, "true")[0] == "true"
     finally:
         foreign.unlink()
