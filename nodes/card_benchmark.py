@@ -29,8 +29,9 @@ class QwenLowVRAMBenchmark:
 
     CATEGORY = CATEGORY
     DESCRIPTION = (
-        "Measures this machine: the bus, the disk, matrix products, one block of the model, and two steps of sampling "
-        "beside their forecast. It gives a line to paste and all numbers as JSON, without file names or paths."
+        "Measures this machine: the bus (PCIe), the disk, matrix products, one block of the model, and two steps of "
+        "sampling beside their forecast. It gives a line to paste and all numbers as JSON, without file names or "
+        "paths."
     )
     RETURN_TYPES = ("STRING", "STRING")
     RETURN_NAMES = ("line", "json")
@@ -54,9 +55,9 @@ class QwenLowVRAMBenchmark:
                 "model": (
                     "MODEL",
                     {
-                        "tooltip": "The model to measure with, from Load Qwen-Image (low VRAM): its format, its limits "
-                        "and the disk that its file is on. Without it, one block of random weights is measured, and no "
-                        "disk."
+                        "tooltip": "The model to measure with, from Load Qwen-Image (low VRAM): its format, its "
+                        "limits and the disk that its file is on. Without it, one block of random weights is "
+                        "measured, but no disk."
                     },
                 ),
             },

@@ -41,9 +41,9 @@ class QwenLowVRAMDecode:
                         "min": 0,
                         "max": 8192,
                         "step": 64,
-                        "tooltip": "Maximum tile size: the most pixels that a tile writes along each side. 0 picks "
-                        "the largest tiles that fit into memory, or the whole image. Smaller tiles need less memory "
-                        "and more time; the image stays the same.",
+                        "tooltip": "Maximum tile size: the most pixels of the image that a tile covers along each "
+                        "side. 0 picks the largest tiles that fit into memory, or the whole image. Smaller tiles need "
+                        "less memory and more time; the image stays the same.",
                     },
                 ),
             }

@@ -12,10 +12,10 @@ class QwenLowVRAMEncodePrompts:
     """Encode Prompts."""
 
     CATEGORY = CATEGORY
-    DESCRIPTION = "Encodes both prompts together: each layer of the text encoder passes through the card only once."
+    DESCRIPTION = "Encodes both prompts together, so each layer of the text encoder passes through the card only once."
     RETURN_TYPES = ("CONDITIONING", "CONDITIONING")
     RETURN_NAMES = ("positive", "negative")
-    OUTPUT_TOOLTIPS = ("What the image should show.", "What the image should not show; used only where cfg is above 1.")
+    OUTPUT_TOOLTIPS = ("What the image should show.", "What the image should not show; used only if cfg is above 1.")
     SEARCH_ALIASES = ("prompt", "text encode", "clip text encode", "qwen")
     FUNCTION = "encode"
 
@@ -38,7 +38,7 @@ class QwenLowVRAMEncodePrompts:
                     {
                         **text,
                         "default": " ",
-                        "tooltip": "What the image should not show. A space is the model's own default.",
+                        "tooltip": "What the image should not show. The model's own default is a single space.",
                     },
                 ),
             },

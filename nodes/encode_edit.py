@@ -26,15 +26,15 @@ class QwenLowVRAMEncodeEditPrompt:
 
     CATEGORY = CATEGORY
     DESCRIPTION = (
-        "Shows one to three images to Qwen-Image-Edit, or up to twelve to Qwen-Image-2.1. Both prompts and all "
-        "images are encoded in one visit of the text encoder; image and output share one pixel grid, so what is kept "
+        "Shows one to three images to Qwen-Image-Edit, or up to twelve to Qwen-Image-2.1. Both prompts and all images "
+        "are encoded in one pass through the text encoder; image and output share one pixel grid, so what is kept "
         "stays where it is."
     )
     RETURN_TYPES = ("CONDITIONING", "CONDITIONING", "LATENT")
     RETURN_NAMES = ("positive", "negative", "latent")
     OUTPUT_TOOLTIPS = (
         "What should change, together with the images.",
-        "What should not be there, together with the same images; used only where cfg is above 1.",
+        "What should not be there, together with the same images; used only if cfg is above 1.",
         "An empty latent of the output's size, for the sampler.",
     )
     SEARCH_ALIASES = ("edit", "image edit", "TextEncodeQwenImageEditPlus", "reference", "qwen", "kontext")
@@ -60,7 +60,7 @@ class QwenLowVRAMEncodeEditPrompt:
                     {
                         **text,
                         "default": " ",
-                        "tooltip": "What the image should not show. A space is the model's own default.",
+                        "tooltip": "What the image should not show. The model's own default is a single space.",
                     },
                 ),
                 "megapixels": (
@@ -72,12 +72,12 @@ class QwenLowVRAMEncodeEditPrompt:
                         "step": 0.05,
                         "tooltip": "The size in megapixels of each image as the model sees it, and of the output. 1 "
                         "is what the model was trained with (for a square image, Qwen-Image-2.1 uses 1056x1056, "
-                        "because edits at 1024x1024 come out as near-copies). 0 keeps each image's own size, to the "
-                        "nearest multiple of 16 (Qwen-Image-2.1: 32).",
+                        "because edits at 1024x1024 come out as near-copies). 0 keeps each image's own size, rounded "
+                        "to a multiple of 16 pixels (Qwen-Image-2.1: 32).",
                     },
                 ),
-                "width": ("INT", {**side, "tooltip": "Width of the output in pixels. 0 takes that of image 1."}),
-                "height": ("INT", {**side, "tooltip": "Height of the output in pixels. 0 takes that of image 1."}),
+                "width": ("INT", {**side, "tooltip": "Width of the output in pixels. 0 uses the width of image 1."}),
+                "height": ("INT", {**side, "tooltip": "Height of the output in pixels. 0 uses the height of image 1."}),
                 "batch_size": (
                     "INT",
                     {"default": 1, "min": 1, "max": 64, "tooltip": "How many images are made at a time."},
@@ -87,8 +87,9 @@ class QwenLowVRAMEncodeEditPrompt:
                     {
                         "default": AUTO,
                         "advanced": True,
-                        "tooltip": "Which model the prompt is for; Edit is shown its one image in another way than "
-                        "later versions. auto takes the loader's model, or else Edit-2509.",
+                        "tooltip": "Which model the prompt is for; Edit sees its one image in a different way from "
+                        "later versions. auto uses the loader's model, or Edit-2509 with another loader's text "
+                        "encoder.",
                     },
                 ),
             },

@@ -31,8 +31,8 @@ def loader_inputs() -> dict[str, Any]:
                 model_choices.component_choices("text_encoders"),
                 {
                     "tooltip": "The text encoder, from models/text_encoders: Qwen2.5-VL-7B, or Qwen3-VL-8B for "
-                    "Qwen-Image-2.1. 'from the folder' takes the one in the pipeline folder or all-in-one file that "
-                    "is chosen above."
+                    "Qwen-Image-2.1. 'from the folder' takes the one in the pipeline folder or all-in-one file chosen "
+                    "above."
                 },
             ),
             "vae": (
@@ -46,9 +46,9 @@ def loader_inputs() -> dict[str, Any]:
                 ["auto", *DTYPES],
                 {
                     "default": "auto",
-                    "tooltip": "Compute precision. auto uses bf16; on cards without it (GTX 16, RTX 20) fp16 or "
-                    "fp32, whichever is faster there; and fp32 for fp32 files. fp16 is used only for products, "
-                    "scaled so that they do not overflow; activations and the text encoder stay in fp32.",
+                    "tooltip": "Compute precision. auto uses bf16; on cards without it (GTX 16, RTX 20), fp16 or "
+                    "fp32, whichever is faster there; for fp32 files, fp32. fp16 is used only for matrix products, "
+                    "which are scaled so that they do not overflow; activations and the text encoder stay in fp32.",
                 },
             ),
             "weight_format": (
@@ -56,10 +56,10 @@ def loader_inputs() -> dict[str, Any]:
                 {
                     "default": AUTO,
                     "tooltip": "How weights are held and streamed. auto keeps them as stored. fp8, int8, nf4 and fp4 "
-                    "quantize the blocks of a bf16, fp16 or fp32 file when it is first loaded, and keep the result "
-                    "on disk (27.2 GB become 13.6 GB in fp8 or int8, 7.6 GB in nf4 or fp4). fastest picks int8 or "
-                    "nf4 where that makes a step more than 10 % faster on this machine, so the image depends on the "
-                    "machine; it is chosen when this node runs, and kept until one of its inputs or files changes.",
+                    "quantize the blocks of a bf16, fp16 or fp32 file when it is first loaded, and keep the result on "
+                    "disk (27.2 GB become 13.6 GB in fp8 or int8, 7.6 GB in nf4 or fp4). fastest picks int8 or nf4 if "
+                    "that makes a step more than 10% faster on this machine, so the image depends on the machine; the "
+                    "choice is made when this node runs, and kept until one of its inputs or files changes.",
                 },
             ),
             "vram_limit_gb": (
@@ -89,8 +89,9 @@ def loader_inputs() -> dict[str, Any]:
                 {
                     "default": AUTO,
                     "advanced": True,
-                    "tooltip": "Which member of the family the transformer is. auto tells by its mark, its folder or "
-                    "its name. Choose it for a renamed file, and for Edit-2511 GGUF files that lack the mark.",
+                    "tooltip": "Which Qwen-Image model the transformer is. auto recognises it by its mark, its folder "
+                    "or its name. Choose the model yourself for a renamed file, and for Edit-2511 GGUF files that "
+                    "lack the mark.",
                 },
             ),
             "ram_limit_gb": (
@@ -109,9 +110,9 @@ def loader_inputs() -> dict[str, Any]:
                 {
                     "default": AUTO,
                     "advanced": True,
-                    "tooltip": "Where images are sampled. auto is ComfyUI's device. all cards uses all of them, within "
-                    "the VRAM limit of each: the prompts and images of a step are shared out among them, or blocks "
-                    "are, whichever is faster.",
+                    "tooltip": "Where images are sampled. auto is ComfyUI's device. all cards uses all of them, "
+                    "within the VRAM limit of each: either the prompts and images of a step are divided among them, "
+                    "or the blocks are, whichever is faster.",
                 },
             ),
             "text_encoder_device": (
@@ -135,9 +136,9 @@ def loader_inputs() -> dict[str, Any]:
                 {
                     "default": Positions.COMFYUI.value,
                     "advanced": True,
-                    "tooltip": "How image positions are counted where a side has an odd number of 16 px patches "
-                    "(1328 has 83) or a reference is longer than the image. comfyui gives the same image as "
-                    "ComfyUI's own loader, diffusers the same as the diffusers pipeline.",
+                    "tooltip": "How image positions are counted if a side has an odd number of 16 px patches (1328 "
+                    "has 83) or a reference is longer than the image. comfyui gives the same image as ComfyUI's own "
+                    "loader, diffusers the same as the diffusers pipeline.",
                 },
             ),
             "attention": (
@@ -155,10 +156,11 @@ def loader_inputs() -> dict[str, Any]:
                 {
                     "default": OFF,
                     "advanced": True,
-                    "tooltip": "Skips computing some steps, which gives a different image. planned computes 28, 20 "
-                    "(twice as fast) or 12 of 40 steps and predicts the others, for which nothing is read; measured "
-                    "on Qwen-Image-2.1 at 1024x1024 without guidance, where 20 come close to all 40 and 12 change "
-                    "things. first_block ends a step after block 0 where that has hardly changed.",
+                    "tooltip": "Skips computing some steps, which gives a different image. planned_28, planned_20 "
+                    "(twice as fast) and planned_12 compute that many of 40 steps and predict the others, for which "
+                    "nothing is read. They were measured with Qwen-Image-2.1 at 1024x1024 without guidance: 20 steps "
+                    "come close to all 40, 12 change things in the image. first_block ends a step after block 0 if "
+                    "that block's output has hardly changed.",
                 },
             ),
             "compute": (
@@ -166,12 +168,12 @@ def loader_inputs() -> dict[str, Any]:
                 {
                     "default": Computing.AS_COMFYUI.value,
                     "advanced": True,
-                    "tooltip": "What the transformer's linear layers compute on. auto, on a card, computes ComfyUI's "
-                    "int8, w4a4 and w4a8 files, scaled fp8 files from RTX 40 on, and nvfp4 and mxfp8 files from RTX "
-                    "50 on, as ComfyUI itself does; everything else is exact. exact uses decoded weights, which "
-                    "gives a different image for those files. fast computes on these formats wherever weights are in "
-                    "them, also through weight_format, and on nunchaku's int4 from RTX 30 on; plan and report then "
-                    "say 'not exact'.",
+                    "tooltip": "How the transformer's linear layers compute. On a card, auto multiplies the stored "
+                    "numbers of some files, as ComfyUI itself does: ComfyUI's int8, w4a4 and w4a8 files, scaled fp8 "
+                    "files (RTX 40 and newer), and nvfp4 and mxfp8 files (RTX 50 and newer); everything else is "
+                    "exact. exact uses decoded weights, which gives a different image for those files. fast "
+                    "multiplies the stored numbers wherever weights are in these formats, also through weight_format, "
+                    "and in nunchaku's int4 (RTX 30 and newer); the plan and the report then say 'not exact'.",
                 },
             ),
             "compile": (
@@ -180,9 +182,9 @@ def loader_inputs() -> dict[str, Any]:
                     "default": False,
                     "advanced": True,
                     "tooltip": "Compiles the transformer's blocks with torch.compile, once for all blocks, steps and "
-                    "seeds; the first run takes longer. The code is used where it computes the same bits, and with "
-                    "compute fast also where it rounds a little differently; where it cannot be used, log and report "
-                    "say why.",
+                    "seeds; the first run takes longer. The compiled code is used only if it gives the same bits, or, "
+                    "with compute fast, if it rounds just a little differently; if it cannot be used, the log and the "
+                    "report say why.",
                 },
             ),
         },

@@ -103,14 +103,14 @@ class QwenLowVRAMMemoryPlan:
                         "default": 60,
                         "min": 1,
                         "max": 4000,
-                        "tooltip": "Number of tokens in each prompt; a word has one or two.",
+                        "tooltip": "Number of tokens in each prompt; a word is one or two tokens.",
                     },
                 ),
                 "vram_limit_gb": (
                     "FLOAT",
                     {
                         **limit,
-                        "tooltip": "A VRAM limit to show beside the cards, as in the loader. 0 shows this "
+                        "tooltip": "A VRAM limit in GB (GiB) to show beside the cards, as in the loader. 0 shows this "
                         "machine's card.",
                     },
                 ),
@@ -130,8 +130,8 @@ class QwenLowVRAMMemoryPlan:
                         "default": 0,
                         "min": 0,
                         "max": MOST_IMAGES,
-                        "tooltip": "For editing models and Qwen-Image-2.1: how many images of one megapixel they are "
-                        "shown, up to three and up to twelve.",
+                        "tooltip": "How many images of one megapixel the model is shown: up to three for editing "
+                        "models, up to twelve for Qwen-Image-2.1.",
                     },
                 ),
                 "layers": (
@@ -148,8 +148,8 @@ class QwenLowVRAMMemoryPlan:
                     [AUTO, *DTYPES],
                     {
                         "default": AUTO,
-                        "tooltip": "Compute precision, as in the loader. auto shows what this machine's card "
-                        "computes in; fp16 shows cards without bf16 (GTX 16, RTX 20).",
+                        "tooltip": "Compute precision, as in the loader. auto shows what this machine's card uses; "
+                        "fp16 shows cards without bf16 (GTX 16, RTX 20).",
                     },
                 ),
                 "step_cache": (
@@ -160,8 +160,7 @@ class QwenLowVRAMMemoryPlan:
                     [computing.value for computing in Computing],
                     {
                         "default": Computing.AS_COMFYUI.value,
-                        "tooltip": "What linear layers compute on, as in the loader, with this machine's "
-                        "comfy-kitchen.",
+                        "tooltip": "How linear layers compute, as in the loader, with this machine's comfy-kitchen.",
                     },
                 ),
                 "compile": (
@@ -175,8 +174,8 @@ class QwenLowVRAMMemoryPlan:
                     list(CHOICES),
                     {
                         "default": AUTO,
-                        "tooltip": "The attention kernel, as in the loader. The plan takes it to work; the loader "
-                        "tries it.",
+                        "tooltip": "The attention kernel, as in the loader. The plan assumes that it works; the "
+                        "loader tries it.",
                     },
                 ),
             },

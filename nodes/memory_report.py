@@ -25,7 +25,7 @@ class QwenLowVRAMMemoryReport:
     CATEGORY = CATEGORY
     DESCRIPTION = (
         "Shows what encoding, sampling and decoding took, beside what was planned: peaks, bytes moved, seconds spent "
-        "waiting for disk and bus, and memory over time."
+        "waiting for the disk and the bus (PCIe), and memory over time."
     )
     RETURN_TYPES = ("STRING", "IMAGE", "STRING")
     RETURN_NAMES = ("report", "timeline", "json")
@@ -49,7 +49,7 @@ class QwenLowVRAMMemoryReport:
                     "*",
                     {
                         "tooltip": "What to wait for: connect the image from Decode (tiled), so that decoding is "
-                        "in the report."
+                        "included in the report."
                     },
                 ),
             },

@@ -41,7 +41,8 @@ class QwenLowVRAMSample:
     CATEGORY = CATEGORY
     DESCRIPTION = (
         "Makes the latent image with Qwen-Image's own noise schedule for the image's size and with true guidance: "
-        "both prompts share each visit of a block. Shows the step, the block and memory while it runs."
+        "each block is brought to the card once per step, for both prompts. Shows the step, the block and the memory "
+        "while it runs."
     )
     RETURN_TYPES = ("LATENT",)
     OUTPUT_TOOLTIPS = ("The latent image, for Decode (tiled) or ComfyUI's VAE Decode.",)
@@ -56,11 +57,11 @@ class QwenLowVRAMSample:
                 "positive": ("CONDITIONING", {"tooltip": "What the image should show."}),
                 "negative": (
                     "CONDITIONING",
-                    {"tooltip": "What the image should not show; not computed where cfg is 1."},
+                    {"tooltip": "What the image should not show; not computed if cfg is 1."},
                 ),
                 "latent_image": (
                     "LATENT",
-                    {"tooltip": "Size and batch of the image: connect EmptySD3LatentImage, or VAE Encode."},
+                    {"tooltip": "Size of the image, and how many: connect EmptySD3LatentImage, or VAE Encode."},
                 ),
                 "seed": (
                     "INT",
@@ -78,8 +79,8 @@ class QwenLowVRAMSample:
                         "default": 20,
                         "min": 1,
                         "max": 1000,
-                        "tooltip": "Number of sampling steps. The reference takes 50, for Qwen-Image-2.1 40; 20 give "
-                        "good images. 8 or 4 need a Lightning model, and 2.1-Turbo takes 8.",
+                        "tooltip": "Number of sampling steps. The reference uses 50 (Qwen-Image-2.1: 40); 20 give "
+                        "good images. Lightning models use 8 or 4, 2.1-Turbo uses 8.",
                     },
                 ),
                 "cfg": (
@@ -124,8 +125,8 @@ class QwenLowVRAMSample:
                     {
                         "default": True,
                         "advanced": True,
-                        "tooltip": "Gives the guided prediction the norm of the positive one, as the reference does. "
-                        "It changes nothing for Qwen-Image-2.1, whose reference does not do this.",
+                        "tooltip": "Scales the guided prediction to the norm of the positive one, as the reference "
+                        "does. It changes nothing for Qwen-Image-2.1, whose reference does not do this.",
                     },
                 ),
             },

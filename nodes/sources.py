@@ -112,8 +112,8 @@ class Sources:
         if not others:
             return None
         return Told(
-            "Nothing in {file} tells for sure which member of the family it is: it is taken for {member}. If it is "
-            "{others}, set variant to that in '{loader}' (advanced inputs).",
+            "It is not certain which Qwen-Image model {file} is: it is used as {member}. If it is {others}, set "
+            "variant to that in '{loader}' (advanced inputs).",
             code="told.doubt_about_variant",
             file=shown(transformer.path.name),
             member=member.value,

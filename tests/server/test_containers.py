@@ -183,6 +183,6 @@ def test_a_doubt_about_the_edit_model_is_told_on_the_loader_until_one_is_chosen(
     told = [message for message in mixing.client.run(prompt).previews if words in message]
     assert len(told) == 1
     assert b"ours" in told[0]  # the node that shows it
-    assert b"taken for Qwen-Image-Edit. If it is Qwen-Image-Edit-2509 or Qwen-Image-Edit-2511, set" in told[0]
+    assert b"used as Qwen-Image-Edit. If it is Qwen-Image-Edit-2509 or Qwen-Image-Edit-2511, set" in told[0]
     chosen = with_inputs(prompt, "ours", variant="Qwen-Image-Edit-2511")
     assert not any(words in message for message in mixing.client.run(chosen).previews)

@@ -118,7 +118,7 @@ def test_left_out_steps_are_told_in_chinese(cache: object) -> None:
 @node_runs_scripts
 def test_what_the_loader_tells_beside_a_plan_is_told_in_chinese() -> None:
     advice = (
-        "Nothing in 'a.gguf' tells for sure which member of the family it is: it is taken for Qwen-Image-Edit-2509. "
+        "It is not certain which Qwen-Image model 'a.gguf' is: it is used as Qwen-Image-Edit-2509. "
         "If it is Qwen-Image-Edit-2511, set variant to that in 'Load Qwen-Image (low VRAM)' (advanced inputs). "
         "The file asks for the attention kernel 'sage', which quantizes, so that the image is another one: PyTorch's "
         "is used. To follow the file, choose it in 'Load Qwen-Image (low VRAM)' (attention). "
