@@ -53,12 +53,12 @@ function button(part, action) {
 
 /** One kind of memory, a row of the grid: its name, a bar with a mark at the peak, the numbers. */
 class MemoryRow {
-  constructor(name) {
+  constructor(part, name) {
     this.fill = make("fill", FILL);
     this.mark = make("mark", MARK);
     this.track = make("track", `${TRACK}height:6px`, this.fill, this.mark);
     this.text = make("text", TEXT, "–");
-    this.element = make(name.toLowerCase(), "display:contents", make("name", "", name), this.track, this.text);
+    this.element = make(part, "display:contents", make("name", "", name), this.track, this.text);
   }
 
   /** A bar up to `total`, with a mark at the peak. */
@@ -83,8 +83,8 @@ class Panel {
     this.track = make("progress", `${TRACK}flex:1 1 auto;height:4px`, this.bar);
     this.track.setAttribute("role", "progressbar");
     this.pace = make("pace", "flex:0 0 auto");
-    this.vram = new MemoryRow("VRAM");
-    this.ram = new MemoryRow("RAM");
+    this.vram = new MemoryRow("vram", this.words.memory.vram);
+    this.ram = new MemoryRow("ram", this.words.memory.ram);
     this.note = make("note", "");
     this.spoken = make("spoken", UNSEEN);
     this.spoken.setAttribute("role", "status");

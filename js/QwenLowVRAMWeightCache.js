@@ -9,14 +9,14 @@ const WORDS = {
     unused: ["Clear unused", "Remove the weights that are damaged, or whose model file is gone or changed."],
     all: ["Clear all weights", "Remove all quantized weights. They are made again when they are needed."],
     prompts: ["Clear prompts", "Remove the encoded prompts, and no weights."],
-    failed: "Nothing was cleared",
+    failed: (why) => `Nothing was cleared: ${why}`,
     group: "Clear",
   },
   zh: {
-    unused: ["清理未使用的权重", "删除已损坏、或其模型文件已不存在或已改变的权重。"],
+    unused: ["清理未使用的权重", "删除已损坏的权重，以及模型文件已不存在或已改变的权重。"],
     all: ["清理全部权重", "删除全部量化权重。需要时会重新生成。"],
     prompts: ["清理提示词", "只删除已编码的提示词，不删除权重。"],
-    failed: "未清理任何内容",
+    failed: (why) => `未清理任何内容：${why}`,
     group: "清理",
   },
 };
@@ -40,9 +40,9 @@ async function clear(node, what) {
   try {
     const answer = await post("/qwen_lowvram/clear", { clear: what });
     const given = await answer.json();
-    setText(node, given.text ? await tellText(given.text, given.parts) : `${words().failed}: ${given.error}`);
+    setText(node, given.text ? await tellText(given.text, given.parts) : words().failed(given.error));
   } catch (error) {
-    setText(node, `${words().failed}: ${error.message}`);
+    setText(node, words().failed(error.message));
   }
 }
 

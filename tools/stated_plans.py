@@ -25,6 +25,7 @@ from qwenimage_lowvram.engine.models.qwen_image_21.sizes import plan_sizes_21
 from qwenimage_lowvram.engine.models.transformer_parts import TransformerParts
 from qwenimage_lowvram.engine.planning.cards import CARDS_GB, typical_limit_bytes
 from qwenimage_lowvram.engine.planning.forecast import TYPICAL, Speeds
+from qwenimage_lowvram.engine.planning.kept import KeptTiers
 from qwenimage_lowvram.engine.planning.memory import plan_memory
 from qwenimage_lowvram.engine.planning.memory_plan import MemoryPlan
 from qwenimage_lowvram.engine.planning.request import GIB, TOKEN_PX, Limits, SamplingRequest
@@ -116,19 +117,20 @@ class Stated:
         shown = f"，编辑的图像共 {megapixels:.1f} 百万像素" if megapixels else ""
         if request.frames > 1:
             shown = f"，{request.frames - 1} 个图层和图像本身"
-        guided = "有引导" if request.branches > 1 else "无引导：不使用负向提示词"
+        guided = "有引导" if request.branches > 1 else "无引导：不使用负面提示词"
         blocks = f"全部 {plan.blocks} 个块常驻显卡。"
         if plan.streamed:
             blocks = (
-                f"{plan.blocks} 个块中 {len(plan.resident)} 个常驻显卡，其余 {plan.streamed} 个每步经过一次，"
-                f"所有提示词共用（{size_text(plan.streamed_bytes_per_step)}）。内存能放多少就放多少（全部加缓冲区为 "
-                f"{size_text(plan.ram_peak_bytes)}），其余每步从文件读取。"
+                f"{plan.blocks} 个块中 {len(plan.resident)} 个常驻显卡，其余 {plan.streamed} 个每步传入一次，"
+                f"所有提示词共用（{size_text(plan.streamed_bytes_per_step)}）。它们在内存中能放多少就放多少（全部加上缓冲区"
+                f"为 {size_text(plan.ram_peak_bytes)}；*内存上限*为 0 时使用空闲内存），放不下的每步从文件读取。"
             )
         return [
             f"- {request.width}x{request.height}{shown}，{request.timesteps} 步，{guided}。",
             f"- {blocks}",
-            f"- 显存峰值 {size_text(plan.peak_bytes)}，上限 {size_text(plan.limit_bytes)}；{self.card_gb} GB 中其余的"
-            "留给桌面、驱动和碎片。",
+            *([f"- 只计算一次：{_kept_in_chinese(plan.kept)}。"] if plan.kept.block_bytes else []),
+            f"- 显存峰值 {size_text(plan.peak_bytes)}，*显存上限*为 {size_text(plan.limit_bytes)}；{self.card_gb} GB 中"
+            "其余的留给桌面、驱动和显存碎片。",
             f"- {plan.run.steps} 步用时 {_in_chinese(self.first)}，换种子 {_in_chinese(self.again)}：根据 "
             f"{self.cards[0].name} 到 {self.cards[-1].name} 的规格预测，空闲内存 {FREE_RAM_GIB[0]} 到 "
             f"{FREE_RAM_GIB[-1]} GiB，无人实测。",
@@ -155,7 +157,15 @@ def _blocks_line(plan: MemoryPlan) -> str:
 def _in_chinese(durations: str) -> str:
     """A `duration_range`."""
     said = durations.replace("about ", "约 ").replace(" to ", " 到 ").replace(" minutes", " 分钟")
-    return re.sub(r" s\b", " 秒", said)
+    return re.sub(r" s\b", " 秒", said).replace("秒 到", "秒到")
+
+
+def _kept_in_chinese(kept: KeptTiers) -> str:
+    slowly = "，取回时不计算" if kept.in_host and not kept.ahead else ""
+    again = f"，{kept.remade} 块每步重算" if kept.remade else ""
+    total = size_text((kept.blocks - kept.remade) * kept.block_bytes)
+    where = f"{kept.on_device} 块的结果保留在显卡上，{kept.in_host} 块的在内存中"
+    return f"提示词和参考图像，{where}{slowly}{again}（{total}）"
 
 
 def duration_range(seconds: Iterable[float]) -> str:

@@ -102,7 +102,7 @@ async function look() {
     list.replaceChildren(summary, ...files.map((file) => row(said, file)));
     if (download?.state === "running") showDownload(download);
   } catch (error) {
-    if (open === here) list.replaceChildren(make("li", "", `${said.failed}: ${error.message}`));
+    if (open === here) list.replaceChildren(make("li", "", said.failed(error.message)));
   }
 }
 

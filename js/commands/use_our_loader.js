@@ -31,17 +31,17 @@ const WORDS = {
     more: (count) => `and ${count} more`,
   },
   zh: {
-    done: (count) => `已在此图中换上 ${count} 个低显存加载器`,
+    done: (count) => `已在此工作流中换上 ${count} 个低显存加载器`,
     undo: "撤销即可恢复原来的加载器。",
     none: "没有替换任何加载器",
-    nothing: "此图中没有用 ComfyUI 自带加载器（加载扩散模型，或其 GGUF 版）打开的 Qwen-Image 模型。",
+    nothing: "此工作流中没有用 ComfyUI 自带加载器（UNet加载器，或其 GGUF 版）打开的 Qwen-Image 模型。",
     replaced: ({ transformer, text_encoder, vae }) => `已替换：${transformer}、${text_encoder}、${vae}`,
-    quantized: "weight_dtype fp8 已改为 weight_format fp8：bf16 文件只量化一次，结果保存在硬盘上。",
+    quantized: "数据类型（weight_dtype）fp8 已改为权重格式（weight_format）fp8：bf16 文件只量化一次，结果保存在硬盘上。",
     left: {
       unknown: (name) =>
         `未改动：${name}。文件不在本机，从文件名也看不出它是 Qwen-Image 模型；如果是，请在低显存加载器中自行选择它。`,
       alone: (name) => `未改动：${name}。没有找到属于它的 Qwen-Image 文本编码器和 VAE。`,
-      linked: (name) => `未改动：${name}。它的加载器有设置来自其他节点。`,
+      linked: (name) => `未改动：${name}。它的加载器有设置由其他节点输入。`,
       kept: (name) => `原来的加载器保留，因为还有其他节点依赖它：${name}`,
       other: (name) => `其他模型的：${name}`,
     },

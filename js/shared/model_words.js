@@ -4,7 +4,7 @@ const EN = {
   title: "Model check",
   none: "This graph names no model files that are known here. Add the low-VRAM loader, and choose its files.",
   asking: "Looking at the files…",
-  failed: "The server did not answer",
+  failed: (why) => `The server did not answer: ${why}`,
   summary: (here, of) => (here === of ? `All ${of} files are here.` : `${here} of ${of} files are here.`),
   states: { here: "here", wrong: "not usable", missing: "missing" },
   belongs: (folder) => `belongs in models/${folder}`,
@@ -30,9 +30,9 @@ const EN = {
 
 const ZH = {
   title: "模型检查",
-  none: "此图中没有这里已知的模型文件。请添加低显存加载器并选择文件。",
+  none: "此工作流中没有已知的模型文件。请添加低显存加载器并选择文件。",
   asking: "正在检查文件…",
-  failed: "服务器没有回应",
+  failed: (why) => `服务器没有回应：${why}`,
   summary: (here, of) => (here === of ? `${of} 个文件全部就绪。` : `${of} 个文件中已有 ${here} 个。`),
   states: { here: "已有", wrong: "不可用", missing: "缺少" },
   belongs: (folder) => `应放在 models/${folder}`,
@@ -44,8 +44,8 @@ const ZH = {
   stop: "停止",
   again: "重新检查",
   running: (name, done, total, file) => `${name}：${done} / ${total} GB${file}`,
-  preparing: (name) => `${name}：正在请求`,
-  ofFiles: (file, files) => `，第 ${file} / ${files} 个文件`,
+  preparing: (name) => `${name}：正在连接下载源`,
+  ofFiles: (file, files) => `，第 ${file}/${files} 个文件`,
   ended: {
     done: (name) => `${name} 已完整下载。`,
     stopped: (name) => `${name}：已停止。已下载的部分会保留，下次从中断处继续。`,

@@ -5,7 +5,7 @@ const STEP_ZH = /^第 (\d+) 步：(.+)$/;
 const STEPS = {
   "Model files": "模型文件",
   "Your image": "您的图像",
-  "Your images": "您的图像（多张）",
+  "Your images": "您的多张图像",
   "Your image and its margin": "您的图像和边缘",
   "Your image and mask": "您的图像和遮罩",
   "Prompt and size": "提示词和尺寸",
@@ -16,7 +16,7 @@ const STEPS = {
   "What the new image shows": "新图像的内容",
   "What the whole image shows": "整张图像的内容",
   "The image": "图像",
-  "The image as the model drew it": "模型绘制的图像",
+  "The image as the model drew it": "模型生成的图像",
   "Your own pixels, cut out": "从原图中抠出",
 };
 const TITLES = {

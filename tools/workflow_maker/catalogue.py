@@ -98,11 +98,12 @@ class Workflow:
         return "\n\n".join([*begin, *shown, "---", *self._chinese(stated, bf16)])
 
     def _chinese(self, stated: stated_plans.Stated, bf16: Mapping[str, Any]) -> list[str]:
-        """The note once more; its list of files stands above."""
+        """The note once more, but for the list of files."""
         said = texts_zh.CHINESE
         shown = [f"## {said[self.title]}，{self.card_gb} GB"]
         if self.licence:
             shown.append(said[self.licence])
+        shown.append("**文件**：见上面的列表，放入其中所写的文件夹。")
         if self.how:
             shown.append("**用法**\n\n" + "\n".join(f"- {said[each]}" for each in self.how))
         shown.append(stated_plans.CHINESE_HEADING + "\n".join(stated.chinese()))
