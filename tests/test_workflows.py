@@ -141,7 +141,7 @@ def test_lightning_is_never_put_upon_unscaled_fp8(file: Path) -> None:
 def test_notes_give_ranges_and_no_cards_seconds(file: Path) -> None:
     note = only(graph_of(file), "MarkdownNote")["widgets_values"][0]
     assert re.search(r"steps take (\d+ (s )?to \d+|about \d+) (s|minutes?), .*forecasts from the data sheets", note)
-    assert "Nobody has measured them." in note
+    assert "Nobody has measured this." in note
     assert "TFLOP" not in note
 
 

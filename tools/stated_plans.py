@@ -97,17 +97,18 @@ class Stated:
         shown = f", {megapixels:.1f} megapixels of images to edit" if megapixels else ""
         if request.frames > 1:
             shown = f", {request.frames - 1} layers and the image itself"
-        guided = "guided" if request.branches > 1 else "no guidance: the negative prompt is not used"
+        guided = "with guidance" if request.branches > 1 else "no guidance: the negative prompt is not used"
         again = "about as long" if self.again == self.first else self.again
         return [
             f"- {request.width}x{request.height}{shown}, {request.timesteps} steps, {guided}.",
             f"- {_blocks_line(plan)}",
-            *([f"- Computed once: {plan.kept}."] if plan.kept.block_bytes else []),
+            *([f"- {_kept_line(plan.kept, shown=bool(megapixels))}"] if plan.kept.block_bytes else []),
             f"- Peak on the card: {size_text(plan.peak_bytes)} of the {size_text(plan.limit_bytes)} that "
-            f"*vram_limit_gb* allows. The rest of {self.card_gb} GB is for the desktop, the driver and fragments.",
+            f"*vram_limit_gb* allows. The rest of the {self.card_gb} GB is left for the desktop, the driver and memory "
+            "lost to fragmentation.",
             f"- {plan.run.steps} steps take {self.first}, with another seed {again}: forecasts from the data sheets of "
             f"{self.cards[0].name} to {self.cards[-1].name}, with {FREE_RAM_GIB[0]} to {FREE_RAM_GIB[-1]} GiB of RAM "
-            "free. Nobody has measured them.",
+            "free. Nobody has measured this.",
         ]
 
     def chinese(self) -> list[str]:
@@ -145,13 +146,29 @@ def card_gb(graph: Mapping[str, Any]) -> int:
 
 def _blocks_line(plan: MemoryPlan) -> str:
     if not plan.streamed:
-        return f"All {plan.blocks} blocks stay on the card."
+        return f"All {plan.blocks} blocks of the model stay on the card."
+    beside = ", the buffers and what is kept" if plan.kept.block_bytes else " and the buffers"
     return (
-        f"{len(plan.resident)} of {plan.blocks} blocks stay on the card. The other {plan.streamed} pass through it "
-        f"once per step, for all prompts together ({size_text(plan.streamed_bytes_per_step)}). RAM holds as many of "
-        f"them as there is room for ({size_text(plan.ram_peak_bytes)} for all of them and the buffers; *ram_limit_gb* "
-        "0 uses what is free); the others are read from the file at every step."
+        f"{len(plan.resident)} of {plan.blocks} blocks of the model stay on the card. The other {plan.streamed} "
+        f"({size_text(plan.streamed_bytes_per_step)}) pass through it once per step, for all prompts together. RAM "
+        f"holds as many of them as there is room for (all of them{beside} need "
+        f"{size_text(plan.ram_peak_bytes)}; *ram_limit_gb* 0 uses what is free); the others are read from the file at "
+        "every step."
     )
+
+
+def _kept_line(kept: KeptTiers, *, shown: bool) -> str:
+    """What blocks make once, for how many of them it is kept where. shown: of images, too."""
+    size = size_text((kept.blocks - kept.remade) * kept.block_bytes)
+    made = "the prompt and the images" if shown else "the prompt"
+    places = [
+        f"{count} of {kept.blocks} blocks {where}" if count < kept.blocks else where
+        for count, where in ((kept.on_device, "on the card"), (kept.in_host, "in RAM"))
+        if count
+    ]
+    again = f"; {kept.remade} blocks make it again at every step" if kept.remade else ""
+    comma = "," if len(places) > 1 or kept.remade else ""
+    return f"What the model makes of {made} is computed once and kept: {size}{comma} {' and '.join(places)}{again}."
 
 
 def _in_chinese(durations: str) -> str:
