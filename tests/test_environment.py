@@ -97,19 +97,22 @@ sys.path.insert(0, sys.argv[1])
 from comfy.cli_args import args
 args.cpu = True
 import nodes
-loaded = asyncio.run(nodes.load_custom_node(sys.argv[2]))
-print("loaded", loaded, len([name for name in nodes.NODE_CLASS_MAPPINGS if name.startswith("QwenLowVRAM")]))
-print("heavy", "diffusers" in sys.modules)
+for pack in sys.argv[2:]:
+    loaded = asyncio.run(nodes.load_custom_node(pack))
+    print("loaded", loaded, len([name for name in nodes.NODE_CLASS_MAPPINGS if name.startswith("QwenLowVRAM")]))
+    print("heavy", "diffusers" in sys.modules)
+    print("next pack")
 """
 
 
-def load(comfyui: Path, pack: Path, before: Path) -> str:
-    """What ComfyUI's own loader makes of the pack, with `before` ahead of the installed packages."""
+def load(comfyui: Path, before: Path, *packs: Path) -> list[str]:
+    """What ComfyUI's own loader makes of each, with `before` ahead of the installed packages. They share a process:
+    none of them but the last may load."""
     environ = os.environ | {"PYTHONPATH": str(before), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", LOAD, str(comfyui), str(pack)]
+    command = [sys.executable, "-c", LOAD, str(comfyui), *map(str, packs)]
     result = subprocess.run(command, env=environ, capture_output=True, text=True, encoding="utf-8")
     assert result.returncode == 0, result.stderr
-    return result.stdout
+    return result.stdout.split("next pack\n")[: len(packs)]
 
 
 @pytest.mark.parametrize(
@@ -125,7 +128,7 @@ def test_comfyui_loads_no_node_of_ours_and_runs_on_where_a_package_does_not_fit(
     said = tmp_path / f"{name}-{version}.dist-info"
     said.mkdir()
     (said / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n", encoding="utf-8")
-    output = load(comfyui_path, REPOSITORY, tmp_path)
+    (output,) = load(comfyui_path, tmp_path, REPOSITORY)
     assert [line for line in output.splitlines() if line.startswith("ERROR")] == [
         line for line in output.splitlines() if words in line
     ]
@@ -134,9 +137,34 @@ def test_comfyui_loads_no_node_of_ours_and_runs_on_where_a_package_does_not_fit(
     assert "heavy False" in output
 
 
-def with_decode(code: str, tmp_path: Path) -> Path:
+# of a decode node: what it asks for is gone, or is a mistake of its own
+GONE = (
+    "from comfy.model_management import what_is_gone",
+    "import comfy.model_management\ncomfy.model_management.what_is_gone",
+    "import comfy.model_base\ncomfy.model_base.BaseModel.what_is_gone",
+    "import what_is_gone",
+    "import torch\ntorch.ops.aten.what_is_gone",
+)
+MISTAKES = (
+    "from .display_names import what_is_gone",
+    "from . import display_names\ndisplay_names.what_is_gone",
+    "from . import what_is_gone",
+    "class Ours: pass\nOurs.what_is_gone",
+    "raise RuntimeError('what_is_gone')",
+)
+
+
+@pytest.fixture(scope="module")
+def loaded_with(comfyui_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What ComfyUI says of copies of the pack, by the code of their decode node."""
+    folder = tmp_path_factory.mktemp("packs")
+    codes = (*GONE, *MISTAKES)
+    packs = [with_decode(code, folder / f"pack{number}") for number, code in enumerate(codes)]
+    return dict(zip(codes, load(comfyui_path, folder, *packs), strict=True))
+
+
+def with_decode(code: str, pack: Path) -> Path:
     """A copy of the pack whose decode node is that code."""
-    pack = tmp_path / "pack"
     for part in ("engine", "nodes"):
         shutil.copytree(REPOSITORY / part, pack / part)
     shutil.copy(REPOSITORY / "__init__.py", pack)
@@ -144,20 +172,9 @@ def with_decode(code: str, tmp_path: Path) -> Path:
     return pack
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        "from comfy.model_management import what_is_gone",
-        "import comfy.model_management\ncomfy.model_management.what_is_gone",
-        "import comfy.model_base\ncomfy.model_base.BaseModel.what_is_gone",
-        "import what_is_gone",
-        "import torch\ntorch.ops.aten.what_is_gone",
-    ],
-)
-def test_comfyui_loads_no_node_of_ours_and_runs_on_where_a_name_is_gone(
-    code: str, comfyui_path: Path, tmp_path: Path
-) -> None:
-    output = load(comfyui_path, with_decode(code, tmp_path), tmp_path)
+@pytest.mark.parametrize("code", GONE)
+def test_comfyui_loads_no_node_of_ours_and_runs_on_where_a_name_is_gone(code: str, loaded_with: dict[str, str]) -> None:
+    output = loaded_with[code]
     (line,) = (line for line in output.splitlines() if line.startswith("ERROR"))
     assert "do not fit together" in line
     assert "what_is_gone" in line
@@ -165,27 +182,16 @@ def test_comfyui_loads_no_node_of_ours_and_runs_on_where_a_name_is_gone(
     assert "loaded True 0" in output
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        "from .display_names import what_is_gone",
-        "from . import display_names\ndisplay_names.what_is_gone",
-        "from . import what_is_gone",
-        "class Ours: pass\nOurs.what_is_gone",
-        "raise RuntimeError('what_is_gone')",
-    ],
-)
-def test_a_mistake_of_the_packs_own_is_shown_as_one_and_comfyui_runs_on(
-    code: str, comfyui_path: Path, tmp_path: Path
-) -> None:
-    output = load(comfyui_path, with_decode(code, tmp_path), tmp_path)
+@pytest.mark.parametrize("code", MISTAKES)
+def test_a_mistake_of_the_packs_own_is_shown_as_one_and_comfyui_runs_on(code: str, loaded_with: dict[str, str]) -> None:
+    output = loaded_with[code]
     assert "what_is_gone" in output
     assert "do not fit together" not in output
     assert "loaded False 0" in output
 
 
 def test_comfyui_loads_the_nodes_where_all_fits(comfyui_path: Path, tmp_path: Path) -> None:
-    output = load(comfyui_path, REPOSITORY, tmp_path)
+    (output,) = load(comfyui_path, tmp_path, REPOSITORY)
     assert "ERROR" not in output
     nodes = json.loads((REPOSITORY / "tests" / "data" / "object_info.json").read_text())
     assert f"loaded True {len(nodes)}" in output

@@ -110,7 +110,11 @@ def announce(cache: Path, wanted: list[Need]) -> None:
 
 
 def child_environment(prepared: Prepared) -> dict[str, str]:
-    """For programs run in the environment: our tools and the pack importable, the repository's root not."""
+    """For programs run in the environment: our tools and the pack importable, the repository's root not.
+
+    Python keeps what it compiles, also where PYTHONDONTWRITEBYTECODE is set: a whole run of the tests starts ComfyUI
+    dozens of times.
+    """
     tools = Path(__file__).resolve().parents[1]
     ours = {
         "PYTHONPATH": os.pathsep.join([str(tools / "alias"), str(tools)]),
@@ -119,7 +123,8 @@ def child_environment(prepared: Prepared) -> dict[str, str]:
     if prepared.comfyui is not None:
         ours["COMFYUI_PATH"] = str(prepared.comfyui)
     # threads that spin while they wait take the cores from each other when several programs run
-    return {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **ours}
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return {"OMP_WAIT_POLICY": "PASSIVE", **inherited, **ours}
 
 
 def _existing(folder: Path) -> Path:
