@@ -71,7 +71,7 @@ class Case:
 
 def rows(quick: bool) -> list[dict[str, Any]]:
     """One for each card, format, case and place; quick: the cards of 4 and 12 GB in two formats."""
-    cards = [card for card in CARDS if card.vram_gib in (4, 12)] if quick else CARDS
+    cards = [card for card in CARDS if card.sheet.gb in (4, 12)] if quick else CARDS
     return [*_rows_of_one(cards, quick), *([] if quick else [*pairs(), *fleets()])]
 
 

@@ -136,26 +136,41 @@ class Panel {
     this.run = null; // its last event
     this.report = null;
     this.error = "";
-    this.memory.style.display = "grid";
-    this.note.style.cssText = "max-height:32px;overflow:auto;white-space:pre-line";
+    this.told = null; // what the note said before a refusal
+    this.layOut(false);
     this.peakHeld = 0;
     this.pace.textContent = this.note.textContent = "";
     this.details.style.visibility = "hidden"; // until there is something to read
   }
 
-  /** What the next run would take: until one has run, and where it would be refused. */
+  /** Memory and a note of two lines below it, or a message in the place of both: it says what to do. */
+  layOut(message) {
+    this.memory.style.display = message ? "none" : "grid";
+    this.note.style.cssText =
+      `${message ? "height:64px" : "max-height:32px"};overflow:auto;white-space:pre-line;overflow-wrap:anywhere`;
+    this.note.scrollTop = 0;
+  }
+
+  /** What the next run would take: until one has run, and as long as it would be refused. */
   expect({ text, fits }) {
     if (this.error) return; // it stays until the next run
-    if (this.run && fits) return;
-    this.note.textContent = this.note.title = text;
+    if (fits && this.run && !this.told) return;
+    if (!fits) this.told ??= [...this.note.childNodes];
+    const past = fits && this.run;
+    this.layOut(!fits);
+    this.note.replaceChildren(...(past ? this.told : [text]));
+    this.note.title = past ? "" : text;
     this.note.style.color = fits ? "" : TOO_LARGE;
+    if (fits) this.told = null;
   }
 
   progress(event) {
     const { words: said } = this;
     this.before = null;
-    this.note.style.color = this.note.title = "";
+    this.note.title = "";
     if (event.prompt_id !== this.prompt) this.begin(event.prompt_id);
+    if (this.told) this.layOut(false);
+    this.told = null;
     this.say(lineOf(said, event), event.stage, event.share ?? event.done / event.total);
     if (!event.facts) return; // not planned yet
     const text = event.plan ?? this.run?.plan;
@@ -226,14 +241,11 @@ class Panel {
     this.pace.textContent = "";
   }
 
-  /** The message itself, in the place of the memory: it says what to do. */
   fail(error) {
     this.stop(this.words.stopped.failed);
     this.error = messageOf(isChinese(this.words), error);
-    this.memory.style.display = "none";
-    this.note.style.cssText = "height:64px;overflow:auto;white-space:pre-line;overflow-wrap:anywhere";
+    this.layOut(true);
     this.note.textContent = this.error.replace(/\n\n+/g, "\n");
-    this.note.scrollTop = 0;
     this.details.style.visibility = "";
     this.spoken.textContent = this.error;
   }

@@ -22,8 +22,7 @@ def only_card(headroom_bytes: int) -> tuple[int, int] | None:
     card = comfy.model_management.get_torch_device()
     if card.type == "cpu" or machine_cards():
         return None
-    capacity = int(comfy.model_management.get_total_memory(card))
-    return capacity, left_bytes(capacity, headroom_bytes)
+    return _room(card, headroom_bytes)
 
 
 def cards_of_machine(
@@ -34,10 +33,15 @@ def cards_of_machine(
     cards = machine_cards()
     if not cards:
         return [], []
-    capacities = [int(comfy.model_management.get_total_memory(card)) for card in cards]
-    left = [left_bytes(capacity, models.headroom_bytes) for capacity in capacities]
-    limits = left if limit_bytes is None else [min(limit_bytes, nbytes) for nbytes in left]
-    first, (_, *others) = (capacities[0], limits[0], ram_bytes), zip(cards, limits, strict=True)
+    (capacity, _), *_ = rooms = [_room(card, models.headroom_bytes) for card in cards]
+    limits = [left if limit_bytes is None else min(limit_bytes, left) for _, left in rooms]
+    first, (_, *others) = (capacity, limits[0], ram_bytes), zip(cards, limits, strict=True)
     one = models.card(request, "one card", *first)
     together = models.card(request, f"all {len(cards)} cards", *first, others)
     return list(map(str, cards)), [one, together]
+
+
+def _room(card: torch.device, headroom_bytes: int) -> tuple[int, int]:
+    """Bytes of a card, and what it leaves to a model."""
+    capacity = int(comfy.model_management.get_total_memory(card))
+    return capacity, left_bytes(capacity, headroom_bytes)

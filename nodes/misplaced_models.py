@@ -9,18 +9,9 @@ from ..engine.models.recognition import components
 from ..engine.told import Told
 from .adapters.graph_checks import image_for_no_editor, no_image_to_edit
 from .adapters.networks import SERVED, served_of
-from .display_names import DECODE
-from .display_names import ENCODE as ENCODE_TITLE
-from .display_names import ENCODE_EDIT as ENCODE_EDIT_TITLE
-from .graph_runs import ENCODE, ENCODE_EDIT, FILE_LOADERS, LOADER, GraphRun, LinkedPart
+from .graph_runs import FILE_LOADERS, LOADER, GraphRun, LinkedPart
 from .model_choices import plain_file
 from .sources import transformer_source
-
-_CALLED = {
-    ENCODE: ENCODE_TITLE,
-    ENCODE_EDIT: ENCODE_EDIT_TITLE,
-    "QwenLowVRAMDecode": DECODE,
-}  # others by their class
 
 
 def require_placed(run: GraphRun, family: Family, member: Any) -> None:
@@ -34,7 +25,7 @@ def require_placed(run: GraphRun, family: Family, member: Any) -> None:
                 "'{node}' has the {part} of another model.\n\nWhat to do: connect the {part} of the loader that has "
                 "loaded {member}, or of one that loads {example}.",
                 code="graph.other_models_part",
-                node=_CALLED.get(part.kind, part.kind),
+                node=_title(part.kind),
                 part=part.input.upper(),
                 member=member.value,
                 example=family.vae_example if part.input == "vae" else family.text_encoder.example,
@@ -45,6 +36,13 @@ def require_placed(run: GraphRun, family: Family, member: Any) -> None:
 def doubt_of(run: GraphRun, member: Any) -> Told | None:
     """What is worth a warning: a model that is shown images and was trained for none."""
     return image_for_no_editor(member) if run.images and not member.needs_images and not member.edits else None
+
+
+def _title(kind: str) -> str:
+    """What nodes of that class are called on the page, ours and others."""
+    import nodes  # ComfyUI's: it is there before any node of ours
+
+    return str(nodes.NODE_DISPLAY_NAME_MAPPINGS.get(kind, kind))
 
 
 def _may_be(part: LinkedPart, family: Family) -> bool:

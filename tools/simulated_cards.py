@@ -10,7 +10,7 @@ import torch
 from full_size_formats import in_format
 from qwenimage_lowvram.engine.models.families import QWEN_IMAGE, QWEN_IMAGE_21
 from qwenimage_lowvram.engine.models.family import Family
-from qwenimage_lowvram.engine.planning.cards import DataSheet
+from qwenimage_lowvram.engine.planning.cards import CARD_OF_GB, DataSheet
 from qwenimage_lowvram.engine.planning.forecast import Speeds
 from qwenimage_lowvram.engine.planning.request import GIB
 from qwenimage_lowvram.engine.planning.stages import ImageModels
@@ -21,40 +21,37 @@ AWAY_BYTES = 600_000_000 + 400_000_000
 
 @dataclass(frozen=True)
 class SimulatedCard:
-    """As DataSheet has it. disk: GB/s; ram_gib: of the machine, for held blocks. dtype: what the pack computes in on
-    it."""
+    """A card in a machine. disk_gb: GB/s of its disk; ram_gib: of its RAM, for held blocks. dtype: what is computed in
+    on the card."""
 
-    name: str
-    vram_gib: int
-    tflops: float
-    memory_gb: float
-    bus_gb: float
+    sheet: DataSheet
     disk_gb: float
     ram_gib: int
     dtype: torch.dtype = torch.bfloat16
 
     @property
+    def name(self) -> str:
+        return f"{self.sheet.name} {self.sheet.gb} GB"
+
+    @property
     def speeds(self) -> Speeds:
-        sheet = DataSheet(self.name, self.vram_gib, self.tflops, self.memory_gb, self.bus_gb)
-        return sheet.speeds(self.disk_gb * 1e9)
+        return self.sheet.speeds(self.disk_gb * 1e9)
 
     @property
     def limit_bytes(self) -> int:
-        return self.vram_gib * GIB - AWAY_BYTES
+        return self.sheet.gb * GIB - AWAY_BYTES
 
 
 # cards before Ampere have no bf16: the pack computes in fp32 there
 CARDS = (
-    SimulatedCard("RTX 3050 laptop 4 GB", 4, 11.0, 192, 12, 0.5, ram_gib=10),
-    SimulatedCard("RTX 2060 6 GB", 6, 6.5, 336, 12, 3.5, ram_gib=24, dtype=torch.float32),
-    SimulatedCard("RTX 3060 12 GB", 12, 25.4, 360, 24, 3.5, ram_gib=24),
-    SimulatedCard("RTX 4060 laptop 8 GB", 8, 29.0, 256, 12, 3.5, ram_gib=24),
-    SimulatedCard("RTX 4060 Ti 16 GB", 16, 44.0, 288, 12, 3.5, ram_gib=24),
-    SimulatedCard("RTX 5060 8 GB", 8, 38.0, 448, 24, 3.5, ram_gib=24),
+    SimulatedCard(CARD_OF_GB[4], 0.5, ram_gib=10),
+    SimulatedCard(DataSheet("RTX 2060", 6, 6.5, 336, 12), 3.5, ram_gib=24, dtype=torch.float32),
+    SimulatedCard(CARD_OF_GB[12], 3.5, ram_gib=24),
+    SimulatedCard(DataSheet("RTX 4060 laptop", 8, 29.0, 256, 12), 3.5, ram_gib=24),
+    SimulatedCard(CARD_OF_GB[16], 3.5, ram_gib=24),
+    SimulatedCard(DataSheet("RTX 5060", 8, 38.0, 448, 24), 3.5, ram_gib=24),
 )
 FORMATS = ("bf16", "fp8", "int8", "int8_convrot", "nf4", "GGUF Q4_K")
-
-
 FORMATS_21 = ("bf16", "int8_convrot", "nf4")
 
 

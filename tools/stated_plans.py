@@ -23,7 +23,7 @@ from qwenimage_lowvram.engine.models.families import QWEN_IMAGE, QWEN_IMAGE_21
 from qwenimage_lowvram.engine.models.family import Family
 from qwenimage_lowvram.engine.models.qwen_image_21.sizes import plan_sizes_21
 from qwenimage_lowvram.engine.models.transformer_parts import TransformerParts
-from qwenimage_lowvram.engine.planning.cards import CARDS_GB, typical_limit_bytes
+from qwenimage_lowvram.engine.planning.cards import CARD_OF_GB, CARDS_GB, DataSheet, typical_limit_bytes
 from qwenimage_lowvram.engine.planning.forecast import TYPICAL, Speeds
 from qwenimage_lowvram.engine.planning.kept import KeptTiers
 from qwenimage_lowvram.engine.planning.memory import plan_memory
@@ -42,11 +42,14 @@ CHINESE_HEADING = f"**预计**（按这些设置和 {PROMPT_TOKENS} 个词元的
 WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 SIDE_PX = 1024  # of an edited image, and of a megapixel as ComfyUI scales to it
 # beside the cards that are simulated: those of the sizes that they leave out
-MORE_CARDS = (
-    SimulatedCard("RTX 3060 laptop 6 GB", 6, 26.0, 336, 12, 3.5, ram_gib=24),
-    SimulatedCard("RTX 3080 10 GB", 10, 59.5, 760, 24, 3.5, ram_gib=24),
-    SimulatedCard("RTX 4070 12 GB", 12, 58.3, 504, 24, 3.5, ram_gib=24),
-    SimulatedCard("RTX 4080 16 GB", 16, 97.5, 717, 24, 3.5, ram_gib=24),
+MORE_CARDS = tuple(
+    SimulatedCard(sheet, 3.5, ram_gib=24)
+    for sheet in (
+        DataSheet("RTX 3060 laptop", 6, 26.0, 336, 12),
+        CARD_OF_GB[10],
+        DataSheet("RTX 4070", 12, 58.3, 504, 24),
+        DataSheet("RTX 4080", 16, 97.5, 717, 24),
+    )
 )
 FREE_RAM_GIB = (8, 24)
 MOST_TIMES = 2  # a graph's forecasts are those of cards with as much memory as it is for, up to so many times as much
@@ -67,8 +70,8 @@ def plan_of(
 
 def cards_of(card_gb: int) -> list[SimulatedCard]:
     """Those that a graph for cards of that size gives forecasts for, the slowest first."""
-    known = (card for card in (*CARDS, *MORE_CARDS) if card_gb <= card.vram_gib <= MOST_TIMES * card_gb)
-    return sorted((card for card in known if card.dtype is torch.bfloat16), key=lambda card: card.tflops)
+    known = (card for card in (*CARDS, *MORE_CARDS) if card_gb <= card.sheet.gb <= MOST_TIMES * card_gb)
+    return sorted((card for card in known if card.dtype is torch.bfloat16), key=lambda card: card.sheet.tflops)
 
 
 @dataclass(frozen=True)

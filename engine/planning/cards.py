@@ -28,8 +28,7 @@ class DataSheet:
         return Speeds(REACHED * self.tflops * 1e12, self.bus_gb * 1e9, disk_bytes, REACHED * self.memory_gb * 1e9)
 
 
-# a common one of each size
-CARDS = (
+CARDS = (  # a common one of each size
     DataSheet("RTX 3050 laptop", 4, 11.0, 192, 12),
     DataSheet("RTX 3050", 6, 13.5, 168, 12),
     DataSheet("RTX 4060", 8, 30.2, 272, 12),
@@ -38,7 +37,8 @@ CARDS = (
     DataSheet("RTX 4060 Ti", 16, 44.0, 288, 12),
     DataSheet("RTX 3090", 24, 71.0, 936, 24),
 )
-CARDS_GB = tuple(card.gb for card in CARDS)
+CARD_OF_GB = {card.gb: card for card in CARDS}
+CARDS_GB = tuple(CARD_OF_GB)
 # of a card, before the first tensor: the CUDA context with its kernels, and the image on the screen
 CONTEXT_BYTES = 600_000_000
 # what the loader keeps free beside Qwen-Image's largest block: a layer of its text encoder in bf16

@@ -13,6 +13,17 @@ Nodes = dict[str, tuple[str, dict[str, Any]]]
 FOLDERS = {"text_encoder": "from the folder", "vae": "from the folder", "dtype": "fp32"}
 
 
+@pytest.fixture(autouse=True)
+def _as_custom_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ComfyUI knows what our nodes are called, too."""
+    from qwenimage_lowvram.nodes import NODE_DISPLAY_NAME_MAPPINGS
+
+    import nodes
+
+    for kind, title in NODE_DISPLAY_NAME_MAPPINGS.items():
+        monkeypatch.setitem(nodes.NODE_DISPLAY_NAME_MAPPINGS, kind, title)
+
+
 @pytest.fixture
 def line_of(
     models: Callable[[str, Path], None], small_pipeline: Path, diffusers_21: Path
@@ -55,9 +66,9 @@ def test_models_where_they_belong_are_not_refused(line_of: Any) -> None:
     ("node", "kind", "inputs", "title"),
     [
         ("5", "QwenLowVRAMDecode", {"samples": ["4", 0], "vae": ["9", 2], "tile_size": 0}, "Decode (tiled)"),
-        ("7", "VAEDecode", {"samples": ["8", 0], "vae": ["9", 2]}, "VAEDecode"),  # of latents that are changed before
+        ("7", "VAEDecode", {"samples": ["8", 0], "vae": ["9", 2]}, "VAE Decode"),  # of latents that are changed before
         ("2", "QwenLowVRAMEncodePrompts", {"clip": ["9", 1], "positive": "a", "negative": ""}, "Encode Prompts"),
-        ("3", "VAEEncode", {"pixels": ["10", 0], "vae": ["9", 2]}, "VAEEncode"),
+        ("3", "VAEEncode", {"pixels": ["10", 0], "vae": ["9", 2]}, "VAE Encode"),
     ],
 )
 def test_a_part_of_another_model_is_told_at_its_node(

@@ -12,6 +12,7 @@ import torch
 from devtools.workflow import set_widgets
 from qwenimage_lowvram.engine.files.checkpoint import Checkpoint
 from qwenimage_lowvram.engine.lora.lora_file import LoraFile
+from run_facts import FACTS, GIB
 from small_checkpoint import SplitFiles
 from small_vae_21 import random_vae_21, write_file
 
@@ -75,6 +76,16 @@ ON_DECODE = """async (wanted) => {
   return text();
 }"""
 
+RUN = {
+    "prompt_id": "p", "stage": "done", "step": 20, "steps": 20, "share": 1.0, "seconds": 60.0, "vram_bytes": GIB,
+    "peak_vram_bytes": GIB, "ram_bytes": GIB, "peak_ram_bytes": GIB, "held_bytes": GIB, "seconds_per_step": 3.0,
+    "previews": True, "facts": FACTS,
+}  # fmt: skip
+DONE = """(event) => {
+  const node = window.app.graph.nodes.find(({ type }) => type === 'QwenLowVRAMSample').id;
+  window.comfyAPI.api.api.dispatchCustomEvent('qwen_lowvram.progress', { ...event, node: String(node) });
+}"""
+NOTE = "() => document.querySelector('[data-part=note]').textContent"
 DECODE_PX = """() => window.app.graph.nodes.find((node) => node.type === 'QwenLowVRAMDecode').size[1]"""
 
 
@@ -138,8 +149,27 @@ def test_the_line_follows_the_graph_and_turns_red_where_it_does_not_fit(
     assert fits == "false"
     assert text in sample
     assert "the limit is 102.4 MiB" in text
+    memory = "() => getComputedStyle(document.querySelector('[data-part=memory]')).display"
+    assert page.evaluate(memory) == "none"  # there is room for the whole message
     page.screenshot("plan-line-red")
     assert page.unexpected_messages() == []
+
+
+def test_a_refusal_gives_way_to_what_the_last_run_said(
+    page: Any, object_info: dict[str, Any], split_files: dict[str, SplitFiles]
+) -> None:
+    names = split_files["fp8"]
+    files = {"transformer": names.transformer, "text_encoder": names.text_encoder, "vae": names.vae}
+    page.load(set_widgets(json.loads(WORKFLOW.read_text(encoding="utf-8")), object_info, "QwenLowVRAMLoader", **files))
+    assert page.evaluate(LINE, "true")[0] == "true"
+    page.evaluate(DONE, RUN)
+    told = page.evaluate(NOTE)
+    assert "blocks stay" in told
+    page.evaluate(SET, ["QwenLowVRAMLoader", "vram_limit_gb", 0.001])
+    assert page.evaluate(LINE, "false")[1] == page.evaluate(NOTE) != told
+    page.evaluate(SET, ["QwenLowVRAMLoader", "vram_limit_gb", 3.0])
+    assert page.evaluate(LINE, "true")[0] == "true"
+    assert page.evaluate(NOTE) == told
 
 
 def test_another_models_vae_is_said_on_decode_until_it_is_gone(
