@@ -122,17 +122,18 @@ class Stated:
         if request.frames > 1:
             shown = f"，{request.frames - 1} 个图层和图像本身"
         guided = "有引导" if request.branches > 1 else "无引导：不使用负面提示词"
-        blocks = f"全部 {plan.blocks} 个块常驻显卡。"
+        blocks = f"模型的全部 {plan.blocks} 个块常驻显卡。"
         if plan.streamed:
+            beside = "和保留的结果" if plan.kept.block_bytes else ""
             blocks = (
-                f"{plan.blocks} 个块中 {len(plan.resident)} 个常驻显卡，其余 {plan.streamed} 个每步传入一次，"
-                f"所有提示词共用（{size_text(plan.streamed_bytes_per_step)}）。它们在内存中能放多少就放多少（全部加上缓冲区"
+                f"模型的 {plan.blocks} 个块中 {len(plan.resident)} 个常驻显卡，其余 {plan.streamed} 个每步传入一次，"
+                f"所有提示词共用（{size_text(plan.streamed_bytes_per_step)}）。它们在内存中能放多少就放多少（全部加上缓冲区{beside}"
                 f"为 {size_text(plan.ram_peak_bytes)}；*内存上限*为 0 时使用空闲内存），放不下的每步从文件读取。"
             )
         return [
             f"- {request.width}x{request.height}{shown}，{request.timesteps} 步，{guided}。",
             f"- {blocks}",
-            *([f"- 只计算一次：{_kept_in_chinese(plan.kept)}。"] if plan.kept.block_bytes else []),
+            *([f"- {_kept_in_chinese(plan.kept, shown=bool(megapixels))}。"] if plan.kept.block_bytes else []),
             f"- 显存峰值 {size_text(plan.peak_bytes)}，*显存上限*为 {size_text(plan.limit_bytes)}；{self.card_gb} GB 中"
             "其余的留给桌面、驱动和显存碎片。",
             f"- {plan.run.steps} 步用时 {_in_chinese(self.first)}，换种子 {_in_chinese(self.again)}：根据 "
@@ -180,12 +181,17 @@ def _in_chinese(durations: str) -> str:
     return re.sub(r" s\b", " 秒", said).replace("秒 到", "秒到")
 
 
-def _kept_in_chinese(kept: KeptTiers) -> str:
-    slowly = "，取回时不计算" if kept.in_host and not kept.ahead else ""
-    again = f"，{kept.remade} 块每步重算" if kept.remade else ""
-    total = size_text((kept.blocks - kept.remade) * kept.block_bytes)
-    where = f"{kept.on_device} 块的结果保留在显卡上，{kept.in_host} 块的在内存中"
-    return f"提示词和参考图像，{where}{slowly}{again}（{total}）"
+def _kept_in_chinese(kept: KeptTiers, *, shown: bool) -> str:
+    """As `_kept_line` says it."""
+    size = size_text((kept.blocks - kept.remade) * kept.block_bytes)
+    made = "提示词和图像" if shown else "提示词"
+    places = [
+        f"{kept.blocks} 块中 {count} 块的{where}" if count < kept.blocks else where
+        for count, where in ((kept.on_device, "在显卡上"), (kept.in_host, "在内存中"))
+        if count
+    ]
+    again = f"；{kept.remade} 块每步重新计算" if kept.remade else ""
+    return f"模型由{made}得到的结果只计算一次并保留：{size}，{'，'.join(places)}{again}"
 
 
 def duration_range(seconds: Iterable[float]) -> str:
