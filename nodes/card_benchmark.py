@@ -80,8 +80,8 @@ def _of_model(model: Any, width: int, height: int) -> CardReport:
     inner: Any = getattr(model, "model", None)
     if not isinstance(inner, LowVRAMModel) or not isinstance(model, LowVRAMPatcher):
         raise Unsupported(
-            "{node} works only with models from '{loader}'.\n\nWhat to do: connect the model of that node, or none, to "
-            "measure the card alone.",
+            "{node} works only with models from '{loader}'.\n\nWhat to do: connect a model from that node, or none to "
+            "measure only the card.",
             code="benchmark.other_loader",
             node=BENCHMARK,
             loader=LOADER,

@@ -50,6 +50,6 @@ def products_text(choice: str, compute: torch.dtype) -> str:
     if choice != AUTO or compute != torch.float16:
         return ""
     return (
-        "This card computes no bf16: products are in fp16 between activations in fp32, which was measured to be faster "
-        "here than fp32. The image is another one than fp32's."
+        "This card does not support bf16: products are in fp16, with activations in fp32, which was measured to be "
+        "faster here than fp32. The image differs from the one in fp32."
     )

@@ -273,8 +273,8 @@ class QwenLowVRAMMemoryPlan:
         names, here = cards_of_machine(models, request, limit, ram_bytes)
         title = Told("Memory plan: {request}", code="memory_plan.title", request=str(request))
         subtitle = Told(
-            "{file}, prompts of {tokens} token{plural}; seconds are forecasts, of named cards by their data sheets, "
-            "otherwise at {speeds}",
+            "{file}, prompts of {tokens} token{plural}; seconds are forecasts: for named cards from their data "
+            "sheets, otherwise at {speeds}",
             code="memory_plan.subtitle",
             file=transformer,
             tokens=prompt_tokens,

@@ -63,7 +63,7 @@ class QwenLowVRAMMemoryReport:
         inner: Any = getattr(model, "model", None)
         if not isinstance(inner, LowVRAMModel):
             raise Unsupported(
-                "Memory Report works only with models from '{loader}'.\n\nWhat to do: connect the model of that node.",
+                "Memory Report works only with models from '{loader}'.\n\nWhat to do: connect a model from that node.",
                 code="graph.report_of_another_loader",
                 loader=LOADER,
             )

@@ -144,7 +144,7 @@ class PlannedModels:
 
     @property
     def speeds_text(self) -> str:
-        return "speeds of this machine" if self.measured else "typical speeds (no run has told this machine's yet)"
+        return "speeds of this machine" if self.measured else "typical speeds (this machine has not been measured yet)"
 
     @property
     def headroom_bytes(self) -> int:
@@ -288,8 +288,8 @@ def _check_images(transformer: Checkpoint, most: int, images: int) -> None:
     """Raise InvalidRequest for more images than the model is shown."""
     if images > most:
         raise InvalidRequest(
-            "{file} can be shown at most {most} images, but {images} are asked for.\n\nWhat to do: set "
-            "reference_pictures to {most} or less.",
+            "{file} can be shown at most {most} images, but {images} are asked for.\n\nWhat to do: set the number of "
+            "reference images to {most} or less.",
             code="plan.too_many_images",
             file=transformer.path,
             most=most,

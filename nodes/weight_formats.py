@@ -71,7 +71,7 @@ def advice_of(choice: FormatChoice) -> str:
     instead = f"{stored.seconds:.1f} s as stored" if stored else "weights as stored, which do not fit"
     return (
         f"{choice.name} weights would take {best.seconds:.1f} s per step ({TYPICAL_REQUEST}) instead of {instead}, and "
-        "make a slightly different image: weight_format fastest."
+        "make a slightly different image: for that, set weight_format to fastest."
     )
 
 

@@ -67,8 +67,8 @@ class State(Enum):
     GONE = "its model file is gone"
     DAMAGED = "damaged"
     UNFINISHED = "being written"
-    UNREADABLE = "cannot be read, is left alone"
-    FOREIGN = "not a file of ours, is left alone"
+    UNREADABLE = "cannot be read, left alone"
+    FOREIGN = "not this pack's file, left alone"
 
 
 UNUSED = frozenset({State.CHANGED, State.GONE, State.DAMAGED})

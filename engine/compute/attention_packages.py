@@ -110,11 +110,11 @@ class KernelFunction:
         if (operands.mask is not None or operands.causal) and not self.masks:
             return "takes no mask"
         if operands.causal:
-            return "is not called for causal attention"
+            return "is not used for causal attention"
         if operands.shares_keys and not self.shared_keys:
-            return "takes no heads that share keys"
+            return "does not support heads that share keys"
         if self.head_dims and head_dim not in self.head_dims:
-            return f"takes no heads of {head_dim} numbers"
+            return f"does not support heads of {head_dim} numbers"
         if operands.query.dtype not in self.dtypes:
             return f"does not compute in {str(operands.query.dtype).removeprefix('torch.')}"
         return ""

@@ -75,7 +75,7 @@ def linear_of(computing: Computing, file: Checkpoint, hardware: Sequence[Hardwar
         return DECODED
     if not trials:
         kinds = ", ".join(trial.name for trial in TRIALS)
-        return LinearChoice(computing, why_not=f"the file holds no weights that there are products for ({kinds})")
+        return LinearChoice(computing, why_not=f"no weights in the file can be multiplied as stored ({kinds})")
     return choose_linear(computing, hardware, activations_dtype(dtype), trials)
 
 

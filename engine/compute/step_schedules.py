@@ -104,8 +104,8 @@ class StepSchedule(StepCache):
         if (model, *size) == (measured.model, measured.width, measured.height, 1, 0):
             return ""
         return (
-            f"{self.name} was measured on {measured} alone; this run is {model}, {request}: nobody has measured how "
-            "far its image is from that of all steps."
+            f"{self.name} was measured only on {measured}; this run is {model}, {request}: nobody has measured how "
+            "far its image is from the one with all steps."
         )
 
     def __str__(self) -> str:
@@ -130,13 +130,13 @@ class FirstBlockRule(StepCache):
     def not_measured(self, model: str, request: Sampled) -> str:
         return (
             f"How many steps {self.name} leaves out is not known before the run, and nobody has measured with {model} "
-            "how far the image is from that of all steps."
+            "how far the image is from the one with all steps."
         )
 
     def __str__(self) -> str:
         return (
-            f"steps end behind block 0 where what it adds has changed by less than {self.threshold} ({self.name}), "
-            "forecast as if none did; for that the host waits for the device once a step"
+            f"steps end after block 0 if what it adds has changed by less than {self.threshold} ({self.name}), the "
+            "forecast counts every step in full, and the CPU waits for the device once per step"
         )
 
 

@@ -156,7 +156,7 @@ class ImageReport:
         for stage in self.stages:
             if stage.attempts > 1:
                 yield Told(
-                    "{stage}: {attempts} attempts, memory ran out or a number overflowed",
+                    "{stage}: {attempts} attempts, because memory ran out or a number overflowed",
                     code="memory_report.attempts",
                     stage=stage.stage.value,
                     attempts=stage.attempts,
@@ -164,7 +164,7 @@ class ImageReport:
         missing = [stage.value for stage in Stage if stage not in {report.stage for report in self.stages}]
         if missing:
             yield Told(
-                "not run, because its result was already known or another node did it: {stages}",
+                "not run, because the result was already known or another node did it: {stages}",
                 code="memory_report.not_run",
                 stages=missing,
             )

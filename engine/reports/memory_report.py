@@ -148,7 +148,7 @@ class MemoryReport:
     def _device_told(self) -> Told:
         if self.peak_vram_bytes is None:
             return Told(
-                "  device memory: {planned_bytes} planned of {limit_bytes}, the device is the host",
+                "  device memory: {planned_bytes} planned of {limit_bytes}, the device uses RAM",
                 code="run_report.host",
                 planned_bytes=self.plan.peak_bytes,
                 limit_bytes=self.plan.limit_bytes,
@@ -192,8 +192,8 @@ class MemoryReport:
             )
         if request.step_cache is not None:
             yield Told(
-                "  not exact: {computed} of {steps} steps computed, {predicted} predicted ({name}), which no pass is "
-                "counted for{advice}",
+                "  not exact: {computed} of {steps} steps computed, {predicted} predicted ({name}), which do not "
+                "count as passes{advice}",
                 code="run_report.step_cache",
                 computed=self.computed_steps,
                 steps=self.steps,
@@ -219,7 +219,7 @@ class MemoryReport:
             yield Told("  blocks not compiled: {why}", code="run_report.not_compiled", why=self.not_compiled)
         if self.one_by_one:
             yield Told(
-                "  prompts ran one after another, each block was visited for each: {one_by_one}",
+                "  prompts ran one after another, so blocks were brought once per prompt: {one_by_one}",
                 code="run_report.one_by_one",
                 one_by_one=self.one_by_one,
             )

@@ -39,7 +39,7 @@ def half_is_faster(
         tried[keys[1]] = half / measure_flops(hardware, torch.float32) if half else 0.0
     error, speed = (tried[key] for key in keys)
     logger.info(
-        "%s computes no bf16. Products in fp16 were %.1f times as fast as fp32's, with an error of %.1e.",
+        "%s does not support bf16. Products in fp16 were %.1f times as fast as in fp32, with an error of %.1e.",
         card,
         speed,
         error,

@@ -17,7 +17,8 @@ def spill_warning(seconds: float, forecast_seconds: float, *, system: str = os.n
     return (
         f"Computing took {seconds:.1f} s per step, {seconds / forecast_seconds:.0f} times the forecast of "
         f"{forecast_seconds:.1f} s. "
-        "On Windows that is most often a card that is full, to which the driver lends RAM. What to do: close programs "
-        "that use the card, set vram_limit_gb 1 GB lower, or set 'CUDA - Sysmem Fallback Policy' to 'Prefer No Sysmem "
-        "Fallback' in NVIDIA's control panel: memory that runs out is then noticed, and the plan made smaller."
+        "On Windows this usually means that the card is full and its driver uses RAM instead. What to do: close "
+        "programs that use the card, set vram_limit_gb 1 GB lower, or set 'CUDA - Sysmem Fallback Policy' to 'Prefer "
+        "No Sysmem Fallback' in NVIDIA's control panel: then it is noticed when memory runs out, and a smaller plan is "
+        "made."
     )

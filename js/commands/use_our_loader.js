@@ -12,20 +12,20 @@ const SHOWN_LINES = 6;
 
 const WORDS = {
   en: {
-    done: (count) => `${count} low-VRAM ${count === 1 ? "loader stands" : "loaders stand"} in the graph`,
+    done: (count) => `${count} low-VRAM ${count === 1 ? "loader is" : "loaders are"} now in the graph`,
     undo: "Undo brings the old loaders back.",
     none: "No loader was replaced",
-    nothing: "This graph has no loader of ComfyUI's (Load Diffusion Model, or its GGUF) that opens a Qwen-Image model.",
+    nothing: "No loader of ComfyUI's in this graph (Load Diffusion Model, or its GGUF version) opens a Qwen-Image model.",
     replaced: ({ transformer, text_encoder, vae }) => `Replaced: ${transformer}, ${text_encoder}, ${vae}`,
-    quantized: "weight_dtype fp8 became weight_format fp8: a file in bf16 is quantized once, and kept on the disk.",
+    quantized: "weight_dtype fp8 became weight_format fp8: a bf16 file is quantized once, and the result is kept on disk.",
     left: {
       unknown: (name) =>
-        `Left alone: ${name}. It is not here, and its name does not say that it is a Qwen-Image model. If it is one, choose it in the ` +
+        `Left alone: ${name}. The file is not on this machine, and its name does not say that it is a Qwen-Image model. If it is one, choose it in the ` +
         "low-VRAM loader yourself.",
       alone: (name) => `Left alone: ${name}. No text encoder and VAE of Qwen-Image were found that belong to it.`,
       linked: (name) => `Left alone: ${name}. A setting of its loaders comes from another node.`,
-      kept: (name) => `Its old loader stays, because more depends on it: ${name}`,
-      other: (name) => `Another model's: ${name}`,
+      kept: (name) => `Its old loader stays, because other nodes use it: ${name}`,
+      other: (name) => `Belongs to another model: ${name}`,
     },
     inside: (graph) => ` (in ${graph})`,
     more: (count) => `and ${count} more`,

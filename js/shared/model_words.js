@@ -2,7 +2,7 @@
 
 const EN = {
   title: "Model check",
-  none: "This graph names no model files that are known here. Add the low-VRAM loader, and choose its files.",
+  none: "This pack found no model files in this graph. Add the low-VRAM loader, and choose its files.",
   asking: "Looking at the files…",
   failed: (why) => `The server did not answer: ${why}`,
   summary: (here, of) => (here === of ? `All ${of} files are here.` : `${here} of ${of} files are here.`),
@@ -16,7 +16,7 @@ const EN = {
   stop: "Stop",
   again: "Check again",
   running: (name, done, total, file) => `${name}: ${done} of ${total} GB${file}`,
-  preparing: (name) => `${name}: asking for it`,
+  preparing: (name) => `${name}: contacting the server`,
   ofFiles: (file, files) => `, file ${file} of ${files}`,
   ended: {
     done: (name) => `${name} is here, complete.`,

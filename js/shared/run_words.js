@@ -68,7 +68,7 @@ const EN = {
     residentHost: "Blocks that stay in RAM", plannedOn: (device) => `Memory of ${device}, planned`,
     measuredOn: (device) => `Memory of ${device}, measured`, held: "Blocks held in RAM", file: "Blocks read from the file in every step",
     streamed: "Passes through the card per step", planned: "Card memory, planned", measured: "Card memory, measured",
-    ram: "RAM for the model, planned", process: "RAM of ComfyUI, at most", step: "A step", bound: "Bound by",
+    ram: "RAM for the model, planned", process: "RAM of ComfyUI, peak", step: "A step", bound: "Bound by",
     first: "The whole run, first time", again: "The whole run, another seed", attention: "Attention", note: "Note",
     reason: "One prompt after another",
   },

@@ -77,7 +77,7 @@ def attention_of_loader(
     wished, asked = _wished(choice, file)
     told, function = "", _function(asked)
     if asked and wished == AUTO:
-        why = "is not known here" if function is None else "quantizes, so that the image is another one"
+        why = "is not known here" if function is None else "quantizes and would change the image"
         told = f"The file asks for the attention kernel '{shown(asked)}', which {why}: PyTorch's is used."
         told += "" if function is None else f" To follow the file, choose it in '{LOADER}' (attention)."
     for device in (place.device for place in hardware):

@@ -36,8 +36,8 @@ def tell_haloed_edit(output: tuple[int, int], references: int) -> None:
         width, height = HALOED
         told = Told(
             "Edits with Qwen-Image-2.1 of exactly {width}x{height} px are known to come out as near-copies of the "
-            "image with halos, in diffusers and ComfyUI too. Use another size: in {encode_edit} megapixels 1, width 0 "
-            "and height 0, which make {other_width}x{other_height} px of a square image.",
+            "image with halos, in diffusers and ComfyUI too. Use another size: in {encode_edit}, set megapixels to 1 "
+            "and width and height to 0, which edits a square image at {other_width}x{other_height} px.",
             code="told.haloed_edit",
             width=width,
             height=height,

@@ -35,7 +35,7 @@ def nothing_as_stored(linear: LinearChoice, transformer: StreamedTransformer[Any
     """What a person is told who chose FAST for a file whose weights are in formats that have no product."""
     if linear.computing is not Computing.FAST or linear.why_not or transformer.stored_product is not None:
         return ""
-    return _tell(f"there are no products for weights in {transformer.weight_format}")
+    return _tell(f"weights in {transformer.weight_format} cannot be multiplied as stored")
 
 
 def _tell(why: str, *, some: bool = False) -> str:

@@ -98,8 +98,8 @@ def test_without_an_image_the_output_is_square(megapixels: float, output: tuple[
 def test_sizes_are_told_in_words() -> None:
     assert str(plan_sizes([(1000, 700), (1216, 864)], PLUS)) == (
         "output 1216x864\n"
-        "image 1: 1000x700 to 1216x864, 1.5% higher, seen at 448x308\n"
-        "image 2: 1216x864 taken as it is, seen at 448x308"
+        "image 1: 1000x700 to 1216x864, 1.5% taller, seen at 448x308\n"
+        "image 2: 1216x864 used as it is, seen at 448x308"
     )
     assert str(ImageSizes((500, 400), (1250, 1000), (28, 28))) == "500x400 to 1250x1000, seen at 28x28"
 

@@ -158,7 +158,7 @@ def test_a_step_ends_behind_the_first_block_where_that_has_hardly_changed(small_
     assert 5 < report.predicted_steps == ended < 35
     assert report.computed_steps + report.predicted_steps == 40
     assert report.passes == report.computed_steps
-    assert "not exact: steps end behind block 0" in str(report.plan)
+    assert "not exact: steps end after block 0" in str(report.plan)
 
 
 @pytest.mark.slow

@@ -80,7 +80,7 @@ def test_both_conditions_have_the_references_and_the_latent_lies_on_their_grid(
     result = encode(make_clip(), vae, made_image(1000, 700), made_image(64, 96, 1), batch_size=2)
     positive, negative, latent = result["result"]
     assert result["ui"]["text"] == [
-        "output 160x128\nimage 1: 1000x700 to 160x128, 12.5% higher, seen at 448x308\n"
+        "output 160x128\nimage 1: 1000x700 to 160x128, 12.5% taller, seen at 448x308\n"
         "image 2: 64x96 to 128x192, seen at 308x476"
     ]
     assert latent["samples"].shape == (2, 16, 1, 16, 20)

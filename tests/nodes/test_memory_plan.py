@@ -69,7 +69,7 @@ def test_every_stage_stays_within_each_cards_limit() -> None:
     from qwenimage_lowvram.nodes.adapters.limits import headroom_bytes
 
     text = plan()["result"][0]
-    assert "; seconds are forecasts, of named cards by their data sheets, otherwise at " in text.splitlines()[1]
+    assert "; seconds are forecasts: for named cards from their data sheets, otherwise at " in text.splitlines()[1]
     steps, peaks = tables(text)
     assert tuple(steps) == tuple(peaks) == CARDS
     for card, row in peaks.items():
@@ -163,14 +163,14 @@ def test_auto_is_as_stored_and_says_where_fastest_would_be_much_faster(slow_disk
     advised = dict(re.findall(r"On (\d+ GB), [\w ]+: (\w+) weights would take [\d.]+ s per step", text))
     assert advised
     assert advised.items() <= chosen.items()
-    assert "weight_format fastest" in text
+    assert "set weight_format to fastest" in text
     assert "On " not in fastest
 
 
 @pytest.mark.parametrize("weight_format", ["as stored", "nf4"])
 def test_advice_is_given_where_nothing_was_chosen_yet(weight_format: str, slow_disk: None) -> None:
     text = plan(weight_format=weight_format, ram_limit_gb=2.0)["result"][0]
-    assert ("weight_format fastest" in text) == (weight_format != "nf4")
+    assert ("set weight_format to fastest" in text) == (weight_format != "nf4")
 
 
 def test_what_does_not_fit_is_said_and_the_others_are_planned() -> None:

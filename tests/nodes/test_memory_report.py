@@ -154,7 +154,7 @@ def test_another_seed_reports_only_what_ran(graph: Graph) -> None:
     answer = graph.run(encode=False, seed=2)
     assert list(stages(answer)) == ["load", "sampling", "decode"]
     assert stages(answer)["load"]["moved"]["file_bytes"] == 0  # resident blocks are still there
-    assert "its result was already known or another node did it: encode, modulation" in answer["result"][0]
+    assert "the result was already known or another node did it: encode, modulation" in answer["result"][0]
     assert graph.model.model.timeline.samples[0].seconds < 0.1
 
 

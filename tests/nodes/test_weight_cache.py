@@ -309,13 +309,13 @@ def test_odd_names_and_records_are_shown_as_one_line_each(pipeline: Path) -> Non
     assert len(lines) == len(list(cache().iterdir()))
     assert lines[-2].startswith("a\\x00\\ud800\\nb.safetensors, n\\r4, 0.00 GB, ")
     assert lines[-2].endswith("its model file is gone")
-    assert lines[-1].endswith("not a file of ours, is left alone")
+    assert lines[-1].endswith("not this pack's file, left alone")
 
 
 def test_what_is_no_file_among_the_prompts_is_shown(pipeline: Path) -> None:
     name = f"{'0' * 32}.safetensors"
     (cache() / "prompts" / name).mkdir(parents=True)
-    assert shown("show").splitlines()[1:] == ["prompts: none", f"prompts/{name}, not a file of ours, is left alone"]
+    assert shown("show").splitlines()[1:] == ["prompts: none", f"prompts/{name}, not this pack's file, left alone"]
     assert "removed prompts: none" in after_clearing("prompts")
     assert (cache() / "prompts" / name).is_dir()
 

@@ -68,7 +68,7 @@ def test_a_button_clears_and_shows_what_is_left(what: str, page: Any, models_dir
     lines = page.evaluate(SHOWN).splitlines()
     assert lines[0] == f"{folder}: nothing"
     assert "removed: 1 file, 0.00 GB" in lines
-    assert any(line.endswith("not a file of ours, is left alone") for line in lines)
+    assert any(line.endswith("not this pack's file, left alone") for line in lines)
     assert [path.name for path in folder.glob("*.safetensors")] == [odd.name]
     odd.rmdir()
     (saved,) = page.serialize()["nodes"]

@@ -198,7 +198,7 @@ def test_steps_of_a_card_that_is_full_are_told_on_windows_and_not_learnt(
         speeds = known(rig, thought)
         report = sample(rig, model, speeds, ("most", "least"))
         assert report.pass_seconds > 3 * 3 * report.plan.forecast.seconds
-        warnings = [record.getMessage() for record in caplog.records if "lends RAM" in record.getMessage()]
+        warnings = [record.getMessage() for record in caplog.records if "uses RAM instead" in record.getMessage()]
         assert len(warnings) == (1 if system == "nt" else 0)
         assert (speeds.get().flops == thought.flops) is (system == "nt")
         if warnings:
@@ -217,7 +217,7 @@ def test_a_disk_that_is_slower_than_thought_is_learnt_on_windows_too(
         report = sample(rig, model, speeds, ("least", "least"))
         assert report.pass_seconds > 3 * 3 * report.plan.forecast.seconds
         assert speeds.get().disk_bytes == FIRST.disk_bytes / 4  # as much as one run may change
-        assert "lends RAM" not in caplog.text
+        assert "uses RAM instead" not in caplog.text
         finish(model)
 
 

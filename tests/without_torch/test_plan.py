@@ -572,8 +572,8 @@ def test_a_report_prints_what_was_measured_beside_what_was_planned() -> None:
         )
     )
     assert "memory ran out 2 times" in str(replace(report, out_of_memory=2))
-    assert "the device is the host" in str(replace(report, peak_vram_bytes=None))
-    assert str(replace(report, one_by_one="EasyCache")).endswith("each block was visited for each: EasyCache")
+    assert "the device uses RAM" in str(replace(report, peak_vram_bytes=None))
+    assert str(replace(report, one_by_one="EasyCache")).endswith("so blocks were brought once per prompt: EasyCache")
     compiled = replace(report, compiled="exact", compiled_times=2, compiling_seconds=31.2)
     assert str(compiled).endswith("\n  compiled: 2 times, 31 s")
     error = str(replace(compiled, compiled_error=0.003))
@@ -641,7 +641,7 @@ def test_a_table_says_which_runs_it_was_measured_on() -> None:
     assert table.not_measured("Qwen-Image-2.1", measured) == ""
     others = [replace(measured, width=2048), replace(measured, branches=2), replace(measured, reference_tokens=4096)]
     told = [table.not_measured("Qwen-Image-2.1", other) for other in others] + [table.not_measured("Other", measured)]
-    assert all("planned_12 was measured on Qwen-Image-2.1, 1024x1024, without guidance alone" in text for text in told)
+    assert all("planned_12 was measured only on Qwen-Image-2.1, 1024x1024, without guidance" in text for text in told)
     assert "this run is Other, 1024x1024, 1 branch" in told[-1]
 
 

@@ -120,9 +120,9 @@ def test_what_the_loader_tells_beside_a_plan_is_told_in_chinese() -> None:
     advice = (
         "It is not certain which Qwen-Image model 'a.gguf' is: it is used as Qwen-Image-Edit-2509. "
         "If it is Qwen-Image-Edit-2511, set variant to that in 'Load Qwen-Image (low VRAM)' (advanced inputs). "
-        "The file asks for the attention kernel 'sage', which quantizes, so that the image is another one: PyTorch's "
+        "The file asks for the attention kernel 'sage', which quantizes and would change the image: PyTorch's "
         "is used. To follow the file, choose it in 'Load Qwen-Image (low VRAM)' (attention). "
-        "Linear layers compute exactly, on decoded weights: there are no products for weights in Q4_K."
+        "Linear layers compute exactly, on decoded weights: weights in Q4_K cannot be multiplied as stored."
     )
     told = in_chinese([Told("On {card}: {advice}", code="memory_plan.advice", card="8 GB", advice=advice)])
     assert english_words(told) == {"sage"}

@@ -46,9 +46,9 @@ class ImageSizes:
 
     def __str__(self) -> str:
         if self.given == self.reference:
-            taken = f"{_text(self.given)} taken as it is"
+            taken = f"{_text(self.given)} used as it is"
         else:
-            stretch = f", {abs(self.stretch):.1%} {'wider' if self.stretch > 0 else 'higher'}"
+            stretch = f", {abs(self.stretch):.1%} {'wider' if self.stretch > 0 else 'taller'}"
             taken = f"{_text(self.given)} to {_text(self.reference)}{stretch if round(self.stretch, 3) else ''}"
         return f"{taken}, seen at {_text(self.seen)}"
 

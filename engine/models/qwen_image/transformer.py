@@ -171,7 +171,7 @@ def _require_parts(branch: Branch, ranks: Ranks | None) -> None:
     if tokens < ranks.count:
         raise InvalidRequest(
             "A prompt or an image of {tokens} tokens cannot be shared by {ranks} processes.\n\nWhat to do: use a "
-            "longer prompt (of a negative one cfg 1 needs none), or fewer processes.",
+            "longer prompt (with cfg 1, no negative prompt is needed), or fewer processes.",
             code="ranks.too_few_tokens",
             tokens=tokens,
             ranks=ranks.count,

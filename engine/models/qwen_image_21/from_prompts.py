@@ -42,7 +42,7 @@ class QwenImage21FromPrompts:
 
     def show(self, images: Sequence[Tensor], member: Any, size: tuple[int, int], megapixels: float) -> ShownImages:
         raise Unsupported(
-            "{model} is shown images by the nodes in ComfyUI alone.\n\nWhat to do: leave the images out, or use "
+            "{model} can be shown images only with the nodes in ComfyUI.\n\nWhat to do: leave the images out, or use "
             "Qwen-Image-Edit-2511.",
             code="run_21.no_images",
             model=member.value,

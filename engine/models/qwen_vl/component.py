@@ -5,6 +5,6 @@ from ..component import Component
 VISION = Component(
     "the vision part (mmproj) of a text encoder",
     "text_encoders",
-    hint=" It is found by itself beside the text encoder that it belongs to.",
+    hint=" It is found automatically beside the text encoder that it belongs to.",
     signs=(r"^v\.blk\.\d+\.",),
 )
