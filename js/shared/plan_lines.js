@@ -30,6 +30,12 @@ function textOf({ fits, text, values }) {
   return (values.code ? messageOf(isChinese(said), values) : text).replace(/\n\n+/g, "\n");
 }
 
+async function linesOf(prompt) {
+  const answer = await post("/qwen_lowvram/plan", { prompt });
+  if (!answer.ok) throw new Error(`The server answers ${answer.status}.`);
+  return (await answer.json()).lines;
+}
+
 async function ask() {
   let prompt;
   try {
@@ -46,9 +52,12 @@ async function ask() {
   const question = JSON.stringify(prompt);
   if (question === asked) return;
   asked = question;
-  const answer = await post("/qwen_lowvram/plan", { prompt });
-  if (!answer.ok || question !== asked) return; // an older server, or a newer question
-  const { lines } = await answer.json();
+  const lines = await linesOf(prompt).catch(() => null);
+  if (question !== asked) return; // there is a newer one
+  if (!lines) {
+    asked = ""; // the next change asks again
+    return;
+  }
   marked.forEach((id) => tell(id, null));
   const wrongAt = ({ fits, values }) => (fits ? [] : [values.values?.at].filter(Boolean));
   marked = lines.flatMap(wrongAt);
@@ -58,7 +67,7 @@ async function ask() {
 
 function soon() {
   clearTimeout(timer);
-  timer = setTimeout(() => ask().catch(() => (asked = "")), WAIT_MS);
+  timer = setTimeout(ask, WAIT_MS);
 }
 
 app.registerExtension({
