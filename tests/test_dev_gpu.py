@@ -86,7 +86,7 @@ def test_a_stand_in_runs_on_the_cpu(tmp_path: Path, environment: dict[str, str])
         if way == OURS:
             assert row["equal"], f"{stored}: {row['difference']}"
             assert row["forecast_seconds"] > 0
-            assert row["plan"].startswith("MemoryPlan(")
+            assert row["plan"].startswith("Memory plan for ")
         elif way == GROUP_OFFLOAD:
             assert row["equal"]
             assert row["blocks_run"] == SMALL.peer_blocks

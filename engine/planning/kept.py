@@ -50,11 +50,11 @@ class KeptTiers:
     def __str__(self) -> str:
         if not self.block_bytes:
             return ""
-        parts = [f"{self.on_device} blocks on the device", f"{self.in_host} in RAM"]
+        parts = [f"{self.on_device} blocks on the device", f"for {self.in_host} in RAM"]
         slowly = ", brought while nothing computes" if self.in_host and not self.ahead else ""
         again = f", {self.remade} made anew at every step" if self.remade else ""
         total = size_text((self.blocks - self.remade) * self.block_bytes)
-        return f"prompt and references kept in {' and '.join(parts)}{slowly}{again} ({total})"
+        return f"prompt and references kept for {' and '.join(parts)}{slowly}{again} ({total})"
 
 
 NOTHING_KEPT = KeptTiers()

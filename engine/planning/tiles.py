@@ -53,7 +53,7 @@ class TilePlan:
         tiles = "whole image"
         if not self.is_whole:
             tiles = f"{len(self.columns)}x{len(self.rows)} tiles, {self.work:.2f}x the pixels"
-        return f"<VAE {self.task} {self.width}x{self.height}: {tiles}, {size_text(self.peak_bytes)}{limit}>"
+        return f"VAE {self.task} {self.width}x{self.height}: {tiles}, {size_text(self.peak_bytes)}{limit}"
 
 
 def plan_tiles(

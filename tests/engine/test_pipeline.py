@@ -181,7 +181,7 @@ def test_progress_is_told_and_a_check_ends_the_run(small_pipeline: Path) -> None
     pipeline.sample(pipeline.encode([PROMPT]), width=64, height=64, seed=1, steps=1, cfg=1.0)
     stages = list(dict.fromkeys(progress["stage"] for progress in told))
     assert (stages[0], stages[-1]) == ("encoding", "done")
-    assert "MemoryPlan(64x64" in told[-1]["plan"]
+    assert "Memory plan for 64x64" in told[-1]["plan"]
     told.append({"step": 2})
     with pytest.raises(KeyboardInterrupt):
         image(pipeline)

@@ -151,6 +151,6 @@ def test_what_cannot_fit_is_refused_with_the_numbers(vae: ImageVAE) -> None:
 
 
 def test_a_plan_prints_what_a_person_would_paste(vae: ImageVAE) -> None:
-    assert repr(vae.plan_decode(928, 1664)) == "<VAE decode 1664x928: whole image, 0.83 GiB>"
+    assert repr(vae.plan_decode(928, 1664)) == "VAE decode 1664x928: whole image, 0.83 GiB"
     text = repr(vae.plan_decode(2048, 2048, GB))
-    assert text == "<VAE decode 2048x2048: 2x2 tiles, 1.21x the pixels, 0.74 GiB of 0.93 GiB>"
+    assert text == "VAE decode 2048x2048: 2x2 tiles, 1.21x the pixels, 0.74 GiB of 0.93 GiB"

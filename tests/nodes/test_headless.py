@@ -112,7 +112,7 @@ def test_the_ten_lines_of_the_docs_make_an_image(small_pipeline: Path, tmp_path:
         [sys.executable, "image.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    assert "MemoryPlan(64x64, 2 branches" in done.stderr
+    assert "Memory plan for 64x64, 2 branches" in done.stderr
     assert "sampling" in done.stdout
     assert Image.open(tmp_path / "cat.png").size == (64, 64)
 

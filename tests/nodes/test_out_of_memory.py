@@ -108,7 +108,7 @@ def test_what_is_done_when_memory_runs_out_is_said(
         sample()
     (record,) = [record for record in caplog.records if "Memory ran out" in record.message]
     assert "Tried to allocate 20.00 MiB" in record.message
-    assert "MemoryPlan(" in record.message
+    assert "Memory plan for " in record.message
     report = model.model.last_report
     assert report.out_of_memory == 1
     assert len(report.plan.resident) < transformer.config.num_layers

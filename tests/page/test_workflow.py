@@ -29,7 +29,7 @@ EVENT: dict[str, Any] = {
     "vram_bytes": 2 * GIB, "peak_vram_bytes": 3 * GIB, "ram_bytes": GIB, "peak_ram_bytes": GIB, "held_bytes": 6 * GIB,
     "seconds": 72.0, "seconds_per_step": 12.345, "seconds_left": 130.0, "facts": FACTS,
 }  # fmt: skip
-PLAN = "MemoryPlan(1024x1024, 2 branches: 26 of 60 blocks resident, 34 streamed)"
+PLAN = "Memory plan for 1024x1024, 2 branches: 26 of 60 blocks resident, 34 streamed"
 
 SEND = "(event) => window.comfyAPI.api.api.dispatchCustomEvent('qwen_lowvram.progress', event)"
 # the text of each panel by node id, wherever its graph is

@@ -270,7 +270,7 @@ def test_progress_names_step_and_block(client: ComfyClient, base_prompt: dict[st
     assert all(event["node"] == "4" and 1 <= event["block"] <= event["blocks"] for event in sampling)
     of_run = [event for event in events if "ram_bytes" in event]
     assert all(event["ram_bytes"] > 0 and event["facts"]["blocks"] == event["blocks"] for event in of_run[1:])
-    assert "MemoryPlan(" in of_run[0]["plan"]
+    assert "Memory plan for " in of_run[0]["plan"]
     assert len({event["prompt_id"] for event in events}) == 1
 
 

@@ -45,7 +45,7 @@ def test_limits_are_kept_and_every_block_has_its_place(case: str, ram_gib: float
     assert sorted((*range(kept.remade), *kept.device, *kept.host)) == list(range(32))
     assert len(kept.device) == kept.on_device
     assert len(kept.host) == kept.in_host
-    assert "kept in" in repr(plan)
+    assert "kept for" in repr(plan)
 
 
 @pytest.mark.parametrize("case", EDITS)

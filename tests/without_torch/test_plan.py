@@ -463,10 +463,10 @@ def test_planning_imports_no_torch() -> None:
 
 
 PLAN_TEXT = (
-    "MemoryPlan(1328x1328, 2 branches: 1 of 60 blocks resident, 27 in RAM, 32 read from the file, through 2 slots "
+    "Memory plan for 1328x1328, 2 branches: 1 of 60 blocks resident, 27 in RAM, 32 read from the file, through 2 slots "
     "and a ring of 4 pieces, 24.90 GiB per step, MLP in chunks of 4096 tokens; peak 1.93 GiB of 2.00 GiB: weights "
     "0.50 GiB, activations 0.58 GiB; RAM 11.92 GiB of 12.00 GiB; 11.3 s per step, bound by compute, 50 steps in 567 s, "
-    "with another seed in 565 s)"
+    "with another seed in 565 s"
 )
 
 
