@@ -148,7 +148,8 @@ class MemoryPlan:
         return (
             f"Memory plan for {self.request}: {len(self.resident)} of {self.blocks} blocks resident, "
             f"{len(self.held)} in RAM, {self.from_file} read from the file, through {slots}, "
-            f"{size_text(self.streamed_bytes_per_step)} per step{chunk}; peak {size_text(self.peak_bytes)} of {size_text(self.limit_bytes)}: weights "
-            f"{size_text(self.resident_bytes)}, activations {size_text(self.activation_bytes)}{controls}; RAM "
-            f"{size_text(self.ram_peak_bytes)}{ram}; {self.forecast}, {self.run}{kept}{elsewhere}"
+            f"{size_text(self.streamed_bytes_per_step)} per step{chunk}; peak {size_text(self.peak_bytes)} of "
+            f"{size_text(self.limit_bytes)}: weights {size_text(self.resident_bytes)}, activations "
+            f"{size_text(self.activation_bytes)}{controls}; RAM {size_text(self.ram_peak_bytes)}{ram}; "
+            f"{self.forecast}, {self.run}{kept}{elsewhere}"
         )
