@@ -121,7 +121,7 @@ class SimulatedGPU:
         self._operators, self._copies = Operators(self), Copies(self)
         self._defaults: dict[torch.device, Stream] = {}
         self._local = threading.local()
-        self._sites: dict[CodeType, str | None] = {}
+        self._sites: dict[int, tuple[CodeType, str | None]] = {}  # by identity: code's own hash reads all of it
         self._entered = ExitStack()
 
     def hardware(self, index: int = 0, **changes: Any) -> SimulatedHardware:
@@ -222,7 +222,7 @@ class SimulatedGPU:
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        with self.lock:
+        with self.lock, self._one_site():
             if func is aten._to_copy.default and target is not None and args[0].device != target:
                 dtype = kwargs.get("dtype") or args[0].dtype
                 return self._copies.to(args[0], target, dtype, kwargs.get("non_blocking", False))
@@ -233,7 +233,7 @@ class SimulatedGPU:
 
     def attend(self, attention: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
         """torch's attention as one kernel, as the host has it too: the same bits."""
-        with self.lock:
+        with self.lock, self._one_site():
             result: Tensor = self._operators.run(FunctionCall(attention, args, kwargs))
             return result
 
@@ -252,15 +252,30 @@ class SimulatedGPU:
         kernels_since = self.compute_stream(point.stream.device).kernels - point.kernels
         self.waits.append(HostWait(what, point.stream.name, self.threads.here().name, kernels_since, self.site()))
 
+    @contextmanager
+    def _one_site(self) -> Iterator[None]:
+        """What the present thread does within it is all of one operator: of one line of the engine."""
+        before = getattr(self._local, "site", None)
+        self._local.site = self.site()
+        try:
+            yield
+        finally:
+            self._local.site = before
+
     def site(self) -> Site:
         """Where in the engine or the nodes the present thread is: the innermost lines first."""
+        known: Site | None = getattr(self._local, "site", None)
+        return self._look() if known is None else known
+
+    def _look(self) -> Site:
         frame, lines = sys._getframe(1), []
         while frame is not None and len(lines) < SITE_FRAMES:
             code = frame.f_code
-            if code not in self._sites:
-                self._sites[code] = _ours(code)
-            if self._sites[code] is not None:
-                lines.append(f"{self._sites[code]}:{frame.f_lineno}")
+            seen = self._sites.get(id(code))
+            if seen is None:
+                seen = self._sites[id(code)] = code, _ours(code)
+            if seen[1] is not None:
+                lines.append(f"{seen[1]}:{frame.f_lineno}")
             frame = frame.f_back  # type: ignore[assignment]
         return tuple(lines)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,6 +38,17 @@ EMPTY = {
 }
 
 
+@cache
+def _writes(func: Any) -> bool:
+    return any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
+
+
+@cache
+def _is_view(func: Any) -> bool:
+    shares = any(r.alias_info is not None for r in func._schema.returns)
+    return func in MORE_VIEWS or (shares and not _writes(func))
+
+
 @dataclass(frozen=True)
 class Call:
     """An operator and what it is called with; at least one argument or its device is the GPU's."""
@@ -63,12 +74,11 @@ class Call:
 
     @property
     def writes(self) -> bool:
-        return any(a.alias_info is not None and a.alias_info.is_write for a in self.func._schema.arguments)
+        return _writes(self.func)
 
     @property
     def is_view(self) -> bool:
-        shares = any(r.alias_info is not None for r in self.func._schema.returns)
-        return self.func in MORE_VIEWS or (shares and not self.writes)
+        return _is_view(self.func)
 
     @property
     def is_answer(self) -> bool:
@@ -162,7 +172,7 @@ class Operators:
                 return value.inner
             return value.clone() if isinstance(value, Tensor) else value
 
-        args, kwargs = tree_map_only(Tensor, take, (tuple(call.args), dict(call.kwargs)))
+        args, kwargs = map_tensors(take, tuple(call.args)), map_tensors(take, dict(call.kwargs))
         if "device" in kwargs:
             kwargs["device"] = "cpu"
         return args, kwargs

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 from .allocator import Allocation
 
@@ -72,17 +71,18 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 def on_host(value: Any) -> Any:
     """The same arguments with the inner tensors of those on the device."""
-    if isinstance(value, DeviceTensor):
-        return value.inner
-    if isinstance(value, (list, tuple)):
-        return type(value)(on_host(item) for item in value)
-    if isinstance(value, Mapping):
-        return {name: on_host(item) for name, item in value.items()}
-    return value
+    return map_tensors(lambda tensor: tensor.inner if isinstance(tensor, DeviceTensor) else tensor, value)
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
-    return function(value) if isinstance(value, Tensor) else tree_map_only(Tensor, function, value)
+    """The same arguments or results with what `function` makes of each tensor."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)([map_tensors(function, item) for item in value])
+    if isinstance(value, Mapping):
+        return {name: map_tensors(function, item) for name, item in value.items()}
+    return value
 
 
 def view_of(base: DeviceTensor, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

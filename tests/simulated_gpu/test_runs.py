@@ -46,8 +46,17 @@ CASES: list[tuple[Callable[..., Any], dict[str, Any]]] = [
     (kept_prefix.prefix_kept, {"remade": 1, "on_device": 1, "then": 0, "dtype": torch.float16}),
     (scenarios.steps, {"kind": "int8", "computing": Computing.FAST, "resident": (1,), "held": (0,), "prompts": 2}),
     (scenarios.steps, {"kind": "int8", "computing": Computing.FAST, "resident": (2,), "then": (("lora", 0.7),)}),
-    (scenarios.steps, {"kind": "w4a4", "computing": Computing.FAST, "resident": (1,), "held": (0,), "chunk": 5}),
-    (scenarios.steps, {"kind": "w4a4", "computing": Computing.FAST, "held": (0, 2), "lora": (("lora", 0.7),)}),
+    (
+        scenarios.steps,
+        {
+            "kind": "w4a4",
+            "computing": Computing.FAST,
+            "resident": (1,),
+            "held": (0,),
+            "chunk": 5,
+            "lora": (("lora", 0.7),),
+        },
+    ),
     (scenarios.steps, {"kind": "nunchaku", "computing": Computing.FAST, "resident": (1,), "held": (0,)}),
 ]
 # the clocks find races under any schedule: they come by turns
