@@ -1,5 +1,6 @@
 // What the Benchmark node's last run measured: a line and the numbers as JSON, and buttons that copy them. Changes no
 // value.
+import { copyText } from "./shared/clipboard.js";
 import { addPanel, showText, words } from "./shared/panels.js";
 import { isChinese } from "./shared/run_words.js";
 
@@ -30,21 +31,15 @@ function resultOf(panel) {
   return empty === "" ? { line, json: json.join("\n") } : null;
 }
 
-/** Into the clipboard; where the page may not (another machine's, without https), it is selected. Whether it is there. */
-async function copy(panel, what) {
+function copy(panel, what) {
   const text = resultOf(panel)[what];
-  try {
-    await navigator.clipboard.writeText(text);
-    return true;
-  } catch {
+  return copyText(text, () => {
     const range = document.createRange();
     const start = panel.textContent.indexOf(text);
     range.setStart(panel.firstChild, start);
     range.setEnd(panel.firstChild, start + text.length);
-    getSelection().removeAllRanges();
-    getSelection().addRange(range);
-    return false;
-  }
+    return range;
+  });
 }
 
 function button(panel, what) {

@@ -14,12 +14,12 @@ const panels = new WeakMap(); // node -> its element: goes when its node goes
 
 onPlanLine((id, line) => {
   const panel = panels.get(nodeAt(id));
-  if (!panel || !line) return;
-  const { text, fits } = line;
+  if (!panel) return;
+  const { text, fits } = line ?? { text: "", fits: true };
   panel.textContent = text;
   panel.title = text;
   panel.style.color = fits ? "var(--input-text)" : TOO_LARGE;
-  panel.dataset.fits = String(fits);
+  panel.dataset.fits = line ? String(fits) : "";
 });
 
 function checkButton() {

@@ -152,7 +152,8 @@ class Panel {
   }
 
   /** What the next run would take: until one has run, and as long as it would be refused. */
-  expect({ text, fits }) {
+  expect(line) {
+    const { text, fits } = line ?? { text: "", fits: true };
     if (this.error) return; // it stays until the next run
     if (fits && this.run && !this.told) return;
     if (!fits) this.told ??= [...this.note.childNodes];
@@ -265,7 +266,7 @@ function showReport(id, output) {
   if (output?.[REPORT]) panelOf(id)?.showReport(output[REPORT][0]);
 }
 
-onPlanLine((id, line) => line && panelOf(id)?.expect(line));
+onPlanLine((id, line) => panelOf(id)?.expect(line));
 
 function onProgress(event) {
   if (!isOfThisGraph(event)) return;

@@ -28,7 +28,7 @@ from .adapters.known_speeds import speeds_stamp
 from .adapters.limits import could_be_free
 from .adapters.progress import executing_node_id
 from .adapters.value_checks import check_widgets, limit_bytes
-from .devices import others_of
+from .devices import device_of, others_of
 from .display_names import AUTO
 from .graph_runs import GraphRun, Prompt, Size, runs_of
 from .inputs import at_input
@@ -44,7 +44,7 @@ SIZE = (1328, 1328)  # where nothing tells: the model's own
 _FILES = ("transformer", "text_encoder", "vae")
 _PLANNED_BY = (
     "dtype", "weight_format", "vram_limit_gb", "ram_limit_gb", "variant", "step_cache", "compute", "compile",
-    "attention",
+    "attention", "transformer_device",
 )  # fmt: skip
 _one_at_a_time = Lock()  # a page that types quickly shall not fill the threads
 
@@ -83,7 +83,7 @@ def line_of(run: GraphRun) -> PlanLine:
         read = [*filter(_has_header, nets)], [*filter(_has_header, patches)]
         controls = controls_of_files(*read, request.sampling, models.any_footprint, run.batch)
         request = replace(request, controls=controls)
-        free_vram, free_ram = could_be_free(comfy.model_management.get_torch_device())
+        free_vram, free_ram = could_be_free(_device(run))
         limit = _limit(run, "vram_limit_gb")
         vram_bytes, ram_bytes = limit or free_vram, _limit(run, "ram_limit_gb") or free_ram
         others = [(device, limit or could_be_free(device)[0]) for device in _others(run)]
@@ -167,6 +167,7 @@ def _models_of(run: GraphRun, loras: Sequence[LoraFile]) -> PlannedModels:
         given.get("compile", False),
         given.get("variant", AUTO),
         given.get("attention", AUTO),
+        given.get("transformer_device", AUTO),
     )
     counted = tuple(file.path for file in loras if not needs_adapters(file))
     stamps = (*_stamps(sources.transformer, sources.text_encoder, sources.vae, *counted), speeds_stamp())
@@ -183,9 +184,14 @@ def _has_header(path: Path) -> bool:
     return path.suffix.lower() == ".safetensors"
 
 
+def _device(run: GraphRun) -> torch.device:
+    """That the loader's blocks are computed on, by a choice that has been checked."""
+    return device_of(run.settings.get("transformer_device") or AUTO, comfy.model_management.get_torch_device())
+
+
 def _others(run: GraphRun) -> list[torch.device]:
     """The further cards of the loader's device."""
-    return others_of(run.settings.get("transformer_device") or AUTO, comfy.model_management.get_torch_device())
+    return others_of(run.settings.get("transformer_device") or AUTO, _device(run))
 
 
 def _limit(run: GraphRun, name: str) -> int | None:

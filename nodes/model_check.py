@@ -101,8 +101,11 @@ def state_of(wanted: KnownFile | KnownFolder) -> str:
 
 
 def download_folder(wanted: KnownFile | KnownFolder) -> Path:
-    """ComfyUI's first folder for such files."""
-    return Path(folder_paths.get_folder_paths(wanted.folder)[0])
+    """ComfyUI's first folder for such files, but not the older one for transformers, models/unet: nobody looks there
+    for what is called a file of models/diffusion_models."""
+    folders = [Path(folder) for folder in folder_paths.get_folder_paths(wanted.folder)]
+    older = Path(folder_paths.models_dir) / "unet"
+    return next((folder for folder in folders if folder != older), folders[0])
 
 
 def _open_known(wanted: KnownFile) -> None:

@@ -48,7 +48,7 @@ CARD = Hardware(torch.device("cpu"), streams=False, pinned=False, prefetch=False
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """Of the loader's inputs, those that a plan depends on; its values."""
+    """Of the loader's inputs, those that a plan depends on; its values. device: of the transformer."""
 
     weight_format: str
     dtype: str
@@ -56,6 +56,7 @@ class PlanSettings:
     compile: bool = False
     variant: str = AUTO
     attention: str = AUTO
+    device: str = AUTO
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class PlannedModels:
             _check_layers(transformer_file, member.makes_layers, layers)
         with at_input("reference_pictures"):
             _check_images(transformer_file, family.most_images, images)
-        card = _card()
+        card = _card(settings.device)
         products = transformer_dtype(_choice(settings.dtype, transformer_file, card), transformer_file, card)
         text_dtype = compute_dtype(_choice(settings.dtype, text_file, card), text_file, card.device)
         image_dtype = vae_dtype(_choice(settings.dtype, vae_file, card), vae_file, card.device)
@@ -231,9 +232,9 @@ def remembered_speeds(
     return known_speeds(card, dtype, transformer.largest_file, product).remembered()
 
 
-def _card() -> Hardware:
-    """This machine's, as far as sizes go: nothing is brought there."""
-    here = devices.hardware_of(comfy.model_management.get_torch_device())
+def _card(choice: str) -> Hardware:
+    """The one that is chosen, as far as sizes go: nothing is brought there."""
+    here = devices.hardware_of(devices.device_of(choice, comfy.model_management.get_torch_device()))
     return CARD if here.host_device else replace(here, streams=False, pinned=False, prefetch=False)
 
 

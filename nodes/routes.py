@@ -113,7 +113,7 @@ class _Models:
         try:
             self._downloads.start(wanted, download_folder(wanted), source)
         except InvalidRequest as error:
-            return _refused(409, str(error))
+            return _refused(409, str(error), values=error.as_dict())
         return web.json_response({"download": self._downloads.now})
 
 
@@ -145,5 +145,5 @@ async def _given(request: web.Request, longest: int) -> dict[str, Any] | web.Res
     return given if isinstance(given, dict) else _refused(400, "Send a JSON object.")
 
 
-def _refused(status: int, words: str) -> web.Response:
-    return web.json_response({"error": words}, status=status)
+def _refused(status: int, words: str, **more: Any) -> web.Response:
+    return web.json_response({"error": words, **more}, status=status)

@@ -5,20 +5,22 @@ import { api } from "../../../scripts/api.js";
 import { messageOf } from "../shared/error_words.js";
 import { BUTTON, make, makeView } from "../shared/full_view.js";
 import { downloadLine, modelWords } from "../shared/model_words.js";
+import { TOO_LARGE } from "../shared/plan_lines.js";
 import { isChinese } from "../shared/run_words.js";
 import { post, words } from "../shared/panels.js";
 
 export const MODEL_CHECK = "qwenLowVRAM.modelCheck";
 const MENU = "Qwen-Image (low VRAM)";
 const EVENT = "qwen_lowvram.download";
-const COLORS = { here: "var(--success-text, #4caf50)", wrong: "var(--error-text, #e05252)", missing: "var(--error-text, #e05252)" };
+const LINE = "white-space:pre-line;overflow-wrap:anywhere;user-select:text";
+const COLORS = { here: "color-mix(in srgb, #4caf50 50%, var(--input-text))", wrong: TOO_LARGE, missing: TOO_LARGE };
 
-let open = null; // the window, while it is open: {view, list, progress, said}
+let open = null; // the window, while it is open: {view, list, progress, said, running: parts that show a download}
 
 async function asked(path, body) {
   const answer = await post(path, body);
   const given = await answer.json();
-  if (!answer.ok) throw new Error(given.error);
+  if (!answer.ok) throw new Error(given.values ? textOf(given.values) : given.error);
   return given;
 }
 
@@ -56,7 +58,8 @@ function row(said, file) {
   if (file.state === "here") return item;
   const links = said.order.flatMap((source) => file.links.filter((each) => each.source === source));
   const ways = make("div", "display:flex;gap:8px;flex-wrap:wrap;align-items:center;margin:4px 0 0");
-  for (const { source } of links) {
+  const isInSubfolder = /[\\/]/.test(file.name); // which a download does not fill
+  for (const { source } of isInSubfolder ? [] : links) {
     const start = button(said.download(said.sources[source]), () => begin(file, source), ";padding:2px 10px");
     start.dataset.download = source;
     ways.append(start);
@@ -78,15 +81,26 @@ async function begin({ folder, name }, source) {
 function showDownload(download) {
   if (!open || !download) return;
   const { progress, said } = open;
-  const line = make("div", "white-space:pre-line;overflow-wrap:anywhere;user-select:text");
-  line.textContent = downloadLine(said, download, textOf);
-  progress.replaceChildren(line);
+  const text = downloadLine(said, download, textOf);
   progress.dataset.state = download.state;
-  if (download.state !== "running") return;
-  const bar = make("progress", "width:100%");
+  if (download.state !== "running") {
+    open.running = null;
+    progress.replaceChildren(make("div", LINE, text));
+    return;
+  }
+  if (!open.running) progress.replaceChildren(...Object.values((open.running = makeRunning(said))));
+  const { line, bar } = open.running;
+  line.textContent = text;
+  bar.setAttribute("aria-label", text);
   if (download.total_bytes) Object.assign(bar, { max: download.total_bytes, value: download.done_bytes });
-  bar.setAttribute("aria-label", line.textContent);
-  progress.append(bar, button(said.stop, () => asked("/qwen_lowvram/download", { stop: true })));
+}
+
+/** Made once for a download: a button that is replaced four times a second can hardly be pressed. */
+function makeRunning(said) {
+  const line = make("div", LINE);
+  line.setAttribute("aria-live", "off"); // the bar tells who asks for it
+  const stop = button(said.stop, () => asked("/qwen_lowvram/download", { stop: true }));
+  return { line, bar: make("progress", "width:100%"), stop };
 }
 
 async function look() {
@@ -120,7 +134,7 @@ async function openCheck() {
   view.classList.add("qwen-lowvram-models");
   view.addEventListener("close", () => (open = null));
   document.body.append(view);
-  open = { view, list, progress, said };
+  open = { view, list, progress, said, running: null };
   view.showModal();
   close.focus();
   await look();

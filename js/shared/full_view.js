@@ -1,4 +1,5 @@
 // A window over the page that is large enough for a whole plan or report. The keyboard reaches and closes it.
+import { copyText } from "./clipboard.js";
 
 export const BUTTON =
   "padding:4px 12px;border:1px solid var(--border-color);border-radius:4px;cursor:pointer;font:13px/20px sans-serif;" +
@@ -45,8 +46,13 @@ export function openFullView(words, { title, error = "", rows, text }) {
   const listed = rows.map(([name, value]) => `${name}: ${value}`).join("\n");
   const whole = [error, listed, text].filter(Boolean).join("\n\n");
   copy.addEventListener("click", async () => {
-    await navigator.clipboard?.writeText(whole);
-    copy.textContent = words.copied;
+    const belowTheHead = () => {
+      const range = document.createRange();
+      range.setStartAfter(head);
+      range.setEndAfter(view.lastChild);
+      return range;
+    };
+    copy.textContent = (await copyText(whole, belowTheHead)) ? words.copied : words.selected;
   });
   close.addEventListener("click", () => view.close());
   view.append(head);

@@ -3,6 +3,7 @@ import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
 import { toldInChinese } from "./error_words.js";
 import { isChinese, wordsOf } from "./run_words.js";
+import { isOfThisGraph } from "./runs.js";
 
 const MARGIN_PX = 10; // the page keeps it free on every side
 const PADDING_PX = [6, 8]; // of a text in its panel, above and beside it
@@ -91,7 +92,9 @@ export function showText({ extension, empty, sentences, chineseBelow, name, clas
     name: extension,
 
     setup() {
-      api.addEventListener("executed", ({ detail }) => show(detail.display_node ?? detail.node, detail.output));
+      api.addEventListener("executed", ({ detail }) => {
+        if (isOfThisGraph(detail)) show(detail.display_node ?? detail.node, detail.output);
+      });
     },
 
     nodeCreated(node) {

@@ -6,16 +6,17 @@ import { post, words } from "./panels.js";
 import { expectationOf, isChinese } from "./run_words.js";
 
 const LOADER = "QwenLowVRAMLoader";
-export const TOO_LARGE = "var(--error-text, #e05252)"; // the colour of a line that says so
+// the colour of a line that says so: the page's own red is too pale for a text on its light palettes
+export const TOO_LARGE = "color-mix(in srgb, var(--error-text, #e05252) 50%, var(--input-text))";
 const WAIT_MS = 400; // after the last change
 
 const listeners = [];
-let marked = []; // ids of the nodes that the last lines found wrong
+let told = []; // ids of the nodes that the last lines are on
 let timer;
 let asked = "";
 
 /** Call `listener(id, {text, fits})` with each line as it comes, by the ids of the nodes that it is for: the loader, the
- *  sampler, and where another node is wrong that one, with null as soon as it is not wrong any more. */
+ *  sampler, and where another node is wrong that one; with null as soon as nothing is said of a node any more. */
 export function onPlanLine(listener) {
   listeners.push(listener);
 }
@@ -36,6 +37,16 @@ async function linesOf(prompt) {
   return (await answer.json()).lines;
 }
 
+function show(lines) {
+  const wrongAt = ({ fits, values }) => (fits ? [] : [values.values?.at].filter(Boolean));
+  const now = lines.flatMap((line) => [...line.nodes, ...wrongAt(line)].map((id) => [id, line]));
+  const tell = (id, line) => listeners.forEach((listener) => listener(id, line));
+  const gone = told.filter((id) => !now.some(([other]) => other === id));
+  told = now.map(([id]) => id);
+  for (const id of gone) tell(id, null);
+  for (const [id, line] of now) tell(id, { text: textOf(line), fits: line.fits });
+}
+
 async function ask() {
   let prompt;
   try {
@@ -43,26 +54,18 @@ async function ask() {
   } catch {
     return; // a graph that cannot be run yet has no plan
   }
-  const tell = (id, line) => listeners.forEach((listener) => listener(id, line));
   if (!Object.values(prompt).some((node) => node.class_type === LOADER)) {
-    marked.splice(0).forEach((id) => tell(id, null));
     asked = "";
+    show([]);
     return;
   }
   const question = JSON.stringify(prompt);
   if (question === asked) return;
   asked = question;
-  const lines = await linesOf(prompt).catch(() => null);
-  if (question !== asked) return; // there is a newer one
-  if (!lines) {
-    asked = ""; // the next change asks again
-    return;
-  }
-  marked.forEach((id) => tell(id, null));
-  const wrongAt = ({ fits, values }) => (fits ? [] : [values.values?.at].filter(Boolean));
-  marked = lines.flatMap(wrongAt);
-  for (const line of lines)
-    for (const id of [...line.nodes, ...wrongAt(line)]) tell(id, { text: textOf(line), fits: line.fits });
+  const lines = await linesOf(prompt).catch(() => null); // the server is away, or an older one
+  if (question !== asked) return; // a newer question is on its way
+  if (!lines) asked = ""; // the next change asks again
+  show(lines ?? []);
 }
 
 function soon() {
@@ -70,20 +73,25 @@ function soon() {
   timer = setTimeout(ask, WAIT_MS);
 }
 
+/** The same question, too: its answer may be another one now, or the nodes are new and say nothing yet. */
+function again() {
+  asked = "";
+  soon();
+}
+
 app.registerExtension({
   name: "qwenLowVRAM.planLines",
 
   setup() {
     api.addEventListener("graphChanged", soon);
-    // a run frees and fills memory, and measures the machine
-    for (const end of ["execution_success", "execution_error", "execution_interrupted"])
-      api.addEventListener(end, () => {
-        asked = "";
-        soon();
-      });
+    // a run frees and fills memory, and measures the machine; a server that comes back may be another one
+    for (const kind of ["execution_success", "execution_error", "execution_interrupted", "reconnected"])
+      api.addEventListener(kind, again);
   },
 
-  afterConfigureGraph: soon,
+  afterConfigureGraph: again, // of an undone change, which may be one of places alone, too
+
+  refreshComboInNodes: again, // files may have come
 
   nodeCreated(node) {
     if (node.comfyClass === LOADER) soon();

@@ -6,7 +6,7 @@ import { fetchChinese, messageOf } from "./error_words.js";
 import { addPanel, nodeAt, words } from "./panels.js";
 import { onPlanLine } from "./plan_lines.js";
 import { clock, isChinese, lineOf } from "./run_words.js";
-import { errorOf, isOfThisGraph } from "./runs.js";
+import { allNodes, errorOf, isOfThisGraph } from "./runs.js";
 
 const EVENT = "qwen_lowvram.progress";
 const PANEL = "QwenLowVRAMSample"; // has a panel of its own
@@ -22,7 +22,6 @@ function lineOn(node) {
   if (!line) {
     const element = document.createElement("div");
     element.className = "qwen-lowvram-line";
-    element.setAttribute("aria-live", "off"); // a screen reader would say nothing else
     const name = "qwen_lowvram_line";
     const resize = addPanel(node, element, { name, heightPx: LINE_PX, widthPx: node.size[0], fixed: true });
     line = { element, resize, event: null };
@@ -31,8 +30,11 @@ function lineOn(node) {
   return line;
 }
 
-function write({ element, resize }, text, heightPx) {
+/** `failedIn`: the prompt whose error it is. */
+function write(line, text, heightPx, failedIn = null) {
+  const { element, resize } = line;
   const many = heightPx > LINE_PX;
+  line.failedIn = failedIn;
   element.style.cssText =
     `box-sizing:border-box;width:100%;height:${heightPx}px;max-height:${heightPx}px;padding:0 8px;border-radius:4px;font:11px/16px sans-serif;` +
     "font-variant-numeric:tabular-nums;color:var(--input-text);background:var(--comfy-input-bg);user-select:text;" +
@@ -40,6 +42,7 @@ function write({ element, resize }, text, heightPx) {
       ? "overflow:auto;white-space:pre-line;overflow-wrap:anywhere"
       : "overflow:hidden;white-space:nowrap;text-overflow:ellipsis");
   element.setAttribute("role", many ? "alert" : "status");
+  element.setAttribute("aria-live", many ? "assertive" : "off"); // of steps, a screen reader would say nothing else
   if (element.textContent !== text) element.textContent = text;
   resize(heightPx);
 }
@@ -55,7 +58,7 @@ function show(event) {
 function interrupted(event) {
   const line = isOfThisGraph(event) && lines.get(nodeAt(event.node_id));
   if (!line) return;
-  const { step, steps, seconds, stage } = line.event ?? {};
+  const { step, steps, seconds, stage } = line.event?.prompt_id === event.prompt_id ? line.event : {};
   const done = stage === "stopped" ? step : step - 1;
   const said = words();
   const word = said.stopped.interrupted;
@@ -69,7 +72,17 @@ function failed(event) {
   const error = errorOf(event);
   if (!error.code && !node.comfyClass?.startsWith(OURS) && !lines.has(node)) return;
   const said = words();
-  write(lineOn(node), messageOf(isChinese(said), error).replace(/\n\n+/g, "\n"), ERROR_PX);
+  const text = messageOf(isChinese(said), error).replace(/\n\n+/g, "\n");
+  write(lineOn(node), text, ERROR_PX, event.prompt_id ?? "");
+}
+
+/** Errors of earlier runs are not true any more, also on nodes that tell nothing else. */
+function ended(event) {
+  if (!isOfThisGraph(event)) return;
+  for (const node of allNodes()) {
+    const line = lines.get(node);
+    if (line && line.failedIn !== null && line.failedIn !== event.prompt_id) write(line, "", 0);
+  }
 }
 
 /** What is wrong with a node before the run; the loader and the sampler say it in places of their own. */
@@ -93,5 +106,7 @@ app.registerExtension({
     api.addEventListener(EVENT, ({ detail }) => show(detail));
     api.addEventListener("execution_interrupted", ({ detail }) => interrupted(detail));
     api.addEventListener("execution_error", ({ detail }) => failed(detail));
+    for (const end of ["execution_success", "execution_error", "execution_interrupted"])
+      api.addEventListener(end, ({ detail }) => ended(detail));
   },
 });

@@ -61,6 +61,7 @@ const EN = {
   running: "Plan of this run",
   copy: "Copy text",
   copied: "Copied",
+  selected: "Press Ctrl+C",
   close: "Close",
   asLogged: "As in the log",
   rows: {
@@ -137,6 +138,7 @@ const ZH = {
   running: "本次运行的计划",
   copy: "复制文本",
   copied: "已复制",
+  selected: "请按 Ctrl+C",
   close: "关闭",
   asLogged: "与日志相同的文本",
   rows: {

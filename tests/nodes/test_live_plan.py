@@ -78,6 +78,22 @@ def test_all_cards_are_planned_with_where_the_loader_uses_them(
     assert line.text.endswith("on this machine with 2 cards")
 
 
+def test_the_device_that_is_chosen_is_planned_for(
+    graph: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qwenimage_lowvram.nodes import devices
+
+    looked_at: list[torch.device] = []
+    monkeypatch.setattr(devices, "_accelerators", lambda: ["cpu", "cpu:0"])
+    monkeypatch.setattr(devices, "hardware_of", lambda device: looked_at.append(device) or CARD)
+    monkeypatch.setattr(live_plan, "could_be_free", lambda device: (2**30 * (1 + (device.index == 0)), 2**32))
+    limits = [lines_of(graph(transformer_device=chosen))[0].values["limit_bytes"] for chosen in ("auto", "cpu:0")]
+    assert limits == [2**30, 2**31]
+    assert torch.device("cpu:0") in looked_at  # the other one may have been opened before
+    (line,) = lines_of(graph(transformer_device="cuda:7"))
+    assert (line.fits, line.values["code"]) == (False, "value.wrong")
+
+
 def test_a_run_that_does_not_fit_is_told_with_the_way_out(graph: Callable[..., dict[str, Any]]) -> None:
     (line,) = lines_of(graph(width=4096, vram_limit_gb=0.001, ram_limit_gb=4.0))
     assert not line.fits

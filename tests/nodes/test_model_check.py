@@ -8,8 +8,16 @@ from typing import Any
 import pytest
 from hub_stand_in import Hub, hub_stand_in
 from qwenimage_lowvram.engine.errors import InvalidRequest
-from qwenimage_lowvram.engine.files.known_files import KNOWN_FOLDERS, VAE
-from qwenimage_lowvram.nodes.model_check import HERE, MISSING, WRONG, checks_of, family_of_file, state_of
+from qwenimage_lowvram.engine.files.known_files import KNOWN_FOLDERS, VAE, known
+from qwenimage_lowvram.nodes.model_check import (
+    HERE,
+    MISSING,
+    WRONG,
+    checks_of,
+    download_folder,
+    family_of_file,
+    state_of,
+)
 from qwenimage_lowvram.nodes.model_downloads import DONE, EVENT, FAILED, RUNNING, STOPPED, Downloads
 
 FOLDER = "from the folder"
@@ -120,6 +128,19 @@ def test_a_known_file_comes_to_its_place_and_is_here_then(hub: Hub, vaes: Path, 
     assert downloads.now == page.events[-1]
     assert (page.events[-1]["state"], page.events[-1]["done_bytes"]) == (DONE, len(whole))
     assert [each["state"] for each in page.events[:-1]] == ["running"] * (len(page.events) - 1)
+
+
+def test_a_transformer_comes_to_the_folder_that_the_page_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import folder_paths
+
+    wanted = known("diffusion_models", "qwen_image_fp8_e4m3fn.safetensors")
+    assert wanted is not None
+    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path))
+    own = [str(tmp_path / "unet"), str(tmp_path / "diffusion_models")]  # in ComfyUI's order
+    disk = str(tmp_path / "large disk" / "unet")  # a person's default, of extra_model_paths.yaml
+    for folders, first in ((own, own[1]), ([disk, *own], disk), (own[:1], own[0])):
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusion_models", (folders, set()))
+        assert download_folder(wanted) == Path(first)
 
 
 def test_one_at_a_time_and_a_stopped_one_goes_on_later(hub: Hub, vaes: Path, small_pipeline: Path) -> None:

@@ -32,6 +32,17 @@ DOWNLOAD = """async () => {
   for (let waited = 0; waited < 30000 && !ended(); waited += 50) await new Promise((done) => setTimeout(done, 50));
   return ended()?.innerText;
 }"""
+# a download that goes on: is the button that stops it still the one that has the focus?
+RUNNING = """() => {
+  const tell = (done_bytes) => window.comfyAPI.api.api.dispatchCustomEvent('qwen_lowvram.download', {
+    folder: 'vae', name: 'some.safetensors', state: 'running', file: 1, files: 1, done_bytes, total_bytes: 8e9,
+  });
+  tell(1e9);
+  const stop = document.querySelector('.qwen-lowvram-models [role=status] button');
+  stop.focus();
+  tell(2e9);
+  return [document.activeElement === stop, stop.parentElement.querySelector('progress').value];
+}"""
 CLOSE = """async () => {
   document.querySelector('.qwen-lowvram-models').close();
   await new Promise((done) => setTimeout(done, 200));
@@ -58,6 +69,7 @@ def test_the_check_lists_the_files_and_says_that_there_is_no_network(
         assert row["buttons"] == (["hub", "mirror"] if english else ["mirror", "hub"])
         assert ("belongs in models/" if english else "应放在 models/") in row["text"]
     page.screenshot(f"model-check-{language}")
+    assert page.evaluate(RUNNING) == [True, 2e9]
     said = page.evaluate(DOWNLOAD)
     assert ("cannot be reached" if english else "无法连接") in said
     page.screenshot(f"model-check-no-network-{language}")

@@ -89,6 +89,50 @@ NOTE = "() => document.querySelector('[data-part=note]').textContent"
 DECODE_PX = """() => window.app.graph.nodes.find((node) => node.type === 'QwenLowVRAMDecode').size[1]"""
 
 
+# the model of Sample linked to nothing, and the line when it says nothing
+UNLINK = """async () => {
+  const sample = window.app.graph.nodes.find(({ type }) => type === 'QwenLowVRAMSample');
+  sample.disconnectInput(sample.inputs.findIndex(({ name }) => name === 'model'));
+  window.comfyAPI.api.api.dispatchCustomEvent('graphChanged');
+}"""
+SAYS_NOTHING = """async () => {
+  const texts = () => ['.qwen-lowvram-plan-line', '[data-part=note]'].map(
+    (part) => document.querySelector(part).textContent);
+  for (let waited = 0; waited < 20000 && texts().join(''); waited += 100)
+    await new Promise((done) => setTimeout(done, 100));
+  return texts();
+}"""
+# the next question about the plan is answered with an error, and those after it as ever
+FAIL_ONCE = """() => {
+  const { api } = window.comfyAPI.api;
+  const real = api.fetchApi;
+  api.fetchApi = function (path, ...options) {
+    if (!path.endsWith('/qwen_lowvram/plan')) return real.call(api, path, ...options);
+    api.fetchApi = real;
+    return Promise.resolve(new Response('', { status: 500 }));
+  };
+}"""
+CHANGE = "() => window.comfyAPI.api.api.dispatchCustomEvent('graphChanged')"
+# of the note's letters on the panel
+CONTRAST = """async (palette) => {
+  await window.app.extensionManager.setting.set('Comfy.ColorPalette', palette);
+  await new Promise((done) => setTimeout(done, 500));
+  const pen = document.createElement('canvas').getContext('2d', { willReadFrequently: true });
+  const light = (css) => {
+    pen.fillStyle = css;
+    pen.fillRect(0, 0, 1, 1);
+    return [...pen.getImageData(0, 0, 1, 1).data].slice(0, 3).map((c) => c / 255)
+      .map((c) => (c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4))
+      .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0.05);
+  };
+  const panel = document.querySelector('.qwen-lowvram-panel');
+  const note = panel.querySelector('[data-part=note]');
+  const both = [getComputedStyle(panel).backgroundColor, getComputedStyle(note).color];
+  const [dark, bright] = both.map(light).sort((a, b) => a - b);
+  return bright / dark;
+}"""
+
+
 @pytest.fixture(scope="module")
 def real_size(models_dir: Path) -> Iterator[dict[str, str]]:
     """Files of the real model's headers, and of nothing else, by the loader's inputs; and a LoRA."""
@@ -152,6 +196,27 @@ def test_the_line_follows_the_graph_and_turns_red_where_it_does_not_fit(
     memory = "() => getComputedStyle(document.querySelector('[data-part=memory]')).display"
     assert page.evaluate(memory) == "none"  # there is room for the whole message
     page.screenshot("plan-line-red")
+    assert [page.evaluate(CONTRAST, palette) >= 4.5 for palette in ("light", "dark")] == [True, True]
+    assert page.unexpected_messages() == []
+
+
+def test_the_line_is_there_on_new_nodes_and_after_a_failed_answer_and_goes_where_nothing_samples(
+    page: Any, object_info: dict[str, Any], split_files: dict[str, SplitFiles]
+) -> None:
+    names = split_files["fp8"]
+    files = {"transformer": names.transformer, "text_encoder": names.text_encoder, "vae": names.vae}
+    graph = set_widgets(json.loads(WORKFLOW.read_text(encoding="utf-8")), object_info, "QwenLowVRAMLoader", **files)
+    page.load(graph)
+    text = page.evaluate(LINE, "true")[1]
+    page.load(graph)  # as undo does: other nodes, and the same question
+    assert page.evaluate(LINE, "true")[1].split(", about")[0] == text.split(", about")[0]
+    page.evaluate(FAIL_ONCE)
+    page.evaluate(SET, ["EmptySD3LatentImage", "width", 256])
+    assert page.evaluate(SAYS_NOTHING) == ["", ""]  # not what was true before
+    page.evaluate(CHANGE)
+    assert "blocks on the card" in page.evaluate(LINE, "true")[1]
+    page.evaluate(UNLINK)
+    assert page.evaluate(SAYS_NOTHING) == ["", ""]
     assert page.unexpected_messages() == []
 
 

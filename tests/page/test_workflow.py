@@ -279,6 +279,21 @@ def test_nothing_in_the_panel_is_cut_off_in_any_stage(request: pytest.FixtureReq
         page.screenshot(f"stage-{number}-{locale}-{'vue' if vue else 'classic'}")
 
 
+# as on a page of another machine without https; the focus is where it was
+COPY_WITHOUT_A_CLIPBOARD = """async () => {
+  const before = document.activeElement;
+  Object.defineProperty(navigator, 'clipboard', { value: undefined, configurable: true });
+  const copy = document.querySelector('dialog.qwen-lowvram-view button');
+  copy.click();
+  await new Promise((done) => setTimeout(done, 100));
+  delete navigator.clipboard;
+  const told = [copy.textContent, String(getSelection())];
+  getSelection().removeAllRanges();
+  before.focus();
+  return told;
+}"""
+
+
 def test_the_whole_plan_is_read_in_a_view_of_its_own_by_keyboard(page: Any, small: Any, vue: bool) -> None:
     page.load(small())
     button = "document.querySelector('.qwen-lowvram-panel [data-part=details]')"
@@ -294,6 +309,9 @@ def test_the_whole_plan_is_read_in_a_view_of_its_own_by_keyboard(page: Any, smal
     assert PLAN in view
     assert page.evaluate("() => document.querySelector('dialog').clientWidth") >= 900
     page.screenshot(f"view-{'vue' if vue else 'classic'}")
+    button, selected = page.evaluate(COPY_WITHOUT_A_CLIPBOARD)
+    assert button == "Press Ctrl+C"
+    assert PLAN in selected
     page.evaluate("() => document.activeElement.click()")  # the button that closes it has the focus
     assert page.evaluate("() => document.querySelector('dialog.qwen-lowvram-view')") is None
 
@@ -365,6 +383,28 @@ def test_a_run_of_another_tab_with_the_same_nodes_is_not_shown(page: Any, small:
     assert page.evaluate("() => document.querySelector('.qwen-lowvram-line')") is None
     page.evaluate(stop, {"prompt_id": "mine", "node_id": "4"})
     assert lines_of(page)[0] == "Interrupted after 6 of 20 steps · 1:12"
+
+
+def test_a_table_of_another_tabs_run_is_not_shown(page: Any, small: Any) -> None:
+    page.load(small(), "first")
+    graph = page.evaluate("() => window.app.rootGraph.id")
+    node = page.evaluate("""() => {
+      const node = window.LiteGraph.createNode('QwenLowVRAMMemoryPlan');
+      window.app.graph.add(node);
+      return String(node.id);
+    }""")
+    other = {"prompt_id": "of another", "workflow_id": "00000000-0000-4000-8000-000000000000"}
+    page.evaluate(SEND, EVENT | other)
+    page.evaluate(SEND, EVENT | {"prompt_id": "of this", "workflow_id": graph})
+    shown = []
+    for prompt in ("of another", "of this"):
+        page.evaluate(
+            "(detail) => window.comfyAPI.api.api.dispatchCustomEvent('executed', detail)",
+            {"node": node, "display_node": node, "prompt_id": prompt, "output": {"text": [prompt]}},
+        )
+        page.evaluate(PAUSE, 300)
+        shown.append(page.evaluate("() => document.querySelector('.qwen-lowvram-memory').textContent"))
+    assert shown == ["Run the graph to see the plan.", "of this"]
 
 
 def test_of_two_tabs_with_the_same_graph_the_one_that_queued_it_shows_the_run(page: Any, small: Any) -> None:
@@ -484,6 +524,23 @@ def test_an_error_is_said_on_its_node_in_the_language_of_the_page(
         assert "English" not in text
         assert all(number in text for number in numbers), text
     page.screenshot(f"error-{code}-{'vue' if vue else 'classic'}")
+
+
+def test_a_line_says_nothing_of_an_earlier_run(page: Any, small: Any) -> None:
+    page.load(small())
+    send = "([kind, detail]) => window.comfyAPI.api.api.dispatchCustomEvent(kind, detail)"
+    page.evaluate(SEND, EVENT | {"node": "2", "prompt_id": "first"})
+    page.evaluate(send, ["execution_interrupted", {"prompt_id": "second", "node_id": "2"}])
+    assert line_of(page, "2") == "Interrupted"
+    live = "() => document.querySelector('.qwen-lowvram-line[role=alert]')?.getAttribute('aria-live')"
+    error = {
+        "prompt_id": "third", "node_id": "1", "node_type": "x", "exception_message": "It went wrong.",
+        "exception_type": "x", "traceback": [], "executed": [], "current_inputs": {}, "current_outputs": [],
+    }  # fmt: skip
+    page.evaluate(send, ["execution_error", error])
+    assert (line_of(page, "1"), page.evaluate(live)) == ("It went wrong.", "assertive")
+    page.evaluate(send, ["execution_success", {"prompt_id": "fourth"}])
+    assert (line_of(page, "1"), page.evaluate(live)) == ("", None)
 
 
 def test_the_panel_still_tells_of_its_run_after_a_change_of_tabs(page: Any, small: Any, vue: bool) -> None:
