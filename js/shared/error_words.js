@@ -24,7 +24,8 @@ function size(bytes) {
 
 /** A text among an error's values in Chinese, where it is one that is known; else as it is. */
 function translated(zh, name, text) {
-  const known = (NAMING.includes(name) && zh.inputs[text]) || zh.words[text];
+  const own = name === "node" ? zh.comfyui_nodes[text] : NAMING.includes(name) && zh.inputs[text];
+  const known = own || zh.words[text];
   if (known !== undefined) return known;
   const patterns = zh.patterns[name] ?? [];
   return patterns.reduce((said, [pattern, chinese]) => said.replace(new RegExp(pattern, "g"), chinese), text);

@@ -1,10 +1,12 @@
 """Models that stand where they do not belong are told, and refused, before anything of the graph has run."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from devtools.cache import REPOSITORY
 from qwenimage_lowvram.engine.errors import InvalidRequest, QwenLowVRAMError, WrongModel
 from qwenimage_lowvram.nodes import live_plan
 from qwenimage_lowvram.nodes.live_plan import PlanLine, lines_of, refuse_what_cannot_run
@@ -170,3 +172,10 @@ def test_a_vae_files_header_tells_whose_it_is(
             {"5": decode, "6": ("VAELoader", {"vae_name": name}), "7": ("PreviewImage", {"images": ["5", 0]})}
         )
         assert told.fits is right, name
+
+
+def test_the_nodes_that_a_chinese_page_names_are_comfyuis() -> None:
+    import nodes
+
+    words = json.loads((REPOSITORY / "js" / "shared" / "error_words_zh.json").read_text(encoding="utf-8"))
+    assert words["comfyui_nodes"].keys() <= set(nodes.NODE_DISPLAY_NAME_MAPPINGS.values())
