@@ -82,6 +82,7 @@ class Panel {
     this.bar = make("bar", FILL);
     this.track = make("progress", `${TRACK}flex:1 1 auto;height:4px`, this.bar);
     this.track.setAttribute("role", "progressbar");
+    this.track.setAttribute("aria-label", this.words.progress);
     this.pace = make("pace", "flex:0 0 auto");
     this.vram = new MemoryRow("vram", this.words.memory.vram);
     this.ram = new MemoryRow("ram", this.words.memory.ram);

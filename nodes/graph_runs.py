@@ -4,7 +4,6 @@ A prompt is what the page sends to /prompt: node id -> {"class_type", "inputs"},
 links [node id, output]. It comes from anybody: whatever does not fit is not known, and never an error.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -27,6 +26,7 @@ _CONDITIONS, _LATENTS = ("positive", "negative", "condition"), ("samples", "late
 _SAME_LATENT = ("SetLatentNoiseMask", "RepeatLatentBatch")  # nodes that keep its size
 _TOKEN_BYTES = 3  # of UTF-8 to a token of a prompt, about
 _TEMPLATE_TOKENS = 40
+_LARGEST = 1e9  # of numbers that a widget can have
 
 Prompt = Mapping[str, Mapping[str, Any]]
 Size = tuple[int, int]  # (width, height) in px
@@ -48,12 +48,12 @@ class LinkedPart:
 class GraphRun:
     """A sampler and the loader that its model comes from, by their ids, and what is asked of them.
 
-    settings: the loader's values, None for what nothing tells. size: (width, height) in px, None where nothing tells;
-    exact: to the pixel, and the batch. prompts: ids of all nodes that the prompts need. loras: files of models/loras
-    whose strength is not 0, by their names. controlnets, patches: of models/controlnet and models/model_patches, once
-    for each node that applies one. uncounted: what the graph adds whose file it does not tell. text_only: its prompts
-    come from nodes that show a model no image. parts: that its prompts, its latents and the decoding of what it makes
-    are linked to.
+    settings: the loader's values, None for what nothing tells. size: (width, height) in px, None where nothing
+    tells; exact: it is so to the pixel, the batch too, and guided is certain; guided: true where nothing tells.
+    prompts: ids of all nodes that the prompts need. loras: files of models/loras whose strength is not 0, by their
+    names. controlnets, patches: of models/controlnet and models/model_patches, once for each node that applies one.
+    uncounted: what the graph adds whose file it does not tell. text_only: its prompts come from nodes that show a
+    model no image. parts: that its prompts, its latents and the decoding of what it makes are linked to.
     """
 
     loader: str
@@ -106,10 +106,10 @@ class _Graph:
             sampler,
             {name: self._value(models[-1], name) for name in self._inputs(models[-1])},
             latent.size,
-            latent.exact,
+            latent.exact and guided is not None,
             latent.batch,
             steps,
-            guided,
+            guided is not False,
             max((self._images(node) for node in edits), default=0),
             latent.layers,
             _TEMPLATE_TOKENS + max(map(self._text_tokens, before), default=0),
@@ -146,8 +146,12 @@ class _Graph:
 
     def _number(self, node: str, name: str) -> int:
         """0 where it is not known."""
+        return int(self._real(node, name) or 0)
+
+    def _real(self, node: str, name: str) -> float | None:
+        """None where it is not known, or no node takes it."""
         value = self._value(node, name)
-        return int(value) if isinstance(value, int | float) and math.isfinite(value) else 0
+        return value if isinstance(value, int | float) and abs(value) <= _LARGEST else None
 
     def _chain(self, node: str, name: str) -> Iterator[str]:
         """Nodes that an input's value passes through, to the one that it comes from."""
@@ -215,7 +219,8 @@ class _Graph:
         name = self._value(source, widget)
         return name if isinstance(name, str) else self._file(source, link, widget, depth - 1)
 
-    def _steps(self, sampler: str, guider: str) -> tuple[int, bool]:
+    def _steps(self, sampler: str, guider: str) -> tuple[int, bool | None]:
+        """How many, and whether they are guided; None where that is not known before the run."""
         preset = self._value(sampler, "preset")
         chosen = PRESETS.get(preset) if isinstance(preset, str) else None
         if chosen is not None:
@@ -225,8 +230,10 @@ class _Graph:
         written = self._value(sigmas, "sigmas") if sigmas else None
         if isinstance(written, str):
             counted = len(written.replace(",", " ").split()) - 1
-        cfg = self._value(guider, "cfg")
-        return max(1, counted), isinstance(cfg, int | float) and cfg > 1
+        scales = [self._real(guider, name) for name in self._inputs(guider) if name.startswith("cfg")]
+        if any(scale is not None and scale > 1 for scale in scales):
+            return max(1, counted), True
+        return max(1, counted), None if None in scales else False
 
     def _text_tokens(self, node: str) -> int:
         """Of the longest text on a node, which is not read as the text encoder reads it."""
@@ -267,8 +274,8 @@ class _Graph:
 
     def _edited(self, node: str) -> Size | None:
         size = self._image(node, "image1")
-        pixels = self._value(node, "megapixels")
-        return _of_area(size, pixels) if size and isinstance(pixels, int | float) else size
+        pixels = self._real(node, "megapixels")
+        return _of_area(size, pixels) if size and pixels is not None else size
 
     def _image(self, node: str, name: str, depth: int = 32) -> Size | None:
         source = self.behind(node, name)
@@ -278,8 +285,8 @@ class _Graph:
             file = self._value(source, "image")
             return self._image_size(file) if isinstance(file, str) else None
         inner = self._image(source, "image", depth - 1)
-        pixels = self._value(source, "megapixels")
-        if isinstance(pixels, int | float):
+        pixels = self._real(source, "megapixels")
+        if pixels is not None:
             return _of_area(inner, pixels) if inner else None
         if "width" in self._inputs(source):
             return self._size_on(source)

@@ -4,7 +4,7 @@ The planner alone answers, from the files' headers; nothing is loaded, and nothi
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +23,7 @@ from ..engine.lora.lora_file import LoraFile, needs_adapters, open_lora
 from ..engine.planning.stages import ImagePlan, ImageRequest
 from ..engine.reports.plan_facts import plan_facts
 from ..engine.texts import size_text
+from ..engine.told import Told
 from .adapters.control_sizes import controls_of_files
 from .adapters.known_speeds import speeds_stamp
 from .adapters.limits import could_be_free
@@ -97,7 +98,7 @@ def line_of(run: GraphRun) -> PlanLine:
         "format": models.held_in(card.weight_format),
         "measured": models.measured,
         "size_known": run.size is not None,
-        "doubts": [doubt.as_dict()] if (doubt := doubt_of(run, models.member)) else [],
+        "doubts": [told.as_dict() for told in _doubts(run, models, vram_bytes, ram_bytes)],
         "uncounted": [
             name
             for name, seen in (
@@ -178,6 +179,16 @@ def _loras_of(run: GraphRun) -> list[LoraFile]:
     """Raises what Load LoRA raises."""
     with at_input("lora_name"):
         return [lora_file(name) for name in run.loras]
+
+
+def _doubts(run: GraphRun, models: PlannedModels, vram_bytes: int, ram_bytes: int) -> Iterator[Told]:
+    """What is worth knowing although it runs."""
+    doubt = doubt_of(run, models.member)
+    if doubt is not None:
+        yield doubt
+    faster = models.faster_format(vram_bytes, ram_bytes)
+    if faster:
+        yield Told("A faster format: {advice}", code="told.faster_format", advice=faster)
 
 
 def _has_header(path: Path) -> bool:

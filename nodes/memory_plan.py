@@ -281,7 +281,11 @@ class QwenLowVRAMMemoryPlan:
             plural="" if prompt_tokens == 1 else "s",
             speeds=models.speeds_text,
         )
-        advice = [line for name, _, most, speeds in sizes for line in models.advice(name, most, ram_bytes, speeds)]
+        advice = [
+            Told("On {card}: {advice}", code="memory_plan.advice", card=name, advice=faster)
+            for name, _, most, speeds in sizes
+            if (faster := models.faster_format(most, ram_bytes, speeds))
+        ]
         ram = Told("RAM limit {limit:.1f} GiB", code="memory_plan.ram_limit", limit=ram_bytes / GIB)
         computed = models.computed(request, cards)
         several = ["", *several_cards_table(names, here)] if here else []

@@ -3,8 +3,8 @@
 What is known of a file (size, links) comes from the pack's list; nothing is fetched here.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,9 +71,12 @@ def checks_of(prompt: Prompt) -> list[FileCheck]:
         if not isinstance(inputs, dict):
             continue
         for folder, name, look in _needs(str(given.get("class_type")), inputs):
+            check = _checked((node,), folder, name, look)
             earlier = found.get((folder, name))
-            nodes = (*(earlier.nodes if earlier else ()), node)
-            found[folder, name] = _checked(nodes, folder, name, look)
+            if earlier is not None:  # one node may take it, and another not
+                nodes = (*earlier.nodes, node)
+                check = replace(check if earlier.state == HERE else earlier, nodes=nodes)
+            found[folder, name] = check
     return list(found.values())
 
 
@@ -134,20 +137,31 @@ def _name(value: Any) -> str:
 def _of_loader(transformer: str, text_encoder: str, vae: str) -> Iterator[tuple[str, str, Look]]:
     family = _family_of(transformer)
     parts = {
-        "text_encoder": (text_encoder, "text_encoders", lambda family: family.text_encoder),
-        "vae": (vae, "vae", lambda family: family.vae),
+        "text_encoder": (text_encoder, "text_encoders", _open_text_encoder),
+        "vae": (vae, "vae", _open_vae),
     }
     if transformer:
         inside = [part for part, (choice, _, _) in parts.items() if choice == model_choices.FROM_FOLDER]
         folder, name = _place("diffusion_models", transformer)
         yield folder, name, lambda: _look_at_model(transformer, family, inside)
-    for choice, kind, component in parts.values():
+    for choice, kind, look in parts.values():
         if choice and choice != model_choices.FROM_FOLDER:
-            yield *_place(kind, choice), _look(model_choices.model_file, kind, choice, family, component)
+            yield *_place(kind, choice), _look(kind, choice, family, look)
 
 
-def _look(path: Callable[[str, str], Path], kind: str, choice: str, family: Family | None, component: Any) -> Look:
-    return lambda: _require(path(kind, choice), [component(each) for each in ([family] if family else FAMILIES)])
+def _look(kind: str, choice: str, family: Family | None, look: Callable[[Path, Family], object]) -> Look:
+    families = [family] if family else FAMILIES
+    return lambda: _require_one(partial(look, model_choices.model_file(kind, choice), each) for each in families)
+
+
+def _open_text_encoder(path: Path, family: Family) -> None:
+    open_component(path, family.text_encoder)
+
+
+def _open_vae(path: Path, family: Family) -> None:
+    """Raises where none of the family's models takes it."""
+    vae = open_component(path, family.vae)
+    _require_one(partial(family.require_vae, vae, member) for member in family.members)
 
 
 def _place(kind: str, choice: str) -> tuple[str, str]:
@@ -173,15 +187,15 @@ def _look_at_model(transformer: str, family: Family | None, inside: list[str]) -
     open_component(path, family.transformer)
     for part in inside:
         where = path.parent / part if model_choices.is_folder(transformer) else path
-        open_component(where, family.text_encoder if part == "text_encoder" else family.vae)
+        (_open_text_encoder if part == "text_encoder" else _open_vae)(where, family)
 
 
-def _require(path: Path, wanted: list[Component]) -> None:
-    """Raises where the file is none of these."""
+def _require_one(looks: Iterable[Callable[[], object]]) -> None:
+    """Raises what the first one raises, where all do."""
     first: QwenLowVRAMError | None = None
-    for component in wanted:
+    for look in looks:
         try:
-            open_component(path, component)
+            look()
             return
         except QwenLowVRAMError as error:
             first = first or error

@@ -191,14 +191,12 @@ class PlannedModels:
         """The numbers that blocks are held in, of a card's weight_format."""
         return self.versions[weight_format].weight_format
 
-    def advice(self, name: str, limit_bytes: int, ram_bytes: int, speeds: Speeds | None = None) -> list[Told]:
-        """A line for the card where another format would be much faster. speeds: of another machine."""
+    def faster_format(self, limit_bytes: int, ram_bytes: int | None, speeds: Speeds | None = None) -> str:
+        """A sentence where another format would be much faster; else an empty text. speeds: of another machine."""
         if len(self.others) < 2:
-            return []
+            return ""
         limits = Limits(limit_bytes, ram_bytes)
-        speeds = speeds or self.speeds or TYPICAL
-        advice = advice_of(choose_format(self.others, TYPICAL_REQUEST, limits, speeds))
-        return [Told("On {card}: {advice}", code="memory_plan.advice", card=name, advice=advice)] if advice else []
+        return advice_of(choose_format(self.others, TYPICAL_REQUEST, limits, speeds or self.speeds or TYPICAL))
 
     def computed(self, request: ImageRequest, cards: Sequence[Card]) -> list[Told]:
         """What is not computed step by step on decoded weights, a line each."""

@@ -4,6 +4,7 @@ import { chineseSentence } from "./error_words.js";
 const EN = {
   idle: "Nothing has run yet",
   memory: { vram: "VRAM", ram: "RAM" },
+  progress: "Progress",
   details: "Details",
   detailsHint: "The whole plan and report",
   opening: "Opening the model's files",
@@ -83,6 +84,7 @@ const EN = {
 const ZH = {
   idle: "尚未运行",
   memory: { vram: "显存", ram: "内存" },
+  progress: "进度",
   details: "详情",
   detailsHint: "完整的计划和报告",
   opening: "正在打开模型文件",

@@ -77,6 +77,38 @@ def test_a_sampler_with_a_guider_is_read_as_one_with_widgets() -> None:
     assert (run.steps, run.guided, run.size) == (4, False, (1328, 800))
 
 
+@pytest.mark.parametrize(
+    ("guider", "guided", "certain"),
+    [
+        (("BasicGuider", {}), False, True),
+        (("CFGGuider", {"cfg": 1}), False, True),
+        (("CFGGuider", {"cfg": ["7", 0]}), True, False),
+        (("DualCFGGuider", {"cfg_conds": 1.0, "cfg_cond2_negative": 4.0}), True, True),
+    ],
+    ids=str,
+)
+def test_guidance_that_is_not_known_is_planned_for_and_refuses_nothing(
+    guider: tuple[str, dict[str, Any]], guided: bool, certain: bool
+) -> None:
+    kind, inputs = guider
+    nodes = graph(
+        n4=("SamplerCustomAdvanced", {"guider": ["5", 0], "sigmas": ["6", 0], "latent_image": ["3", 0]}),
+        n5=(kind, {"model": ["1", 0], "conditioning": ["2", 0], **inputs}),
+        n6=("ManualSigmas", {"sigmas": "1.0, 0"}),
+        n7=("SomebodysNumber", {}),
+    )
+    (run,) = of(nodes)
+    assert (run.guided, run.exact) == (guided, certain)
+
+
+@pytest.mark.parametrize("megapixels", [float("inf"), 10**400])
+def test_a_size_that_no_image_has_is_no_error(megapixels: float) -> None:
+    edit = {"image1": ["5", 0], "megapixels": megapixels}
+    nodes = graph(n3=("QwenLowVRAMEncodeEditPrompt", edit), n5=("LoadImage", {"image": "a.png"}))
+    (run,) = of(nodes, (640, 480))
+    assert run.size == (640, 480)
+
+
 def test_an_edit_has_the_size_and_the_number_of_its_images() -> None:
     edit = {"clip": ["1", 1], "vae": ["1", 2], "megapixels": 1.0, "width": 0, "height": 0, "batch_size": 1}
     edit |= {"image1": ["8", 0], "image2": ["8", 0], "positive": "x" * 600, "negative": ""}
@@ -137,7 +169,7 @@ def test_nonsense_is_no_error(seed: int) -> None:
         for name in list(node["inputs"]):
             if rng.random() < 0.4:
                 node["inputs"][name] = rng.choice(
-                    [None, [], ["99", 0], ["4", 0], [["1"], 0], {}, "", -1, 1e400, "ä" * 9, True]
+                    [None, [], ["99", 0], ["4", 0], [["1"], 0], {}, "", -1, 1e400, 10**400, "ä" * 9, True]
                 )
     if rng.random() < 0.3:
         nodes["2"] = {"class_type": None, "inputs": None}

@@ -167,6 +167,21 @@ def test_auto_is_as_stored_and_says_where_fastest_would_be_much_faster(slow_disk
     assert "On " not in fastest
 
 
+def test_the_loaders_line_says_where_fastest_would_be_much_faster(slow_disk: None) -> None:
+    from qwenimage_lowvram.nodes.live_plan import lines_of
+
+    latent = {"width": 1328, "height": 1328, "batch_size": 1}
+    sample = {"model": ["1", 0], "latent_image": ["2", 0], "steps": 20, "cfg": 4.0}
+    for chosen, said in (("auto", True), ("fastest", False)):
+        loader = {**FILES, "vram_limit_gb": 7.0, "ram_limit_gb": 2.0, "weight_format": chosen}
+        nodes = {"1": ("QwenLowVRAMLoader", loader), "2": ("EmptySD3LatentImage", latent)}
+        nodes["3"] = ("QwenLowVRAMSample", sample)
+        (line,) = lines_of({node: {"class_type": kind, "inputs": inputs} for node, (kind, inputs) in nodes.items()})
+        assert line.fits
+        assert [doubt["code"] for doubt in line.values["doubts"]] == ["told.faster_format"] * said
+        assert ("weights would take" in line.text) is said
+
+
 @pytest.mark.parametrize("weight_format", ["as stored", "nf4"])
 def test_advice_is_given_where_nothing_was_chosen_yet(weight_format: str, slow_disk: None) -> None:
     text = plan(weight_format=weight_format, ram_limit_gb=2.0)["result"][0]

@@ -71,6 +71,19 @@ def test_a_cut_file_and_one_of_another_kind_are_wrong(
     assert states["cut"] == (WRONG, "safetensors.cut_off")
 
 
+def test_a_file_that_one_node_takes_and_another_does_not_is_wrong(
+    folder: str, vaes: Path, small_pipeline: Path, models: Callable[[str, Path], None], diffusers_21: Path
+) -> None:
+    models("diffusers", diffusers_21)
+    (of_21,) = (f"{found.name} (folder)" for found in diffusers_21.iterdir())
+    vae = "shared.safetensors"
+    (vaes / vae).write_bytes(next((small_pipeline / "vae").glob("*.safetensors")).read_bytes())
+    for first, second in ((folder, of_21), (of_21, folder)):
+        loaders = {"1": prompt_of(first, vae=vae)["1"], "3": prompt_of(second, vae=vae)["1"]}
+        (shared,) = (file for file in checks_of(loaders) if file.name == vae)
+        assert (shared.state, shared.nodes) == (WRONG, ("1", "3"))
+
+
 def test_the_vae_is_looked_at_where_the_transformer_is_missing(folder: str, vaes: Path, small_pipeline: Path) -> None:
     whole = next((small_pipeline / "vae").glob("*.safetensors")).read_bytes()
     (vaes / VAE.name).write_bytes(whole)
