@@ -19,14 +19,18 @@ from devtools.page import Page
 from devtools.server import ComfyServer
 
 _LAST = pytest.StashKey[bool]()  # of the test after which no page is needed
-_DEFAULTS = {"Comfy.VueNodes.Enabled": False, "Comfy.Locale": "en"}
+HINT = "qwenLowVRAM.PreviewHintShown"  # a test asks for it by itself
+_DEFAULTS = {"Comfy.VueNodes.Enabled": False, "Comfy.Locale": "en", HINT: True}
 PAGES: dict[str, dict[str, Any]] = {
     "classic-nodes": _DEFAULTS,
     "vue-nodes": _DEFAULTS | {"Comfy.VueNodes.Enabled": True},
-    "chinese": {"Comfy.VueNodes.Enabled": True, "Comfy.Locale": "zh"},
+    "chinese": _DEFAULTS | {"Comfy.VueNodes.Enabled": True, "Comfy.Locale": "zh"},
+    "chinese-classic": _DEFAULTS | {"Comfy.Locale": "zh"},
 }
 in_both_renderers = pytest.mark.parametrize("shown_in", ["classic-nodes", "vue-nodes"], indirect=True)
 in_chinese = pytest.mark.parametrize("shown_in", ["chinese"], indirect=True)
+in_chinese_in_both_renderers = pytest.mark.parametrize("shown_in", ["chinese", "chinese-classic"], indirect=True)
+in_every_page = pytest.mark.parametrize("shown_in", PAGES, indirect=True)
 in_both_languages = pytest.mark.parametrize("shown_in", ["classic-nodes", "chinese"], indirect=True)
 
 
@@ -116,4 +120,4 @@ def language(shown_in: str) -> str:
 
 @pytest.fixture
 def vue(shown_in: str) -> bool:
-    return shown_in == "vue-nodes"
+    return bool(PAGES[shown_in]["Comfy.VueNodes.Enabled"])

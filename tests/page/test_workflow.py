@@ -3,7 +3,6 @@
 import copy
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,9 @@ from devtools.client import ComfyClient
 from devtools.workflow import set_widgets, to_prompt
 from run_facts import FACTS, GIB
 
+from .conftest import HINT, in_both_renderers, in_chinese_in_both_renderers, in_every_page
+
 WORKFLOWS = sorted((Path(__file__).resolve().parents[2] / "workflows").glob("*.json"))
-VUE_NODES = "Comfy.VueNodes.Enabled"
-HINT = "qwenLowVRAM.PreviewHintShown"
 LOOKED_AT = [path for path in WORKFLOWS if path.name[:2] in ("01", "13", "20", "27")]  # by a person, as pictures
 SAMPLE, LATENT = "QwenLowVRAMSample", "EmptySD3LatentImage"
 FILES = {
@@ -82,25 +81,6 @@ AS_AFTER_A_RUN = """(text) => {
 PAUSE = "(ms) => new Promise((done) => setTimeout(done, ms))"
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["classic-nodes", "vue-nodes"])
-def vue(request: pytest.FixtureRequest) -> bool:
-    return bool(request.param)
-
-
-@pytest.fixture(scope="module")
-def page(open_page: Any, client: ComfyClient, vue: bool) -> Iterator[Any]:
-    with open_page({VUE_NODES: vue, HINT: True}) as opened:  # which a test asks for by itself
-        yield opened
-    client.post("/settings", {VUE_NODES: False})  # the server keeps settings for the next page
-
-
-@pytest.fixture(scope="module")
-def chinese_page(open_page: Any, client: ComfyClient, vue: bool) -> Iterator[Any]:
-    with open_page({VUE_NODES: vue, "Comfy.Locale": "zh"}) as opened:
-        client.post("/settings", {VUE_NODES: False, "Comfy.Locale": "en"})
-        yield opened
-
-
 @pytest.fixture(scope="module")
 def small(object_info: dict[str, Any], split_files: dict[str, Any]) -> Any:
     """The 4 GB workflow on the small checkpoint: `small(width=128, seed=1)`, further values go to Sample."""
@@ -139,6 +119,7 @@ def lines_of(page: Any, node: str = "4") -> list[str]:
 
 
 @pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
+@in_both_renderers
 def test_the_page_shows_saves_and_sends_a_shipped_graph_as_it_is(
     page: Any, vue: bool, object_info: dict[str, Any], file: Path
 ) -> None:
@@ -169,6 +150,7 @@ def assert_apart(page: Any) -> None:
         assert len(around) == (kind != "MarkdownNote"), f"{kind} stands in {around}."
 
 
+@in_both_renderers
 def test_the_4_gb_workflow_runs_in_the_page_to_its_image(page: Any, small: Any, client: ComfyClient, vue: bool) -> None:
     client.free()  # of what the first page has loaded, and encoded
     client.post("/qwen_lowvram/clear", {"clear": "prompts"})
@@ -219,6 +201,7 @@ def line_of(page: Any, node: str) -> str:
     return page.evaluate(LINE, node)
 
 
+@in_both_renderers
 def test_the_panel_shows_memory_against_its_limit(page: Any, small: Any, vue: bool) -> None:
     page.load(small())
     page.evaluate(SEND, EVENT)
@@ -246,9 +229,8 @@ CUT = """() => [
 ).map((part) => part.textContent)"""
 
 
-@pytest.mark.parametrize("locale", ["en", "zh"])
-def test_nothing_in_the_panel_is_cut_off_in_any_stage(request: pytest.FixtureRequest, vue: bool, locale: str) -> None:
-    page = request.getfixturevalue("chinese_page" if locale == "zh" else "page")
+@in_every_page
+def test_nothing_in_the_panel_is_cut_off_in_any_stage(page: Any, vue: bool, language: str) -> None:
     page.evaluate("""() => {
       window.app.graph.clear();
       const node = window.LiteGraph.createNode('QwenLowVRAMSample');
@@ -273,10 +255,10 @@ def test_nothing_in_the_panel_is_cut_off_in_any_stage(request: pytest.FixtureReq
         page.evaluate(SEND, event)
         page.evaluate(PAUSE, 100)
         assert page.evaluate(CUT) == [], event["stage"]
-        if locale == "zh":
+        if language == "zh":
             text = page.evaluate("() => document.querySelector('.qwen-lowvram-panel').innerText")
             assert not re.search("[A-Za-z]{2,}", text.replace("GiB", "")), text
-        page.screenshot(f"stage-{number}-{locale}-{'vue' if vue else 'classic'}")
+        page.screenshot(f"stage-{number}-{language}-{'vue' if vue else 'classic'}")
 
 
 # as on a page of another machine without https; the focus is where it was
@@ -294,6 +276,7 @@ COPY_WITHOUT_A_CLIPBOARD = """async () => {
 }"""
 
 
+@in_both_renderers
 def test_the_whole_plan_is_read_in_a_view_of_its_own_by_keyboard(page: Any, small: Any, vue: bool) -> None:
     page.load(small())
     button = "document.querySelector('.qwen-lowvram-panel [data-part=details]')"
@@ -316,6 +299,7 @@ def test_the_whole_plan_is_read_in_a_view_of_its_own_by_keyboard(page: Any, smal
     assert page.evaluate("() => document.querySelector('dialog.qwen-lowvram-view')") is None
 
 
+@in_both_renderers
 def test_the_panel_can_be_read_by_everybody(page: Any, small: Any) -> None:
     page.load(small())
     page.evaluate(SEND, EVENT)
@@ -350,6 +334,7 @@ CONTRAST = """() => {
 }"""
 
 
+@in_both_renderers
 def test_that_previews_are_off_is_hinted_at_once_with_the_switch(page: Any, small: Any, client: ComfyClient) -> None:
     hint, method = HINT, "Comfy.Execution.PreviewMethod"
     setting = "(id) => window.app.extensionManager.setting.get(id)"
@@ -370,6 +355,7 @@ def test_that_previews_are_off_is_hinted_at_once_with_the_switch(page: Any, smal
     page.evaluate("(id) => window.app.extensionManager.setting.set(id, 'default')", method)
 
 
+@in_both_renderers
 def test_a_run_of_another_tab_with_the_same_nodes_is_not_shown(page: Any, small: Any) -> None:
     page.load(small(), "first")
     graph = page.evaluate("() => window.app.rootGraph.id")
@@ -385,6 +371,7 @@ def test_a_run_of_another_tab_with_the_same_nodes_is_not_shown(page: Any, small:
     assert lines_of(page)[0] == "Interrupted after 6 of 20 steps · 1:12"
 
 
+@in_both_renderers
 def test_a_table_of_another_tabs_run_is_not_shown(page: Any, small: Any) -> None:
     page.load(small(), "first")
     graph = page.evaluate("() => window.app.rootGraph.id")
@@ -407,6 +394,7 @@ def test_a_table_of_another_tabs_run_is_not_shown(page: Any, small: Any) -> None
     assert shown == ["Run the graph to see the plan.", "of this"]
 
 
+@in_both_renderers
 def test_of_two_tabs_with_the_same_graph_the_one_that_queued_it_shows_the_run(page: Any, small: Any) -> None:
     page.load(small(), "first")
     graph = page.evaluate("() => window.app.rootGraph.id")
@@ -421,6 +409,7 @@ def test_of_two_tabs_with_the_same_graph_the_one_that_queued_it_shows_the_run(pa
     assert lines_of(page)[0].startswith("step 7/20")
 
 
+@in_both_renderers
 def test_an_event_reaches_its_own_panel_only(page: Any, small: Any) -> None:
     page.load(small())
     page.evaluate("""() => {
@@ -441,6 +430,7 @@ def test_an_event_reaches_its_own_panel_only(page: Any, small: Any) -> None:
     assert page.unexpected_messages() == []
 
 
+@in_both_renderers
 def test_the_panel_follows_a_run_inside_a_subgraph(page: Any, small: Any, vue: bool) -> None:
     page.load(small(seed=12 + vue))
     outer = page.evaluate("""() => {
@@ -456,6 +446,7 @@ def test_the_panel_follows_a_run_inside_a_subgraph(page: Any, small: Any, vue: b
     assert page.unexpected_messages() == []
 
 
+@in_both_renderers
 def test_an_interrupted_run_is_called_so(page: Any, small: Any, vue: bool) -> None:
     page.load(small(steps=1000, seed=14 + vue))
     page.evaluate("""() => {
@@ -472,6 +463,7 @@ def test_an_interrupted_run_is_called_so(page: Any, small: Any, vue: bool) -> No
     assert re.fullmatch(r"Interrupted after \d+ of 1000 steps · \d:\d\d", lines_of(page)[0])
 
 
+@in_both_renderers
 def test_a_failed_run_says_what_went_wrong_and_what_to_do(page: Any, small: Any, vue: bool) -> None:
     page.load(small(width=16384, height=16384))  # which no schedule is made for
     assert page.run()["status"] == "error"
@@ -504,11 +496,9 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("code", ERRORS)
-def test_an_error_is_said_on_its_node_in_the_language_of_the_page(
-    chinese_page: Any, small: Any, vue: bool, code: str
-) -> None:
+@in_chinese_in_both_renderers
+def test_an_error_is_said_on_its_node_in_the_language_of_the_page(page: Any, small: Any, vue: bool, code: str) -> None:
     values, numbers = ERRORS[code]
-    page = chinese_page
     page.load(small())
     error = {"prompt_id": "p", "code": code, "values": values, "text": "English"}
     end = {"prompt_id": "p", "exception_message": "English", "exception_type": "x", "traceback": []}
@@ -526,6 +516,7 @@ def test_an_error_is_said_on_its_node_in_the_language_of_the_page(
     page.screenshot(f"error-{code}-{'vue' if vue else 'classic'}")
 
 
+@in_both_renderers
 def test_a_line_says_nothing_of_an_earlier_run(page: Any, small: Any) -> None:
     page.load(small())
     send = "([kind, detail]) => window.comfyAPI.api.api.dispatchCustomEvent(kind, detail)"
@@ -543,6 +534,7 @@ def test_a_line_says_nothing_of_an_earlier_run(page: Any, small: Any) -> None:
     assert (line_of(page, "1"), page.evaluate(live)) == ("", None)
 
 
+@in_both_renderers
 def test_the_panel_still_tells_of_its_run_after_a_change_of_tabs(page: Any, small: Any, vue: bool) -> None:
     page.load(small(seed=16 + vue), "first")
     assert page.run()["status"] == "success"
