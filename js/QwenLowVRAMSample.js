@@ -6,7 +6,7 @@ import { openFullView } from "./shared/full_view.js";
 import { addPanel, nodeAt, words } from "./shared/panels.js";
 import { clock, gib, isChinese, lineOf, paceOf, rowsOf, sentenceOf } from "./shared/run_words.js";
 import { onPlanLine, TOO_LARGE } from "./shared/plan_lines.js";
-import { allNodes, errorOf, isOfThisGraph } from "./shared/runs.js";
+import { allNodes, errorOf, isOfThisGraph, onEndAgain } from "./shared/runs.js";
 
 const NODE = "QwenLowVRAMSample";
 const EVENT = "qwen_lowvram.progress";
@@ -27,6 +27,8 @@ const BUTTON =
   "flex:0 0 auto;padding:0 6px;border:1px solid var(--border-color);border-radius:4px;cursor:pointer;" +
   "font:11px/14px sans-serif;color:var(--input-text);background:transparent;";
 const UNSEEN = "position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)"; // but read aloud
+
+const ENDS = { execution_interrupted: "interrupted", execution_error: "failed", execution_success: "" };
 
 const panels = new WeakMap(); // node -> Panel: goes when its node goes
 let ramTotalBytes = 0;
@@ -137,6 +139,7 @@ class Panel {
     this.run = null; // its last event
     this.report = null;
     this.error = "";
+    this.ended = false; // other than well
     this.told = null; // what the note said before a refusal
     this.layOut(false);
     this.peakHeld = 0;
@@ -236,6 +239,7 @@ class Panel {
 
   stop(word) {
     this.before = null;
+    this.ended = true;
     const { step, steps, seconds, stage } = this.run ?? {};
     const done = stage === "stopped" ? step : step - 1;
     const line = steps ? this.words.after(word, Math.max(0, done || 0), steps, clock(seconds)) : word;
@@ -285,6 +289,8 @@ function onEnd(event, word) {
   for (const node of allNodes()) panels.get(node)?.endWait();
 }
 
+onEndAgain((kind, event) => onEnd(event, ENDS[kind]));
+
 app.registerExtension({
   name: "qwenLowVRAM.sample",
   settings: [{ id: HINT, name: "The hint about previews was shown", type: "hidden", defaultValue: false }],
@@ -294,9 +300,7 @@ app.registerExtension({
     api.addEventListener("executed", ({ detail }) => {
       if (isOfThisGraph(detail)) showReport(detail.display_node ?? detail.node, detail.output);
     });
-    api.addEventListener("execution_interrupted", ({ detail }) => onEnd(detail, "interrupted"));
-    api.addEventListener("execution_error", ({ detail }) => onEnd(detail, "failed"));
-    api.addEventListener("execution_success", ({ detail }) => onEnd(detail));
+    for (const kind of Object.keys(ENDS)) api.addEventListener(kind, ({ detail }) => onEnd(detail, ENDS[kind]));
     ramTotalBytes = (await api.getSystemStats()).system.ram_total;
   },
 
@@ -308,6 +312,6 @@ app.registerExtension({
   },
 
   onNodeOutputsUpdated(outputs) {
-    for (const [id, output] of Object.entries(outputs)) showReport(id, output);
+    for (const [id, output] of Object.entries(outputs)) if (!panelOf(id)?.ended) showReport(id, output);
   },
 });

@@ -6,7 +6,7 @@ import { fetchChinese, messageOf } from "./error_words.js";
 import { addPanel, nodeAt, words } from "./panels.js";
 import { onPlanLine } from "./plan_lines.js";
 import { clock, isChinese, lineOf } from "./run_words.js";
-import { allNodes, errorOf, isOfThisGraph } from "./runs.js";
+import { allNodes, errorOf, isOfThisGraph, onEndAgain } from "./runs.js";
 
 const EVENT = "qwen_lowvram.progress";
 const PANEL = "QwenLowVRAMSample"; // has a panel of its own
@@ -97,6 +97,7 @@ function expected(id, line) {
 }
 
 onPlanLine(expected);
+onEndAgain((kind, event) => (kind === "execution_error" ? failed(event) : interrupted(event)));
 
 app.registerExtension({
   name: "qwenLowVRAM.progress",

@@ -26,14 +26,16 @@ function remember(prompt, graph) {
   const [{ tab } = {}] = place < 0 ? [] : queued.splice(place, 1);
   if (prompts.size >= MOST) prompts.delete(prompts.keys().next().value);
   prompts.set(prompt, { graph, tab });
+  forgetEnd({ graph, tab }); // a newer run has begun
 }
+
+const isShown = ({ graph, tab }) => graph === app.rootGraph.id && (!tab || tab === shownTab() || !isOpen(tab));
 
 /** Whether the graph that is shown is the event's. One of a prompt that nothing is known of may be. */
 export function isOfThisGraph({ prompt_id: prompt, workflow_id: graph }) {
   if (prompt && graph && !prompts.has(prompt)) remember(prompt, graph);
   const known = prompts.get(prompt);
-  if (!known) return true;
-  return known.graph === app.rootGraph.id && (!known.tab || known.tab === shownTab() || !isOpen(known.tab));
+  return !known || isShown(known);
 }
 
 /** Every node of the graph, those inside of subgraphs too. */
@@ -55,3 +57,31 @@ export function errorOf({ prompt_id: prompt, node_id: node, exception_message: t
   const told = errors.get(prompt);
   return told && String(told.node) === String(node) ? told : { code: "", values: {}, text: (text ?? "").trim() };
 }
+
+const ends = []; // {graph, tab, kind, event} of runs that came to no good end: of each tab the last one's
+const endListeners = [];
+for (const kind of ["execution_success", "execution_error", "execution_interrupted"])
+  api.addEventListener(kind, ({ detail }) => {
+    const known = prompts.get(detail?.prompt_id);
+    if (!known) return;
+    forgetEnd(known);
+    if (kind !== "execution_success") ends.push({ ...known, kind, event: detail });
+  });
+
+function forgetEnd({ graph, tab }) {
+  const place = ends.findIndex((end) => end.graph === graph && end.tab === tab);
+  if (place >= 0) ends.splice(place, 1);
+}
+
+/** Call `listener(kind, event)` when the page shows a graph again, whose nodes are new ones then, with how its last run
+ *  ended, if not well. */
+export const onEndAgain = (listener) => endListeners.push(listener);
+
+app.registerExtension({
+  name: "qwenLowVRAM.runs",
+
+  afterConfigureGraph() {
+    const end = ends.findLast(isShown);
+    if (end) for (const listener of endListeners) listener(end.kind, end.event);
+  },
+});

@@ -543,3 +543,30 @@ def test_the_panel_still_tells_of_its_run_after_a_change_of_tabs(page: Any, smal
     page.evaluate("() => window.app.extensionManager.command.execute('Workspace.PreviousOpenedWorkflow')")
     page.evaluate(PAUSE, 1000)
     assert lines_of(page)[0].startswith("Done: 4 steps")
+
+
+@in_both_renderers
+def test_an_error_is_still_told_after_a_change_of_tabs_until_the_next_run(page: Any, small: Any) -> None:
+    page.load(small(), "first")
+    graph = page.evaluate("() => window.app.rootGraph.id")
+    send = "([kind, detail]) => window.comfyAPI.api.api.dispatchCustomEvent(kind, detail)"
+    page.evaluate(SEND, EVENT | {"prompt_id": "fails", "workflow_id": graph})
+    error = {
+        "prompt_id": "fails", "node_id": "4", "node_type": "x", "exception_message": "It went wrong.",
+        "exception_type": "x", "traceback": [], "executed": [], "current_inputs": {}, "current_outputs": [],
+    }  # fmt: skip
+    page.evaluate(send, ["execution_error", error])
+    other = json.loads(json.dumps(small()))
+    other["id"] = "00000000-0000-4000-8000-000000000001"
+    page.load(other, "second")
+    assert lines_of(page)[0] == "Nothing has run yet"
+    back = "() => window.app.extensionManager.command.execute('Workspace.PreviousOpenedWorkflow')"
+    page.evaluate(back)
+    page.evaluate(PAUSE, 1000)
+    assert lines_of(page)[0].startswith("Failed")
+    assert "It went wrong." in lines_of(page)
+    page.evaluate(SEND, EVENT | {"prompt_id": "goes on", "workflow_id": graph})
+    page.load(other, "third")
+    page.evaluate(back)
+    page.evaluate(PAUSE, 1000)
+    assert "It went wrong." not in lines_of(page)
