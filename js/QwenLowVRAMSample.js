@@ -124,8 +124,12 @@ class Panel {
     this.say(this.words.waits(lineOf(this.words, event)), `waits for ${event.stage}`, event.done / event.total || 0);
   }
 
-  /** The prompt has ended, and this node was not asked for anything. */
-  endWait() {
+  /** The prompt has ended, and this node may not have been asked for anything. */
+  othersEnded(prompt) {
+    if (this.error && this.prompt !== prompt) {
+      this.begin(prompt); // an earlier run's error is not true any more
+      this.say(this.words.idle, "", 0);
+    }
     if (!this.before) return;
     this.stage.textContent = this.before.line;
     this.bar.style.width = this.before.width;
@@ -286,7 +290,7 @@ function onEnd(event, word) {
   if (own && event.prompt_id !== own.prompt) own.begin(event.prompt_id); // it came to nothing that was told of
   if (own && word === "failed") own.fail(errorOf(event));
   else if (own) own.stop(words().stopped[word]);
-  for (const node of allNodes()) panels.get(node)?.endWait();
+  for (const node of allNodes()) panels.get(node)?.othersEnded(event.prompt_id);
 }
 
 onEndAgain((kind, event) => onEnd(event, ENDS[kind]));

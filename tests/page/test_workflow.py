@@ -530,8 +530,11 @@ def test_a_line_says_nothing_of_an_earlier_run(page: Any, small: Any) -> None:
     }  # fmt: skip
     page.evaluate(send, ["execution_error", error])
     assert (line_of(page, "1"), page.evaluate(live)) == ("It went wrong.", "assertive")
-    page.evaluate(send, ["execution_success", {"prompt_id": "fourth"}])
+    page.evaluate(send, ["execution_error", error | {"prompt_id": "fourth", "node_id": "4"}])
+    assert lines_of(page)[0] == "Failed"
     assert (line_of(page, "1"), page.evaluate(live)) == ("", None)
+    page.evaluate(send, ["execution_success", {"prompt_id": "fifth"}])
+    assert lines_of(page)[0] == "Nothing has run yet"
 
 
 @in_both_renderers
