@@ -101,6 +101,8 @@ class _Graph:
         steps, guided = self._steps(sampler, guider)
         nets = [self._file(node, "control_net", "control_net_name") for node in before if self._applies_a_net(node)]
         patches = [self._file(node, "model_patch", "name") for node in models if "model_patch" in self._inputs(node)]
+        named = [self._value(node, "lora_name") for node in models if "lora" in self._kind(node).lower()]
+        added = (("LoRA", named), ("ControlNet", nets), ("model patch", patches))
         return GraphRun(
             models[-1],
             sampler,
@@ -117,7 +119,7 @@ class _Graph:
             tuple(filter(None, map(self._lora, models))),
             tuple(filter(None, nets)),
             tuple(filter(None, patches)),
-            tuple(name for name, files in (("ControlNet", nets), ("model patch", patches)) if None in files),
+            tuple(name for name, files in added if None in files),
             any(ends[:-1]) and all(self._kind(node) in _OF_TEXT for node in conditions),
             tuple(self._parts([*conditions, *self._through(_LATENTS, sampler), *self._decoders(sampler)])),
         )

@@ -77,6 +77,13 @@ def test_a_sampler_with_a_guider_is_read_as_one_with_widgets() -> None:
     assert (run.steps, run.guided, run.size) == (4, False, (1328, 800))
 
 
+def test_a_lora_loader_that_names_its_files_otherwise_is_said_not_to_be_counted() -> None:
+    loader = {"model": ["1", 0], "lora_1": {"on": True, "lora": "a.safetensors", "strength": 1.0}}
+    sample = {"model": ["9", 0], "positive": ["2", 0], "negative": ["2", 1], "latent_image": ["3", 0]}
+    (run,) = of(graph(n9=("Power Lora Loader (rgthree)", loader), n4=("QwenLowVRAMSample", sample)))
+    assert (run.loras, run.uncounted) == ((), ("LoRA",))
+
+
 @pytest.mark.parametrize(
     ("guider", "guided", "certain"),
     [
