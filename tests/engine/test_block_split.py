@@ -64,7 +64,7 @@ def test_every_device_keeps_its_limit_and_every_block_has_one_place(
 def test_a_plan_says_where_else_blocks_are() -> None:
     secondaries = share_out_blocks(REAL, REQUEST, 8 * GIB, [("cuda:1", 8 * GIB)])
     plan = plan_memory(REAL, REQUEST, Limits(8 * GIB, 16 * GIB), secondaries=secondaries)
-    assert str(plan).endswith("; blocks 43 to 59 on cuda:1)")
+    assert str(plan).endswith("; blocks 43 to 59 on cuda:1")
 
 
 @pytest.mark.slow
