@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 TOOLS = Path(__file__).parents[2] / "tools"
 LAYERS, HEADS, TEXT_DIM = 53, 7, 64
 LIMIT_BYTES = 500_000_000
-IMAGES, STEPS = 10, 6
+IMAGES, STEPS = 10, 3
 
 # One process for each limit: what it holds is its own. Prints the growth of anonymous memory after each image, its
 # peak, and a digest of each image's latents.
