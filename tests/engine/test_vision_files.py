@@ -240,5 +240,5 @@ def test_an_encoder_stripped_of_its_vision_part_is_named(encoder: Encoder, tmp_p
 
 
 def test_an_mmproj_in_the_encoders_place_says_that_it_is_found_by_itself(copied: Path) -> None:
-    with pytest.raises(WrongModel, match=r"is the vision part \(mmproj\).* found automatically beside the text encoder"):
+    with pytest.raises(WrongModel, match=r"is the vision part \(mmproj\).* found automatically beside the text"):
         require(open_checkpoint(copied / MMPROJ), TEXT_ENCODER)
