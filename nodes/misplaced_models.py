@@ -59,10 +59,8 @@ def _may_be(part: LinkedPart, family: Family) -> bool:
 def _is_of(family: Family, part: LinkedPart, file: Checkpoint) -> bool:
     if part.input == "clip":
         return family.text_encoder in components(file.tensors)
-    for member in family.members:  # whose VAEs' tensors have the same names
-        try:
-            family.require_vae(file, member)
-            return True
-        except QwenLowVRAMError:
-            continue
-    return False
+    try:
+        family.require_any_vae(file)
+        return True
+    except QwenLowVRAMError:
+        return False

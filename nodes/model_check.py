@@ -159,9 +159,7 @@ def _open_text_encoder(path: Path, family: Family) -> None:
 
 
 def _open_vae(path: Path, family: Family) -> None:
-    """Raises where none of the family's models takes it."""
-    vae = open_component(path, family.vae)
-    _require_one(partial(family.require_vae, vae, member) for member in family.members)
+    family.require_any_vae(open_component(path, family.vae))
 
 
 def _place(kind: str, choice: str) -> tuple[str, str]:

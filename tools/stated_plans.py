@@ -161,15 +161,21 @@ def _blocks_line(plan: MemoryPlan) -> str:
     )
 
 
-def _kept_line(kept: KeptTiers, *, shown: bool) -> str:
-    """What blocks make once, for how many of them it is kept where. shown: of images, too."""
-    size = size_text((kept.blocks - kept.remade) * kept.block_bytes)
-    made = "the prompt and the images" if shown else "the prompt"
-    places = [
-        f"{count} of {kept.blocks} blocks {where}" if count < kept.blocks else where
-        for count, where in ((kept.on_device, "on the card"), (kept.in_host, "in RAM"))
+def _places(kept: KeptTiers, names: tuple[str, str], of_some: str) -> list[str]:
+    """Where it is kept; `of_some` says it of some blocks alone."""
+    counts = zip((kept.on_device, kept.in_host), names, strict=True)
+    return [
+        of_some.format(count=count, blocks=kept.blocks, where=where) if count < kept.blocks else where
+        for count, where in counts
         if count
     ]
+
+
+def _kept_line(kept: KeptTiers, *, shown: bool) -> str:
+    """What blocks make once, for how many of them it is kept where. shown: of images, too."""
+    size = size_text(kept.kept_bytes)
+    made = "the prompt and the images" if shown else "the prompt"
+    places = _places(kept, ("on the card", "in RAM"), "{count} of {blocks} blocks {where}")
     again = f"; {kept.remade} blocks make it again at every step" if kept.remade else ""
     comma = "," if len(places) > 1 or kept.remade else ""
     return f"What the model makes of {made} is computed once and kept: {size}{comma} {' and '.join(places)}{again}."
@@ -183,13 +189,9 @@ def _in_chinese(durations: str) -> str:
 
 def _kept_in_chinese(kept: KeptTiers, *, shown: bool) -> str:
     """As `_kept_line` says it."""
-    size = size_text((kept.blocks - kept.remade) * kept.block_bytes)
+    size = size_text(kept.kept_bytes)
     made = "提示词和图像" if shown else "提示词"
-    places = [
-        f"{kept.blocks} 块中 {count} 块的{where}" if count < kept.blocks else where
-        for count, where in ((kept.on_device, "在显卡上"), (kept.in_host, "在内存中"))
-        if count
-    ]
+    places = _places(kept, ("在显卡上", "在内存中"), "{blocks} 块中 {count} 块的{where}")
     again = f"；{kept.remade} 块每步重新计算" if kept.remade else ""
     return f"模型由{made}得到的结果只计算一次并保留：{size}，{'，'.join(places)}{again}"
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..errors import Unsupported
+from ..errors import QwenLowVRAMError, Unsupported
 from ..files.checkpoint import Checkpoint
 from ..planning.request import PromptTokens, SamplingRequest
 from .component import Component
@@ -125,3 +125,14 @@ class Family:
     from_prompts: FromPrompts
     tokenizer_folder: str = "tokenizer"
     require_ranks: Callable[[Checkpoint, Any, int], None] = require_one_process
+
+    def require_any_vae(self, vae: Checkpoint) -> None:
+        """Raise what `require_vae` raises for the first member, where it is none's."""
+        first: QwenLowVRAMError | None = None
+        for member in self.members:
+            try:
+                return self.require_vae(vae, member)
+            except QwenLowVRAMError as error:
+                first = first or error
+        if first is not None:
+            raise first

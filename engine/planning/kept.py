@@ -29,6 +29,11 @@ class KeptTiers:
         return self.blocks - self.remade - self.on_device
 
     @property
+    def kept_bytes(self) -> int:
+        """Of all that are kept, wherever."""
+        return (self.blocks - self.remade) * self.block_bytes
+
+    @property
     def device(self) -> tuple[int, ...]:
         """Spread among those that are kept, so that copies of the others have computing to hide behind."""
         order = spread_order(self.blocks - self.remade) if self.blocks > self.remade else ()
@@ -53,8 +58,7 @@ class KeptTiers:
         parts = [f"{self.on_device} blocks on the device", f"for {self.in_host} in RAM"]
         slowly = ", brought while nothing computes" if self.in_host and not self.ahead else ""
         again = f", {self.remade} made anew at every step" if self.remade else ""
-        total = size_text((self.blocks - self.remade) * self.block_bytes)
-        return f"prompt and references kept for {' and '.join(parts)}{slowly}{again} ({total})"
+        return f"prompt and references kept for {' and '.join(parts)}{slowly}{again} ({size_text(self.kept_bytes)})"
 
 
 NOTHING_KEPT = KeptTiers()

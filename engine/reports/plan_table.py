@@ -65,7 +65,7 @@ def _step_row(card: Card, plan: ImagePlan) -> tuple[str, ...]:
     kept = sampling.kept
     prompt: tuple[str, ...] = ()
     if _keeps(plan):
-        nbytes = (kept.blocks - kept.remade) * kept.block_bytes
+        nbytes = kept.kept_bytes
         prompt = (f"{nbytes / GIB:.2f} GiB", *map(str, (kept.on_device, kept.in_host, kept.remade)))
     return (card.name, card.weight_format, *_step_cells(sampling), *_image_cells(plan), *map(str, blocks), *prompt)
 
