@@ -195,14 +195,18 @@ def _has_header(path: Path) -> bool:
     return path.suffix.lower() == ".safetensors"
 
 
+def _device_choice(run: GraphRun) -> str:
+    return run.settings.get("transformer_device") or AUTO
+
+
 def _device(run: GraphRun) -> torch.device:
     """That the loader's blocks are computed on, by a choice that has been checked."""
-    return device_of(run.settings.get("transformer_device") or AUTO, comfy.model_management.get_torch_device())
+    return device_of(_device_choice(run), comfy.model_management.get_torch_device())
 
 
 def _others(run: GraphRun) -> list[torch.device]:
     """The further cards of the loader's device."""
-    return others_of(run.settings.get("transformer_device") or AUTO, _device(run))
+    return others_of(_device_choice(run), _device(run))
 
 
 def _limit(run: GraphRun, name: str) -> int | None:
