@@ -12,15 +12,11 @@ const WORDS = {
   en: {
     line: ["Copy line", "Copy the line, to paste it into a report"],
     json: ["Copy JSON", "Copy all numbers as JSON"],
-    copied: "Copied",
-    selected: "Press Ctrl+C",
     group: "Copy",
   },
   zh: {
     line: ["复制文本行", "复制这一行，以便粘贴到报告中"],
     json: ["复制 JSON", "以 JSON 复制全部数字"],
-    copied: "已复制",
-    selected: "请按 Ctrl+C",
     group: "复制",
   },
 };
@@ -56,7 +52,7 @@ function button(panel, what) {
   element.addEventListener("keydown", (event) => event.stopPropagation()); // Enter and space are not the page's then
   element.addEventListener("click", async () => {
     if (!resultOf(panel)) return;
-    element.textContent = (await copy(panel, what)) ? said.copied : said.selected;
+    element.textContent = (await copy(panel, what)) ? words().copied : words().selected;
     setTimeout(() => (element.textContent = text), COPIED_MS);
   });
   return element;

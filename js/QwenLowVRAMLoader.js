@@ -4,8 +4,8 @@ import { app } from "../../scripts/app.js";
 import { MODEL_CHECK } from "./commands/model_check.js";
 import { isChinese } from "./shared/run_words.js";
 import { modelWords } from "./shared/model_words.js";
-import { addPanel, nodeAt, words } from "./shared/panels.js";
-import { onPlanLine, TOO_LARGE } from "./shared/plan_lines.js";
+import { addPanel, ERROR_COLOR, nodeAt, words } from "./shared/panels.js";
+import { onPlanLine } from "./shared/plan_lines.js";
 
 const HEIGHT_PX = 48; // three lines at the width of a new node
 const WIDTH_PX = 360;
@@ -18,7 +18,7 @@ onPlanLine((id, line) => {
   const { text, fits } = line ?? { text: "", fits: true };
   panel.textContent = text;
   panel.title = text;
-  panel.style.color = fits ? "var(--input-text)" : TOO_LARGE;
+  panel.style.color = fits ? "var(--input-text)" : ERROR_COLOR;
   panel.dataset.fits = line ? String(fits) : "";
 });
 

@@ -3,9 +3,9 @@ import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { messageOf } from "./shared/error_words.js";
 import { openFullView } from "./shared/full_view.js";
-import { addPanel, nodeAt, words } from "./shared/panels.js";
+import { addPanel, ERROR_COLOR, nodeAt, words } from "./shared/panels.js";
 import { clock, gib, isChinese, lineOf, paceOf, rowsOf, sentenceOf } from "./shared/run_words.js";
-import { onPlanLine, TOO_LARGE } from "./shared/plan_lines.js";
+import { onPlanLine } from "./shared/plan_lines.js";
 import { allNodes, errorOf, isOfThisGraph, onEndAgain } from "./shared/runs.js";
 
 const NODE = "QwenLowVRAMSample";
@@ -169,7 +169,7 @@ class Panel {
     this.layOut(!fits);
     this.note.replaceChildren(...(past ? this.told : [text]));
     this.note.title = past ? "" : text;
-    this.note.style.color = fits ? "" : TOO_LARGE;
+    this.note.style.color = fits ? "" : ERROR_COLOR;
     if (fits) this.told = null;
   }
 

@@ -5,15 +5,14 @@ import { api } from "../../../scripts/api.js";
 import { messageOf } from "../shared/error_words.js";
 import { BUTTON, make, makeView } from "../shared/full_view.js";
 import { downloadLine, modelWords } from "../shared/model_words.js";
-import { TOO_LARGE } from "../shared/plan_lines.js";
 import { isChinese } from "../shared/run_words.js";
-import { post, words } from "../shared/panels.js";
+import { ERROR_COLOR, post, words } from "../shared/panels.js";
 
 export const MODEL_CHECK = "qwenLowVRAM.modelCheck";
 const MENU = "Qwen-Image (low VRAM)";
 const EVENT = "qwen_lowvram.download";
 const LINE = "white-space:pre-line;overflow-wrap:anywhere;user-select:text";
-const COLORS = { here: "color-mix(in srgb, #4caf50 50%, var(--input-text))", wrong: TOO_LARGE, missing: TOO_LARGE };
+const COLORS = { here: "color-mix(in srgb, #4caf50 50%, var(--input-text))", wrong: ERROR_COLOR, missing: ERROR_COLOR };
 
 let open = null; // the window, while it is open: {view, list, progress, said, running: parts that show a download}
 

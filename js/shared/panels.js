@@ -9,6 +9,9 @@ const MARGIN_PX = 10; // the page keeps it free on every side
 const PADDING_PX = [6, 8]; // of a text in its panel, above and beside it
 const BORDERS_PX = 8; // of a node's panels in the newer renderer, on both sides together
 
+// of a text that says what is wrong: the page's own red is too pale on its light palettes
+export const ERROR_COLOR = "color-mix(in srgb, var(--error-text, #e05252) 50%, var(--input-text))";
+
 /** A node by its id as the server gives it: inside subgraphs "12:5", node 5 of node 12's graph. */
 export function nodeAt(id) {
   let graph = app.rootGraph;

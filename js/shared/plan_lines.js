@@ -6,8 +6,6 @@ import { post, words } from "./panels.js";
 import { expectationOf, isChinese } from "./run_words.js";
 
 const LOADER = "QwenLowVRAMLoader";
-// the colour of a line that says so: the page's own red is too pale for a text on its light palettes
-export const TOO_LARGE = "color-mix(in srgb, var(--error-text, #e05252) 50%, var(--input-text))";
 const WAIT_MS = 400; // after the last change
 
 const listeners = [];

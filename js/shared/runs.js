@@ -1,5 +1,5 @@
 // Which of the server's events belong to the graph that the page shows: each prompt knows the id of its graph, and of
-// several tabs with the same graph the one that queued it.
+// several tabs with the same graph the one that queued it. And how the last run of each came to no good end.
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
 
