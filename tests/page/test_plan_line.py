@@ -154,6 +154,14 @@ def real_size(models_dir: Path) -> Iterator[dict[str, str]]:
         file.unlink()
 
 
+@pytest.fixture
+def graph(object_info: dict[str, Any], split_files: dict[str, SplitFiles]) -> dict[str, Any]:
+    """The first workflow, with files that are there."""
+    names = split_files["fp8"]
+    files = {"transformer": names.transformer, "text_encoder": names.text_encoder, "vae": names.vae}
+    return set_widgets(json.loads(WORKFLOW.read_text(encoding="utf-8")), object_info, "QwenLowVRAMLoader", **files)
+
+
 def test_of_a_model_of_the_real_size_it_has_the_numbers_of_60_blocks_and_of_a_lora(
     page: Any, object_info: dict[str, Any], real_size: dict[str, str]
 ) -> None:
@@ -174,13 +182,7 @@ def test_of_a_model_of_the_real_size_it_has_the_numbers_of_60_blocks_and_of_a_lo
     assert page.unexpected_messages() == []
 
 
-def test_the_line_follows_the_graph_and_turns_red_where_it_does_not_fit(
-    page: Any, object_info: dict[str, Any], split_files: dict[str, SplitFiles]
-) -> None:
-    names = split_files["fp8"]
-    graph = json.loads(WORKFLOW.read_text(encoding="utf-8"))
-    files = {"transformer": names.transformer, "text_encoder": names.text_encoder, "vae": names.vae}
-    graph = set_widgets(graph, object_info, "QwenLowVRAMLoader", **files)
+def test_the_line_follows_the_graph_and_turns_red_where_it_does_not_fit(page: Any, graph: dict[str, Any]) -> None:
     page.load(graph)
     fits, text, sample = page.evaluate(LINE, "true")
     assert fits == "true"
@@ -201,11 +203,8 @@ def test_the_line_follows_the_graph_and_turns_red_where_it_does_not_fit(
 
 
 def test_the_line_is_there_on_new_nodes_and_after_a_failed_answer_and_goes_where_nothing_samples(
-    page: Any, object_info: dict[str, Any], split_files: dict[str, SplitFiles]
+    page: Any, graph: dict[str, Any]
 ) -> None:
-    names = split_files["fp8"]
-    files = {"transformer": names.transformer, "text_encoder": names.text_encoder, "vae": names.vae}
-    graph = set_widgets(json.loads(WORKFLOW.read_text(encoding="utf-8")), object_info, "QwenLowVRAMLoader", **files)
     page.load(graph)
     text = page.evaluate(LINE, "true")[1]
     page.load(graph)  # as undo does: other nodes, and the same question
@@ -220,12 +219,8 @@ def test_the_line_is_there_on_new_nodes_and_after_a_failed_answer_and_goes_where
     assert page.unexpected_messages() == []
 
 
-def test_a_refusal_gives_way_to_what_the_last_run_said(
-    page: Any, object_info: dict[str, Any], split_files: dict[str, SplitFiles]
-) -> None:
-    names = split_files["fp8"]
-    files = {"transformer": names.transformer, "text_encoder": names.text_encoder, "vae": names.vae}
-    page.load(set_widgets(json.loads(WORKFLOW.read_text(encoding="utf-8")), object_info, "QwenLowVRAMLoader", **files))
+def test_a_refusal_gives_way_to_what_the_last_run_said(page: Any, graph: dict[str, Any]) -> None:
+    page.load(graph)
     assert page.evaluate(LINE, "true")[0] == "true"
     page.evaluate(DONE, RUN)
     told = page.evaluate(NOTE)
@@ -238,12 +233,10 @@ def test_a_refusal_gives_way_to_what_the_last_run_said(
 
 
 def test_another_models_vae_is_said_on_decode_until_it_is_gone(
-    page: Any, object_info: dict[str, Any], split_files: dict[str, SplitFiles], models_dir: Path
+    page: Any, graph: dict[str, Any], models_dir: Path
 ) -> None:
-    names = split_files["fp8"]
-    files = {"transformer": names.transformer, "text_encoder": names.text_encoder, "vae": names.vae}
     foreign = write_file(models_dir / "vae" / "of-2.1.safetensors", random_vae_21())
-    page.load(set_widgets(json.loads(WORKFLOW.read_text(encoding="utf-8")), object_info, "QwenLowVRAMLoader", **files))
+    page.load(graph)
     height = page.evaluate(DECODE_PX)
     try:
         page.evaluate(LINK_VAE, foreign.name)
